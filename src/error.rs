@@ -1,0 +1,206 @@
+//! The one error type.
+
+use std::{borrow::Cow, fmt, io};
+
+use crate::PacketId;
+
+/// What went wrong, where, and with which packet.
+///
+/// `Display` names the operation first: `bind queue 7: already bound by another socket`.
+pub struct Error(Box<Repr>);
+
+struct Repr {
+    kind: ErrorKind,
+    operation: Cow<'static, str>,
+    detail: Option<Cow<'static, str>>,
+    packet: Option<PacketId>,
+    fatal: bool,
+    source: Option<io::Error>,
+}
+
+/// The kinds of [`Error`], by who can do something about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A value was refused before the kernel saw it.
+    InvalidInput,
+    /// Another socket owns the queue.
+    AlreadyBound,
+    /// The caller lacks `CAP_NET_ADMIN` in the user namespace that owns the network namespace. The kernel checks it at
+    /// every send, not only at bind.
+    NotPermitted,
+    /// The running kernel does not know or does not have what was asked for.
+    Unsupported,
+    /// The packet had already left the kernel's queue: decided before, its device went down, or rules were flushed.
+    PacketGone,
+    /// The packet had already been answered by [`deadline`](crate::QueueBuilder::deadline) or by a closing queue.
+    Expired,
+    /// The queue is closed.
+    Closed,
+    /// There is no Tokio runtime here, it has no I/O driver, or it is shutting down.
+    NoRuntime,
+    /// The kernel's acknowledgement was lost to a full receive buffer: whether the request took effect is not known.
+    Unconfirmed,
+    /// A message of the kernel's could not be understood.
+    Malformed,
+    /// A bounded wait came to its end.
+    TimedOut,
+    /// Any other error of the operating system; see [`Error::raw_os_error`].
+    Other,
+}
+
+impl Error {
+    /// The kind, for a program to decide by.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The packet that the error concerns, if it concerns one.
+    pub fn packet_id(&self) -> Option<PacketId> {
+        self.0.packet
+    }
+
+    /// The operating system's error number (errno), if there was one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.0.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+
+    pub(crate) fn new(kind: ErrorKind, operation: impl Into<Cow<'static, str>>) -> Self {
+        Self(Box::new(Repr {
+            kind,
+            operation: operation.into(),
+            detail: None,
+            packet: None,
+            fatal: false,
+            source: None,
+        }))
+    }
+
+    /// An operating system's error, its kind taken from the errno.
+    pub(crate) fn os(operation: impl Into<Cow<'static, str>>, source: io::Error) -> Self {
+        let kind = match source.raw_os_error() {
+            Some(EPERM | EACCES) => ErrorKind::NotPermitted,
+            Some(EOPNOTSUPP | EPROTONOSUPPORT | EAFNOSUPPORT) => ErrorKind::Unsupported,
+            Some(ENOENT) => ErrorKind::PacketGone,
+            _ => ErrorKind::Other,
+        };
+        Self::new(kind, operation).with_source(source)
+    }
+
+    /// Marks an error after which a stream ends.
+    pub(crate) fn fatal(mut self) -> Self {
+        self.0.fatal = true;
+        self
+    }
+
+    pub(crate) fn is_fatal(&self) -> bool {
+        self.0.fatal
+    }
+
+    pub(crate) fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
+    pub(crate) fn with_detail(mut self, detail: impl Into<Cow<'static, str>>) -> Self {
+        self.0.detail = Some(detail.into());
+        self
+    }
+
+    pub(crate) fn with_packet(mut self, packet: PacketId) -> Self {
+        self.0.packet = Some(packet);
+        self
+    }
+
+    pub(crate) fn with_source(mut self, source: io::Error) -> Self {
+        self.0.source = Some(source);
+        self
+    }
+}
+
+// asm-generic/errno-base.h and errno.h; the same on every architecture this crate compiles for.
+pub(crate) const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
+pub(crate) const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
+pub(crate) const EACCES: i32 = rustix::io::Errno::ACCESS.raw_os_error();
+pub(crate) const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
+pub(crate) const EPROTONOSUPPORT: i32 = rustix::io::Errno::PROTONOSUPPORT.raw_os_error();
+pub(crate) const EAFNOSUPPORT: i32 = rustix::io::Errno::AFNOSUPPORT.raw_os_error();
+
+impl ErrorKind {
+    fn text(self) -> &'static str {
+        match self {
+            Self::InvalidInput => "invalid value",
+            Self::AlreadyBound => "already bound by another socket",
+            Self::NotPermitted => "not permitted: CAP_NET_ADMIN is needed",
+            Self::Unsupported => "not supported by this kernel",
+            Self::PacketGone => "the packet has already left the queue",
+            Self::Expired => "the packet has already been answered for",
+            Self::Closed => "the queue is closed",
+            Self::NoRuntime => "no Tokio runtime with an I/O driver here",
+            Self::Unconfirmed => "the kernel's acknowledgement was lost",
+            Self::Malformed => "malformed message",
+            Self::TimedOut => "timed out",
+            Self::Other => "failed",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.text())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Repr { kind, operation, detail, packet, source, fatal: _ } = &*self.0;
+        f.write_str(operation)?;
+        if let Some(packet) = packet {
+            write!(f, " (packet {packet})")?;
+        }
+        write!(f, ": {kind}")?;
+        if let Some(detail) = detail {
+            write!(f, ": {detail}")?;
+        }
+        // The errno says nothing more where the kind was derived from it alone.
+        match source {
+            Some(source) if *kind == ErrorKind::Other || detail.is_none() => write!(f, ": {source}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.0.kind)
+            .field("operation", &self.0.operation)
+            .field("detail", &self.0.detail)
+            .field("packet", &self.0.packet)
+            .field("source", &self.0.source)
+            .finish()
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| source as _)
+    }
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.kind() {
+            ErrorKind::InvalidInput => io::ErrorKind::InvalidInput,
+            ErrorKind::AlreadyBound => io::ErrorKind::AddrInUse,
+            ErrorKind::NotPermitted => io::ErrorKind::PermissionDenied,
+            ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+            ErrorKind::PacketGone => io::ErrorKind::NotFound,
+            ErrorKind::Closed => io::ErrorKind::BrokenPipe,
+            ErrorKind::Malformed => io::ErrorKind::InvalidData,
+            ErrorKind::TimedOut | ErrorKind::Expired => io::ErrorKind::TimedOut,
+            ErrorKind::NoRuntime | ErrorKind::Unconfirmed | ErrorKind::Other => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -1,0 +1,112 @@
+//! Configuration messages: everything about a queue in one message, acknowledged.
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
+
+use super::{MESSAGE_CONFIG, writer::Writer};
+
+// enum nfqnl_attr_config
+const ATTRIBUTE_COMMAND: u16 = 1;
+const ATTRIBUTE_PARAMS: u16 = 2;
+const ATTRIBUTE_MAX_LEN: u16 = 3;
+const ATTRIBUTE_MASK: u16 = 4;
+const ATTRIBUTE_FLAGS: u16 = 5;
+
+/// `NFQA_CFG_F_*`.
+pub(crate) const FLAG_FAIL_OPEN: u32 = 1;
+pub(crate) const FLAG_CONNTRACK: u32 = 1 << 1;
+pub(crate) const FLAG_GSO: u32 = 1 << 2;
+pub(crate) const FLAG_UID_GID: u32 = 1 << 3;
+pub(crate) const FLAG_SECURITY_CONTEXT: u32 = 1 << 4;
+pub(crate) const FLAGS_ALL: u32 = FLAG_FAIL_OPEN | FLAG_CONNTRACK | FLAG_GSO | FLAG_UID_GID | FLAG_SECURITY_CONTEXT;
+
+/// `NFQNL_CFG_CMD_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    Bind = 1,
+    Unbind = 2,
+}
+
+/// How much of each packet the kernel copies: `NFQNL_COPY_META` or `NFQNL_COPY_PACKET` with a range in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CopyMode {
+    Metadata,
+    Packet(u32),
+}
+
+/// A configuration message. What is `None` is left as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Config {
+    pub(crate) command: Option<Command>,
+    pub(crate) copy: Option<CopyMode>,
+    pub(crate) max_len: Option<u32>,
+    /// Which flags to change, and their new values.
+    pub(crate) flags: Option<(u32, u32)>,
+}
+
+impl Config {
+    /// Appends the message to `buffer`. The kernel executes it as a whole or refuses it as a whole, and answers either way.
+    pub(crate) fn encode(&self, buffer: &mut Vec<u8>, sequence: u32, queue: u16) {
+        let mut message = Writer::begin(buffer, MESSAGE_CONFIG, NLM_F_REQUEST | NLM_F_ACK, sequence, queue);
+        if let Some(command) = self.command {
+            // struct nfqnl_msg_config_cmd: command, padding, protocol family (unused since 3.8).
+            message.attribute(ATTRIBUTE_COMMAND, &[command as u8, 0, 0, 0]);
+        }
+        if let Some(copy) = self.copy {
+            // struct nfqnl_msg_config_params, packed: copy_range, copy_mode.
+            let (range, mode) = match copy {
+                CopyMode::Metadata => (0, 1),
+                CopyMode::Packet(range) => (range, 2),
+            };
+            let [a, b, c, d] = u32::to_be_bytes(range);
+            message.attribute(ATTRIBUTE_PARAMS, &[a, b, c, d, mode]);
+        }
+        if let Some(max_len) = self.max_len {
+            message.attribute_be32(ATTRIBUTE_MAX_LEN, max_len);
+        }
+        if let Some((mask, flags)) = self.flags {
+            message.attribute_be32(ATTRIBUTE_MASK, mask);
+            message.attribute_be32(ATTRIBUTE_FLAGS, flags);
+        }
+        message.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_in_one_message() {
+        let mut buffer = Vec::new();
+        let config = Config {
+            command: Some(Command::Bind),
+            copy: Some(CopyMode::Packet(0xffff)),
+            max_len: Some(1024),
+            flags: Some((FLAGS_ALL, FLAG_GSO)),
+        };
+        config.encode(&mut buffer, 7, 0x0102);
+        #[rustfmt::skip]
+        let mut expected = vec![
+            0x01, 0x02, // the queue, big-endian, ends the nfgenmsg
+            8, 0, 1, 0, 1, 0, 0, 0,
+            9, 0, 2, 0, 0, 0, 0xff, 0xff, 2, 0, 0, 0,
+            8, 0, 3, 0, 0, 0, 4, 0,
+            8, 0, 4, 0, 0, 0, 0, 0x1f,
+            8, 0, 5, 0, 0, 0, 0, 4,
+        ];
+        let length = 18 + expected.len() as u8;
+        let mut head = vec![length, 0, 0, 0, 2, 3, 5, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        head.append(&mut expected);
+        if cfg!(target_endian = "little") {
+            assert_eq!(buffer, head);
+        }
+        assert_eq!(buffer.len(), length.into());
+    }
+
+    #[test]
+    fn absent_settings_are_not_sent() {
+        let mut buffer = Vec::new();
+        Config { command: Some(Command::Unbind), ..Config::default() }.encode(&mut buffer, 1, 3);
+        assert_eq!(buffer.len(), 16 + 4 + 8);
+    }
+}

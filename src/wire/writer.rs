@@ -1,0 +1,51 @@
+//! Appends netlink messages to a buffer; lengths are patched in when a message is finished.
+
+use netlink_packet_core::{NLA_HEADER_SIZE, NetlinkBuffer, NlaBuffer};
+
+use super::{NETFILTER_HEADER, NETLINK_HEADER, align};
+
+/// One message being written at the end of a buffer. Finished by being dropped out of scope through [`Writer::finish`].
+pub(super) struct Writer<'a> {
+    buffer: &'a mut Vec<u8>,
+    start: usize,
+}
+
+impl<'a> Writer<'a> {
+    /// Begins a message: netlink header and `struct nfgenmsg` with the queue number.
+    pub(super) fn begin(buffer: &'a mut Vec<u8>, message_type: u16, flags: u16, sequence: u32, queue: u16) -> Self {
+        debug_assert_eq!(buffer.len() % 4, 0, "messages are padded, so each starts aligned");
+        let start = buffer.len();
+        buffer.resize(start + NETLINK_HEADER + NETFILTER_HEADER, 0);
+        let mut header = NetlinkBuffer::new(&mut buffer[start..]);
+        header.set_message_type(message_type);
+        header.set_flags(flags);
+        header.set_sequence_number(sequence);
+        // AF_UNSPEC, NFNETLINK_V0: both zero.
+        buffer[start + NETLINK_HEADER + 2..].copy_from_slice(&queue.to_be_bytes());
+        Self { buffer, start }
+    }
+
+    /// Appends an attribute, padded. Values longer than an attribute can hold are the caller's to refuse.
+    pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) -> &mut Self {
+        debug_assert!(value.len() <= super::MAX_PAYLOAD);
+        let start = self.buffer.len();
+        let length = NLA_HEADER_SIZE + value.len();
+        self.buffer.resize(start + NLA_HEADER_SIZE, 0);
+        let mut header = NlaBuffer::new(&mut self.buffer[start..]);
+        header.set_kind(kind);
+        header.set_length(length as u16);
+        self.buffer.extend_from_slice(value);
+        self.buffer.resize(start + align(length), 0);
+        self
+    }
+
+    pub(super) fn attribute_be32(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.attribute(kind, &value.to_be_bytes())
+    }
+
+    /// Patches in the message's length.
+    pub(super) fn finish(self) {
+        let length = (self.buffer.len() - self.start) as u32;
+        NetlinkBuffer::new(&mut self.buffer[self.start..]).set_length(length);
+    }
+}
