@@ -1,0 +1,35 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![deny(unsafe_code)]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("tokio-nfqueue works on Linux alone: NFQUEUE is a part of its netfilter");
+
+mod alarm;
+mod builder;
+#[cfg(feature = "divert")]
+mod divert;
+mod error;
+mod flush;
+mod hook;
+mod ledger;
+mod packet;
+mod queue;
+mod register;
+mod sink;
+mod socket;
+mod stats;
+mod verdict;
+mod wire;
+
+pub use builder::QueueBuilder;
+#[cfg(feature = "divert")]
+pub use divert::{Divert, DivertBuilder, Protocol, Rule};
+pub use error::{Error, ErrorKind};
+pub use flush::{Flush, FlushPolicy, FlushWhen, Gathered, Occasion};
+pub use hook::Hook;
+pub use packet::{Family, Packet, PacketId, Ticket};
+pub use queue::{PacketStream, Queue};
+pub use sink::{Confirm, VerdictSink};
+pub use stats::Stats;
+pub use verdict::{Action, Verdict};

@@ -1,0 +1,437 @@
+//! A packet that waits for its verdict, and the right to decide it.
+
+use std::{
+    fmt,
+    net::IpAddr,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+
+use crate::{
+    Action, Hook, Verdict,
+    queue::Shared,
+    wire::{
+        PacketMessage, attribute,
+        packet::{find, find_be32},
+    },
+};
+
+/// The kernel's id of a packet: counts up from 1 in each queue, and wraps at 2³².
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PacketId(pub(crate) u32);
+
+impl PacketId {
+    /// The number.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for PacketId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The protocol family of the hook that queued a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Family {
+    /// IPv4, from a rule of family `ip` or `inet`.
+    #[doc(alias = "NFPROTO_IPV4")]
+    Ipv4,
+    /// IPv6, from a rule of family `ip6` or `inet`.
+    #[doc(alias = "NFPROTO_IPV6")]
+    Ipv6,
+    /// ARP.
+    #[doc(alias = "NFPROTO_ARP")]
+    Arp,
+    /// A bridge; the payload begins with the network header, and [`Packet::hw_protocol`] says which.
+    #[doc(alias = "NFPROTO_BRIDGE")]
+    Bridge,
+    /// A device's ingress or egress.
+    #[doc(alias = "NFPROTO_NETDEV")]
+    Netdev,
+    /// Any other number.
+    Other(u8),
+}
+
+impl From<u8> for Family {
+    fn from(number: u8) -> Self {
+        match number {
+            2 => Self::Ipv4,
+            3 => Self::Arp,
+            5 => Self::Netdev,
+            7 => Self::Bridge,
+            10 => Self::Ipv6,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// A packet as it was received, before anyone owns its decision.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) bytes: Bytes,
+    pub(crate) id: u32,
+    family: u8,
+    hook: u8,
+    hw_protocol: u16,
+    // 32 bits are enough for a datagram and keep a packet small.
+    attributes: Range<u32>,
+    payload: Range<u32>,
+}
+
+impl Arrived {
+    /// `body` is where in `bytes` the ranges of `message` count from.
+    pub(crate) fn new(bytes: Bytes, body: usize, message: &PacketMessage) -> Self {
+        let shift = |range: &Range<usize>| (range.start + body) as u32..(range.end + body) as u32;
+        Self {
+            id: message.id,
+            family: message.family,
+            hook: message.hook,
+            hw_protocol: message.hw_protocol,
+            attributes: shift(&message.attributes),
+            payload: shift(&message.payload),
+            bytes,
+        }
+    }
+
+    pub(crate) fn claimed(self, queue: Arc<Shared>) -> Packet {
+        Packet { claim: Claim { queue: Some(queue), id: self.id }, arrived: self }
+    }
+
+    fn get(&self, range: &Range<u32>) -> &[u8] {
+        self.bytes.get(range.start as usize..range.end as usize).unwrap_or(&[])
+    }
+}
+
+/// The right, and the duty, to decide one packet. Dropped, it gives the queue's answer for the unanswered.
+pub(crate) struct Claim {
+    queue: Option<Arc<Shared>>,
+    id: u32,
+}
+
+impl Claim {
+    pub(crate) fn id(&self) -> PacketId {
+        PacketId(self.id)
+    }
+
+    /// Gives the right up to somebody who makes use of it.
+    pub(crate) fn redeem(mut self) -> Option<(Arc<Shared>, u32)> {
+        self.queue.take().map(|queue| (queue, self.id))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(queue) = self.queue.take() {
+            queue.unanswered(self.id);
+        }
+    }
+}
+
+/// A packet in the queue: its payload and metadata, and the right to decide it.
+///
+/// Deciding consumes it: [`accept`](Self::accept), [`drop`](Self::drop()), [`repeat`](Self::repeat),
+/// [`stop`](Self::stop) and [`requeue`](Self::requeue) each turn it into a [`Verdict`], which takes effect once it is
+/// given to a [`VerdictSink`](crate::VerdictSink). A packet that is dropped unanswered gets what
+/// [`QueueBuilder::on_unanswered`](crate::QueueBuilder::on_unanswered) says.
+///
+/// It owns its bytes and may be held, sent to other tasks and threads, and decided in any order. While it is held, the
+/// kernel holds the packet too, and it counts against the queue's [`max_len`](crate::QueueBuilder::max_len).
+pub struct Packet {
+    claim: Claim,
+    arrived: Arrived,
+}
+
+impl Packet {
+    /// The kernel's id of the packet.
+    pub fn id(&self) -> PacketId {
+        self.claim.id()
+    }
+
+    /// The packet from its network header on, as much of it as was copied: see
+    /// [`QueueBuilder::copy_range`](crate::QueueBuilder::copy_range). Empty in
+    /// [metadata](crate::QueueBuilder::copy_metadata) mode.
+    ///
+    /// With [GSO](crate::QueueBuilder::gso) it may be a super-packet of up to 64 KiB; then its checksums may be unfinished
+    /// ([`is_checksum_ready`](Self::is_checksum_ready)).
+    pub fn payload(&self) -> &[u8] {
+        self.arrived.get(&self.arrived.payload)
+    }
+
+    /// The payload as [`Bytes`], without a copy. It stays valid after the packet has been decided.
+    pub fn payload_bytes(&self) -> Bytes {
+        let Range { start, end } = self.arrived.payload;
+        self.arrived.bytes.slice(start as usize..end as usize)
+    }
+
+    /// The packet's own length in bytes, also where less was copied.
+    #[doc(alias = "NFQA_CAP_LEN")]
+    pub fn original_len(&self) -> usize {
+        self.be32(attribute::CAPTURED_LENGTH).map_or(self.payload().len(), |length| length as usize)
+    }
+
+    /// Whether [`payload`](Self::payload) is less than the packet.
+    pub fn is_truncated(&self) -> bool {
+        self.original_len() > self.payload().len()
+    }
+
+    /// The family of the hook that queued the packet.
+    pub fn family(&self) -> Family {
+        self.arrived.family.into()
+    }
+
+    /// The hook that queued the packet.
+    pub fn hook(&self) -> Hook {
+        Hook::new(self.family(), self.arrived.hook)
+    }
+
+    /// The EtherType: 0x0800 for IPv4, 0x86dd for IPv6.
+    pub fn hw_protocol(&self) -> u16 {
+        self.arrived.hw_protocol
+    }
+
+    /// The packet's mark; 0 where it has none, as the kernel sees it.
+    #[doc(alias = "NFQA_MARK")]
+    pub fn mark(&self) -> u32 {
+        self.be32(attribute::MARK).unwrap_or(0)
+    }
+
+    /// The packet's priority (`skb->priority`, a traffic control class); 0 where it has none. Linux 5.18 and later.
+    #[doc(alias = "NFQA_PRIORITY")]
+    pub fn priority(&self) -> u32 {
+        self.be32(attribute::PRIORITY).unwrap_or(0)
+    }
+
+    /// When the packet was received. None for packets this host made, and where the stack took no time stamp.
+    #[doc(alias = "NFQA_TIMESTAMP")]
+    pub fn timestamp(&self) -> Option<SystemTime> {
+        // struct nfqnl_msg_packet_timestamp: seconds, microseconds, big-endian.
+        let (seconds, rest) = self.attribute(attribute::TIMESTAMP)?.split_first_chunk()?;
+        let micros = u64::from_be_bytes(*rest.first_chunk()?);
+        let since = Duration::from_secs(u64::from_be_bytes(*seconds)).checked_add(Duration::from_micros(micros))?;
+        SystemTime::UNIX_EPOCH.checked_add(since)
+    }
+
+    /// Index of the interface the packet came in by.
+    #[doc(alias = "NFQA_IFINDEX_INDEV")]
+    pub fn interface_in(&self) -> Option<u32> {
+        self.be32(attribute::INTERFACE_IN)
+    }
+
+    /// Index of the interface the packet goes out by.
+    #[doc(alias = "NFQA_IFINDEX_OUTDEV")]
+    pub fn interface_out(&self) -> Option<u32> {
+        self.be32(attribute::INTERFACE_OUT)
+    }
+
+    /// Index of the bridge port the packet came in by, where [`interface_in`](Self::interface_in) is a bridge.
+    #[doc(alias = "NFQA_IFINDEX_PHYSINDEV")]
+    pub fn physical_in(&self) -> Option<u32> {
+        self.be32(attribute::PHYSICAL_IN)
+    }
+
+    /// Index of the bridge port the packet goes out by, where [`interface_out`](Self::interface_out) is a bridge.
+    #[doc(alias = "NFQA_IFINDEX_PHYSOUTDEV")]
+    pub fn physical_out(&self) -> Option<u32> {
+        self.be32(attribute::PHYSICAL_OUT)
+    }
+
+    /// The sender's link-layer address, where the packet came in by an interface that has one: 6 bytes for Ethernet, 8
+    /// at most.
+    #[doc(alias = "NFQA_HWADDR")]
+    pub fn hardware_address(&self) -> Option<&[u8]> {
+        // struct nfqnl_msg_packet_hw: length, padding, address.
+        let (length, rest) = self.attribute(attribute::HARDWARE_ADDRESS)?.split_first_chunk()?;
+        rest.get(2..)?.get(..u16::from_be_bytes(*length).into())
+    }
+
+    /// User id of the local socket that sent the packet. Only where there is one, and with
+    /// [`uid_gid`](crate::QueueBuilder::uid_gid).
+    #[doc(alias = "NFQA_UID")]
+    pub fn uid(&self) -> Option<u32> {
+        self.be32(attribute::UID)
+    }
+
+    /// Group id of the local socket that sent the packet; as [`uid`](Self::uid).
+    #[doc(alias = "NFQA_GID")]
+    pub fn gid(&self) -> Option<u32> {
+        self.be32(attribute::GID)
+    }
+
+    /// The security context of the packet's sender, with
+    /// [`security_context`](crate::QueueBuilder::security_context).
+    #[doc(alias = "NFQA_SECCTX")]
+    pub fn security_context(&self) -> Option<&[u8]> {
+        self.attribute(attribute::SECURITY_CONTEXT)
+    }
+
+    /// Whether the transport checksum in the payload is finished. If not, the network card (or nobody, on loopback)
+    /// would have finished it; accepting the packet as it is, is fine, but a replaced payload needs full checksums.
+    #[doc(alias = "NFQA_SKB_CSUMNOTREADY")]
+    pub fn is_checksum_ready(&self) -> bool {
+        self.offload() & 1 == 0
+    }
+
+    /// Whether this is a super-packet, to be segmented later.
+    #[doc(alias = "NFQA_SKB_GSO")]
+    pub fn is_gso(&self) -> bool {
+        self.offload() & 2 != 0
+    }
+
+    /// Whether the kernel has left the checksum of an arrived packet unverified.
+    #[doc(alias = "NFQA_SKB_CSUM_NOTVERIFIED")]
+    pub fn is_checksum_unverified(&self) -> bool {
+        self.offload() & 4 != 0
+    }
+
+    /// Source and destination address, if the payload begins with a whole IPv4 or IPv6 header.
+    pub fn addresses(&self) -> Option<(IpAddr, IpAddr)> {
+        fn pair<const N: usize>(payload: &[u8], at: usize) -> Option<(IpAddr, IpAddr)>
+        where
+            IpAddr: From<[u8; N]>,
+        {
+            let bytes = payload.get(at..at + 2 * N)?;
+            let source: [u8; N] = bytes[..N].try_into().ok()?;
+            let destination: [u8; N] = bytes[N..].try_into().ok()?;
+            Some((source.into(), destination.into()))
+        }
+        let payload = self.payload();
+        match payload.first()? >> 4 {
+            4 => pair::<4>(payload, 12),
+            6 => pair::<16>(payload, 8),
+            _ => None,
+        }
+    }
+
+    /// An attribute of the kernel's message by its number (`NFQA_*`), as it came: numbers in network byte order.
+    pub fn attribute(&self, number: u16) -> Option<&[u8]> {
+        find(self.arrived.get(&self.arrived.attributes).get(..)?, number)
+    }
+
+    fn be32(&self, number: u16) -> Option<u32> {
+        find_be32(self.arrived.get(&self.arrived.attributes), number)
+    }
+
+    fn offload(&self) -> u32 {
+        self.be32(attribute::OFFLOAD).unwrap_or(0)
+    }
+
+    /// Keeps only the right to decide, and gives back the memory of payload and metadata.
+    pub fn detach(self) -> Ticket {
+        Ticket { claim: self.claim }
+    }
+
+    /// Lets the packet go on its way.
+    #[doc(alias = "NF_ACCEPT")]
+    pub fn accept(self) -> Verdict {
+        self.decide(Action::Accept)
+    }
+
+    /// Drops the packet.
+    #[doc(alias = "NF_DROP")]
+    pub fn drop(self) -> Verdict {
+        self.decide(Action::Drop)
+    }
+
+    /// Sends the packet through the hook again, from its first rule on; it comes back with a new id if a rule queues it
+    /// again. Give it a [mark](Verdict::mark) that the rule excepts, or it goes round for ever.
+    #[doc(alias = "NF_REPEAT")]
+    pub fn repeat(self) -> Verdict {
+        self.decide(Action::Repeat)
+    }
+
+    /// Accepts the packet and skips the rest of the hook's chains.
+    #[doc(alias = "NF_STOP")]
+    pub fn stop(self) -> Verdict {
+        self.decide(Action::Stop)
+    }
+
+    /// Hands the packet to another queue. If nobody owns that, the packet is dropped.
+    #[doc(alias = "NF_QUEUE")]
+    pub fn requeue(self, queue: u16) -> Verdict {
+        self.decide(Action::Requeue { queue, bypass: false })
+    }
+
+    /// Hands the packet to another queue. If nobody owns that, the packet is accepted.
+    #[doc(alias = "NF_VERDICT_FLAG_QUEUE_BYPASS")]
+    pub fn requeue_bypass(self, queue: u16) -> Verdict {
+        self.decide(Action::Requeue { queue, bypass: true })
+    }
+
+    /// Decides with an action computed elsewhere.
+    pub fn decide(self, action: Action) -> Verdict {
+        Verdict::new(self.claim, action)
+    }
+}
+
+impl fmt::Debug for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packet")
+            .field("id", &self.claim.id)
+            .field("hook", &self.hook())
+            .field("hw_protocol", &format_args!("{:#06x}", self.hw_protocol()))
+            .field("len", &self.original_len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The right to decide a packet whose bytes have been given back: see [`Packet::detach`].
+///
+/// As with the packet itself, dropping it unanswered gives the queue's `on_unanswered` answer.
+pub struct Ticket {
+    claim: Claim,
+}
+
+impl Ticket {
+    /// The kernel's id of the packet.
+    pub fn id(&self) -> PacketId {
+        self.claim.id()
+    }
+
+    /// As [`Packet::accept`].
+    pub fn accept(self) -> Verdict {
+        self.decide(Action::Accept)
+    }
+
+    /// As [`Packet::drop`](Packet::drop()).
+    pub fn drop(self) -> Verdict {
+        self.decide(Action::Drop)
+    }
+
+    /// As [`Packet::repeat`].
+    pub fn repeat(self) -> Verdict {
+        self.decide(Action::Repeat)
+    }
+
+    /// As [`Packet::stop`].
+    pub fn stop(self) -> Verdict {
+        self.decide(Action::Stop)
+    }
+
+    /// As [`Packet::requeue`].
+    pub fn requeue(self, queue: u16) -> Verdict {
+        self.decide(Action::Requeue { queue, bypass: false })
+    }
+
+    /// As [`Packet::requeue_bypass`].
+    pub fn requeue_bypass(self, queue: u16) -> Verdict {
+        self.decide(Action::Requeue { queue, bypass: true })
+    }
+
+    /// As [`Packet::decide`].
+    pub fn decide(self, action: Action) -> Verdict {
+        Verdict::new(self.claim, action)
+    }
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Ticket").field(&self.claim.id).finish()
+    }
+}

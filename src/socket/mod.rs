@@ -1,0 +1,119 @@
+//! The netlink socket in Tokio's reactor: readiness, receiving into pooled memory, sending. Knows no meaning of bytes.
+
+use std::{
+    io,
+    task::{Context, Poll},
+};
+
+use netlink_sys::{Socket as Netlink, protocols::NETLINK_NETFILTER};
+use rustix::net::sockopt;
+use tokio::{
+    io::unix::{AsyncFd, AsyncFdReadyGuard},
+    runtime::Handle,
+};
+
+use crate::{Error, ErrorKind, register};
+
+mod memory;
+
+pub(crate) use memory::Memory;
+
+/// A netlink socket of the netfilter family, non-blocking, registered with the current runtime.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: AsyncFd<Netlink>,
+    receive_buffer: usize,
+    /// The longest datagram the kernel takes in one send.
+    max_send: usize,
+}
+
+/// What a receive brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// A datagram of so many bytes is in the buffer.
+    Datagram,
+    /// A datagram was longer than the buffer; its beginning is there.
+    Truncated,
+    /// Nothing is there now.
+    Empty,
+    /// The socket's buffer had overflowed.
+    Overrun,
+}
+
+impl Socket {
+    /// Opens the socket. `receive_buffer` is the space in bytes, as the kernel charges it.
+    pub(crate) fn open(receive_buffer: usize) -> Result<Self, Error> {
+        if Handle::try_current().is_err() {
+            return Err(Error::new(ErrorKind::NoRuntime, "open netlink socket"));
+        }
+        let os = |operation: &'static str| move |source| Error::os(operation, source);
+        let mut socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
+        socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
+        socket.bind_auto().map_err(os("bind netlink socket"))?;
+        // Without it one overflow stops all receiving until the buffer has been read empty (netlink_overrun).
+        socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
+        // The kernel's own words beside an errno, where it has any; not there before 4.12, and not needed.
+        let _ = socket.set_ext_ack(true);
+
+        // The kernel doubles what it is told, for its bookkeeping; the charge counts against the doubled value.
+        let half = (receive_buffer / 2).min(i32::MAX as usize / 2);
+        if sockopt::set_socket_recv_buffer_size_force(&socket, half).is_err() {
+            // Capped at net.core.rmem_max; what came of it is readable.
+            sockopt::set_socket_recv_buffer_size(&socket, half).map_err(|e| Error::os("set SO_RCVBUF", e.into()))?;
+        }
+        let receive_buffer =
+            sockopt::socket_recv_buffer_size(&socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))?;
+        let send_buffer =
+            sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
+        let fd = register::readable(socket).map_err(os("register netlink socket"))?;
+        // netlink_sendmsg: a message longer than sk_sndbuf - 32 is EMSGSIZE.
+        Ok(Self { fd, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+    }
+
+    /// Bytes the socket's receive buffer may hold, as the kernel charges them.
+    pub(crate) fn receive_buffer(&self) -> usize {
+        self.receive_buffer
+    }
+
+    /// The longest datagram that can be sent, in bytes.
+    pub(crate) fn max_send(&self) -> usize {
+        self.max_send
+    }
+
+    /// Ready when the socket may have something to read. Keeps the last waker only: for the stream alone.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<AsyncFdReadyGuard<'_, Netlink>>> {
+        self.fd.poll_read_ready(cx)
+    }
+
+    /// Receives one datagram, if one is there, behind what `memory` holds.
+    pub(crate) fn receive(&self, memory: &mut Memory) -> io::Result<Received> {
+        // The kernel then returns the datagram's own length, also where it did not fit.
+        const TRUNC: i32 = rustix::net::RecvFlags::TRUNC.bits() as i32;
+        let room = memory.room();
+        loop {
+            return match self.fd.get_ref().recv(room, TRUNC) {
+                Ok(length) if length > room.len() => Ok(Received::Truncated),
+                Ok(_) => Ok(Received::Datagram),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::WouldBlock => Ok(Received::Empty),
+                    _ if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+                        Ok(Received::Overrun)
+                    }
+                    _ => Err(error),
+                },
+            };
+        }
+    }
+
+    /// Sends one datagram to the kernel, which executes it before this returns. It never waits for room.
+    pub(crate) fn send(&self, datagram: &[u8]) -> io::Result<()> {
+        loop {
+            match self.fd.get_ref().send(datagram, 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What to do with one packet.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+use crate::{
+    Error, ErrorKind, PacketId,
+    ledger::Decision,
+    packet::Claim,
+    queue::Extra,
+    wire::{
+        MAX_PAYLOAD,
+        verdict::{Ruling, code},
+    },
+};
+
+/// What happens to a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Action {
+    /// It is dropped.
+    #[doc(alias = "NF_DROP")]
+    Drop,
+    /// It goes on its way.
+    #[doc(alias = "NF_ACCEPT")]
+    Accept,
+    /// It goes through the hook again; see [`Packet::repeat`](crate::Packet::repeat).
+    #[doc(alias = "NF_REPEAT")]
+    Repeat,
+    /// It goes on its way and skips the rest of the hook's chains.
+    #[doc(alias = "NF_STOP")]
+    Stop,
+    /// It goes to another queue.
+    #[doc(alias = "NF_QUEUE")]
+    Requeue {
+        /// The other queue's number.
+        queue: u16,
+        /// Where nobody owns that queue: accept the packet if true, drop it if false.
+        bypass: bool,
+    },
+}
+
+impl Action {
+    pub(crate) fn word(self) -> u32 {
+        match self {
+            Self::Drop => code::DROP,
+            Self::Accept => code::ACCEPT,
+            Self::Repeat => code::REPEAT,
+            Self::Stop => code::STOP,
+            // No other action may have bits above the low byte: ACCEPT with such skips later hooks.
+            Self::Requeue { queue, bypass } => {
+                code::QUEUE | u32::from(queue) << 16 | if bypass { code::QUEUE_BYPASS } else { 0 }
+            }
+        }
+    }
+}
+
+/// What to do with one packet: an action, and changes to the packet.
+///
+/// It takes effect when it is given to a [`VerdictSink`](crate::VerdictSink), and goes to the packet's own queue whichever
+/// sink that is. Dropped instead, the packet gets what
+/// [`QueueBuilder::on_unanswered`](crate::QueueBuilder::on_unanswered) says.
+#[must_use = "a verdict takes effect when it is given to a VerdictSink; dropped, the packet counts as unanswered"]
+pub struct Verdict {
+    claim: Claim,
+    action: Action,
+    mark: Option<u32>,
+    priority: Option<u32>,
+    payload: Option<Bytes>,
+}
+
+impl Verdict {
+    pub(crate) fn new(claim: Claim, action: Action) -> Self {
+        Self { claim, action, mark: None, priority: None, payload: None }
+    }
+
+    /// The packet it decides.
+    pub fn packet_id(&self) -> PacketId {
+        self.claim.id()
+    }
+
+    /// What happens to the packet.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// Sets the packet's mark, all 32 bits of it. Without this the packet keeps the mark it has.
+    ///
+    /// To change some bits only, start from [`Packet::mark`](crate::Packet::mark). At the output hook a changed mark routes
+    /// the packet anew.
+    #[doc(alias = "NFQA_MARK")]
+    pub fn mark(mut self, mark: u32) -> Self {
+        self.mark = Some(mark);
+        self
+    }
+
+    /// Sets the packet's priority (`skb->priority`). Linux 5.18 and later; older kernels ignore it.
+    #[doc(alias = "NFQA_PRIORITY")]
+    pub fn priority(mut self, priority: u32) -> Self {
+        self.priority = Some(priority);
+        self
+    }
+
+    /// Replaces the packet, from its network header on. The kernel takes the bytes as they are: lengths and checksums,
+    /// the network's and the transport's, must be right, also where those of the received packet were unfinished.
+    ///
+    /// From 20 (IPv4) or 40 (IPv6) to 65 531 bytes; anything else is refused by the sink, for the kernel would drop the
+    /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be. Linux 7.2 and
+    /// later drop, in silence, a replacement whose header length, options, fragment bits or extension headers differ from
+    /// the packet's, and every replacement in a network namespace that belongs to an unprivileged user namespace.
+    #[doc(alias = "NFQA_PAYLOAD")]
+    pub fn payload(mut self, payload: impl Into<Bytes>) -> Self {
+        self.payload = Some(payload.into());
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let Some(payload) = &self.payload else { return Ok(()) };
+        let least = match payload.first().map(|first| first >> 4) {
+            Some(4) => 20,
+            Some(6) => 40,
+            _ => 1,
+        };
+        if (least..=MAX_PAYLOAD).contains(&payload.len()) {
+            return Ok(());
+        }
+        let detail = format!("a replaced payload of {} bytes; {least} to {MAX_PAYLOAD} are possible", payload.len());
+        Err(Error::new(ErrorKind::InvalidInput, "submit verdict").with_detail(detail).with_packet(self.claim.id()))
+    }
+
+    pub(crate) fn into_parts(self) -> (Claim, Decision<Box<Extra>>) {
+        let ruling = Ruling { word: self.action.word(), mark: self.mark, priority: self.priority };
+        let extra = self.payload.map(|payload| Box::new(Extra { payload: Some(payload), confirm: None }));
+        (self.claim, Decision { ruling, extra })
+    }
+}
+
+impl fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verdict")
+            .field("packet", &self.claim.id())
+            .field("action", &self.action)
+            .field("mark", &self.mark)
+            .field("priority", &self.priority)
+            .field("payload_len", &self.payload.as_ref().map(Bytes::len))
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_requeue_has_bits_above_the_low_byte() {
+        for action in [Action::Drop, Action::Accept, Action::Repeat, Action::Stop] {
+            assert!(action.word() <= 5);
+        }
+        assert_eq!(Action::Requeue { queue: 7, bypass: false }.word(), 0x0007_0003);
+        assert_eq!(Action::Requeue { queue: 0xffff, bypass: true }.word(), 0xffff_8003);
+    }
+}
