@@ -1,0 +1,260 @@
+//! Interfaces, addresses and routes of the calling thread's network namespace, over rtnetlink.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd,
+    thread,
+};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
+
+use super::{Namespace, sockets::wait_until, sys};
+
+/// What a pair of interfaces is like.
+#[derive(Debug, Clone)]
+pub struct VethOptions {
+    /// The interfaces are named `veth{index}` and `peer{index}`, their networks are `10.9.{index}.0/24` and
+    /// `fd09:0:0:{index}::/64`.
+    pub index: u8,
+    /// In bytes.
+    pub mtu: u32,
+    /// Whether segmentation and checksums are left to the (virtual) hardware, as is the kernel's default.
+    pub offloads: bool,
+}
+
+impl Default for VethOptions {
+    fn default() -> Self {
+        Self { index: 0, mtu: 1500, offloads: true }
+    }
+}
+
+/// A second network namespace, joined to the one it was made in by a pair of interfaces.
+#[derive(Debug)]
+pub struct Peer {
+    /// The second namespace.
+    pub namespace: Namespace,
+    /// The interface on this side.
+    pub near: String,
+    /// The interface in the second namespace.
+    pub far: String,
+    /// This side's address.
+    pub near_v4: Ipv4Addr,
+    /// The second namespace's.
+    pub far_v4: Ipv4Addr,
+    /// This side's address.
+    pub near_v6: Ipv6Addr,
+    /// The second namespace's.
+    pub far_v6: Ipv6Addr,
+}
+
+impl Peer {
+    /// Runs `body` in the second namespace; see [`Namespace::run`].
+    pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        self.namespace.run(body)
+    }
+
+    /// Starts a thread in the second namespace.
+    pub fn spawn<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+        self.namespace.spawn(body)
+    }
+
+    /// Makes this side the second namespace's way to everywhere.
+    pub fn route_through_near(&self) {
+        self.run(|| {
+            default_route(self.near_v4.into());
+            default_route(self.near_v6.into());
+        });
+    }
+}
+
+/// A fresh namespace joined to this one, ready for traffic: [`veth_with`] its defaults.
+pub fn veth() -> Peer {
+    veth_with(&VethOptions::default())
+}
+
+/// A fresh namespace joined to this one. Returns when both sides are up, with addresses ready to use.
+pub fn veth_with(options: &VethOptions) -> Peer {
+    let VethOptions { index, mtu, offloads } = *options;
+    let v4 = |host| Ipv4Addr::new(10, 9, index, host);
+    let v6 = |host| Ipv6Addr::new(0xfd09, 0, 0, index.into(), 0, 0, 0, host);
+    let peer = Peer {
+        namespace: Namespace::new(),
+        near: format!("veth{index}"),
+        far: format!("peer{index}"),
+        near_v4: v4(1),
+        far_v4: v4(2),
+        near_v6: v6(1),
+        far_v6: v6(2),
+    };
+
+    let mut far = LinkMessage::default();
+    far.attributes = vec![
+        LinkAttribute::IfName(peer.far.clone()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::NetNsFd(peer.namespace.file().as_raw_fd()),
+    ];
+    let mut near = LinkMessage::default();
+    near.attributes = vec![
+        LinkAttribute::IfName(peer.near.clone()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(far))),
+        ]),
+    ];
+    request(RouteNetlinkMessage::NewLink(near), NLM_F_CREATE | NLM_F_EXCL).expect("make a pair of interfaces");
+
+    let set_up = |name: &str, v4: Ipv4Addr, v6: Ipv6Addr| {
+        if !offloads {
+            for offload in Offload::ALL {
+                set_offload(name, offload, false).expect("switch an offload off");
+            }
+        }
+        add_address(name, v4.into(), 24);
+        add_address(name, v6.into(), 64);
+        link_up(name);
+    };
+    peer.run(|| set_up(&peer.far, peer.far_v4, peer.far_v6));
+    set_up(&peer.near, peer.near_v4, peer.near_v6);
+    let running = |name: &str| link_flags(name).contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING);
+    wait_until("the near interface runs", || running(&peer.near));
+    peer.run(|| wait_until("the far interface runs", || running(&peer.far)));
+    peer
+}
+
+/// Brings an interface up.
+pub fn link_up(name: &str) {
+    set_flags(name, LinkFlags::Up).unwrap_or_else(|error| panic!("bring {name} up: {error}"));
+}
+
+/// Takes an interface down.
+pub fn link_down(name: &str) {
+    set_flags(name, LinkFlags::empty()).unwrap_or_else(|error| panic!("take {name} down: {error}"));
+}
+
+/// An interface's flags.
+pub fn link_flags(name: &str) -> InterfaceFlags {
+    let mut interfaces = getifaddrs().expect("list the interfaces");
+    interfaces.find(|entry| entry.interface_name == name).map_or(InterfaceFlags::empty(), |entry| entry.flags)
+}
+
+/// Sets how long packets may be, in bytes.
+pub fn set_mtu(name: &str, mtu: u32) {
+    let mut message = LinkMessage::default();
+    message.header.index = index(name);
+    message.attributes = vec![LinkAttribute::Mtu(mtu)];
+    request(RouteNetlinkMessage::SetLink(message), 0).unwrap_or_else(|error| panic!("set the MTU of {name}: {error}"));
+}
+
+/// Gives an interface an address, without looking for duplicates of it.
+pub fn add_address(name: &str, address: IpAddr, prefix: u8) {
+    let mut message = AddressMessage::default();
+    message.header.family = family(address);
+    message.header.prefix_len = prefix;
+    message.header.flags = AddressHeaderFlags::Nodad;
+    message.header.index = index(name);
+    message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
+    request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+        .unwrap_or_else(|error| panic!("give {name} the address {address}: {error}"));
+}
+
+/// Sends everything that has no other route through `gateway`.
+pub fn default_route(gateway: IpAddr) {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(gateway);
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Static;
+    message.header.scope = RouteScope::Universe;
+    message.header.kind = RouteType::Unicast;
+    message.attributes = vec![RouteAttribute::Gateway(match gateway {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
+    })];
+    request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+        .unwrap_or_else(|error| panic!("route through {gateway}: {error}"));
+}
+
+/// Makes the calling thread's namespace a router.
+pub fn forwarding() {
+    for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        let path = format!("/proc/sys/net/{file}");
+        fs::write(&path, "1").unwrap_or_else(|error| panic!("{path}: {error}"));
+    }
+}
+
+/// Work that the kernel leaves to the interface, or does for it in bulk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offload {
+    /// Checksums of packets sent.
+    SendChecksum,
+    /// TCP segmentation.
+    TcpSegmentation,
+    /// Segmentation in software.
+    Segmentation,
+    /// Joining of received packets.
+    Receive,
+}
+
+impl Offload {
+    /// All of them; segmentation first, as it depends on checksums.
+    pub const ALL: [Self; 4] = [Self::TcpSegmentation, Self::Segmentation, Self::SendChecksum, Self::Receive];
+}
+
+/// Switches an offload of an interface on or off.
+pub fn set_offload(name: &str, offload: Offload, on: bool) -> io::Result<()> {
+    // uapi/linux/ethtool.h
+    let command = match offload {
+        Offload::SendChecksum => 0x17,
+        Offload::TcpSegmentation => 0x1f,
+        Offload::Segmentation => 0x24,
+        Offload::Receive => 0x2c,
+    };
+    sys::ethtool(name, command, on.into())
+}
+
+fn set_flags(name: &str, flags: LinkFlags) -> io::Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index(name);
+    message.header.flags = flags;
+    message.header.change_mask = LinkFlags::Up;
+    request(RouteNetlinkMessage::SetLink(message), 0)
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn index(name: &str) -> u32 {
+    nix::net::if_::if_nametoindex(name).unwrap_or_else(|error| panic!("interface {name}: {error}"))
+}
+
+/// One request, acknowledged.
+fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    header.sequence_number = 1;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+    let mut answer = Vec::with_capacity(65_536);
+    socket.recv(&mut answer, 0)?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
+        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+        _ => Ok(()),
+    }
+}

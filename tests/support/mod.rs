@@ -1,0 +1,36 @@
+//! Isolation and tools for tests and examples that need a kernel: everything happens in fresh network namespaces, as
+//! root or, through a user namespace, as an ordinary user.
+//!
+//! A test is a binary of its own with `harness = false`:
+//!
+//! ```ignore
+//! #[path = "support/mod.rs"]
+//! mod support;
+//!
+//! fn main() -> std::process::ExitCode {
+//!     support::run(vec![support::test("it works", || async { /* in a namespace of its own */ })])
+//! }
+//! ```
+//!
+//! An example calls [`enter`] first thing in `main`, before there is a second thread, and does its work in [`isolated`].
+
+// Every user of this module uses a different part of it.
+#![allow(dead_code, unreachable_pub, unused_imports)]
+
+mod link;
+mod namespace;
+mod raw_queue;
+mod sockets;
+mod sys;
+mod trial;
+
+pub use self::{
+    link::{
+        Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up, set_mtu,
+        set_offload, veth, veth_with,
+    },
+    namespace::{Namespace, enter, isolated},
+    raw_queue::{RawPacket, RawQueue},
+    sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, udp, udp_marked, wait_until},
+    trial::{Report, run, test, test_multi, test_sync},
+};

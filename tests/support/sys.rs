@@ -1,0 +1,34 @@
+//! The one system call that no library offers safely.
+
+use std::{io, net::UdpSocket, os::fd::AsRawFd};
+
+use nix::libc;
+
+/// `struct ethtool_value`, uapi/linux/ethtool.h.
+#[repr(C)]
+struct Value {
+    command: u32,
+    data: u32,
+}
+
+/// An ethtool command that sets one number.
+pub fn ethtool(interface: &str, command: u32, data: u32) -> io::Result<()> {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    // SAFETY: `ifreq` is plain data, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if interface.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = from.cast_signed();
+    }
+    let mut value = Value { command, data };
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: the descriptor is open, `request` is an `ifreq` whose name ends in a NUL and whose data points to a live
+    // `ethtool_value`, which is what these commands read and write; both outlive the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Tests: each on a thread of its own in a network namespace of its own, with a deadline.
+
+use std::{
+    any::Any,
+    fmt::Debug,
+    future::Future,
+    io,
+    process::ExitCode,
+    sync::{
+        OnceLock,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
+};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+use super::{
+    namespace::{enter, fresh, isolated},
+    raw_queue::RawQueue,
+};
+
+/// Set to 1 to skip all tests that need a kernel.
+const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
+/// How long a test may take.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// How much longer what a deadline interrupts may take to clean up.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What a test may return: nothing, or a result.
+pub trait Report {
+    /// The failure, if it is one.
+    fn report(self) -> Result<(), Failed>;
+}
+
+impl Report for () {
+    fn report(self) -> Result<(), Failed> {
+        Ok(())
+    }
+}
+
+impl<E: Debug> Report for Result<(), E> {
+    fn report(self) -> Result<(), Failed> {
+        self.map_err(|error| format!("the test returned an error: {error:?}").into())
+    }
+}
+
+/// The body of `main` of a test binary: must be its first statement.
+///
+/// Takes the arguments of the standard harness; runs two tests at a time unless told otherwise.
+pub fn run(tests: Vec<Trial>) -> ExitCode {
+    // Whoever asks for a list needs no kernel; the tests tell what is wrong.
+    let _ = enter();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(2);
+    let skip = std::env::var_os(SKIP).is_some_and(|value| value == "1");
+    if skip && !arguments.list {
+        eprintln!("{SKIP}=1: all {} tests that need the kernel are skipped", tests.len());
+    }
+    let tests = tests.into_iter().map(|test| if skip { test.with_ignored_flag(true) } else { test }).collect();
+    libtest_mimic::run(&arguments, tests).exit_code()
+}
+
+/// A test without a runtime.
+pub fn test_sync<R: Report>(name: &str, body: impl FnOnce() -> R + Send + 'static) -> Trial {
+    trial(name, move || body().report())
+}
+
+/// A test in a Tokio runtime of one thread.
+pub fn test<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
+    trial(name, move || in_runtime(tokio::runtime::Builder::new_current_thread(), body))
+}
+
+/// A test in a Tokio runtime of two worker threads.
+pub fn test_multi<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
+    trial(name, move || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(2);
+        in_runtime(builder, body)
+    })
+}
+
+fn in_runtime<R: Report, F: Future<Output = R>>(
+    mut builder: tokio::runtime::Builder,
+    body: impl FnOnce() -> F,
+) -> Result<(), Failed> {
+    let runtime = builder.enable_all().build()?;
+    runtime.block_on(async {
+        match tokio::time::timeout(DEADLINE, body()).await {
+            Ok(result) => result.report(),
+            Err(_) => Err(format!("not done after {DEADLINE:?}").into()),
+        }
+    })
+}
+
+fn trial(name: &str, body: impl FnOnce() -> Result<(), Failed> + Send + 'static) -> Trial {
+    let thread = thread::Builder::new().name(name.to_owned());
+    Trial::test(name, move || {
+        prerequisites()?;
+        let (alive, ended) = mpsc::channel::<()>();
+        let thread = thread.spawn(move || {
+            let _alive = alive;
+            fresh();
+            body()
+        })?;
+        // Nothing is ever sent: the channel closes when the thread ends, however it does.
+        match ended.recv_timeout(DEADLINE + GRACE) {
+            Err(RecvTimeoutError::Timeout) => Err(format!("hangs: not done after {:?}", DEADLINE + GRACE).into()),
+            _ => thread.join().unwrap_or_else(|panic| Err(message(&*panic).into())),
+        }
+    })
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panicked: {}", text.unwrap_or("with something that is no text"))
+}
+
+/// What the tests need of the system.
+fn prerequisites() -> Result<(), String> {
+    static CHECKED: OnceLock<Result<(), String>> = OnceLock::new();
+    let check = || {
+        enter()?;
+        isolated(|| {
+            RawQueue::bind(0).map_err(|error| format!("the kernel offers no NFQUEUE: {error}"))?;
+            nf_tables().map_err(|error| format!("the kernel offers no nf_tables: {error}"))
+        })
+    };
+    CHECKED.get_or_init(check).clone().map_err(|error| format!("{error}; {SKIP}=1 skips these tests"))
+}
+
+/// Asks nf_tables for its generation (`NFT_MSG_GETGEN`), which it has even without a table.
+fn nf_tables() -> io::Result<()> {
+    const GETGEN: u16 = 10 << 8 | 16;
+    const REQUEST: u16 = 1;
+    const ERROR: u16 = 2;
+    let mut message = [0; 20];
+    message[0..4].copy_from_slice(&20_u32.to_ne_bytes());
+    message[4..6].copy_from_slice(&GETGEN.to_ne_bytes());
+    message[6..8].copy_from_slice(&REQUEST.to_ne_bytes());
+    let socket = Socket::new(NETLINK_NETFILTER)?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(GRACE))?;
+    socket.send_to(&message, &SocketAddr::new(0, 0), 0)?;
+    let mut answer = Vec::with_capacity(4096);
+    socket.recv(&mut answer, 0)?;
+    match (answer.get(4..6), answer.get(16..20)) {
+        (Some(kind), Some(code)) if kind == ERROR.to_ne_bytes() => {
+            let code = i32::from_ne_bytes([code[0], code[1], code[2], code[3]]);
+            Err(io::Error::from_raw_os_error(-code))
+        }
+        _ => Ok(()),
+    }
+}
