@@ -19,10 +19,17 @@ impl Shared {
     pub(super) fn begin_drain(&self, fate: Action, until: Option<Instant>) {
         {
             let mut core = self.core();
-            if core.phase != Phase::Open {
-                return;
+            match &mut core.phase {
+                phase @ Phase::Open => *phase = Phase::Draining { fate, until },
+                Phase::Draining { until: bound @ None, .. } if until.is_some() => {
+                    // Begun by a drop, which waits for ever; now somebody waits for it who does not.
+                    *bound = until;
+                    drop(core);
+                    self.signal.notify_one();
+                    return;
+                }
+                _ => return,
             }
-            core.phase = Phase::Draining { fate, until };
             core.wake_stream();
         }
         // fail-open would let traffic past a firewall that fails closed, so it is taken back there.
