@@ -180,8 +180,12 @@ fn print(packet: &Packet, verbose: u8) {
         }
     }
     if verbose > 1 {
-        line +=
-            &format!(" len {} in {:?} out {:?}", packet.original_len(), packet.interface_in(), packet.interface_out());
+        line += &format!(
+            " len {} in {:?} out {:?}",
+            packet.original_len().unwrap_or(0),
+            packet.interface_in(),
+            packet.interface_out()
+        );
     }
     println!("{line}");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    Action, Error, ErrorKind, FlushPolicy, Queue,
+    Action, Error, ErrorKind, FlushPolicy, NetworkNamespace, Queue,
     queue::{Settings, Shared},
     wire::{
         MAX_PAYLOAD,
@@ -27,6 +27,7 @@ pub struct QueueBuilder {
     on_unanswered: Action,
     deadline: Option<(Duration, Action)>,
     close_timeout: Duration,
+    namespace: Option<NetworkNamespace>,
 }
 
 impl QueueBuilder {
@@ -41,6 +42,7 @@ impl QueueBuilder {
             on_unanswered: Action::Drop,
             deadline: None,
             close_timeout: Duration::from_secs(5),
+            namespace: None,
         }
     }
 
@@ -145,12 +147,21 @@ impl QueueBuilder {
         self
     }
 
+    /// Binds the queue of another network namespace. Default: the calling thread's.
+    ///
+    /// The caller's threads stay where they are: the socket is opened by a thread made for it, and remains in its namespace.
+    /// Entering another namespace needs `CAP_SYS_ADMIN` in one's own user namespace and in the one that owns it.
+    pub fn namespace(mut self, namespace: NetworkNamespace) -> Self {
+        self.namespace = Some(namespace);
+        self
+    }
+
     fn flag(mut self, flag: u32, on: bool) -> Self {
         self.flags = if on { self.flags | flag } else { self.flags & !flag };
         self
     }
 
-    /// Opens a socket in the present thread's network namespace and binds the queue, with every setting in one message that
+    /// Opens a socket in the calling thread's network namespace (or in [another](Self::namespace)) and binds the queue, with every setting in one message that
     /// the kernel acknowledges or refuses as a whole. Does not wait for anything but that system call.
     ///
     /// Packets that arrive before the acknowledgement are kept. Bind before a rule sends packets to the queue: until it is
@@ -169,11 +180,6 @@ impl QueueBuilder {
         self.check().map_err(|what| {
             Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
         })?;
-        let payload = match self.copy {
-            CopyMode::Metadata => 0,
-            CopyMode::Packet(range) => range as usize,
-        };
-        let receive_buffer = self.receive_buffer.unwrap_or_else(|| buffer_for(self.max_len, payload));
         let config = Config {
             command: Some(Command::Bind),
             copy: Some(self.copy),
@@ -182,23 +188,27 @@ impl QueueBuilder {
         };
         let settings = Settings {
             queue: self.queue,
-            max_len: self.max_len,
+            receive_buffer: self.receive_buffer,
             on_unanswered: self.on_unanswered,
             deadline: self.deadline,
             close_timeout: self.close_timeout,
         };
-        Shared::bind(settings, &config, receive_buffer, self.policy, payload).map(Queue::new)
+        let namespace = self.namespace.as_ref();
+        Shared::bind(settings, &config, self.policy, namespace).map(Queue::new)
+    }
+
+    /// What the kernel would refuse, or silently change.
+    pub(crate) fn check_limits(copy: Option<CopyMode>, max_len: Option<u32>) -> Result<(), &'static str> {
+        match (copy, max_len) {
+            (Some(CopyMode::Packet(0)), _) => Err("copy range is 0; use copy_metadata for none"),
+            (Some(CopyMode::Packet(range)), _) if range as usize > MAX_PAYLOAD => Err("copy range is more than 65531"),
+            (_, Some(0)) => Err("max_len is 0"),
+            _ => Ok(()),
+        }
     }
 
     fn check(&self) -> Result<(), &'static str> {
-        match self.copy {
-            CopyMode::Packet(0) => return Err("copy range is 0; use copy_metadata for none"),
-            CopyMode::Packet(range) if range as usize > MAX_PAYLOAD => return Err("copy range is more than 65531"),
-            _ => {}
-        }
-        if self.max_len == 0 {
-            return Err("max_len is 0");
-        }
+        Self::check_limits(Some(self.copy), Some(self.max_len))?;
         if self.receive_buffer == Some(0) {
             return Err("receive buffer is 0");
         }
@@ -213,23 +223,6 @@ impl QueueBuilder {
             _ => {}
         }
         self.policy.check()
-    }
-}
-
-/// A receive buffer in which `packets` messages with up to `payload` bytes each find room, and some answers beside.
-fn buffer_for(packets: u32, payload: usize) -> usize {
-    const ANSWERS: usize = 64 * 1024;
-    truesize(payload).saturating_mul(packets as usize).saturating_add(ANSWERS)
-}
-
-/// What the kernel charges a message for, by the packet bytes it carries (`skb->truesize`, measured on Linux 6.18): sizes
-/// of the slab its memory comes from, and beyond a page the bytes themselves.
-fn truesize(payload: usize) -> usize {
-    match payload {
-        0..=128 => 832,
-        129..=528 => 1280,
-        529..=1500 => 2304,
-        longer => longer.max(1504) + 832,
     }
 }
 
@@ -260,11 +253,5 @@ mod tests {
     #[test]
     fn outside_a_runtime_is_an_error() {
         assert_eq!(Queue::builder(3).bind().expect_err("no runtime").kind(), ErrorKind::NoRuntime);
-    }
-
-    #[test]
-    fn the_default_buffer_holds_a_full_queue() {
-        assert!(buffer_for(1024, 65_531) >= 1024 * 66_335);
-        assert!(buffer_for(1024, 128) >= 1024 * 832);
     }
 }

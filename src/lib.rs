@@ -5,6 +5,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("tokio-nfqueue works on Linux alone: NFQUEUE is a part of its netfilter");
 
+mod advice;
 mod alarm;
 mod builder;
 #[cfg(feature = "divert")]
@@ -12,9 +13,12 @@ mod divert;
 mod error;
 mod flush;
 mod hook;
+mod kernel;
 mod ledger;
+mod namespace;
 mod packet;
 mod queue;
+mod reconfigure;
 mod register;
 mod sink;
 mod socket;
@@ -22,14 +26,18 @@ mod stats;
 mod verdict;
 mod wire;
 
+pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
 pub use divert::{Divert, DivertBuilder, Protocol, Rule};
 pub use error::{Error, ErrorKind};
 pub use flush::{Flush, FlushPolicy, FlushWhen, Gathered, Occasion};
 pub use hook::Hook;
+pub use kernel::KernelStats;
+pub use namespace::NetworkNamespace;
 pub use packet::{Family, Packet, PacketId, Ticket};
 pub use queue::{PacketStream, Queue};
+pub use reconfigure::Reconfigure;
 pub use sink::{Confirm, VerdictSink};
-pub use stats::Stats;
+pub use stats::{Fill, Stats};
 pub use verdict::{Action, Verdict};

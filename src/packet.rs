@@ -170,15 +170,17 @@ impl Packet {
         self.arrived.bytes.slice(start as usize..end as usize)
     }
 
-    /// The packet's own length in bytes, also where less was copied.
+    /// The packet's own length in bytes, also where less was copied. `None` in
+    /// [metadata](crate::QueueBuilder::copy_metadata) mode, where the kernel does not tell.
     #[doc(alias = "NFQA_CAP_LEN")]
-    pub fn original_len(&self) -> usize {
-        self.be32(attribute::CAPTURED_LENGTH).map_or(self.payload().len(), |length| length as usize)
+    pub fn original_len(&self) -> Option<usize> {
+        let copied = self.payload().len();
+        self.be32(attribute::CAPTURED_LENGTH).map(|length| length as usize).or((copied > 0).then_some(copied))
     }
 
     /// Whether [`payload`](Self::payload) is less than the packet.
     pub fn is_truncated(&self) -> bool {
-        self.original_len() > self.payload().len()
+        self.original_len().is_none_or(|length| length > self.payload().len())
     }
 
     /// The family of the hook that queued the packet.

@@ -6,12 +6,15 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
-use futures::{Sink, channel::oneshot};
+use futures::{Sink, Stream, channel::oneshot, stream};
 use pin_project::pin_project;
 
-use crate::{Action, Error, ErrorKind, PacketId, Stats, Verdict, queue::Shared};
+use crate::{
+    Action, Advice, Error, ErrorKind, KernelStats, PacketId, Reconfigure, Stats, Verdict, alarm::Alarm, queue::Shared,
+};
 
 /// Takes the verdicts of a queue. Clone it freely: clones are independent and may be used from any task or thread.
 ///
@@ -123,9 +126,45 @@ impl VerdictSink {
         self.queue.close(action).await
     }
 
+    /// Changes settings while the queue runs: in one message that the kernel acknowledges or refuses as a whole. No packet is
+    /// lost. Where the receive buffer was left to the crate, it grows with a longer queue or copy range.
+    ///
+    /// # Errors
+    /// * `InvalidInput`: a value that the kernel would refuse or silently change.
+    /// * `Unsupported`: this kernel lacks a setting, which is named.
+    /// * `NotPermitted`: the calling thread has no `CAP_NET_ADMIN`.
+    /// * `Closed`: the queue is closing or closed.
+    pub fn reconfigure(&self, change: &Reconfigure) -> Result<(), Error> {
+        self.queue.reconfigure(change)
+    }
+
     /// The queue's counters.
     pub fn stats(&self) -> Stats {
         self.queue.stats()
+    }
+
+    /// The queue's counters now and then: one item each `every`, until the queue is closed. It does not keep the queue
+    /// open.
+    ///
+    /// # Errors
+    /// `InvalidInput` if `every` is zero; `NoRuntime` outside a Tokio runtime.
+    pub fn watch(&self, every: Duration) -> Result<impl Stream<Item = Stats> + Send + Unpin + use<>, Error> {
+        watch(&self.queue, every)
+    }
+
+    /// The kernel's own account of the queue, from `/proc/net/netfilter/nfnetlink_queue` of the queue's network namespace,
+    /// wherever the caller is. It takes a system call or two.
+    ///
+    /// # Errors
+    /// `Closed` if the queue is not bound any more; the error of the read otherwise. In a user namespace that was
+    /// entered after its network namespace was made, the file is not readable.
+    pub fn kernel_stats(&self) -> Result<KernelStats, Error> {
+        self.queue.kernel_stats()
+    }
+
+    /// Which limits have cost packets so far, and what to raise them to. Empty where none has.
+    pub fn advice(&self) -> Vec<Advice> {
+        self.queue.advice()
     }
 
     /// Whether the queue is closing or closed.
@@ -207,4 +246,24 @@ impl fmt::Debug for Confirm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Confirm").field(&self.id).finish()
     }
+}
+
+fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl Stream<Item = Stats> + Send + Unpin + use<>, Error> {
+    const OPERATION: &str = "watch statistics";
+    if every.is_zero() {
+        return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
+    }
+    if tokio::runtime::Handle::try_current().is_err() {
+        return Err(Error::new(ErrorKind::NoRuntime, OPERATION));
+    }
+    let alarm = Alarm::new().map_err(|source| Error::os(OPERATION, source))?;
+    let start = (alarm, Arc::downgrade(queue), Instant::now() + every);
+    Ok(Box::pin(stream::unfold(start, move |(mut alarm, queue, at)| async move {
+        alarm.set(at).ok()?;
+        alarm.rings().await.ok()?;
+        let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
+        // Late by more than an interval, it skips what it has missed.
+        let next = (at + every).max(Instant::now());
+        Some((stats, (alarm, queue, next)))
+    })))
 }

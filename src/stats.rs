@@ -1,5 +1,7 @@
 //! What a queue has seen, in numbers.
 
+use std::time::Duration;
+
 use crate::wire::verdict::code;
 
 /// A snapshot of a queue's counters. All counts are since [`bind`](crate::QueueBuilder::bind).
@@ -56,8 +58,51 @@ pub struct Stats {
     pub in_flight: usize,
     /// The most there ever were of these.
     pub most_in_flight: usize,
+    /// How many there were when packets were received: least, mean and most.
+    pub fill: Fill,
+    /// Bytes of the packets still undecided, as received: metadata and payload.
+    pub held_bytes: usize,
+    /// How long the oldest undecided packet has been here, to within a 64th.
+    pub oldest_undecided: Option<Duration>,
+    /// How many packets the kernel queues at most.
+    pub max_len: u32,
     /// Bytes the socket's receive buffer may hold, as the kernel charges them.
     pub receive_buffer: usize,
+}
+
+/// The least, the mean and the most of a number that is looked at now and then. All zero before the first look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Fill {
+    /// The least.
+    pub min: usize,
+    /// The mean, rounded down.
+    pub mean: usize,
+    /// The most.
+    pub max: usize,
+}
+
+/// What [`Fill`] is made from.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct FillCounter {
+    looks: u64,
+    sum: u64,
+    min: usize,
+    max: usize,
+}
+
+impl FillCounter {
+    pub(crate) fn look(&mut self, number: usize) {
+        self.min = if self.looks == 0 { number } else { self.min.min(number) };
+        self.max = self.max.max(number);
+        self.looks += 1;
+        self.sum += number as u64;
+    }
+
+    pub(crate) fn fill(&self) -> Fill {
+        let mean = self.sum.checked_div(self.looks).unwrap_or(0) as usize;
+        Fill { min: self.min, mean, max: self.max }
+    }
 }
 
 impl Stats {

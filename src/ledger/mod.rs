@@ -28,6 +28,8 @@ pub(crate) struct Ledger<E> {
     /// Decided ids, in the order of the decisions.
     gathered: Vec<u32>,
     undecided: usize,
+    /// The weights of the undecided, added up.
+    weight: usize,
     batches: bool,
 }
 
@@ -56,7 +58,8 @@ pub(crate) enum Settlement<E> {
 
 #[derive(Debug)]
 enum Slot<E> {
-    Undecided,
+    /// With its weight.
+    Undecided(u32),
     Decided(Decision<E>),
     Settled,
 }
@@ -78,17 +81,19 @@ impl<E> Ledger<E> {
             stragglers: BTreeMap::new(),
             gathered: Vec::new(),
             undecided: 0,
+            weight: 0,
             batches: true,
         }
     }
 
-    /// Takes in an id the kernel has handed over; tells how many ids before it were lost on the way.
-    pub(crate) fn arrive(&mut self, id: u32) -> u32 {
+    /// Takes in an id the kernel has handed over; tells how many ids before it were lost on the way. The weight is a number
+    /// that is [added up](Self::weight) over the undecided.
+    pub(crate) fn arrive(&mut self, id: u32, weight: u32) -> u32 {
         let next = self.base.wrapping_add(self.ring.len() as u32);
         let lost = id.wrapping_sub(next);
         if lost > u32::MAX / 2 {
             // Before what was expected. The kernel does not do this; keep the packet all the same.
-            return self.arrive_late(id);
+            return self.arrive_late(id, weight);
         }
         if lost as usize > SPARE_SPAN {
             // A gap wider than the ring should be: start the ring anew behind it.
@@ -99,22 +104,24 @@ impl<E> Ledger<E> {
         } else {
             self.ring.extend((0..lost).map(|_| Slot::Settled));
         }
-        self.ring.push_back(Slot::Undecided);
+        self.ring.push_back(Slot::Undecided(weight));
         self.undecided += 1;
+        self.weight += weight as usize;
         while self.ring.len() > SPARE_SPAN + 4 * (self.undecided + self.gathered.len() - self.stragglers.len()) {
             self.evict();
         }
         lost
     }
 
-    fn arrive_late(&mut self, id: u32) -> u32 {
+    fn arrive_late(&mut self, id: u32, weight: u32) -> u32 {
         let slot = match self.ring.get_mut(id.wrapping_sub(self.base) as usize) {
             Some(slot) => slot,
             None => self.stragglers.entry(id).or_insert(Slot::Settled),
         };
         if matches!(slot, Slot::Settled) {
-            *slot = Slot::Undecided;
+            *slot = Slot::Undecided(weight);
             self.undecided += 1;
+            self.weight += weight as usize;
         }
         0
     }
@@ -138,11 +145,10 @@ impl<E> Ledger<E> {
             Some(slot) => slot,
             None => self.stragglers.get_mut(&id).ok_or(NotInFlight)?,
         };
-        if !matches!(slot, Slot::Undecided) {
-            return Err(NotInFlight);
-        }
+        let Slot::Undecided(weight) = *slot else { return Err(NotInFlight) };
         *slot = Slot::Decided(decision);
         self.undecided -= 1;
+        self.weight -= weight as usize;
         self.gathered.push(id);
         Ok(())
     }
@@ -150,7 +156,7 @@ impl<E> Ledger<E> {
     /// Whether an id still waits for its owner.
     pub(crate) fn is_undecided(&self, id: u32) -> bool {
         let slot = self.ring.get(id.wrapping_sub(self.base) as usize).or_else(|| self.stragglers.get(&id));
-        matches!(slot, Some(Slot::Undecided))
+        matches!(slot, Some(Slot::Undecided(_)))
     }
 
     /// How many ids wait for their owners.
@@ -158,11 +164,21 @@ impl<E> Ledger<E> {
         self.undecided
     }
 
+    /// The weights of the ids that wait for their owners, added up.
+    pub(crate) fn weight(&self) -> usize {
+        self.weight
+    }
+
+    /// The oldest id that is not settled yet, or the one expected next.
+    pub(crate) fn oldest(&self) -> u32 {
+        self.stragglers.keys().next().copied().unwrap_or(self.base)
+    }
+
     /// The ids that wait for their owners, oldest first.
     pub(crate) fn undecided_ids(&self) -> Vec<u32> {
         let stragglers = self.stragglers.iter().map(|(id, slot)| (*id, slot));
         let ring = self.ring.iter().zip(0..).map(|(slot, offset)| (self.base.wrapping_add(offset), slot));
-        stragglers.chain(ring).filter(|(_, slot)| matches!(slot, Slot::Undecided)).map(|(id, _)| id).collect()
+        stragglers.chain(ring).filter(|(_, slot)| matches!(slot, Slot::Undecided(_))).map(|(id, _)| id).collect()
     }
 
     /// How many decisions the kernel has not been told.
@@ -273,7 +289,7 @@ mod tests {
     fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
         let mut ledger = Ledger::new(1);
         for id in ids {
-            ledger.arrive(id);
+            ledger.arrive(id, 1);
         }
         ledger
     }
@@ -322,8 +338,8 @@ mod tests {
     #[test]
     fn gaps_are_counted_and_owe_nothing() {
         let mut ledger = Ledger::<u8>::new(1);
-        assert_eq!(ledger.arrive(4), 3);
-        assert_eq!(ledger.arrive(5), 0);
+        assert_eq!(ledger.arrive(4, 1), 3);
+        assert_eq!(ledger.arrive(5, 1), 0);
         assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(NotInFlight));
         assert_eq!(ledger.undecided_ids(), [4, 5]);
     }
@@ -342,7 +358,7 @@ mod tests {
     fn a_packet_held_for_long_costs_one_entry_and_forbids_batches() {
         let mut ledger = ledger([1]);
         for id in 2..200_000 {
-            ledger.arrive(id);
+            ledger.arrive(id, 1);
             ledger.decide(id, plain(ACCEPT)).unwrap();
             if id % 64 == 0 {
                 let out = settled(&mut ledger);

@@ -104,7 +104,7 @@ fn run(first: u32, steps: Vec<Step>) {
                         expected_gap += 1;
                         continue;
                     }
-                    assert_eq!(ledger.arrive(id), expected_gap);
+                    assert_eq!(ledger.arrive(id, 3), expected_gap);
                     expected_gap = 0;
                     kernel.queued.push(id);
                     owned.push(id);
@@ -142,6 +142,7 @@ fn run(first: u32, steps: Vec<Step>) {
             assert_eq!(wanted.get(id), Some(verdict), "packet {id}");
         }
         assert_eq!(ledger.undecided(), owned.len());
+        assert_eq!(ledger.weight(), 3 * owned.len());
     }
     flush(&mut ledger, &mut kernel);
     for (id, verdict) in &wanted {

@@ -1,14 +1,18 @@
 //! Binding, and finding out what a refusal means.
 
-use std::{fs, sync::Arc};
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
 
 use super::{
     driver,
+    limits::Limits,
     shared::{Settings, Shared},
 };
 use crate::{
-    Error, ErrorKind, FlushPolicy,
-    socket::Socket,
+    Error, ErrorKind, FlushPolicy, NetworkNamespace,
+    kernel::KernelTable,
+    socket::{Socket, Unregistered},
     wire::config::{Config, FLAG_CONNTRACK, FLAG_SECURITY_CONTEXT},
 };
 
@@ -17,22 +21,30 @@ impl Shared {
     pub(crate) fn bind(
         settings: Settings,
         config: &Config,
-        receive_buffer: usize,
         policy: FlushPolicy,
-        payload: usize,
+        namespace: Option<&NetworkNamespace>,
     ) -> Result<Arc<Self>, Error> {
-        let socket = Socket::open(receive_buffer)?;
-        let shared = Arc::new(Self::new(settings, socket, policy, payload));
+        if Handle::try_current().is_err() {
+            return Err(Error::new(ErrorKind::NoRuntime, format!("bind queue {}", settings.queue)));
+        }
+        let limits = Limits::of(config, Limits { max_len: 0, payload: 0 });
+        let receive_buffer = settings.receive_buffer.unwrap_or_else(|| limits.buffer());
+        let open = || (Unregistered::open(receive_buffer), KernelTable::open());
+        let (socket, table) = match namespace {
+            None => open(),
+            Some(namespace) => namespace.run(open)?,
+        };
+        let shared = Arc::new(Self::new(settings, Socket::register(socket?)?, table, policy, limits));
         shared.configure("bind queue", config).map_err(|error| shared.explain(error, config))?;
         driver::start(&shared).map_err(|source| Error::os(format!("bind queue {}", settings.queue), source))?;
         Ok(shared)
     }
 
     /// Says what a refused bind means.
-    fn explain(&self, error: Error, config: &Config) -> Error {
+    pub(super) fn explain(&self, error: Error, config: &Config) -> Error {
         match error.kind() {
             // nfqnl_recv_config answers EPERM both for a queue of another socket and to a caller without the capability.
-            ErrorKind::NotPermitted => match owner(self.settings.queue) {
+            ErrorKind::NotPermitted => match self.owner() {
                 Some(owner) => error.with_kind(ErrorKind::AlreadyBound).with_detail(owner),
                 None => error,
             },
@@ -46,6 +58,13 @@ impl Shared {
             }
             _ => error,
         }
+    }
+
+    /// Who owns the queue, in words.
+    fn owner(&self) -> Option<String> {
+        let port = self.table.read(self.settings.queue).ok()??.port_id as i32;
+        // A process's first netlink socket has the process id for its port; later ones have negative numbers.
+        Some(if port > 0 { format!("by process {port}, it seems") } else { format!("port id {port}") })
     }
 
     /// Which flag this kernel does not have. The queue is not bound, so a flag it has is answered with ENODEV, after
@@ -63,17 +82,3 @@ impl Shared {
 }
 
 const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
-
-/// Who owns a queue in this network namespace, in words.
-fn owner(queue: u16) -> Option<String> {
-    let table = fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue").ok()?;
-    let port = table.lines().find_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let number = fields.next()?.parse::<u16>().ok()?;
-        // Printed as unsigned, and above 2³¹ for all but a process's first netlink socket; older kernels print it signed.
-        let port = fields.next()?.parse::<i64>().ok()? as u32 as i32;
-        (number == queue).then_some(port)
-    })?;
-    // The port id of a process's first netlink socket is its process id.
-    Some(if port > 0 { format!("by process {port}, it seems") } else { format!("port id {port}") })
-}

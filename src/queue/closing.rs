@@ -53,7 +53,7 @@ impl Shared {
             // There is no driver, so nobody would end the wait.
             let left = core.decide_rest(fate);
             if left > 0 {
-                core.close_error = Some(self.timed_out(left));
+                core.close_error.get_or_insert_with(|| self.timed_out(left));
             }
         }
         core.drained = true;

@@ -95,7 +95,7 @@ impl Shared {
         {
             core.phase = Phase::Draining { fate, until: None };
             let left = core.decide_rest(fate);
-            core.close_error = Some(self.timed_out(left));
+            core.close_error.get_or_insert_with(|| self.timed_out(left));
         }
         let mut next = Next::Nothing;
         if std::mem::take(&mut core.pass_end) {

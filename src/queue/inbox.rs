@@ -31,6 +31,13 @@ impl Inbox {
     }
 }
 
+impl Inbox {
+    /// Makes room for messages with payloads of up to so many bytes.
+    pub(super) fn set_payload(&mut self, payload: usize) {
+        self.memory.set_payload(payload);
+    }
+}
+
 impl Shared {
     /// Receives up to [`RECEIVE_BATCH`] datagrams; true when the socket has been found empty.
     ///
@@ -79,19 +86,23 @@ impl Shared {
 
     /// Enters what has come since the inbox held `already` packets.
     fn arrived(&self, core: &mut Core, inbox: &mut Inbox, already: usize) {
-        let deadline = self.settings.deadline.map(|(after, _)| (after, Instant::now()));
+        let Some(first) = inbox.packets.get(already).map(|packet| packet.id) else { return };
+        let now = Instant::now();
+        let oldest = core.ledger.oldest();
+        core.arrivals.arrived(first, oldest, now);
         for packet in inbox.packets.range(already..) {
-            let lost = core.ledger.arrive(packet.id);
+            let lost = core.ledger.arrive(packet.id, packet.bytes.len() as u32);
             core.counters.received += 1;
             if lost > 0 {
                 core.counters.lost += u64::from(lost);
                 core.counters.gaps += 1;
             }
-            if let Some((after, now)) = deadline {
+            if let Some((after, _)) = self.settings.deadline {
                 core.deadlines.arrived(packet.id, 1, now, after);
             }
         }
         let in_flight = core.ledger.undecided() + core.ledger.gathered();
+        core.fill.look(in_flight);
         core.counters.most_in_flight = core.counters.most_in_flight.max(in_flight);
         let fate = match core.phase {
             Phase::Open => None,
@@ -112,7 +123,7 @@ impl Shared {
     fn malformed(&self, core: &mut Core, id: Option<u32>) {
         let mut error = Error::new(ErrorKind::Malformed, "receive packet");
         if let Some(id) = id {
-            core.ledger.arrive(id);
+            core.ledger.arrive(id, 0);
             core.counters.unanswered += 1;
             let _ = core.decide(id, plain(self.settings.on_unanswered));
             error = error.with_packet(PacketId(id));
@@ -125,7 +136,7 @@ impl Shared {
     ///
     /// Bounded: the kernel queues no more than `max_len` packets that nobody decides, and answers only what was asked.
     pub(super) fn receive_all(&self) -> io::Result<()> {
-        for _ in 0..=(self.settings.max_len as usize / RECEIVE_BATCH + 4) * 4 {
+        for _ in 0..=(self.core().limits.max_len as usize / RECEIVE_BATCH + 4) * 4 {
             let mut inbox = lock(&self.inbox);
             let empty = self.receive(&mut inbox)?;
             if !inbox.packets.is_empty() {

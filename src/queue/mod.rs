@@ -15,8 +15,10 @@ mod binding;
 mod closing;
 mod driver;
 mod inbox;
+mod limits;
 mod outbox;
 mod shared;
+mod times;
 
 pub(crate) use shared::{Extra, Settings, Shared};
 use shared::{Phase, lock};

@@ -186,28 +186,40 @@ impl Shared {
     /// # Errors
     /// The kernel's refusal, or `Unconfirmed` where its answer was lost.
     pub(super) fn configure(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
-        let answer = self.exchange(config);
+        self.configured(operation, self.exchange(config, None))
+    }
+
+    /// As [`configure`](Self::configure), but only in this phase of the queue's life.
+    pub(super) fn configure_if(&self, phase: Phase, operation: &'static str, config: &Config) -> Result<(), Error> {
+        self.configured(operation, self.exchange(config, Some(phase)))
+    }
+
+    fn configured(&self, operation: &'static str, answer: io::Result<Exchange>) -> Result<(), Error> {
         // Whoever wanted a flush meanwhile may have found the outbox taken.
         if self.core().flush_wanted {
             self.flush();
         }
         let operation = format!("{operation} {}", self.settings.queue);
         match answer {
-            Ok(Some(Answer { errno: 0, .. })) => Ok(()),
-            Ok(Some(Answer { errno, text, .. })) => {
+            Ok(Exchange::Answered(Answer { errno: 0, .. })) => Ok(()),
+            Ok(Exchange::Answered(Answer { errno, text, .. })) => {
                 let error = Error::os(operation, io::Error::from_raw_os_error(errno));
                 Err(match text {
                     Some(text) => error.with_detail(text.into_string()),
                     None => error,
                 })
             }
-            Ok(None) => Err(Error::new(ErrorKind::Unconfirmed, operation)),
+            Ok(Exchange::Lost) => Err(Error::new(ErrorKind::Unconfirmed, operation)),
+            Ok(Exchange::OutOfPhase) => Err(Error::new(ErrorKind::Closed, operation)),
             Err(source) => Err(Error::os(operation, source)),
         }
     }
 
-    fn exchange(&self, config: &Config) -> io::Result<Option<Answer>> {
+    fn exchange(&self, config: &Config, only_in: Option<Phase>) -> io::Result<Exchange> {
         let _one_at_a_time = lock(&self.configuring);
+        if only_in.is_some_and(|phase| phase != self.core().phase) {
+            return Ok(Exchange::OutOfPhase);
+        }
         // Room for the answer.
         self.receive_all()?;
         {
@@ -221,8 +233,18 @@ impl Shared {
             result?;
         }
         self.receive_all()?;
-        Ok(self.core().configuring.take().and_then(|(_, answer)| answer))
+        let answer = self.core().configuring.take().and_then(|(_, answer)| answer);
+        Ok(answer.map_or(Exchange::Lost, Exchange::Answered))
     }
+}
+
+/// What came of a configuration message.
+enum Exchange {
+    Answered(Answer),
+    /// It was sent, and the answer found no room in the receive buffer.
+    Lost,
+    /// It was not sent.
+    OutOfPhase,
 }
 
 const ENOBUFS: i32 = rustix::io::Errno::NOBUFS.raw_os_error();

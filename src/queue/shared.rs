@@ -17,11 +17,18 @@ use bytes::Bytes;
 use futures::channel::oneshot;
 use tokio::sync::Notify;
 
-use super::{inbox::Inbox, outbox::Outbox};
+use super::{
+    inbox::Inbox,
+    limits::Limits,
+    outbox::Outbox,
+    times::{Arrivals, Deadlines},
+};
 use crate::{
     Action, Error, ErrorKind, Flush, FlushPolicy, Gathered, Occasion, PacketId, Stats,
+    kernel::KernelTable,
     ledger::{Decision, Ledger},
     socket::Socket,
+    stats::FillCounter,
     wire::{Answer, message::Refused, verdict::Ruling},
 };
 
@@ -39,7 +46,8 @@ pub(crate) type Confirmer = oneshot::Sender<Result<(), Error>>;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings {
     pub(crate) queue: u16,
-    pub(crate) max_len: u32,
+    /// The receive buffer asked for, in bytes; `None` for one that holds a full queue.
+    pub(crate) receive_buffer: Option<usize>,
     pub(crate) on_unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
     pub(crate) close_timeout: Duration,
@@ -50,6 +58,7 @@ pub(crate) struct Settings {
 pub(crate) struct Shared {
     pub(super) settings: Settings,
     pub(super) socket: Socket,
+    pub(super) table: KernelTable,
     pub(super) outbox: Mutex<Outbox>,
     pub(super) inbox: Mutex<Inbox>,
     core: Mutex<Core>,
@@ -78,6 +87,7 @@ pub(super) struct Core {
     pub(super) ledger: Ledger<Box<Extra>>,
     pub(super) policy: FlushPolicy,
     pub(super) phase: Phase,
+    pub(super) limits: Limits,
     /// Whether the drain has come so far that nothing can be queued any more and all that was has been received.
     pub(super) drained: bool,
     /// When the oldest verdict not yet sent was given.
@@ -105,6 +115,8 @@ pub(super) struct Core {
     pub(super) stream: Option<Waker>,
     /// Those who wait for everything to be sent, or for the queue to be closed.
     pub(super) waiting: Vec<Waker>,
+    pub(super) arrivals: Arrivals,
+    pub(super) fill: FillCounter,
     pub(super) counters: Stats,
 }
 
@@ -133,12 +145,19 @@ const MAX_ERRORS: usize = 1024;
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
 impl Shared {
-    pub(super) fn new(settings: Settings, socket: Socket, policy: FlushPolicy, payload: usize) -> Self {
+    pub(super) fn new(
+        settings: Settings,
+        socket: Socket,
+        table: KernelTable,
+        policy: FlushPolicy,
+        limits: Limits,
+    ) -> Self {
         let core = Core {
             // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
             ledger: Ledger::new(1),
             policy,
             phase: Phase::Open,
+            limits,
             drained: false,
             oldest: None,
             backlog: false,
@@ -156,16 +175,19 @@ impl Shared {
             close_error: None,
             stream: None,
             waiting: Vec::new(),
+            arrivals: Arrivals::default(),
+            fill: FillCounter::default(),
             counters: Stats::default(),
         };
         Self {
             outbox: Mutex::new(Outbox::new(socket.max_send())),
-            inbox: Mutex::new(Inbox::new(payload)),
+            inbox: Mutex::new(Inbox::new(limits.payload)),
             core: Mutex::new(core),
             configuring: Mutex::new(()),
             signal: Arc::new(Notify::new()),
             settings,
             socket,
+            table,
         }
     }
 
@@ -232,6 +254,10 @@ impl Shared {
         let core = self.core();
         Stats {
             in_flight: core.ledger.undecided() + core.ledger.gathered(),
+            fill: core.fill.fill(),
+            held_bytes: core.ledger.weight(),
+            oldest_undecided: (core.ledger.undecided() > 0).then(|| core.arrivals.age(core.ledger.oldest())).flatten(),
+            max_len: core.limits.max_len,
             receive_buffer: self.socket.receive_buffer(),
             ..core.counters
         }
@@ -410,47 +436,6 @@ impl Core {
         if !self.waiting.iter().any(|other| other.will_wake(waker)) {
             self.waiting.push(waker.clone());
         }
-    }
-}
-
-/// When which packets are answered for. Packets that came close together share an entry, so that a deadline of seconds
-/// does not keep an entry for each of thousands of receives; an answer comes up to a 64th of the deadline late for it.
-#[derive(Debug, Default)]
-pub(super) struct Deadlines {
-    entries: VecDeque<DeadlineEntry>,
-}
-
-#[derive(Debug)]
-struct DeadlineEntry {
-    first: u32,
-    count: u32,
-    opened: Instant,
-    at: Instant,
-}
-
-impl Deadlines {
-    /// `count` packets with consecutive ids from `first` on have arrived.
-    pub(super) fn arrived(&mut self, first: u32, count: u32, now: Instant, after: Duration) {
-        match self.entries.back_mut() {
-            Some(last) if last.first.wrapping_add(last.count) == first && now - last.opened < after / 64 => {
-                last.count += count;
-                last.at = now + after;
-            }
-            _ => self.entries.push_back(DeadlineEntry { first, count, opened: now, at: now + after }),
-        }
-    }
-
-    pub(super) fn next(&self) -> Option<Instant> {
-        self.entries.front().map(|entry| entry.at)
-    }
-
-    /// The ids whose time has come, removed.
-    pub(super) fn due(&mut self, now: Instant) -> Option<impl Iterator<Item = u32> + use<>> {
-        if self.next()? > now {
-            return None;
-        }
-        let entry = self.entries.pop_front()?;
-        Some((0..entry.count).map(move |offset| entry.first.wrapping_add(offset)))
     }
 }
 

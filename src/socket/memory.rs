@@ -32,6 +32,15 @@ impl Memory {
         Self { landing: Pool::new(longest * LANDINGS, 8), slabs: Pool::new(SLAB, 128), longest }
     }
 
+    /// From now on for payloads of up to `payload` bytes. What was received last must have been taken.
+    pub(crate) fn set_payload(&mut self, payload: usize) {
+        let longest = payload + ATTRIBUTES;
+        if longest != self.longest {
+            self.landing = Pool::new(longest * LANDINGS, 8);
+            self.longest = longest;
+        }
+    }
+
     /// Where to receive: empty, with capacity for the longest datagram.
     pub(super) fn room(&mut self) -> &mut BytesMut {
         let room = self.landing.room(self.longest);

@@ -2,17 +2,15 @@
 
 use std::{
     io,
+    sync::atomic::{AtomicUsize, Ordering},
     task::{Context, Poll},
 };
 
 use netlink_sys::{Socket as Netlink, protocols::NETLINK_NETFILTER};
 use rustix::net::sockopt;
-use tokio::{
-    io::unix::{AsyncFd, AsyncFdReadyGuard},
-    runtime::Handle,
-};
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use crate::{Error, ErrorKind, register};
+use crate::{Error, register};
 
 mod memory;
 
@@ -22,7 +20,7 @@ pub(crate) use memory::Memory;
 #[derive(Debug)]
 pub(crate) struct Socket {
     fd: AsyncFd<Netlink>,
-    receive_buffer: usize,
+    receive_buffer: AtomicUsize,
     /// The longest datagram the kernel takes in one send.
     max_send: usize,
 }
@@ -40,12 +38,17 @@ pub(crate) enum Received {
     Overrun,
 }
 
-impl Socket {
-    /// Opens the socket. `receive_buffer` is the space in bytes, as the kernel charges it.
+/// A netlink socket that no runtime knows yet.
+#[derive(Debug)]
+pub(crate) struct Unregistered {
+    socket: Netlink,
+    receive_buffer: usize,
+    max_send: usize,
+}
+
+impl Unregistered {
+    /// Opens a socket in the calling thread's network namespace. `receive_buffer` is in bytes, as the kernel charges them.
     pub(crate) fn open(receive_buffer: usize) -> Result<Self, Error> {
-        if Handle::try_current().is_err() {
-            return Err(Error::new(ErrorKind::NoRuntime, "open netlink socket"));
-        }
         let os = |operation: &'static str| move |source| Error::os(operation, source);
         let mut socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
         socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
@@ -54,25 +57,42 @@ impl Socket {
         socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
         // The kernel's own words beside an errno, where it has any; not there before 4.12, and not needed.
         let _ = socket.set_ext_ack(true);
-
-        // The kernel doubles what it is told, for its bookkeeping; the charge counts against the doubled value.
-        let half = (receive_buffer / 2).min(i32::MAX as usize / 2);
-        if sockopt::set_socket_recv_buffer_size_force(&socket, half).is_err() {
-            // Capped at net.core.rmem_max; what came of it is readable.
-            sockopt::set_socket_recv_buffer_size(&socket, half).map_err(|e| Error::os("set SO_RCVBUF", e.into()))?;
-        }
-        let receive_buffer =
-            sockopt::socket_recv_buffer_size(&socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))?;
+        let receive_buffer = set_receive_buffer(&socket, receive_buffer)?;
         let send_buffer =
             sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
-        let fd = register::readable(socket).map_err(os("register netlink socket"))?;
         // netlink_sendmsg: a message longer than sk_sndbuf - 32 is EMSGSIZE.
-        Ok(Self { fd, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+        Ok(Self { socket, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+    }
+}
+
+/// Sets the receive buffer, past `net.core.rmem_max` where that is allowed; tells what came of it.
+fn set_receive_buffer(socket: &Netlink, bytes: usize) -> Result<usize, Error> {
+    // The kernel doubles what it is told, for its bookkeeping; the charge counts against the doubled value.
+    let half = (bytes / 2).min(i32::MAX as usize / 2);
+    if sockopt::set_socket_recv_buffer_size_force(socket, half).is_err() {
+        sockopt::set_socket_recv_buffer_size(socket, half).map_err(|e| Error::os("set SO_RCVBUF", e.into()))?;
+    }
+    sockopt::socket_recv_buffer_size(socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))
+}
+
+impl Socket {
+    /// Registers a socket with the current runtime.
+    pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
+        let Unregistered { socket, receive_buffer, max_send } = unregistered;
+        let fd = register::readable(socket).map_err(|source| Error::os("register netlink socket", source))?;
+        Ok(Self { fd, receive_buffer: receive_buffer.into(), max_send })
+    }
+
+    /// Changes the size of the receive buffer, in bytes as the kernel charges them.
+    pub(crate) fn set_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
+        let came = set_receive_buffer(self.fd.get_ref(), bytes)?;
+        self.receive_buffer.store(came, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Bytes the socket's receive buffer may hold, as the kernel charges them.
     pub(crate) fn receive_buffer(&self) -> usize {
-        self.receive_buffer
+        self.receive_buffer.load(Ordering::Relaxed)
     }
 
     /// The longest datagram that can be sent, in bytes.

@@ -1,0 +1,134 @@
+//! Which limit was hit, and what to raise it to.
+
+use std::fmt;
+
+use crate::{KernelStats, Stats};
+
+/// A limit that has cost packets, and what to do about it: from [`VerdictSink::advice`](crate::VerdictSink::advice).
+///
+/// The kernel counts two kinds of loss. "Queue dropped" packets found `max_len` packets waiting for verdicts already;
+/// "user dropped" ones found the socket's receive buffer full, which by default is so large that this does not happen
+/// first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Advice {
+    /// The queue was full ("queue dropped").
+    RaiseMaxLen {
+        /// Packets that found it full.
+        dropped: u32,
+        /// Its length now, in packets.
+        now: u32,
+        /// The length to try next.
+        to: u32,
+    },
+    /// The queue was full, and is as long as the kernel lets it be: verdicts come too slowly. More queues, a shorter copy range
+    /// or GSO help; with fail-open the packets would pass instead of being dropped.
+    DecideFaster {
+        /// Packets that found it full.
+        dropped: u32,
+        /// Its length, in packets.
+        max_len: u32,
+    },
+    /// The receive buffer was full ("user dropped").
+    RaiseReceiveBuffer {
+        /// Packets that found it full.
+        lost: u64,
+        /// Its size now, in bytes as the kernel charges them.
+        now: usize,
+        /// The size to try next, which holds a full queue.
+        to: usize,
+        /// The system limit that keeps it from being as large as was asked for; `net.core.rmem_max` is to be raised to
+        /// this many bytes first.
+        rmem_max: Option<usize>,
+    },
+}
+
+/// The kernel's own limit where it keeps packets in a hash table (Linux 6.12.117, 6.18 and later).
+const LONGEST_QUEUE: u32 = 65_536;
+
+/// What the counters advise. `wanted` is the receive buffer in bytes that a full queue needs, or that was asked for.
+pub(crate) fn advise(stats: &Stats, kernel: Option<&KernelStats>, wanted: usize) -> Vec<Advice> {
+    let mut advice = Vec::new();
+    let dropped = kernel.map_or(0, |kernel| kernel.dropped_queue);
+    let now = stats.max_len;
+    if dropped > 0 && now < LONGEST_QUEUE {
+        // How long a queue would have been enough is not known; doubling finds it in a few steps.
+        advice.push(Advice::RaiseMaxLen { dropped, now, to: now.saturating_mul(2).min(LONGEST_QUEUE) });
+    } else if dropped > 0 {
+        advice.push(Advice::DecideFaster { dropped, max_len: now });
+    }
+    if stats.lost > 0 {
+        let now = stats.receive_buffer;
+        let to = if wanted > now { wanted } else { now.saturating_mul(2) };
+        // SO_RCVBUF is doubled, so half of what is charged against is what the limit must allow.
+        let rmem_max = (wanted > now).then_some(to / 2);
+        advice.push(Advice::RaiseReceiveBuffer { lost: stats.lost, now, to, rmem_max });
+    }
+    advice
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RaiseMaxLen { dropped, now, to } => {
+                write!(
+                    f,
+                    "{dropped} packets found the queue full: raise max_len from {now} to {to} packets, or decide faster"
+                )
+            }
+            Self::DecideFaster { dropped, max_len } => write!(
+                f,
+                "{dropped} packets found the queue full, and {max_len} packets are the most the kernel queues: decide faster, \
+                 spread the traffic over more queues, or pass what is too much with fail_open"
+            ),
+            Self::RaiseReceiveBuffer { lost, now, to, rmem_max } => {
+                write!(
+                    f,
+                    "{lost} packets found the receive buffer full: raise receive_buffer from {now} to {to} bytes"
+                )?;
+                match rmem_max {
+                    Some(bytes) => write!(
+                        f,
+                        "; without CAP_NET_ADMIN in the initial user namespace that needs net.core.rmem_max={bytes}"
+                    ),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(lost: u64, max_len: u32, receive_buffer: usize) -> Stats {
+        Stats { lost, max_len, receive_buffer, ..Stats::default() }
+    }
+
+    fn kernel(dropped_queue: u32) -> KernelStats {
+        KernelStats { port_id: 1, queued: 0, copy_range: 100, dropped_queue, dropped_socket: 0, last_id: 0 }
+    }
+
+    #[test]
+    fn nothing_lost_nothing_to_say() {
+        assert_eq!(advise(&stats(0, 1024, 1000), Some(&kernel(0)), 1000), []);
+    }
+
+    #[test]
+    fn each_limit_by_itself() {
+        let queue = advise(&stats(0, 1024, 1000), Some(&kernel(5)), 1000);
+        assert_eq!(queue, [Advice::RaiseMaxLen { dropped: 5, now: 1024, to: 2048 }]);
+        let longest = advise(&stats(0, 65_536, 1000), Some(&kernel(5)), 1000);
+        assert_eq!(longest, [Advice::DecideFaster { dropped: 5, max_len: 65_536 }]);
+        let socket = advise(&stats(3, 1024, 1000), None, 1000);
+        assert_eq!(socket, [Advice::RaiseReceiveBuffer { lost: 3, now: 1000, to: 2000, rmem_max: None }]);
+    }
+
+    #[test]
+    fn a_buffer_cut_by_the_system_names_the_limit() {
+        let both = advise(&stats(3, 1024, 1000), Some(&kernel(1)), 8000);
+        assert_eq!(both[1], Advice::RaiseReceiveBuffer { lost: 3, now: 1000, to: 8000, rmem_max: Some(4000) });
+        assert!(both[1].to_string().contains("net.core.rmem_max=4000"));
+    }
+}

@@ -1,0 +1,84 @@
+//! Other network namespaces than the present one.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+    thread,
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::{Error, ErrorKind};
+
+/// A network namespace, to bind a queue or to install rules in without moving the caller's threads into it:
+/// [`QueueBuilder::namespace`](crate::QueueBuilder::namespace).
+///
+/// It holds a file descriptor, and so keeps the namespace alive. Clones share it.
+#[derive(Debug, Clone)]
+pub struct NetworkNamespace(Arc<OwnedFd>);
+
+impl NetworkNamespace {
+    /// The namespace at a path: `/proc/PID/ns/net` of a process in it, or a bind mount of such a file.
+    ///
+    /// # Errors
+    /// The file cannot be opened. Whether it is a network namespace shows when it is used.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(|source| failed(&path.display().to_string(), source))?;
+        Ok(Self(Arc::new(file.into())))
+    }
+
+    /// The namespace that `ip netns add NAME` has made: `/run/netns/NAME`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); `InvalidInput` for a name with a slash in it, `.`, `..` and the empty one.
+    pub fn named(name: &str) -> Result<Self, Error> {
+        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("network namespace {name:?}")));
+        }
+        Self::open(Path::new("/run/netns").join(name))
+    }
+
+    /// The calling thread's.
+    ///
+    /// # Errors
+    /// `/proc` is not there.
+    pub fn current() -> Result<Self, Error> {
+        Self::open("/proc/thread-self/ns/net")
+    }
+
+    /// Runs `body` in the namespace, on a thread of its own that ends with it.
+    pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+                move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?;
+                Ok(body())
+            })?;
+            match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+        .map_err(|source| failed("enter", source))
+    }
+}
+
+fn failed(what: &str, source: io::Error) -> Error {
+    // ENOENT is a missing file here, not a missing packet; EINVAL a file that is no network namespace.
+    let error = Error::os(format!("network namespace: {what}"), source);
+    match error.kind() {
+        ErrorKind::PacketGone => error.with_kind(ErrorKind::Other),
+        ErrorKind::NotPermitted => error.with_detail("CAP_SYS_ADMIN is needed, here and there"),
+        _ => error,
+    }
+}
+
+/// From a descriptor of a network namespace, for example one received over a Unix socket.
+impl From<OwnedFd> for NetworkNamespace {
+    fn from(fd: OwnedFd) -> Self {
+        Self(Arc::new(fd))
+    }
+}
