@@ -154,6 +154,11 @@ impl Packet {
         self.claim.id()
     }
 
+    /// The number of the queue the packet waits in.
+    pub fn queue(&self) -> u16 {
+        self.claim.queue.as_ref().map_or(0, |queue| queue.number())
+    }
+
     /// The packet from its network header on, as much of it as was copied: see
     /// [`QueueBuilder::copy_range`](crate::QueueBuilder::copy_range). Empty in
     /// [metadata](crate::QueueBuilder::copy_metadata) mode.

@@ -47,12 +47,7 @@ impl VerdictSink {
     ///
     /// What the kernel itself refuses comes out of the stream; [`confirm`](Self::confirm) brings it here.
     pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
-        verdict.check()?;
-        let (claim, decision) = verdict.into_parts();
-        match claim.redeem() {
-            Some((queue, id)) => queue.decide(id, decision),
-            None => Ok(()),
-        }
+        submit(verdict)
     }
 
     /// Gives a verdict, sends it and everything gathered at once, and resolves when the kernel has acknowledged it.
@@ -69,18 +64,7 @@ impl VerdictSink {
     /// # Cancel safety
     /// Dropping the future leaves the verdict given; only its confirmation is lost.
     pub fn confirm(&self, verdict: Verdict) -> Confirm {
-        let id = verdict.packet_id();
-        let state = match verdict.check() {
-            Err(error) => Confirmation::Refused(Some(error)),
-            Ok(()) => {
-                let (claim, decision) = verdict.into_parts();
-                match claim.redeem() {
-                    Some((queue, id)) => Confirmation::Awaited(queue.decide_confirmed(id, decision)),
-                    None => Confirmation::Refused(None),
-                }
-            }
-        };
-        Confirm { id, state }
+        confirm(verdict)
     }
 
     /// Sends everything gathered, by whichever clone it was given; resolves when that has been done.
@@ -182,6 +166,32 @@ impl fmt::Debug for VerdictSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VerdictSink").field("queue", &self.queue()).field("closed", &self.is_closed()).finish()
     }
+}
+
+/// Gives a verdict to its packet's own queue.
+pub(crate) fn submit(verdict: Verdict) -> Result<(), Error> {
+    verdict.check()?;
+    let (claim, decision) = verdict.into_parts();
+    match claim.redeem() {
+        Some((queue, id)) => queue.decide(id, decision),
+        None => Ok(()),
+    }
+}
+
+/// As [`submit`], and what the kernel says of it.
+pub(crate) fn confirm(verdict: Verdict) -> Confirm {
+    let id = verdict.packet_id();
+    let state = match verdict.check() {
+        Err(error) => Confirmation::Refused(Some(error)),
+        Ok(()) => {
+            let (claim, decision) = verdict.into_parts();
+            match claim.redeem() {
+                Some((queue, id)) => Confirmation::Awaited(queue.decide_confirmed(id, decision)),
+                None => Confirmation::Refused(None),
+            }
+        }
+    };
+    Confirm { id, state }
 }
 
 /// Always ready: what is gathered is bounded by the packets in flight. `poll_close` flushes and closes this clone alone; the

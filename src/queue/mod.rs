@@ -47,6 +47,10 @@ impl Queue {
         Self { sink: VerdictSink::new(Arc::clone(&shared)), stream: PacketStream { shared, ended: false } }
     }
 
+    pub(crate) fn from_halves(stream: PacketStream, sink: VerdictSink) -> Self {
+        Self { stream, sink }
+    }
+
     /// The two halves.
     pub fn split(self) -> (PacketStream, VerdictSink) {
         (self.stream, self.sink)
