@@ -192,6 +192,7 @@ impl QueueBuilder {
             on_unanswered: self.on_unanswered,
             deadline: self.deadline,
             close_timeout: self.close_timeout,
+            conntrack: self.flags & FLAG_CONNTRACK != 0,
         };
         let namespace = self.namespace.as_ref();
         Shared::bind(settings, &config, self.policy, namespace).map(Queue::new)

@@ -90,8 +90,8 @@ pub enum Flush {
     Now,
     /// Ask again when the runtime has run what is ready now: other tasks may add to the batch, and none is waited for.
     AtPassEnd,
-    /// Ask again when the oldest verdict has waited so long, counted from when it was given; sooner if something else
-    /// makes the queue ask. Kept with a timer of its own, not with Tokio's, whose resolution is 1 ms.
+    /// Send when the oldest verdict has waited so long, counted from when it was given, 1 s at most; before that ask again
+    /// whenever something makes the queue ask, and once more when the delay is over. Kept with a timer of its own, not with Tokio's, whose resolution is 1 ms.
     Within(Duration),
 }
 

@@ -8,6 +8,8 @@ compile_error!("tokio-nfqueue works on Linux alone: NFQUEUE is a part of its net
 mod advice;
 mod alarm;
 mod builder;
+#[cfg(feature = "conntrack")]
+mod conntrack;
 #[cfg(feature = "divert")]
 mod divert;
 mod error;
@@ -29,6 +31,8 @@ mod wire;
 
 pub use advice::Advice;
 pub use builder::QueueBuilder;
+#[cfg(feature = "conntrack")]
+pub use conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow};
 #[cfg(feature = "divert")]
 pub use divert::{Divert, DivertBuilder, Protocol, Rule};
 pub use error::{Error, ErrorKind};
@@ -37,7 +41,7 @@ pub use group::{GroupSink, GroupStream, QueueGroup};
 pub use hook::Hook;
 pub use kernel::KernelStats;
 pub use namespace::NetworkNamespace;
-pub use packet::{Family, Packet, PacketId, Ticket};
+pub use packet::{Family, Packet, PacketId, Ticket, Vlan};
 pub use queue::{PacketStream, Queue};
 pub use reconfigure::Reconfigure;
 pub use sink::{Confirm, VerdictSink};

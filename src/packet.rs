@@ -11,11 +11,11 @@ use std::{
 use bytes::Bytes;
 
 use crate::{
-    Action, Hook, Verdict,
+    Action, Error, ErrorKind, Hook, Verdict,
     queue::Shared,
     wire::{
         PacketMessage, attribute,
-        packet::{find, find_be32},
+        packet::{attributes_of, find, find_be32},
     },
 };
 
@@ -72,6 +72,22 @@ impl From<u8> for Family {
     }
 }
 
+/// A VLAN tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Vlan {
+    /// The tag protocol identifier, an EtherType: 0x8100, or 0x88a8 for a service tag.
+    pub protocol: u16,
+    /// The tag control information: priority (3 bits), drop eligible (1 bit), VLAN identifier (12 bits).
+    pub control: u16,
+}
+
+impl Vlan {
+    /// The VLAN identifier, 12 bits.
+    pub fn id(self) -> u16 {
+        self.control & 0x0fff
+    }
+}
+
 /// A packet as it was received, before anyone owns its decision.
 #[derive(Debug)]
 pub(crate) struct Arrived {
@@ -104,6 +120,11 @@ impl Arrived {
         Packet { claim: Claim { queue: Some(queue), id: self.id }, arrived: self }
     }
 
+    /// The attributes behind the `struct nfgenmsg`.
+    fn attributes(&self) -> &[u8] {
+        self.get(&self.attributes)
+    }
+
     fn get(&self, range: &Range<u32>) -> &[u8] {
         self.bytes.get(range.start as usize..range.end as usize).unwrap_or(&[])
     }
@@ -118,6 +139,11 @@ pub(crate) struct Claim {
 impl Claim {
     pub(crate) fn id(&self) -> PacketId {
         PacketId(self.id)
+    }
+
+    #[cfg(feature = "conntrack")]
+    pub(crate) fn has_conntrack(&self) -> bool {
+        self.queue.as_ref().is_some_and(|queue| queue.has_conntrack())
     }
 
     /// Gives the right up to somebody who makes use of it.
@@ -278,6 +304,75 @@ impl Packet {
         self.attribute(attribute::SECURITY_CONTEXT)
     }
 
+    /// The VLAN tag that the network card took off the packet. In the bridge family alone.
+    #[doc(alias = "NFQA_VLAN")]
+    pub fn vlan(&self) -> Option<Vlan> {
+        let nested = self.attribute(attribute::VLAN)?;
+        let be16 = |number| find(nested, number)?.first_chunk().map(|bytes| u16::from_be_bytes(*bytes));
+        // NFQA_VLAN_PROTO, NFQA_VLAN_TCI
+        Some(Vlan { protocol: be16(1)?, control: be16(2)? })
+    }
+
+    /// The link-layer header, 14 bytes for Ethernet. In the bridge family alone.
+    #[doc(alias = "NFQA_L2HDR")]
+    pub fn layer2_header(&self) -> Option<&[u8]> {
+        self.attribute(attribute::LAYER2_HEADER)
+    }
+
+    /// The class id of the sender's control group (`net_cls`). Linux 6.12 and later, where there is a local socket.
+    #[doc(alias = "NFQA_CGROUP_CLASSID")]
+    pub fn cgroup_class_id(&self) -> Option<u32> {
+        self.be32(attribute::CGROUP_CLASS_ID)
+    }
+
+    /// The packet's connection tracking entry, with [`conntrack`](crate::QueueBuilder::conntrack) and where it has one.
+    /// Decoded at each call.
+    #[cfg(feature = "conntrack")]
+    #[doc(alias = "NFQA_CT")]
+    pub fn conntrack(&self) -> Option<crate::Conntrack> {
+        self.attribute(attribute::CONNTRACK).map(crate::Conntrack::decode)
+    }
+
+    /// How the packet relates to its connection; as [`conntrack`](Self::conntrack).
+    #[cfg(feature = "conntrack")]
+    #[doc(alias = "NFQA_CT_INFO")]
+    pub fn conntrack_state(&self) -> Option<crate::ConntrackState> {
+        self.be32(attribute::CONNTRACK_INFO).map(Into::into)
+    }
+
+    /// The name of an interface, by an index this packet gave, in the queue's network namespace. It takes a system call.
+    ///
+    /// # Errors
+    /// There is no interface of that index (any more).
+    pub fn interface_name(&self, index: u32) -> Result<String, Error> {
+        match &self.claim.queue {
+            Some(queue) => queue.interface_name(index),
+            None => Err(Error::new(ErrorKind::Closed, "name interface")),
+        }
+    }
+
+    /// Whether the packet's mark has this value in the bits of the mask.
+    pub fn has_mark(&self, value: u32, mask: u32) -> bool {
+        self.mark() & mask == value & mask
+    }
+
+    /// The packet's mark with the bits of the mask changed to the value's, for [`Verdict::mark`].
+    pub fn mark_with(&self, value: u32, mask: u32) -> u32 {
+        self.mark() & !mask | value & mask
+    }
+
+    /// Sends the packet through the hook again, marked, so that the rules above the queue's are applied to it with the mark.
+    /// A packet that has the mark already is accepted: whatever the rules say, it does not go round for ever.
+    ///
+    /// The rule may let marked packets pass by itself (`meta mark & MASK != VALUE queue`); that saves the second look.
+    pub fn repeat_marked(self, value: u32, mask: u32) -> Verdict {
+        if self.has_mark(value, mask) {
+            return self.accept();
+        }
+        let mark = self.mark_with(value, mask);
+        self.repeat().mark(mark)
+    }
+
     /// Whether the transport checksum in the payload is finished. If not, the network card (or nobody, on loopback)
     /// would have finished it; accepting the packet as it is, is fine, but a replaced payload needs full checksums.
     #[doc(alias = "NFQA_SKB_CSUMNOTREADY")]
@@ -318,11 +413,16 @@ impl Packet {
 
     /// An attribute of the kernel's message by its number (`NFQA_*`), as it came: numbers in network byte order.
     pub fn attribute(&self, number: u16) -> Option<&[u8]> {
-        find(self.arrived.get(&self.arrived.attributes).get(..)?, number)
+        find(self.arrived.attributes(), number)
+    }
+
+    /// All attributes of the kernel's message, with their numbers.
+    pub fn attributes(&self) -> impl Iterator<Item = (u16, &[u8])> {
+        attributes_of(self.arrived.attributes()).map_while(|attribute| attribute)
     }
 
     fn be32(&self, number: u16) -> Option<u32> {
-        find_be32(self.arrived.get(&self.arrived.attributes), number)
+        find_be32(self.arrived.attributes(), number)
     }
 
     fn offload(&self) -> u32 {

@@ -1,11 +1,15 @@
 //! What to do with one packet.
 
-use std::fmt;
+#[cfg(feature = "conntrack")]
+use std::time::Duration;
+use std::{borrow::Cow, fmt};
 
 use bytes::Bytes;
 
+#[cfg(feature = "conntrack")]
+use crate::wire::verdict::encode_conntrack;
 use crate::{
-    Error, ErrorKind, PacketId,
+    Error, ErrorKind, PacketId, Vlan,
     ledger::Decision,
     packet::Claim,
     queue::Extra,
@@ -67,12 +71,31 @@ pub struct Verdict {
     action: Action,
     mark: Option<u32>,
     priority: Option<u32>,
-    payload: Option<Bytes>,
+    extra: Option<Box<Extra>>,
+    #[cfg(feature = "conntrack")]
+    conntrack: Option<Box<ConntrackChange>>,
+}
+
+/// Changes to a connection tracking entry.
+#[cfg(feature = "conntrack")]
+#[derive(Debug, Default)]
+struct ConntrackChange {
+    mark: Option<(u32, u32)>,
+    labels: Option<([u8; 16], [u8; 16])>,
+    timeout: Option<Duration>,
 }
 
 impl Verdict {
     pub(crate) fn new(claim: Claim, action: Action) -> Self {
-        Self { claim, action, mark: None, priority: None, payload: None }
+        Self {
+            claim,
+            action,
+            mark: None,
+            priority: None,
+            extra: None,
+            #[cfg(feature = "conntrack")]
+            conntrack: None,
+        }
     }
 
     /// The packet it decides.
@@ -111,12 +134,67 @@ impl Verdict {
     /// the packet's, and every replacement in a network namespace that belongs to an unprivileged user namespace.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub fn payload(mut self, payload: impl Into<Bytes>) -> Self {
-        self.payload = Some(payload.into());
+        self.extra.get_or_insert_default().payload = Some(payload.into());
         self
     }
 
+    /// Sets the packet's VLAN tag. In the bridge family alone; elsewhere the kernel ignores it.
+    #[doc(alias = "NFQA_VLAN")]
+    pub fn vlan(mut self, vlan: Vlan) -> Self {
+        self.extra.get_or_insert_default().vlan = Some(vlan);
+        self
+    }
+
+    /// Replaces the link-layer header; it must be as long as the packet's ([`Packet::layer2_header`](crate::Packet::layer2_header)).
+    /// In the bridge family alone; elsewhere the kernel ignores it. With another length the kernel loses the packet and
+    /// answers EINVAL.
+    #[doc(alias = "NFQA_L2HDR")]
+    pub fn layer2_header(mut self, header: impl Into<Bytes>) -> Self {
+        self.extra.get_or_insert_default().layer2 = Some(header.into());
+        self
+    }
+
+    /// Changes the mark of the packet's connection (`ct mark`), in the bits of the mask. With a rule that lets marked
+    /// connections pass (`ct mark & MASK == VALUE accept`, above the queue's) the rest of a flow skips the queue.
+    ///
+    /// A queue that was not bound with [`conntrack`](crate::QueueBuilder::conntrack) refuses this and the other conntrack
+    /// changes: kernels without the glue ignore them in silence.
+    #[cfg(feature = "conntrack")]
+    #[doc(alias = "NFQA_CT")]
+    pub fn conntrack_mark(mut self, value: u32, mask: u32) -> Self {
+        self.conntrack.get_or_insert_default().mark = Some((value, mask));
+        self
+    }
+
+    /// Changes the labels of the packet's connection, in the bits of the mask; each is 128 bits, as
+    /// [`Conntrack::labels`](crate::Conntrack::labels).
+    #[cfg(feature = "conntrack")]
+    pub fn conntrack_labels(mut self, value: [u8; 16], mask: [u8; 16]) -> Self {
+        self.conntrack.get_or_insert_default().labels = Some((value, mask));
+        self
+    }
+
+    /// Has the packet's connection expire after so long without a packet; whole seconds, 2³² − 1 at most.
+    #[cfg(feature = "conntrack")]
+    pub fn conntrack_timeout(mut self, timeout: Duration) -> Self {
+        self.conntrack.get_or_insert_default().timeout = Some(timeout);
+        self
+    }
+
+    /// Refuses what the kernel would take in silence and lose the packet or the change for.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let Some(payload) = &self.payload else { return Ok(()) };
+        let refuse = |kind, detail: Cow<'static, str>| {
+            Err(Error::new(kind, "submit verdict").with_detail(detail).with_packet(self.claim.id()))
+        };
+        #[cfg(feature = "conntrack")]
+        if self.conntrack.is_some() && !self.claim.has_conntrack() {
+            return refuse(ErrorKind::InvalidInput, "a conntrack change, on a queue bound without conntrack".into());
+        }
+        let Some(extra) = &self.extra else { return Ok(()) };
+        if extra.layer2.as_ref().is_some_and(|header| header.is_empty() || header.len() > MAX_LAYER2) {
+            return refuse(ErrorKind::InvalidInput, "a link-layer header of an impossible length".into());
+        }
+        let Some(payload) = &extra.payload else { return Ok(()) };
         let least = match payload.first().map(|first| first >> 4) {
             Some(4) => 20,
             Some(6) => 40,
@@ -126,15 +204,25 @@ impl Verdict {
             return Ok(());
         }
         let detail = format!("a replaced payload of {} bytes; {least} to {MAX_PAYLOAD} are possible", payload.len());
-        Err(Error::new(ErrorKind::InvalidInput, "submit verdict").with_detail(detail).with_packet(self.claim.id()))
+        refuse(ErrorKind::InvalidInput, detail.into())
     }
 
     pub(crate) fn into_parts(self) -> (Claim, Decision<Box<Extra>>) {
         let ruling = Ruling { word: self.action.word(), mark: self.mark, priority: self.priority };
-        let extra = self.payload.map(|payload| Box::new(Extra { payload: Some(payload), confirm: None }));
+        #[cfg_attr(not(feature = "conntrack"), expect(unused_mut))]
+        let mut extra = self.extra;
+        #[cfg(feature = "conntrack")]
+        if let Some(change) = self.conntrack {
+            let seconds = change.timeout.map(|timeout| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX));
+            let encoded = encode_conntrack(change.mark, change.labels, seconds);
+            extra.get_or_insert_default().conntrack = Some(encoded);
+        }
         (self.claim, Decision { ruling, extra })
     }
 }
+
+/// No link layer of the bridge family has a longer header (`MAX_HEADER` is 128 + 32 at most).
+const MAX_LAYER2: usize = 160;
 
 impl fmt::Debug for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -143,8 +231,8 @@ impl fmt::Debug for Verdict {
             .field("action", &self.action)
             .field("mark", &self.mark)
             .field("priority", &self.priority)
-            .field("payload_len", &self.payload.as_ref().map(Bytes::len))
-            .finish()
+            .field("payload_len", &self.extra.as_ref().and_then(|extra| extra.payload.as_ref()).map(Bytes::len))
+            .finish_non_exhaustive()
     }
 }
 

@@ -291,6 +291,16 @@ impl Shared {
         if self.core().all_sent() { Poll::Ready(()) } else { Poll::Pending }
     }
 
+    pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
+        self.socket.interface_name(index)
+    }
+
+    /// Whether the queue was bound with connection tracking, which proves that this kernel has the glue for it.
+    #[cfg(feature = "conntrack")]
+    pub(crate) fn has_conntrack(&self) -> bool {
+        self.settings.conntrack
+    }
+
     pub(crate) fn number(&self) -> u16 {
         self.settings.queue
     }

@@ -6,7 +6,11 @@ use super::shared::{Awaited, Confirmer, Extra, Phase, Shared, lock};
 use crate::{
     Error, ErrorKind, PacketId,
     ledger::Settlement,
-    wire::{Answer, config::Config, verdict},
+    wire::{
+        Answer,
+        config::Config,
+        verdict::{self, Attachments},
+    },
 };
 
 #[derive(Debug)]
@@ -100,16 +104,18 @@ impl Shared {
         let queue = self.settings.queue;
         match settlement {
             Settlement::Batch { max, ruling, .. } => {
-                self.make_room(outbox, verdict::length(&ruling, None));
+                self.make_room(outbox, verdict::length(&ruling, &Attachments::default()));
                 let sequence = outbox.next_sequence();
                 verdict::encode_batch(&mut outbox.datagram, sequence, queue, max, &ruling);
             }
             Settlement::Single { id, decision } => {
-                let (payload, confirm) = decision.extra.map_or((None, None), |extra| (extra.payload, extra.confirm));
-                let length = verdict::length(&decision.ruling, payload.as_ref().map(bytes::Bytes::len));
-                self.make_room(outbox, length);
+                let ruling = &decision.ruling;
+                let mut extra = decision.extra;
+                let confirm = extra.as_mut().and_then(|extra| extra.confirm.take());
+                let attachments = extra.as_ref().map_or_else(Attachments::default, |extra| extra.attachments());
+                self.make_room(outbox, verdict::length(ruling, &attachments));
                 let tag = (outbox.next_sequence(), confirm.is_some());
-                verdict::encode_single(&mut outbox.datagram, tag, queue, id, &decision.ruling, payload.as_deref());
+                verdict::encode_single(&mut outbox.datagram, tag, queue, id, ruling, &attachments);
                 if let Some(confirmer) = confirm {
                     outbox.confirms.push(tag.0);
                     self.core().awaiting.insert(tag.0, Awaited { id, first: outbox.first, confirmer });

@@ -24,19 +24,38 @@ use super::{
     times::{Arrivals, Deadlines},
 };
 use crate::{
-    Action, Error, ErrorKind, Flush, FlushPolicy, Gathered, Occasion, PacketId, Stats,
+    Action, Error, ErrorKind, Flush, FlushPolicy, Gathered, Occasion, PacketId, Stats, Vlan,
     kernel::KernelTable,
     ledger::{Decision, Ledger},
     socket::Socket,
     stats::FillCounter,
-    wire::{Answer, message::Refused, verdict::Ruling},
+    wire::{
+        Answer,
+        message::Refused,
+        verdict::{Attachments, Ruling},
+    },
 };
 
 /// What a single verdict message may carry beside its ruling.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Extra {
     pub(crate) payload: Option<Bytes>,
+    pub(crate) vlan: Option<Vlan>,
+    pub(crate) layer2: Option<Bytes>,
+    /// Encoded.
+    pub(crate) conntrack: Option<Vec<u8>>,
     pub(crate) confirm: Option<Confirmer>,
+}
+
+impl Extra {
+    pub(super) fn attachments(&self) -> Attachments<'_> {
+        Attachments {
+            payload: self.payload.as_deref(),
+            vlan: self.vlan.map(|vlan| (vlan.protocol, vlan.control)),
+            layer2: self.layer2.as_deref(),
+            conntrack: self.conntrack.as_deref(),
+        }
+    }
 }
 
 /// Where the kernel's answer to one verdict goes.
@@ -51,6 +70,9 @@ pub(crate) struct Settings {
     pub(crate) on_unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
     pub(crate) close_timeout: Duration,
+    /// Connection tracking was asked for.
+    #[cfg_attr(not(feature = "conntrack"), expect(dead_code))]
+    pub(crate) conntrack: bool,
 }
 
 /// See the module's documentation.
@@ -214,8 +236,7 @@ impl Shared {
         let (confirmer, answer) = oneshot::channel();
         let mut core = self.core();
         if core.ledger.is_undecided(id) {
-            decision.extra.get_or_insert_with(|| Box::new(Extra { payload: None, confirm: None })).confirm =
-                Some(confirmer);
+            decision.extra.get_or_insert_default().confirm = Some(confirmer);
             let decided = core.decide(id, decision);
             debug_assert!(decided.is_ok(), "it was undecided under the same lock");
             core.flush_wanted = true;
@@ -333,6 +354,11 @@ impl Core {
                 self.oldest.get_or_insert_with(Instant::now);
                 let asked = std::mem::replace(&mut self.pass_end, true);
                 if asked { Next::Nothing } else { Next::WakeDriver }
+            }
+            // The delay is over; waiting on would be asking in a circle.
+            Flush::Within(delay) if waited >= delay.min(LONGEST_DELAY) => {
+                self.flush_wanted = true;
+                Next::Flush
             }
             Flush::Within(delay) => {
                 let due = *self.oldest.get_or_insert_with(Instant::now) + delay.min(LONGEST_DELAY);

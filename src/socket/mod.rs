@@ -10,7 +10,7 @@ use netlink_sys::{Socket as Netlink, protocols::NETLINK_NETFILTER};
 use rustix::net::sockopt;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use crate::{Error, register};
+use crate::{Error, ErrorKind, register};
 
 mod memory;
 
@@ -98,6 +98,12 @@ impl Socket {
     /// The longest datagram that can be sent, in bytes.
     pub(crate) fn max_send(&self) -> usize {
         self.max_send
+    }
+
+    /// The name of an interface in the socket's network namespace (SIOCGIFNAME asks for the socket's, not the caller's).
+    pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
+        rustix::net::netdevice::index_to_name(self.fd.get_ref(), index)
+            .map_err(|errno| Error::os(format!("name interface {index}"), errno.into()).with_kind(ErrorKind::Other))
     }
 
     /// Ready when the socket may have something to read. Keeps the last waker only: for the stream alone.

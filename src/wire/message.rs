@@ -120,7 +120,7 @@ mod tests {
     use super::*;
     use crate::wire::{
         attribute,
-        verdict::{Ruling, code, encode_single},
+        verdict::{Attachments, Ruling, code, encode_single},
         writer::Writer,
     };
 
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn an_error_names_the_packet() {
         let mut echoed = Vec::new();
-        encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), None);
+        encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), &Attachments::default());
         let datagram = answer(-2, 0, &echoed, &[]);
         let Some(Message::Answer(answer)) = Messages::new(&datagram).next() else { panic!() };
         assert_eq!(answer, Answer { sequence: 42, errno: 2, refused: Refused::Verdict { id: 1234 }, text: None });
@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn an_acknowledgement_echoes_the_header_alone() {
         let mut echoed = Vec::new();
-        encode_single(&mut echoed, (43, true), 3, 1234, &Ruling::plain(code::DROP), None);
+        encode_single(&mut echoed, (43, true), 3, 1234, &Ruling::plain(code::DROP), &Attachments::default());
         let attributes = [8, 0, 1, 0, b'h', b'i', b'!', 0];
         let datagram = answer(0, 0x300, &echoed[..16], &attributes);
         let Some(Message::Answer(answer)) = Messages::new(&datagram).next() else { panic!() };
@@ -217,7 +217,7 @@ mod tests {
         fn damaged_messages(at in prop::collection::vec((0usize..120, any::<u8>()), 1..6), cut in 0usize..120, error: bool) {
             let mut bytes = if error {
                 let mut echoed = Vec::new();
-                encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), Some(&[0x45; 30]));
+                encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), &Attachments { payload: Some(&[0x45; 30]), ..Attachments::default() });
                 answer(-2, 0x200, &echoed, &[8, 0, 1, 0, b'h', b'i', b'!', 0])
             } else {
                 packet(5, &[7; 60])

@@ -1,10 +1,11 @@
 //! Verdict messages: one packet, or every packet up to an id.
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
+use netlink_packet_core::{NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST};
 
 use super::{
     ATTRIBUTE_VERDICT_HEADER, MESSAGE_VERDICT, MESSAGE_VERDICT_BATCH, NETFILTER_HEADER, NETLINK_HEADER, align,
-    attribute, writer::Writer,
+    attribute,
+    writer::{Writer, put_attribute},
 };
 
 /// The kernel's verdict numbers (`include/uapi/linux/netfilter.h`).
@@ -33,10 +34,23 @@ impl Ruling {
     }
 }
 
+/// What only a single verdict can carry.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Attachments<'a> {
+    pub(crate) payload: Option<&'a [u8]>,
+    /// Tag protocol identifier (an EtherType) and tag control information.
+    pub(crate) vlan: Option<(u16, u16)>,
+    pub(crate) layer2: Option<&'a [u8]>,
+    /// Attributes of a connection tracking entry, from [`encode_conntrack`].
+    pub(crate) conntrack: Option<&'a [u8]>,
+}
+
 /// Bytes that a verdict message with these parts takes in a datagram.
-pub(crate) fn length(ruling: &Ruling, payload: Option<usize>) -> usize {
+pub(crate) fn length(ruling: &Ruling, attachments: &Attachments<'_>) -> usize {
     let words = usize::from(ruling.mark.is_some()) + usize::from(ruling.priority.is_some());
-    NETLINK_HEADER + NETFILTER_HEADER + 12 + words * 8 + payload.map_or(0, |length| 4 + align(length))
+    let blobs = [attachments.payload, attachments.layer2, attachments.conntrack];
+    let blobs: usize = blobs.into_iter().flatten().map(|blob| 4 + align(blob.len())).sum();
+    NETLINK_HEADER + NETFILTER_HEADER + 12 + words * 8 + blobs + attachments.vlan.map_or(0, |_| 20)
 }
 
 /// Decides the packet `id`. With `acknowledge` the kernel answers also when all is well.
@@ -46,15 +60,59 @@ pub(crate) fn encode_single(
     queue: u16,
     id: u32,
     ruling: &Ruling,
-    payload: Option<&[u8]>,
+    attachments: &Attachments<'_>,
 ) {
     let flags = if acknowledge { NLM_F_REQUEST | NLM_F_ACK } else { NLM_F_REQUEST };
     let mut message = Writer::begin(buffer, MESSAGE_VERDICT, flags, sequence, queue);
     put(&mut message, id, ruling);
-    if let Some(payload) = payload {
+    if let Some(payload) = attachments.payload {
         message.attribute(attribute::PAYLOAD, payload);
     }
+    if let Some((protocol, control)) = attachments.vlan {
+        // NFQA_VLAN_PROTO and NFQA_VLAN_TCI, both big-endian.
+        let (protocol, control) = (protocol.to_be_bytes(), control.to_be_bytes());
+        let mut nested = Vec::with_capacity(16);
+        put_attribute(&mut nested, 1, &protocol);
+        put_attribute(&mut nested, 2, &control);
+        message.attribute(attribute::VLAN | NLA_F_NESTED, &nested);
+    }
+    if let Some(header) = attachments.layer2 {
+        message.attribute(attribute::LAYER2_HEADER, header);
+    }
+    if let Some(conntrack) = attachments.conntrack {
+        message.attribute(attribute::CONNTRACK | NLA_F_NESTED, conntrack);
+    }
     message.finish();
+}
+
+/// Changes to a connection tracking entry, as the inside of `NFQA_CT` (`ctnetlink_glue_parse_ct`). Each mask says which
+/// bits to change.
+#[cfg(feature = "conntrack")]
+pub(crate) fn encode_conntrack(
+    mark: Option<(u32, u32)>,
+    labels: Option<([u8; 16], [u8; 16])>,
+    timeout_seconds: Option<u32>,
+) -> Vec<u8> {
+    // enum ctattr_type
+    const TIMEOUT: u16 = 7;
+    const MARK: u16 = 8;
+    const MARK_MASK: u16 = 21;
+    const LABELS: u16 = 22;
+    const LABELS_MASK: u16 = 23;
+
+    let mut nested = Vec::new();
+    if let Some(seconds) = timeout_seconds {
+        put_attribute(&mut nested, TIMEOUT, &seconds.to_be_bytes());
+    }
+    if let Some((value, mask)) = mark {
+        put_attribute(&mut nested, MARK, &value.to_be_bytes());
+        put_attribute(&mut nested, MARK_MASK, &mask.to_be_bytes());
+    }
+    if let Some((value, mask)) = labels {
+        put_attribute(&mut nested, LABELS, &value);
+        put_attribute(&mut nested, LABELS_MASK, &mask);
+    }
+    nested
 }
 
 /// Decides every packet still queued whose id is `max` or before it.
@@ -86,8 +144,9 @@ mod tests {
     fn single_with_everything() {
         let mut buffer = Vec::new();
         let ruling = Ruling { word: code::ACCEPT, mark: Some(0x0a0b_0c0d), priority: Some(6) };
-        encode_single(&mut buffer, (0x11, true), 5, 0x0102_0304, &ruling, Some(&[0x45; 5]));
-        assert_eq!(buffer.len(), length(&ruling, Some(5)));
+        let attachments = Attachments { payload: Some(&[0x45; 5]), ..Attachments::default() };
+        encode_single(&mut buffer, (0x11, true), 5, 0x0102_0304, &ruling, &attachments);
+        assert_eq!(buffer.len(), length(&ruling, &attachments));
         #[rustfmt::skip]
         let body = [
             0, 5,
@@ -103,10 +162,40 @@ mod tests {
     }
 
     #[test]
+    fn attachments_in_their_places() {
+        let mut buffer = Vec::new();
+        let attachments = Attachments {
+            vlan: Some((0x8100, 0x2005)),
+            layer2: Some(&[1; 14]),
+            conntrack: Some(&[8, 0, 8, 0, 0, 0, 0, 9]),
+            payload: None,
+        };
+        encode_single(&mut buffer, (1, false), 0, 1, &Ruling::plain(code::ACCEPT), &attachments);
+        assert_eq!(buffer.len(), length(&Ruling::plain(code::ACCEPT), &attachments));
+        #[rustfmt::skip]
+        let tail = [
+            20, 0, 19, 0x80, 6, 0, 1, 0, 0x81, 0, 0, 0, 6, 0, 2, 0, 0x20, 5, 0, 0,
+            18, 0, 20, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0,
+            12, 0, 11, 0x80, 8, 0, 8, 0, 0, 0, 0, 9,
+        ];
+        if cfg!(target_endian = "little") {
+            assert_eq!(buffer[32..], tail);
+        }
+    }
+
+    #[cfg(feature = "conntrack")]
+    #[test]
+    fn conntrack_changes() {
+        let nested = encode_conntrack(Some((1, 0xff)), Some(([2; 16], [3; 16])), Some(60));
+        assert_eq!(nested.len(), 8 + 8 + 8 + 20 + 20);
+        assert_eq!(encode_conntrack(None, None, None), []);
+    }
+
+    #[test]
     fn plain_verdicts_take_32_bytes() {
         let mut buffer = Vec::new();
         encode_batch(&mut buffer, 1, 0, 9, &Ruling::plain(code::DROP));
-        encode_single(&mut buffer, (2, false), 0, 9, &Ruling::plain(code::DROP), None);
+        encode_single(&mut buffer, (2, false), 0, 9, &Ruling::plain(code::DROP), &Attachments::default());
         assert_eq!(buffer.len(), 64);
     }
 }

@@ -1,6 +1,6 @@
 //! Appends netlink messages to a buffer; lengths are patched in when a message is finished.
 
-use netlink_packet_core::{NLA_HEADER_SIZE, NetlinkBuffer, NlaBuffer};
+use netlink_packet_core::{NLA_F_NESTED, NLA_HEADER_SIZE, NetlinkBuffer, NlaBuffer};
 
 use super::{NETFILTER_HEADER, NETLINK_HEADER, align};
 
@@ -27,15 +27,7 @@ impl<'a> Writer<'a> {
 
     /// Appends an attribute, padded. Values longer than an attribute can hold are the caller's to refuse.
     pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        debug_assert!(value.len() <= super::MAX_PAYLOAD);
-        let start = self.buffer.len();
-        let length = NLA_HEADER_SIZE + value.len();
-        self.buffer.resize(start + NLA_HEADER_SIZE, 0);
-        let mut header = NlaBuffer::new(&mut self.buffer[start..]);
-        header.set_kind(kind);
-        header.set_length(length as u16);
-        self.buffer.extend_from_slice(value);
-        self.buffer.resize(start + align(length), 0);
+        put_attribute(self.buffer, kind, value);
         self
     }
 
@@ -48,4 +40,20 @@ impl<'a> Writer<'a> {
         let length = (self.buffer.len() - self.start) as u32;
         NetlinkBuffer::new(&mut self.buffer[self.start..]).set_length(length);
     }
+}
+
+/// Appends an attribute, padded, to a message or to the inside of another attribute. `kind` may have `NLA_F_NESTED`.
+pub(super) fn put_attribute(buffer: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    debug_assert!(value.len() <= super::MAX_PAYLOAD);
+    let start = buffer.len();
+    let length = NLA_HEADER_SIZE + value.len();
+    buffer.resize(start + NLA_HEADER_SIZE, 0);
+    let mut header = NlaBuffer::new(&mut buffer[start..]);
+    header.set_kind(kind);
+    if kind & NLA_F_NESTED != 0 {
+        header.set_nested_flag();
+    }
+    header.set_length(length as u16);
+    buffer.extend_from_slice(value);
+    buffer.resize(start + align(length), 0);
 }
