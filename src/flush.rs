@@ -131,6 +131,11 @@ impl FlushPolicy {
         }
     }
 
+    /// Whether it is a user's own, and may do what it likes with the time.
+    pub(crate) fn is_custom(&self) -> bool {
+        matches!(self.0, Kind::Custom(_))
+    }
+
     pub(crate) fn when(&mut self, gathered: &Gathered) -> Flush {
         match &mut self.0 {
             Kind::Immediate => Flush::Now,

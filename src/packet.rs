@@ -14,7 +14,7 @@ use crate::{
     Action, Error, ErrorKind, Hook, Verdict,
     queue::Shared,
     wire::{
-        PacketMessage, attribute,
+        NETFILTER_HEADER, PacketMessage, attribute,
         packet::{attributes_of, find, find_be32},
     },
 };
@@ -102,16 +102,16 @@ pub(crate) struct Arrived {
 }
 
 impl Arrived {
-    /// `body` is where in `bytes` the ranges of `message` count from.
-    pub(crate) fn new(bytes: Bytes, body: usize, message: &PacketMessage) -> Self {
-        let shift = |range: &Range<usize>| (range.start + body) as u32..(range.end + body) as u32;
+    /// `body` is where in `bytes` the message's body lies, from which its ranges count.
+    pub(crate) fn new(bytes: Bytes, body: Range<usize>, message: &PacketMessage) -> Self {
+        let shift = |offset: usize| (body.start + offset) as u32;
         Self {
             id: message.id,
             family: message.family,
             hook: message.hook,
             hw_protocol: message.hw_protocol,
-            attributes: shift(&message.attributes),
-            payload: shift(&message.payload),
+            attributes: shift(NETFILTER_HEADER)..body.end as u32,
+            payload: shift(message.payload.start)..shift(message.payload.end),
             bytes,
         }
     }

@@ -1,6 +1,6 @@
 //! Receiving: datagrams become packets that wait to be taken from the stream, and answers for those who await them.
 
-use std::{collections::VecDeque, io, iter, time::Instant};
+use std::{collections::VecDeque, io, ops::Range, time::Instant};
 
 use super::shared::{Core, Phase, Shared, lock, plain};
 use crate::{
@@ -15,8 +15,8 @@ pub(super) struct Inbox {
     memory: Memory,
     /// Received and not yet taken from the stream.
     pub(super) packets: VecDeque<Arrived>,
-    /// The packets of the datagram at hand, with the place of each body. The kernel sends one a datagram.
-    found: Vec<(usize, PacketMessage)>,
+    /// Packets of the datagram at hand that are not alone in it, with the place of each body.
+    found: Vec<(Range<usize>, PacketMessage)>,
     /// Ids of packets that could not be understood.
     bad: Vec<Option<u32>>,
 }
@@ -136,7 +136,8 @@ impl Shared {
     ///
     /// Bounded: the kernel queues no more than `max_len` packets that nobody decides, and answers only what was asked.
     pub(super) fn receive_all(&self) -> io::Result<()> {
-        for _ in 0..=(self.core().limits.max_len as usize / RECEIVE_BATCH + 4) * 4 {
+        let max_len = self.core().limits.max_len as usize;
+        for _ in 0..=(max_len / RECEIVE_BATCH + 4) * 4 {
             let mut inbox = lock(&self.inbox);
             let empty = self.receive(&mut inbox)?;
             if !inbox.packets.is_empty() {
@@ -170,11 +171,18 @@ impl Inbox {
     /// Takes the datagram just received apart.
     fn take_apart(&mut self, received: &mut Batch) {
         let datagram = self.memory.received();
-        for message in Messages::new(datagram) {
+        let mut messages = Messages::new(datagram);
+        while let Some(message) = messages.next() {
             match message {
                 Message::Packet { packet, body } => {
-                    let at = body.as_ptr() as usize - datagram.as_ptr() as usize;
-                    self.found.push((at, packet));
+                    let start = body.as_ptr() as usize - datagram.as_ptr() as usize;
+                    let body = start..start + body.len();
+                    if self.found.is_empty() && messages.is_at_end() {
+                        // One packet is one datagram, so this is the way they all go.
+                        self.packets.push_back(Arrived::new(self.memory.take(), body, &packet));
+                        return;
+                    }
+                    self.found.push((body, packet));
                 }
                 Message::Answer(answer) => received.answers.push(answer),
                 Message::BadPacket(bad) => self.bad.push(bad.id),
@@ -182,10 +190,8 @@ impl Inbox {
             }
         }
         if !self.found.is_empty() {
-            let bytes = self.memory.take(0);
-            let shared = iter::repeat_n(bytes, self.found.len());
-            self.packets
-                .extend(shared.zip(self.found.drain(..)).map(|(bytes, (at, packet))| Arrived::new(bytes, at, &packet)));
+            let bytes = self.memory.take();
+            self.packets.extend(self.found.drain(..).map(|(body, packet)| Arrived::new(bytes.clone(), body, &packet)));
         }
     }
 }

@@ -53,15 +53,14 @@ impl Memory {
         &self.landing.current
     }
 
-    /// Takes what was received last from byte `start` on, with memory of its own.
-    pub(crate) fn take(&mut self, start: usize) -> Bytes {
+    /// Takes what was received last, with memory of its own.
+    pub(crate) fn take(&mut self) -> Bytes {
         let landing = &mut self.landing.current;
         if landing.len() > SHORT {
-            return landing.split().freeze().slice(start..);
+            return landing.split().freeze();
         }
-        let bytes = &landing[start..];
-        let slab = self.slabs.room(bytes.len());
-        slab.extend_from_slice(bytes);
+        let slab = self.slabs.room(landing.len());
+        slab.extend_from_slice(landing);
         slab.split().freeze()
     }
 }
@@ -114,7 +113,7 @@ mod tests {
     fn receive(memory: &mut Memory, bytes: &[u8]) -> Bytes {
         memory.room().extend_from_slice(bytes);
         assert_eq!(memory.received(), bytes);
-        memory.take(1)
+        memory.take()
     }
 
     #[test]
@@ -124,7 +123,7 @@ mod tests {
             (0..2000usize).map(|i| vec![i as u8; if i % 50 == 0 { 60_000 } else { 20 + i % 1500 }]).collect();
         let held: Vec<Bytes> = datagrams.iter().map(|bytes| receive(&mut memory, bytes)).collect();
         for (held, datagram) in held.iter().zip(&datagrams) {
-            assert_eq!(held[..], datagram[1..]);
+            assert_eq!(held[..], datagram[..]);
         }
     }
 
