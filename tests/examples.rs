@@ -49,7 +49,8 @@ fn accept_all(signal: Signal, options: &[&str]) {
 }
 
 fn out_of_order() {
-    let mut program = Program::start("out_of_order", &["--queue", "1", "--tasks", "4", "--hold-us", "300", "--seed", "5"]);
+    let mut program =
+        Program::start("out_of_order", &["--queue", "1", "--tasks", "4", "--hold-us", "300", "--seed", "5"]);
     program.until_ready();
     let _divert = divert(&[1]);
     assert_eq!(delivered(1000), 1000);
@@ -59,7 +60,9 @@ fn out_of_order() {
 }
 
 fn nf_queue() {
-    for options in [&["-c", "-t", "1"][..], &["-c", "-t1", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "1", "-d", "1"]] {
+    for options in
+        [&["-c", "-t", "1"][..], &["-c", "-t1", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "1", "-d", "1"]]
+    {
         let program = Program::start("nf_queue", options);
         support::wait_until("the queue is bound", || support::queue_line(0).is_some());
         {

@@ -1,0 +1,358 @@
+//! Many tasks, many threads, many packets: each is decided once, as its owner said.
+
+use std::{
+    future::ready,
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use common::{PATIENCE, PORT, Random, Traffic, account, eventually, hold, next, number, soon, start, support};
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_nfqueue::{Flush, FlushPolicy, FlushWhen, Gathered, Packet, Queue, Verdict, VerdictSink};
+
+#[macro_use]
+mod common;
+
+tests![
+    both eight_sinks_in_eight_tasks,
+    both eight_sinks_under_immediate,
+    both eight_sinks_under_fixed,
+    both eight_sinks_under_a_policy_of_ones_own,
+    both confirmations_from_eight_tasks,
+    multi sinks_in_foreign_threads,
+    both receiving_is_cancel_safe,
+    both receiving_many_is_cancel_safe,
+    both receiving_many_keeps_its_limit,
+];
+
+/// Packets on their way at most: what fits in every buffer, and is more than all tasks hold.
+const WINDOW: u32 = 300;
+
+/// Sends numbers, never too many at a time, and collects what is delivered.
+struct Load {
+    done: Arc<AtomicU32>,
+    sender: JoinHandle<()>,
+    receiver: JoinHandle<Vec<u32>>,
+}
+
+impl Load {
+    /// Every third packet is expected to be dropped, and each such to be counted in `done`.
+    fn start(count: u32) -> Self {
+        let done = Arc::new(AtomicU32::new(0));
+        let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
+        let sender = std::thread::spawn({
+            let done = Arc::clone(&done);
+            move || {
+                let mut patience = Instant::now() + PATIENCE;
+                for number in 0..count {
+                    while number - done.load(SeqCst) >= WINDOW {
+                        assert!(Instant::now() < patience, "{number} sent, {} done", done.load(SeqCst));
+                        std::thread::yield_now();
+                    }
+                    from.send_to(&number.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+                    patience = Instant::now() + PATIENCE;
+                }
+            }
+        });
+        let receiver = std::thread::spawn({
+            let done = Arc::clone(&done);
+            move || {
+                let mut numbers = Vec::new();
+                let mut datagram = [0; 4];
+                // A timeout ends it, and the numbers tell what is missing.
+                while numbers.len() < accepted(count).count() && to.recv(&mut datagram).is_ok() {
+                    numbers.push(u32::from_be_bytes(datagram));
+                    done.fetch_add(1, SeqCst);
+                }
+                numbers
+            }
+        });
+        Self { done, sender, receiver }
+    }
+
+    fn decide(&self) -> impl Fn(Packet) -> Verdict + Clone + Send + 'static {
+        let done = Arc::clone(&self.done);
+        move |packet| {
+            if number(&packet) % 3 == 2 {
+                done.fetch_add(1, SeqCst);
+                packet.drop()
+            } else {
+                packet.accept()
+            }
+        }
+    }
+
+    /// Waits for the end, and sees to it that exactly the right ones were delivered.
+    async fn finish(self, count: u32) {
+        eventually("all is sent", || self.sender.is_finished()).await;
+        self.sender.join().unwrap();
+        let finished = async {
+            while !self.receiver.is_finished() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        finished.await;
+        let mut numbers = self.receiver.join().unwrap();
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(accepted(count)), "the wrong ones were delivered");
+    }
+}
+
+fn accepted(count: u32) -> impl Iterator<Item = u32> {
+    (0..count).filter(|number| number % 3 != 2)
+}
+
+async fn eight_sinks_in_eight_tasks() {
+    eight_sinks(FlushPolicy::default(), 20_000).await;
+}
+
+async fn eight_sinks_under_immediate() {
+    eight_sinks(FlushPolicy::immediate(), 5000).await;
+}
+
+async fn eight_sinks_under_fixed() {
+    eight_sinks(FlushPolicy::fixed(20, Duration::from_micros(300)), 5000).await;
+}
+
+async fn eight_sinks_under_a_policy_of_ones_own() {
+    /// Answers whatever comes to its mind.
+    struct Moody(Random);
+    impl FlushWhen for Moody {
+        fn when(&mut self, gathered: &Gathered) -> Flush {
+            match self.0.below(4) {
+                0 if gathered.decided > 3 => Flush::Now,
+                1 => Flush::AtPassEnd,
+                2 if gathered.waited > Duration::from_millis(1) => Flush::Now,
+                mood => Flush::Within(Duration::from_micros(mood as u64 * 100)),
+            }
+        }
+    }
+    eight_sinks(FlushPolicy::custom(Moody(Random::new(5))), 5000).await;
+}
+
+async fn eight_sinks(policy: FlushPolicy, count: u32) {
+    let (queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let load = Load::start(count);
+    let (mut packets, sink) = queue.split();
+    let mut channels = Vec::new();
+    let mut tasks = Vec::new();
+    for seed in 0..8 {
+        let (channel, inbox) = mpsc::unbounded_channel();
+        channels.push(channel);
+        tasks.push(tokio::spawn(decide_at_random(inbox, sink.clone(), load.decide(), Random::new(seed))));
+    }
+    let reader = tokio::spawn(async move {
+        let mut random = Random::new(99);
+        for _ in 0..count {
+            let packet = next(&mut packets).await;
+            channels[random.below(8)].send(packet).unwrap();
+        }
+        packets
+    });
+    load.finish(count).await;
+    let packets = soon("the reader", reader).await.unwrap();
+    for task in tasks {
+        soon("a task", task).await.unwrap();
+    }
+    soon("the flush", sink.flush()).await.unwrap();
+
+    let stats = sink.stats();
+    assert_eq!((stats.received, stats.in_flight), (count.into(), 0));
+    assert_eq!((stats.accepted + stats.dropped, stats.unanswered), (count.into(), 0));
+    assert_eq!((stats.lost, stats.gone, stats.late, stats.refused, stats.malformed), (0, 0, 0, 0, 0));
+    assert_eq!(account(0).unwrap().waiting, 0);
+    drop(packets);
+}
+
+/// Holds some packets for some time, and decides them in some order.
+async fn decide_at_random(
+    mut inbox: mpsc::UnboundedReceiver<Packet>,
+    sink: VerdictSink,
+    decide: impl Fn(Packet) -> Verdict,
+    mut random: Random,
+) {
+    let mut held = Vec::new();
+    loop {
+        let packet = if held.is_empty() {
+            inbox.recv().await
+        } else {
+            match tokio::time::timeout(Duration::from_millis(1), inbox.recv()).await {
+                Ok(packet) => packet,
+                Err(_) => {
+                    sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+                    continue;
+                }
+            }
+        };
+        match packet {
+            Some(packet) => held.push(packet),
+            None => break,
+        }
+        while held.len() > random.below(20) {
+            sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+        }
+        match random.below(50) {
+            0 => tokio::time::sleep(Duration::from_millis(1)).await,
+            1..10 => tokio::task::yield_now().await,
+            10 => sink.flush().await.unwrap(),
+            _ => {}
+        }
+    }
+    for packet in held {
+        sink.submit(decide(packet)).unwrap();
+    }
+}
+
+async fn confirmations_from_eight_tasks() {
+    const COUNT: u32 = 3000;
+    let (queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let (mut packets, sink) = queue.split();
+    let tasks: Vec<_> = (0..8)
+        .map(|_| {
+            let (channel, mut inbox) = mpsc::unbounded_channel();
+            let (sink, decide) = (sink.clone(), load.decide());
+            let task = tokio::spawn(async move {
+                while let Some(packet) = inbox.recv().await {
+                    soon("the answer", sink.confirm(decide(packet))).await.unwrap();
+                }
+            });
+            (channel, task)
+        })
+        .collect();
+    for index in 0..COUNT as usize {
+        tasks[index % 8].0.send(next(&mut packets).await).unwrap();
+    }
+    for (channel, task) in tasks {
+        drop(channel);
+        soon("a task", task).await.unwrap();
+    }
+    load.finish(COUNT).await;
+    assert_eq!((sink.stats().gone, sink.stats().in_flight), (0, 0));
+}
+
+async fn sinks_in_foreign_threads() {
+    const COUNT: u32 = 5000;
+    let (queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let (mut packets, sink) = queue.split();
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            let (channel, inbox) = std::sync::mpsc::channel();
+            let (sink, decide) = (sink.clone(), load.decide());
+            let thread = std::thread::spawn(move || {
+                for packet in inbox {
+                    sink.submit(decide(packet)).unwrap();
+                }
+            });
+            (channel, thread)
+        })
+        .collect();
+    for index in 0..COUNT as usize {
+        threads[index % 4].0.send(next(&mut packets).await).unwrap();
+    }
+    for (channel, thread) in threads {
+        drop(channel);
+        thread.join().unwrap();
+    }
+    load.finish(COUNT).await;
+    assert_eq!((sink.stats().gone, sink.stats().late, sink.stats().lost), (0, 0, 0));
+}
+
+async fn receiving_is_cancel_safe() {
+    const COUNT: u32 = 5000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let decide = load.decide();
+    let sink = queue.sink();
+    let (mut received, mut cancelled) = (0_u32, 0_u32);
+    while received < COUNT {
+        tokio::select! {
+            packet = queue.recv() => {
+                let packet = packet.unwrap().unwrap();
+                assert_eq!(number(&packet), received, "none is missing");
+                received += 1;
+                sink.submit(decide(packet)).unwrap();
+            }
+            () = ready(()) => {
+                cancelled += 1;
+                if cancelled % 8 == 0 {
+                    // Or else this task would never let the runtime look for events.
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+    load.finish(COUNT).await;
+    assert!(cancelled > 0);
+    assert_eq!((sink.stats().unanswered, sink.stats().lost), (0, 0));
+}
+
+async fn receiving_many_is_cancel_safe() {
+    const COUNT: u32 = 5000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let decide = load.decide();
+    let sink = queue.sink();
+    let mut packets = Vec::new();
+    let (mut received, mut cancelled) = (0, 0_u32);
+    while received < COUNT {
+        tokio::select! {
+            count = queue.recv_many(&mut packets, 7) => assert_eq!(count.unwrap(), packets.len()),
+            () = ready(()) => {
+                assert!(packets.is_empty(), "a cancelled call has taken nothing");
+                cancelled += 1;
+                if cancelled % 8 == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        for packet in packets.drain(..) {
+            assert_eq!(number(&packet), received);
+            received += 1;
+            sink.submit(decide(packet)).unwrap();
+        }
+    }
+    load.finish(COUNT).await;
+    assert_eq!(sink.stats().unanswered, 0);
+}
+
+async fn receiving_many_keeps_its_limit() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(200);
+    let mut packets = Vec::new();
+    assert_eq!(soon("nothing", queue.recv_many(&mut packets, 0)).await.unwrap(), 0);
+    traffic.send(0..100);
+    eventually("all are queued", || account(0).unwrap().waiting == 100).await;
+    for limit in [1, 2, 10, 64, 1000] {
+        let before = packets.len();
+        let count = soon("packets", queue.recv_many(&mut packets, limit)).await.unwrap();
+        assert!((1..=limit).contains(&count));
+        assert_eq!(packets.len(), before + count, "appended");
+    }
+    // What is there already is given as far as the limit allows.
+    assert!(packets.len() >= 64);
+    while packets.len() < 100 {
+        soon("packets", queue.recv_many(&mut packets, 1000)).await.unwrap();
+    }
+    assert!(packets.iter().map(number).eq(0..100));
+    for packet in packets {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..100).await;
+    // The same mixed with single receives.
+    traffic.send(100..110);
+    let mut packets = vec![next(&mut queue).await];
+    packets.push(queue.next().await.unwrap().unwrap());
+    while packets.len() < 10 {
+        soon("packets", queue.recv_many(&mut packets, 3)).await.unwrap();
+    }
+    assert!(packets.iter().map(number).eq(100..110));
+    drop(hold(&mut queue, &traffic, [150]).await);
+}
