@@ -10,6 +10,8 @@ mod alarm;
 mod builder;
 #[cfg(feature = "conntrack")]
 mod conntrack;
+#[cfg(all(doc, feature = "conntrack"))]
+pub mod counterparts;
 #[cfg(feature = "divert")]
 mod divert;
 mod error;
