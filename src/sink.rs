@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{Sink, Stream, channel::oneshot, stream};
+use futures::{
+    Sink, StreamExt as _,
+    channel::oneshot,
+    stream::{self, FusedStream},
+};
 use pin_project::pin_project;
 
 use crate::{
@@ -132,7 +136,7 @@ impl VerdictSink {
     ///
     /// # Errors
     /// `InvalidInput` if `every` is zero; `NoRuntime` outside a Tokio runtime.
-    pub fn watch(&self, every: Duration) -> Result<impl Stream<Item = Stats> + Send + Unpin + use<>, Error> {
+    pub fn watch(&self, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
         watch(&self.queue, every)
     }
 
@@ -258,7 +262,7 @@ impl fmt::Debug for Confirm {
     }
 }
 
-fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl Stream<Item = Stats> + Send + Unpin + use<>, Error> {
+fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
     const OPERATION: &str = "watch statistics";
     if every.is_zero() {
         return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
@@ -268,12 +272,13 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl Stream<Item = Stat
     }
     let alarm = Alarm::new().map_err(|source| Error::os(OPERATION, source))?;
     let start = (alarm, Arc::downgrade(queue), Instant::now() + every);
-    Ok(Box::pin(stream::unfold(start, move |(mut alarm, queue, at)| async move {
+    let watch = stream::unfold(start, move |(mut alarm, queue, at)| async move {
         alarm.set(at).ok()?;
         alarm.rings().await.ok()?;
         let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
         // Late by more than an interval, it skips what it has missed.
         let next = (at + every).max(Instant::now());
         Some((stats, (alarm, queue, next)))
-    })))
+    });
+    Ok(Box::pin(watch.fuse()))
 }

@@ -1,17 +1,8 @@
 //! Many tasks, many threads, many packets: each is decided once, as its owner said.
 
-use std::{
-    future::ready,
-    net::Ipv4Addr,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering::SeqCst},
-    },
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::{future::ready, time::Duration};
 
-use common::{PATIENCE, PORT, Random, Traffic, account, eventually, hold, next, number, soon, start, support};
+use common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tokio_nfqueue::{Flush, FlushPolicy, FlushWhen, Gathered, Packet, Queue, Verdict, VerdictSink};
@@ -30,83 +21,6 @@ tests![
     both receiving_many_is_cancel_safe,
     both receiving_many_keeps_its_limit,
 ];
-
-/// Packets on their way at most: what fits in every buffer, and is more than all tasks hold.
-const WINDOW: u32 = 300;
-
-/// Sends numbers, never too many at a time, and collects what is delivered.
-struct Load {
-    done: Arc<AtomicU32>,
-    sender: JoinHandle<()>,
-    receiver: JoinHandle<Vec<u32>>,
-}
-
-impl Load {
-    /// Every third packet is expected to be dropped, and each such to be counted in `done`.
-    fn start(count: u32) -> Self {
-        let done = Arc::new(AtomicU32::new(0));
-        let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
-        let sender = std::thread::spawn({
-            let done = Arc::clone(&done);
-            move || {
-                let mut patience = Instant::now() + PATIENCE;
-                for number in 0..count {
-                    while number - done.load(SeqCst) >= WINDOW {
-                        assert!(Instant::now() < patience, "{number} sent, {} done", done.load(SeqCst));
-                        std::thread::yield_now();
-                    }
-                    from.send_to(&number.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
-                    patience = Instant::now() + PATIENCE;
-                }
-            }
-        });
-        let receiver = std::thread::spawn({
-            let done = Arc::clone(&done);
-            move || {
-                let mut numbers = Vec::new();
-                let mut datagram = [0; 4];
-                // A timeout ends it, and the numbers tell what is missing.
-                while numbers.len() < accepted(count).count() && to.recv(&mut datagram).is_ok() {
-                    numbers.push(u32::from_be_bytes(datagram));
-                    done.fetch_add(1, SeqCst);
-                }
-                numbers
-            }
-        });
-        Self { done, sender, receiver }
-    }
-
-    fn decide(&self) -> impl Fn(Packet) -> Verdict + Clone + Send + 'static {
-        let done = Arc::clone(&self.done);
-        move |packet| {
-            if number(&packet) % 3 == 2 {
-                done.fetch_add(1, SeqCst);
-                packet.drop()
-            } else {
-                packet.accept()
-            }
-        }
-    }
-
-    /// Waits for the end, and sees to it that exactly the right ones were delivered.
-    async fn finish(self, count: u32) {
-        eventually("all is sent", || self.sender.is_finished()).await;
-        self.sender.join().unwrap();
-        let finished = async {
-            while !self.receiver.is_finished() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        finished.await;
-        let mut numbers = self.receiver.join().unwrap();
-        numbers.sort_unstable();
-        assert!(numbers.into_iter().eq(accepted(count)), "the wrong ones were delivered");
-    }
-}
-
-fn accepted(count: u32) -> impl Iterator<Item = u32> {
-    (0..count).filter(|number| number % 3 != 2)
-}
 
 async fn eight_sinks_in_eight_tasks() {
     eight_sinks(FlushPolicy::default(), 20_000).await;

@@ -69,7 +69,7 @@ async fn adaptive_gathers_under_load() {
     let packets = hold(&mut queue, &traffic, 0..1000).await;
     let before = queue.stats();
     for packet in packets {
-        let verdict = if number(&packet) % 2 == 0 { packet.accept() } else { packet.drop() };
+        let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
         queue.sink().submit(verdict).unwrap();
     }
     traffic.expect((0..1000).step_by(2)).await;
@@ -255,7 +255,7 @@ async fn forwarding_a_stream_into_a_sink() {
     let traffic = Traffic::new(1000);
     let (packets, sink) = queue.split();
     let decide = |packet: tokio_nfqueue::Packet| {
-        if number(&packet) % 2 == 0 { packet.accept() } else { packet.drop() }
+        if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() }
     };
     let forwarding = tokio::spawn(packets.map_ok(decide).forward(sink.clone()));
     for portion in 0..10 {

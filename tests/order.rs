@@ -61,7 +61,7 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
 }
 
 fn accept_the_even(packet: Packet) -> Verdict {
-    if number(&packet) % 2 == 0 { packet.accept() } else { packet.drop() }
+    if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() }
 }
 
 async fn one_flush_of_every_kind_of_verdict() {

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
 };
 
-use common::{At, Protocol, Rule, Traffic, divert, hold, next, soon, start, support};
+use common::{Hook, Protocol, Rule, Traffic, divert, hold, next, soon, start, support};
 use etherparse::{IpHeaders, TransportHeader};
 use tokio_nfqueue::{Action, ErrorKind, Packet, Queue};
 
@@ -91,7 +91,7 @@ impl Place {
 /// Queues what goes to the place, where checksums may be unfinished yet.
 fn queue_to(protocol: Protocol) -> (Queue, common::Divert) {
     let queue = Queue::builder(0).bind().unwrap();
-    let rule = Rule::new(At::Output).protocol(protocol).destination_port(9000).to_queue(0);
+    let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(9000).to_queue(0);
     (queue, divert([rule]))
 }
 
@@ -99,7 +99,7 @@ async fn udp(place: Place) {
     if !common::replaces_payloads() {
         return;
     }
-    let receiver = place.open(|address| support::udp(address));
+    let receiver = place.open(support::udp);
     receiver.set_nonblocking(true).unwrap();
     let receiver = tokio::net::UdpSocket::from_std(receiver).unwrap();
     let any: IpAddr = if place.address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };

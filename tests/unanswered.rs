@@ -249,7 +249,7 @@ async fn a_deadline_spares_what_was_decided() {
     let traffic = Traffic::new(COUNT);
     let mut late = Vec::new();
     for packet in hold(&mut queue, &traffic, 0..COUNT).await {
-        if number(&packet) % 5 == 0 {
+        if number(&packet).is_multiple_of(5) {
             late.push(packet);
         } else {
             // On a slow machine some of these may come too late as well.

@@ -1,6 +1,6 @@
 //! What each kind of verdict does to a packet.
 
-use common::{At, Divert, Rule, Traffic, divert, hold, next, number, start, udp_in};
+use common::{Divert, Rule, Traffic, divert, hold, next, number, start, udp_in};
 use tokio_nfqueue::{Action, Family, Hook, Queue};
 
 #[macro_use]
@@ -25,7 +25,7 @@ async fn accepted_arrive_and_dropped_do_not() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(100);
     for packet in hold(&mut queue, &traffic, 0..100).await {
-        let verdict = if number(&packet) % 2 == 0 { packet.accept() } else { packet.drop() };
+        let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
         queue.sink().submit(verdict).unwrap();
     }
     queue.sink().flush().await.unwrap();
@@ -70,7 +70,7 @@ async fn a_mark_is_kept_unless_the_verdict_sets_one() {
 async fn mark_and_priority_are_seen_at_a_later_hook() {
     let mut first = Queue::builder(0).bind().unwrap();
     let mut second = Queue::builder(1).bind().unwrap();
-    let _divert = divert([Rule::new(At::Output).to_queue(0), Rule::new(At::Postrouting).to_queue(1)]);
+    let _divert = divert([Rule::new(Hook::Output).to_queue(0), Rule::new(Hook::Postrouting).to_queue(1)]);
     let traffic = Traffic::new(1);
     traffic.send([7]);
     let packet = next(&mut first).await;

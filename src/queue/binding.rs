@@ -60,9 +60,13 @@ impl Shared {
         }
     }
 
-    /// Who owns the queue, in words.
+    /// Who else owns the queue, in words.
     fn owner(&self) -> Option<String> {
-        let port = self.table.read(self.settings.queue).ok()??.port_id as i32;
+        let port = self.table.read(self.settings.queue).ok()??.port_id;
+        if port == self.socket.port_id() {
+            return None;
+        }
+        let port = port as i32;
         // A process's first netlink socket has the process id for its port; later ones have negative numbers.
         Some(if port > 0 { format!("by process {port}, it seems") } else { format!("port id {port}") })
     }

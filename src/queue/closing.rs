@@ -8,30 +8,55 @@
 
 use std::{task::Poll, time::Instant};
 
-use super::shared::{Phase, Shared, lock, plain};
+use tokio::task::yield_now;
+
+use super::{
+    inbox::RECEIVE_BATCH,
+    shared::{Phase, Shared, lock},
+};
 use crate::{
     Action, Error, ErrorKind,
     wire::config::{Command, Config, FLAG_FAIL_OPEN},
 };
 
 impl Shared {
-    /// Steps 1 and 2. Does nothing if the end has already begun. With `until`, owners are waited for no longer.
-    pub(super) fn begin_drain(&self, fate: Action, until: Option<Instant>) {
-        {
-            let mut core = self.core();
-            match &mut core.phase {
-                phase @ Phase::Open => *phase = Phase::Draining { fate, until },
-                Phase::Draining { until: bound @ None, .. } if until.is_some() => {
-                    // Begun by a drop, which waits for ever; now somebody waits for it who does not.
-                    *bound = until;
-                    drop(core);
-                    self.signal.notify_one();
-                    return;
-                }
-                _ => return,
-            }
-            core.wake_stream();
+    /// Steps 1 and 2, at once.
+    fn drain(&self, fate: Action, until: Option<Instant>) {
+        if self.enter_drain(fate, until) {
+            self.drain_queued(fate);
         }
+    }
+
+    /// From now on no packet is handed out. True if it is the caller who is to go on with the end; false if it has begun
+    /// already. With `until`, owners are waited for no longer.
+    fn enter_drain(&self, fate: Action, until: Option<Instant>) -> bool {
+        let mut core = self.core();
+        match &mut core.phase {
+            phase @ Phase::Open => *phase = Phase::Draining { fate, until },
+            Phase::Draining { until: bound @ None, .. } if until.is_some() => {
+                // Begun by a drop, which waits for ever; now somebody waits for it who does not.
+                *bound = until;
+                drop(core);
+                self.signal.notify_one();
+                return false;
+            }
+            _ => return false,
+        }
+        core.wake_stream();
+        true
+    }
+
+    /// Answers for what is unread.
+    fn answer_unread(&self, fate: Action) {
+        let unread: Vec<u32> = lock(&self.inbox).packets.drain(..).map(|packet| packet.id).collect();
+        let mut core = self.core();
+        for id in unread {
+            let _ = core.decide_unanswered(id, fate);
+        }
+    }
+
+    /// Stops the queue and answers for what is in it.
+    fn drain_queued(&self, fate: Action) {
         // fail-open would let traffic past a firewall that fails closed, so it is taken back there.
         let fail_open = if fate == Action::Accept { FLAG_FAIL_OPEN } else { 0 };
         let config = Config { max_len: Some(0), flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
@@ -40,16 +65,12 @@ impl Shared {
             // The answer found no room. The request may be repeated.
             result = self.configure("drain queue", &config);
         }
-        let unread: Vec<u32> = lock(&self.inbox).packets.drain(..).map(|packet| packet.id).collect();
+        self.answer_unread(fate);
         let mut core = self.core();
-        for id in unread {
-            core.counters.unanswered += 1;
-            let _ = core.decide(id, plain(fate));
-        }
         if let Err(error) = result {
             core.close_error = Some(error);
         }
-        if until.is_some() && !core.driven {
+        if matches!(core.phase, Phase::Draining { until: Some(_), .. }) && !core.driven {
             // There is no driver, so nobody would end the wait.
             let left = core.decide_rest(fate);
             if left > 0 {
@@ -62,6 +83,28 @@ impl Shared {
         self.signal.notify_one();
         // Ends with step 4 if nothing is owed; else the flush that sends the last verdict does.
         self.flush();
+    }
+
+    /// As [`drain`](Self::drain), but lets the runtime's other tasks run in between: a long queue may hold 65 536 packets,
+    /// and to answer for them takes some microseconds each.
+    async fn drain_gently(&self, fate: Action, until: Instant) {
+        if !self.enter_drain(fate, Some(until)) {
+            return;
+        }
+        // Whatever becomes of this future, the end goes on.
+        let rest = Rest { shared: self, fate };
+        self.answer_unread(fate);
+        let rounds = self.core().limits.max_len as usize / RECEIVE_BATCH;
+        for _ in 0..rounds {
+            self.core().flush_wanted = true;
+            self.flush();
+            let empty = self.receive(&mut lock(&self.inbox));
+            if !matches!(empty, Ok(false)) {
+                break;
+            }
+            yield_now().await;
+        }
+        drop(rest);
     }
 
     /// Step 4, by the one who sees that everything is settled.
@@ -88,7 +131,7 @@ impl Shared {
 
     /// Drains the queue and unbinds it; ends when that is done. Goes on by itself if it is no longer awaited.
     pub(crate) async fn close(&self, fate: Action) -> Result<(), Error> {
-        self.begin_drain(fate, Some(Instant::now() + self.settings.close_timeout));
+        self.drain_gently(fate, Instant::now() + self.settings.close_timeout).await;
         std::future::poll_fn(|cx| {
             let mut core = self.core();
             if core.phase == Phase::Closed {
@@ -102,11 +145,23 @@ impl Shared {
 
     /// The receiving half is gone.
     pub(crate) fn abandon(&self) {
-        self.begin_drain(self.settings.on_unanswered, None);
+        self.drain(self.settings.on_unanswered, None);
     }
 
     pub(super) fn timed_out(&self, left: usize) -> Error {
         Error::new(ErrorKind::TimedOut, format!("close queue {}", self.settings.queue))
             .with_detail(format!("{left} packets were still undecided after {:?}", self.settings.close_timeout))
+    }
+}
+
+/// What is left to do of a drain, done when this is dropped.
+struct Rest<'a> {
+    shared: &'a Shared,
+    fate: Action,
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.shared.drain_queued(self.fate);
     }
 }

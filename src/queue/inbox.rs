@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, io, ops::Range, time::Instant};
 
-use super::shared::{Core, Phase, Shared, lock, plain};
+use super::shared::{Core, Phase, Shared, lock};
 use crate::{
     Error, ErrorKind, PacketId,
     packet::Arrived,
@@ -111,8 +111,7 @@ impl Shared {
         };
         if let Some(fate) = fate {
             for packet in inbox.packets.drain(already..) {
-                core.counters.unanswered += 1;
-                let _ = core.decide(packet.id, plain(fate));
+                let _ = core.decide_unanswered(packet.id, fate);
             }
         } else if core.deadlines.next().is_some_and(|next| core.alarm.is_none_or(|alarm| next < alarm)) {
             self.signal.notify_one();
@@ -124,8 +123,7 @@ impl Shared {
         let mut error = Error::new(ErrorKind::Malformed, "receive packet");
         if let Some(id) = id {
             core.ledger.arrive(id, 0);
-            core.counters.unanswered += 1;
-            let _ = core.decide(id, plain(self.settings.on_unanswered));
+            let _ = core.decide_unanswered(id, self.settings.on_unanswered);
             error = error.with_packet(PacketId(id));
         }
         core.counters.malformed += 1;

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     Action, Error, ErrorKind, Flush, FlushPolicy, Gathered, Occasion, PacketId, Stats, Vlan,
     kernel::KernelTable,
-    ledger::{Decision, Ledger},
+    ledger::{Decision, Ledger, NotInFlight},
     socket::Socket,
     stats::FillCounter,
     wire::{
@@ -251,14 +251,11 @@ impl Shared {
     /// Answers for a packet whose owner has gone.
     pub(crate) fn unanswered(&self, id: u32) {
         let mut core = self.core();
-        if core.ledger.is_undecided(id) {
-            core.counters.unanswered += 1;
-        }
-        let next = match core.decide(id, plain(self.settings.on_unanswered)) {
-            Ok(()) => core.consult(Occasion::Decided),
+        if core.decide_unanswered(id, self.settings.on_unanswered).is_err() {
             // A deadline or the end of the queue has answered already.
-            Err(_) => return,
-        };
+            return;
+        }
+        let next = core.consult(Occasion::Decided);
         drop(core);
         self.proceed(next);
     }
@@ -316,14 +313,20 @@ impl Core {
         }
     }
 
+    /// Answers for a packet in its owner's place, if that is still to be done.
+    pub(super) fn decide_unanswered(&mut self, id: u32, action: Action) -> Result<(), NotInFlight> {
+        let decision = plain(action);
+        let word = decision.ruling.word;
+        self.ledger.decide(id, decision)?;
+        self.counters.decided(word);
+        self.counters.unanswered += 1;
+        Ok(())
+    }
+
     /// Decides every packet that still waits for its owner.
     pub(super) fn decide_rest(&mut self, action: Action) -> usize {
         let ids = self.ledger.undecided_ids();
-        for id in &ids {
-            let _ = self.decide(*id, plain(action));
-        }
-        self.counters.unanswered += ids.len() as u64;
-        ids.len()
+        ids.into_iter().filter(|id| self.decide_unanswered(*id, action).is_ok()).count()
     }
 
     /// Asks the policy.

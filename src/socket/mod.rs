@@ -20,6 +20,7 @@ pub(crate) use memory::Memory;
 #[derive(Debug)]
 pub(crate) struct Socket {
     fd: AsyncFd<Netlink>,
+    port_id: u32,
     receive_buffer: AtomicUsize,
     /// The longest datagram the kernel takes in one send.
     max_send: usize,
@@ -42,6 +43,7 @@ pub(crate) enum Received {
 #[derive(Debug)]
 pub(crate) struct Unregistered {
     socket: Netlink,
+    port_id: u32,
     receive_buffer: usize,
     max_send: usize,
 }
@@ -52,7 +54,7 @@ impl Unregistered {
         let os = |operation: &'static str| move |source| Error::os(operation, source);
         let mut socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
         socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
-        socket.bind_auto().map_err(os("bind netlink socket"))?;
+        let port_id = socket.bind_auto().map_err(os("bind netlink socket"))?.port_number();
         // Without it one overflow stops all receiving until the buffer has been read empty (netlink_overrun).
         socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
         // The kernel's own words beside an errno, where it has any; not there before 4.12, and not needed.
@@ -61,7 +63,7 @@ impl Unregistered {
         let send_buffer =
             sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
         // netlink_sendmsg: a message longer than sk_sndbuf - 32 is EMSGSIZE.
-        Ok(Self { socket, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+        Ok(Self { socket, port_id, receive_buffer, max_send: send_buffer.saturating_sub(32) })
     }
 }
 
@@ -78,9 +80,14 @@ fn set_receive_buffer(socket: &Netlink, bytes: usize) -> Result<usize, Error> {
 impl Socket {
     /// Registers a socket with the current runtime.
     pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
-        let Unregistered { socket, receive_buffer, max_send } = unregistered;
+        let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
         let fd = register::readable(socket).map_err(|source| Error::os("register netlink socket", source))?;
-        Ok(Self { fd, receive_buffer: receive_buffer.into(), max_send })
+        Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
+    }
+
+    /// By which the kernel knows the socket.
+    pub(crate) fn port_id(&self) -> u32 {
+        self.port_id
     }
 
     /// Changes the size of the receive buffer, in bytes as the kernel charges them.

@@ -9,6 +9,8 @@
 #[path = "../support/mod.rs"]
 pub mod support;
 
+mod load;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -22,7 +24,8 @@ use libtest_mimic::Trial;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
 
-pub use tokio_nfqueue::{Divert, Hook as At, Protocol, Rule};
+pub use self::load::Load;
+pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// How long a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -92,7 +95,7 @@ pub fn divert(rules: impl IntoIterator<Item = Rule>) -> Divert {
 
 /// What the usual rule matches: UDP that arrives.
 pub fn udp_in() -> Rule {
-    Rule::new(At::Input).protocol(Protocol::Udp)
+    Rule::new(Hook::Input).protocol(Protocol::Udp)
 }
 
 /// Binds a queue and sends it all UDP that arrives.
