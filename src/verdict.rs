@@ -168,6 +168,9 @@ impl Verdict {
 
     /// Changes the labels of the packet's connection, in the bits of the mask; each is 128 bits, as
     /// [`Conntrack::labels`](crate::Conntrack::labels).
+    ///
+    /// Labels need a rule in the network namespace that sets some (`ct label set`). Without one the kernel, in silence, makes
+    /// neither this change nor the one of the mark that the same verdict carries.
     #[cfg(feature = "conntrack")]
     pub fn conntrack_labels(mut self, value: [u8; 16], mask: [u8; 16]) -> Self {
         self.conntrack.get_or_insert_default().labels = Some((value, mask));

@@ -25,7 +25,7 @@ use support::{RawPacket, RawQueue, VethOptions, test_multi, test_sync, udp, udp_
 use tokio_nfqueue::{Divert, ErrorKind, Hook, Protocol, Rule};
 
 /// How long to wait for what must come.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Set for the child process that [`killed`] kills.
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_DIVERT_CHILD";
 const CHILD_TABLE: &str = "killed";

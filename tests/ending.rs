@@ -31,6 +31,9 @@ tests![
     sync closing_in_another_runtime,
 ];
 
+/// How long the sender waits before it looks again whether there is room.
+const PAUSE: Duration = Duration::from_micros(50);
+
 /// Sends numbers until told to stop, each after the receiver has got nearly all before it; gives how many there were.
 struct Stream {
     stop: Arc<AtomicBool>,
@@ -70,11 +73,11 @@ impl Stream {
                         sent.store(next, SeqCst);
                         patience = std::time::Instant::now() + PATIENCE;
                     } else {
-                        std::thread::yield_now();
+                        std::thread::sleep(PAUSE);
                     }
                 }
                 while received.load(SeqCst) < next && std::time::Instant::now() < patience {
-                    std::thread::yield_now();
+                    std::thread::sleep(PAUSE);
                 }
                 from.send_to(&last, (Ipv4Addr::LOCALHOST, PORT)).unwrap();
             }

@@ -105,7 +105,7 @@ async fn a_cap_below_a_millisecond_is_kept() {
 }
 
 async fn a_cap_is_kept_again_and_again() {
-    cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(50)), Duration::from_micros(50), 500).await;
+    cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(50)), Duration::from_micros(50), 200).await;
 }
 
 async fn cap_is_kept(policy: FlushPolicy, cap: Duration, rounds: u32) {

@@ -105,10 +105,13 @@ pub(crate) fn encode_conntrack(
         put_attribute(&mut nested, TIMEOUT, &seconds.to_be_bytes());
     }
     if let Some((value, mask)) = mark {
-        put_attribute(&mut nested, MARK, &value.to_be_bytes());
+        // The kernel flips bits that are in the value and not in the mask (`ctnetlink_change_mark`).
+        put_attribute(&mut nested, MARK, &(value & mask).to_be_bytes());
         put_attribute(&mut nested, MARK_MASK, &mask.to_be_bytes());
     }
     if let Some((value, mask)) = labels {
+        // As with the mark (`nf_connlabels_replace`).
+        let value: [u8; 16] = std::array::from_fn(|byte| value[byte] & mask[byte]);
         put_attribute(&mut nested, LABELS, &value);
         put_attribute(&mut nested, LABELS_MASK, &mask);
     }
@@ -186,8 +189,10 @@ mod tests {
     #[cfg(feature = "conntrack")]
     #[test]
     fn conntrack_changes() {
-        let nested = encode_conntrack(Some((1, 0xff)), Some(([2; 16], [3; 16])), Some(60));
+        let nested = encode_conntrack(Some((0x101, 0xff)), Some(([6; 16], [3; 16])), Some(60));
         assert_eq!(nested.len(), 8 + 8 + 8 + 20 + 20);
+        assert_eq!(nested[12..16], [0, 0, 0, 1], "what the mask leaves out is not sent");
+        assert_eq!(nested[28..44], [2; 16]);
         assert_eq!(encode_conntrack(None, None, None), []);
     }
 

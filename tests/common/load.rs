@@ -12,8 +12,10 @@ use std::{
 
 use tokio_nfqueue::{Packet, Verdict};
 
-use super::{PATIENCE, PORT, eventually, number, support};
+use super::{PATIENCE, PORT, number, support};
 
+/// How long a sender waits before it looks again whether there is room.
+const PAUSE: Duration = Duration::from_micros(50);
 /// Packets on their way at most: what fits in every buffer, and is more than all tasks hold.
 const WINDOW: u32 = 300;
 
@@ -36,7 +38,7 @@ impl Load {
                 for number in 0..count {
                     while number - done.load(SeqCst) >= WINDOW {
                         assert!(Instant::now() < patience, "{number} sent, {} done", done.load(SeqCst));
-                        std::thread::yield_now();
+                        std::thread::sleep(PAUSE);
                     }
                     from.send_to(&number.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
                     patience = Instant::now() + PATIENCE;
@@ -48,8 +50,9 @@ impl Load {
             move || {
                 let mut numbers = Vec::new();
                 let mut datagram = [0; 4];
+                let expected = accepted(count).count();
                 // A timeout ends it, and the numbers tell what is missing.
-                while numbers.len() < accepted(count).count() && to.recv(&mut datagram).is_ok() {
+                while numbers.len() < expected && to.recv(&mut datagram).is_ok() {
                     numbers.push(u32::from_be_bytes(datagram));
                     done.fetch_add(1, SeqCst);
                 }
@@ -73,12 +76,11 @@ impl Load {
 
     /// Waits for the end, and sees to it that exactly the right ones were delivered.
     pub async fn finish(self, count: u32) {
-        eventually("all is sent", || self.sender.is_finished()).await;
-        self.sender.join().unwrap();
-        // It ends by itself, its last read with a timeout if need be.
-        while !self.receiver.is_finished() {
+        // Both end by themselves when there is no progress for a while.
+        while !self.sender.is_finished() || !self.receiver.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        self.sender.join().unwrap();
         let mut numbers = self.receiver.join().unwrap();
         numbers.sort_unstable();
         assert!(numbers.into_iter().eq(accepted(count)), "the wrong ones were delivered");

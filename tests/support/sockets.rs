@@ -15,7 +15,7 @@ use nix::sys::socket::{
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// How long a test waits for what must come.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Enough for tens of thousands of small packets, wherever the system allows it.
 const BUFFER: usize = 64 << 20;
 
@@ -23,7 +23,7 @@ const BUFFER: usize = 64 << 20;
 ///
 /// # Panics
 ///
-/// After ten seconds.
+/// After half a minute.
 #[track_caller]
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -50,7 +50,7 @@ pub fn queue_line(queue: u16) -> Option<[u64; 9]> {
     })
 }
 
-/// A UDP socket with generous buffers, whose reads end with an error after ten seconds.
+/// A UDP socket with generous buffers, whose reads end with an error after half a minute.
 pub fn udp(address: impl ToSocketAddrs) -> UdpSocket {
     let socket = UdpSocket::bind(address).expect("bind a UDP socket");
     // The forced sizes need a capability that root in a user namespace does not have; then the system's limit holds.

@@ -26,7 +26,7 @@ use super::{
 /// Set to 1 to skip all tests that need a kernel.
 const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
 /// How long a test may take.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 /// How much longer what a deadline interrupts may take to clean up.
 const GRACE: Duration = Duration::from_secs(5);
 
