@@ -243,6 +243,7 @@ async fn transfer<T>(
     receiver.join().unwrap();
     // The end of the connection is of no interest, and may be held up by a queue that nobody reads.
     drop(queue);
+    common::freed(0).await;
     sender.join().unwrap();
     seen
 }

@@ -159,7 +159,8 @@ async fn tcp(place: Place) {
         }
         assert_eq!(receiver.join().unwrap().unwrap(), replacement);
         assert_eq!(replaced, 1);
-        drop((client.await.unwrap(), divert));
+        drop((client.await.unwrap(), divert, queue));
+        common::freed(0).await;
     }
 }
 

@@ -54,6 +54,8 @@ async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F)
         let packet = hold(&mut queue, &traffic, [COUNT]).await.remove(0);
         queue.sink().submit(packet.accept()).unwrap();
         traffic.expect([COUNT]).await;
+        drop(queue);
+        common::freed(0).await;
     }
 }
 

@@ -30,7 +30,8 @@ use shared::{Phase, lock};
 ///
 /// Dropping it ends the queue as [`close`](Self::close) does, except that nobody waits: what is decided is sent, what is
 /// unread gets the [`on_unanswered`](QueueBuilder::on_unanswered) answer, and the queue is unbound when the last packet
-/// still held somewhere has been decided. That happens within the drop, some microseconds for each packet queued.
+/// still held somewhere has been decided. That happens within the drop, some microseconds for each packet queued; where
+/// another thread is just sending verdicts, that one unbinds the queue right after.
 #[derive(Debug)]
 pub struct Queue {
     stream: PacketStream,
@@ -287,8 +288,7 @@ impl Shared {
         core.wait(cx.waker());
         drop(core);
         // The waker is in place: whoever is sending meanwhile wakes it when done.
-        self.flush();
-        if self.core().all_sent() { Poll::Ready(()) } else { Poll::Pending }
+        if self.flush() || self.core().all_sent() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {

@@ -41,13 +41,13 @@ impl Outbox {
 
 impl Shared {
     /// Sends what is gathered. The caller has said so in `flush_wanted`; if another thread is sending, that one will
-    /// see it and go round once more.
-    pub(super) fn flush(&self) {
+    /// see it and go round once more. True if all that was gathered before has been sent when this returns.
+    pub(super) fn flush(&self) -> bool {
         loop {
             let mut outbox = match self.outbox.try_lock() {
                 Ok(outbox) => outbox,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return,
+                Err(TryLockError::WouldBlock) => return false,
             };
             let confirms = self.send_gathered(&mut outbox);
             drop(outbox);
@@ -65,39 +65,38 @@ impl Shared {
             if last {
                 self.unbind();
             }
-            return;
+            return true;
         }
     }
 
-    /// Sends everything gathered; tells the sequence numbers whose answers somebody awaits.
+    /// Sends everything gathered by now, and not what comes meanwhile: whether that is to be sent its own policy has said.
+    /// Tells the sequence numbers whose answers somebody awaits.
     fn send_gathered(&self, outbox: &mut Outbox) -> Vec<u32> {
-        let mut confirms = Vec::new();
-        loop {
+        {
             let mut core = self.core();
             core.flush_wanted = false;
+            if core.ledger.gathered() == 0 {
+                return Vec::new();
+            }
             core.oldest = None;
             core.due = None;
-            core.sending = core.ledger.gathered() > 0;
-            if !core.sending {
-                return confirms;
-            }
+            core.sending = true;
             core.ledger.settle(&mut outbox.plan);
             core.counters.flushes += 1;
             core.counters.largest_flush = core.counters.largest_flush.max(outbox.plan.len() as u64);
-            drop(core);
-
-            if outbox.plan.iter().any(|s| confirm_of(s).is_some()) {
-                // An answer finds no room in a full buffer; what is there can be received first.
-                let _ = self.receive_all();
-            }
-            let mut plan = std::mem::take(&mut outbox.plan);
-            for settlement in plan.drain(..) {
-                self.put(outbox, settlement);
-            }
-            outbox.plan = plan;
-            self.send(outbox);
-            confirms.append(&mut outbox.confirms);
         }
+        if outbox.plan.iter().any(|s| confirm_of(s).is_some()) {
+            // An answer finds no room in a full buffer; what is there can be received first.
+            let _ = self.receive_all();
+        }
+        let mut plan = std::mem::take(&mut outbox.plan);
+        for settlement in plan.drain(..) {
+            self.put(outbox, settlement);
+        }
+        outbox.plan = plan;
+        self.send(outbox);
+        self.core().sending = false;
+        std::mem::take(&mut outbox.confirms)
     }
 
     fn put(&self, outbox: &mut Outbox, settlement: Settlement<Box<Extra>>) {
@@ -144,12 +143,17 @@ impl Shared {
             core.ledger.forbid_batches();
             core.counters.refused += 1;
             let error = Error::os("send verdicts", source);
-            for sequence in outbox.confirms.drain(..) {
-                if let Some(awaited) = core.awaiting.remove(&sequence) {
-                    let error = Error::new(error.kind(), "send verdict").with_packet(PacketId(awaited.id));
-                    let _ = awaited.confirmer.send(Err(error));
+            let first = outbox.first;
+            outbox.confirms.retain(|sequence| {
+                // Those of earlier datagrams have been sent.
+                if core.awaiting.get(sequence).is_none_or(|awaited| awaited.first != first) {
+                    return true;
                 }
-            }
+                if let Some(Awaited { id, confirmer, .. }) = core.awaiting.remove(sequence) {
+                    let _ = confirmer.send(Err(Error::new(error.kind(), "send verdict").with_packet(PacketId(id))));
+                }
+                false
+            });
             core.error(error);
         }
         outbox.datagram.clear();

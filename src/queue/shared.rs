@@ -263,7 +263,9 @@ impl Shared {
     pub(super) fn proceed(&self, next: Next) {
         match next {
             Next::Nothing => {}
-            Next::Flush => self.flush(),
+            Next::Flush => {
+                self.flush();
+            }
             Next::WakeDriver => self.signal.notify_one(),
         }
     }

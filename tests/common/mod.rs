@@ -230,6 +230,11 @@ pub fn account(queue: u16) -> Option<Account> {
     Some(Account { waiting, queue_full, socket_full, last_id })
 }
 
+/// Waits until nobody has the queue bound. A dropped queue's end may be another thread's to finish.
+pub async fn freed(queue: u16) {
+    eventually("the queue is free", || account(queue).is_none()).await;
+}
+
 /// Random numbers that are the same each time (xorshift64*).
 pub struct Random(u64);
 
