@@ -10,10 +10,12 @@ mod alarm;
 mod builder;
 #[cfg(feature = "conntrack")]
 mod conntrack;
-#[cfg(all(doc, feature = "conntrack"))]
+#[cfg(all(doc, feature = "conntrack", feature = "edit"))]
 pub mod counterparts;
 #[cfg(feature = "divert")]
 mod divert;
+#[cfg(feature = "edit")]
+mod edit;
 mod error;
 mod flush;
 mod group;
@@ -37,7 +39,11 @@ pub use builder::QueueBuilder;
 pub use conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow};
 #[cfg(feature = "divert")]
 pub use divert::{Divert, DivertBuilder, Protocol, Rule};
+#[cfg(feature = "edit")]
+pub use edit::{Edit, PacketView, complete_checksums};
 pub use error::{Error, ErrorKind};
+#[cfg(feature = "edit")]
+pub use etherparse;
 pub use flush::{Flush, FlushPolicy, FlushWhen, Gathered, Occasion};
 pub use group::{GroupSink, GroupStream, QueueGroup};
 pub use hook::Hook;

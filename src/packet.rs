@@ -374,7 +374,8 @@ impl Packet {
     }
 
     /// Whether the transport checksum in the payload is finished. If not, the network card (or nobody, on loopback)
-    /// would have finished it; accepting the packet as it is, is fine, but a replaced payload needs full checksums.
+    /// would have finished it; accepting the packet as it is, is fine, but a replaced payload needs full checksums. A UDP
+    /// super-packet may be called ready and have an unfinished checksum all the same.
     #[doc(alias = "NFQA_SKB_CSUMNOTREADY")]
     pub fn is_checksum_ready(&self) -> bool {
         self.offload() & 1 == 0

@@ -128,6 +128,9 @@ impl Verdict {
     /// Replaces the packet, from its network header on. The kernel takes the bytes as they are: lengths and checksums,
     /// the network's and the transport's, must be right, also where those of the received packet were unfinished.
     ///
+    /// Feature `edit` does that: `Packet::edit`. It also knows the exception: a UDP super-packet wants the pseudo-header's sum in
+    /// place of the checksum.
+    ///
     /// From 20 (IPv4) or 40 (IPv6) to 65 531 bytes; anything else is refused by the sink, for the kernel would drop the
     /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be. Linux 7.2 and
     /// later drop, in silence, a replacement whose header length, options, fragment bits or extension headers differ from

@@ -118,9 +118,12 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
             }
             let verdict = match flow {
                 Some(Flow::Blocked) => packet.drop(),
-                Some(Flow::Rewritten) => match rewrite::rewritten(packet.payload()) {
-                    Some(payload) => packet.accept().payload(payload),
-                    None => packet.drop(),
+                Some(Flow::Rewritten) => match rewrite::rewritten(&packet) {
+                    Ok(payload) => packet.accept().payload(payload),
+                    Err(error) => {
+                        eprintln!("demo: {error}");
+                        packet.drop()
+                    }
                 },
                 _ => packet.accept(),
             };

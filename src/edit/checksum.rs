@@ -1,0 +1,70 @@
+//! The Internet checksum (RFC 1071) of headers in place; the sums are etherparse's.
+
+use etherparse::checksum::Sum16BitWords;
+
+use super::layout::{Layout, Transport, Version};
+
+/// Computes the checksums of a whole packet: the IPv4 header's, and the transport's where that is known.
+///
+/// A UDP datagram over IPv4 that has none (0) goes on having none; over IPv6 it gets one, which every receiver accepts.
+///
+/// A UDP super-packet gets the pseudo header's sum instead, of which `__udp_gso_segment` (net/ipv4/udp_offload.c) makes the
+/// segments' checksums, also where the packet is not marked as unfinished. TCP's segmentation begins anew.
+pub(super) fn complete(packet: &mut [u8], layout: &Layout, gso: bool) {
+    if layout.version == Version::V4 {
+        let header = usize::from(packet[0] & 0xf) * 4;
+        packet[10..12].fill(0);
+        let sum = Sum16BitWords::new().add_slice(&packet[..header]);
+        // The sum is of words as they lie in memory, hence native here and below.
+        packet[10..12].copy_from_slice(&sum.ones_complement().to_ne_bytes());
+    }
+    let Ok(transport) = layout.editable() else { return };
+    let at = layout.at + transport.checksum_at();
+    if transport == Transport::Udp && layout.version == Version::V4 && packet[at..at + 2] == [0, 0] {
+        return;
+    }
+    packet[at..at + 2].fill(0);
+    let pseudo_header = pseudo_header(packet, layout, transport);
+    let checksum = if gso && transport == Transport::Udp {
+        (!pseudo_header.ones_complement()).to_ne_bytes()
+    } else {
+        closing(&pseudo_header.add_slice(&packet[layout.at..layout.payload_end]), transport)
+    };
+    packet[at..at + 2].copy_from_slice(&checksum);
+}
+
+/// Whether the transport checksum is what the kernel leaves for the interface to finish: the pseudo header's sum
+/// (`CHECKSUM_PARTIAL`, include/linux/skbuff.h).
+pub(super) fn is_partial(packet: &[u8], layout: &Layout) -> bool {
+    let Ok(transport) = layout.editable() else { return false };
+    let at = layout.at + transport.checksum_at();
+    let sum = !pseudo_header(packet, layout, transport).ones_complement();
+    transport.has_ports() && packet[at..at + 2] == sum.to_ne_bytes()
+}
+
+/// The transport checksum `old` after `from`, which it covers, has become `to` (RFC 1624).
+pub(super) fn adjusted(old: [u8; 2], from: &[u8], to: &[u8], transport: Transport) -> [u8; 2] {
+    // ~(~old + ~from + to). The complement of a sum is the sum of the complements, each word's.
+    let removed = Sum16BitWords::new().add_slice(from).ones_complement().to_ne_bytes();
+    let sum = Sum16BitWords::new().add_2bytes(old.map(|byte| !byte)).add_2bytes(removed).add_slice(to);
+    closing(&sum, transport)
+}
+
+fn closing(sum: &Sum16BitWords, transport: Transport) -> [u8; 2] {
+    match transport {
+        // Zero would say that there is none.
+        Transport::Udp => sum.to_ones_complement_with_no_zero(),
+        _ => sum.ones_complement(),
+    }
+    .to_ne_bytes()
+}
+
+fn pseudo_header(packet: &[u8], layout: &Layout, transport: Transport) -> Sum16BitWords {
+    let addresses = match (layout.version, transport) {
+        (Version::V4, Transport::Icmpv4) => return Sum16BitWords::new(),
+        (Version::V4, _) => &packet[12..20],
+        (Version::V6, _) => &packet[8..40],
+    };
+    let length = (layout.payload_end - layout.at) as u32;
+    Sum16BitWords::new().add_slice(addresses).add_2bytes([0, layout.protocol.0]).add_slice(&length.to_be_bytes())
+}

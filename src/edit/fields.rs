@@ -1,0 +1,127 @@
+//! Setting what has a place of its own in the headers.
+
+use std::{net::IpAddr, ops::Range};
+
+use etherparse::{IpNumber, ip_number};
+
+use super::{
+    Edit, checksum, invalid,
+    layout::{Obstacle, Transport, Version},
+    refused,
+};
+use crate::Error;
+
+impl Edit {
+    /// Sets the TTL, or hop limit. Of any packet.
+    pub fn set_ttl(&mut self, ttl: u8) {
+        let at = match self.layout.version {
+            Version::V4 => 8,
+            Version::V6 => 7,
+        };
+        self.packet[at] = ttl;
+    }
+
+    /// Sets the TOS, or traffic class: DSCP in the upper six bits, ECN in the lower two. Of any packet.
+    pub fn set_tos(&mut self, tos: u8) {
+        match self.layout.version {
+            Version::V4 => self.packet[1] = tos,
+            Version::V6 => {
+                self.packet[0] = 0x60 | tos >> 4;
+                self.packet[1] = tos << 4 | self.packet[1] & 0x0f;
+            }
+        }
+    }
+
+    /// Sets the source address.
+    ///
+    /// # Errors
+    ///
+    /// As [`set_destination_address`](Self::set_destination_address).
+    pub fn set_source_address(&mut self, address: impl Into<IpAddr>) -> Result<(), Error> {
+        self.set_address("set the source address", address.into(), 12, 8)
+    }
+
+    /// Sets the destination address. Of fragments too: set it in all of them, and the first one's transport checksum is
+    /// adjusted.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the address is of the other family; if an authentication header covers
+    /// the packet; if the transport checksum, which covers the addresses, cannot be kept right: of a damaged or unknown
+    /// protocol, or behind an IPv6 routing header with segments left.
+    pub fn set_destination_address(&mut self, address: impl Into<IpAddr>) -> Result<(), Error> {
+        self.set_address("set the destination address", address.into(), 16, 24)
+    }
+
+    /// Sets the source port of TCP or UDP.
+    ///
+    /// # Errors
+    ///
+    /// As [`set_destination_port`](Self::set_destination_port).
+    pub fn set_source_port(&mut self, port: u16) -> Result<(), Error> {
+        self.set_port("set the source port", port, 0)
+    }
+
+    /// Sets the destination port of TCP or UDP.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if there is none, and as [`payload_mut`](Self::payload_mut).
+    pub fn set_destination_port(&mut self, port: u16) -> Result<(), Error> {
+        self.set_port("set the destination port", port, 2)
+    }
+
+    fn set_port(&mut self, operation: &'static str, port: u16, at: usize) -> Result<(), Error> {
+        let transport = self.layout.editable().map_err(|obstacle| refused(operation, obstacle))?;
+        if !transport.has_ports() {
+            return Err(invalid(operation, "ICMP has no ports"));
+        }
+        self.write_u16(self.layout.at + at, port.into());
+        Ok(())
+    }
+
+    fn set_address(
+        &mut self,
+        operation: &'static str,
+        address: IpAddr,
+        at_v4: usize,
+        at_v6: usize,
+    ) -> Result<(), Error> {
+        match (self.layout.version, address) {
+            (Version::V4, IpAddr::V4(address)) => self.write_address(operation, at_v4, &address.octets()),
+            (Version::V6, IpAddr::V6(address)) => self.write_address(operation, at_v6, &address.octets()),
+            (Version::V4, _) => Err(invalid(operation, format!("{address} for an IPv4 packet"))),
+            (Version::V6, _) => Err(invalid(operation, format!("{address} for an IPv6 packet"))),
+        }
+    }
+
+    fn write_address(&mut self, operation: &'static str, at: usize, octets: &[u8]) -> Result<(), Error> {
+        let place = at..at + octets.len();
+        match (self.layout.obstacle, self.layout.transport) {
+            // The checksum is computed in the end.
+            (None, _) => {}
+            (Some(Obstacle::Fragment), _) if self.layout.headless => {}
+            (Some(Obstacle::Fragment), Some(transport)) => self.adjust_checksum(transport, &place, octets),
+            (Some(Obstacle::Fragment | Obstacle::Protocol(_)), None)
+                if ADDRESSES_UNCOVERED.contains(&self.layout.protocol) => {}
+            (Some(obstacle), _) => return Err(refused(operation, obstacle)),
+        }
+        self.packet[place].copy_from_slice(octets);
+        Ok(())
+    }
+
+    /// Prepares the checksum in a first fragment for a change of the address at `place`.
+    fn adjust_checksum(&mut self, transport: Transport, place: &Range<usize>, address: &[u8]) {
+        let at = self.layout.at + transport.checksum_at();
+        let old = [self.packet[at], self.packet[at + 1]];
+        let none = transport == Transport::Udp && old == [0, 0];
+        if transport != Transport::Icmpv4 && !none {
+            let new = checksum::adjusted(old, &self.packet[place.clone()], address, transport);
+            self.packet[at..at + 2].copy_from_slice(&new);
+        }
+    }
+}
+
+/// Protocols whose checksum, if they have one, does not cover the addresses: IGMP, IPv4, IPv6, GRE, SCTP.
+const ADDRESSES_UNCOVERED: [IpNumber; 5] =
+    [ip_number::IGMP, ip_number::IPV4, ip_number::IPV6, ip_number::GRE, ip_number::SCTP];

@@ -1,0 +1,154 @@
+//! Changing what follows the headers, and the lengths with it.
+
+use std::ops::{Bound, Range, RangeBounds};
+
+use etherparse::Ipv6Header;
+
+use super::{
+    Edit, invalid,
+    layout::{Layout, Obstacle, Transport, Version},
+    refused, too_long,
+};
+use crate::{Error, wire::MAX_PAYLOAD};
+
+impl Edit {
+    /// The transport payload, to be changed in place: what follows the header of TCP or UDP, or the first 8 bytes of an ICMP
+    /// message.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is a fragment; if an authentication header covers it; if its
+    /// protocol is another (ESP for instance), or its transport header is damaged; behind an IPv6 routing header with
+    /// segments left.
+    pub fn payload_mut(&mut self) -> Result<&mut [u8], Error> {
+        let range = self.payload_range("edit the payload")?;
+        Ok(&mut self.packet[range])
+    }
+
+    /// Replaces the transport payload as a whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`splice_payload`](Self::splice_payload).
+    pub fn replace_payload(&mut self, with: &[u8]) -> Result<(), Error> {
+        self.splice_payload(.., with)
+    }
+
+    /// Replaces a range of the transport payload, counted in bytes from its beginning. Lengths may differ, and the headers'
+    /// lengths follow.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) as [`payload_mut`](Self::payload_mut); if the range is not within the
+    /// payload; if the packet would be longer than 65 531 bytes.
+    #[doc(alias = "nfq_tcp_mangle_ipv4")]
+    #[doc(alias = "nfq_tcp_mangle_ipv6")]
+    #[doc(alias = "nfq_udp_mangle_ipv4")]
+    #[doc(alias = "nfq_udp_mangle_ipv6")]
+    pub fn splice_payload(&mut self, range: impl RangeBounds<usize>, with: &[u8]) -> Result<(), Error> {
+        const OPERATION: &str = "splice the payload";
+        let payload = self.payload_range(OPERATION)?;
+        let range = within(OPERATION, payload, range)?;
+        self.splice(OPERATION, range, with)
+    }
+
+    /// Replaces a range of what follows the IP header and its extensions: of the transport header and payload, counted in
+    /// bytes from the header's beginning. For protocols and header fields that this type does not know. Only IP's
+    /// lengths follow; a UDP header's length is the caller's to set. The checksum of a protocol that is known is computed.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is a fragment or authenticated; if the range is not
+    /// within the IP payload; if the packet would be longer than 65 531 bytes; if it is TCP, UDP, ICMP or ICMPv6 and its
+    /// header would be damaged. The packet is then as it was.
+    #[doc(alias = "nfq_ip_mangle")]
+    #[doc(alias = "nfq_ip6_mangle")]
+    #[doc(alias = "pktb_mangle")]
+    pub fn splice_ip_payload(&mut self, range: impl RangeBounds<usize>, with: &[u8]) -> Result<(), Error> {
+        const OPERATION: &str = "splice the IP payload";
+        if let Some(obstacle @ (Obstacle::Fragment | Obstacle::Authenticated | Obstacle::Routed)) = self.layout.obstacle
+        {
+            return Err(refused(OPERATION, obstacle));
+        }
+        let range = within(OPERATION, self.layout.at..self.layout.end, range)?;
+        let end = self.end_after(OPERATION, &range, with)?;
+        // A copy, so that what turns out to be damaged changes nothing.
+        let packet = [&self.packet[..range.start], with, &self.packet[range.end..]].concat();
+        let mut new = Self { packet, layout: Layout { end, ..self.layout }, gso: self.gso };
+        new.write_ip_len();
+        new.layout = Layout::of(&new.packet).map_err(|detail| invalid(OPERATION, detail))?;
+        if let Some(obstacle @ Obstacle::Damaged(_)) = new.layout.obstacle {
+            return Err(refused(OPERATION, obstacle));
+        }
+        *self = new;
+        Ok(())
+    }
+
+    fn payload_range(&self, operation: &'static str) -> Result<Range<usize>, Error> {
+        self.layout.editable().map_err(|obstacle| refused(operation, obstacle))?;
+        Ok(self.layout.payload().unwrap_or_default())
+    }
+
+    /// The packet's length once `range` has become `with`.
+    fn end_after(&self, operation: &'static str, range: &Range<usize>, with: &[u8]) -> Result<usize, Error> {
+        let end = self.layout.end - range.len() + with.len();
+        if end > MAX_PAYLOAD {
+            return Err(too_long(operation, end));
+        }
+        if self.gso && end != self.layout.end {
+            return Err(invalid(operation, "a super-packet must keep its length; bind the queue with gso(false)"));
+        }
+        Ok(end)
+    }
+
+    /// `range` lies within the transport payload.
+    fn splice(&mut self, operation: &'static str, range: Range<usize>, with: &[u8]) -> Result<(), Error> {
+        let end = self.end_after(operation, &range, with)?;
+        let (old_end, new_range) = (self.layout.end, range.start..range.start + with.len());
+        if end > old_end {
+            self.packet.reserve_exact(end - old_end);
+            self.packet.resize(end, 0);
+        }
+        if end != old_end {
+            self.packet.copy_within(range.end..old_end, new_range.end);
+            self.packet.truncate(end);
+        }
+        self.packet[new_range].copy_from_slice(with);
+
+        let behind_payload = old_end - self.layout.payload_end;
+        self.layout.end = end;
+        self.layout.payload_end = end - behind_payload;
+        self.write_ip_len();
+        if self.layout.transport == Some(Transport::Udp) {
+            let at = self.layout.at;
+            self.write_u16(at + 4, self.layout.payload_end - at);
+        }
+        Ok(())
+    }
+
+    fn write_ip_len(&mut self) {
+        self.layout.stated_len = Some(self.layout.end);
+        match self.layout.version {
+            Version::V4 => self.write_u16(2, self.layout.end),
+            Version::V6 => self.write_u16(4, self.layout.end - Ipv6Header::LEN),
+        }
+    }
+}
+
+/// A range of the packet, counted from the beginning of `whole`.
+fn within(operation: &'static str, whole: Range<usize>, range: impl RangeBounds<usize>) -> Result<Range<usize>, Error> {
+    let start = match range.start_bound() {
+        Bound::Included(&start) => Some(start),
+        Bound::Excluded(&before) => before.checked_add(1),
+        Bound::Unbounded => Some(0),
+    };
+    let end = match range.end_bound() {
+        Bound::Included(&last) => last.checked_add(1),
+        Bound::Excluded(&end) => Some(end),
+        Bound::Unbounded => Some(whole.len()),
+    };
+    match (start, end) {
+        (Some(start), Some(end)) if start <= end && end <= whole.len() => Ok(whole.start + start..whole.start + end),
+        _ => Err(invalid(operation, format!("the range is not within its {} bytes", whole.len()))),
+    }
+}
