@@ -17,9 +17,10 @@ pub struct Conntrack {
     pub reply: Flow,
     /// The entry's status bits.
     pub status: Option<ConntrackStatus>,
-    /// The entry's mark (`ct mark`). Not sent where it is 0.
+    /// The entry's mark (`ct mark`). Where it is 0 some kernels send that, others nothing.
     pub mark: Option<u32>,
-    /// The entry's labels, 128 bits, the first label being the lowest bit of the first byte on little-endian machines.
+    /// The entry's labels, 128 bits, the first label being the lowest bit of the first byte on little-endian machines. Not
+    /// sent where none is set.
     pub labels: Option<[u8; 16]>,
     /// How long until the entry expires.
     pub timeout: Option<Duration>,

@@ -180,7 +180,8 @@ impl Verdict {
         self
     }
 
-    /// Has the packet's connection expire after so long without a packet; whole seconds, 2³² − 1 at most.
+    /// Has the packet's connection expire after so long, if no packet of it comes in the meantime: the next one that does sets the
+    /// protocol's usual timeout again. Whole seconds; the kernel cuts it to 2³¹ − 1 of its ticks, 24 days or more.
     #[cfg(feature = "conntrack")]
     pub fn conntrack_timeout(mut self, timeout: Duration) -> Self {
         self.conntrack.get_or_insert_default().timeout = Some(timeout);

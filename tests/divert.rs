@@ -8,7 +8,6 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Command, ExitCode, Stdio},
     thread,
-    time::Duration,
 };
 
 use netlink_packet_core::{
@@ -21,11 +20,9 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
 use rustix::thread::{CapabilitySet, CpuSet};
-use support::{RawPacket, RawQueue, VethOptions, test_multi, test_sync, udp, udp_marked, wait_until};
+use support::{PATIENCE, RawPacket, RawQueue, VethOptions, test_multi, test_sync, udp, udp_marked, wait_until};
 use tokio_nfqueue::{Divert, ErrorKind, Hook, Protocol, Rule};
 
-/// How long to wait for what must come.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Set for the child process that [`killed`] kills.
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_DIVERT_CHILD";
 const CHILD_TABLE: &str = "killed";

@@ -24,11 +24,9 @@ use libtest_mimic::Trial;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
 
-pub use self::load::Load;
+pub use self::{load::Load, support::PATIENCE};
 pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
-/// How long a test waits for what must come.
-pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The receivers' first port.
 pub const PORT: u16 = 9000;
 /// So many small datagrams find room in one receiver's buffer, however low the system's limit.
@@ -67,7 +65,7 @@ pub fn sync(name: &str, body: impl FnOnce() + Send + 'static) -> Vec<Trial> {
 /// Waits for what must come.
 ///
 /// # Panics
-/// After half a minute.
+/// After [`PATIENCE`].
 pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(output) => output,
@@ -78,7 +76,7 @@ pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
 /// Waits until `condition` holds, and lets the runtime work meanwhile.
 ///
 /// # Panics
-/// After half a minute.
+/// After [`PATIENCE`].
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let holds = async {
         while !condition() {

@@ -14,8 +14,8 @@ use nix::sys::socket::{
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-/// How long a test waits for what must come.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+use super::trial::PATIENCE;
+
 /// Enough for tens of thousands of small packets, wherever the system allows it.
 const BUFFER: usize = 64 << 20;
 
@@ -23,7 +23,7 @@ const BUFFER: usize = 64 << 20;
 ///
 /// # Panics
 ///
-/// After half a minute.
+/// After [`PATIENCE`].
 #[track_caller]
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -50,7 +50,7 @@ pub fn queue_line(queue: u16) -> Option<[u64; 9]> {
     })
 }
 
-/// A UDP socket with generous buffers, whose reads end with an error after half a minute.
+/// A UDP socket with generous buffers, whose reads end with an error after [`PATIENCE`].
 pub fn udp(address: impl ToSocketAddrs) -> UdpSocket {
     let socket = UdpSocket::bind(address).expect("bind a UDP socket");
     // The forced sizes need a capability that root in a user namespace does not have; then the system's limit holds.

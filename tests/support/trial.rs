@@ -26,7 +26,17 @@ use super::{
 /// Set to 1 to skip all tests that need a kernel.
 const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
 /// How long a test may take.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(120 * SLOWNESS);
+/// How long a test waits for what must come.
+pub const PATIENCE: Duration = Duration::from_secs(30 * SLOWNESS);
+/// So many times as long, where the tests are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`, read by the compiler.
+const SLOWNESS: u64 = match option_env!("TOKIO_NFQUEUE_PATIENCE") {
+    None => 1,
+    Some(text) => match u64::from_str_radix(text, 10) {
+        Ok(factor @ 1..=1000) => factor,
+        _ => panic!("TOKIO_NFQUEUE_PATIENCE is a number from 1 to 1000"),
+    },
+};
 /// How much longer what a deadline interrupts may take to clean up.
 const GRACE: Duration = Duration::from_secs(5);
 

@@ -1,0 +1,558 @@
+//! Connection tracking entries beside packets, and changed by verdicts.
+//!
+//! On a kernel without the glue between queues and connection tracking (`NETFILTER_NETLINK_GLUE_CT`) each of these tests
+//! sees to it that such a queue cannot be bound and that a change is refused, and no more.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+use common::{Hook, Protocol, Rule, divert, next, number, soon, support};
+use futures::SinkExt;
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    nftables::{
+        ChainAttribute, ChainMessage, DataAttribute, Expressions, Hook as HookAttribute, HookNumber, Immediate,
+        InetHookNumber, NfTablesMessage, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
+    },
+    none::ControlMessage,
+};
+use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
+use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Flow, Packet, Queue, Verdict};
+
+#[macro_use]
+mod common;
+
+tests![
+    both the_first_packet_brings_an_unconfirmed_entry,
+    both answers_change_the_state,
+    one an_entry_of_ipv6,
+    one an_entry_in_a_zone,
+    one an_error_is_related,
+    one untracked_packets_have_no_entry,
+    both a_mark_is_seen_on_the_flow,
+    one a_mark_changes_in_the_bits_of_its_mask,
+    one labels_change_in_the_bits_of_their_mask,
+    one labels_that_no_rule_uses_are_not_changed,
+    one a_timeout_holds_until_the_next_packet,
+    one a_very_long_timeout,
+    one all_changes_in_one_verdict,
+    one a_dropped_packet_leaves_no_entry,
+    both a_queue_bound_without_refuses_changes,
+];
+
+/// Set to 1 where the kernel has the glue, so that a queue with conntrack must not be refused.
+const EXPECTED: &str = "TOKIO_NFQUEUE_EXPECT_CONNTRACK";
+
+/// A queue with conntrack, or `None` after a look at what a kernel without it does instead.
+async fn with_conntrack(number: u16) -> Option<Queue> {
+    match Queue::builder(number).conntrack(true).bind() {
+        Ok(queue) => Some(queue),
+        Err(error) => {
+            assert!(std::env::var_os(EXPECTED).is_none_or(|value| value != "1"), "{EXPECTED}=1, but {error}");
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("conntrack"), "{error}");
+            assert_eq!(support::queue_line(number), None);
+            refuses_changes(number).await;
+            None
+        }
+    }
+}
+
+/// Binds a queue without conntrack, which takes no change.
+async fn refuses_changes(number: u16) {
+    let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().unwrap();
+    let _divert = divert([udp_out().to_queue(number)]);
+    let flow = Pair::new("127.0.0.1");
+    let changes: [fn(Verdict) -> Verdict; 3] = [
+        |verdict| verdict.conntrack_mark(1, 1),
+        |verdict| verdict.conntrack_labels([1; 16], [1; 16]),
+        |verdict| verdict.conntrack_timeout(Duration::from_secs(60)),
+    ];
+    for (index, change) in (0..).zip(changes) {
+        flow.ask(index);
+        let packet = next(&mut queue).await;
+        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None));
+        let id = packet.id();
+        let verdict = change(packet.accept());
+        let error = match index {
+            0 => queue.sink().submit(verdict).unwrap_err(),
+            1 => soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err(),
+            _ => soon("the refusal", queue.sink().send(verdict)).await.unwrap_err(),
+        };
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
+        assert!(error.to_string().contains("conntrack"), "{error}");
+    }
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    // What is refused is unanswered.
+    for index in 0..3 {
+        assert_eq!(flow.heard(), index);
+    }
+}
+
+/// Two sockets that talk over loopback: one asks, one answers.
+struct Pair {
+    client: UdpSocket,
+    server: UdpSocket,
+}
+
+impl Pair {
+    fn new(address: &str) -> Self {
+        let address: IpAddr = address.parse().unwrap();
+        Self { client: support::udp((address, 0)), server: support::udp((address, common::PORT)) }
+    }
+
+    fn ask(&self, number: u32) {
+        self.client.send_to(&number.to_be_bytes(), self.server.local_addr().unwrap()).unwrap();
+    }
+
+    fn answer(&self, number: u32) {
+        self.server.send_to(&number.to_be_bytes(), self.client.local_addr().unwrap()).unwrap();
+    }
+
+    /// What the server hears next.
+    fn heard(&self) -> u32 {
+        let mut datagram = [0; 4];
+        self.server.recv(&mut datagram).expect("a question");
+        u32::from_be_bytes(datagram)
+    }
+
+    #[track_caller]
+    fn assert_is(&self, entry: &Conntrack) {
+        let (client, server) = (self.client.local_addr().unwrap(), self.server.local_addr().unwrap());
+        assert_flow(entry.original, 17, client, server);
+        assert_flow(entry.reply, 17, server, client);
+    }
+}
+
+#[track_caller]
+fn assert_flow(flow: Flow, protocol: u8, source: SocketAddr, destination: SocketAddr) {
+    assert_eq!((flow.source, flow.source_port), (Some(source.ip()), Some(source.port())));
+    assert_eq!((flow.destination, flow.destination_port), (Some(destination.ip()), Some(destination.port())));
+    assert_eq!(flow.protocol, Some(protocol));
+}
+
+/// On its way out a packet is seen before its entry is confirmed.
+fn udp_out() -> Rule {
+    Rule::new(Hook::Output).protocol(Protocol::Udp)
+}
+
+/// The next packet, and its entry.
+async fn entry(queue: &mut Queue) -> (Packet, Conntrack) {
+    let packet = next(queue).await;
+    let entry = packet.conntrack().expect("a connection tracking entry");
+    (packet, entry)
+}
+
+/// The entry's mark: of one without, some kernels send 0, others nothing.
+fn mark(entry: &Conntrack) -> u32 {
+    entry.mark.unwrap_or(0)
+}
+
+/// Gives a verdict, and has the kernel say that it took it.
+async fn give(queue: &Queue, verdict: Verdict) {
+    soon("the kernel's answer", queue.sink().confirm(verdict)).await.unwrap();
+}
+
+async fn the_first_packet_brings_an_unconfirmed_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, first) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    pair.assert_is(&first);
+    let status = first.status.unwrap();
+    assert!(!status.is_confirmed() && !status.has_seen_reply() && !status.is_assured() && !status.is_expected());
+    assert!(!status.is_source_nat() && !status.is_destination_nat());
+    assert_eq!((mark(&first), first.labels, first.zone), (0, None, None));
+    assert!(first.id.is_some());
+    give(&queue, packet.accept()).await;
+    assert_eq!(pair.heard(), 1);
+
+    pair.ask(2);
+    let (packet, second) = entry(&mut queue).await;
+    // Nobody has answered yet.
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    pair.assert_is(&second);
+    assert!(second.status.unwrap().is_confirmed());
+    assert_eq!(second.id, first.id);
+    let timeout = second.timeout.unwrap();
+    assert!(timeout > Duration::ZERO && timeout <= Duration::from_secs(30), "{timeout:?}");
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn answers_change_the_state() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, first) = entry(&mut queue).await;
+    give(&queue, packet.accept()).await;
+    pair.answer(2);
+    let (packet, second) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
+    // The entry's directions are the connection's, not the packet's.
+    pair.assert_is(&second);
+    assert!(second.status.unwrap().has_seen_reply());
+    give(&queue, packet.accept()).await;
+    pair.ask(3);
+    let (packet, third) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::Established));
+    pair.assert_is(&third);
+    let status = third.status.unwrap();
+    assert!(status.has_seen_reply() && status.is_confirmed());
+    // SEEN_REPLY and CONFIRMED among them.
+    assert_eq!(status.bits() & 0b1010, 0b1010);
+    assert_eq!((second.id, third.id), (first.id, first.id));
+    queue.sink().submit(packet.accept()).unwrap();
+
+    // Another flow, another entry.
+    let other = support::udp("127.0.0.1:0");
+    other.send_to(&[0; 4], pair.server.local_addr().unwrap()).unwrap();
+    let (packet, fourth) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    assert_eq!(fourth.original.source_port, Some(other.local_addr().unwrap().port()));
+    assert_ne!(fourth.id, first.id);
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn an_entry_of_ipv6() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("::1");
+    pair.ask(1);
+    let (packet, entry) = entry(&mut queue).await;
+    pair.assert_is(&entry);
+    assert_eq!(entry.original.source, Some(Ipv6Addr::LOCALHOST.into()));
+    give(&queue, packet.accept().conntrack_mark(6, 6)).await;
+    assert_eq!(pair.heard(), 1);
+}
+
+async fn an_entry_in_a_zone() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    install("zoned", Some(BEFORE_TRACKING), vec![immediate(5_u16.to_ne_bytes().to_vec()), ct(SOURCE, ZONE)]);
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!(entry.zone, Some(5));
+    pair.assert_is(&entry);
+    give(&queue, packet.accept()).await;
+}
+
+async fn an_error_is_related() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Icmp).to_queue(0)]);
+    let client = support::udp("127.0.0.1:0");
+    let nobody = SocketAddr::from(([127, 0, 0, 1], 9999));
+    client.send_to(b"hello?", nobody).unwrap();
+    // Port unreachable.
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::RelatedReply));
+    assert_flow(entry.original, 17, client.local_addr().unwrap(), nobody);
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn untracked_packets_have_no_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        pair.ask(turn);
+        let packet = next(&mut queue).await;
+        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None), "{turn}");
+        // It cannot be known beforehand which packets have one, so this is no mistake.
+        give(&queue, packet.accept().conntrack_mark(1, 1)).await;
+        assert_eq!(pair.heard(), turn);
+        if turn == 0 {
+            // First there was no connection tracking, now there is, but not for these.
+            track();
+            let notrack = Expressions::Other { expression_type: "notrack".to_owned(), attributes: Vec::new() };
+            install("exempt", Some(BEFORE_TRACKING), vec![notrack]);
+        }
+    }
+}
+
+async fn a_mark_is_seen_on_the_flow() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let (pair, other) = (Pair::new("127.0.0.1"), Pair::new("127.0.0.2"));
+    pair.ask(1);
+    let packet = next(&mut queue).await;
+    // The connection's mark, not the packet's.
+    give(&queue, packet.accept().conntrack_mark(0xdead_beef, u32::MAX)).await;
+    pair.ask(2);
+    let (packet, marked) = entry(&mut queue).await;
+    assert_eq!((number(&packet), marked.mark, packet.mark()), (2, Some(0xdead_beef), 0));
+    queue.sink().submit(packet.accept()).unwrap();
+    // It is both directions'.
+    pair.answer(3);
+    let (packet, marked) = entry(&mut queue).await;
+    assert_eq!((packet.conntrack_state(), marked.mark), (Some(ConntrackState::EstablishedReply), Some(0xdead_beef)));
+    queue.sink().submit(packet.accept()).unwrap();
+    other.ask(4);
+    let (packet, unmarked) = entry(&mut queue).await;
+    assert_eq!(mark(&unmarked), 0);
+    queue.sink().submit(packet.accept()).unwrap();
+    // Back to none.
+    pair.ask(5);
+    let packet = next(&mut queue).await;
+    give(&queue, packet.accept().conntrack_mark(0, u32::MAX)).await;
+    pair.ask(6);
+    let (packet, unmarked) = entry(&mut queue).await;
+    assert_eq!(mark(&unmarked), 0);
+    queue.sink().submit(packet.accept()).unwrap();
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    for number in [1, 2, 5, 6] {
+        assert_eq!(pair.heard(), number);
+    }
+}
+
+async fn a_mark_changes_in_the_bits_of_its_mask() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    let changes = [
+        ((0x1234_5678, u32::MAX), 0x1234_5678),
+        ((0x0000_0009, 0x0000_000f), 0x1234_5679),
+        ((0x0000_ab00, 0x0000_ff00), 0x1234_ab79),
+        ((0, 0x0fff_0000), 0x1000_ab79),
+        // Bits outside of the mask do not count.
+        ((0xffff_ffff, 0x0000_00ff), 0x1000_abff),
+        ((0xffff_ffff, 0), 0x1000_abff),
+    ];
+    for ((value, mask), expected) in changes {
+        pair.ask(0);
+        let packet = next(&mut queue).await;
+        give(&queue, packet.accept().conntrack_mark(value, mask)).await;
+        pair.ask(0);
+        let (packet, entry) = entry(&mut queue).await;
+        assert_eq!(entry.mark, Some(expected), "{:#x?} with {value:#x} in {mask:#x}", entry.mark);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+}
+
+async fn labels_change_in_the_bits_of_their_mask() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track_with_labels();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    let first: [u8; 16] = std::array::from_fn(|index| index as u8 + 1);
+    let mut second = first;
+    (second[0], second[15]) = (0xf1, 0);
+    let mut mask = [0; 16];
+    (mask[0], mask[15]) = (0xf0, 0xff);
+    let mut value = [0xff; 16];
+    value[15] = 0;
+    for ((value, mask), expected) in
+        [((first, [0xff; 16]), Some(first)), ((value, mask), Some(second)), (([0; 16], [0xff; 16]), None)]
+    {
+        pair.ask(0);
+        let packet = next(&mut queue).await;
+        give(&queue, packet.accept().conntrack_labels(value, mask)).await;
+        pair.ask(0);
+        let (packet, entry) = entry(&mut queue).await;
+        assert_eq!(entry.labels, expected);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+}
+
+async fn labels_that_no_rule_uses_are_not_changed() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(0);
+    let packet = next(&mut queue).await;
+    // The kernel says nothing of it, and gives up before it comes to the mark.
+    give(&queue, packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
+    pair.ask(0);
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!((entry.labels, mark(&entry)), (None, 0));
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn a_timeout_holds_until_the_next_packet() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        // The first time the entry is not confirmed.
+        pair.ask(turn);
+        let (packet, before) = entry(&mut queue).await;
+        assert!(before.timeout.is_some_and(|timeout| timeout <= Duration::from_secs(30)), "{turn}: {before:?}");
+        assert_eq!(before.status.unwrap().is_confirmed(), turn == 1);
+        // Without a way through the stack in between.
+        give(&queue, packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
+        let (packet, after) = entry(&mut second).await;
+        let timeout = after.timeout.unwrap();
+        assert!((Duration::from_secs(900)..=Duration::from_secs(1000)).contains(&timeout), "{turn}: {timeout:?}");
+        give(&second, packet.accept()).await;
+        assert_eq!(pair.heard(), turn);
+    }
+    pair.ask(2);
+    let (packet, entry) = entry(&mut queue).await;
+    assert!(entry.timeout.unwrap() <= Duration::from_secs(30), "{entry:?}");
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn a_very_long_timeout() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(0);
+    let packet = next(&mut queue).await;
+    give(&queue, packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
+    let (packet, entry) = entry(&mut second).await;
+    // The kernel cuts it to 2³¹ − 1 of its ticks: 24 days where there are 1000 of them in a second.
+    assert!(entry.timeout.unwrap() > Duration::from_secs(24 * 86_400), "{entry:?}");
+    give(&second, packet.accept()).await;
+    assert_eq!(pair.heard(), 0);
+}
+
+async fn all_changes_in_one_verdict() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track_with_labels();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(7);
+    let (packet, before) = entry(&mut queue).await;
+    let payload = packet.payload().to_vec();
+    let verdict = packet
+        .requeue(1)
+        .mark(3)
+        .conntrack_mark(4, 0xff)
+        .conntrack_labels([5; 16], [0xff; 16])
+        .conntrack_timeout(Duration::from_secs(600));
+    give(&queue, verdict).await;
+    let (packet, after) = entry(&mut second).await;
+    assert_eq!((packet.mark(), after.mark, after.labels), (3, Some(4), Some([5; 16])));
+    assert!(after.timeout.unwrap() > Duration::from_secs(500));
+    assert_eq!((after.id, packet.payload().to_vec()), (before.id, payload));
+    give(&second, packet.accept()).await;
+    assert_eq!(pair.heard(), 7);
+}
+
+async fn a_dropped_packet_leaves_no_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        pair.ask(turn);
+        let (packet, entry) = entry(&mut queue).await;
+        assert!(!entry.status.unwrap().is_confirmed());
+        assert_eq!(mark(&entry), 0);
+        give(&queue, packet.drop().conntrack_mark(9, 9)).await;
+    }
+}
+
+async fn a_queue_bound_without_refuses_changes() {
+    refuses_changes(0).await;
+}
+
+// Rules that `Divert` has no words for.
+
+/// enum nft_ct_attributes
+const DESTINATION: u16 = 1;
+const KEY: u16 = 2;
+const SOURCE: u16 = 4;
+/// enum nft_ct_keys
+const STATE: u32 = 0;
+const LABELS: u32 = 13;
+const ZONE: u32 = 17;
+/// A chain at the output hook, before `NF_IP_PRI_CONNTRACK`, -200.
+const BEFORE_TRACKING: i32 = -300;
+
+/// Has connections tracked in this network namespace: it is enough that some rule asks for their state.
+fn track() {
+    install("tracking", None, vec![ct(DESTINATION, STATE)]);
+}
+
+/// As [`track`], with room for labels in each entry, which is made when some rule sets labels.
+fn track_with_labels() {
+    install("labelling", None, vec![immediate(vec![0; 16]), ct(SOURCE, LABELS)]);
+    track();
+}
+
+/// The `ct` expression, with register 1 as source or destination.
+fn ct(direction: u16, key: u32) -> Expressions {
+    let attributes = [(direction, 1), (KEY, key)];
+    let attributes = attributes.map(|(kind, number)| DefaultNla::new(kind, u32::to_be_bytes(number).to_vec())).to_vec();
+    Expressions::Other { expression_type: "ct".to_owned(), attributes }
+}
+
+/// A constant to register 1.
+fn immediate(value: Vec<u8>) -> Expressions {
+    Expressions::Immediate(vec![
+        Immediate::DestinationRegister(Register::Reg1),
+        Immediate::Data(DataAttribute::Value(value)),
+    ])
+}
+
+/// A table of one chain, with a priority at the output hook or without a hook, and one rule. It goes with its namespace.
+fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
+    let name = || name.to_owned();
+    let mut chain = vec![ChainAttribute::Table(name()), ChainAttribute::Name(name())];
+    if let Some(priority) = priority {
+        let number = HookAttribute::Number(HookNumber::Inet(InetHookNumber::LocalOut));
+        chain.push(ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())]));
+        chain.push(ChainAttribute::Type("filter".to_owned()));
+    }
+    let expressions = expressions.into_iter().map(Into::into).collect();
+    let rule =
+        vec![RuleAttribute::Table(name()), RuleAttribute::Chain(name()), RuleAttribute::Expressions(expressions)];
+    let table = vec![TableAttribute::Name(name())];
+    let inet = |message: NfTablesMessage| {
+        NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0), message)
+    };
+    let control = |message| {
+        // Of nf_tables, 10.
+        let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 10);
+        NetfilterMessage::new::<NetfilterMessageInner>(header, ControlMessage::into(message))
+    };
+    transact([
+        (control(ControlMessage::BatchBegin), 0),
+        (inet(NfTablesMessage::NewTable(TableMessage { attributes: table })), NLM_F_CREATE),
+        (inet(NfTablesMessage::NewChain(ChainMessage { attributes: chain })), NLM_F_CREATE | NLM_F_EXCL),
+        (inet(NfTablesMessage::NewRule(RuleMessage { attributes: rule })), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
+        (control(ControlMessage::BatchEnd), 0),
+    ]);
+}
+
+/// Sends a batch; its last message but one asks for an answer.
+fn transact(messages: [(NetfilterMessage, u16); 5]) {
+    let mut batch = Vec::new();
+    for (message, flags) in messages {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+        message.finalize();
+        let start = batch.len();
+        batch.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut batch[start..]);
+    }
+    let mut socket = Socket::new(NETLINK_NETFILTER).unwrap();
+    socket.bind_auto().unwrap();
+    socket.send_to(&batch, &NetlinkAddr::new(0, 0), 0).unwrap();
+    let mut answer = Vec::with_capacity(4096);
+    socket.recv(&mut answer, 0).unwrap();
+    let answer = NetlinkBuffer::new(&answer);
+    assert_eq!(answer.message_type(), NLMSG_ERROR);
+    let code = i32::from_ne_bytes(*answer.payload().first_chunk().unwrap());
+    assert_eq!(code, 0, "nf_tables refuses: {}", std::io::Error::from_raw_os_error(-code));
+}
