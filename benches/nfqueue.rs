@@ -1,0 +1,147 @@
+//! The benchmark suite: the floor, this crate and its peers side by side, each in network namespaces of its own.
+//!
+//! `cargo bench` runs it whole and writes `benches/RESULTS.md` and `benches/plots/`; `cargo bench --bench nfqueue -- --help`
+//! tells the options.
+#![allow(missing_docs)]
+
+use std::{fs, path::Path, process::ExitCode};
+
+use suite::{
+    child, drain, flood, floor, goals, latency, memory,
+    options::{Options, Scale, USAGE},
+    ours, peers,
+    plan::{self, Section},
+    plots, report,
+    summary::Book,
+    support, syscalls, tcp, waits,
+};
+
+mod suite;
+
+#[allow(unreachable_pub)]
+#[path = "suite/ledger_cost.rs"]
+mod ledger_cost;
+// The pure parts of this crate, which it does not show to the outside.
+#[allow(unused, unreachable_pub)]
+#[path = "../src/ledger/mod.rs"]
+mod ledger;
+#[allow(unused, unreachable_pub)]
+#[path = "../src/wire/mod.rs"]
+mod wire;
+
+fn main() -> ExitCode {
+    let options = match Options::parse() {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("nfqueue: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    if options.help {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let scale = options.scale();
+    let sections = sections(&scale);
+    if options.list {
+        plan::list(&sections, &options);
+        return ExitCode::SUCCESS;
+    }
+    // While there is one thread: an ordinary user becomes root of a user namespace.
+    if let Err(sentence) = support::enter() {
+        eprintln!("nfqueue: {sentence}");
+        return ExitCode::FAILURE;
+    }
+    if !options.child.is_empty() {
+        child::run(&options.child, &[]);
+        return ExitCode::SUCCESS;
+    }
+    let mut book = plan::run(&sections, &options);
+    if book.is_empty() {
+        eprintln!("nfqueue: no measurement has such a name; --list tells them");
+        return ExitCode::SUCCESS;
+    }
+    let ledger = note_worst_order(&mut book);
+    // Only a whole run has just made those figures.
+    let beside = options.complete().then(report::found).flatten();
+    let text = report::whole(&book, beside.as_ref(), &ledger, options.quick);
+    println!("{text}");
+    if options.complete() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
+        let written = fs::write(folder.join("RESULTS.md"), format!("# Results of `cargo bench`\n\n{text}"))
+            .map_err(Into::into)
+            .and_then(|()| plots::draw(&folder.join("plots"), &book, beside.as_ref()));
+        if let Err(error) = written {
+            eprintln!("nfqueue: cannot write the results to {}: {error}", folder.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn sections(scale: &Scale) -> Vec<Section<'static>> {
+    let scale = *scale;
+    let contenders = || floor::ALL.into_iter().chain(ours::ALL).chain(peers::ALL);
+
+    let mut cpu = Section::new(drain::SECTION, scale.rounds);
+    let mut saturated = Section::new(flood::SECTION, scale.rounds);
+    let mut calls = Section::new(syscalls::SECTION, 1);
+    let mut allocations = Section::new("allocations", 1);
+    for contender in contenders() {
+        cpu = cpu.step(contender.name, move |book| drain::measure(&contender, &scale, book));
+        saturated = saturated.step(contender.name, move |book| flood::measure(&contender, &scale, book));
+        calls = calls.step(contender.name, move |book| syscalls::measure(&contender, book));
+        allocations = allocations.step(contender.name, move |book| drain::allocations(&contender, &scale, book));
+    }
+
+    let mut latencies = Section::new("latency", scale.rounds);
+    for rate in latency::RATES {
+        for contender in latency::contenders() {
+            let name = contender.map_or(latency::NO_QUEUE, |contender| contender.name);
+            let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, &scale, book);
+            latencies = latencies.step(format!("{name}, {rate}/s"), run);
+        }
+    }
+
+    let mut sweep = Section::new(latency::SWEEP_SECTION, scale.few_rounds);
+    for rate in latency::SWEEP {
+        let run = move |book: &mut Book| latency::sweep(&ours::ACCEPT_ALL, rate, &scale, book);
+        sweep = sweep.step(format!("{rate}/s"), run);
+    }
+
+    let mut verdicts = Section::new(waits::SECTION, scale.few_rounds);
+    for (cap, rate) in waits::CAPS.into_iter().flat_map(|cap| waits::RATES.map(|rate| (cap, rate))) {
+        verdicts = verdicts.step(waits::name(cap, rate), move |book| waits::measure(cap, rate, &scale, book));
+    }
+
+    let mut goodput = Section::new(tcp::SECTION, scale.rounds);
+    for (name, queue) in tcp::contenders() {
+        goodput = goodput.step(name, move |book| tcp::measure(name, queue, &scale, book));
+    }
+
+    let mut held = Section::new(memory::SECTION, 1);
+    for name in memory::ALL {
+        held = held.step(name, move |book| memory::measure(name, &scale, book));
+    }
+
+    let mut own = Section::new(goals::LEDGER, scale.rounds);
+    for (outstanding, order) in ledger_steps() {
+        let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
+        own = own.step(ledger_cost::name(outstanding, order), run);
+    }
+    vec![cpu, saturated, latencies, goodput, sweep, verdicts, calls, allocations, held, own]
+}
+
+fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {
+    ledger_cost::ORDERS.into_iter().flat_map(|order| [(ledger_cost::FEW, order), (ledger_cost::MANY, order)])
+}
+
+/// Notes the ratio of the worst order, and tells the names of what was measured.
+fn note_worst_order(book: &mut Book) -> Vec<String> {
+    use ledger_cost::{COST, FEW, MANY, ORDERS, SECTION, name};
+    let ratio = |order| book.ratio(SECTION, COST, &name(MANY, order), &name(FEW, order)).map(|ratio| ratio.median);
+    if let Some(worst) = ORDERS.into_iter().filter_map(ratio).reduce(f64::max) {
+        book.note(goals::LEDGER, goals::LEDGER_WORST, goals::LEDGER_RATIO, worst);
+    }
+    ledger_steps().map(|(outstanding, order)| name(outstanding, order)).collect()
+}

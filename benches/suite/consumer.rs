@@ -1,0 +1,160 @@
+//! What every contender is: something that binds a queue and decides its packets, on a thread of its own.
+
+use std::{
+    panic::resume_unwind,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use tokio_nfqueue::Stats;
+
+/// A contender by name.
+#[derive(Clone, Copy)]
+pub struct Contender {
+    pub name: &'static str,
+    /// Makes it, on the thread it will run on; the queue is bound when this returns.
+    pub make: fn(&Job) -> Box<dyn Consumer>,
+    /// How many queues it serves.
+    pub queues: u16,
+}
+
+/// How the queue is to be bound: the same for all contenders.
+#[derive(Debug, Clone, Copy)]
+pub struct Job {
+    pub max_len: u32,
+    /// The receive buffer as the kernel charges it, in bytes.
+    pub receive_buffer: usize,
+    /// Bytes to copy of each packet.
+    pub copy_range: u32,
+    /// Whether super-packets come whole.
+    pub gso: bool,
+    /// The flush policy's cap, for the contenders that have one.
+    pub max_delay: Option<Duration>,
+}
+
+pub const WHOLE: u32 = 65_531;
+
+impl Default for Job {
+    /// The kernel's default length, and a buffer that holds as many small packets.
+    fn default() -> Self {
+        Self { max_len: 1024, receive_buffer: 2 << 20, copy_range: WHOLE, gso: false, max_delay: None }
+    }
+}
+
+pub trait Consumer {
+    /// Decides packets until it is [`over`](Until::over); all verdicts have gone to the kernel when this returns.
+    fn consume(&mut self, until: &Arc<Until>);
+
+    fn stats(&self) -> Option<Stats> {
+        None
+    }
+}
+
+/// When to stop, and how far things have got.
+#[derive(Debug, Default)]
+pub struct Until {
+    quota: AtomicU64,
+    stop: AtomicBool,
+    received: AtomicU64,
+    decided: AtomicU64,
+}
+
+impl Until {
+    /// Whether enough has been received. Whoever waits for a packet is woken by one once this has become true.
+    pub fn over(&self) -> bool {
+        self.stop.load(Relaxed) || self.received.load(Relaxed) >= self.quota.load(Relaxed)
+    }
+
+    pub fn received(&self, packets: usize) {
+        self.received.fetch_add(packets as u64, Relaxed);
+    }
+
+    pub fn decided(&self, packets: usize) {
+        self.decided.fetch_add(packets as u64, Relaxed);
+    }
+
+    /// Received and decided.
+    pub fn both(&self, packets: usize) {
+        self.received(packets);
+        self.decided(packets);
+    }
+
+    /// How many have been decided so far.
+    pub fn count(&self) -> u64 {
+        self.decided.load(Relaxed)
+    }
+}
+
+/// A contender at work in the namespace of the thread that started it.
+pub struct Running {
+    until: Arc<Until>,
+    go: Sender<()>,
+    done: Receiver<()>,
+    thread: JoinHandle<Option<Stats>>,
+}
+
+impl Running {
+    /// Returns when the queue is bound.
+    pub fn start(contender: &Contender, job: &Job) -> Self {
+        let until = Arc::new(Until::default());
+        let (go, when_to_go) = channel();
+        let (tell, done) = channel();
+        let (make, job, shared) = (contender.make, *job, Arc::clone(&until));
+        let body = move || {
+            let mut consumer = make(&job);
+            tell.send(()).ok()?;
+            while let Ok(()) = when_to_go.recv() {
+                consumer.consume(&shared);
+                tell.send(()).ok()?;
+            }
+            consumer.stats()
+        };
+        let thread = thread::Builder::new().name("consumer".into()).spawn(body).expect("start a thread");
+        let running = Self { until, go, done, thread };
+        running.wait()
+    }
+
+    /// Has it decide so many packets, or until stopped; does not wait for that.
+    pub fn go(&self, quota: Option<u64>) {
+        self.until.received.store(0, Relaxed);
+        self.until.decided.store(0, Relaxed);
+        self.until.quota.store(quota.unwrap_or(u64::MAX), Relaxed);
+        self.go.send(()).expect("the consumer waits");
+    }
+
+    pub fn count(&self) -> u64 {
+        self.until.count()
+    }
+
+    /// Waits until it has decided its quota.
+    pub fn wait(self) -> Self {
+        match self.done.recv() {
+            Ok(()) => self,
+            Err(_) => match self.thread.join() {
+                Err(panic) => resume_unwind(panic),
+                Ok(_) => unreachable!("the thread tells before it ends"),
+            },
+        }
+    }
+
+    /// Stops it; `kick` sends it a packet, by which it notices.
+    pub fn stop(self, mut kick: impl FnMut()) -> Option<Stats> {
+        self.until.stop.store(true, Relaxed);
+        while !self.thread.is_finished() && self.done.try_recv().is_err() {
+            kick();
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.finish()
+    }
+
+    /// Ends its thread, and with it the queue.
+    pub fn finish(self) -> Option<Stats> {
+        drop(self.go);
+        self.thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}

@@ -1,0 +1,49 @@
+//! Throughput: more packets than anybody can decide.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    consumer::{Contender, Job, Running},
+    measure::Moment,
+    options::Scale,
+    summary::Book,
+    support,
+    traffic::{Sender, abyss, divert},
+};
+use tokio_nfqueue::{Hook, Protocol};
+
+pub const SECTION: &str = "flood";
+pub const RATE: &str = "packets/s";
+pub const CPU: &str = "CPU ns/packet";
+
+/// How often the clock is looked at, in bursts.
+const LOOK: usize = 4;
+
+/// Sends as fast as it can for a while, and notes how many packets were decided.
+pub fn measure(contender: &Contender, scale: &Scale, book: &mut Book) {
+    let (count, cost) = support::isolated(|| {
+        let running = Running::start(contender, &Job::default());
+        let _abyss = abyss();
+        let divert = divert(Hook::Output, Protocol::Udp, contender.queues);
+        let mut sender = Sender::new(64);
+        running.go(None);
+        send_for(&mut sender, scale.warm_up);
+        let (start, before) = (Moment::now(), running.count());
+        send_for(&mut sender, scale.window);
+        let (count, cost) = (running.count() - before, start.cost());
+        running.stop(|| sender.kick());
+        drop(divert);
+        (count, cost)
+    });
+    book.note(SECTION, contender.name, RATE, count as f64 / cost.wall.as_secs_f64());
+    book.note(SECTION, contender.name, CPU, cost.cpu().as_nanos() as f64 / count.max(1) as f64);
+}
+
+fn send_for(sender: &mut Sender, time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        for _ in 0..LOOK {
+            sender.burst();
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The floor: the least that any program must do, written out. No crate in between, no decisions, no safety net.
+
+use std::sync::Arc;
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+
+use super::consumer::{Consumer, Contender, Job, Until};
+
+pub const ONE: Contender =
+    Contender { name: "floor: recv 1, verdict 1", make: |job| Box::new(Floor::new(job, Floor::one)), queues: 1 };
+pub const BATCH: Contender =
+    Contender { name: "floor: one batch", make: |job| Box::new(Floor::new(job, Floor::batch)), queues: 1 };
+pub const PACKED: Contender =
+    Contender { name: "floor: packed singles", make: |job| Box::new(Floor::new(job, Floor::packed)), queues: 1 };
+
+pub const ALL: [Contender; 3] = [ONE, BATCH, PACKED];
+
+/// Packets received before their verdicts are sent, if as many are there.
+const GATHERED: usize = 64;
+const ACCEPT: u32 = 1;
+/// Beyond the longest message.
+const ROOM: usize = 72 * 1024;
+
+// uapi/linux/netfilter/nfnetlink_queue.h
+const VERDICT: u16 = 3 << 8 | 1;
+const CONFIG: u16 = 3 << 8 | 2;
+const VERDICT_BATCH: u16 = 3 << 8 | 3;
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const FLAG_GSO: u32 = 4;
+
+struct Floor {
+    socket: Socket,
+    buffer: Vec<u8>,
+    messages: Vec<u8>,
+    round: fn(&mut Self) -> usize,
+}
+
+impl Floor {
+    fn new(job: &Job, round: fn(&mut Self) -> usize) -> Self {
+        let mut socket = Socket::new(NETLINK_NETFILTER).expect("open a netlink socket");
+        socket.bind_auto().expect("bind a netlink socket");
+        socket.set_no_enobufs(true).expect("set NETLINK_NO_ENOBUFS");
+        let half = job.receive_buffer / 2;
+        if sockopt::set_socket_recv_buffer_size_force(&socket, half).is_err() {
+            sockopt::set_socket_recv_buffer_size(&socket, half).expect("set SO_RCVBUF");
+        }
+        let mut floor = Self { socket, buffer: vec![0; ROOM], messages: Vec::new(), round };
+        floor.configure(job);
+        floor
+    }
+
+    fn configure(&mut self, job: &Job) {
+        let flags = if job.gso { FLAG_GSO } else { 0 };
+        let [a, b, c, d] = job.copy_range.to_be_bytes();
+        // NFQA_CFG_CMD { BIND }, NFQA_CFG_PARAMS { range, COPY_PACKET } and padding, QUEUE_MAXLEN, MASK, FLAGS
+        let mut attributes = vec![8, 0, 1, 0, 1, 0, 0, 0, 9, 0, 2, 0, a, b, c, d, 2, 0, 0, 0];
+        for (kind, value) in [(3, job.max_len), (4, FLAG_GSO), (5, flags)] {
+            attributes.extend([8, 0, kind, 0]);
+            attributes.extend(value.to_be_bytes());
+        }
+        push(&mut self.messages, CONFIG, REQUEST | ACK, &attributes);
+        self.socket.send_to(&self.messages, &SocketAddr::new(0, 0), 0).expect("send the configuration");
+        self.messages.clear();
+        let (answer, _) = self.socket.recv_from_full().expect("receive the answer");
+        assert_eq!(answer.get(16..20), Some(&[0; 4][..]), "bind a queue by hand: {answer:?}");
+    }
+
+    fn one(&mut self) -> usize {
+        let id = self.receive(RecvFlags::empty()).expect("a blocking read brings a packet");
+        push_verdict(&mut self.messages, VERDICT, id);
+        self.send();
+        1
+    }
+
+    fn batch(&mut self) -> usize {
+        let mut last = self.receive(RecvFlags::empty()).expect("a blocking read brings a packet");
+        let mut count = 1;
+        while count < GATHERED
+            && let Some(id) = self.receive(RecvFlags::DONTWAIT)
+        {
+            (last, count) = (id, count + 1);
+        }
+        push_verdict(&mut self.messages, VERDICT_BATCH, last);
+        self.send();
+        count
+    }
+
+    fn packed(&mut self) -> usize {
+        let first = self.receive(RecvFlags::empty()).expect("a blocking read brings a packet");
+        push_verdict(&mut self.messages, VERDICT, first);
+        let mut count = 1;
+        while count < GATHERED
+            && let Some(id) = self.receive(RecvFlags::DONTWAIT)
+        {
+            push_verdict(&mut self.messages, VERDICT, id);
+            count += 1;
+        }
+        self.send();
+        count
+    }
+
+    /// The id of the next packet, if one is there.
+    fn receive(&mut self, flags: RecvFlags) -> Option<[u8; 4]> {
+        match recv(&self.socket, &mut self.buffer[..], flags) {
+            // nlmsghdr, nfgenmsg, the first attribute's header, and in it the id.
+            Ok(_) => Some(*self.buffer[24..].first_chunk().expect("the buffer is longer")),
+            Err(rustix::io::Errno::AGAIN) => None,
+            Err(error) => panic!("receive a packet: {error}"),
+        }
+    }
+
+    fn send(&mut self) {
+        send(&self.socket, &self.messages, SendFlags::empty()).expect("send verdicts");
+        self.messages.clear();
+    }
+}
+
+impl Consumer for Floor {
+    fn consume(&mut self, until: &Arc<Until>) {
+        while !until.over() {
+            let packets = (self.round)(self);
+            until.both(packets);
+        }
+    }
+}
+
+fn push_verdict(messages: &mut Vec<u8>, kind: u16, id: [u8; 4]) {
+    let mut header = [12, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    header[4..8].copy_from_slice(&ACCEPT.to_be_bytes());
+    header[8..].copy_from_slice(&id);
+    push(messages, kind, REQUEST, &header);
+}
+
+fn push(messages: &mut Vec<u8>, kind: u16, flags: u16, attributes: &[u8]) {
+    let mut header = [0; 20];
+    header[..4].copy_from_slice(&(20 + attributes.len() as u32).to_ne_bytes());
+    header[4..6].copy_from_slice(&kind.to_ne_bytes());
+    header[6..8].copy_from_slice(&flags.to_ne_bytes());
+    messages.extend_from_slice(&header);
+    messages.extend_from_slice(attributes);
+}

@@ -1,0 +1,97 @@
+//! What this crate wants to reach, as ratios from one run.
+
+use super::{
+    drain, flood, floor, latency, memory, ours, peers,
+    report::library,
+    summary::{Book, Summary},
+    tcp, waits,
+};
+
+pub struct Goal {
+    pub text: String,
+    pub wanted: Wanted,
+    /// None if this run did not measure it.
+    pub measured: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted {
+    AtMost(f64),
+    AtLeast(f64),
+    Below(f64),
+}
+
+impl Goal {
+    pub fn is_met(&self) -> Option<bool> {
+        let measured = self.measured?;
+        Some(match self.wanted {
+            Wanted::AtMost(limit) => measured <= limit,
+            Wanted::AtLeast(limit) => measured >= limit,
+            Wanted::Below(limit) => measured < limit,
+        })
+    }
+}
+
+/// `beside` is what the libnetfilter_queue benchmark has measured.
+pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
+    use Wanted::{AtLeast, AtMost, Below};
+    let middle = |summary: Option<Summary>| summary.map(|summary| summary.median);
+    let ours = ours::ACCEPT_ALL.name;
+    let one = floor::ONE.name;
+    let cpu = |contender, reference| middle(book.ratio(drain::SECTION, drain::CPU, contender, reference));
+    let rate = |book: &Book, peer| middle(book.ratio(flood::SECTION, flood::RATE, ours, peer));
+    let latency = |rate, figure| middle(book.ratio(&latency::section(rate), figure, ours, one));
+    let tcp = |contender, reference| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, contender, reference));
+
+    let with_library = beside.and_then(|book| middle(book.ratio(drain::SECTION, drain::CPU, ours, library::NAME)));
+    // The better peer makes the higher ratio.
+    let with_better = cpu(ours, peers::NFQ.name).map(|nfq| with_library.map_or(nfq, |library| nfq.max(library)));
+
+    let mut goals = Vec::new();
+    let mut goal = |text: &str, wanted, measured| goals.push(Goal { text: text.to_owned(), wanted, measured });
+    goal("CPU per packet: accept all / floor of one batch", AtMost(1.10), cpu(ours, floor::BATCH.name));
+    let packed = floor::PACKED.name;
+    goal("CPU per packet: eight tasks / floor of packed singles", AtMost(1.20), cpu(ours::EIGHT_TASKS.name, packed));
+    goal("throughput under a flood: accept all / nfq", AtLeast(1.7), rate(book, peers::NFQ.name));
+    let throughput = beside.and_then(|book| rate(book, library::NAME));
+    goal("throughput under a flood: accept all / libnetfilter_queue", AtLeast(1.7), throughput);
+    let better = match with_library {
+        Some(_) => "CPU per packet: accept all / the better of nfq and libnetfilter_queue",
+        None => "CPU per packet: accept all / nfq",
+    };
+    goal(better, AtMost(0.6), with_better);
+    goal(
+        "median latency at 1000/s: accept all / blocking recv 1, verdict 1",
+        AtMost(1.2),
+        latency(1_000, latency::MEDIAN),
+    );
+    goal(
+        "p99 latency at 100000/s: accept all / blocking recv 1, verdict 1",
+        AtMost(0.5),
+        latency(100_000, latency::P99),
+    );
+    goal("TCP goodput: defaults / no queue", AtLeast(0.7), tcp(tcp::DEFAULTS, tcp::NO_QUEUE));
+    goal("TCP goodput: copy_range(128) / no queue", AtLeast(0.9), tcp(tcp::SHORT, tcp::NO_QUEUE));
+    goal("TCP goodput: defaults / classic loop without GSO", AtLeast(8.0), tcp(tcp::DEFAULTS, tcp::CLASSIC));
+    let classic = beside.and_then(|book| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, tcp::DEFAULTS, library::NAME)));
+    goal("TCP goodput: defaults / libnetfilter_queue", AtLeast(8.0), classic);
+    for cap in waits::CAPS {
+        let wait = |rate| book.median(waits::SECTION, &waits::name(cap, rate), waits::P999);
+        let longest = waits::RATES.into_iter().filter_map(wait).reduce(f64::max);
+        let text = format!("a verdict's wait at the 99.9th percentile / max_delay of {cap:?}");
+        goal(&text, AtMost(1.0), longest.map(|us| us / (cap.as_secs_f64() * 1e6)));
+    }
+    goal("allocations per packet, accept all", Below(0.05), book.median(drain::SECTION, ours, drain::ALLOCATIONS));
+    let eight = book.median(drain::SECTION, ours::EIGHT_TASKS.name, drain::ALLOCATIONS);
+    goal("allocations per packet, eight tasks", Below(0.05), eight);
+    let memory = book.median(memory::SECTION, memory::OURS, memory::RATIO);
+    goal("memory with 16384 packets of 1400 bytes held / their bytes", AtMost(1.5), memory);
+    let ledger = book.median(LEDGER, LEDGER_WORST, LEDGER_RATIO);
+    goal("cost of a verdict in this crate: 60000 outstanding / 1000, worst order", AtMost(1.5), ledger);
+    goals
+}
+
+/// Where the ledger's measurement leaves the worst order's ratio.
+pub const LEDGER: &str = "ledger";
+pub const LEDGER_WORST: &str = "worst order";
+pub const LEDGER_RATIO: &str = "ratio";

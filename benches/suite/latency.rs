@@ -1,0 +1,108 @@
+//! One-way latency, from the sender's system call to the arrival at the receiving socket.
+
+use std::time::Duration;
+
+use super::{
+    consumer::{Contender, Job, Running},
+    floor,
+    measure::{Cost, Moment},
+    options::Scale,
+    ours,
+    paced::Paced,
+    peers,
+    summary::{Book, percentile},
+    support,
+    traffic::divert,
+};
+use tokio_nfqueue::{Hook, Protocol, Stats};
+
+pub const RATES: [u64; 3] = [1_000, 20_000, 100_000];
+/// Of the sweep of the adaptive policy.
+pub const SWEEP: [u64; 12] =
+    [100, 300, 1_000, 3_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000, 400_000];
+pub const NO_QUEUE: &str = "no queue";
+pub const MEDIAN: &str = "p50 µs";
+pub const P99: &str = "p99 µs";
+pub const P999: &str = "p99.9 µs";
+pub const LOST: &str = "lost %";
+pub const CPU: &str = "CPU ns/packet";
+pub const BATCH: &str = "verdicts/send";
+pub const SWEEP_SECTION: &str = "adaptive sweep";
+
+/// Everything that is measured side by side; `None` is the way without a queue.
+pub fn contenders() -> [Option<Contender>; 6] {
+    let queues = [floor::ONE, ours::ACCEPT_ALL, ours::ACCEPT_NEXT, peers::NFQ, peers::NFQ_CHANNEL].map(Some);
+    let mut all = [None; 6];
+    all[1..].copy_from_slice(&queues);
+    all
+}
+
+pub fn section(rate: u64) -> String {
+    format!("latency at {rate}/s")
+}
+
+/// A contender at one rate; `None` is the way without a queue.
+pub fn measure(contender: Option<&Contender>, rate: u64, scale: &Scale, book: &mut Book) {
+    let outcome = run(contender, &Job::default(), rate, scale.window);
+    let name = contender.map_or(NO_QUEUE, |contender| contender.name);
+    note(book, &section(rate), name, &outcome);
+}
+
+/// This crate at one rate of the sweep; the figures are filed under the rate.
+pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
+    let outcome = run(Some(contender), &Job::default(), rate, scale.window);
+    let name = rate.to_string();
+    note(book, SWEEP_SECTION, &name, &outcome);
+    if let Some(stats) = outcome.stats {
+        book.note(SWEEP_SECTION, &name, BATCH, stats.accepted as f64 / stats.sends.max(1) as f64);
+    }
+}
+
+struct Outcome {
+    queued: bool,
+    sent: u64,
+    lost: u64,
+    /// Sorted, in microseconds.
+    latencies: Vec<f64>,
+    cost: Cost,
+    stats: Option<Stats>,
+}
+
+fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
+    if !outcome.latencies.is_empty() {
+        for (figure, percent) in [(MEDIAN, 50.0), (P99, 99.0), (P999, 99.9)] {
+            book.note(section, name, figure, percentile(&outcome.latencies, percent));
+        }
+    }
+    if outcome.queued {
+        let decided = (outcome.sent - outcome.lost).max(1);
+        book.note(section, name, CPU, outcome.cost.cpu().as_nanos() as f64 / decided as f64);
+    }
+    book.note(section, name, LOST, outcome.lost as f64 * 100.0 / outcome.sent.max(1) as f64);
+}
+
+fn run(contender: Option<&Contender>, job: &Job, rate: u64, window: Duration) -> Outcome {
+    support::isolated(|| {
+        let queue = contender.map(|contender| {
+            let running = Running::start(contender, job);
+            running.go(None);
+            (running, divert(Hook::Output, Protocol::Udp, 1))
+        });
+        let mut paced = Paced::new(rate);
+        paced.run(window / 8);
+        let start = Moment::now();
+        let sent = paced.run(window);
+        let cost = start.cost();
+        let mut latencies: Vec<f64> = paced.arrivals.iter().map(|arrival| arrival.latency_us()).collect();
+        latencies.sort_by(f64::total_cmp);
+        let stats = queue.and_then(|(running, _divert)| running.stop(|| paced.kick()));
+        Outcome {
+            queued: contender.is_some(),
+            sent,
+            lost: sent - (latencies.len() as u64).min(sent),
+            latencies,
+            cost,
+            stats,
+        }
+    })
+}

@@ -1,0 +1,29 @@
+//! What the benchmarks against the kernel share. Everything happens in fresh network namespaces; see `tests/support`.
+
+// Each benchmark uses a different part of it.
+#![allow(dead_code, unreachable_pub, missing_docs)]
+
+pub mod child;
+pub mod consumer;
+pub mod drain;
+pub mod flood;
+pub mod floor;
+pub mod goals;
+pub mod latency;
+pub mod machine;
+pub mod measure;
+pub mod memory;
+pub mod options;
+pub mod ours;
+pub mod paced;
+pub mod peers;
+pub mod plan;
+pub mod plots;
+pub mod report;
+pub mod summary;
+#[path = "../../tests/support/mod.rs"]
+pub mod support;
+pub mod syscalls;
+pub mod tcp;
+pub mod traffic;
+pub mod waits;

@@ -1,0 +1,80 @@
+//! What the command line says.
+
+use std::time::Duration;
+
+use lexopt::prelude::*;
+
+pub const USAGE: &str = "usage: cargo bench [--bench NAME] [-- [--quick] [--list] [FILTER ...]]
+
+  --quick   tiny counts, one round: shows that everything runs; writes no file
+  --list    names the measurements
+  FILTER    only the measurements whose names contain one of these";
+
+#[derive(Debug, Default)]
+pub struct Options {
+    pub quick: bool,
+    pub list: bool,
+    pub help: bool,
+    filters: Vec<String>,
+    /// A child process's task: see `child`.
+    pub child: Vec<String>,
+}
+
+/// How much of everything.
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    /// Packets in a prefilled queue.
+    pub packets: usize,
+    /// How often it is filled in a round.
+    pub drains: usize,
+    /// How long traffic runs before it counts, and how long it counts.
+    pub warm_up: Duration,
+    pub window: Duration,
+    /// Packets held at once, for their memory.
+    pub held: usize,
+    /// How often everything is repeated, and what takes long.
+    pub rounds: usize,
+    pub few_rounds: usize,
+}
+
+impl Options {
+    pub fn parse() -> Result<Self, lexopt::Error> {
+        let mut options = Self::default();
+        let mut arguments = lexopt::Parser::from_env();
+        while let Some(argument) = arguments.next()? {
+            match argument {
+                Long("quick") => options.quick = true,
+                Long("list") => options.list = true,
+                Long("child") => options.child = arguments.values()?.map(|v| v.string()).collect::<Result<_, _>>()?,
+                Short('h') | Long("help") => options.help = true,
+                // Cargo says so to every benchmark; a test runner says --test, and wants it quick.
+                Long("bench") => {}
+                Long("test") => options.quick = true,
+                // Options of other harnesses, which cargo hands to all of them.
+                Long("exact" | "nocapture" | "quiet" | "noplot" | "verbose") => {}
+                Value(filter) => options.filters.push(filter.string()?),
+                _ => return Err(argument.unexpected()),
+            }
+        }
+        Ok(options)
+    }
+
+    pub fn wants(&self, name: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()))
+    }
+
+    /// Whether this run measures all there is, as it must for its results to be written down.
+    pub fn complete(&self) -> bool {
+        !self.quick && self.filters.is_empty()
+    }
+
+    pub fn scale(&self) -> Scale {
+        if self.quick {
+            let (warm_up, window) = (Duration::from_millis(5), Duration::from_millis(30));
+            Scale { packets: 512, drains: 1, warm_up, window, held: 256, rounds: 1, few_rounds: 1 }
+        } else {
+            let (warm_up, window) = (Duration::from_millis(100), Duration::from_millis(400));
+            Scale { packets: 16_384, drains: 4, warm_up, window, held: 16_384, rounds: 5, few_rounds: 3 }
+        }
+    }
+}

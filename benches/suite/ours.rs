@@ -1,0 +1,323 @@
+//! This crate, used in the ways its documentation shows.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use futures::{StreamExt, future::select_all};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+    task::JoinSet,
+};
+use tokio_nfqueue::{FlushPolicy, Packet, PacketStream, Queue, Stats, Verdict, VerdictSink};
+
+use super::{
+    consumer::{Consumer, Contender, Job, Until, WHOLE},
+    paced,
+    summary::Random,
+};
+
+pub const ACCEPT_ALL: Contender =
+    Contender { name: "this crate: accept all", make: |job| Ours::bind(job, Way::AcceptAll, Threads::One), queues: 1 };
+pub const ACCEPT_NEXT: Contender = Contender {
+    name: "this crate: accept all, by next()",
+    make: |job| Ours::bind(job, Way::AcceptNext, Threads::One),
+    queues: 1,
+};
+pub const EIGHT_TASKS: Contender = Contender {
+    name: "this crate: eight tasks, any order",
+    make: |job| Ours::bind(job, Way::EightTasks, Threads::One),
+    queues: 1,
+};
+pub const MIXED: Contender =
+    Contender { name: "this crate: mixed verdicts", make: |job| Ours::bind(job, Way::Mixed, Threads::One), queues: 1 };
+pub const REWRITE: Contender = Contender {
+    name: "this crate: payloads rewritten",
+    make: |job| Ours::bind(job, Way::Rewrite, Threads::One),
+    queues: 1,
+};
+pub const CONFIRM: Contender =
+    Contender { name: "this crate: confirm", make: |job| Ours::bind(job, Way::Confirm, Threads::One), queues: 1 };
+pub const METADATA: Contender = Contender {
+    name: "this crate: metadata only",
+    make: |job| Ours::bind(&Job { copy_range: 0, ..*job }, Way::AcceptAll, Threads::One),
+    queues: 1,
+};
+pub const FOUR_QUEUES: Contender = Contender {
+    name: "this crate: four queues balanced",
+    make: |job| Ours::bind(job, Way::FourQueues, Threads::One),
+    queues: 4,
+};
+pub const ACCEPT_ALL_TWO: Contender = Contender {
+    name: "this crate: accept all, 2 threads",
+    make: |job| Ours::bind(job, Way::AcceptAll, Threads::Two),
+    queues: 1,
+};
+pub const EIGHT_TASKS_TWO: Contender = Contender {
+    name: "this crate: eight tasks, 2 threads",
+    make: |job| Ours::bind(job, Way::EightTasks, Threads::Two),
+    queues: 1,
+};
+
+pub const TIMED: Contender = Contender {
+    name: "this crate: eight tasks, timed",
+    make: |job| Ours::bind(job, Way::Timed, Threads::One),
+    queues: 1,
+};
+pub const ALL: [Contender; 10] = [
+    ACCEPT_ALL,
+    ACCEPT_NEXT,
+    ACCEPT_ALL_TWO,
+    EIGHT_TASKS,
+    EIGHT_TASKS_TWO,
+    MIXED,
+    REWRITE,
+    CONFIRM,
+    METADATA,
+    FOUR_QUEUES,
+];
+
+/// What [`TIMED`] notes of each packet, by its number.
+pub static SUBMITTED: [Submitted; 1 << 16] = [const { Submitted::new() }; 1 << 16];
+
+#[derive(Debug)]
+pub struct Submitted {
+    /// Nanoseconds of the real-time clock.
+    pub at: AtomicU64,
+    /// Flushes before it: the next takes it along.
+    pub flushes: AtomicU64,
+}
+
+impl Submitted {
+    const fn new() -> Self {
+        Self { at: AtomicU64::new(0), flushes: AtomicU64::new(0) }
+    }
+}
+
+/// Packets taken at once.
+const MANY: usize = 64;
+const TASKS: usize = 8;
+/// Packets a task holds on to.
+const HELD: usize = 256 / TASKS;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    AcceptAll,
+    AcceptNext,
+    EightTasks,
+    Timed,
+    Mixed,
+    Rewrite,
+    Confirm,
+    FourQueues,
+}
+
+/// Of the runtime.
+#[derive(Clone, Copy, PartialEq)]
+enum Threads {
+    One,
+    Two,
+}
+
+type Halves = Vec<(PacketStream, VerdictSink)>;
+
+struct Ours {
+    way: Way,
+    threads: Threads,
+    /// The queues, while nobody works with them. Dropped before the runtime.
+    halves: Option<Halves>,
+    runtime: Runtime,
+}
+
+impl Ours {
+    fn bind(job: &Job, way: Way, threads: Threads) -> Box<dyn Consumer> {
+        let runtime = match threads {
+            Threads::One => Builder::new_current_thread().enable_all().build(),
+            Threads::Two => Builder::new_multi_thread().worker_threads(2).enable_all().build(),
+        };
+        let runtime = runtime.expect("start a runtime");
+        let inside = runtime.enter();
+        let queues = if way == Way::FourQueues { 4 } else { 1 };
+        let halves = (0..queues).map(|number| builder(number, job).bind().expect("bind a queue").split()).collect();
+        drop(inside);
+        Box::new(Self { way, threads, halves: Some(halves), runtime })
+    }
+}
+
+fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
+    let builder = Queue::builder(number).max_len(job.max_len).receive_buffer(job.receive_buffer).gso(job.gso);
+    let builder = match job.copy_range {
+        0 => builder.copy_metadata(),
+        WHOLE => builder,
+        range => builder.copy_range(range),
+    };
+    match job.max_delay {
+        Some(delay) => builder.flush_policy(FlushPolicy::adaptive(delay)),
+        None => builder,
+    }
+}
+
+impl Consumer for Ours {
+    fn consume(&mut self, until: &Arc<Until>) {
+        let halves = self.halves.take().expect("nobody else has them");
+        let work = work(self.way, halves, Arc::clone(until));
+        self.halves = Some(match self.threads {
+            Threads::One => self.runtime.block_on(work),
+            Threads::Two => self.runtime.block_on(self.runtime.spawn(work)).expect("the task ends well"),
+        });
+    }
+
+    fn stats(&self) -> Option<Stats> {
+        self.halves.as_ref().map(|halves| halves[0].1.stats())
+    }
+}
+
+async fn work(way: Way, mut halves: Halves, until: Arc<Until>) -> Halves {
+    if way == Way::FourQueues {
+        four_queues(&mut halves, &until).await;
+    }
+    for (packets, verdicts) in &mut halves {
+        match way {
+            Way::AcceptAll => accept_all(packets, verdicts, &until).await,
+            Way::AcceptNext => accept_next(packets, verdicts, &until).await,
+            Way::EightTasks => eight_tasks(packets, verdicts, &until, |_, _| ()).await,
+            Way::Timed => eight_tasks(packets, verdicts, &until, note_time).await,
+            Way::Mixed => mixed(packets, verdicts, &until).await,
+            Way::Rewrite => each(packets, verdicts, &until, rewritten).await,
+            Way::Confirm => confirm(packets, verdicts, &until).await,
+            Way::FourQueues => {}
+        }
+        verdicts.flush().await.expect("flush");
+    }
+    halves
+}
+
+async fn accept_all(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+    each(packets, verdicts, until, Packet::accept).await;
+}
+
+async fn each(
+    packets: &mut PacketStream,
+    verdicts: &VerdictSink,
+    until: &Until,
+    mut decide: impl FnMut(Packet) -> Verdict,
+) {
+    let mut received = Vec::with_capacity(MANY);
+    while !until.over() {
+        let count = packets.recv_many(&mut received, MANY).await.expect("receive");
+        for packet in received.drain(..) {
+            verdicts.submit(decide(packet)).expect("submit");
+        }
+        until.both(count);
+    }
+}
+
+async fn accept_next(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+    while !until.over() {
+        let packet = packets.next().await.expect("the queue is open").expect("receive");
+        verdicts.submit(packet.accept()).expect("submit");
+        until.both(1);
+    }
+}
+
+/// Each task holds some packets and decides any of them when it has too many.
+async fn eight_tasks(
+    packets: &mut PacketStream,
+    verdicts: &VerdictSink,
+    until: &Arc<Until>,
+    before_deciding: fn(&Packet, &VerdictSink),
+) {
+    let mut tasks = JoinSet::new();
+    let to_tasks: Vec<_> = (0..TASKS as u64)
+        .map(|seed| {
+            let (to_task, inbox) = unbounded_channel();
+            tasks.spawn(task(inbox, verdicts.clone(), Arc::clone(until), seed, before_deciding));
+            to_task
+        })
+        .collect();
+    let mut received = Vec::with_capacity(MANY);
+    let mut turn = to_tasks.iter().cycle();
+    while !until.over() {
+        let count = packets.recv_many(&mut received, MANY).await.expect("receive");
+        for (packet, to_task) in received.drain(..).zip(&mut turn) {
+            to_task.send(packet).expect("the task lives");
+        }
+        until.received(count);
+    }
+    drop(to_tasks);
+    tasks.join_all().await;
+}
+
+async fn task(
+    mut inbox: UnboundedReceiver<Packet>,
+    verdicts: VerdictSink,
+    until: Arc<Until>,
+    seed: u64,
+    before_deciding: fn(&Packet, &VerdictSink),
+) {
+    let mut random = Random::new(seed);
+    let mut held = Vec::with_capacity(2 * HELD);
+    loop {
+        let open = inbox.recv_many(&mut held, HELD).await > 0;
+        let keep = if open { HELD } else { 0 };
+        let before = held.len();
+        while held.len() > keep {
+            let packet: Packet = held.swap_remove(random.below(held.len()));
+            before_deciding(&packet, &verdicts);
+            verdicts.submit(packet.accept()).expect("submit");
+        }
+        until.decided(before - held.len());
+        if !open {
+            return;
+        }
+    }
+}
+
+fn note_time(packet: &Packet, verdicts: &VerdictSink) {
+    // Behind the headers of IP and UDP.
+    let number = packet.payload().get(28..).and_then(|payload| payload.get(paced::NUMBER)?.first_chunk());
+    if let Some(number) = number {
+        let slot = &SUBMITTED[u64::from_ne_bytes(*number) as usize % SUBMITTED.len()];
+        slot.flushes.store(verdicts.stats().flushes, Relaxed);
+        slot.at.store(paced::now(), Relaxed);
+    }
+}
+
+/// Half accepted, a quarter dropped, a quarter marked, in no order.
+async fn mixed(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+    let mut random = Random::new(1);
+    let decide = |packet: Packet| match random.below(4) {
+        0 => packet.drop(),
+        1 => packet.accept().mark(7),
+        _ => packet.accept(),
+    };
+    each(packets, verdicts, until, decide).await;
+}
+
+/// One byte of the UDP payload changed, the checksum left out (as IPv4 allows).
+fn rewritten(packet: Packet) -> Verdict {
+    let mut bytes = packet.payload().to_vec();
+    bytes[26..28].fill(0);
+    *bytes.last_mut().expect("it has a header") ^= 1;
+    packet.accept().payload(bytes)
+}
+
+async fn confirm(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+    let mut received = Vec::with_capacity(MANY);
+    while !until.over() {
+        let count = packets.recv_many(&mut received, MANY).await.expect("receive");
+        let confirmations: Vec<_> = received.drain(..).map(|packet| verdicts.confirm(packet.accept())).collect();
+        for confirmation in confirmations {
+            confirmation.await.expect("the kernel acknowledges");
+        }
+        until.both(count);
+    }
+}
+
+async fn four_queues(halves: &mut Halves, until: &Until) {
+    let loops = halves.iter_mut().map(|(packets, verdicts)| Box::pin(accept_all(packets, verdicts, until)));
+    // The first that sees enough ends it for all.
+    select_all(loops).await;
+}
