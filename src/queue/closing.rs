@@ -1,7 +1,7 @@
 //! The end of a queue, without losing a packet.
 //!
-//! 1. Length 0 (and fail-open where unanswered packets are accepted): no new packet is queued. One message, acknowledged;
-//!    what was queued before it took effect is in the socket by then.
+//! 1. fail-open, where unanswered packets are accepted, then length 0: no new packet is queued. Acknowledged; what was queued
+//!    before it took effect is in the socket by then.
 //! 2. Everything received and not handed out, and all that is still in the socket, is answered for.
 //! 3. The verdicts that owners still owe are awaited.
 //! 4. The queue is unbound. Nothing is queued any more, so that drops nothing.
@@ -57,14 +57,17 @@ impl Shared {
 
     /// Stops the queue and answers for what is in it.
     fn drain_queued(&self, fate: Action) {
-        // fail-open would let traffic past a firewall that fails closed, so it is taken back there.
+        // fail-open would let traffic past a firewall that fails closed, so it is taken back there. It has a message of its
+        // own, ahead of the length: nfqnl_recv_config applies the length first and the flags a moment later, and a packet in
+        // between would meet a full queue with the flags as they were.
         let fail_open = if fate == Action::Accept { FLAG_FAIL_OPEN } else { 0 };
-        let config = Config { max_len: Some(0), flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
-        let mut result = self.configure("drain queue", &config);
-        if matches!(&result, Err(error) if error.kind() == ErrorKind::Unconfirmed) {
+        let flags = Config { flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
+        let length = Config { max_len: Some(0), ..Config::default() };
+        let result = [flags, length].iter().try_for_each(|config| match self.configure("drain queue", config) {
             // The answer found no room. The request may be repeated.
-            result = self.configure("drain queue", &config);
-        }
+            Err(error) if error.kind() == ErrorKind::Unconfirmed => self.configure("drain queue", config),
+            result => result,
+        });
         self.answer_unread(fate);
         let mut core = self.core();
         if let Err(error) = result {
