@@ -39,23 +39,25 @@ pub struct Scale {
 
 impl Options {
     pub fn parse() -> Result<Self, lexopt::Error> {
-        let mut options = Self::default();
+        let mut options = Self { quick: true, ..Self::default() };
+        let mut asked_for_quick = false;
         let mut arguments = lexopt::Parser::from_env();
         while let Some(argument) = arguments.next()? {
             match argument {
-                Long("quick") => options.quick = true,
+                // `cargo bench` says so to every benchmark, `cargo test` does not: it wants to know whether they run.
+                Long("bench") => options.quick = false,
+                Long("quick" | "test") => asked_for_quick = true,
                 Long("list") => options.list = true,
                 Long("child") => options.child = arguments.values()?.map(|v| v.string()).collect::<Result<_, _>>()?,
                 Short('h') | Long("help") => options.help = true,
-                // Cargo says so to every benchmark; a test runner says --test, and wants it quick.
-                Long("bench") => {}
-                Long("test") => options.quick = true,
                 // Options of other harnesses, which cargo hands to all of them.
-                Long("exact" | "nocapture" | "quiet" | "noplot" | "verbose") => {}
+                Long("exact" | "nocapture" | "quiet" | "noplot" | "verbose" | "ignored" | "include-ignored") => {}
+                Long("format" | "color" | "test-threads" | "save-baseline" | "baseline") => drop(arguments.value()?),
                 Value(filter) => options.filters.push(filter.string()?),
                 _ => return Err(argument.unexpected()),
             }
         }
+        options.quick |= asked_for_quick;
         Ok(options)
     }
 

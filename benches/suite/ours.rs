@@ -20,52 +20,28 @@ use super::{
 };
 
 pub const ACCEPT_ALL: Contender =
-    Contender { name: "this crate: accept all", make: |job| Ours::bind(job, Way::AcceptAll, Threads::One), queues: 1 };
-pub const ACCEPT_NEXT: Contender = Contender {
-    name: "this crate: accept all, by next()",
-    make: |job| Ours::bind(job, Way::AcceptNext, Threads::One),
-    queues: 1,
-};
-pub const EIGHT_TASKS: Contender = Contender {
-    name: "this crate: eight tasks, any order",
-    make: |job| Ours::bind(job, Way::EightTasks, Threads::One),
-    queues: 1,
-};
-pub const MIXED: Contender =
-    Contender { name: "this crate: mixed verdicts", make: |job| Ours::bind(job, Way::Mixed, Threads::One), queues: 1 };
-pub const REWRITE: Contender = Contender {
-    name: "this crate: payloads rewritten",
-    make: |job| Ours::bind(job, Way::Rewrite, Threads::One),
-    queues: 1,
-};
-pub const CONFIRM: Contender =
-    Contender { name: "this crate: confirm", make: |job| Ours::bind(job, Way::Confirm, Threads::One), queues: 1 };
-pub const METADATA: Contender = Contender {
-    name: "this crate: metadata only",
-    make: |job| Ours::bind(&Job { copy_range: 0, ..*job }, Way::AcceptAll, Threads::One),
-    queues: 1,
-};
+    contender("this crate: accept all", |job| Ours::bind(job, Way::AcceptAll, Threads::One));
+pub const ACCEPT_NEXT: Contender =
+    contender("this crate: accept all, by next()", |job| Ours::bind(job, Way::AcceptNext, Threads::One));
+pub const ACCEPT_ALL_TWO: Contender =
+    contender("this crate: accept all, 2 threads", |job| Ours::bind(job, Way::AcceptAll, Threads::Two));
+pub const EIGHT_TASKS: Contender =
+    contender("this crate: eight tasks, any order", |job| Ours::bind(job, Way::EightTasks, Threads::One));
+pub const EIGHT_TASKS_TWO: Contender =
+    contender("this crate: eight tasks, 2 threads", |job| Ours::bind(job, Way::EightTasks, Threads::Two));
+pub const MIXED: Contender = contender("this crate: mixed verdicts", |job| Ours::bind(job, Way::Mixed, Threads::One));
+pub const REWRITE: Contender =
+    contender("this crate: payloads rewritten", |job| Ours::bind(job, Way::Rewrite, Threads::One));
+pub const CONFIRM: Contender = contender("this crate: confirm", |job| Ours::bind(job, Way::Confirm, Threads::One));
+pub const METADATA: Contender = contender("this crate: metadata only", |job| {
+    Ours::bind(&Job { copy_range: 0, ..*job }, Way::AcceptAll, Threads::One)
+});
 pub const FOUR_QUEUES: Contender = Contender {
-    name: "this crate: four queues balanced",
-    make: |job| Ours::bind(job, Way::FourQueues, Threads::One),
     queues: 4,
+    ..contender("this crate: four queues balanced", |job| Ours::bind(job, Way::FourQueues, Threads::One))
 };
-pub const ACCEPT_ALL_TWO: Contender = Contender {
-    name: "this crate: accept all, 2 threads",
-    make: |job| Ours::bind(job, Way::AcceptAll, Threads::Two),
-    queues: 1,
-};
-pub const EIGHT_TASKS_TWO: Contender = Contender {
-    name: "this crate: eight tasks, 2 threads",
-    make: |job| Ours::bind(job, Way::EightTasks, Threads::Two),
-    queues: 1,
-};
-
-pub const TIMED: Contender = Contender {
-    name: "this crate: eight tasks, timed",
-    make: |job| Ours::bind(job, Way::Timed, Threads::One),
-    queues: 1,
-};
+pub const TIMED: Contender =
+    contender("this crate: eight tasks, timed", |job| Ours::bind(job, Way::Timed, Threads::One));
 pub const ALL: [Contender; 10] = [
     ACCEPT_ALL,
     ACCEPT_NEXT,
@@ -78,6 +54,10 @@ pub const ALL: [Contender; 10] = [
     METADATA,
     FOUR_QUEUES,
 ];
+
+const fn contender(name: &'static str, make: fn(&Job) -> Box<dyn Consumer>) -> Contender {
+    Contender { name, make, queues: 1 }
+}
 
 /// What [`TIMED`] notes of each packet, by its number.
 pub static SUBMITTED: [Submitted; 1 << 16] = [const { Submitted::new() }; 1 << 16];
