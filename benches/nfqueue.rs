@@ -94,14 +94,17 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         allocations = allocations.step(contender.name, move |book| drain::allocations(&contender, &scale, book));
     }
 
-    let mut latencies = Section::new("latency", scale.rounds);
-    for rate in latency::RATES {
+    // An idle processor sleeps more or less deeply, so little traffic varies much.
+    let rounds = |rate| if rate == latency::RATES[0] { scale.many_rounds } else { scale.rounds };
+    let latencies = latency::RATES.map(|rate| {
+        let mut latencies = Section::new("latency", rounds(rate));
         for contender in latency::contenders() {
             let name = contender.map_or(latency::NO_QUEUE, |contender| contender.name);
             let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, &scale, book);
             latencies = latencies.step(format!("{name}, {rate}/s"), run);
         }
-    }
+        latencies
+    });
 
     let mut sweep = Section::new(latency::SWEEP_SECTION, scale.few_rounds);
     for rate in latency::SWEEP {
@@ -129,7 +132,8 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
         own = own.step(ledger_cost::name(outstanding, order), run);
     }
-    vec![cpu, saturated, latencies, goodput, sweep, verdicts, calls, allocations, held, own]
+    let [trickle, steady, busy] = latencies;
+    vec![cpu, saturated, trickle, steady, busy, goodput, sweep, verdicts, calls, allocations, held, own]
 }
 
 fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {

@@ -20,6 +20,7 @@ tests![
     both receiving_is_cancel_safe,
     both receiving_many_is_cancel_safe,
     both receiving_many_keeps_its_limit,
+    both a_stream_that_stays_awake_lets_others_run,
 ];
 
 async fn eight_sinks_in_eight_tasks() {
@@ -235,6 +236,43 @@ async fn receiving_many_is_cancel_safe() {
     }
     load.finish(COUNT).await;
     assert_eq!(sink.stats().unanswered, 0);
+}
+
+/// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the stream's busy poll.
+async fn a_stream_that_stays_awake_lets_others_run() {
+    const ROUNDS: u32 = 3000;
+    let (mut queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
+    let there = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
+    let here = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = there.local_addr().unwrap();
+    let decided = tokio::spawn(async move {
+        let mut dry = 0_u32;
+        for _ in 0..ROUNDS {
+            let packet = std::future::poll_fn(|cx| {
+                let polled = queue.poll_next_unpin(cx);
+                dry += u32::from(polled.is_pending());
+                polled
+            });
+            let packet = packet.await.unwrap().unwrap();
+            queue.sink().submit(packet.accept()).unwrap();
+        }
+        dry
+    });
+    let play = async {
+        for round in 0..ROUNDS {
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+            here.send_to(&round.to_be_bytes(), address).await.unwrap();
+            let mut datagram = [0; 4];
+            there.recv(&mut datagram).await.unwrap();
+            assert_eq!(u32::from_be_bytes(datagram), round);
+        }
+    };
+    soon("the game's end", play).await;
+    // Asleep it would have been polled in vain once for each packet at most.
+    let dry = soon("the verdicts", decided).await.unwrap();
+    assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
 }
 
 async fn receiving_many_keeps_its_limit() {

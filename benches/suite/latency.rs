@@ -30,11 +30,16 @@ pub const BATCH: &str = "verdicts/send";
 pub const SWEEP_SECTION: &str = "adaptive sweep";
 
 /// Everything that is measured side by side; `None` is the way without a queue.
-pub fn contenders() -> [Option<Contender>; 6] {
-    let queues = [floor::ONE, ours::ACCEPT_ALL, ours::ACCEPT_NEXT, peers::NFQ, peers::NFQ_CHANNEL].map(Some);
-    let mut all = [None; 6];
-    all[1..].copy_from_slice(&queues);
-    all
+pub fn contenders() -> [Option<Contender>; 7] {
+    [
+        None,
+        Some(floor::ONE),
+        Some(ours::ACCEPT_ALL),
+        Some(ours::ACCEPT_NEXT),
+        Some(ours::ACCEPT_DOZING),
+        Some(peers::NFQ),
+        Some(peers::NFQ_CHANNEL),
+    ]
 }
 
 pub fn section(rate: u64) -> String {

@@ -32,8 +32,9 @@ pub struct Scale {
     pub window: Duration,
     /// Packets held at once, for their memory.
     pub held: usize,
-    /// How often everything is repeated, and what takes long.
+    /// How often everything is repeated, what takes long, and what varies much.
     pub rounds: usize,
+    pub many_rounds: usize,
     pub few_rounds: usize,
 }
 
@@ -73,10 +74,19 @@ impl Options {
     pub fn scale(&self) -> Scale {
         if self.quick {
             let (warm_up, window) = (Duration::from_millis(5), Duration::from_millis(30));
-            Scale { packets: 512, drains: 1, warm_up, window, held: 256, rounds: 1, few_rounds: 1 }
+            Scale { packets: 512, drains: 1, warm_up, window, held: 256, rounds: 1, many_rounds: 1, few_rounds: 1 }
         } else {
             let (warm_up, window) = (Duration::from_millis(100), Duration::from_millis(400));
-            Scale { packets: 16_384, drains: 4, warm_up, window, held: 16_384, rounds: 5, few_rounds: 3 }
+            Scale {
+                packets: 16_384,
+                drains: 4,
+                warm_up,
+                window,
+                held: 16_384,
+                rounds: 5,
+                many_rounds: 15,
+                few_rounds: 3,
+            }
         }
     }
 }

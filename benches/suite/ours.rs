@@ -1,8 +1,11 @@
 //! This crate, used in the ways its documentation shows.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use futures::{StreamExt, future::select_all};
@@ -23,6 +26,9 @@ pub const ACCEPT_ALL: Contender =
     contender("this crate: accept all", |job| Ours::bind(job, Way::AcceptAll, Threads::One));
 pub const ACCEPT_NEXT: Contender =
     contender("this crate: accept all, by next()", |job| Ours::bind(job, Way::AcceptNext, Threads::One));
+pub const ACCEPT_DOZING: Contender = contender("this crate: accept all, busy_poll(0)", |job| {
+    Ours::bind(&Job { busy_poll: false, ..*job }, Way::AcceptAll, Threads::One)
+});
 pub const ACCEPT_ALL_TWO: Contender =
     contender("this crate: accept all, 2 threads", |job| Ours::bind(job, Way::AcceptAll, Threads::Two));
 pub const EIGHT_TASKS: Contender =
@@ -133,6 +139,7 @@ fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
         WHOLE => builder,
         range => builder.copy_range(range),
     };
+    let builder = if job.busy_poll { builder } else { builder.busy_poll(Duration::ZERO) };
     match job.max_delay {
         Some(delay) => builder.flush_policy(FlushPolicy::adaptive(delay)),
         None => builder,

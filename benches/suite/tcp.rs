@@ -36,14 +36,16 @@ pub const SHORT: &str = "this crate: copy_range(128)";
 pub const CLASSIC: &str = "classic loop: recv 1, verdict 1, no GSO";
 
 /// Everything that is measured side by side.
-pub fn contenders() -> [(&'static str, Option<(Contender, Job)>); 9] {
+pub fn contenders() -> [(&'static str, Option<(Contender, Job)>); 11] {
     [
         (NO_QUEUE, None),
         (DEFAULTS, Some((ours::ACCEPT_ALL, job(WHOLE, true)))),
         (SHORT, Some((ours::ACCEPT_ALL, job(128, true)))),
+        ("this crate: busy_poll(0)", Some((ours::ACCEPT_DOZING, job(WHOLE, true)))),
         ("this crate: gso(false)", Some((ours::ACCEPT_ALL, job(WHOLE, false)))),
         (CLASSIC, Some((floor::ONE, job(WHOLE, false)))),
         ("floor: one batch, GSO", Some((floor::BATCH, job(WHOLE, true)))),
+        ("floor: one batch, GSO, 128 bytes", Some((floor::BATCH, job(128, true)))),
         ("nfq", Some((peers::NFQ, job(WHOLE, false)))),
         ("nfq, GSO", Some((peers::NFQ, job(WHOLE, true)))),
         ("nfq, thread and channel", Some((peers::NFQ_CHANNEL, job(WHOLE, false)))),

@@ -2,7 +2,10 @@
 
 use std::{collections::VecDeque, io, ops::Range, time::Instant};
 
-use super::shared::{Core, Phase, Shared, lock};
+use super::{
+    busy_poll::BusyPoll,
+    shared::{Core, Phase, Shared, lock},
+};
 use crate::{
     Error, ErrorKind, PacketId,
     packet::Arrived,
@@ -19,6 +22,7 @@ pub(super) struct Inbox {
     found: Vec<(Range<usize>, PacketMessage)>,
     /// Ids of packets that could not be understood.
     bad: Vec<Option<u32>>,
+    pub(super) busy_poll: BusyPoll,
 }
 
 /// Datagrams received in one go. What one poll brings waits in the inbox, so more would only make packets wait there
@@ -26,8 +30,9 @@ pub(super) struct Inbox {
 pub(super) const RECEIVE_BATCH: usize = 64;
 
 impl Inbox {
-    pub(super) fn new(payload: usize) -> Self {
-        Self { memory: Memory::new(payload), packets: VecDeque::new(), found: Vec::new(), bad: Vec::new() }
+    pub(super) fn new(payload: usize, busy_poll: BusyPoll) -> Self {
+        let memory = Memory::new(payload);
+        Self { memory, packets: VecDeque::new(), found: Vec::new(), bad: Vec::new(), busy_poll }
     }
 }
 
@@ -88,6 +93,7 @@ impl Shared {
     fn arrived(&self, core: &mut Core, inbox: &mut Inbox, already: usize) {
         let Some(first) = inbox.packets.get(already).map(|packet| packet.id) else { return };
         let now = Instant::now();
+        inbox.busy_poll.arrived(now);
         let oldest = core.ledger.oldest();
         core.arrivals.arrived(first, oldest, now);
         for packet in inbox.packets.range(already..) {

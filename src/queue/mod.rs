@@ -2,9 +2,11 @@
 
 use std::{
     fmt,
-    pin::Pin,
+    future::Future,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use futures::{Stream, stream::FusedStream};
@@ -12,6 +14,7 @@ use futures::{Stream, stream::FusedStream};
 use crate::{Action, Error, ErrorKind, Packet, QueueBuilder, Stats, VerdictSink};
 
 mod binding;
+mod busy_poll;
 mod closing;
 mod driver;
 mod inbox;
@@ -196,7 +199,7 @@ impl PacketStream {
 /// | an error | it |
 /// | the queue is closing | the end |
 /// | the socket may have more | receive, and look again |
-/// | the socket was empty | ask the flush policy; wait |
+/// | the socket was empty | ask the flush policy; look again (see [`busy_poll`](QueueBuilder::busy_poll)), or wait |
 impl Stream for PacketStream {
     type Item = Result<Packet, Error>;
 
@@ -257,7 +260,10 @@ impl Shared {
                 }
             }
             let mut ready = match self.socket.poll_readable(cx) {
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    inbox.busy_poll.dry(Instant::now());
+                    return Poll::Pending;
+                }
                 Poll::Ready(Ok(ready)) => ready,
                 Poll::Ready(Err(source)) => {
                     let error = Error::new(ErrorKind::NoRuntime, "receive packet").with_source(source);
@@ -265,15 +271,21 @@ impl Shared {
                 }
             };
             match self.receive(&mut inbox) {
-                Ok(true) => {
-                    ready.clear_ready();
-                    if inbox.packets.is_empty() {
-                        drop(inbox);
-                        let next = self.core().consult(crate::Occasion::Drained);
-                        self.proceed(next);
+                Ok(true) if inbox.packets.is_empty() => {
+                    let again = inbox.busy_poll.dry(Instant::now());
+                    drop(inbox);
+                    if !again {
+                        ready.clear_ready();
+                    }
+                    let next = self.core().consult(crate::Occasion::Drained);
+                    self.proceed(next);
+                    if again {
+                        poll_again(cx);
+                        return Poll::Pending;
                     }
                 }
-                Ok(false) => {}
+                Ok(true) if !inbox.busy_poll.is_on() => ready.clear_ready(),
+                Ok(_) => {}
                 Err(source) => return Poll::Ready(Some(Err(Error::os("receive packet", source).fatal()))),
             }
         }
@@ -308,4 +320,10 @@ impl Shared {
     pub(crate) fn on_unanswered(&self) -> Action {
         self.settings.on_unanswered
     }
+}
+
+/// Has the task polled again when the runtime has run what else is ready and has looked for I/O.
+fn poll_again(cx: &mut Context<'_>) {
+    let polled = pin!(tokio::task::yield_now()).poll(cx);
+    debug_assert!(polled.is_pending(), "it yields once");
 }

@@ -18,6 +18,7 @@ use futures::channel::oneshot;
 use tokio::sync::Notify;
 
 use super::{
+    busy_poll::BusyPoll,
     inbox::Inbox,
     limits::Limits,
     outbox::Outbox,
@@ -70,6 +71,8 @@ pub(crate) struct Settings {
     pub(crate) on_unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
     pub(crate) close_timeout: Duration,
+    /// How long the stream is polled again before it sleeps; zero for not at all.
+    pub(crate) busy_poll: Duration,
     /// Connection tracking was asked for.
     #[cfg_attr(not(feature = "conntrack"), expect(dead_code))]
     pub(crate) conntrack: bool,
@@ -203,7 +206,7 @@ impl Shared {
         };
         Self {
             outbox: Mutex::new(Outbox::new(socket.max_send())),
-            inbox: Mutex::new(Inbox::new(limits.payload)),
+            inbox: Mutex::new(Inbox::new(limits.payload, BusyPoll::new(settings.busy_poll))),
             core: Mutex::new(core),
             configuring: Mutex::new(()),
             signal: Arc::new(Notify::new()),
