@@ -1,4 +1,4 @@
-//! The one place with `unsafe`: Tokio asks for a promise that a file descriptor stays open while it is registered.
+//! One of two places with `unsafe` (the other fills receive memory, in `socket::memory`): Tokio asks for a promise that a file descriptor stays open while it is registered.
 
 use std::{
     io,

@@ -15,6 +15,9 @@ pub(super) struct BusyPoll {
     dry_since: Option<Instant>,
 }
 
+/// At a pause of this length between packets nothing is gained by taking several at once.
+const TRICKLE: Duration = Duration::from_micros(100);
+
 impl BusyPoll {
     pub(super) fn new(limit: Duration) -> Self {
         Self { limit, mean: Duration::MAX, dry_since: None }
@@ -29,6 +32,11 @@ impl BusyPoll {
     pub(super) fn dry(&mut self, now: Instant) -> bool {
         let since = *self.dry_since.get_or_insert(now);
         self.is_on() && now.saturating_duration_since(since) < self.limit
+    }
+
+    /// Whether the stream has been dry for so long that traffic is a trickle.
+    pub(super) fn is_long_dry(&self, now: Instant) -> bool {
+        self.dry_since.is_some_and(|since| now.saturating_duration_since(since) >= TRICKLE)
     }
 
     /// Packets have come.
@@ -77,6 +85,17 @@ mod tests {
         assert!(busy.dry(now));
         assert!(busy.dry(now + LIMIT / 2));
         assert!(!busy.dry(now + LIMIT));
+    }
+
+    #[test]
+    fn a_trickle_is_told_by_the_pause_alone() {
+        let (mut busy, start) = (BusyPoll::new(LIMIT), Instant::now());
+        assert!(!busy.is_long_dry(start));
+        busy.dry(start);
+        assert!(!busy.is_long_dry(start + TRICKLE / 2));
+        assert!(busy.is_long_dry(start + TRICKLE));
+        busy.arrived(start + TRICKLE);
+        assert!(!busy.is_long_dry(start + 2 * TRICKLE));
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Shared {
         for _ in 0..rounds {
             self.core().flush_wanted = true;
             self.flush();
-            let empty = self.receive(&mut lock(&self.inbox));
+            let empty = self.receive(&mut lock(&self.inbox), RECEIVE_BATCH);
             if !matches!(empty, Ok(false)) {
                 break;
             }

@@ -44,21 +44,22 @@ impl Inbox {
 }
 
 impl Shared {
-    /// Receives up to [`RECEIVE_BATCH`] datagrams; true when the socket has been found empty.
+    /// Receives up to `most` datagrams; true when the socket has been found empty.
     ///
     /// # Errors
     /// The socket is of no further use.
-    pub(super) fn receive(&self, inbox: &mut Inbox) -> io::Result<bool> {
+    pub(super) fn receive(&self, inbox: &mut Inbox, most: usize) -> io::Result<bool> {
         let already = inbox.packets.len();
         let mut received = Batch::default();
-        let result = self.receive_batch(inbox, &mut received);
+        let result = self.receive_batch(inbox, most, &mut received);
         if received.is_empty() {
             // The common end of a burst: the one fact to note is that there is no more.
             self.core().backlog = false;
             return result;
         }
         let mut core = self.core();
-        core.backlog = !matches!(result, Ok(true));
+        // Nobody knows yet whether more has come than the one asked for.
+        core.backlog = most > 1 && !matches!(result, Ok(true));
         let lost_before = core.counters.lost;
         self.arrived(&mut core, inbox, already);
         core.counters.bytes += received.bytes;
@@ -74,8 +75,8 @@ impl Shared {
         result
     }
 
-    fn receive_batch(&self, inbox: &mut Inbox, received: &mut Batch) -> io::Result<bool> {
-        for _ in 0..RECEIVE_BATCH {
+    fn receive_batch(&self, inbox: &mut Inbox, most: usize, received: &mut Batch) -> io::Result<bool> {
+        for _ in 0..most {
             match self.socket.receive(&mut inbox.memory)? {
                 Received::Empty => return Ok(true),
                 Received::Overrun => received.overruns += 1,
@@ -143,7 +144,7 @@ impl Shared {
         let max_len = self.core().limits.max_len as usize;
         for _ in 0..=(max_len / RECEIVE_BATCH + 4) * 4 {
             let mut inbox = lock(&self.inbox);
-            let empty = self.receive(&mut inbox)?;
+            let empty = self.receive(&mut inbox, RECEIVE_BATCH)?;
             if !inbox.packets.is_empty() {
                 self.core().wake_stream();
             }

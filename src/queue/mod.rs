@@ -23,6 +23,7 @@ mod outbox;
 mod shared;
 mod times;
 
+use inbox::RECEIVE_BATCH;
 pub(crate) use shared::{Extra, Settings, Shared};
 use shared::{Phase, lock};
 
@@ -270,7 +271,9 @@ impl Shared {
                     return Poll::Ready(Some(Err(error.fatal())));
                 }
             };
-            match self.receive(&mut inbox) {
+            // After a long pause the packet is most likely alone: to see that no other has come can wait until it is decided.
+            let most = if inbox.busy_poll.is_long_dry(Instant::now()) { 1 } else { RECEIVE_BATCH };
+            match self.receive(&mut inbox, most) {
                 Ok(true) if inbox.packets.is_empty() => {
                     let again = inbox.busy_poll.dry(Instant::now());
                     drop(inbox);

@@ -7,7 +7,10 @@ use std::{
 };
 
 use netlink_sys::{Socket as Netlink, protocols::NETLINK_NETFILTER};
-use rustix::net::sockopt;
+use rustix::{
+    io::Errno,
+    net::{SendFlags, sockopt},
+};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::{Error, ErrorKind, register};
@@ -120,21 +123,14 @@ impl Socket {
 
     /// Receives one datagram, if one is there, behind what `memory` holds.
     pub(crate) fn receive(&self, memory: &mut Memory) -> io::Result<Received> {
-        // The kernel then returns the datagram's own length, also where it did not fit.
-        const TRUNC: i32 = rustix::net::RecvFlags::TRUNC.bits() as i32;
-        let room = memory.room();
         loop {
-            return match self.fd.get_ref().recv(room, TRUNC) {
-                Ok(length) if length > room.len() => Ok(Received::Truncated),
+            return match memory.receive(self.fd.get_ref()) {
+                Ok(length) if length > memory.received().len() => Ok(Received::Truncated),
                 Ok(_) => Ok(Received::Datagram),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock => Ok(Received::Empty),
-                    _ if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
-                        Ok(Received::Overrun)
-                    }
-                    _ => Err(error),
-                },
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Ok(Received::Empty),
+                Err(Errno::NOBUFS) => Ok(Received::Overrun),
+                Err(errno) => Err(errno.into()),
             };
         }
     }
@@ -142,10 +138,10 @@ impl Socket {
     /// Sends one datagram to the kernel, which executes it before this returns. It never waits for room.
     pub(crate) fn send(&self, datagram: &[u8]) -> io::Result<()> {
         loop {
-            match self.fd.get_ref().send(datagram, 0) {
+            match rustix::net::send(self.fd.get_ref(), datagram, SendFlags::empty()) {
                 Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
             }
         }
     }
