@@ -94,13 +94,14 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         allocations = allocations.step(contender.name, move |book| drain::allocations(&contender, &scale, book));
     }
 
-    // An idle processor sleeps more or less deeply, so little traffic varies much.
+    // An idle processor sleeps more or less deeply for a while, so a trickle is measured more often and less long.
     let rounds = |rate| if rate == latency::RATES[0] { scale.many_rounds } else { scale.rounds };
     let latencies = latency::RATES.map(|rate| {
         let mut latencies = Section::new("latency", rounds(rate));
         for contender in latency::contenders() {
             let name = contender.map_or(latency::NO_QUEUE, |contender| contender.name);
-            let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, &scale, book);
+            let window = scale.window / (rounds(rate) / scale.rounds) as u32;
+            let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, window, book);
             latencies = latencies.step(format!("{name}, {rate}/s"), run);
         }
         latencies

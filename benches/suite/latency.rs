@@ -20,6 +20,8 @@ pub const RATES: [u64; 3] = [1_000, 20_000, 100_000];
 /// Of the sweep of the adaptive policy.
 pub const SWEEP: [u64; 12] =
     [100, 300, 1_000, 3_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000, 400_000];
+/// Until the scheduler has settled who runs where.
+const WARM_UP: Duration = Duration::from_millis(50);
 pub const NO_QUEUE: &str = "no queue";
 pub const MEDIAN: &str = "p50 µs";
 pub const P99: &str = "p99 µs";
@@ -47,8 +49,8 @@ pub fn section(rate: u64) -> String {
 }
 
 /// A contender at one rate; `None` is the way without a queue.
-pub fn measure(contender: Option<&Contender>, rate: u64, scale: &Scale, book: &mut Book) {
-    let outcome = run(contender, &Job::default(), rate, scale.window);
+pub fn measure(contender: Option<&Contender>, rate: u64, window: Duration, book: &mut Book) {
+    let outcome = run(contender, &Job::default(), rate, window);
     let name = contender.map_or(NO_QUEUE, |contender| contender.name);
     note(book, &section(rate), name, &outcome);
 }
@@ -94,7 +96,7 @@ fn run(contender: Option<&Contender>, job: &Job, rate: u64, window: Duration) ->
             (running, divert(Hook::Output, Protocol::Udp, 1))
         });
         let mut paced = Paced::new(rate);
-        paced.run(window / 8);
+        paced.run(WARM_UP);
         let start = Moment::now();
         let sent = paced.run(window);
         let cost = start.cost();
