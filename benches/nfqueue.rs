@@ -94,14 +94,11 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         allocations = allocations.step(contender.name, move |book| drain::allocations(&contender, &scale, book));
     }
 
-    // An idle processor sleeps more or less deeply for a while, so a trickle is measured more often and less long.
-    let rounds = |rate| if rate == latency::RATES[0] { scale.many_rounds } else { scale.rounds };
     let latencies = latency::RATES.map(|rate| {
-        let mut latencies = Section::new("latency", rounds(rate));
+        let mut latencies = Section::new("latency", scale.many_rounds);
         for contender in latency::contenders() {
             let name = contender.map_or(latency::NO_QUEUE, |contender| contender.name);
-            let window = scale.window / (rounds(rate) / scale.rounds) as u32;
-            let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, window, book);
+            let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, &scale, book);
             latencies = latencies.step(format!("{name}, {rate}/s"), run);
         }
         latencies
@@ -118,7 +115,7 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         verdicts = verdicts.step(waits::name(cap, rate), move |book| waits::measure(cap, rate, &scale, book));
     }
 
-    let mut goodput = Section::new(tcp::SECTION, scale.rounds);
+    let mut goodput = Section::new(tcp::SECTION, scale.many_rounds);
     for (name, queue) in tcp::contenders() {
         goodput = goodput.step(name, move |book| tcp::measure(name, queue, &scale, book));
     }

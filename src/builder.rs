@@ -150,9 +150,9 @@ impl QueueBuilder {
     }
 
     /// For how long the stream is polled again before it sleeps, while packets come on average sooner than that. Default:
-    /// 20 µs; zero, which turns it off, where the process has a single processor. At most 1 ms.
+    /// 30 µs; zero, which turns it off, where the process has a single processor. At most 1 ms.
     ///
-    /// Going to sleep and being woken is what costs a packet of a steady stream the most time. At less than some 50 000
+    /// Going to sleep and being woken is what costs a packet of a steady stream the most time. At less than some 30 000
     /// packets a second nothing changes; from there up to saturation a processor that would else doze now and then is kept
     /// busy, and latency falls to a half or less (see the crate's benches). Other tasks of the runtime run in between.
     #[doc(alias = "SO_BUSY_POLL")]
@@ -251,7 +251,7 @@ const MAX_BUSY_POLL: Duration = Duration::from_millis(1);
 /// With one processor, whoever would send the next packet waits for us.
 fn default_busy_poll() -> Duration {
     let single = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-    if single { Duration::ZERO } else { Duration::from_micros(20) }
+    if single { Duration::ZERO } else { Duration::from_micros(30) }
 }
 
 #[cfg(test)]

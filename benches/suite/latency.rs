@@ -1,7 +1,5 @@
 //! One-way latency, from the sender's system call to the arrival at the receiving socket.
 
-use std::time::Duration;
-
 use super::{
     consumer::{Contender, Job, Running},
     floor,
@@ -20,8 +18,6 @@ pub const RATES: [u64; 3] = [1_000, 20_000, 100_000];
 /// Of the sweep of the adaptive policy.
 pub const SWEEP: [u64; 12] =
     [100, 300, 1_000, 3_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000, 400_000];
-/// Until the scheduler has settled who runs where.
-const WARM_UP: Duration = Duration::from_millis(50);
 pub const NO_QUEUE: &str = "no queue";
 pub const MEDIAN: &str = "p50 µs";
 pub const P99: &str = "p99 µs";
@@ -49,15 +45,15 @@ pub fn section(rate: u64) -> String {
 }
 
 /// A contender at one rate; `None` is the way without a queue.
-pub fn measure(contender: Option<&Contender>, rate: u64, window: Duration, book: &mut Book) {
-    let outcome = run(contender, &Job::default(), rate, window);
+pub fn measure(contender: Option<&Contender>, rate: u64, scale: &Scale, book: &mut Book) {
+    let outcome = run(contender, &Job::default(), rate, scale);
     let name = contender.map_or(NO_QUEUE, |contender| contender.name);
     note(book, &section(rate), name, &outcome);
 }
 
 /// This crate at one rate of the sweep; the figures are filed under the rate.
 pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
-    let outcome = run(Some(contender), &Job::default(), rate, scale.window);
+    let outcome = run(Some(contender), &Job::default(), rate, scale);
     let name = rate.to_string();
     note(book, SWEEP_SECTION, &name, &outcome);
     if let Some(stats) = outcome.stats {
@@ -88,7 +84,7 @@ fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
     book.note(section, name, LOST, outcome.lost as f64 * 100.0 / outcome.sent.max(1) as f64);
 }
 
-fn run(contender: Option<&Contender>, job: &Job, rate: u64, window: Duration) -> Outcome {
+fn run(contender: Option<&Contender>, job: &Job, rate: u64, scale: &Scale) -> Outcome {
     support::isolated(|| {
         let queue = contender.map(|contender| {
             let running = Running::start(contender, job);
@@ -96,9 +92,9 @@ fn run(contender: Option<&Contender>, job: &Job, rate: u64, window: Duration) ->
             (running, divert(Hook::Output, Protocol::Udp, 1))
         });
         let mut paced = Paced::new(rate);
-        paced.run(WARM_UP);
+        paced.run(scale.warm_up);
         let start = Moment::now();
-        let sent = paced.run(window);
+        let sent = paced.run(scale.window);
         let cost = start.cost();
         let mut latencies: Vec<f64> = paced.arrivals.iter().map(|arrival| arrival.latency_us()).collect();
         latencies.sort_by(f64::total_cmp);

@@ -84,7 +84,7 @@ impl Options {
                 window,
                 held: 16_384,
                 rounds: 5,
-                many_rounds: 20,
+                many_rounds: 11,
                 few_rounds: 3,
             }
         }
