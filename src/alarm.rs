@@ -9,7 +9,7 @@ use std::{
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use tokio::io::unix::AsyncFd;
 
-use crate::register;
+use crate::sys;
 
 /// One alarm, set to the earliest moment asked for.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Alarm {
     pub(crate) fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let fd = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        Ok(Self { fd: register::readable(fd)?, set_for: None })
+        Ok(Self { fd: sys::register(fd)?, set_for: None })
     }
 
     /// Sees to it that the alarm rings at `at` or before. It may ring early, for an earlier wish that has since lapsed:

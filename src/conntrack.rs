@@ -28,6 +28,10 @@ pub struct Conntrack {
     pub id: Option<u32>,
     /// The entry's zone. Not sent where it is 0.
     pub zone: Option<u16>,
+    /// The helper that looks for connections to be expected, by name.
+    pub helper: Option<String>,
+    /// The connection that this one was expected from, as its first packet went.
+    pub master: Option<Flow>,
 }
 
 /// One direction of a connection.
@@ -128,7 +132,9 @@ impl From<u32> for ConntrackState {
 }
 
 // enum ctattr_type, what netlink-packet-netfilter leaves to `Other`.
+const CTA_HELP: u16 = 5;
 const CTA_ID: u16 = 12;
+const CTA_TUPLE_MASTER: u16 = 14;
 const CTA_ZONE: u16 = 18;
 const CTA_LABELS: u16 = 22;
 
@@ -141,6 +147,8 @@ impl Conntrack {
                 (CTA_ID, value) => entry.id = value.first_chunk().map(|bytes| u32::from_be_bytes(*bytes)),
                 (CTA_ZONE, value) => entry.zone = value.first_chunk().map(|bytes| u16::from_be_bytes(*bytes)),
                 (CTA_LABELS, value) => entry.labels = value.first_chunk().copied(),
+                (CTA_HELP, value) => entry.helper = helper_name(value),
+                (CTA_TUPLE_MASTER, value) => entry.master = Some(Flow::decode(value)),
                 _ => entry.take(&attribute),
             }
         }
@@ -159,7 +167,20 @@ impl Conntrack {
     }
 }
 
+fn helper_name(attributes: &[u8]) -> Option<String> {
+    const CTA_HELP_NAME: u16 = 1;
+    let mut attributes = NlasIterator::new(attributes).map_while(Result::ok);
+    let name = raw(&attributes.find(|attribute| attribute.kind() == CTA_HELP_NAME)?);
+    let name = name.split(|byte| *byte == 0).next()?;
+    Some(String::from_utf8_lossy(name).into_owned())
+}
+
 impl Flow {
+    fn decode(attributes: &[u8]) -> Self {
+        let parts = NlasIterator::new(attributes).map_while(Result::ok);
+        Self::new(&parts.filter_map(|part| Tuple::parse(&part).ok()).collect::<Vec<_>>())
+    }
+
     fn new(tuple: &[Tuple]) -> Self {
         let mut flow = Self::default();
         for part in tuple {
@@ -212,6 +233,8 @@ mod tests {
             attribute(8, &[0, 0, 1, 0]),
             attribute(12, &[1, 2, 3, 4]),
             attribute(18, &[0, 5]),
+            attribute(0x8005, &[attribute(1, b"tftp\0"), attribute(2, b"?")].concat()),
+            attribute(0x800e, &tuple),
             attribute(22, &[7; 16]),
         ]
         .concat()
@@ -231,12 +254,13 @@ mod tests {
         let status = entry.status.unwrap();
         assert!(status.has_seen_reply() && status.is_confirmed() && !status.is_assured());
         assert_eq!((entry.timeout, entry.mark), (Some(Duration::from_secs(30)), Some(256)));
+        assert_eq!((entry.helper.as_deref(), entry.master), (Some("tftp"), Some(flow)));
         assert_eq!((entry.id, entry.zone, entry.labels), (Some(0x0102_0304), Some(5), Some([7; 16])));
     }
 
     proptest! {
         #[test]
-        fn damage_is_left_out(at in prop::collection::vec((0usize..120, any::<u8>()), 0..8), cut in 0usize..120) {
+        fn damage_is_left_out(at in prop::collection::vec((0usize..200, any::<u8>()), 0..8), cut in 0usize..200) {
             let mut bytes = entry();
             for (index, value) in at {
                 if let Some(byte) = bytes.get_mut(index) {

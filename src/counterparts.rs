@@ -33,6 +33,7 @@
 //! | `nfq_nlmsg_verdict_put`, `_put_mark`, `_put_pkt` | [`Verdict`](crate::Verdict) |
 //! | `nfq_nlmsg_cfg_put_cmd`, `_params`, `_qmaxlen` | [`QueueBuilder`](crate::QueueBuilder): one message, acknowledged |
 //! | `NFQA_CT` in verdicts | [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`conntrack_timeout`](crate::Verdict::conntrack_timeout) |
+//! | `NFQA_EXP` in verdicts | [`expectation`](crate::Verdict::expectation) |
 //! | `NFQA_VLAN`, `NFQA_L2HDR` | [`Packet::vlan`](crate::Packet::vlan), [`Packet::layer2_header`](crate::Packet::layer2_header), [`Verdict::vlan`](crate::Verdict::vlan), [`Verdict::layer2_header`](crate::Verdict::layer2_header) |
 //! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::Edit), with a table of its own |
 //! | `nfq_snprintf_xml` | no counterpart; `Debug` gives a line |

@@ -17,6 +17,8 @@ mod divert;
 #[cfg(feature = "edit")]
 mod edit;
 mod error;
+#[cfg(feature = "conntrack")]
+mod expectation;
 mod flush;
 mod group;
 mod hook;
@@ -26,10 +28,10 @@ mod namespace;
 mod packet;
 mod queue;
 mod reconfigure;
-mod register;
 mod sink;
 mod socket;
 mod stats;
+mod sys;
 mod verdict;
 mod wire;
 
@@ -44,6 +46,8 @@ pub use edit::{Edit, PacketView, complete_checksums};
 pub use error::{Error, ErrorKind};
 #[cfg(feature = "edit")]
 pub use etherparse;
+#[cfg(feature = "conntrack")]
+pub use expectation::Expectation;
 pub use flush::{Flush, FlushPolicy, FlushWhen, Gathered, Occasion};
 pub use group::{GroupSink, GroupStream, QueueGroup};
 pub use hook::Hook;

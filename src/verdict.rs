@@ -6,8 +6,6 @@ use std::{borrow::Cow, fmt};
 
 use bytes::Bytes;
 
-#[cfg(feature = "conntrack")]
-use crate::wire::verdict::encode_conntrack;
 use crate::{
     Error, ErrorKind, PacketId, Vlan,
     ledger::Decision,
@@ -18,6 +16,8 @@ use crate::{
         verdict::{Ruling, code},
     },
 };
+#[cfg(feature = "conntrack")]
+use crate::{Expectation, wire::verdict::encode_conntrack};
 
 /// What happens to a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -83,6 +83,7 @@ struct ConntrackChange {
     mark: Option<(u32, u32)>,
     labels: Option<([u8; 16], [u8; 16])>,
     timeout: Option<Duration>,
+    expectation: Option<Expectation>,
 }
 
 impl Verdict {
@@ -188,6 +189,19 @@ impl Verdict {
         self
     }
 
+    /// Has connection tracking expect a connection that follows from the packet's: its packets are then
+    /// [related](crate::ConntrackState::Related), and its entry names this one as its [master](crate::Conntrack::master).
+    ///
+    /// The packet's connection must have a helper ([`Conntrack::helper`](crate::Conntrack::helper); a rule gives it one), whose
+    /// limits for the number and the time of expectations count. Without a helper, or where the addresses are of another family than
+    /// the connection's, the kernel expects nothing, in silence.
+    #[cfg(feature = "conntrack")]
+    #[doc(alias = "NFQA_EXP")]
+    pub fn expectation(mut self, expectation: Expectation) -> Self {
+        self.conntrack.get_or_insert_default().expectation = Some(expectation);
+        self
+    }
+
     /// Refuses what the kernel would take in silence and lose the packet or the change for.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let refuse = |kind, detail: Cow<'static, str>| {
@@ -196,6 +210,12 @@ impl Verdict {
         #[cfg(feature = "conntrack")]
         if self.conntrack.is_some() && !self.claim.has_conntrack() {
             return refuse(ErrorKind::InvalidInput, "a conntrack change, on a queue bound without conntrack".into());
+        }
+        #[cfg(feature = "conntrack")]
+        if let Some(Err(detail)) =
+            self.conntrack.as_ref().and_then(|change| change.expectation.as_ref()).map(Expectation::check)
+        {
+            return refuse(ErrorKind::InvalidInput, detail.into());
         }
         let Some(extra) = &self.extra else { return Ok(()) };
         if extra.layer2.as_ref().is_some_and(|header| header.is_empty() || header.len() > MAX_LAYER2) {
@@ -222,7 +242,9 @@ impl Verdict {
         if let Some(change) = self.conntrack {
             let seconds = change.timeout.map(|timeout| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX));
             let encoded = encode_conntrack(change.mark, change.labels, seconds);
-            extra.get_or_insert_default().conntrack = Some(encoded);
+            let extra = extra.get_or_insert_default();
+            extra.conntrack = Some(encoded);
+            extra.expectation = change.expectation.as_ref().map(Expectation::encode);
         }
         (self.claim, Decision { ruling, extra })
     }

@@ -4,14 +4,14 @@
 //! sees to it that such a queue cannot be bound and that a change is refused, and no more.
 
 use std::{
-    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
 use common::{Hook, Protocol, Rule, divert, next, number, soon, support};
 use futures::SinkExt;
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
+    DefaultNla, Emitable, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
     NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::{
@@ -23,7 +23,7 @@ use netlink_packet_netfilter::{
     none::ControlMessage,
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
-use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Flow, Packet, Queue, Verdict};
+use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Expectation, Flow, Packet, Queue, Verdict};
 
 #[macro_use]
 mod common;
@@ -42,6 +42,9 @@ tests![
     one a_timeout_holds_until_the_next_packet,
     one a_very_long_timeout,
     one all_changes_in_one_verdict,
+    one an_expected_connection_is_related,
+    one an_expectation_is_met_once_or_always,
+    one an_expectation_of_a_connection_without_a_helper,
     one a_dropped_packet_leaves_no_entry,
     both a_queue_bound_without_refuses_changes,
 ];
@@ -69,10 +72,11 @@ async fn refuses_changes(number: u16) {
     let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().unwrap();
     let _divert = divert([udp_out().to_queue(number)]);
     let flow = Pair::new("127.0.0.1");
-    let changes: [fn(Verdict) -> Verdict; 3] = [
+    let changes: [fn(Verdict) -> Verdict; 4] = [
         |verdict| verdict.conntrack_mark(1, 1),
         |verdict| verdict.conntrack_labels([1; 16], [1; 16]),
         |verdict| verdict.conntrack_timeout(Duration::from_secs(60)),
+        |verdict| verdict.expectation(Expectation::udp(LATER)),
     ];
     for (index, change) in (0..).zip(changes) {
         flow.ask(index);
@@ -90,10 +94,13 @@ async fn refuses_changes(number: u16) {
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
     // What is refused is unanswered.
-    for index in 0..3 {
+    for index in 0..4 {
         assert_eq!(flow.heard(), index);
     }
 }
+
+/// Where expected connections go to.
+const LATER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9100);
 
 /// Two sockets that talk over loopback: one asks, one answers.
 struct Pair {
@@ -447,6 +454,93 @@ async fn all_changes_in_one_verdict() {
     assert_eq!(pair.heard(), 7);
 }
 
+/// Asks a question, and gives its connection an expectation; tells what the connection was.
+async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Conntrack {
+    pair.ask(0);
+    let (packet, first) = entry(queue).await;
+    give(queue, packet.accept().expectation(expectation)).await;
+    assert_eq!(pair.heard(), 0);
+    first
+}
+
+/// The state and the entry of a first packet from somewhere to where it may be expected.
+async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConntrackState, Conntrack) {
+    from.send_to(&[0; 4], LATER).unwrap();
+    let (packet, entry) = entry(queue).await;
+    let state = packet.conntrack_state().unwrap();
+    give(queue, packet.accept()).await;
+    (state, entry)
+}
+
+async fn an_expected_connection_is_related() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    assist();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let (pair, source) = (Pair::new("127.0.0.1"), support::udp("127.0.0.1:0"));
+    let (state, entry) = follow(&mut queue, &source).await;
+    assert_eq!((state, entry.master), (ConntrackState::New, None), "before");
+
+    // Another address, another source port and the right one.
+    let [other, elsewhere, right] = ["127.0.0.1:0", "127.0.0.2:0", "127.0.0.1:0"].map(support::udp);
+    let port = right.local_addr().unwrap().port();
+    let expectation = Expectation::udp(LATER).source(Ipv4Addr::LOCALHOST.into()).source_port(port);
+    let first = expect(&mut queue, &pair, expectation).await;
+    assert_eq!((first.helper.as_deref(), first.master), (Some(HELPER), None));
+    for from in [other, elsewhere] {
+        let (state, entry) = follow(&mut queue, &from).await;
+        assert_eq!((state, entry.master), (ConntrackState::New, None));
+        assert!(!entry.status.unwrap().is_expected());
+    }
+    let (state, entry) = follow(&mut queue, &right).await;
+    assert_eq!((state, entry.master), (ConntrackState::Related, Some(first.original)));
+    assert!(entry.status.unwrap().is_expected());
+}
+
+async fn an_expectation_is_met_once_or_always() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    assist();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let pair = Pair::new("127.0.0.1");
+    use ConntrackState::{New, Related};
+    let anyone = Expectation::udp(LATER);
+    for (expectation, states) in [
+        (anyone.clone().inactive(), [New, New]),
+        (anyone.clone().permanent(), [Related, Related]),
+        // The helper allows for one, so the last takes the place of the one before it.
+        (anyone, [Related, New]),
+    ] {
+        expect(&mut queue, &pair, expectation.clone()).await;
+        for state in states {
+            let (found, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
+            assert_eq!(found, state, "{expectation:?}");
+        }
+    }
+}
+
+async fn an_expectation_of_a_connection_without_a_helper() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let first = expect(&mut queue, &Pair::new("127.0.0.1"), Expectation::udp(LATER)).await;
+    assert_eq!(first.helper, None);
+    // The kernel says nothing of it.
+    let (state, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
+    assert_eq!(state, ConntrackState::New);
+
+    // What it would ignore, and can be known beforehand, is refused.
+    let source = support::udp("127.0.0.1:0");
+    source.send_to(&[0; 4], LATER).unwrap();
+    let verdict = next(&mut queue).await.accept();
+    let mixed = Expectation::udp(LATER).source(Ipv6Addr::LOCALHOST.into());
+    let error = queue.sink().submit(verdict.expectation(mixed)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+}
+
 async fn a_dropped_packet_leaves_no_entry() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
@@ -477,6 +571,7 @@ const LABELS: u32 = 13;
 const ZONE: u32 = 17;
 /// A chain at the output hook, before `NF_IP_PRI_CONNTRACK`, -200.
 const BEFORE_TRACKING: i32 = -300;
+const AFTER_TRACKING: i32 = -150;
 
 /// Has connections tracked in this network namespace: it is enough that some rule asks for their state.
 fn track() {
@@ -487,6 +582,26 @@ fn track() {
 fn track_with_labels() {
     install("labelling", None, vec![immediate(vec![0; 16]), ct(SOURCE, LABELS)]);
     track();
+}
+
+/// A helper for UDP that takes no interest in packets as short as these.
+const HELPER: &str = "tftp";
+
+/// Gives new connections the helper, right after they have got their entry.
+fn assist() {
+    let string = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
+    // NFT_OBJECT_CT_HELPER, as the attributes NFTA_OBJ_TYPE and NFTA_OBJREF_IMM_TYPE.
+    let helper = |kind| DefaultNla::new(kind, vec![0, 0, 0, 3]);
+    // NFTA_CT_HELPER_NAME, NFTA_CT_HELPER_L4PROTO
+    let data = [string(1, HELPER), DefaultNla::new(3, vec![17])];
+    let data: &[DefaultNla] = &data;
+    let mut nested = vec![0; data.buffer_len()];
+    data.emit(&mut nested);
+    // NFTA_OBJ_TABLE, _NAME, _TYPE, _DATA
+    let object = vec![string(1, "assisting"), string(2, HELPER), helper(3), DefaultNla::new(4, nested)];
+    let objref =
+        Expressions::Other { expression_type: "objref".to_owned(), attributes: vec![helper(1), string(2, HELPER)] };
+    install_with("assisting", Some(AFTER_TRACKING), vec![objref], Some(object));
 }
 
 /// The `ct` expression, with register 1 as source or destination.
@@ -506,6 +621,11 @@ fn immediate(value: Vec<u8>) -> Expressions {
 
 /// A table of one chain, with a priority at the output hook or without a hook, and one rule. It goes with its namespace.
 fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
+    install_with(name, priority, expressions, None);
+}
+
+/// As [`install`], with an object in the table.
+fn install_with(name: &str, priority: Option<i32>, expressions: Vec<Expressions>, object: Option<Vec<DefaultNla>>) {
     let name = || name.to_owned();
     let mut chain = vec![ChainAttribute::Table(name()), ChainAttribute::Name(name())];
     if let Some(priority) = priority {
@@ -525,17 +645,21 @@ fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
         let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 10);
         NetfilterMessage::new::<NetfilterMessageInner>(header, ControlMessage::into(message))
     };
-    transact([
+    let mut messages = vec![
         (control(ControlMessage::BatchBegin), 0),
         (inet(NfTablesMessage::NewTable(TableMessage { attributes: table })), NLM_F_CREATE),
+    ];
+    messages.extend(object.map(|object| (inet(NfTablesMessage::NewObject(object)), NLM_F_CREATE)));
+    messages.extend([
         (inet(NfTablesMessage::NewChain(ChainMessage { attributes: chain })), NLM_F_CREATE | NLM_F_EXCL),
         (inet(NfTablesMessage::NewRule(RuleMessage { attributes: rule })), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
         (control(ControlMessage::BatchEnd), 0),
     ]);
+    transact(messages);
 }
 
 /// Sends a batch; its last message but one asks for an answer.
-fn transact(messages: [(NetfilterMessage, u16); 5]) {
+fn transact(messages: Vec<(NetfilterMessage, u16)>) {
     let mut batch = Vec::new();
     for (message, flags) in messages {
         let mut header = NetlinkHeader::default();

@@ -45,6 +45,8 @@ pub(crate) struct Extra {
     pub(crate) layer2: Option<Bytes>,
     /// Encoded.
     pub(crate) conntrack: Option<Vec<u8>>,
+    /// Encoded.
+    pub(crate) expectation: Option<Vec<u8>>,
     pub(crate) confirm: Option<Confirmer>,
 }
 
@@ -55,6 +57,7 @@ impl Extra {
             vlan: self.vlan.map(|vlan| (vlan.protocol, vlan.control)),
             layer2: self.layer2.as_deref(),
             conntrack: self.conntrack.as_deref(),
+            expectation: self.expectation.as_deref(),
         }
     }
 }

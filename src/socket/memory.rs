@@ -8,7 +8,8 @@
 use std::{collections::VecDeque, os::fd::AsFd};
 
 use bytes::{Bytes, BytesMut};
-use rustix::net::{RecvFlags, recv};
+
+use crate::sys;
 
 /// Datagrams up to this many bytes are copied out of the landing buffer.
 const SHORT: usize = 4096;
@@ -43,18 +44,9 @@ impl Memory {
     }
 
     /// Receives one datagram, and tells its own length, also where not all of it was received.
-    ///
-    /// By the system call itself: the C library's `recv` is a point where a thread can be cancelled, and preparing for that
-    /// takes some 40 ns.
-    #[allow(unsafe_code)]
     pub(super) fn receive(&mut self, socket: impl AsFd) -> rustix::io::Result<usize> {
-        let room = self.landing.room(self.longest);
-        room.clear();
-        let ((received, _), length) = recv(socket, room.spare_capacity_mut(), RecvFlags::TRUNC)?;
-        let received = received.len();
-        // SAFETY: `room` was empty, so its spare capacity begins where it begins, and `recv` has filled that much of it.
-        unsafe { room.set_len(received) };
-        Ok(length)
+        self.landing.current.clear();
+        sys::receive(socket, self.landing.room(self.longest))
     }
 
     /// What was received last.

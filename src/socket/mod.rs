@@ -13,7 +13,7 @@ use rustix::{
 };
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use crate::{Error, ErrorKind, register};
+use crate::{Error, ErrorKind, sys};
 
 mod memory;
 
@@ -84,7 +84,7 @@ impl Socket {
     /// Registers a socket with the current runtime.
     pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
         let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
-        let fd = register::readable(socket).map_err(|source| Error::os("register netlink socket", source))?;
+        let fd = sys::register(socket).map_err(|source| Error::os("register netlink socket", source))?;
         Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
     }
 

@@ -43,12 +43,14 @@ pub(crate) struct Attachments<'a> {
     pub(crate) layer2: Option<&'a [u8]>,
     /// Attributes of a connection tracking entry, from [`encode_conntrack`].
     pub(crate) conntrack: Option<&'a [u8]>,
+    /// Attributes of an expectation. The kernel looks at it beside `conntrack` alone.
+    pub(crate) expectation: Option<&'a [u8]>,
 }
 
 /// Bytes that a verdict message with these parts takes in a datagram.
 pub(crate) fn length(ruling: &Ruling, attachments: &Attachments<'_>) -> usize {
     let words = usize::from(ruling.mark.is_some()) + usize::from(ruling.priority.is_some());
-    let blobs = [attachments.payload, attachments.layer2, attachments.conntrack];
+    let blobs = [attachments.payload, attachments.layer2, attachments.conntrack, attachments.expectation];
     let blobs: usize = blobs.into_iter().flatten().map(|blob| 4 + align(blob.len())).sum();
     NETLINK_HEADER + NETFILTER_HEADER + 12 + words * 8 + blobs + attachments.vlan.map_or(0, |_| 20)
 }
@@ -81,6 +83,9 @@ pub(crate) fn encode_single(
     }
     if let Some(conntrack) = attachments.conntrack {
         message.attribute(attribute::CONNTRACK | NLA_F_NESTED, conntrack);
+    }
+    if let Some(expectation) = attachments.expectation {
+        message.attribute(attribute::EXPECTATION | NLA_F_NESTED, expectation);
     }
     message.finish();
 }
@@ -171,6 +176,7 @@ mod tests {
             vlan: Some((0x8100, 0x2005)),
             layer2: Some(&[1; 14]),
             conntrack: Some(&[8, 0, 8, 0, 0, 0, 0, 9]),
+            expectation: Some(&[8, 0, 9, 0, 0, 0, 0, 1]),
             payload: None,
         };
         encode_single(&mut buffer, (1, false), 0, 1, &Ruling::plain(code::ACCEPT), &attachments);
@@ -180,6 +186,7 @@ mod tests {
             20, 0, 19, 0x80, 6, 0, 1, 0, 0x81, 0, 0, 0, 6, 0, 2, 0, 0x20, 5, 0, 0,
             18, 0, 20, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0,
             12, 0, 11, 0x80, 8, 0, 8, 0, 0, 0, 0, 9,
+            12, 0, 15, 0x80, 8, 0, 9, 0, 0, 0, 0, 1,
         ];
         if cfg!(target_endian = "little") {
             assert_eq!(buffer[32..], tail);
