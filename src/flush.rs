@@ -60,7 +60,7 @@ pub struct Gathered {
     pub decided: usize,
     /// Packets received whose verdict is still owed, those not yet taken from the stream among them.
     pub undecided: usize,
-    /// Whether the socket, when last read, had more to give. If not, the next packet has yet to arrive.
+    /// Whether the socket, when last read, had more to give. If not, the next packet has most likely yet to arrive.
     pub backlog: bool,
     /// How long the oldest gathered verdict has waited.
     pub waited: Duration,
@@ -74,7 +74,8 @@ pub struct Gathered {
 pub enum Occasion {
     /// A verdict was given.
     Decided,
-    /// The stream was polled and the socket was found empty.
+    /// The stream was polled and the socket was found empty; again and again while the stream
+    /// [stays awake](crate::QueueBuilder::busy_poll).
     Drained,
     /// The runtime has run every task that was ready, as asked for by [`Flush::AtPassEnd`].
     PassEnd,

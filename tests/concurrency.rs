@@ -21,6 +21,7 @@ tests![
     both receiving_many_is_cancel_safe,
     both receiving_many_keeps_its_limit,
     both a_stream_that_stays_awake_lets_others_run,
+    sync a_stream_that_stays_awake_survives_the_end_of_block_on,
 ];
 
 async fn eight_sinks_in_eight_tasks() {
@@ -273,6 +274,28 @@ async fn a_stream_that_stays_awake_lets_others_run() {
     // Asleep it would have been polled in vain once for each packet at most.
     let dry = soon("the verdicts", decided).await.unwrap();
     assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
+}
+
+/// A set of streams polls those that have been woken. A wish to be polled again that the runtime has forgotten must not
+/// be all that wakes a stream in such a set.
+fn a_stream_that_stays_awake_survives_the_end_of_block_on() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let (queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
+    let (sink, mut set) = (queue.sink(), futures::stream::select_all([queue]));
+    let traffic = Traffic::new(1);
+    for round in 0..100 {
+        // Dry, and at the end of this it is known whether it stays awake.
+        runtime.block_on(std::future::poll_fn(|cx| {
+            assert!(set.poll_next_unpin(cx).is_pending(), "{round}");
+            std::task::Poll::Ready(())
+        }));
+        traffic.send([round]);
+        let packet = runtime.block_on(soon("the packet", set.next())).unwrap().unwrap();
+        assert_eq!(number(&packet), round);
+        sink.submit(packet.accept()).unwrap();
+        runtime.block_on(traffic.expect([round]));
+    }
 }
 
 async fn receiving_many_keeps_its_limit() {

@@ -23,15 +23,11 @@ impl BusyPoll {
         Self { limit, mean: Duration::MAX, dry_since: None }
     }
 
-    /// Whether packets come close enough together.
-    pub(super) fn is_on(&self) -> bool {
-        self.mean < self.limit
-    }
-
     /// The stream is dry; tells whether to look again rather than sleep.
     pub(super) fn dry(&mut self, now: Instant) -> bool {
         let since = *self.dry_since.get_or_insert(now);
-        self.is_on() && now.saturating_duration_since(since) < self.limit
+        // Whether packets come close enough together, and whether there is hope yet.
+        self.mean < self.limit && now.saturating_duration_since(since) < self.limit
     }
 
     /// Whether the stream has been dry for so long that traffic is a trickle.

@@ -54,7 +54,9 @@ impl Shared {
         let result = self.receive_batch(inbox, most, &mut received);
         if received.is_empty() {
             // The common end of a burst: the one fact to note is that there is no more.
-            self.core().backlog = false;
+            let mut core = self.core();
+            core.backlog = false;
+            core.losing &= !(core.lossless && matches!(result, Ok(true)));
             return result;
         }
         let mut core = self.core();

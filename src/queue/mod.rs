@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures::{Stream, stream::FusedStream};
+use tokio::task::coop;
 
 use crate::{Action, Error, ErrorKind, Packet, QueueBuilder, Stats, VerdictSink};
 
@@ -200,7 +201,8 @@ impl PacketStream {
 /// | an error | it |
 /// | the queue is closing | the end |
 /// | the socket may have more | receive, and look again |
-/// | the socket was empty | ask the flush policy; look again (see [`busy_poll`](QueueBuilder::busy_poll)), or wait |
+/// | the socket was empty | ask the flush policy |
+/// | nothing is to be read | look once, if it stays awake (see [`busy_poll`](QueueBuilder::busy_poll)); wait |
 impl Stream for PacketStream {
     type Item = Result<Packet, Error>;
 
@@ -208,7 +210,7 @@ impl Stream for PacketStream {
         if self.ended {
             return Poll::Ready(None);
         }
-        let coop = ready!(tokio::task::coop::poll_proceed(cx));
+        let coop = ready!(coop::poll_proceed(cx));
         let result = self.shared.poll_packet(cx);
         if let Poll::Ready(item) = &result {
             coop.made_progress();
@@ -242,6 +244,7 @@ impl fmt::Debug for PacketStream {
 
 impl Shared {
     fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Packet, Error>>> {
+        let mut looked = false;
         loop {
             let mut inbox = lock(&self.inbox);
             if let Some(packet) = inbox.packets.pop_front() {
@@ -260,12 +263,20 @@ impl Shared {
                     core.stream = Some(cx.waker().clone());
                 }
             }
-            let mut ready = match self.socket.poll_readable(cx) {
+            let ready = match self.socket.poll_readable(cx) {
+                // The runtime wants the task to make room for others.
+                Poll::Pending if !coop::has_budget_remaining() => return Poll::Pending,
                 Poll::Pending => {
-                    inbox.busy_poll.dry(Instant::now());
-                    return Poll::Pending;
+                    if !inbox.busy_poll.dry(Instant::now()) {
+                        return Poll::Pending;
+                    }
+                    if looked {
+                        poll_again(cx);
+                        return Poll::Pending;
+                    }
+                    None
                 }
-                Poll::Ready(Ok(ready)) => ready,
+                Poll::Ready(Ok(ready)) => Some(ready),
                 Poll::Ready(Err(source)) => {
                     let error = Error::new(ErrorKind::NoRuntime, "receive packet").with_source(source);
                     return Poll::Ready(Some(Err(error.fatal())));
@@ -274,21 +285,18 @@ impl Shared {
             // After a long pause the packet is most likely alone: to see that no other has come can wait until it is decided.
             let most = if inbox.busy_poll.is_long_dry(Instant::now()) { 1 } else { RECEIVE_BATCH };
             match self.receive(&mut inbox, most) {
-                Ok(true) if inbox.packets.is_empty() => {
-                    let again = inbox.busy_poll.dry(Instant::now());
-                    drop(inbox);
-                    if !again {
+                Ok(true) => {
+                    if let Some(mut ready) = ready {
                         ready.clear_ready();
                     }
-                    let next = self.core().consult(crate::Occasion::Drained);
-                    self.proceed(next);
-                    if again {
-                        poll_again(cx);
-                        return Poll::Pending;
+                    if inbox.packets.is_empty() {
+                        drop(inbox);
+                        let next = self.core().consult(crate::Occasion::Drained);
+                        self.proceed(next);
                     }
+                    looked = true;
                 }
-                Ok(true) if !inbox.busy_poll.is_on() => ready.clear_ready(),
-                Ok(_) => {}
+                Ok(false) => {}
                 Err(source) => return Poll::Ready(Some(Err(Error::os("receive packet", source).fatal()))),
             }
         }
@@ -325,7 +333,9 @@ impl Shared {
     }
 }
 
-/// Has the task polled again when the runtime has run what else is ready and has looked for I/O.
+/// Has the task polled again when the runtime has run what else is ready and has looked for I/O. Beside the readiness that
+/// is waited for, not in its place: the runtime may lose such a wish (one of a task within the root future, when
+/// `block_on` returns).
 fn poll_again(cx: &mut Context<'_>) {
     let polled = pin!(tokio::task::yield_now()).poll(cx);
     debug_assert!(polled.is_pending(), "it yields once");

@@ -135,6 +135,8 @@ pub(super) struct Core {
     pub(super) alarm: Option<Instant>,
     /// An episode of loss to the receive buffer is under way.
     pub(super) losing: bool,
+    /// Nothing was missing from what was received last.
+    pub(super) lossless: bool,
     pub(super) deadlines: Deadlines,
     pub(super) awaiting: HashMap<u32, Awaited>,
     pub(super) configuring: Option<(u32, Option<Answer>)>,
@@ -196,6 +198,7 @@ impl Shared {
             due: None,
             alarm: None,
             losing: false,
+            lossless: true,
             deadlines: Deadlines::default(),
             awaiting: HashMap::new(),
             configuring: None,
@@ -436,6 +439,7 @@ impl Core {
     /// Notes how a round of receiving went. An episode of loss is traced once, and ends when the socket has been read empty
     /// with nothing lost.
     pub(super) fn episode(&mut self, lossless: bool, emptied: bool) {
+        self.lossless = lossless;
         if !lossless && !self.losing {
             self.losing = true;
             self.counters.overrun_episodes += 1;
