@@ -8,7 +8,7 @@ mod splice;
 mod tests;
 mod view;
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, sync::LazyLock};
 
 use self::layout::{Layout, Obstacle, Transport};
 use crate::{Error, ErrorKind, Hook, Packet, wire::MAX_PAYLOAD};
@@ -64,7 +64,8 @@ pub use self::view::PacketView;
 /// edited as a whole, but must keep its length: where it is cut stays as it was, so that datagrams would begin
 /// elsewhere, and what fits in one segment is lost (measured on Linux 6.18). Of UDP, the checksum becomes that of the pseudo
 /// header only, for that is what the kernel makes the segments' checksums from; and before local delivery, at the
-/// prerouting and input hooks, UDP super-packets are refused. To edit without these limits, use `gso(false)`.
+/// prerouting and input hooks, UDP super-packets are refused, as they are everywhere before Linux 6.11, which sends the segments with
+/// wrong checksums. To edit without these limits, use `gso(false)`.
 ///
 #[doc = include_str!("pktbuff.md")]
 pub struct Edit {
@@ -81,8 +82,8 @@ impl Packet {
     /// # Errors
     ///
     /// [`InvalidInput`](ErrorKind::InvalidInput) as [`Edit::new`]; and where a replacement would be lost, which
-    /// [`gso(false)`](crate::QueueBuilder::gso) prevents: of UDP super-packets at the prerouting and input hooks, and of a packet
-    /// whose checksum [is not ready](Self::is_checksum_ready) and not known here, because it is SCTP or that of a packet inside
+    /// [`gso(false)`](crate::QueueBuilder::gso) prevents: of UDP super-packets at the prerouting and input hooks, and before
+    /// Linux 6.11 at all; and of a packet whose checksum [is not ready](Self::is_checksum_ready) and not known here, because it is SCTP or that of a packet inside
     /// a tunnel's.
     #[doc(alias = "pktb_alloc")]
     #[cfg_attr(docsrs, doc(cfg(feature = "edit")))]
@@ -101,14 +102,26 @@ impl Packet {
         // Measured on Linux 6.18: delivered locally, such a replacement is lost whatever its checksum, except to sockets
         // with UDP_GRO.
         let is_sent = matches!(self.hook(), Hook::Forward | Hook::Output | Hook::Postrouting);
-        if edit.gso && edit.layout.transport == Some(Transport::Udp) && !is_sent {
+        if edit.gso && edit.layout.transport == Some(Transport::Udp) && !(is_sent && cuts_replaced_udp()) {
             return Err(invalid(
                 EDIT,
-                "it is a UDP super-packet before local delivery; bind the queue with gso(false)",
+                "it is a UDP super-packet, before local delivery or on Linux before 6.11; bind the queue with gso(false)",
             ));
         }
         Ok(edit)
     }
+}
+
+/// Whether the kernel gives right checksums to what it cuts replaced UDP super-packets into. Before Linux 6.11 it leaves them to
+/// interfaces that can make them, and does not tell these so (measured on 6.1).
+fn cuts_replaced_udp() -> bool {
+    static RELEASE: LazyLock<bool> = LazyLock::new(|| {
+        let release = rustix::system::uname();
+        let release = release.release().to_string_lossy();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 11)
+    });
+    *RELEASE
 }
 
 const EDIT: &str = "edit a packet";

@@ -265,10 +265,14 @@ pub fn give_up_capabilities() {
 /// Whether the kernel takes replaced payloads here: from 7.2 on not in a network namespace that belongs to an
 /// unprivileged user namespace.
 pub fn replaces_payloads() -> bool {
+    kernel_release() < (7, 2) || outer_id("uid_map") == 0
+}
+
+/// The first two numbers of the kernel's release.
+pub fn kernel_release() -> (u32, u32) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    let release: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    release < (7, 2) || outer_id("uid_map") == 0
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// What this process's root is outside of its user namespace.
