@@ -8,21 +8,14 @@ use std::{
     time::Duration,
 };
 
-use common::{Hook, Protocol, Rule, divert, next, number, soon, support};
+use common::{
+    Hook, Protocol, Rule, divert, next, number,
+    rules::{self, Expressions, NetfilterProtoFamily, Place},
+    soon, support,
+};
 use futures::SinkExt;
-use netlink_packet_core::{
-    DefaultNla, Emitable, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
-use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
-    nftables::{
-        ChainAttribute, ChainMessage, DataAttribute, Expressions, Hook as HookAttribute, HookNumber, Immediate,
-        InetHookNumber, NfTablesMessage, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
-    },
-    none::ControlMessage,
-};
-use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
+use netlink_packet_core::{DefaultNla, Emitable};
+use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Expectation, Flow, Packet, Queue, Verdict};
 
 #[macro_use]
@@ -601,7 +594,9 @@ fn assist() {
     let object = vec![string(1, "assisting"), string(2, HELPER), helper(3), DefaultNla::new(4, nested)];
     let objref =
         Expressions::Other { expression_type: "objref".to_owned(), attributes: vec![helper(1), string(2, HELPER)] };
-    install_with("assisting", Some(AFTER_TRACKING), vec![objref], Some(object));
+    rules::install_object(NetfilterProtoFamily::Inet, "assisting", object)
+        .unwrap_or_else(|error| panic!("nf_tables refuses a helper: {error}"));
+    install("assisting", Some(AFTER_TRACKING), vec![objref]);
 }
 
 /// The `ct` expression, with register 1 as source or destination.
@@ -619,64 +614,10 @@ fn immediate(value: Vec<u8>) -> Expressions {
     ])
 }
 
-/// A table of one chain, with a priority at the output hook or without a hook, and one rule. It goes with its namespace.
+/// A table of one chain, with a priority at the output hook or without a hook, and one rule.
 fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
-    install_with(name, priority, expressions, None);
-}
-
-/// As [`install`], with an object in the table.
-fn install_with(name: &str, priority: Option<i32>, expressions: Vec<Expressions>, object: Option<Vec<DefaultNla>>) {
-    let name = || name.to_owned();
-    let mut chain = vec![ChainAttribute::Table(name()), ChainAttribute::Name(name())];
-    if let Some(priority) = priority {
-        let number = HookAttribute::Number(HookNumber::Inet(InetHookNumber::LocalOut));
-        chain.push(ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())]));
-        chain.push(ChainAttribute::Type("filter".to_owned()));
-    }
-    let expressions = expressions.into_iter().map(Into::into).collect();
-    let rule =
-        vec![RuleAttribute::Table(name()), RuleAttribute::Chain(name()), RuleAttribute::Expressions(expressions)];
-    let table = vec![TableAttribute::Name(name())];
-    let inet = |message: NfTablesMessage| {
-        NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0), message)
-    };
-    let control = |message| {
-        // Of nf_tables, 10.
-        let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 10);
-        NetfilterMessage::new::<NetfilterMessageInner>(header, ControlMessage::into(message))
-    };
-    let mut messages = vec![
-        (control(ControlMessage::BatchBegin), 0),
-        (inet(NfTablesMessage::NewTable(TableMessage { attributes: table })), NLM_F_CREATE),
-    ];
-    messages.extend(object.map(|object| (inet(NfTablesMessage::NewObject(object)), NLM_F_CREATE)));
-    messages.extend([
-        (inet(NfTablesMessage::NewChain(ChainMessage { attributes: chain })), NLM_F_CREATE | NLM_F_EXCL),
-        (inet(NfTablesMessage::NewRule(RuleMessage { attributes: rule })), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
-        (control(ControlMessage::BatchEnd), 0),
-    ]);
-    transact(messages);
-}
-
-/// Sends a batch; its last message but one asks for an answer.
-fn transact(messages: Vec<(NetfilterMessage, u16)>) {
-    let mut batch = Vec::new();
-    for (message, flags) in messages {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        message.finalize();
-        let start = batch.len();
-        batch.resize(start + message.buffer_len().next_multiple_of(4), 0);
-        message.serialize(&mut batch[start..]);
-    }
-    let mut socket = Socket::new(NETLINK_NETFILTER).unwrap();
-    socket.bind_auto().unwrap();
-    socket.send_to(&batch, &NetlinkAddr::new(0, 0), 0).unwrap();
-    let mut answer = Vec::with_capacity(4096);
-    socket.recv(&mut answer, 0).unwrap();
-    let answer = NetlinkBuffer::new(&answer);
-    assert_eq!(answer.message_type(), NLMSG_ERROR);
-    let code = i32::from_ne_bytes(*answer.payload().first_chunk().unwrap());
-    assert_eq!(code, 0, "nf_tables refuses: {}", std::io::Error::from_raw_os_error(-code));
+    // NF_INET_LOCAL_OUT
+    let place = priority.map(|priority| Place { hook: 3, priority });
+    rules::install(NetfilterProtoFamily::Inet, name, place, expressions)
+        .unwrap_or_else(|error| panic!("nf_tables refuses {name}: {error}"));
 }

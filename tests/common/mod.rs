@@ -10,6 +10,7 @@
 pub mod support;
 
 mod load;
+pub mod rules;
 
 use std::{
     collections::BTreeMap,

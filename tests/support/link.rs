@@ -98,23 +98,7 @@ pub fn veth_with(options: &VethOptions) -> Peer {
         far_v6: v6(2),
     };
 
-    let mut far = LinkMessage::default();
-    far.attributes = vec![
-        LinkAttribute::IfName(peer.far.clone()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::NetNsFd(peer.namespace.file().as_raw_fd()),
-    ];
-    let mut near = LinkMessage::default();
-    near.attributes = vec![
-        LinkAttribute::IfName(peer.near.clone()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::Veth),
-            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(far))),
-        ]),
-    ];
-    request(RouteNetlinkMessage::NewLink(near), NLM_F_CREATE | NLM_F_EXCL).expect("make a pair of interfaces");
-
+    make_pair(&peer.near, &peer.far, &peer.namespace, mtu);
     let set_up = |name: &str, v4: Ipv4Addr, v6: Ipv6Addr| {
         if !offloads {
             for offload in Offload::ALL {
@@ -131,6 +115,26 @@ pub fn veth_with(options: &VethOptions) -> Peer {
     wait_until("the near interface runs", || running(&peer.near));
     peer.run(|| wait_until("the far interface runs", || running(&peer.far)));
     peer
+}
+
+/// A pair of interfaces, the far one in another namespace; both are down.
+pub(super) fn make_pair(near: &str, far: &str, namespace: &Namespace, mtu: u32) {
+    let mut peer = LinkMessage::default();
+    peer.attributes = vec![
+        LinkAttribute::IfName(far.to_owned()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::NetNsFd(namespace.file().as_raw_fd()),
+    ];
+    let mut pair = LinkMessage::default();
+    pair.attributes = vec![
+        LinkAttribute::IfName(near.to_owned()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]),
+    ];
+    request(RouteNetlinkMessage::NewLink(pair), NLM_F_CREATE | NLM_F_EXCL).expect("make a pair of interfaces");
 }
 
 /// Brings an interface up.
@@ -235,12 +239,17 @@ fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-fn index(name: &str) -> u32 {
+pub(super) fn index(name: &str) -> u32 {
     nix::net::if_::if_nametoindex(name).unwrap_or_else(|error| panic!("interface {name}: {error}"))
 }
 
 /// One request, acknowledged.
-fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+pub(super) fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    exchange(message, flags).map(drop)
+}
+
+/// One request and the answer to it, `None` if that is but an acknowledgement.
+pub(super) fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
     header.sequence_number = 1;
@@ -255,6 +264,7 @@ fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
     socket.recv(&mut answer, 0)?;
     match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
         NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
-        _ => Ok(()),
+        NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
+        _ => Ok(None),
     }
 }

@@ -17,6 +17,7 @@
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
+mod bridge;
 mod link;
 mod namespace;
 mod raw_queue;
@@ -25,6 +26,7 @@ mod sys;
 mod trial;
 
 pub use self::{
+    bridge::{Bridge, End, Frame, FrameSocket},
     link::{
         Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up, set_mtu,
         set_offload, veth, veth_with,

@@ -1,0 +1,128 @@
+//! nf_tables rules that `Divert` has no words for.
+
+use std::io;
+
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner,
+    nftables::{
+        ChainAttribute, ChainMessage, Hook as HookAttribute, HookNumber, NfTablesMessage, RuleAttribute, RuleMessage,
+        TableAttribute, TableMessage,
+    },
+    none::ControlMessage,
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+pub use netlink_packet_netfilter::{NetfilterProtoFamily, nftables::Expressions};
+
+/// Where a base chain is: the hook's number in its family, and the priority there.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub hook: u32,
+    pub priority: i32,
+}
+
+/// Adds a rule, in a table and a chain of this name that are made if need be. The chain has a place, or no packet passes
+/// it. All goes with the network namespace.
+pub fn install(
+    family: NetfilterProtoFamily,
+    name: &str,
+    place: Option<Place>,
+    expressions: Vec<Expressions>,
+) -> io::Result<()> {
+    let name = || name.to_owned();
+    let mut chain = vec![ChainAttribute::Table(name()), ChainAttribute::Name(name())];
+    if let Some(Place { hook, priority }) = place {
+        let number = HookAttribute::Number(HookNumber::Other(hook));
+        // The kernel reads the priority as signed (nft_chain_parse_hook).
+        chain.push(ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())]));
+        chain.push(ChainAttribute::Type("filter".to_owned()));
+    }
+    let expressions = expressions.into_iter().map(Into::into).collect();
+    let rule =
+        vec![RuleAttribute::Table(name()), RuleAttribute::Chain(name()), RuleAttribute::Expressions(expressions)];
+    let table = vec![TableAttribute::Name(name())];
+    transact(
+        family,
+        vec![
+            (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
+            (NfTablesMessage::NewChain(ChainMessage { attributes: chain }), NLM_F_CREATE | NLM_F_EXCL),
+            (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
+        ],
+    )
+}
+
+/// Makes an object, in a table of this name that is made if need be; `attributes` tell its table too.
+pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec<DefaultNla>) -> io::Result<()> {
+    let table = vec![TableAttribute::Name(table.to_owned())];
+    transact(
+        family,
+        vec![
+            (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
+            (NfTablesMessage::NewObject(attributes), NLM_F_CREATE | NLM_F_ACK),
+        ],
+    )
+}
+
+/// As [`install`], with a rule that sends everything to a queue: by the `queue` expression (`NFT_QUEUE`), or where the
+/// kernel lacks that by the xtables target (`NFT_COMPAT`).
+pub fn install_queue(family: NetfilterProtoFamily, name: &str, place: Place, queue: u16) -> io::Result<()> {
+    match install(family, name, Some(place), vec![queue_expression(queue)]) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            install(family, name, Some(place), vec![queue_target(queue)])
+        }
+        result => result,
+    }
+}
+
+/// NFTA_QUEUE_NUM, NFTA_QUEUE_TOTAL
+fn queue_expression(queue: u16) -> Expressions {
+    let attributes = [(1, queue), (2, 1)].map(|(kind, value)| DefaultNla::new(kind, value.to_be_bytes().to_vec()));
+    Expressions::Other { expression_type: "queue".to_owned(), attributes: attributes.to_vec() }
+}
+
+/// NFTA_TARGET_NAME, NFTA_TARGET_REV, NFTA_TARGET_INFO with `struct xt_NFQ_info_v3`.
+fn queue_target(queue: u16) -> Expressions {
+    let info = [queue, 1, 0, 0].into_iter().flat_map(u16::to_ne_bytes).collect();
+    let attributes = [(1, b"NFQUEUE\0".to_vec()), (2, 3_u32.to_be_bytes().to_vec()), (3, info)];
+    let attributes = attributes.map(|(kind, value)| DefaultNla::new(kind, value)).to_vec();
+    Expressions::Other { expression_type: "target".to_owned(), attributes }
+}
+
+/// Sends messages as a batch; the last asks for an answer, which comes after the first error if there is one.
+fn transact(family: NetfilterProtoFamily, messages: Vec<(NfTablesMessage, u16)>) -> io::Result<()> {
+    let control = |message| {
+        // Of nf_tables, 10.
+        let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 10);
+        (NetfilterMessage::new::<NetfilterMessageInner>(header, ControlMessage::into(message)), 0)
+    };
+    let of_family = |(message, flags)| {
+        (NetfilterMessage::new::<NfTablesMessage>(NetfilterHeader::new(family, 0, 0), message), flags)
+    };
+    let begin = std::iter::once(control(ControlMessage::BatchBegin));
+    let end = std::iter::once(control(ControlMessage::BatchEnd));
+    let mut batch = Vec::new();
+    for (message, flags) in begin.chain(messages.into_iter().map(of_family)).chain(end) {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+        message.finalize();
+        let start = batch.len();
+        batch.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut batch[start..]);
+    }
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
+    let mut answer = Vec::with_capacity(4096);
+    socket.recv(&mut answer, 0)?;
+    let answer = NetlinkBuffer::new(&answer);
+    assert_eq!(answer.message_type(), NLMSG_ERROR);
+    match i32::from_ne_bytes(*answer.payload().first_chunk().expect("an error has a number")) {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(-code)),
+    }
+}

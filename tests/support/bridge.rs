@@ -1,0 +1,205 @@
+//! A bridge, and link-layer frames that cross it.
+
+use std::{
+    fs,
+    io::IoSliceMut,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{
+        BridgePortState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, LinkAttribute, LinkInfo,
+        LinkMessage,
+    },
+};
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    ifaddrs::getifaddrs,
+    libc, setsockopt_impl,
+    sys::socket::{
+        AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recvmsg, send,
+        setsockopt, socket, sockopt::SetBool,
+    },
+};
+
+use super::{
+    Namespace,
+    link::{exchange, index, link_up, make_pair, request},
+    sockets::wait_until,
+};
+
+/// A bridge of two ports in the calling thread's network namespace, which knows no VLANs: it passes tags on.
+///
+/// No interface has an address: nothing crosses it but what a test sends.
+#[derive(Debug)]
+pub struct Bridge {
+    /// The bridge's interface.
+    pub name: String,
+    /// What is beyond its ports.
+    pub ends: [End; 2],
+}
+
+/// A network namespace whose one interface leads to a bridge.
+#[derive(Debug)]
+pub struct End {
+    /// The bridge's port, in the bridge's namespace.
+    pub port: String,
+    /// Where the far end of it is, by the name of [`End::INTERFACE`].
+    pub namespace: Namespace,
+    /// Sends and receives at the far end.
+    pub socket: FrameSocket,
+}
+
+impl End {
+    /// The interface in the namespace.
+    pub const INTERFACE: &str = "end";
+}
+
+impl Bridge {
+    /// Returns when frames can cross it.
+    pub fn new() -> Self {
+        let name = "bridge".to_owned();
+        no_ipv6();
+        let mut bridge = LinkMessage::default();
+        bridge.attributes = vec![
+            LinkAttribute::IfName(name.clone()),
+            // A bridge that listens for multicast joins a group of it, and says so on all ports.
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Bridge),
+                LinkInfo::Data(InfoData::Bridge(vec![InfoBridge::MulticastSnooping(false)])),
+            ]),
+        ];
+        request(RouteNetlinkMessage::NewLink(bridge), NLM_F_CREATE | NLM_F_EXCL).expect("make a bridge");
+        link_up(&name);
+        let ends = ["port0", "port1"].map(|port| {
+            let namespace = Namespace::new();
+            namespace.run(no_ipv6);
+            make_pair(port, End::INTERFACE, &namespace, 1500);
+            let mut joined = LinkMessage::default();
+            joined.header.index = index(port);
+            joined.attributes = vec![LinkAttribute::Controller(index(&name))];
+            request(RouteNetlinkMessage::SetLink(joined), 0).expect("join a bridge");
+            link_up(port);
+            let socket = namespace.run(|| {
+                link_up(End::INTERFACE);
+                FrameSocket::open(End::INTERFACE)
+            });
+            End { port: port.to_owned(), namespace, socket }
+        });
+        for end in &ends {
+            wait_until("the port forwards", || forwards(&end.port));
+        }
+        Self { name, ends }
+    }
+}
+
+/// Interfaces made from now on in this namespace do not look for neighbours and routers.
+fn no_ipv6() {
+    let path = "/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    fs::write(path, "1").unwrap_or_else(|error| panic!("{path}: {error}"));
+}
+
+fn forwards(port: &str) -> bool {
+    let mut question = LinkMessage::default();
+    question.header.index = index(port);
+    let answer = exchange(RouteNetlinkMessage::GetLink(question), 0).expect("ask about a port");
+    let Some(RouteNetlinkMessage::NewLink(answer)) = answer else { panic!("{answer:?} is no answer about a port") };
+    answer.attributes.iter().any(|attribute| {
+        let LinkAttribute::LinkInfo(information) = attribute else { return false };
+        information.iter().any(|item| {
+            let LinkInfo::PortData(InfoPortData::BridgePort(facts)) = item else { return false };
+            facts.contains(&InfoBridgePort::State(BridgePortState::Forwarding))
+        })
+    })
+}
+
+/// An Ethernet frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Protocol and control information of the outermost VLAN tag, which the kernel keeps beside the frame.
+    pub tag: Option<(u16, u16)>,
+    /// Destination, source, EtherType, body; without that tag.
+    pub bytes: Vec<u8>,
+}
+
+/// A packet socket of one interface.
+#[derive(Debug)]
+pub struct FrameSocket {
+    socket: OwnedFd,
+    address: [u8; 6],
+}
+
+setsockopt_impl!(AuxiliaryData, libc::SOL_PACKET, libc::PACKET_AUXDATA, bool, SetBool);
+setsockopt_impl!(IgnoreOutgoing, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, bool, SetBool);
+
+/// Makes the kernel tell the tags that it takes off.
+#[derive(Debug, Clone, Copy)]
+struct AuxiliaryData;
+/// Not to see what others, and this socket, send.
+#[derive(Debug, Clone, Copy)]
+struct IgnoreOutgoing;
+
+impl FrameSocket {
+    /// On an interface of the calling thread's network namespace.
+    pub fn open(interface: &str) -> Self {
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+            .expect("open a packet socket");
+        setsockopt(&socket, AuxiliaryData, &true).expect("ask for VLAN tags");
+        setsockopt(&socket, IgnoreOutgoing, &true).expect("ask for arriving frames alone");
+        let mut interfaces = getifaddrs().expect("list the interfaces");
+        let address: LinkAddr = interfaces
+            .find_map(|entry| (entry.interface_name == interface).then_some(*entry.address?.as_link_addr()?))
+            .expect("the interface has a link-layer address");
+        bind(socket.as_raw_fd(), &address).expect("bind a packet socket");
+        Self { socket, address: address.addr().expect("an Ethernet address") }
+    }
+
+    /// The interface's address.
+    pub fn address(&self) -> [u8; 6] {
+        self.address
+    }
+
+    /// Sends a frame, its tag in its place.
+    pub fn send(&self, frame: &Frame) {
+        let (addresses, rest) = frame.bytes.split_at(12);
+        let tag = frame.tag.map(|(protocol, control)| [protocol.to_be_bytes(), control.to_be_bytes()].concat());
+        let bytes = [addresses, &tag.unwrap_or_default(), rest].concat();
+        send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty()).expect("send a frame");
+    }
+
+    /// A frame that has arrived, without waiting for one.
+    pub fn arrived(&self) -> Option<Frame> {
+        let mut bytes = vec![0; 1 << 17];
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        let mut space = cmsg_space!([u8; 20]);
+        let received = match recvmsg::<LinkAddr>(
+            self.socket.as_raw_fd(),
+            &mut buffers,
+            Some(&mut space),
+            MsgFlags::MSG_DONTWAIT,
+        ) {
+            Err(Errno::EAGAIN) => return None,
+            received => received.expect("receive a frame"),
+        };
+        let tag = received.cmsgs().expect("control messages").find_map(|message| match message {
+            ControlMessageOwned::Unknown(message) => tag(&message.data_bytes),
+            _ => None,
+        });
+        let length = received.bytes;
+        bytes.truncate(length);
+        Some(Frame { tag, bytes })
+    }
+}
+
+/// The tag in a `struct tpacket_auxdata`, uapi/linux/if_packet.h.
+fn tag(auxiliary: &[u8]) -> Option<(u16, u16)> {
+    const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
+    const TP_STATUS_VLAN_TPID_VALID: u32 = 1 << 6;
+    const BOTH: u32 = TP_STATUS_VLAN_VALID | TP_STATUS_VLAN_TPID_VALID;
+    let status = u32::from_ne_bytes(*auxiliary.first_chunk()?);
+    let u16_at = |at| Some(u16::from_ne_bytes(*auxiliary.get(at..)?.first_chunk()?));
+    (status & BOTH == BOTH).then_some((u16_at(18)?, u16_at(16)?))
+}
