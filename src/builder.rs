@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
+
 use crate::{
     Action, Error, ErrorKind, FlushPolicy, NetworkNamespace, Queue,
     queue::{Settings, Shared},
@@ -27,7 +29,7 @@ pub struct QueueBuilder {
     on_unanswered: Action,
     deadline: Option<(Duration, Action)>,
     close_timeout: Duration,
-    busy_poll: Duration,
+    busy_poll: Option<Duration>,
     namespace: Option<NetworkNamespace>,
 }
 
@@ -43,7 +45,7 @@ impl QueueBuilder {
             on_unanswered: Action::Drop,
             deadline: None,
             close_timeout: Duration::from_secs(5),
-            busy_poll: default_busy_poll(),
+            busy_poll: None,
             namespace: None,
         }
     }
@@ -83,7 +85,8 @@ impl QueueBuilder {
     /// into segments, each with a verdict of its own. Default: on, for it multiplies TCP throughput (on Linux 6.18, one
     /// stream: 4 Gbit/s without, 17 with).
     ///
-    /// Turn it off to see packets as they go over the wire.
+    /// Turn it off to see packets as they go over the wire; but not for a bridge, for the kernel then loses the segments' link-layer
+    /// headers (Linux 6.1 and 6.12).
     #[doc(alias = "NFQA_CFG_F_GSO")]
     pub fn gso(self, on: bool) -> Self {
         self.flag(FLAG_GSO, on)
@@ -149,15 +152,17 @@ impl QueueBuilder {
         self
     }
 
-    /// For how long the stream is polled again before it sleeps, while packets come on average sooner than that. Default:
-    /// 30 µs; zero, which turns it off, where the process has a single processor. At most 1 ms.
+    /// For how long the stream, when it has run dry, is polled again before it sleeps; and only while it has lately been dry for less
+    /// than that on average. Zero turns it off, 1 ms is the most. Default: 30 µs on a runtime of one thread, where the process has
+    /// more than one processor; zero otherwise.
     ///
-    /// Going to sleep and being woken is what costs a packet of a steady stream the most time. At less than some 30 000
-    /// packets a second nothing changes; from there up to saturation a processor that would else doze now and then is kept
-    /// busy, and latency falls to a half or less (see the crate's benches). Other tasks of the runtime run in between.
+    /// Going to sleep and being woken is what costs a packet of a steady stream the most time. With 30 µs nothing changes
+    /// below some 30 000 packets a second; from there up to saturation a processor that would else doze now and then is kept
+    /// busy, and latency falls to a half or less (see the crate's benches). Other tasks of the runtime run in between. A runtime
+    /// of several threads wakes another of them at each such poll, which costs more than it wins where processors are few.
     #[doc(alias = "SO_BUSY_POLL")]
     pub fn busy_poll(mut self, limit: Duration) -> Self {
-        self.busy_poll = limit;
+        self.busy_poll = Some(limit);
         self
     }
 
@@ -206,7 +211,7 @@ impl QueueBuilder {
             on_unanswered: self.on_unanswered,
             deadline: self.deadline,
             close_timeout: self.close_timeout,
-            busy_poll: self.busy_poll,
+            busy_poll: self.busy_poll.unwrap_or_else(default_busy_poll),
             conntrack: self.flags & FLAG_CONNTRACK != 0,
         };
         let namespace = self.namespace.as_ref();
@@ -231,7 +236,7 @@ impl QueueBuilder {
         if self.on_unanswered == Action::Repeat {
             return Err("on_unanswered is Repeat: the packet would come back for ever");
         }
-        if self.busy_poll > MAX_BUSY_POLL {
+        if self.busy_poll.is_some_and(|limit| limit > MAX_BUSY_POLL) {
             return Err("busy_poll is more than 1 ms");
         }
         match self.deadline {
@@ -248,10 +253,12 @@ impl QueueBuilder {
 /// A longer one is no busy poll but a fault.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(1);
 
-/// With one processor, whoever would send the next packet waits for us.
+/// With one processor, whoever would send the next packet waits for us. A runtime of several threads wakes another one each
+/// time that a task wants to be polled again.
 fn default_busy_poll() -> Duration {
-    let single = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-    if single { Duration::ZERO } else { Duration::from_micros(30) }
+    let several = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+    let alone = Handle::try_current().is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::CurrentThread);
+    if several && alone { Duration::from_micros(30) } else { Duration::ZERO }
 }
 
 #[cfg(test)]

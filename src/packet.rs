@@ -224,7 +224,8 @@ impl Packet {
         Hook::new(self.family(), self.arrived.hook)
     }
 
-    /// The EtherType: 0x0800 for IPv4, 0x86dd for IPv6.
+    /// The EtherType: 0x0800 for IPv4, 0x86dd for IPv6. On a bridge also 0x0806 for ARP, 0x8100 where the payload begins with an
+    /// inner VLAN tag, and any other.
     pub fn hw_protocol(&self) -> u16 {
         self.arrived.hw_protocol
     }
@@ -263,13 +264,15 @@ impl Packet {
         self.be32(attribute::INTERFACE_OUT)
     }
 
-    /// Index of the bridge port the packet came in by, where [`interface_in`](Self::interface_in) is a bridge.
+    /// Index of the bridge port the packet came in by, where [`interface_in`](Self::interface_in) is a bridge: at the prerouting,
+    /// input and forward hooks, of the bridge family and (with br_netfilter) of others.
     #[doc(alias = "NFQA_IFINDEX_PHYSINDEV")]
     pub fn physical_in(&self) -> Option<u32> {
         self.be32(attribute::PHYSICAL_IN)
     }
 
-    /// Index of the bridge port the packet goes out by, where [`interface_out`](Self::interface_out) is a bridge.
+    /// Index of the bridge port the packet goes out by, where [`interface_out`](Self::interface_out) is a bridge: at the forward,
+    /// output and postrouting hooks.
     #[doc(alias = "NFQA_IFINDEX_PHYSOUTDEV")]
     pub fn physical_out(&self) -> Option<u32> {
         self.be32(attribute::PHYSICAL_OUT)
@@ -304,7 +307,8 @@ impl Packet {
         self.attribute(attribute::SECURITY_CONTEXT)
     }
 
-    /// The VLAN tag that the network card took off the packet. In the bridge family alone.
+    /// The packet's outermost VLAN tag, which the kernel keeps beside it; an inner one begins the payload. In the bridge family
+    /// alone.
     #[doc(alias = "NFQA_VLAN")]
     pub fn vlan(&self) -> Option<Vlan> {
         let nested = self.attribute(attribute::VLAN)?;
@@ -313,7 +317,7 @@ impl Packet {
         Some(Vlan { protocol: be16(1)?, control: be16(2)? })
     }
 
-    /// The link-layer header, 14 bytes for Ethernet. In the bridge family alone.
+    /// The link-layer header: of Ethernet 14 bytes, without the tag that [`vlan`](Self::vlan) tells. In the bridge family alone.
     #[doc(alias = "NFQA_L2HDR")]
     pub fn layer2_header(&self) -> Option<&[u8]> {
         self.attribute(attribute::LAYER2_HEADER)

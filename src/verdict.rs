@@ -133,7 +133,8 @@ impl Verdict {
     /// place of the checksum.
     ///
     /// From 20 (IPv4) or 40 (IPv6) to 65 531 bytes; anything else is refused by the sink, for the kernel would drop the
-    /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be. Linux 7.2 and
+    /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be (as it always is
+    /// on a bridge, which does not fragment). Linux 7.2 and
     /// later drop, in silence, a replacement whose header length, options, fragment bits or extension headers differ from
     /// the packet's, and every replacement in a network namespace that belongs to an unprivileged user namespace.
     #[doc(alias = "NFQA_PAYLOAD")]
@@ -142,7 +143,8 @@ impl Verdict {
         self
     }
 
-    /// Sets the packet's VLAN tag. In the bridge family alone; elsewhere the kernel ignores it.
+    /// Sets the packet's outermost VLAN tag: replaces the one it has, or gives it one. None can be taken away; a control of 0 leaves a
+    /// priority tag. The kernel takes any protocol. In the bridge family alone; elsewhere it ignores the tag.
     #[doc(alias = "NFQA_VLAN")]
     pub fn vlan(mut self, vlan: Vlan) -> Self {
         self.extra.get_or_insert_default().vlan = Some(vlan);
@@ -150,6 +152,7 @@ impl Verdict {
     }
 
     /// Replaces the link-layer header; it must be as long as the packet's ([`Packet::layer2_header`](crate::Packet::layer2_header)).
+    /// It goes out as it is, EtherType included.
     /// In the bridge family alone; elsewhere the kernel ignores it. With another length the kernel loses the packet and
     /// answers EINVAL.
     #[doc(alias = "NFQA_L2HDR")]

@@ -35,8 +35,8 @@ pub struct Job {
     pub gso: bool,
     /// The flush policy's cap, for the contenders that have one.
     pub max_delay: Option<Duration>,
-    /// Whether to stay awake between packets, for the contenders that can.
-    pub busy_poll: bool,
+    /// How long to stay awake between packets, for the contenders that can; `None` for their default.
+    pub busy_poll: Option<Duration>,
 }
 
 pub const WHOLE: u32 = 65_531;
@@ -44,7 +44,7 @@ pub const WHOLE: u32 = 65_531;
 impl Default for Job {
     /// The kernel's default length, and a buffer that holds as many small packets.
     fn default() -> Self {
-        Self { max_len: 1024, receive_buffer: 2 << 20, copy_range: WHOLE, gso: false, max_delay: None, busy_poll: true }
+        Self { max_len: 1024, receive_buffer: 2 << 20, copy_range: WHOLE, gso: false, max_delay: None, busy_poll: None }
     }
 }
 

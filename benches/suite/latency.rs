@@ -28,13 +28,15 @@ pub const BATCH: &str = "verdicts/send";
 pub const SWEEP_SECTION: &str = "adaptive sweep";
 
 /// Everything that is measured side by side; `None` is the way without a queue.
-pub fn contenders() -> [Option<Contender>; 7] {
+pub fn contenders() -> [Option<Contender>; 9] {
     [
         None,
         Some(floor::ONE),
         Some(ours::ACCEPT_ALL),
         Some(ours::ACCEPT_NEXT),
         Some(ours::ACCEPT_DOZING),
+        Some(ours::ACCEPT_ALL_TWO),
+        Some(ours::ACCEPT_TWO_AWAKE),
         Some(peers::NFQ),
         Some(peers::NFQ_CHANNEL),
     ]

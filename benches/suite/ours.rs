@@ -27,7 +27,10 @@ pub const ACCEPT_ALL: Contender =
 pub const ACCEPT_NEXT: Contender =
     contender("this crate: accept all, by next()", |job| Ours::bind(job, Way::AcceptNext, Threads::One));
 pub const ACCEPT_DOZING: Contender = contender("this crate: accept all, busy_poll(0)", |job| {
-    Ours::bind(&Job { busy_poll: false, ..*job }, Way::AcceptAll, Threads::One)
+    Ours::bind(&Job { busy_poll: Some(Duration::ZERO), ..*job }, Way::AcceptAll, Threads::One)
+});
+pub const ACCEPT_TWO_AWAKE: Contender = contender("this crate: accept all, 2 threads, busy_poll(30 µs)", |job| {
+    Ours::bind(&Job { busy_poll: Some(Duration::from_micros(30)), ..*job }, Way::AcceptAll, Threads::Two)
 });
 pub const ACCEPT_ALL_TWO: Contender =
     contender("this crate: accept all, 2 threads", |job| Ours::bind(job, Way::AcceptAll, Threads::Two));
@@ -139,7 +142,10 @@ fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
         WHOLE => builder,
         range => builder.copy_range(range),
     };
-    let builder = if job.busy_poll { builder } else { builder.busy_poll(Duration::ZERO) };
+    let builder = match job.busy_poll {
+        Some(limit) => builder.busy_poll(limit),
+        None => builder,
+    };
     match job.max_delay {
         Some(delay) => builder.flush_policy(FlushPolicy::adaptive(delay)),
         None => builder,
