@@ -54,7 +54,7 @@ impl Shared {
         let limits = Limits::of(&config, before);
         // Room first: longer messages may come before the answer does.
         lock(&self.inbox).set_payload(limits.payload.max(before.payload));
-        if self.settings.receive_buffer.is_none() && limits.buffer() > before.buffer() {
+        if self.settings.receive_buffer.is_none() && limits.buffer() > self.socket.receive_buffer() {
             self.socket.set_receive_buffer(limits.buffer())?;
         }
         self.configure_if(Phase::Open, "reconfigure queue", &config).map_err(|error| self.explain(error, &config))?;
