@@ -1,14 +1,17 @@
 //! What a packet tells about itself.
 
 use std::{
-    io::{Read, Write},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    fs,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, SystemTime},
 };
 
 use common::{Hook, Protocol, Rule, Traffic, divert, hold, next, soon, start, support};
 use nix::{
+    mount::{MsFlags, mount},
     net::if_::if_nametoindex,
+    sched::{CloneFlags, unshare},
     sys::socket::{setsockopt, sockopt},
 };
 use tokio_nfqueue::{Family, Packet, Queue, QueueBuilder};
@@ -23,6 +26,7 @@ tests![
     one the_senders_mark_is_told,
     one a_time_of_arrival_is_told_where_there_is_one,
     one user_and_group_are_told_on_demand,
+    one a_control_groups_class_is_told,
     one a_short_copy_range_truncates,
     one metadata_mode_has_no_payload,
     one unfinished_checksums_are_told,
@@ -144,6 +148,50 @@ async fn user_and_group_are_told_on_demand() {
         let expected = on.then(|| (common::outer_id("uid_map"), common::outer_id("gid_map")));
         assert_eq!(packet.uid().zip(packet.gid()), expected);
     }
+}
+
+async fn a_control_groups_class_is_told() {
+    const CLASS: u32 = 0x0010_0002;
+    let mut queue = Queue::builder(0).bind().unwrap();
+    let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
+    let traffic = Traffic::new(2);
+    let classified = match std::thread::spawn(|| classified(CLASS)).join().unwrap() {
+        Ok(socket) => socket,
+        Err(error) => {
+            // As root, whose kernel has the controller, there is no excuse.
+            let possible = nix::unistd::geteuid().is_root()
+                && common::outer_id("uid_map") == 0
+                && fs::read_to_string("/proc/cgroups").is_ok_and(|text| text.contains("net_cls\t0"));
+            assert!(!possible, "{error}");
+            eprintln!("not tried, for there can be no net_cls control group: {error}");
+            return;
+        }
+    };
+    traffic.send_from(&classified, [0]);
+    let told = next(&mut queue).await.cgroup_class_id();
+    // Linux 6.1 has not got the attribute.
+    let expected = (common::kernel_release() >= (6, 12) || told.is_some()).then_some(CLASS);
+    assert_eq!(told, expected);
+    traffic.send([1]);
+    assert_eq!(next(&mut queue).await.cgroup_class_id(), None);
+}
+
+/// A socket of a thread that belongs to a class of the control group `net_cls`, which is mounted for that thread alone. The
+/// calling thread's mounts are changed.
+fn classified(class: u32) -> io::Result<UdpSocket> {
+    const PLACE: &str = "/tmp";
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    mount(Some("net_cls"), PLACE, Some("cgroup"), MsFlags::empty(), Some("net_cls"))?;
+    let group = format!("{PLACE}/nfqueue-{}", std::process::id());
+    fs::create_dir(&group)?;
+    fs::write(format!("{group}/net_cls.classid"), class.to_string())?;
+    // This thread, and back.
+    fs::write(format!("{group}/tasks"), "0")?;
+    let socket = support::udp((Ipv4Addr::LOCALHOST, 0));
+    fs::write(format!("{PLACE}/tasks"), "0")?;
+    fs::remove_dir(&group)?;
+    Ok(socket)
 }
 
 async fn a_short_copy_range_truncates() {
