@@ -83,7 +83,7 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
     let scale = *scale;
     let contenders = || floor::ALL.into_iter().chain(ours::ALL).chain(peers::ALL);
 
-    let mut cpu = Section::new(drain::SECTION, scale.rounds);
+    let mut cpu = Section::new(drain::SECTION, scale.many_rounds);
     let mut saturated = Section::new(flood::SECTION, scale.rounds);
     let mut calls = Section::new(syscalls::SECTION, 1);
     let mut allocations = Section::new("allocations", 1);
