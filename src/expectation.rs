@@ -9,7 +9,8 @@ use netlink_packet_netfilter::conntrack::{IPTuple, ProtoTuple, Protocol, Tuple};
 /// [`Verdict::expectation`](crate::Verdict::expectation).
 ///
 /// A program that understands a protocol with a second connection (the data connection of FTP, the media of SIP) finds in
-/// the first where the second will go to.
+/// the first where the second will go to. Addresses of both families in one expectation, and names of an impossible length, are
+/// refused with `InvalidInput` when the verdict is given.
 ///
 /// ```
 /// use tokio_nfqueue::Expectation;

@@ -47,7 +47,8 @@ impl VerdictSink {
     ///
     /// # Errors
     /// * `Expired`: the packet has been answered for, by its deadline or by the closing queue.
-    /// * `InvalidInput`: a replaced payload of an impossible length; the packet gets the `on_unanswered` answer.
+    /// * `InvalidInput`: a payload or link-layer header of an impossible length, a conntrack change on a queue bound without
+    ///   conntrack, an impossible expectation; the packet gets the `on_unanswered` answer.
     ///
     /// What the kernel itself refuses comes out of the stream; [`confirm`](Self::confirm) brings it here.
     pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {

@@ -4,7 +4,7 @@
 //! and is refused. On a kernel without the expression (`NFT_QUEUE`) these tests see to that refusal, and no more.
 
 use std::{
-    io::{ErrorKind as IoErrorKind, Read, Write},
+    io::ErrorKind as IoErrorKind,
     net::{Ipv4Addr, TcpListener, TcpStream},
 };
 
@@ -446,27 +446,16 @@ async fn metadata_mode_tells_the_tag() {
 }
 
 async fn super_packets_cross_whole() {
-    const AMOUNT: usize = 1 << 20;
     let Some((bridge, mut queue)) = crossing() else { return };
     let addresses = [Ipv4Addr::new(10, 7, 0, 1), Ipv4Addr::new(10, 7, 0, 2)];
     for (end, address) in bridge.ends.iter().zip(addresses) {
         end.namespace.run(|| support::add_address(End::INTERFACE, address.into(), 24));
     }
     let listener = bridge.ends[1].namespace.run(|| TcpListener::bind((addresses[1], 9000)).unwrap());
-    let data: Vec<u8> = (0..AMOUNT).map(|index| (index % 251) as u8).collect();
-    let expected = data.clone();
-    let sender = bridge.ends[0].namespace.spawn(move || {
-        let mut stream = TcpStream::connect((addresses[1], 9000)).unwrap();
-        stream.set_write_timeout(Some(common::PATIENCE)).unwrap();
-        stream.write_all(&data).unwrap();
-    });
-    let receiver = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
-        let mut received = vec![0; AMOUNT];
-        stream.read_exact(&mut received).unwrap();
-        assert!(received == expected, "the data came as they were sent");
-    });
+    let sender = bridge.ends[0]
+        .namespace
+        .spawn(move || common::send_transfer(TcpStream::connect((addresses[1], 9000)).unwrap()));
+    let receiver = common::receive_transfer(listener);
     let mut longest = 0;
     let serve = async {
         loop {

@@ -475,9 +475,10 @@ async fn an_expected_connection_is_related() {
     let (state, entry) = follow(&mut queue, &source).await;
     assert_eq!((state, entry.master), (ConntrackState::New, None), "before");
 
-    // Another address, another source port and the right one.
-    let [other, elsewhere, right] = ["127.0.0.1:0", "127.0.0.2:0", "127.0.0.1:0"].map(support::udp);
+    // Each wrong one differs in one thing: in the source port, in the source address.
+    let [right, other] = ["127.0.0.1:0"; 2].map(support::udp);
     let port = right.local_addr().unwrap().port();
+    let elsewhere = support::udp(("127.0.0.2", port));
     let expectation = Expectation::udp(LATER).source(Ipv4Addr::LOCALHOST.into()).source_port(port);
     let first = expect(&mut queue, &pair, expectation).await;
     assert_eq!((first.helper.as_deref(), first.master), (Some(HELPER), None));

@@ -1,8 +1,7 @@
 //! What a packet tells about itself.
 
 use std::{
-    fs,
-    io::{self, Read, Write},
+    fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, SystemTime},
 };
@@ -252,8 +251,6 @@ async fn a_payload_outlives_its_packet() {
     }
 }
 
-const AMOUNT: usize = 1 << 20;
-
 /// Sends a megabyte from one to the other while all of it goes through a queue; gives what `look` said of each packet.
 async fn transfer<T>(
     mut queue: Queue,
@@ -262,20 +259,8 @@ async fn transfer<T>(
     look: impl Fn(&Packet) -> T,
 ) -> Vec<T> {
     let address = listener.local_addr().unwrap();
-    let data: Vec<u8> = (0..AMOUNT).map(|index| (index % 251) as u8).collect();
-    let expected = data.clone();
-    let sender = std::thread::spawn(move || {
-        let mut stream = connect(address);
-        stream.set_write_timeout(Some(common::PATIENCE)).unwrap();
-        stream.write_all(&data).unwrap();
-    });
-    let receiver = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
-        let mut received = vec![0; AMOUNT];
-        stream.read_exact(&mut received).unwrap();
-        assert!(received == expected, "the data came as they were sent");
-    });
+    let sender = std::thread::spawn(move || common::send_transfer(connect(address)));
+    let receiver = common::receive_transfer(listener);
     let mut seen = Vec::new();
     let serve = async {
         loop {
@@ -340,6 +325,6 @@ async fn super_packets_are_told_on_loopback() {
 async fn without_gso_no_packet_is_longer_than_the_mtu() {
     for seen in [sent(Queue::builder(0).gso(false)).await, received(Queue::builder(0).gso(false)).await] {
         assert!(seen.iter().all(|(gso, length)| !*gso && *length <= 1500), "{seen:?}");
-        assert!(seen.len() >= AMOUNT / 1500);
+        assert!(seen.len() >= common::AMOUNT / 1500);
     }
 }

@@ -11,6 +11,7 @@ pub mod support;
 
 mod load;
 pub mod rules;
+mod transfer;
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +26,11 @@ use libtest_mimic::Trial;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
 
-pub use self::{load::Load, support::PATIENCE};
+pub use self::{
+    load::Load,
+    support::PATIENCE,
+    transfer::{AMOUNT, receive_transfer, send_transfer},
+};
 pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// The receivers' first port.
