@@ -23,8 +23,11 @@ mod suite;
 mod ledger_cost;
 // The pure parts of this crate, which it does not show to the outside.
 #[allow(unused, unreachable_pub)]
-#[path = "../src/ledger/mod.rs"]
+#[path = "../src/state/ledger.rs"]
 mod ledger;
+#[allow(unused, unreachable_pub)]
+#[path = "../src/types.rs"]
+mod types;
 #[allow(unused, unreachable_pub)]
 #[path = "../src/wire/mod.rs"]
 mod wire;

@@ -6,10 +6,11 @@ use std::{hint::black_box, time::Duration};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 use flush::{FlushPolicy, Gathered, Occasion};
-use ledger::{Decision, Ledger};
+use ledger::{Decision, Ledger, Origin};
+use types::Action::Accept as ACCEPT;
 use wire::{
     Message, Messages,
-    verdict::{Attachments, Ruling, code::ACCEPT, encode_batch, encode_single},
+    verdict::{Attachments, Ruling, encode_batch, encode_single},
 };
 
 // This crate does not show them to the outside.
@@ -17,8 +18,11 @@ use wire::{
 #[path = "../src/flush.rs"]
 mod flush;
 #[allow(unused, unreachable_pub)]
-#[path = "../src/ledger/mod.rs"]
+#[path = "../src/state/ledger.rs"]
 mod ledger;
+#[allow(unused, unreachable_pub)]
+#[path = "../src/types.rs"]
+mod types;
 #[allow(unused, unreachable_pub)]
 #[path = "../src/wire/mod.rs"]
 mod wire;
@@ -106,10 +110,11 @@ fn settle(criterion: &mut Criterion) {
                     }
                     for together in ids.chunks(FLUSH) {
                         for offset in together {
-                            let decision = Decision { ruling: Ruling::plain(ACCEPT), extra: None };
+                            let decision =
+                                Decision { ruling: Ruling::plain(ACCEPT), extra: None, origin: Origin::Owner };
                             ledger.decide(first.wrapping_add(*offset), decision).expect("it is undecided");
                         }
-                        ledger.settle(&mut settled);
+                        ledger.settle(1, &mut settled);
                         black_box(&settled);
                         settled.clear();
                     }

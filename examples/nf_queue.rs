@@ -11,7 +11,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Sleep, sleep},
 };
-use tokio_nfqueue::{Action, Error, ErrorKind, Hook, Packet, Queue, VerdictSink};
+use tokio_nfqueue::{Action, Error, Hook, Packet, Queue, VerdictSink};
 
 const USAGE: &str = "usage: nf_queue [-c] [-v [-v]] [-o] [-O] [-b] [-t SECONDS] [-q N] [-Q N] [-d MS] [-G]
 
@@ -94,10 +94,7 @@ async fn run(options: &Options) -> Result<(), Error> {
                 let packet = match packet {
                     None => break,
                     Some(Ok(packet)) => packet,
-                    Some(Err(error)) => {
-                        eprintln!("nf_queue: {error}");
-                        continue;
-                    }
+                    Some(Err(error)) => return Err(error),
                 };
                 if options.verbose > 0 {
                     print(&packet, options.verbose);
@@ -144,9 +141,7 @@ async fn answer(held: &mut Vec<Packet>, verdicts: &VerdictSink, options: &Option
             Some(queue) => packet.requeue(queue),
             None => packet.accept(),
         };
-        if let Err(error) = verdicts.submit(verdict)
-            && error.kind() != ErrorKind::Expired
-        {
+        if let Err(error) = verdicts.submit(verdict) {
             eprintln!("nf_queue: {error}");
         }
         if options.out_of_order {

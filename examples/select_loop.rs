@@ -3,7 +3,7 @@
 //! It needs a rule, say `nft add rule inet filter input udp dport 9000 queue num 0`; the service on 127.0.0.1:9999 tells how many packets
 //! have been decided to whoever connects.
 
-use futures::StreamExt;
+use futures::TryStreamExt;
 use tokio::{io::AsyncWriteExt, net::TcpListener};
 use tokio_nfqueue::Queue;
 
@@ -19,12 +19,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let service = TcpListener::bind("127.0.0.1:9999").await?;
     loop {
         tokio::select! {
-            Some(packet) = packets.next() => {
-                let packet = packet?;
-                let verdicts = verdicts.clone();
+            packet = packets.try_next() => {
+                let Some(packet) = packet? else { break }; // an error here is the end of the queue, nothing less
                 tokio::spawn(async move {
                     let verdict = if allowed(packet.payload()).await { packet.accept() } else { packet.drop() };
-                    verdicts.submit(verdict)
+                    verdict.submit()
                 });
             }
             Ok((mut client, _)) = service.accept() => {

@@ -41,15 +41,27 @@ pub enum Advice {
         /// this many bytes first.
         rmem_max: Option<usize>,
     },
+    /// The kernel's own counters could not be read, so that packets that found the queue full are not seen: see
+    /// [`VerdictSink::kernel_stats`](crate::VerdictSink::kernel_stats).
+    KernelCountersUnreadable {
+        /// The operating system's error number (errno), if there was one.
+        errno: Option<i32>,
+    },
 }
 
 /// The kernel's own limit where it keeps packets in a hash table (Linux 6.12.117, 6.18 and later).
 const LONGEST_QUEUE: u32 = 65_536;
 
 /// What the counters advise. `wanted` is the receive buffer in bytes that a full queue needs, or that was asked for.
-pub(crate) fn advise(stats: &Stats, kernel: Option<&KernelStats>, wanted: usize) -> Vec<Advice> {
+pub(crate) fn advise(stats: &Stats, kernel: Result<Option<KernelStats>, Option<i32>>, wanted: usize) -> Vec<Advice> {
     let mut advice = Vec::new();
-    let dropped = kernel.map_or(0, |kernel| kernel.dropped_queue);
+    let dropped = match kernel {
+        Ok(kernel) => kernel.map_or(0, |kernel| kernel.dropped_queue),
+        Err(errno) => {
+            advice.push(Advice::KernelCountersUnreadable { errno });
+            0
+        }
+    };
     let now = stats.max_len;
     if dropped > 0 && now < LONGEST_QUEUE {
         // How long a queue would have been enough is not known; doubling finds it in a few steps.
@@ -74,6 +86,15 @@ impl fmt::Display for Advice {
                 write!(
                     f,
                     "{dropped} packets found the queue full: raise max_len from {now} to {to} packets, or decide faster"
+                )
+            }
+            Self::KernelCountersUnreadable { errno } => {
+                f.write_str("/proc/net/netfilter/nfnetlink_queue cannot be read")?;
+                if let Some(errno) = errno {
+                    write!(f, " ({})", std::io::Error::from_raw_os_error(*errno))?;
+                }
+                f.write_str(
+                    ", so it is not known how many packets found the queue full: it takes root or CAP_DAC_READ_SEARCH",
                 )
             }
             Self::DecideFaster { dropped, max_len } => write!(
@@ -112,22 +133,29 @@ mod tests {
 
     #[test]
     fn nothing_lost_nothing_to_say() {
-        assert_eq!(advise(&stats(0, 1024, 1000), Some(&kernel(0)), 1000), []);
+        assert_eq!(advise(&stats(0, 1024, 1000), Ok(Some(kernel(0))), 1000), []);
     }
 
     #[test]
     fn each_limit_by_itself() {
-        let queue = advise(&stats(0, 1024, 1000), Some(&kernel(5)), 1000);
+        let queue = advise(&stats(0, 1024, 1000), Ok(Some(kernel(5))), 1000);
         assert_eq!(queue, [Advice::RaiseMaxLen { dropped: 5, now: 1024, to: 2048 }]);
-        let longest = advise(&stats(0, 65_536, 1000), Some(&kernel(5)), 1000);
+        let longest = advise(&stats(0, 65_536, 1000), Ok(Some(kernel(5))), 1000);
         assert_eq!(longest, [Advice::DecideFaster { dropped: 5, max_len: 65_536 }]);
-        let socket = advise(&stats(3, 1024, 1000), None, 1000);
+        let socket = advise(&stats(3, 1024, 1000), Ok(None), 1000);
         assert_eq!(socket, [Advice::RaiseReceiveBuffer { lost: 3, now: 1000, to: 2000, rmem_max: None }]);
     }
 
     #[test]
+    fn what_could_not_be_seen_is_said() {
+        let advice = advise(&stats(0, 1024, 1000), Err(Some(13)), 1000);
+        assert_eq!(advice, [Advice::KernelCountersUnreadable { errno: Some(13) }]);
+        assert!(advice[0].to_string().contains("CAP_DAC_READ_SEARCH"), "{}", advice[0]);
+    }
+
+    #[test]
     fn a_buffer_cut_by_the_system_names_the_limit() {
-        let both = advise(&stats(3, 1024, 1000), Some(&kernel(1)), 8000);
+        let both = advise(&stats(3, 1024, 1000), Ok(Some(kernel(1))), 8000);
         assert_eq!(both[1], Advice::RaiseReceiveBuffer { lost: 3, now: 1000, to: 8000, rmem_max: Some(4000) });
         assert!(both[1].to_string().contains("net.core.rmem_max=4000"));
     }

@@ -81,7 +81,6 @@ impl Error {
         let kind = match source.raw_os_error() {
             Some(EPERM | EACCES) => ErrorKind::NotPermitted,
             Some(EOPNOTSUPP | EPROTONOSUPPORT | EAFNOSUPPORT) => ErrorKind::Unsupported,
-            Some(ENOENT) => ErrorKind::PacketGone,
             _ => ErrorKind::Other,
         };
         Self::new(kind, operation).with_source(source)
@@ -95,6 +94,12 @@ impl Error {
 
     pub(crate) fn is_fatal(&self) -> bool {
         self.0.fatal
+    }
+
+    /// Names another operation.
+    pub(crate) fn with_operation(mut self, operation: impl Into<Cow<'static, str>>) -> Self {
+        self.0.operation = operation.into();
+        self
     }
 
     pub(crate) fn with_kind(mut self, kind: ErrorKind) -> Self {
@@ -120,7 +125,6 @@ impl Error {
 
 // asm-generic/errno-base.h and errno.h; the same on every architecture this crate compiles for.
 pub(crate) const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
-pub(crate) const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
 pub(crate) const EACCES: i32 = rustix::io::Errno::ACCESS.raw_os_error();
 pub(crate) const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
 pub(crate) const EPROTONOSUPPORT: i32 = rustix::io::Errno::PROTONOSUPPORT.raw_os_error();
@@ -131,7 +135,7 @@ impl ErrorKind {
         match self {
             Self::InvalidInput => "invalid value",
             Self::AlreadyBound => "already bound by another socket",
-            Self::NotPermitted => "not permitted: CAP_NET_ADMIN is needed",
+            Self::NotPermitted => "not permitted",
             Self::Unsupported => "not supported by this kernel",
             Self::PacketGone => "the packet has already left the queue",
             Self::Expired => "the packet has already been answered for",

@@ -23,6 +23,12 @@ enum Kind {
 /// the time one send holds the thread.
 const ADAPTIVE_BATCH: usize = 64;
 
+/// How long the end of a scheduler pass is awaited for a user's own policy.
+const LONGEST_PASS: Duration = Duration::from_millis(1);
+
+/// A ring costs some 3 µs. At this interval that is a hundredth of a processor.
+const SHORTEST_LINGER: Duration = Duration::from_micros(250);
+
 /// A longer delay is no flush policy but a fault; it is refused.
 const MAX_DELAY: Duration = Duration::from_secs(1);
 
@@ -135,6 +141,25 @@ impl FlushPolicy {
     /// Whether it is a user's own, and may do what it likes with the time.
     pub(crate) fn is_custom(&self) -> bool {
         matches!(self.0, Kind::Custom(_))
+    }
+
+    /// How long a verdict waits for the end of a scheduler pass that does not come.
+    pub(crate) fn cap(&self) -> Duration {
+        match self.0 {
+            Kind::Immediate => Duration::ZERO,
+            Kind::Adaptive { max_delay } | Kind::Fixed { max_delay, .. } => max_delay,
+            Kind::Custom(_) => LONGEST_PASS,
+        }
+    }
+
+    /// At what interval the alarm goes on ringing while there is traffic, so that it need not be set for each verdict.
+    pub(crate) fn linger(&self) -> Option<Duration> {
+        match self.0 {
+            Kind::Adaptive { max_delay } | Kind::Fixed { max_delay, .. } if max_delay >= SHORTEST_LINGER => {
+                Some(max_delay)
+            }
+            _ => None,
+        }
     }
 
     pub(crate) fn when(&mut self, gathered: &Gathered) -> Flush {

@@ -1,8 +1,8 @@
-//! The kernel's own account of its queues: `/proc/net/netfilter/nfnetlink_queue`.
+//! What the kernel says of itself: its account of its queues, `/proc/net/netfilter/nfnetlink_queue`, and its release.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
 
-use crate::Error;
+use crate::{Error, ErrorKind, sys};
 
 /// What the kernel says of a queue, from its line in `/proc/net/netfilter/nfnetlink_queue`. Counts are since
 /// [`bind`](crate::QueueBuilder::bind) and wrap at 2³².
@@ -26,18 +26,34 @@ pub struct KernelStats {
 
 /// The file, opened in a network namespace. It goes on to tell of that one, whoever reads it from wherever.
 #[derive(Debug)]
-pub(crate) struct KernelTable(Option<File>);
+pub(crate) struct KernelTable(io::Result<File>);
 
 impl KernelTable {
     /// The calling thread's network namespace's. That there is none shows when it is read.
     pub(crate) fn open() -> Self {
-        Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue").ok())
+        Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue"))
+    }
+
+    pub(crate) fn is_readable(&self) -> bool {
+        self.0.is_ok()
     }
 
     /// A queue's line; `None` if nobody owns the queue.
     pub(crate) fn read(&self, queue: u16) -> Result<Option<KernelStats>, Error> {
-        let failed = |source| Error::os("read /proc/net/netfilter/nfnetlink_queue", source);
-        let file = self.0.as_ref().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        let failed = |source: io::Error| {
+            let missing = source.kind() == io::ErrorKind::NotFound;
+            let denied = source.kind() == io::ErrorKind::PermissionDenied;
+            let error = Error::os("read /proc/net/netfilter/nfnetlink_queue", source);
+            match error.kind() {
+                _ if denied => error.with_kind(ErrorKind::NotPermitted).with_detail(UNREADABLE),
+                _ if missing => error.with_kind(ErrorKind::Unsupported).with_detail("nfnetlink_queue is missing"),
+                _ => error,
+            }
+        };
+        let again = |source: &io::Error| {
+            source.raw_os_error().map_or_else(|| source.kind().into(), io::Error::from_raw_os_error)
+        };
+        let file = self.0.as_ref().map_err(|source| failed(again(source)))?;
         let mut text = Vec::new();
         loop {
             let start = text.len();
@@ -50,6 +66,37 @@ impl KernelTable {
         }
         Ok(String::from_utf8_lossy(&text).lines().find_map(|line| parse(line, queue)))
     }
+}
+
+/// The file's mode is 0440, and its owner the root of the network namespace's user namespace.
+const UNREADABLE: &str =
+    "only root may read this file, and whoever has CAP_DAC_READ_SEARCH; it is opened when the queue is bound";
+
+/// The first two numbers of the running kernel's release.
+fn release() -> (u32, u32) {
+    static RELEASE: OnceLock<(u32, u32)> = OnceLock::new();
+    *RELEASE.get_or_init(|| {
+        let uname = rustix::system::uname();
+        let text = uname.release().to_string_lossy();
+        let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    })
+}
+
+/// From this release on replaced payloads are checked, and in some places never taken.
+const CHECKS_PAYLOADS: (u32, u32) = (7, 2);
+
+/// Why a replaced payload of an IP packet is not taken in the calling thread's network namespace, where it is not. The
+/// kernel would drop the packet and acknowledge the verdict.
+pub(crate) fn payload_obstacle() -> Option<&'static str> {
+    (release() >= CHECKS_PAYLOADS && sys::is_in_child_user_namespace()).then_some(
+        "Linux 7.2 and later take a replaced payload only where the initial user namespace owns the network namespace",
+    )
+}
+
+/// The same for packets of the bridge family.
+pub(crate) fn bridge_payload_obstacle() -> Option<&'static str> {
+    (release() >= CHECKS_PAYLOADS).then_some("Linux 7.2 and later take no replaced payload in the bridge family")
 }
 
 /// Queue, port id, queued, copy mode, copy range, dropped by the queue, dropped by the socket, last id, 1

@@ -6,7 +6,6 @@
 compile_error!("tokio-nfqueue works on Linux alone: NFQUEUE is a part of its netfilter");
 
 mod advice;
-mod alarm;
 mod builder;
 #[cfg(feature = "conntrack")]
 mod conntrack;
@@ -22,16 +21,19 @@ mod expectation;
 mod flush;
 mod group;
 mod hook;
+mod keeper;
 mod kernel;
-mod ledger;
 mod namespace;
 mod packet;
 mod queue;
 mod reconfigure;
 mod sink;
 mod socket;
+mod state;
 mod stats;
 mod sys;
+mod trace;
+mod types;
 mod verdict;
 mod wire;
 
@@ -53,9 +55,10 @@ pub use group::{GroupSink, GroupStream, QueueGroup};
 pub use hook::Hook;
 pub use kernel::KernelStats;
 pub use namespace::NetworkNamespace;
-pub use packet::{Family, Packet, PacketId, Ticket, Vlan};
-pub use queue::{PacketStream, Queue};
+pub use packet::{Family, Packet, Ticket, Vlan};
+pub use queue::{PacketStream, Queue, TryRecvError};
 pub use reconfigure::Reconfigure;
-pub use sink::{Confirm, VerdictSink};
+pub use sink::{Confirm, Refusals, VerdictSink};
 pub use stats::{Fill, Stats};
-pub use verdict::{Action, Verdict};
+pub use types::{Action, PacketId};
+pub use verdict::Verdict;

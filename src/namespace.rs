@@ -67,10 +67,9 @@ impl NetworkNamespace {
 }
 
 fn failed(what: &str, source: io::Error) -> Error {
-    // ENOENT is a missing file here, not a missing packet; EINVAL a file that is no network namespace.
+    // EINVAL: a file that is no network namespace.
     let error = Error::os(format!("network namespace: {what}"), source);
     match error.kind() {
-        ErrorKind::PacketGone => error.with_kind(ErrorKind::Other),
         ErrorKind::NotPermitted => error.with_detail("CAP_SYS_ADMIN is needed, here and there"),
         _ => error,
     }

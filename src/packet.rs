@@ -11,30 +11,14 @@ use std::{
 use bytes::Bytes;
 
 use crate::{
-    Action, Error, ErrorKind, Hook, Verdict,
+    Action, Error, ErrorKind, Hook, PacketId, Verdict,
     queue::Shared,
+    state::Place,
     wire::{
         NETFILTER_HEADER, PacketMessage, attribute,
         packet::{attributes_of, find, find_be32},
     },
 };
-
-/// The kernel's id of a packet: counts up from 1 in each queue, and wraps at 2³².
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PacketId(pub(crate) u32);
-
-impl PacketId {
-    /// The number.
-    pub fn get(self) -> u32 {
-        self.0
-    }
-}
-
-impl fmt::Display for PacketId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
 
 /// The protocol family of the hook that queued a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,11 +83,12 @@ pub(crate) struct Arrived {
     // 32 bits are enough for a datagram and keep a packet small.
     attributes: Range<u32>,
     payload: Range<u32>,
+    pub(crate) place: Place,
 }
 
 impl Arrived {
     /// `body` is where in `bytes` the message's body lies, from which its ranges count.
-    pub(crate) fn new(bytes: Bytes, body: Range<usize>, message: &PacketMessage) -> Self {
+    pub(crate) fn new(bytes: Bytes, body: Range<usize>, message: &PacketMessage, place: Place) -> Self {
         let shift = |offset: usize| (body.start + offset) as u32;
         Self {
             id: message.id,
@@ -112,12 +97,15 @@ impl Arrived {
             hw_protocol: message.hw_protocol,
             attributes: shift(NETFILTER_HEADER)..body.end as u32,
             payload: shift(message.payload.start)..shift(message.payload.end),
+            place,
             bytes,
         }
     }
 
     pub(crate) fn claimed(self, queue: Arc<Shared>) -> Packet {
-        Packet { claim: Claim { queue: Some(queue), id: self.id }, arrived: self }
+        let bridged = (Family::from(self.family) == Family::Bridge)
+            .then(|| find(self.attributes(), attribute::LAYER2_HEADER).map_or(0, <[u8]>::len) as u32);
+        Packet { claim: Claim { queue: Some(queue), id: self.id, bridged }, arrived: self }
     }
 
     /// The attributes behind the `struct nfgenmsg`.
@@ -134,9 +122,29 @@ impl Arrived {
 pub(crate) struct Claim {
     queue: Option<Arc<Shared>>,
     id: u32,
+    /// In the bridge family: the length of the packet's link-layer header.
+    bridged: Option<u32>,
 }
 
 impl Claim {
+    /// In the bridge family: the length of the packet's link-layer header.
+    pub(crate) fn bridged(&self) -> Option<usize> {
+        self.bridged.map(|length| length as usize)
+    }
+
+    pub(crate) fn queue(&self) -> u16 {
+        self.queue.as_ref().map_or(0, |queue| queue.number())
+    }
+
+    /// Why a replaced payload is not taken in the queue's network namespace, where it is not.
+    pub(crate) fn no_payload(&self) -> Option<&'static str> {
+        self.queue.as_ref().and_then(|queue| queue.no_payload())
+    }
+
+    fn is_expired(&self) -> bool {
+        self.queue.as_ref().is_some_and(|queue| !queue.is_undecided(self.id))
+    }
+
     pub(crate) fn id(&self) -> PacketId {
         PacketId(self.id)
     }
@@ -155,7 +163,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(queue) = self.queue.take() {
-            queue.unanswered(self.id);
+            queue.abandoned(self.id);
         }
     }
 }
@@ -182,7 +190,13 @@ impl Packet {
 
     /// The number of the queue the packet waits in.
     pub fn queue(&self) -> u16 {
-        self.claim.queue.as_ref().map_or(0, |queue| queue.number())
+        self.claim.queue()
+    }
+
+    /// Whether the packet has been answered for: by its [deadline](crate::QueueBuilder::deadline), or by a closing queue. A
+    /// verdict for it has no effect any more. False says no more than that this had not happened when it was asked.
+    pub fn is_expired(&self) -> bool {
+        self.claim.is_expired()
     }
 
     /// The packet from its network header on, as much of it as was copied: see
@@ -196,6 +210,9 @@ impl Packet {
     }
 
     /// The payload as [`Bytes`], without a copy. It stays valid after the packet has been decided.
+    ///
+    /// Packets of up to 2 KiB share buffers of 8 KiB, packets of up to 16 KiB buffers of 32 KiB, and a longer one has a
+    /// buffer of its own. As long as these bytes are kept, the whole buffer is. To keep a few bytes for long, copy them.
     pub fn payload_bytes(&self) -> Bytes {
         let Range { start, end } = self.arrived.payload;
         self.arrived.bytes.slice(start as usize..end as usize)
@@ -436,10 +453,13 @@ impl Packet {
 
     /// Keeps only the right to decide, and gives back the memory of payload and metadata.
     pub fn detach(self) -> Ticket {
+        if let Some(queue) = &self.claim.queue {
+            queue.detached(self.claim.id);
+        }
         Ticket { claim: self.claim }
     }
 
-    /// Lets the packet go on its way.
+    /// Accepts the packet.
     #[doc(alias = "NF_ACCEPT")]
     pub fn accept(self) -> Verdict {
         self.decide(Action::Accept)
@@ -504,6 +524,11 @@ impl Ticket {
     /// The kernel's id of the packet.
     pub fn id(&self) -> PacketId {
         self.claim.id()
+    }
+
+    /// As [`Packet::is_expired`].
+    pub fn is_expired(&self) -> bool {
+        self.claim.is_expired()
     }
 
     /// As [`Packet::accept`].

@@ -3,21 +3,24 @@
 use std::{
     fmt,
     future::Future,
+    io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use futures::{
-    Sink, StreamExt as _,
-    channel::oneshot,
+    Sink, Stream, StreamExt as _,
     stream::{self, FusedStream},
+    task::AtomicWaker,
 };
 use pin_project::pin_project;
 
 use crate::{
-    Action, Advice, Error, ErrorKind, KernelStats, PacketId, Reconfigure, Stats, Verdict, alarm::Alarm, queue::Shared,
+    Action, Advice, Error, ErrorKind, KernelStats, PacketId, Reconfigure, Stats, Verdict,
+    keeper::{Timed, Timer},
+    queue::{Answer, Shared},
 };
 
 /// Takes the verdicts of a queue. Clone it freely: clones are independent and may be used from any task or thread.
@@ -32,25 +35,30 @@ use crate::{
 pub struct VerdictSink {
     queue: Arc<Shared>,
     closed: bool,
+    /// Of the flush that `Sink::poll_flush` waits for.
+    flushing: Option<u64>,
 }
 
 impl VerdictSink {
     pub(crate) fn new(queue: Arc<Shared>) -> Self {
-        Self { queue, closed: false }
+        Self { queue, closed: false, flushing: None }
     }
 
-    /// Gives a verdict. It goes to the kernel when the queue's policy says so, on this thread or on the queue's own task;
-    /// this call does not wait for it.
+    /// Gives a verdict. It goes to the kernel when the queue's policy says so, on this thread or on another; this call does
+    /// not wait for it.
     ///
     /// If the policy says "now", the send happens within this call, and the kernel runs the accepted packets' further way in
     /// it: some microseconds for one packet, 100 for a batch of 64.
     ///
-    /// # Errors
-    /// * `Expired`: the packet has been answered for, by its deadline or by the closing queue.
-    /// * `InvalidInput`: a payload or link-layer header of an impossible length, a conntrack change on a queue bound without
-    ///   conntrack, an impossible expectation; the packet gets the `on_unanswered` answer.
+    /// A verdict that comes too late, for the packet has been answered for by its deadline or by the closing queue, is no
+    /// error here: it is counted in [`Stats::late`] and told by [`refusals`](Self::refusals), as is what the kernel itself
+    /// refuses. [`confirm`](Self::confirm) brings both here.
     ///
-    /// What the kernel itself refuses comes out of the stream; [`confirm`](Self::confirm) brings it here.
+    /// # Errors
+    /// The verdict is impossible, and was not given; the packet gets the `on_unanswered` action:
+    /// * `InvalidInput`: a payload or link-layer header of an impossible length, a conntrack change on a queue bound without
+    ///   conntrack, an impossible expectation.
+    /// * `Unsupported`: a replaced payload that this kernel does not take: see [`Verdict::payload`].
     pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
         submit(verdict)
     }
@@ -58,12 +66,15 @@ impl VerdictSink {
     /// Gives a verdict, sends it and everything gathered at once, and resolves when the kernel has acknowledged it.
     ///
     /// The verdict is given when this is called, not when the future is polled. An acknowledgement costs about 800 ns more
-    /// than a plain verdict.
+    /// than a plain verdict. It lies behind the packets that wait in the socket, and the future receives those, up to 128
+    /// each time that it is polled.
     ///
     /// # Errors
     /// As [`submit`](Self::submit), and each with the packet's id:
+    /// * `Expired`: the packet has been answered for, by its deadline or by the closing queue.
     /// * `PacketGone`: the kernel no longer had the packet.
-    /// * `NotPermitted`: the process has lost `CAP_NET_ADMIN`.
+    /// * `NotPermitted`: the sending thread had no `CAP_NET_ADMIN`. The packet gets the `on_unanswered` action when that
+    ///   can be sent.
     /// * `Unconfirmed`: the acknowledgement was lost to a full receive buffer.
     ///
     /// # Cancel safety
@@ -72,58 +83,102 @@ impl VerdictSink {
         confirm(verdict)
     }
 
-    /// Sends everything gathered, by whichever clone it was given; resolves when that has been done.
+    /// Sends everything gathered, by whichever clone it was given; resolves when that has been done, or has been tried: what
+    /// is refused is told by [`refusals`](Self::refusals), and what a failed send has kept is sent later.
     ///
     /// # Errors
-    /// None at present: what the kernel refuses comes out of the stream.
+    /// None at present.
     ///
     /// # Cancel safety
     /// Cancel safe: the verdicts are sent, or being sent, once this has been polled.
     pub async fn flush(&self) -> Result<(), Error> {
-        std::future::poll_fn(|cx| self.queue.poll_flush(cx)).await;
+        let mut round = None;
+        std::future::poll_fn(|cx| self.queue.poll_flush(&mut round, cx)).await;
         Ok(())
     }
 
+    /// What concerned one verdict or one message and did not end the queue: verdicts that the kernel refused, verdicts that
+    /// came too late, messages that could not be understood. Each with its packet's id where that is known; the kind says
+    /// which: `NotPermitted`, `Expired`, `Malformed`, or what the kernel answered.
+    ///
+    /// A verdict given by [`confirm`](Self::confirm) is told there instead. 1024 are kept; then the oldest give way, counted
+    /// in [`Stats::refusals_unread`], so that nobody need read them. Where several such streams are read, each item goes to
+    /// one of them. It ends when the queue is closed, and does not keep the queue open.
+    pub fn refusals(&self) -> Refusals {
+        Refusals { queue: Arc::clone(&self.queue), ended: false }
+    }
+
     /// Ends the queue without losing a packet: no new packet is queued, packets nobody has read get the
-    /// [`on_unanswered`](crate::QueueBuilder::on_unanswered) answer, the verdicts that tasks still owe are awaited (for
+    /// [`on_unanswered`](crate::QueueBuilder::on_unanswered) action, the verdicts that tasks still owe are awaited (for
     /// [`close_timeout`](crate::QueueBuilder::close_timeout) at most), then the queue is unbound. The stream ends.
     ///
-    /// Traffic that arrives meanwhile passes if `on_unanswered` is [`Action::Accept`], and is dropped otherwise: a
-    /// firewall that fails closed stays shut. With `Accept`, and `bypass` on the rule, a stop under load loses no packet.
+    /// Traffic that arrives meanwhile passes if `on_unanswered` is [`Action::Accept`]. With any other action it is dropped,
+    /// until the queue is unbound; then the rule drops it, or passes it if it says `bypass`. With `Accept`, and `bypass` on
+    /// the rule, a stop under load loses no packet.
     ///
-    /// Closing twice, from clones or together, is fine: each waits for the end.
+    /// It ends in time in any executor, also where the runtime of the queue has ended or is not driven. Closing twice, from
+    /// clones or together, is fine: each waits for the end, and the shortest time counts.
     ///
     /// # Errors
-    /// * `TimedOut`: packets were still undecided after the wait; they got the `on_unanswered` answer.
-    /// * `NotPermitted`: the process has lost `CAP_NET_ADMIN`; what is queued will be dropped with the last handle.
+    /// To the first who waits:
+    /// * `TimedOut`: packets were still undecided after the wait; they got the `on_unanswered` action.
+    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`; what is queued will be dropped with the last handle.
     ///
     /// # Cancel safety
     /// Once polled, the end goes on by itself.
     pub async fn close(&self) -> Result<(), Error> {
-        self.queue.close(self.queue.on_unanswered()).await
+        self.queue.close(self.queue.on_unanswered(), self.queue.close_timeout()).await
     }
 
-    /// As [`close`](Self::close), with another answer for packets that nobody has read, and for what arrives meanwhile.
+    /// As [`close`](Self::close), and waits for `timeout` at most. Zero waits not at all.
     ///
     /// # Errors
-    /// As [`close`](Self::close); `InvalidInput` for [`Action::Repeat`].
+    /// As [`close`](Self::close).
+    ///
+    /// # Cancel safety
+    /// Once polled, the end goes on by itself.
+    pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
+        self.queue.close(self.queue.on_unanswered(), timeout).await
+    }
+
+    /// As [`close`](Self::close), with another action for packets that nobody has read or that are still undecided after
+    /// the wait.
+    ///
+    /// What arrives meanwhile passes if the action is [`Action::Accept`], and is dropped otherwise: the kernel can do no
+    /// more with packets that it does not queue. So `Stop` and `Requeue` are for the packets that are queued already.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close); `InvalidInput` for [`Action::Repeat`], and for a requeue to this very queue.
+    ///
+    /// # Cancel safety
+    /// Once polled, the end goes on by itself.
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
-        if action == Action::Repeat {
-            let error = Error::new(ErrorKind::InvalidInput, "close queue");
-            return Err(error.with_detail("Repeat would bring the packets back for ever"));
+        if let Err(detail) = crate::builder::check_default(action, self.queue()) {
+            return Err(
+                Error::new(ErrorKind::InvalidInput, format!("close queue {}", self.queue())).with_detail(detail)
+            );
         }
-        self.queue.close(action).await
+        self.queue.close(action, self.queue.close_timeout()).await
     }
 
     /// Changes settings while the queue runs: in one message that the kernel acknowledges or refuses as a whole. No packet is
     /// lost. Where the receive buffer was left to the crate, it grows with a longer queue or copy range.
     ///
+    /// The message is sent when this is called; the future resolves when the kernel has answered. The answer lies behind the
+    /// packets that wait in the socket, and the future receives those, up to 128 each time that it is polled. A lost answer
+    /// is asked for again.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the change made; only its confirmation is lost.
+    ///
     /// # Errors
     /// * `InvalidInput`: a value that the kernel would refuse or silently change.
     /// * `Unsupported`: this kernel lacks a setting, which is named.
     /// * `NotPermitted`: the calling thread has no `CAP_NET_ADMIN`.
+    /// * `Unconfirmed`: the answer was lost to a full receive buffer, time after time. The change may have been made.
     /// * `Closed`: the queue is closing or closed.
-    pub fn reconfigure(&self, change: &Reconfigure) -> Result<(), Error> {
+    #[must_use = "the change has been sent, but only the future tells what the kernel said"]
+    pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
         self.queue.reconfigure(change)
     }
 
@@ -132,11 +187,11 @@ impl VerdictSink {
         self.queue.stats()
     }
 
-    /// The queue's counters now and then: one item each `every`, until the queue is closed. It does not keep the queue
-    /// open.
+    /// The queue's counters at a fixed interval, until the queue is closed. It does not keep the queue open, and works in any
+    /// executor.
     ///
     /// # Errors
-    /// `InvalidInput` if `every` is zero; `NoRuntime` outside a Tokio runtime.
+    /// `InvalidInput` if `every` is zero; an error of the system if it gives no thread for the timer.
     pub fn watch(&self, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
         watch(&self.queue, every)
     }
@@ -145,13 +200,17 @@ impl VerdictSink {
     /// wherever the caller is. It takes a system call or two.
     ///
     /// # Errors
-    /// `Closed` if the queue is not bound any more; the error of the read otherwise. In a user namespace that was
-    /// entered after its network namespace was made, the file is not readable.
+    /// * `Closed`: the queue is not bound any more.
+    /// * `NotPermitted`: the file could not be opened when the queue was bound. Its mode is 0440: only the root of the user
+    ///   namespace that owns the network namespace may read it, and whoever has `CAP_DAC_READ_SEARCH`. In a user namespace
+    ///   that was entered after its network namespace was made, nobody can.
+    /// * Any other error of the read.
     pub fn kernel_stats(&self) -> Result<KernelStats, Error> {
         self.queue.kernel_stats()
     }
 
-    /// Which limits have cost packets so far, and what to raise them to. Empty where none has.
+    /// Which limits have cost packets so far, and what to raise them to. Empty where none has. Where the kernel's counters
+    /// cannot be read it says so, for then it does not see packets that found the queue full.
     pub fn advice(&self) -> Vec<Advice> {
         self.queue.advice()
     }
@@ -177,10 +236,10 @@ impl fmt::Debug for VerdictSink {
 pub(crate) fn submit(verdict: Verdict) -> Result<(), Error> {
     verdict.check()?;
     let (claim, decision) = verdict.into_parts();
-    match claim.redeem() {
-        Some((queue, id)) => queue.decide(id, decision),
-        None => Ok(()),
+    if let Some((queue, id)) = claim.redeem() {
+        queue.decide(id, decision);
     }
+    Ok(())
 }
 
 /// As [`submit`], and what the kernel says of it.
@@ -191,7 +250,10 @@ pub(crate) fn confirm(verdict: Verdict) -> Confirm {
         Ok(()) => {
             let (claim, decision) = verdict.into_parts();
             match claim.redeem() {
-                Some((queue, id)) => Confirmation::Awaited(queue.decide_confirmed(id, decision)),
+                Some((queue, id)) => {
+                    let answer = queue.decide_confirmed(id, decision);
+                    Confirmation::Awaited(queue, answer)
+                }
                 None => Confirmation::Refused(None),
             }
         }
@@ -212,20 +274,59 @@ impl Sink<Verdict> for VerdictSink {
         if self.closed {
             return Err(Error::new(ErrorKind::Closed, "submit verdict").with_packet(verdict.packet_id()));
         }
-        match self.submit(verdict) {
-            // One packet that was answered for must not end a `forward` of all the others.
-            Err(error) if error.kind() == ErrorKind::Expired => Ok(()),
-            result => result,
-        }
+        self.submit(verdict)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        self.queue.poll_flush(cx).map(Ok)
+        let this = self.get_mut();
+        this.queue.poll_flush(&mut this.flushing, cx).map(Ok)
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.closed = true;
-        self.queue.poll_flush(cx).map(Ok)
+        self.poll_flush(cx)
+    }
+}
+
+/// Verdicts and messages that came to nothing: see [`VerdictSink::refusals`].
+#[must_use = "a stream does nothing unless it is polled"]
+pub struct Refusals {
+    queue: Arc<Shared>,
+    ended: bool,
+}
+
+impl Refusals {
+    /// The next refusal; `None` when the queue is closed.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no refusal is lost.
+    pub async fn recv(&mut self) -> Option<Error> {
+        std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    }
+}
+
+impl Stream for Refusals {
+    type Item = Error;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Error>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let item = ready!(self.queue.poll_refusal(cx));
+        self.ended = item.is_none();
+        Poll::Ready(item)
+    }
+}
+
+impl FusedStream for Refusals {
+    fn is_terminated(&self) -> bool {
+        self.ended
+    }
+}
+
+impl fmt::Debug for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Refusals").field("queue", &self.queue.number()).finish_non_exhaustive()
     }
 }
 
@@ -234,13 +335,11 @@ impl Sink<Verdict> for VerdictSink {
 #[must_use = "the verdict has been given, but only the future tells what the kernel said"]
 pub struct Confirm {
     id: PacketId,
-    #[pin]
     state: Confirmation,
 }
 
-#[pin_project(project = ConfirmationProjection)]
 enum Confirmation {
-    Awaited(#[pin] oneshot::Receiver<Result<(), Error>>),
+    Awaited(Arc<Shared>, Answer),
     Refused(Option<Error>),
 }
 
@@ -249,11 +348,13 @@ impl Future for Confirm {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let lost = || Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(*this.id);
-        Poll::Ready(match this.state.project() {
-            ConfirmationProjection::Awaited(answer) => ready!(answer.poll(cx)).unwrap_or_else(|_| Err(lost())),
-            ConfirmationProjection::Refused(error) => Err(error.take().unwrap_or_else(lost)),
-        })
+        let id = *this.id;
+        let answer = match this.state {
+            Confirmation::Awaited(queue, answer) => ready!(queue.poll_answer(answer, cx)),
+            Confirmation::Refused(error) => error.take().map(Err),
+        };
+        let lost = || Err(Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(id));
+        Poll::Ready(answer.unwrap_or_else(lost).map_err(|error| error.with_packet(id)))
     }
 }
 
@@ -268,18 +369,56 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
     if every.is_zero() {
         return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
     }
-    if tokio::runtime::Handle::try_current().is_err() {
-        return Err(Error::new(ErrorKind::NoRuntime, OPERATION));
-    }
-    let alarm = Alarm::new().map_err(|source| Error::os(OPERATION, source))?;
-    let start = (alarm, Arc::downgrade(queue), Instant::now() + every);
-    let watch = stream::unfold(start, move |(mut alarm, queue, at)| async move {
-        alarm.set(at).ok()?;
-        alarm.rings().await.ok()?;
+    let ticks = Ticks::new().map_err(|source| Error::os(OPERATION, source))?;
+    let start = (ticks, Arc::downgrade(queue), Instant::now().checked_add(every));
+    let watch = stream::unfold(start, move |(ticks, queue, at)| async move {
+        ticks.wait(at).await;
         let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
         // Late by more than an interval, it skips what it has missed.
-        let next = (at + every).max(Instant::now());
-        Some((stats, (alarm, queue, next)))
+        let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(Instant::now()));
+        Some((stats, (ticks, queue, next)))
     });
     Ok(Box::pin(watch.fuse()))
+}
+
+/// A timer for a task.
+#[derive(Debug)]
+struct Ticks {
+    alarm: Arc<Alarm>,
+    timer: Timer,
+}
+
+#[derive(Debug, Default)]
+struct Alarm {
+    waker: AtomicWaker,
+}
+
+impl Timed for Alarm {
+    fn fire(self: Arc<Self>) {
+        self.waker.wake();
+    }
+
+    fn readable(self: Arc<Self>) {}
+}
+
+impl Ticks {
+    fn new() -> io::Result<Self> {
+        let alarm = Arc::new(Alarm::default());
+        let timed: Weak<Alarm> = Arc::downgrade(&alarm);
+        Ok(Self { timer: Timer::new(timed as Weak<dyn Timed>)?, alarm })
+    }
+
+    /// Waits until a time; for ever if there is none.
+    async fn wait(&self, at: Option<Instant>) {
+        std::future::poll_fn(|cx| {
+            let Some(at) = at else { return Poll::Pending };
+            self.alarm.waker.register(cx.waker());
+            if at <= Instant::now() {
+                return Poll::Ready(());
+            }
+            self.timer.set(at);
+            Poll::Pending
+        })
+        .await;
+    }
 }

@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
-use crate::wire::verdict::code;
+use crate::Action;
 
-/// A snapshot of a queue's counters. All counts are since [`bind`](crate::QueueBuilder::bind).
+/// A snapshot of a queue's counters. All counts are since [`bind`](crate::QueueBuilder::bind), and of packets unless they say
+/// otherwise.
+///
+/// The numbers add up, in every snapshot:
+/// `received == accepted + dropped + repeated + requeued + refused + gone_at_least + in_flight`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Stats {
@@ -26,26 +30,37 @@ pub struct Stats {
     pub overruns: u64,
     /// Messages that could not be understood.
     pub malformed: u64,
-    /// Verdicts: accept, stop.
+    /// Accepted, or stopped: the verdict was sent, and the kernel has not said that it found no packet.
     pub accepted: u64,
-    /// Verdicts: drop.
+    /// Dropped; as `accepted`.
     pub dropped: u64,
-    /// Verdicts: repeat.
+    /// Sent through the hook again; as `accepted`.
     pub repeated: u64,
-    /// Verdicts: to another queue.
+    /// Given to another queue; as `accepted`.
     pub requeued: u64,
-    /// Of those: packets, tickets and verdicts dropped unanswered, and packets nobody had read when the queue closed.
+    /// Decided by the default action: packets, tickets and verdicts that were dropped, packets that nobody had read when
+    /// the queue closed, and packets whose verdict was refused.
     pub unanswered: u64,
-    /// Of those: packets answered for by [`deadline`](crate::QueueBuilder::deadline).
+    /// Decided by their [`deadline`](crate::QueueBuilder::deadline).
     pub expired: u64,
     /// Verdicts that came after the packet had been answered for.
     pub late: u64,
-    /// Verdict messages that found no packet: its device had gone down, or rules were flushed.
-    pub gone: u64,
-    /// Messages the kernel refused for any other reason.
+    /// The verdict found no packet: its device had gone down, or a hook was unregistered.
+    ///
+    /// It is exact for packets that were decided by a message of their own, as those are that were received more than 2 ms
+    /// before the verdict was sent. A batch answers only if it finds none of its packets, so of the others more may have
+    /// gone than this says; `accepted` and the like are then too high by as many.
+    pub gone_at_least: u64,
+    /// The kernel refused the verdict for a reason that no other verdict would change, and has let the packet go.
     pub refused: u64,
-    /// Errors that nobody read from the stream in time.
-    pub errors_dropped: u64,
+    /// Verdicts that were refused, each told by [`refusals`](crate::VerdictSink::refusals) or to who
+    /// [confirms](crate::Verdict::confirm). A packet whose verdict was refused for want of the capability stays in flight,
+    /// and gets the default action when that can be sent.
+    pub refusals: u64,
+    /// Refusals that nobody read in time.
+    pub refusals_unread: u64,
+    /// Sends that failed, whose verdicts were sent again later.
+    pub failed_sends: u64,
     /// System calls that sent verdicts.
     pub sends: u64,
     /// Verdict messages sent, single and batch.
@@ -54,13 +69,14 @@ pub struct Stats {
     pub flushes: u64,
     /// The most messages sent by one flush.
     pub largest_flush: u64,
-    /// Packets received whose verdict has not been sent.
+    /// Packets received whose verdict has not been sent, or was refused.
     pub in_flight: usize,
     /// The most there ever were of these.
     pub most_in_flight: usize,
     /// How many there were when packets were received: least, mean and most.
     pub fill: Fill,
-    /// Bytes of the packets still undecided, as received: metadata and payload.
+    /// Bytes of memory that the packets still undecided keep alive: of each buffer that one of them lies in, all of it (see
+    /// [`payload_bytes`](crate::Packet::payload_bytes)). Packets that were [detached](crate::Packet::detach) keep none.
     pub held_bytes: usize,
     /// How long the oldest undecided packet has been here, to within a 64th.
     pub oldest_undecided: Option<Duration>,
@@ -70,7 +86,7 @@ pub struct Stats {
     pub receive_buffer: usize,
 }
 
-/// The least, the mean and the most of a number that is looked at now and then. All zero before the first look.
+/// The least, the mean and the most of a number that is looked at each time packets are received. All zero before the first look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Fill {
@@ -106,13 +122,22 @@ impl FillCounter {
 }
 
 impl Stats {
-    pub(crate) fn decided(&mut self, word: u32) {
-        let count = match word & 0xff {
-            code::DROP => &mut self.dropped,
-            code::REPEAT => &mut self.repeated,
-            code::QUEUE => &mut self.requeued,
-            _ => &mut self.accepted,
-        };
-        *count += 1;
+    pub(crate) fn decided(&mut self, action: Action, packets: u64) {
+        *self.of(action) += packets;
+    }
+
+    /// Verdicts that were counted as taken by the kernel were not.
+    pub(crate) fn taken_back(&mut self, action: Action, packets: u64) {
+        let count = self.of(action);
+        *count = count.saturating_sub(packets);
+    }
+
+    fn of(&mut self, action: Action) -> &mut u64 {
+        match action {
+            Action::Drop => &mut self.dropped,
+            Action::Repeat => &mut self.repeated,
+            Action::Requeue { .. } => &mut self.requeued,
+            Action::Accept | Action::Stop => &mut self.accepted,
+        }
     }
 }

@@ -1,26 +1,77 @@
 //! All there is of `unsafe`: what the crates that make the system calls ask the caller to promise.
 
 use std::{
+    ffi::c_void,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
 };
 
 use bytes::BytesMut;
-use rustix::net::{RecvFlags, recv};
+use rustix::{
+    ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode},
+    net::{RecvFlags, recv},
+    thread::{CapabilitySet, capabilities},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Types that own their file descriptor: it is open as long as they live, and always the same.
 pub(crate) trait Owning: AsRawFd {}
 
-impl Owning for OwnedFd {}
 // It closes its descriptor when dropped and not before. (Its `Clone` copies the number; this crate never clones one.)
 impl Owning for netlink_sys::Socket {}
 
-/// Registers a descriptor with the current runtime, for reading.
+/// Registers a descriptor with the current runtime, for reading. `None` if the runtime has no I/O driver.
 #[allow(unsafe_code)]
-pub(crate) fn register<T: Owning>(inner: T) -> io::Result<AsyncFd<T>> {
-    // SAFETY: by `Owning`, the descriptor is open and the same until `inner` is dropped, and the `AsyncFd` owns `inner`.
-    unsafe { AsyncFd::register_with_interest(inner, Interest::READABLE) }.map_err(|error| error.into_parts().1)
+pub(crate) fn register<T: Owning>(inner: T) -> Option<io::Result<AsyncFd<T>>> {
+    // Tokio does not tell beforehand whether there is a driver; it panics.
+    let registered = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: by `Owning`, the descriptor is open and the same until `inner` is dropped, and the `AsyncFd` owns
+        // `inner`.
+        unsafe { AsyncFd::register_with_interest(inner, Interest::READABLE) }
+    }));
+    Some(registered.ok()?.map_err(|error| error.into_parts().1))
+}
+
+/// Whether the calling thread has `CAP_NET_ADMIN` in effect, in its own user namespace.
+pub(crate) fn has_net_admin() -> bool {
+    // It fails for no thread that exists; then the kernel's answers tell.
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
+}
+
+/// Whether the calling thread's network namespace belongs to another user namespace than the initial one.
+pub(crate) fn is_in_child_user_namespace() -> bool {
+    // linux/nsfs.h: NS_GET_USERNS; linux/proc_ns.h: PROC_USER_INIT_INO.
+    const INITIAL: u64 = 0xEFFF_FFFD;
+    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return false };
+    user_namespace_of(namespace).and_then(rustix::fs::fstat).is_ok_and(|stat| stat.st_ino != INITIAL)
+}
+
+#[allow(unsafe_code)]
+fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    struct GetUserNamespace;
+
+    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor, which nobody else owns.
+    unsafe impl Ioctl for GetUserNamespace {
+        type Output = OwnedFd;
+        const IS_MUTATING: bool = false;
+
+        fn opcode(&self) -> Opcode {
+            opcode::none(0xb7, 1)
+        }
+
+        fn as_ptr(&mut self) -> *mut c_void {
+            std::ptr::null_mut()
+        }
+
+        unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+            // SAFETY: the call has succeeded, and its result is a new descriptor.
+            Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        }
+    }
+
+    // SAFETY: the argument is as the implementation above says.
+    unsafe { ioctl(namespace, GetUserNamespace) }
 }
 
 /// Receives one datagram in place of what `room` holds, as much of it as there is capacity for, and tells the datagram's own

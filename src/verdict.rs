@@ -7,65 +7,21 @@ use std::{borrow::Cow, fmt};
 use bytes::Bytes;
 
 use crate::{
-    Error, ErrorKind, PacketId, Vlan,
-    ledger::Decision,
+    Action, Confirm, Error, ErrorKind, PacketId, Vlan, kernel,
     packet::Claim,
     queue::Extra,
-    wire::{
-        MAX_PAYLOAD,
-        verdict::{Ruling, code},
-    },
+    state::{Decision, Origin},
+    wire::{MAX_PAYLOAD, verdict::Ruling},
 };
 #[cfg(feature = "conntrack")]
 use crate::{Expectation, wire::verdict::encode_conntrack};
 
-/// What happens to a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Action {
-    /// It is dropped.
-    #[doc(alias = "NF_DROP")]
-    Drop,
-    /// It goes on its way.
-    #[doc(alias = "NF_ACCEPT")]
-    Accept,
-    /// It goes through the hook again; see [`Packet::repeat`](crate::Packet::repeat).
-    #[doc(alias = "NF_REPEAT")]
-    Repeat,
-    /// It goes on its way and skips the rest of the hook's chains.
-    #[doc(alias = "NF_STOP")]
-    Stop,
-    /// It goes to another queue.
-    #[doc(alias = "NF_QUEUE")]
-    Requeue {
-        /// The other queue's number.
-        queue: u16,
-        /// Where nobody owns that queue: accept the packet if true, drop it if false.
-        bypass: bool,
-    },
-}
-
-impl Action {
-    pub(crate) fn word(self) -> u32 {
-        match self {
-            Self::Drop => code::DROP,
-            Self::Accept => code::ACCEPT,
-            Self::Repeat => code::REPEAT,
-            Self::Stop => code::STOP,
-            // No other action may have bits above the low byte: ACCEPT with such skips later hooks.
-            Self::Requeue { queue, bypass } => {
-                code::QUEUE | u32::from(queue) << 16 | if bypass { code::QUEUE_BYPASS } else { 0 }
-            }
-        }
-    }
-}
-
 /// What to do with one packet: an action, and changes to the packet.
 ///
-/// It takes effect when it is given to a [`VerdictSink`](crate::VerdictSink), and goes to the packet's own queue whichever
-/// sink that is. Dropped instead, the packet gets what
+/// It takes effect when it is [submitted](Self::submit), or given to a [`VerdictSink`](crate::VerdictSink); it goes to the
+/// packet's own queue whichever sink that is. Dropped instead, the packet gets what
 /// [`QueueBuilder::on_unanswered`](crate::QueueBuilder::on_unanswered) says.
-#[must_use = "a verdict takes effect when it is given to a VerdictSink; dropped, the packet counts as unanswered"]
+#[must_use = "a verdict takes effect when it is submitted; dropped, the packet counts as unanswered"]
 pub struct Verdict {
     claim: Claim,
     action: Action,
@@ -109,6 +65,31 @@ impl Verdict {
         self.action
     }
 
+    /// The number of the queue that the packet waits in.
+    pub fn queue(&self) -> u16 {
+        self.claim.queue()
+    }
+
+    /// Gives the verdict; as [`VerdictSink::submit`](crate::VerdictSink::submit). A verdict knows its queue.
+    ///
+    /// # Errors
+    /// As [`VerdictSink::submit`](crate::VerdictSink::submit).
+    pub fn submit(self) -> Result<(), Error> {
+        crate::sink::submit(self)
+    }
+
+    /// Gives the verdict, and resolves when the kernel has acknowledged it; as
+    /// [`VerdictSink::confirm`](crate::VerdictSink::confirm).
+    ///
+    /// # Errors
+    /// As [`VerdictSink::confirm`](crate::VerdictSink::confirm).
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::confirm`](crate::VerdictSink::confirm).
+    pub fn confirm(self) -> Confirm {
+        crate::sink::confirm(self)
+    }
+
     /// Sets the packet's mark, all 32 bits of it. Without this the packet keeps the mark it has.
     ///
     /// To change some bits only, start from [`Packet::mark`](crate::Packet::mark). At the output hook a changed mark routes
@@ -134,9 +115,12 @@ impl Verdict {
     ///
     /// From 20 (IPv4) or 40 (IPv6) to 65 531 bytes; anything else is refused by the sink, for the kernel would drop the
     /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be (as it always is
-    /// on a bridge, which does not fragment). Linux 7.2 and
-    /// later drop, in silence, a replacement whose header length, options, fragment bits or extension headers differ from
-    /// the packet's, and every replacement in a network namespace that belongs to an unprivileged user namespace.
+    /// on a bridge, which does not fragment).
+    ///
+    /// Linux 7.2 and later drop, in silence, a replacement whose header length, options, fragment bits or extension headers
+    /// differ from the packet's. They also drop every replacement in the bridge family, and every one in a network
+    /// namespace that belongs to another user namespace than the initial one: these two are refused as `Unsupported`
+    /// before they are sent.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub fn payload(mut self, payload: impl Into<Bytes>) -> Self {
         self.extra.get_or_insert_default().payload = Some(payload.into());
@@ -153,8 +137,8 @@ impl Verdict {
 
     /// Replaces the link-layer header; it must be as long as the packet's ([`Packet::layer2_header`](crate::Packet::layer2_header)).
     /// It goes out as it is, EtherType included.
-    /// In the bridge family alone; elsewhere the kernel ignores it. With another length the kernel loses the packet and
-    /// answers EINVAL.
+    /// In the bridge family alone; elsewhere the kernel ignores it. Another length is refused, for the kernel would lose the
+    /// packet (and older kernels its memory).
     #[doc(alias = "NFQA_L2HDR")]
     pub fn layer2_header(mut self, header: impl Into<Bytes>) -> Self {
         self.extra.get_or_insert_default().layer2 = Some(header.into());
@@ -224,12 +208,25 @@ impl Verdict {
         if extra.layer2.as_ref().is_some_and(|header| header.is_empty() || header.len() > MAX_LAYER2) {
             return refuse(ErrorKind::InvalidInput, "a link-layer header of an impossible length".into());
         }
+        if let (Some(header), Some(length)) = (&extra.layer2, self.claim.bridged())
+            && header.len() != length
+        {
+            let detail = format!("a link-layer header of {} bytes; the packet's has {length}", header.len());
+            return refuse(ErrorKind::InvalidInput, detail.into());
+        }
         let Some(payload) = &extra.payload else { return Ok(()) };
         let least = match payload.first().map(|first| first >> 4) {
             Some(4) => 20,
             Some(6) => 40,
             _ => 1,
         };
+        let obstacle = match self.claim.bridged() {
+            Some(_) => kernel::bridge_payload_obstacle(),
+            None => self.claim.no_payload(),
+        };
+        if let Some(obstacle) = obstacle {
+            return refuse(ErrorKind::Unsupported, obstacle.into());
+        }
         if (least..=MAX_PAYLOAD).contains(&payload.len()) {
             return Ok(());
         }
@@ -238,7 +235,7 @@ impl Verdict {
     }
 
     pub(crate) fn into_parts(self) -> (Claim, Decision<Box<Extra>>) {
-        let ruling = Ruling { word: self.action.word(), mark: self.mark, priority: self.priority };
+        let ruling = Ruling { action: self.action, mark: self.mark, priority: self.priority };
         #[cfg_attr(not(feature = "conntrack"), expect(unused_mut))]
         let mut extra = self.extra;
         #[cfg(feature = "conntrack")]
@@ -249,7 +246,7 @@ impl Verdict {
             extra.conntrack = Some(encoded);
             extra.expectation = change.expectation.as_ref().map(Expectation::encode);
         }
-        (self.claim, Decision { ruling, extra })
+        (self.claim, Decision { ruling, extra, origin: Origin::Owner })
     }
 }
 
@@ -265,19 +262,5 @@ impl fmt::Debug for Verdict {
             .field("priority", &self.priority)
             .field("payload_len", &self.extra.as_ref().and_then(|extra| extra.payload.as_ref()).map(Bytes::len))
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_requeue_has_bits_above_the_low_byte() {
-        for action in [Action::Drop, Action::Accept, Action::Repeat, Action::Stop] {
-            assert!(action.word() <= 5);
-        }
-        assert_eq!(Action::Requeue { queue: 7, bypass: false }.word(), 0x0007_0003);
-        assert_eq!(Action::Requeue { queue: 0xffff, bypass: true }.word(), 0xffff_8003);
     }
 }

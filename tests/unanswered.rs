@@ -281,16 +281,20 @@ async fn a_deadline_is_kept_for_packets_of_many_moments() {
 
 async fn a_deadline_needs_nobody_to_poll_the_queue() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
-    let traffic = Traffic::new(COUNT);
+    let traffic = Traffic::new(COUNT + 101);
     let first = hold(&mut queue, &traffic, 0..COUNT).await;
-    // The same while others still wait in the kernel.
-    traffic.send([COUNT]);
     traffic.expect(0..COUNT).await;
     drop(first);
-    // Not received before now, so its deadline begins now.
-    let last = next(&mut queue).await;
-    traffic.expect([COUNT]).await;
-    drop(last);
+    // Packets that lie unread, for the program has stopped polling, have deadlines too.
+    traffic.send(COUNT..COUNT + 100);
+    traffic.expect(COUNT..COUNT + 100).await;
+    assert_eq!(queue.stats().expired, u64::from(COUNT) + 100);
+    // What has been answered for is not handed out.
+    traffic.send([COUNT + 100]);
+    let packet = next(&mut queue).await;
+    assert_eq!(number(&packet), COUNT + 100);
+    assert!(!packet.is_expired());
+    eventually("the deadline", || packet.is_expired()).await;
 }
 
 async fn a_late_verdict_is_told() {
@@ -299,20 +303,23 @@ async fn a_late_verdict_is_told() {
     let packets = hold(&mut queue, &traffic, 0..4).await;
     eventually("the deadline", || queue.stats().expired == 4).await;
     let sink = queue.sink();
+    let mut refusals = sink.refusals();
     for (index, packet) in packets.into_iter().enumerate() {
         let id = packet.id();
-        let error = match index {
-            0 => sink.submit(packet.accept()).unwrap_err(),
-            1 => soon("the answer", sink.confirm(packet.accept())).await.unwrap_err(),
-            2 => sink.submit(packet.detach().accept()).unwrap_err(),
-            _ => {
-                let payload = packet.payload_bytes();
-                sink.submit(packet.accept().mark(1).payload(payload)).unwrap_err()
-            }
+        assert!(packet.is_expired());
+        let told = match index {
+            0 => sink.submit(packet.accept()),
+            1 => Err(soon("the answer", sink.confirm(packet.accept())).await.unwrap_err()),
+            2 => sink.submit(packet.detach().accept()),
+            _ => sink.submit(packet.accept().mark(1)),
+        };
+        let error = match told {
+            Ok(()) => soon("the refusal", refusals.recv()).await.unwrap(),
+            Err(error) => error,
         };
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)), "{error}");
     }
     sink.flush().await.unwrap();
     traffic.expect_nothing();
-    assert_eq!((sink.stats().late, sink.stats().gone, sink.stats().in_flight), (4, 0, 0));
+    assert_eq!((sink.stats().late, sink.stats().gone_at_least, sink.stats().in_flight), (4, 0, 0));
 }

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use crate::{
-    ledger::{Decision, Ledger},
+    ledger::{Decision, Ledger, Origin},
     suite::summary::{Book, Random},
-    wire::verdict::{Ruling, code::ACCEPT},
+    types::Action::Accept as ACCEPT,
+    wire::verdict::Ruling,
 };
 
 pub const SECTION: &str = "ledger";
@@ -68,10 +69,10 @@ pub fn cycle(ledger: &mut Ledger<()>, first: u32, ids: &[u32]) -> u32 {
     }
     for together in ids.chunks(FLUSH) {
         for offset in together {
-            let decision = Decision { ruling: Ruling::plain(ACCEPT), extra: None };
+            let decision = Decision { ruling: Ruling::plain(ACCEPT), extra: None, origin: Origin::Owner };
             ledger.decide(first.wrapping_add(*offset), decision).expect("it is undecided");
         }
-        ledger.settle(&mut settled);
+        ledger.settle(first, &mut settled);
         settled.clear();
     }
     first.wrapping_add(ids.len() as u32)

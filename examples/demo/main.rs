@@ -128,9 +128,7 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
                 _ => packet.accept(),
             };
             counts.decided(flow, &verdict);
-            if let Err(error) = verdicts.submit(verdict)
-                && error.kind() != ErrorKind::Expired
-            {
+            if let Err(error) = verdicts.submit(verdict) {
                 eprintln!("demo: {error}");
             }
         }

@@ -267,7 +267,9 @@ fn refused(operation: String, commands: &[Command], refusal: Refusal) -> Error {
     };
     let (kind, hint) = match (errno(&refusal.error), subject) {
         // The capability is checked once for the whole batch, and answered to its first message.
-        (Some(Errno::PERM), None) => (ErrorKind::NotPermitted, None),
+        (Some(Errno::PERM), None) => {
+            (ErrorKind::NotPermitted, Some("CAP_NET_ADMIN is needed in the user namespace of the network namespace"))
+        }
         (Some(Errno::PERM), Some(Subject::Table)) => {
             (ErrorKind::Other, Some("another socket owns a table of this name"))
         }

@@ -1,18 +1,23 @@
 //! Binding, and finding out what a refusal means.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use tokio::runtime::Handle;
 
 use super::{
+    busy_poll::BusyPoll,
     driver,
-    limits::Limits,
-    shared::{Settings, Shared},
+    inbox::Inbox,
+    limits::{limits_of, receive_buffer},
+    shared::{Settings, Shared, SystemClock},
 };
 use crate::{
     Error, ErrorKind, FlushPolicy, NetworkNamespace,
-    kernel::KernelTable,
-    socket::{Socket, Unregistered},
+    keeper::{Timed, Timer},
+    kernel::{KernelTable, payload_obstacle},
+    socket::{Socket, Unregistered, is_own_port, own_port},
+    state::{Limits, Machine, Rules},
+    sys,
     wire::config::{Config, FLAG_CONNTRACK, FLAG_SECURITY_CONTEXT},
 };
 
@@ -24,29 +29,66 @@ impl Shared {
         policy: FlushPolicy,
         namespace: Option<&NetworkNamespace>,
     ) -> Result<Arc<Self>, Error> {
+        let operation = || format!("bind queue {}", settings.queue);
         if Handle::try_current().is_err() {
-            return Err(Error::new(ErrorKind::NoRuntime, format!("bind queue {}", settings.queue)));
+            return Err(Error::new(ErrorKind::NoRuntime, operation()));
         }
-        let limits = Limits::of(config, Limits { max_len: 0, payload: 0 });
-        let receive_buffer = settings.receive_buffer.unwrap_or_else(|| limits.buffer());
-        let open = || (Unregistered::open(receive_buffer), KernelTable::open());
-        let (socket, table) = match namespace {
+        let limits = limits_of(config, Limits { max_len: 0, payload: 0 });
+        let receive_buffer = settings.receive_buffer.unwrap_or_else(|| receive_buffer(limits, settings.attributes));
+        let open = || (Unregistered::open(receive_buffer), KernelTable::open(), payload_obstacle());
+        let (socket, table, no_payload) = match namespace {
             None => open(),
             Some(namespace) => namespace.run(open)?,
         };
-        let shared = Arc::new(Self::new(settings, Socket::register(socket?)?, table, policy, limits));
-        shared.configure("bind queue", config).map_err(|error| shared.explain(error, config))?;
-        driver::start(&shared).map_err(|source| Error::os(format!("bind queue {}", settings.queue), source))?;
+        let socket = Socket::register(socket?).map_err(|error| error.with_operation(operation()))?;
+        let rules = Rules { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
+        // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
+        let machine = Machine::new(rules, policy, limits, 1, SystemClock);
+        let inbox = Inbox::new(limits.payload, BusyPoll::new(settings.busy_poll));
+        let shared = Arc::new(Self::new(settings, socket, table, machine, inbox, no_payload));
+        own_port(shared.socket.port_id());
+        shared.ask_for_the_queue(config)?;
+        let timed: Weak<Self> = Arc::downgrade(&shared);
+        let timer = Timer::new(timed as Weak<dyn Timed>);
+        let _ =
+            shared.timer.set(timer.map_err(|source| Error::os(operation(), source).with_detail("no timer thread"))?);
+        driver::start(&shared);
+        shared.with(|core| core.machine.bound());
+        shared.trace.bound(limits.max_len, shared.socket.receive_buffer());
         Ok(shared)
     }
 
-    /// Says what a refused bind means.
+    /// Asks the kernel for the queue; more than once where its last owner may just be going.
+    fn ask_for_the_queue(&self, config: &Config) -> Result<(), Error> {
+        const TRIES: usize = 3;
+        let mut tries = 0;
+        loop {
+            let error = match self.configure("bind queue", config) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            tries += 1;
+            let owned = self.owner().is_some();
+            if error.kind() == ErrorKind::NotPermitted && !owned && sys::has_net_admin() && tries < TRIES {
+                continue;
+            }
+            return Err(self.explain(error, config));
+        }
+    }
+
+    /// Says what a refusal means.
     pub(super) fn explain(&self, error: Error, config: &Config) -> Error {
         match error.kind() {
             // nfqnl_recv_config answers EPERM both for a queue of another socket and to a caller without the capability.
             ErrorKind::NotPermitted => match self.owner() {
                 Some(owner) => error.with_kind(ErrorKind::AlreadyBound).with_detail(owner),
-                None => error,
+                None if sys::has_net_admin() && !self.table.is_readable() => {
+                    error.with_kind(ErrorKind::AlreadyBound).with_detail(
+                        "or CAP_NET_ADMIN is missing in the namespace's own user namespace; \
+                         /proc/net/netfilter/nfnetlink_queue, which would tell, cannot be read",
+                    )
+                }
+                None => error.with_detail("CAP_NET_ADMIN is needed in the user namespace of the network namespace"),
             },
             ErrorKind::Unsupported => match self.refused_flag(config) {
                 Some(name) => error.with_detail(name),
@@ -66,9 +108,15 @@ impl Shared {
         if port == self.socket.port_id() {
             return None;
         }
-        let port = port as i32;
-        // A process's first netlink socket has the process id for its port; later ones have negative numbers.
-        Some(if port > 0 { format!("by process {port}, it seems") } else { format!("port id {port}") })
+        if is_own_port(port) {
+            return Some("it is another queue handle of this process".to_owned());
+        }
+        // A process's first netlink socket has the process id for its port; later ones have numbers that are negative
+        // when they are taken for signed.
+        Some(match port as i32 {
+            process @ 1.. => format!("by process {process}, it seems"),
+            _ => format!("by a netlink socket with port id {port}"),
+        })
     }
 
     /// Which flag this kernel does not have. The queue is not bound, so a flag it has is answered with ENODEV, after

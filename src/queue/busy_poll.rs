@@ -35,11 +35,13 @@ impl BusyPoll {
         self.dry_since.is_some_and(|since| now.saturating_duration_since(since) >= TRICKLE)
     }
 
-    /// Packets have come.
-    pub(super) fn arrived(&mut self, now: Instant) {
-        if let Some(since) = self.dry_since.take() {
+    /// Packets have come. Reads the clock where it matters.
+    pub(super) fn arrived(&mut self, now: impl FnOnce() -> Instant) {
+        if let Some(since) = self.dry_since.take()
+            && !self.limit.is_zero()
+        {
             let most = self.limit * 4;
-            let dry = now.saturating_duration_since(since).min(most);
+            let dry = now().saturating_duration_since(since).min(most);
             self.mean = (self.mean.min(most) * 7 + dry) / 8;
         }
     }
@@ -56,7 +58,7 @@ mod tests {
         let awake = pauses.iter().filter(|pause| {
             let awake = busy.dry(*now);
             *now += Duration::from_micros(**pause);
-            busy.arrived(*now);
+            busy.arrived(|| *now);
             awake
         });
         awake.count()
@@ -90,7 +92,7 @@ mod tests {
         busy.dry(start);
         assert!(!busy.is_long_dry(start + TRICKLE / 2));
         assert!(busy.is_long_dry(start + TRICKLE));
-        busy.arrived(start + TRICKLE);
+        busy.arrived(|| start + TRICKLE);
         assert!(!busy.is_long_dry(start + 2 * TRICKLE));
     }
 

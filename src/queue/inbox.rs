@@ -1,15 +1,17 @@
 //! Receiving: datagrams become packets that wait to be taken from the stream, and answers for those who await them.
 
-use std::{collections::VecDeque, io, ops::Range, time::Instant};
+use std::{collections::VecDeque, io, ops::Range, sync::atomic::Ordering, time::Instant};
+
+use bytes::Bytes;
 
 use super::{
     busy_poll::BusyPoll,
-    shared::{Core, Phase, Shared, lock},
+    shared::{Shared, lock},
 };
 use crate::{
-    Error, ErrorKind, PacketId,
     packet::Arrived,
     socket::{Memory, Received},
+    state::{Arrival, Place},
     wire::{Answer, Message, Messages, PacketMessage},
 };
 
@@ -20,8 +22,6 @@ pub(super) struct Inbox {
     pub(super) packets: VecDeque<Arrived>,
     /// Packets of the datagram at hand that are not alone in it, with the place of each body.
     found: Vec<(Range<usize>, PacketMessage)>,
-    /// Ids of packets that could not be understood.
-    bad: Vec<Option<u32>>,
     pub(super) busy_poll: BusyPoll,
 }
 
@@ -31,49 +31,60 @@ pub(super) const RECEIVE_BATCH: usize = 64;
 
 impl Inbox {
     pub(super) fn new(payload: usize, busy_poll: BusyPoll) -> Self {
-        let memory = Memory::new(payload);
-        Self { memory, packets: VecDeque::new(), found: Vec::new(), bad: Vec::new(), busy_poll }
+        Self { memory: Memory::new(payload), packets: VecDeque::new(), found: Vec::new(), busy_poll }
     }
-}
 
-impl Inbox {
-    /// Makes room for messages with payloads of up to so many bytes.
-    pub(super) fn set_payload(&mut self, payload: usize) {
-        self.memory.set_payload(payload);
+    /// Sees to it that there is room for messages with payloads of up to so many bytes. It never becomes less: the kernel
+    /// may still send what it was told before.
+    pub(super) fn grow(&mut self, payload: usize) {
+        self.memory.grow(payload);
     }
 }
 
 impl Shared {
-    /// Receives up to `most` datagrams; true when the socket has been found empty.
+    /// Receives up to `most` datagrams; true when the socket has been found empty. What is to be done then is left to
+    /// [`attend`](Self::attend), for the caller holds the inbox.
     ///
     /// # Errors
     /// The socket is of no further use.
     pub(super) fn receive(&self, inbox: &mut Inbox, most: usize) -> io::Result<bool> {
+        let sent = self.last_sent.load(Ordering::Acquire);
         let already = inbox.packets.len();
         let mut received = Batch::default();
         let result = self.receive_batch(inbox, most, &mut received);
+        let emptied = matches!(result, Ok(true)).then_some(sent);
+        let mut core = self.core();
+        let machine = &mut core.machine;
         if received.is_empty() {
             // The common end of a burst: the one fact to note is that there is no more.
-            let mut core = self.core();
-            core.backlog = false;
-            core.losing &= !(core.lossless && matches!(result, Ok(true)));
+            if let Some(sent) = emptied {
+                machine.emptied(sent);
+            }
             return result;
         }
-        let mut core = self.core();
+        let lost_before = machine.lost();
+        if inbox.packets.len() > already {
+            inbox.busy_poll.arrived(Instant::now);
+            let arrivals = inbox.packets.range(already..).map(|packet| Arrival { id: packet.id, place: packet.place });
+            if !machine.arrived(arrivals) {
+                received.answered_for = inbox.packets.split_off(already);
+            }
+        }
+        for id in &received.bad {
+            machine.malformed(*id);
+        }
+        for answer in received.answers.drain(..) {
+            machine.answered(answer);
+        }
         // Nobody knows yet whether more has come than the one asked for.
-        core.backlog = most > 1 && !matches!(result, Ok(true));
-        let lost_before = core.counters.lost;
-        self.arrived(&mut core, inbox, already);
-        core.counters.bytes += received.bytes;
-        core.counters.overruns += received.overruns;
-        let lossless = received.overruns == 0 && core.counters.lost == lost_before;
-        core.episode(lossless, matches!(result, Ok(true)));
-        for answer in received.answers {
-            core.answered(answer);
+        machine.received(received.bytes, received.overruns, lost_before, emptied, most > 1);
+        if self.settings.deadline.is_some() {
+            // What has been answered for is not handed out, and its memory is not kept for a stream that nobody polls.
+            while inbox.packets.front().is_some_and(|packet| !machine.is_undecided(packet.id)) {
+                received.answered_for.extend(inbox.packets.pop_front());
+            }
         }
-        for id in inbox.bad.drain(..) {
-            self.malformed(&mut core, id);
-        }
+        drop(core);
         result
     }
 
@@ -82,7 +93,7 @@ impl Shared {
             match self.socket.receive(&mut inbox.memory)? {
                 Received::Empty => return Ok(true),
                 Received::Overrun => received.overruns += 1,
-                Received::Datagram | Received::Truncated => {
+                Received::Datagram => {
                     received.datagrams += 1;
                     received.bytes += inbox.memory.received().len() as u64;
                     inbox.take_apart(received);
@@ -92,73 +103,50 @@ impl Shared {
         Ok(false)
     }
 
-    /// Enters what has come since the inbox held `already` packets.
-    fn arrived(&self, core: &mut Core, inbox: &mut Inbox, already: usize) {
-        let Some(first) = inbox.packets.get(already).map(|packet| packet.id) else { return };
-        let now = Instant::now();
-        inbox.busy_poll.arrived(now);
-        let oldest = core.ledger.oldest();
-        core.arrivals.arrived(first, oldest, now);
-        for packet in inbox.packets.range(already..) {
-            let lost = core.ledger.arrive(packet.id, packet.bytes.len() as u32);
-            core.counters.received += 1;
-            if lost > 0 {
-                core.counters.lost += u64::from(lost);
-                core.counters.gaps += 1;
-            }
-            if let Some((after, _)) = self.settings.deadline {
-                core.deadlines.arrived(packet.id, 1, now, after);
+    /// Receives for somebody else than the stream, a round at most, and has the stream woken if that brought packets for
+    /// it. True when the socket has been found empty. What is to be done is left to [`attend`](Self::attend).
+    pub(super) fn receive_round(&self) -> io::Result<bool> {
+        let mut inbox = lock(&self.inbox);
+        let result = self.receive(&mut inbox, RECEIVE_BATCH);
+        if !inbox.packets.is_empty() {
+            self.core().machine.wake_stream();
+            if let Some(foreign) = self.foreign.get() {
+                foreign.raise();
             }
         }
-        let in_flight = core.ledger.undecided() + core.ledger.gathered();
-        core.fill.look(in_flight);
-        core.counters.most_in_flight = core.counters.most_in_flight.max(in_flight);
-        let fate = match core.phase {
-            Phase::Open => None,
-            Phase::Draining { fate, .. } => Some(fate),
-            Phase::Unbinding | Phase::Closed => Some(self.settings.on_unanswered),
-        };
-        if let Some(fate) = fate {
-            for packet in inbox.packets.drain(already..) {
-                let _ = core.decide_unanswered(packet.id, fate);
-            }
-        } else if core.deadlines.next().is_some_and(|next| core.alarm.is_none_or(|alarm| next < alarm)) {
-            self.signal.notify_one();
-        }
+        result
     }
 
-    /// A packet that cannot be shown to anybody must still be answered.
-    fn malformed(&self, core: &mut Core, id: Option<u32>) {
-        let mut error = Error::new(ErrorKind::Malformed, "receive packet");
-        if let Some(id) = id {
-            core.ledger.arrive(id, 0);
-            let _ = core.decide_unanswered(id, self.settings.on_unanswered);
-            error = error.with_packet(PacketId(id));
-        }
-        core.counters.malformed += 1;
-        core.error(error);
-    }
-
-    /// Receives until the socket has been found empty, and wakes the stream if that brought packets for it.
+    /// Receives until the socket has been found empty.
     ///
     /// Bounded: the kernel queues no more than `max_len` packets that nobody decides, and answers only what was asked.
     pub(super) fn receive_all(&self) -> io::Result<()> {
-        let max_len = self.core().limits.max_len as usize;
+        let max_len = self.core().machine.limits().max_len as usize;
         for _ in 0..=(max_len / RECEIVE_BATCH + 4) * 4 {
-            let mut inbox = lock(&self.inbox);
-            let empty = self.receive(&mut inbox, RECEIVE_BATCH)?;
-            if !inbox.packets.is_empty() {
-                self.core().wake_stream();
-            }
-            if empty {
+            if self.receive_round()? {
                 break;
             }
         }
         Ok(())
     }
+
+    /// Receives packets that may have lain unread for long, so that their deadlines begin.
+    pub(super) fn look_for_unread(&self) {
+        let _ = self.receive_all();
+        self.attend();
+    }
+
+    /// Has the timer told when the socket is readable.
+    pub(super) fn watch_socket(&self) {
+        let Some(timer) = self.timer.get() else { return };
+        let again = self.watched.swap(true, Ordering::Relaxed);
+        if let Err(source) = self.socket.watch(timer, again) {
+            tracing::error!(parent: self.trace.span(), error = %source, "deadlines of unread packets are not kept");
+        }
+    }
 }
 
-/// What a round of receiving brought beside packets.
+/// What a round of receiving brought beside packets to hand out.
 #[derive(Default)]
 struct Batch {
     datagrams: usize,
@@ -166,6 +154,9 @@ struct Batch {
     overruns: u64,
     /// Answers are rare: one for each error, and for each message that asked for one.
     answers: Vec<Answer>,
+    /// Ids of packets that could not be understood.
+    bad: Vec<Option<u32>>,
+    answered_for: VecDeque<Arrived>,
 }
 
 impl Batch {
@@ -186,19 +177,21 @@ impl Inbox {
                     let body = start..start + body.len();
                     if self.found.is_empty() && messages.is_at_end() {
                         // One packet is one datagram, so this is the way they all go.
-                        self.packets.push_back(Arrived::new(self.memory.take(), body, &packet));
+                        let (bytes, place) = self.memory.take();
+                        self.packets.push_back(Arrived::new(bytes, body, &packet, place));
                         return;
                     }
                     self.found.push((body, packet));
                 }
                 Message::Answer(answer) => received.answers.push(answer),
-                Message::BadPacket(bad) => self.bad.push(bad.id),
-                Message::Unknown => self.bad.push(None),
+                Message::BadPacket(bad) => received.bad.push(bad.id),
+                Message::Unknown => received.bad.push(None),
             }
         }
         if !self.found.is_empty() {
-            let bytes = self.memory.take();
-            self.packets.extend(self.found.drain(..).map(|(body, packet)| Arrived::new(bytes.clone(), body, &packet)));
+            let (bytes, place): (Bytes, Place) = self.memory.take();
+            let found = self.found.drain(..).map(|(body, packet)| Arrived::new(bytes.clone(), body, &packet, place));
+            self.packets.extend(found);
         }
     }
 }

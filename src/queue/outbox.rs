@@ -1,14 +1,20 @@
-//! Sending: what the ledger settles becomes datagrams.
+//! Sending: what the ledger settles becomes datagrams; settings become messages.
 
-use std::{io, sync::TryLockError};
+use std::{
+    io,
+    sync::{TryLockError, atomic::Ordering},
+    task::Poll,
+};
 
-use super::shared::{Awaited, Confirmer, Extra, Phase, Shared, lock};
+use futures::{FutureExt, channel::oneshot};
+
+use super::shared::{Answer, Extra, Shared, lock};
 use crate::{
-    Error, ErrorKind, PacketId,
-    ledger::Settlement,
+    Error, ErrorKind,
+    state::{Change, Life, Settlement},
+    sys,
     wire::{
-        Answer,
-        config::Config,
+        config::{Config, CopyMode},
         verdict::{self, Attachments},
     },
 };
@@ -17,159 +23,193 @@ use crate::{
 pub(super) struct Outbox {
     plan: Vec<Settlement<Box<Extra>>>,
     datagram: Vec<u8>,
-    /// The sequence number of the datagram's first message.
-    first: u32,
+    /// The number of the last message.
     sequence: u32,
+    /// The longest datagram, in bytes.
     max_send: usize,
-    /// Verdicts in the datagram whose acknowledgement is awaited, by sequence number.
-    confirms: Vec<u32>,
+}
+
+/// Messages that were sent, and carried something.
+type Spent = Vec<Settlement<Box<Extra>>>;
+
+/// What became of a datagram.
+enum Outcome {
+    Sent,
+    /// The kernel discarded it: the capability is missing.
+    Refused,
+    TooLong(io::Error),
+    /// The kernel was short of memory, repeatedly.
+    Failed,
+    /// The socket is of no further use.
+    Broken(io::Error),
 }
 
 impl Outbox {
     pub(super) fn new(max_send: usize) -> Self {
-        Self { plan: Vec::new(), datagram: Vec::new(), first: 0, sequence: 0, max_send, confirms: Vec::new() }
+        Self { plan: Vec::new(), datagram: Vec::new(), sequence: 0, max_send }
     }
 
     fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
-        if self.datagram.is_empty() {
-            self.first = self.sequence;
-        }
         self.sequence
+    }
+
+    /// Fills the datagram with messages, as many as it takes and one at least. Tells how many.
+    fn fill(&mut self, messages: &[Settlement<Box<Extra>>], queue: u16) -> usize {
+        self.datagram.clear();
+        for (index, message) in messages.iter().enumerate() {
+            let extra = match message {
+                Settlement::Single { decision, .. } => decision.extra.as_ref(),
+                Settlement::Batch { .. } => None,
+            };
+            let attachments = extra.map_or_else(Attachments::default, |extra| extra.attachments());
+            let ruling = message.ruling();
+            let length = verdict::length(ruling, &attachments);
+            if index > 0 && self.datagram.len() + length > self.max_send {
+                return index;
+            }
+            let sequence = self.next_sequence();
+            match message {
+                Settlement::Batch { max, .. } => {
+                    verdict::encode_batch(&mut self.datagram, sequence, queue, *max, ruling);
+                }
+                Settlement::Single { id, .. } => {
+                    let acknowledge = extra.is_some_and(|extra| extra.confirm.is_some());
+                    let tag = (sequence, acknowledge);
+                    verdict::encode_single(&mut self.datagram, tag, queue, *id, ruling, &attachments);
+                }
+            }
+        }
+        messages.len()
     }
 }
 
 impl Shared {
-    /// Sends what is gathered. The caller has said so in `flush_wanted`; if another thread is sending, that one will
-    /// see it and go round once more. True if all that was gathered before has been sent when this returns.
-    pub(super) fn flush(&self) -> bool {
+    /// Sends what is gathered. If another thread is sending, that one sees that it is wanted and goes round once more.
+    pub(super) fn flush(&self) {
         loop {
             let mut outbox = match self.outbox.try_lock() {
                 Ok(outbox) => outbox,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => return false,
+                // The holder looks for wishes after it has released the lock, so none is lost.
+                Err(TryLockError::WouldBlock) => return,
             };
-            let confirms = self.send_gathered(&mut outbox);
+            let spent = self.send_round(&mut outbox);
+            self.core().machine.end_round();
             drop(outbox);
-            if !confirms.is_empty() {
-                self.collect(&confirms);
+            drop(spent);
+            if !self.send_lock_released() {
+                return;
             }
-            let mut core = self.core();
-            if core.flush_wanted {
-                continue;
-            }
-            core.wake_waiting();
-            let settled = core.ledger.undecided() == 0 && core.all_sent();
-            let last = settled && core.drained && matches!(core.phase, Phase::Draining { .. });
-            drop(core);
-            if last {
-                self.unbind();
-            }
-            return true;
         }
     }
 
     /// Sends everything gathered by now, and not what comes meanwhile: whether that is to be sent its own policy has said.
-    /// Tells the sequence numbers whose answers somebody awaits.
-    fn send_gathered(&self, outbox: &mut Outbox) -> Vec<u32> {
+    /// What verdicts carried comes back, to be dropped without a lock.
+    fn send_round(&self, outbox: &mut Outbox) -> Spent {
+        let mut plan = std::mem::take(&mut outbox.plan);
         {
             let mut core = self.core();
-            core.flush_wanted = false;
-            if core.ledger.gathered() == 0 {
-                return Vec::new();
+            if core.machine.is_permission_missing() {
+                if sys::has_net_admin() {
+                    core.machine.permitted();
+                } else {
+                    core.machine.refuse_gathered();
+                    return Vec::new();
+                }
             }
-            core.oldest = None;
-            core.due = None;
-            core.sending = true;
-            core.ledger.settle(&mut outbox.plan);
-            core.counters.flushes += 1;
-            core.counters.largest_flush = core.counters.largest_flush.max(outbox.plan.len() as u64);
+            core.machine.begin_round(&mut plan);
         }
-        if outbox.plan.iter().any(|s| confirm_of(s).is_some()) {
-            // An answer finds no room in a full buffer; what is there can be received first.
+        if plan.iter().any(is_confirmed) {
+            // An answer finds no room in a full buffer; what is received makes room.
+            let _ = self.receive_round();
+        }
+        let mut begin = 0;
+        while begin < plan.len() {
+            begin = self.send_some(outbox, &mut plan, begin);
+        }
+        let spent = plan.drain(..).filter(|message| match message {
+            Settlement::Single { decision, .. } => decision.extra.is_some(),
+            Settlement::Batch { .. } => false,
+        });
+        let spent = spent.collect();
+        outbox.plan = plan;
+        spent
+    }
+
+    /// Sends a datagram of the messages from `begin` on; tells where the rest begins. What was not sent leaves the plan.
+    fn send_some(&self, outbox: &mut Outbox, plan: &mut Vec<Settlement<Box<Extra>>>, begin: usize) -> usize {
+        let first = outbox.sequence.wrapping_add(1);
+        let end = begin + outbox.fill(&plan[begin..], self.settings.queue);
+        let in_doubt = self.core().machine.begin_send(first, &mut plan[begin..end]);
+        let outcome = self.transmit(&outbox.datagram, in_doubt);
+        let mut core = self.core();
+        let machine = &mut core.machine;
+        match outcome {
+            Outcome::Sent if !machine.is_refused() => machine.sent(&plan[begin..end], first),
+            Outcome::Sent | Outcome::Refused => {
+                let rest = plan.split_off(end);
+                machine.refused(plan.split_off(begin), first);
+                machine.unsent(rest, outbox.sequence.wrapping_add(1));
+                machine.flush();
+            }
+            Outcome::TooLong(source) if end == begin + 1 => {
+                let error = Error::new(ErrorKind::InvalidInput, "send verdict");
+                let detail = format!("its message of {} bytes is longer than the socket sends", outbox.datagram.len());
+                machine.impossible(plan.remove(begin), first, error.with_detail(detail).with_source(source));
+                self.last_sent.store(outbox.sequence, Ordering::Release);
+                return begin;
+            }
+            Outcome::TooLong(_) => {
+                // Somebody has made the send buffer smaller.
+                outbox.max_send = outbox.datagram.len() / 2;
+                machine.unsent(plan.split_off(begin), first);
+                machine.flush();
+            }
+            Outcome::Failed => {
+                machine.unsent(plan.split_off(begin), first);
+                machine.send_failed();
+            }
+            Outcome::Broken(source) => {
+                machine.unsent(plan.split_off(begin), first);
+                machine.fail(Error::os("send verdicts", source));
+            }
+        }
+        self.last_sent.store(outbox.sequence, Ordering::Release);
+        end
+    }
+
+    /// Sends a datagram, and finds out whether it was executed.
+    fn transmit(&self, datagram: &[u8], in_doubt: bool) -> Outcome {
+        match self.send_with_retry(datagram) {
+            Ok(()) => {}
+            Err(error) => {
+                return match error.raw_os_error() {
+                    Some(EMSGSIZE) => Outcome::TooLong(error),
+                    Some(EPERM) => Outcome::Refused,
+                    _ if is_short(&error) => Outcome::Failed,
+                    _ => Outcome::Broken(error),
+                };
+            }
+        }
+        if in_doubt {
+            // The answer, if there is one, is in the receive buffer by now.
             let _ = self.receive_all();
         }
-        let mut plan = std::mem::take(&mut outbox.plan);
-        for settlement in plan.drain(..) {
-            self.put(outbox, settlement);
-        }
-        outbox.plan = plan;
-        self.send(outbox);
-        self.core().sending = false;
-        std::mem::take(&mut outbox.confirms)
-    }
-
-    fn put(&self, outbox: &mut Outbox, settlement: Settlement<Box<Extra>>) {
-        let queue = self.settings.queue;
-        match settlement {
-            Settlement::Batch { max, ruling, .. } => {
-                self.make_room(outbox, verdict::length(&ruling, &Attachments::default()));
-                let sequence = outbox.next_sequence();
-                verdict::encode_batch(&mut outbox.datagram, sequence, queue, max, &ruling);
-            }
-            Settlement::Single { id, decision } => {
-                let ruling = &decision.ruling;
-                let mut extra = decision.extra;
-                let confirm = extra.as_mut().and_then(|extra| extra.confirm.take());
-                let attachments = extra.as_ref().map_or_else(Attachments::default, |extra| extra.attachments());
-                self.make_room(outbox, verdict::length(ruling, &attachments));
-                let tag = (outbox.next_sequence(), confirm.is_some());
-                verdict::encode_single(&mut outbox.datagram, tag, queue, id, ruling, &attachments);
-                if let Some(confirmer) = confirm {
-                    outbox.confirms.push(tag.0);
-                    self.core().awaiting.insert(tag.0, Awaited { id, first: outbox.first, confirmer });
-                }
-            }
-        }
-    }
-
-    fn make_room(&self, outbox: &mut Outbox, length: usize) {
-        if outbox.datagram.len() + length > outbox.max_send {
-            self.send(outbox);
-        }
-    }
-
-    /// Sends the datagram at hand.
-    fn send(&self, outbox: &mut Outbox) {
-        if outbox.datagram.is_empty() {
-            return;
-        }
-        let result = self.send_insisting(&outbox.datagram);
-        let mut core = self.core();
-        core.counters.sends += 1;
-        core.counters.messages += u64::from(outbox.sequence.wrapping_sub(outbox.first)) + 1;
-        if let Err(source) = result {
-            // The datagram was not executed: its packets stay in the kernel, where no batch may touch them.
-            core.ledger.forbid_batches();
-            core.counters.refused += 1;
-            let error = Error::os("send verdicts", source);
-            let first = outbox.first;
-            outbox.confirms.retain(|sequence| {
-                // Those of earlier datagrams have been sent.
-                if core.awaiting.get(sequence).is_none_or(|awaited| awaited.first != first) {
-                    return true;
-                }
-                if let Some(Awaited { id, confirmer, .. }) = core.awaiting.remove(sequence) {
-                    let _ = confirmer.send(Err(Error::new(error.kind(), "send verdict").with_packet(PacketId(id))));
-                }
-                false
-            });
-            core.error(error);
-        }
-        outbox.datagram.clear();
+        // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its answer may be lost to a full buffer
+        // (KERNEL: nfnetlink_rcv, netlink_ack). A capability is not given back to a thread while it sends: what is there
+        // now was there then.
+        if sys::has_net_admin() { Outcome::Sent } else { Outcome::Refused }
     }
 
     /// Sends, and once more where the kernel was short of memory for a moment.
-    fn send_insisting(&self, datagram: &[u8]) -> io::Result<()> {
+    fn send_with_retry(&self, datagram: &[u8]) -> io::Result<()> {
         const TRIES: usize = 8;
-        let short = |error: &io::Error| {
-            matches!(error.raw_os_error(), Some(ENOBUFS | ENOMEM)) || error.kind() == io::ErrorKind::WouldBlock
-        };
         for _ in 1..TRIES {
             match self.socket.send(datagram) {
-                Err(error) if short(&error) => {
+                Err(error) if is_short(&error) => {
                     // An allocation failed in netlink_sendmsg. Receiving frees memory of the same kind.
-                    let _ = self.receive_all();
+                    let _ = self.receive_round();
                     std::thread::yield_now();
                 }
                 result => return result,
@@ -178,91 +218,129 @@ impl Shared {
         self.socket.send(datagram)
     }
 
-    /// Receives the answers to messages already sent. The kernel has put each into the receive buffer before the send
-    /// returned, so an answer that is not there when the buffer has been read empty will not come.
-    fn collect(&self, confirms: &[u32]) {
-        let _ = self.receive_all();
-        let mut core = self.core();
-        for sequence in confirms {
-            if let Some(Awaited { id, confirmer, .. }) = core.awaiting.remove(sequence) {
-                let lost = Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(PacketId(id));
-                let _ = confirmer.send(Err(lost));
-            }
+    /// Sends a configuration message; the answer goes to the receiver. No lock may be held.
+    ///
+    /// # Errors
+    /// It was not sent.
+    pub(super) fn begin_configure(
+        &self,
+        operation: &'static str,
+        config: &Config,
+        only_while_open: bool,
+    ) -> Result<Answer, Error> {
+        let (confirmer, answer) = oneshot::channel();
+        let mut outbox = lock(&self.outbox);
+        // Checked under the lock under which the queue is told to stop: nothing is set behind that.
+        if only_while_open && self.core().machine.life() != Life::Open {
+            return Err(self.closed(operation));
+        }
+        // Room for the answer.
+        let _ = self.receive_round();
+        let sequence = outbox.next_sequence();
+        outbox.datagram.clear();
+        config.encode(&mut outbox.datagram, sequence, self.settings.queue);
+        self.core().machine.await_config(sequence, operation, change_of(config), confirmer);
+        let result = self.send_with_retry(&outbox.datagram);
+        if result.is_err() {
+            self.core().machine.take_config(sequence);
+        }
+        self.last_sent.store(sequence, Ordering::Release);
+        drop(outbox);
+        // Whoever wanted a flush meanwhile has found the lock taken.
+        self.with(|core| core.machine.flush_if_wanted());
+        match result {
+            Ok(()) => Ok(answer),
+            Err(source) => Err(Error::os(format!("{operation} {}", self.settings.queue), source)),
         }
     }
 
-    /// Sends a configuration message and receives its answer. No other lock may be held.
+    /// Sends a configuration message and receives until the answer has come. No lock may be held.
     ///
     /// # Errors
     /// The kernel's refusal, or `Unconfirmed` where its answer was lost.
     pub(super) fn configure(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
-        self.configured(operation, self.exchange(config, None))
-    }
-
-    /// As [`configure`](Self::configure), but only in this phase of the queue's life.
-    pub(super) fn configure_if(&self, phase: Phase, operation: &'static str, config: &Config) -> Result<(), Error> {
-        self.configured(operation, self.exchange(config, Some(phase)))
-    }
-
-    fn configured(&self, operation: &'static str, answer: io::Result<Exchange>) -> Result<(), Error> {
-        // Whoever wanted a flush meanwhile may have found the outbox taken.
-        if self.core().flush_wanted {
-            self.flush();
-        }
-        let operation = format!("{operation} {}", self.settings.queue);
-        match answer {
-            Ok(Exchange::Answered(Answer { errno: 0, .. })) => Ok(()),
-            Ok(Exchange::Answered(Answer { errno, text, .. })) => {
-                let error = Error::os(operation, io::Error::from_raw_os_error(errno));
-                Err(match text {
-                    Some(text) => error.with_detail(text.into_string()),
-                    None => error,
-                })
+        let mut answer = self.begin_configure(operation, config, false)?;
+        let named = |error: Error| error.with_operation(format!("{operation} {}", self.settings.queue));
+        loop {
+            if let Some(result) = (&mut answer).now_or_never() {
+                return result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unconfirmed, operation))).map_err(named);
             }
-            Ok(Exchange::Lost) => Err(Error::new(ErrorKind::Unconfirmed, operation)),
-            Ok(Exchange::OutOfPhase) => Err(Error::new(ErrorKind::Closed, operation)),
-            Err(source) => Err(Error::os(operation, source)),
+            // Bounded: the answer is in the buffer, behind what was there before it.
+            let received = self.receive_round();
+            self.attend();
+            if let Err(source) = received {
+                return Err(named(Error::os(operation, source)));
+            }
         }
     }
 
-    fn exchange(&self, config: &Config, only_in: Option<Phase>) -> io::Result<Exchange> {
-        let _one_at_a_time = lock(&self.configuring);
-        if only_in.is_some_and(|phase| phase != self.core().phase) {
-            return Ok(Exchange::OutOfPhase);
+    /// As [`configure`](Self::configure), and again if the answer was lost: to set the same twice does no harm.
+    pub(super) fn configure_surely(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
+        let mut result = self.configure(operation, config);
+        for _ in 0..TRIES_OF_A_SETTING {
+            match &result {
+                Err(error) if error.kind() == ErrorKind::Unconfirmed => result = self.configure(operation, config),
+                _ => break,
+            }
         }
-        // Room for the answer.
-        self.receive_all()?;
-        {
-            let mut outbox = lock(&self.outbox);
-            debug_assert!(outbox.datagram.is_empty(), "a holder sends all it has put");
-            let sequence = outbox.next_sequence();
-            config.encode(&mut outbox.datagram, sequence, self.settings.queue);
-            self.core().configuring = Some((sequence, None));
-            let result = self.send_insisting(&outbox.datagram);
-            outbox.datagram.clear();
-            result?;
+        result
+    }
+
+    /// Receives until an answer has come, a few datagrams at a time, so that the task's thread is free in between.
+    pub(crate) fn poll_answer(
+        &self,
+        answer: &mut Answer,
+        cx: &mut std::task::Context<'_>,
+    ) -> Poll<Option<Result<(), Error>>> {
+        for _ in 0..ROUNDS_OF_A_POLL {
+            if let Poll::Ready(result) = answer.poll_unpin(cx) {
+                return Poll::Ready(result.ok());
+            }
+            let received = self.receive_round();
+            self.attend();
+            match received {
+                Ok(false) => {}
+                // It has come, or been given up; or another thread is still sending.
+                Ok(true) => break,
+                Err(source) => return Poll::Ready(Some(Err(Error::os("receive an answer", source)))),
+            }
         }
-        self.receive_all()?;
-        let answer = self.core().configuring.take().and_then(|(_, answer)| answer);
-        Ok(answer.map_or(Exchange::Lost, Exchange::Answered))
+        if let Poll::Ready(result) = answer.poll_unpin(cx) {
+            return Poll::Ready(result.ok());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 }
 
-/// What came of a configuration message.
-enum Exchange {
-    Answered(Answer),
-    /// It was sent, and the answer found no room in the receive buffer.
-    Lost,
-    /// It was not sent.
-    OutOfPhase,
-}
+/// Datagrams that one poll for an answer receives at most: so many times a round of receiving, some 100 µs.
+const ROUNDS_OF_A_POLL: usize = 2;
 
+/// So many times a setting is sent again when the answer to it was lost.
+pub(super) const TRIES_OF_A_SETTING: usize = 3;
+
+const EMSGSIZE: i32 = rustix::io::Errno::MSGSIZE.raw_os_error();
+const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
 const ENOBUFS: i32 = rustix::io::Errno::NOBUFS.raw_os_error();
 const ENOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();
 
-fn confirm_of(settlement: &Settlement<Box<Extra>>) -> Option<&Confirmer> {
-    match settlement {
-        Settlement::Single { decision, .. } => decision.extra.as_ref()?.confirm.as_ref(),
-        Settlement::Batch { .. } => None,
+/// Whether the kernel was short of memory.
+fn is_short(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(ENOBUFS | ENOMEM)) || error.kind() == io::ErrorKind::WouldBlock
+}
+
+fn is_confirmed(message: &Settlement<Box<Extra>>) -> bool {
+    match message {
+        Settlement::Single { decision, .. } => decision.extra.as_ref().is_some_and(|extra| extra.confirm.is_some()),
+        Settlement::Batch { .. } => false,
     }
+}
+
+/// What limits a message changes.
+fn change_of(config: &Config) -> Change {
+    let payload = config.copy.map(|copy| match copy {
+        CopyMode::Metadata => 0,
+        CopyMode::Packet(range) => range as usize,
+    });
+    Change { max_len: config.max_len, payload }
 }

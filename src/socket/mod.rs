@@ -2,18 +2,22 @@
 
 use std::{
     io,
-    sync::atomic::{AtomicUsize, Ordering},
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
 };
 
-use netlink_sys::{Socket as Netlink, protocols::NETLINK_NETFILTER};
+use netlink_sys::{Socket as Netlink, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::{
     io::Errno,
     net::{SendFlags, sockopt},
 };
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-use crate::{Error, ErrorKind, sys};
+use crate::{Error, ErrorKind, keeper::Timer, sys};
 
 mod memory;
 
@@ -32,10 +36,8 @@ pub(crate) struct Socket {
 /// What a receive brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
-    /// A datagram of so many bytes is in the buffer.
+    /// A datagram is in the buffer; only its beginning, if it was longer than the buffer.
     Datagram,
-    /// A datagram was longer than the buffer; its beginning is there.
-    Truncated,
     /// Nothing is there now.
     Empty,
     /// The socket's buffer had overflowed.
@@ -55,9 +57,14 @@ impl Unregistered {
     /// Opens a socket in the calling thread's network namespace. `receive_buffer` is in bytes, as the kernel charges them.
     pub(crate) fn open(receive_buffer: usize) -> Result<Self, Error> {
         let os = |operation: &'static str| move |source| Error::os(operation, source);
-        let mut socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
+        let socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
         socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
-        let port_id = socket.bind_auto().map_err(os("bind netlink socket"))?.port_number();
+        // Connected, it takes messages from the kernel alone (netlink_getsockbyportid). It gets its address in the same
+        // call, so nobody can have sent it any before.
+        socket.connect(&SocketAddr::new(0, 0)).map_err(os("connect netlink socket"))?;
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address).map_err(os("read the address of the netlink socket"))?;
+        let port_id = address.port_number();
         // Without it one overflow stops all receiving until the buffer has been read empty (netlink_overrun).
         socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
         // The kernel's own words beside an errno, where it has any; not there before 4.12, and not needed.
@@ -68,6 +75,27 @@ impl Unregistered {
         // netlink_sendmsg: a message longer than sk_sndbuf - 32 is EMSGSIZE.
         Ok(Self { socket, port_id, receive_buffer, max_send: send_buffer.saturating_sub(32) })
     }
+}
+
+/// Port ids of this process's queues, in whichever network namespaces.
+static OWN_PORTS: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// Notes the port id of a queue of this process.
+pub(crate) fn own_port(port: u32) {
+    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).push(port);
+}
+
+/// The queue's socket is about to be closed.
+pub(crate) fn forget_port(port: u32) {
+    let mut ports = OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(at) = ports.iter().position(|other| *other == port) {
+        ports.swap_remove(at);
+    }
+}
+
+/// Whether a queue of this process has this port id.
+pub(crate) fn is_own_port(port: u32) -> bool {
+    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).contains(&port)
 }
 
 /// Sets the receive buffer, past `net.core.rmem_max` where that is allowed; tells what came of it.
@@ -84,7 +112,10 @@ impl Socket {
     /// Registers a socket with the current runtime.
     pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
         let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
-        let fd = sys::register(socket).map_err(|source| Error::os("register netlink socket", source))?;
+        let fd = match sys::register(socket) {
+            Some(registered) => registered.map_err(|source| Error::os("register netlink socket", source))?,
+            None => return Err(Error::new(ErrorKind::NoRuntime, "register netlink socket")),
+        };
         Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
     }
 
@@ -93,11 +124,26 @@ impl Socket {
         self.port_id
     }
 
-    /// Changes the size of the receive buffer, in bytes as the kernel charges them.
-    pub(crate) fn set_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
-        let came = set_receive_buffer(self.fd.get_ref(), bytes)?;
-        self.receive_buffer.store(came, Ordering::Relaxed);
+    /// Sees to it that the receive buffer is so large at least, in bytes as the kernel charges them, if the system lets it.
+    pub(crate) fn grow_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
+        // One at a time, so that none makes less what another has made more.
+        static GROWING: Mutex<()> = Mutex::new(());
+        let _one_at_a_time = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes > self.receive_buffer() {
+            let came = set_receive_buffer(self.fd.get_ref(), bytes)?;
+            self.receive_buffer.store(came, Ordering::Relaxed);
+        }
         Ok(())
+    }
+
+    /// Has the timer told when the socket is readable.
+    pub(crate) fn watch(&self, timer: &Timer, again: bool) -> io::Result<()> {
+        timer.watch(self.fd.get_ref(), again)
+    }
+
+    /// The descriptor.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.get_ref().as_fd()
     }
 
     /// Bytes the socket's receive buffer may hold, as the kernel charges them.
@@ -125,7 +171,6 @@ impl Socket {
     pub(crate) fn receive(&self, memory: &mut Memory) -> io::Result<Received> {
         loop {
             return match memory.receive(self.fd.get_ref()) {
-                Ok(length) if length > memory.received().len() => Ok(Received::Truncated),
                 Ok(_) => Ok(Received::Datagram),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Ok(Received::Empty),

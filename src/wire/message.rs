@@ -5,7 +5,7 @@ use netlink_packet_core::{NLMSG_ERROR, NetlinkBuffer};
 use super::{
     ATTRIBUTE_VERDICT_HEADER, MESSAGE_PACKET, MESSAGE_VERDICT, MESSAGE_VERDICT_BATCH, NETFILTER_HEADER, NETLINK_HEADER,
     PacketMessage, align,
-    packet::{BadPacket, attributes_of, find},
+    packet::{BadPacket, attributes_of, find, find_id},
 };
 
 /// One message from the kernel.
@@ -40,8 +40,14 @@ pub(crate) struct Answer {
 /// The message that an error answers. The kernel echoes it whole beside an error (`netlink_ack`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refused {
-    Verdict { id: u32 },
-    Batch { max: u32 },
+    /// With the verdict word.
+    Verdict {
+        id: u32,
+        word: u32,
+    },
+    Batch {
+        max: u32,
+    },
     Other,
 }
 
@@ -72,8 +78,8 @@ impl<'a> Iterator for Messages<'a> {
         let header = self.rest.first_chunk::<NETLINK_HEADER>().map(NetlinkBuffer::new);
         let length = header.as_ref().map_or(0, |header| header.length() as usize);
         let (Some(header), Some(body)) = (header, self.rest.get(NETLINK_HEADER..length)) else {
-            self.rest = &[];
-            return Some(Message::Unknown);
+            let rest = std::mem::take(&mut self.rest);
+            return Some(cut_short(rest));
         };
         let (message_type, flags) = (header.message_type(), header.flags());
         self.rest = self.rest.get(align(length)..).unwrap_or(&[]);
@@ -88,6 +94,19 @@ impl<'a> Iterator for Messages<'a> {
     }
 }
 
+/// A message of which only the beginning is there. A packet's id is read all the same: `NFQA_PACKET_HDR` is its first
+/// attribute (`nfqnl_build_packet_message`).
+fn cut_short(beginning: &[u8]) -> Message<'_> {
+    let header = beginning.first_chunk::<NETLINK_HEADER>().map(NetlinkBuffer::new);
+    match header {
+        Some(header) if header.message_type() == MESSAGE_PACKET => {
+            let attributes = beginning.get(NETLINK_HEADER + NETFILTER_HEADER..).unwrap_or(&[]);
+            Message::BadPacket(BadPacket { id: find_id(attributes) })
+        }
+        _ => Message::Unknown,
+    }
+}
+
 /// `struct nlmsgerr`: a negative errno, the header of the message answered, its body unless `NLM_F_CAPPED`, and
 /// attributes if `NLM_F_ACK_TLVS`.
 fn decode_answer(body: &[u8], flags: u16) -> Option<Answer> {
@@ -99,13 +118,15 @@ fn decode_answer(body: &[u8], flags: u16) -> Option<Answer> {
     let errno = i32::from_ne_bytes(*code).checked_neg()?;
     let echoed_length = if flags & CAPPED != 0 { NETLINK_HEADER } else { header.length() as usize };
     let echoed_body = echoed.get(NETLINK_HEADER..echoed_length).unwrap_or(&[]);
-    let id = || {
+    // struct nfqnl_msg_verdict_hdr: verdict, id.
+    let verdict_header = || {
         let header = find(echoed_body.get(NETFILTER_HEADER..)?, ATTRIBUTE_VERDICT_HEADER)?;
-        Some(u32::from_be_bytes(*header.get(4..)?.first_chunk()?))
+        let (word, rest) = header.split_first_chunk()?;
+        Some((u32::from_be_bytes(*word), u32::from_be_bytes(*rest.first_chunk()?)))
     };
-    let refused = match (header.message_type(), id()) {
-        (MESSAGE_VERDICT, Some(id)) => Refused::Verdict { id },
-        (MESSAGE_VERDICT_BATCH, Some(max)) => Refused::Batch { max },
+    let refused = match (header.message_type(), verdict_header()) {
+        (MESSAGE_VERDICT, Some((word, id))) => Refused::Verdict { id, word },
+        (MESSAGE_VERDICT_BATCH, Some((_, max))) => Refused::Batch { max },
         _ => Refused::Other,
     };
     let text = (flags & TLVS != 0).then(|| extended_text(echoed.get(align(echoed_length)..)?)).flatten();
@@ -123,10 +144,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::{
-        attribute,
-        verdict::{Attachments, Ruling, code, encode_single},
-        writer::Writer,
+    use crate::{
+        types::Action,
+        wire::{
+            attribute,
+            verdict::{Attachments, Ruling, encode_single, word},
+            writer::Writer,
+        },
     };
 
     fn packet(id: u32, payload: &[u8]) -> Vec<u8> {
@@ -184,16 +208,24 @@ mod tests {
     #[test]
     fn an_error_names_the_packet() {
         let mut echoed = Vec::new();
-        encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), &Attachments::default());
+        encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(Action::Drop), &Attachments::default());
         let datagram = answer(-2, 0, &echoed, &[]);
         let Some(Message::Answer(answer)) = Messages::new(&datagram).next() else { panic!() };
-        assert_eq!(answer, Answer { sequence: 42, errno: 2, refused: Refused::Verdict { id: 1234 }, text: None });
+        assert_eq!(
+            answer,
+            Answer {
+                sequence: 42,
+                errno: 2,
+                refused: Refused::Verdict { id: 1234, word: word(Action::Drop) },
+                text: None
+            }
+        );
     }
 
     #[test]
     fn an_acknowledgement_echoes_the_header_alone() {
         let mut echoed = Vec::new();
-        encode_single(&mut echoed, (43, true), 3, 1234, &Ruling::plain(code::DROP), &Attachments::default());
+        encode_single(&mut echoed, (43, true), 3, 1234, &Ruling::plain(Action::Drop), &Attachments::default());
         let attributes = [8, 0, 1, 0, b'h', b'i', b'!', 0];
         let datagram = answer(0, 0x300, &echoed[..16], &attributes);
         let Some(Message::Answer(answer)) = Messages::new(&datagram).next() else { panic!() };
@@ -210,6 +242,21 @@ mod tests {
         assert_eq!(Messages::new(&datagram).next(), Some(Message::BadPacket(BadPacket { id: Some(99) })));
     }
 
+    #[test]
+    fn a_packet_cut_short_still_tells_its_id() {
+        let datagram = packet(0x0102_0304, &[7; 500]);
+        let header = NETLINK_HEADER + NETFILTER_HEADER + 4 + 7;
+        for length in [header, header + 1, 60, 300, datagram.len() - 1] {
+            let found = Messages::new(&datagram[..length]).next();
+            assert_eq!(found, Some(Message::BadPacket(BadPacket { id: Some(0x0102_0304) })), "{length} bytes");
+        }
+        for length in [NETLINK_HEADER, NETLINK_HEADER + 4, header - 1] {
+            let found = Messages::new(&datagram[..length]).next();
+            assert_eq!(found, Some(Message::BadPacket(BadPacket { id: None })), "{length} bytes");
+        }
+        assert_eq!(Messages::new(&datagram[..15]).next(), Some(Message::Unknown));
+    }
+
     proptest! {
         /// Any bytes at all: no panic, and the iterator ends.
         #[test]
@@ -222,7 +269,7 @@ mod tests {
         fn damaged_messages(at in prop::collection::vec((0usize..120, any::<u8>()), 1..6), cut in 0usize..120, error: bool) {
             let mut bytes = if error {
                 let mut echoed = Vec::new();
-                encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(code::DROP), &Attachments { payload: Some(&[0x45; 30]), ..Attachments::default() });
+                encode_single(&mut echoed, (42, false), 3, 1234, &Ruling::plain(Action::Drop), &Attachments { payload: Some(&[0x45; 30]), ..Attachments::default() });
                 answer(-2, 0x200, &echoed, &[8, 0, 1, 0, b'h', b'i', b'!', 0])
             } else {
                 packet(5, &[7; 60])

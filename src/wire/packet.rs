@@ -80,6 +80,11 @@ impl PacketMessage {
     }
 }
 
+/// The packet's id, if the attribute that has it is whole; what follows may be cut off.
+pub(super) fn find_id(attributes: &[u8]) -> Option<u32> {
+    packet_header(find(attributes, attribute::PACKET_HEADER)?).map(|(id, _, _)| id)
+}
+
 /// `struct nfqnl_msg_packet_hdr`, packed: packet_id, hw_protocol, hook.
 fn packet_header(value: &[u8]) -> Option<(u32, u16, u8)> {
     let &[a, b, c, d, e, f, hook, ..] = value else { return None };

@@ -7,6 +7,7 @@ use super::{
     attribute,
     writer::{Writer, put_attribute},
 };
+use crate::types::Action;
 
 /// The kernel's verdict numbers (`include/uapi/linux/netfilter.h`).
 pub(crate) mod code {
@@ -19,18 +20,43 @@ pub(crate) mod code {
     pub(crate) const QUEUE_BYPASS: u32 = 0x8000;
 }
 
+/// The verdict word of an action: a [`code`], for `QUEUE` with the queue's number in the upper half.
+pub(crate) fn word(action: Action) -> u32 {
+    match action {
+        Action::Drop => code::DROP,
+        Action::Accept => code::ACCEPT,
+        Action::Repeat => code::REPEAT,
+        Action::Stop => code::STOP,
+        // No other action may have bits above the low byte: ACCEPT with such skips later hooks.
+        Action::Requeue { queue, bypass } => {
+            code::QUEUE | u32::from(queue) << 16 | if bypass { code::QUEUE_BYPASS } else { 0 }
+        }
+    }
+}
+
+/// The action of a verdict word; `None` for a word that [`word`] does not make.
+pub(crate) fn action_of(word: u32) -> Option<Action> {
+    Some(match word & 0xff {
+        code::DROP => Action::Drop,
+        code::ACCEPT => Action::Accept,
+        code::REPEAT => Action::Repeat,
+        code::STOP => Action::Stop,
+        code::QUEUE => Action::Requeue { queue: (word >> 16) as u16, bypass: word & code::QUEUE_BYPASS != 0 },
+        _ => return None,
+    })
+}
+
 /// What both verdict messages can say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ruling {
-    /// The verdict word: a [`code`], for `QUEUE` with the queue's number in the upper half.
-    pub(crate) word: u32,
+    pub(crate) action: Action,
     pub(crate) mark: Option<u32>,
     pub(crate) priority: Option<u32>,
 }
 
 impl Ruling {
-    pub(crate) const fn plain(word: u32) -> Self {
-        Self { word, mark: None, priority: None }
+    pub(crate) const fn plain(action: Action) -> Self {
+        Self { action, mark: None, priority: None }
     }
 }
 
@@ -133,7 +159,7 @@ pub(crate) fn encode_batch(buffer: &mut Vec<u8>, sequence: u32, queue: u16, max:
 fn put(message: &mut Writer<'_>, id: u32, ruling: &Ruling) {
     // struct nfqnl_msg_verdict_hdr
     let mut header = [0; 8];
-    header[..4].copy_from_slice(&ruling.word.to_be_bytes());
+    header[..4].copy_from_slice(&word(ruling.action).to_be_bytes());
     header[4..].copy_from_slice(&id.to_be_bytes());
     message.attribute(ATTRIBUTE_VERDICT_HEADER, &header);
     if let Some(mark) = ruling.mark {
@@ -149,9 +175,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn words_tell_their_actions_and_only_requeue_has_bits_above_the_low_byte() {
+        let requeue = |queue, bypass| Action::Requeue { queue, bypass };
+        let plain = [Action::Drop, Action::Accept, Action::Repeat, Action::Stop];
+        assert!(plain.iter().all(|action| word(*action) <= 5));
+        for action in plain.into_iter().chain([requeue(7, false), requeue(0xffff, true)]) {
+            assert_eq!(action_of(word(action)), Some(action));
+        }
+        assert_eq!(word(requeue(7, false)), 0x0007_0003);
+        assert_eq!(word(requeue(0xffff, true)), 0xffff_8003);
+        assert_eq!(action_of(2), None);
+    }
+
+    #[test]
     fn single_with_everything() {
         let mut buffer = Vec::new();
-        let ruling = Ruling { word: code::ACCEPT, mark: Some(0x0a0b_0c0d), priority: Some(6) };
+        let ruling = Ruling { action: Action::Accept, mark: Some(0x0a0b_0c0d), priority: Some(6) };
         let attachments = Attachments { payload: Some(&[0x45; 5]), ..Attachments::default() };
         encode_single(&mut buffer, (0x11, true), 5, 0x0102_0304, &ruling, &attachments);
         assert_eq!(buffer.len(), length(&ruling, &attachments));
@@ -179,8 +218,8 @@ mod tests {
             expectation: Some(&[8, 0, 9, 0, 0, 0, 0, 1]),
             payload: None,
         };
-        encode_single(&mut buffer, (1, false), 0, 1, &Ruling::plain(code::ACCEPT), &attachments);
-        assert_eq!(buffer.len(), length(&Ruling::plain(code::ACCEPT), &attachments));
+        encode_single(&mut buffer, (1, false), 0, 1, &Ruling::plain(Action::Accept), &attachments);
+        assert_eq!(buffer.len(), length(&Ruling::plain(Action::Accept), &attachments));
         #[rustfmt::skip]
         let tail = [
             20, 0, 19, 0x80, 6, 0, 1, 0, 0x81, 0, 0, 0, 6, 0, 2, 0, 0x20, 5, 0, 0,
@@ -206,8 +245,8 @@ mod tests {
     #[test]
     fn plain_verdicts_take_32_bytes() {
         let mut buffer = Vec::new();
-        encode_batch(&mut buffer, 1, 0, 9, &Ruling::plain(code::DROP));
-        encode_single(&mut buffer, (2, false), 0, 9, &Ruling::plain(code::DROP), &Attachments::default());
+        encode_batch(&mut buffer, 1, 0, 9, &Ruling::plain(Action::Drop));
+        encode_single(&mut buffer, (2, false), 0, 9, &Ruling::plain(Action::Drop), &Attachments::default());
         assert_eq!(buffer.len(), 64);
     }
 }

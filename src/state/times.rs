@@ -1,4 +1,5 @@
-//! When packets came. Packets are not stamped one by one: those that came close together share an entry.
+//! When packets came, and when they are answered for. Packets are not stamped one by one: those that came close together
+//! share an entry.
 
 use std::{
     collections::VecDeque,
@@ -12,37 +13,39 @@ pub(super) struct Deadlines {
     entries: VecDeque<DeadlineEntry>,
 }
 
+/// All ids from the first to the last, those that never came among them.
 #[derive(Debug)]
 struct DeadlineEntry {
     first: u32,
-    count: u32,
+    last: u32,
     opened: Instant,
-    at: Instant,
+    /// `None` if the time is too far for the clock.
+    at: Option<Instant>,
 }
 
 impl Deadlines {
-    /// `count` packets with consecutive ids from `first` on have arrived.
-    pub(super) fn arrived(&mut self, first: u32, count: u32, now: Instant, after: Duration) {
+    /// Packets with ids from `first` to `last` have arrived, behind all before.
+    pub(super) fn arrived(&mut self, first: u32, last: u32, now: Instant, after: Duration) {
+        let at = now.checked_add(after);
         match self.entries.back_mut() {
-            Some(last) if last.first.wrapping_add(last.count) == first && now - last.opened < after / 64 => {
-                last.count += count;
-                last.at = now + after;
+            Some(entry) if now.saturating_duration_since(entry.opened) < after / 64 => {
+                entry.last = last;
+                entry.at = at;
             }
-            _ => self.entries.push_back(DeadlineEntry { first, count, opened: now, at: now + after }),
+            _ => self.entries.push_back(DeadlineEntry { first, last, opened: now, at }),
         }
     }
 
     pub(super) fn next(&self) -> Option<Instant> {
-        self.entries.front().map(|entry| entry.at)
+        self.entries.front()?.at
     }
 
-    /// The ids whose time has come, removed.
-    pub(super) fn due(&mut self, now: Instant) -> Option<impl Iterator<Item = u32> + use<>> {
+    /// The first and last id of packets whose time has come, removed.
+    pub(super) fn due(&mut self, now: Instant) -> Option<(u32, u32)> {
         if self.next()? > now {
             return None;
         }
-        let entry = self.entries.pop_front()?;
-        Some((0..entry.count).map(move |offset| entry.first.wrapping_add(offset)))
+        self.entries.pop_front().map(|entry| (entry.first, entry.last))
     }
 }
 
@@ -73,9 +76,15 @@ impl Arrivals {
     }
 
     /// How long ago the packet `id` came.
-    pub(super) fn age(&self, id: u32) -> Option<Duration> {
+    pub(super) fn age(&self, id: u32, now: Instant) -> Option<Duration> {
         let before = |(first, _): &&(u32, Instant)| first.wrapping_sub(id) as i32 <= 0;
-        self.entries.iter().rev().find(before).map(|(_, at)| at.elapsed())
+        self.entries.iter().rev().find(before).map(|(_, at)| now.saturating_duration_since(*at))
+    }
+
+    /// The first id that came after a time; `None` if none did.
+    pub(super) fn after(&self, time: Instant) -> Option<u32> {
+        let after = self.entries.iter().rev().take_while(|(_, at)| *at > time);
+        after.last().map(|(first, _)| *first)
     }
 }
 
@@ -89,17 +98,39 @@ mod tests {
         let after = Duration::from_millis(640);
         let mut deadlines = Deadlines::default();
         for id in 0..100 {
-            deadlines.arrived(id, 1, start + Duration::from_millis(id.into()), after);
+            // With gaps: every second id never comes.
+            deadlines.arrived(2 * id, 2 * id, start + Duration::from_millis(id.into()), after);
         }
         // 100 ms in pieces of 10 ms: a handful of entries, not a hundred.
         assert!(deadlines.entries.len() <= 11);
         assert!(deadlines.due(start + Duration::from_millis(639)).is_none());
         let mut answered = Vec::new();
-        while let Some(ids) = deadlines.due(start + Duration::from_millis(800)) {
-            answered.extend(ids);
+        while let Some((first, last)) = deadlines.due(start + Duration::from_millis(800)) {
+            answered.extend((first..=last).filter(|id| id % 2 == 0));
         }
-        assert_eq!(answered, (0..100).collect::<Vec<_>>());
+        assert_eq!(answered, (0..100).map(|id| 2 * id).collect::<Vec<_>>());
         assert!(deadlines.next().is_none());
+    }
+
+    #[test]
+    fn a_deadline_beyond_the_clock_never_comes() {
+        let mut deadlines = Deadlines::default();
+        deadlines.arrived(1, 5, Instant::now(), Duration::MAX);
+        assert!(deadlines.next().is_none());
+        assert!(deadlines.due(Instant::now()).is_none());
+    }
+
+    #[test]
+    fn arrivals_tell_what_came_after_a_time() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut arrivals = Arrivals::default();
+        arrivals.arrived(1, 1, at(0));
+        arrivals.arrived(5, 1, at(1));
+        arrivals.arrived(9, 1, at(10));
+        assert_eq!(arrivals.after(at(8)), Some(9));
+        assert_eq!(arrivals.after(at(0)), Some(5));
+        assert_eq!(arrivals.after(at(10)), None);
     }
 
     #[test]
@@ -113,6 +144,6 @@ mod tests {
         assert_eq!(arrivals.entries[0].0, 1);
         arrivals.arrived(10_000, 9_999, start);
         assert!(arrivals.entries.len() <= 2);
-        assert!(arrivals.age(10_000).is_some());
+        assert!(arrivals.age(10_000, start).is_some());
     }
 }

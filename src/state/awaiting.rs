@@ -1,0 +1,131 @@
+//! Messages whose answers matter, by their sequence numbers.
+
+use std::collections::VecDeque;
+
+use super::Change;
+use crate::Action;
+
+/// Whose answer somebody waits for.
+#[derive(Debug)]
+pub(super) enum Awaited<W> {
+    Verdict { id: u32, waiter: W },
+    Config { change: Change, waiter: W, operation: &'static str },
+}
+
+/// One table for all of them, in the order of the sequence numbers.
+#[derive(Debug)]
+pub(super) struct Awaiting<W> {
+    entries: VecDeque<(u32, Awaited<W>)>,
+}
+
+impl<W> Default for Awaiting<W> {
+    fn default() -> Self {
+        Self { entries: VecDeque::new() }
+    }
+}
+
+impl<W> Awaiting<W> {
+    /// A message of this number is about to be sent; numbers come in order.
+    pub(super) fn push(&mut self, sequence: u32, awaited: Awaited<W>) {
+        self.entries.push_back((sequence, awaited));
+    }
+
+    pub(super) fn remove(&mut self, sequence: u32) -> Option<Awaited<W>> {
+        // Answers come in the order of the messages, so it is most often the first.
+        let at = self.entries.iter().position(|(other, _)| *other == sequence)?;
+        self.entries.remove(at).map(|(_, awaited)| awaited)
+    }
+
+    /// The oldest, if it was sent with or before the message of this number.
+    pub(super) fn pop_sent(&mut self, sent: u32) -> Option<Awaited<W>> {
+        let (first, _) = self.entries.front()?;
+        if is_after(*first, sent) {
+            return None;
+        }
+        self.entries.pop_front().map(|(_, awaited)| awaited)
+    }
+}
+
+/// How many packets each batch decided: the kernel's answer to one that found none does not tell.
+#[derive(Debug, Default)]
+pub(super) struct SentBatches {
+    entries: VecDeque<SentBatch>,
+}
+
+#[derive(Debug)]
+struct SentBatch {
+    sequence: u32,
+    action: Action,
+    count: u64,
+    /// Packets that had been received when it was sent.
+    received: u64,
+}
+
+impl SentBatches {
+    pub(super) fn push(&mut self, sequence: u32, action: Action, count: u64, received: u64) {
+        self.entries.push_back(SentBatch { sequence, action, count, received });
+    }
+
+    /// What a batch decided, for its refusal. It will not be refused twice.
+    pub(super) fn take(&mut self, sequence: u32) -> Option<(Action, u64)> {
+        let at = self.entries.iter().position(|entry| entry.sequence == sequence)?;
+        self.entries.remove(at).map(|entry| (entry.action, entry.count))
+    }
+
+    /// Every answer to messages up to this one has been read.
+    pub(super) fn forget(&mut self, sent: u32) {
+        while self.entries.front().is_some_and(|entry| !is_after(entry.sequence, sent)) {
+            self.entries.pop_front();
+        }
+    }
+
+    /// Answers lie between packets, in the order of their coming. Behind a whole queue of packets none can be left.
+    pub(super) fn expire(&mut self, received: u64, max_len: u64) {
+        const SPARE: u64 = 64;
+        while self.entries.front().is_some_and(|entry| received - entry.received > max_len + SPARE) {
+            self.entries.pop_front();
+        }
+    }
+}
+
+/// Sequence numbers wrap.
+fn is_after(sequence: u32, other: u32) -> bool {
+    sequence != other && sequence.wrapping_sub(other) <= u32::MAX / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_later_is_not_given_up_also_across_the_wrap() {
+        let mut awaiting = Awaiting::default();
+        for number in [u32::MAX - 1, u32::MAX, 0, 1] {
+            awaiting.push(number, Awaited::Verdict { id: number, waiter: number });
+        }
+        assert!(matches!(awaiting.remove(u32::MAX), Some(Awaited::Verdict { waiter: u32::MAX, .. })));
+        let lost: Vec<u32> = std::iter::from_fn(|| awaiting.pop_sent(0))
+            .map(|awaited| match awaited {
+                Awaited::Verdict { waiter, .. } | Awaited::Config { waiter, .. } => waiter,
+            })
+            .collect();
+        assert_eq!(lost, [u32::MAX - 1, 0]);
+        assert!(awaiting.remove(1).is_some());
+        assert!(awaiting.remove(1).is_none());
+    }
+
+    #[test]
+    fn batches_are_remembered_as_long_as_their_answers_may_come() {
+        let mut batches = SentBatches::default();
+        for number in 0..10 {
+            batches.push(number, Action::Drop, 5, u64::from(number));
+        }
+        assert_eq!(batches.take(3), Some((Action::Drop, 5)));
+        assert_eq!(batches.take(3), None);
+        batches.forget(1);
+        assert_eq!(batches.take(1), None);
+        batches.expire(4 + 100 + 64, 100);
+        assert_eq!(batches.take(2), None);
+        assert!(batches.take(4).is_some());
+    }
+}

@@ -1,0 +1,525 @@
+//! What is in flight, and which messages settle it. Knows ids and rulings; no bytes, no socket, no clock.
+//!
+//! The kernel hands ids out in order (`__nfqnl_enqueue_packet` counts under the queue's lock), so the window of ids in
+//! flight is a ring, indexed by distance from its base. An id that stays undecided while many thousands pass it is moved
+//! to a side table, so that one forgotten packet does not keep the whole span in memory.
+//!
+//! | state of an id | meaning |
+//! |---|---|
+//! | undecided | arrived; its owner has not spoken |
+//! | decided | its owner has spoken; the kernel has not been told |
+//! | settled | told, or lost before it came: nothing is owed |
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::wire::verdict::Ruling;
+
+#[cfg(test)]
+mod model;
+
+/// The ledger of one queue. `E` is what a single verdict may carry beside its ruling; the ledger only hands it through.
+#[derive(Debug)]
+pub(crate) struct Ledger<E> {
+    /// The id of the ring's first slot.
+    base: u32,
+    ring: VecDeque<Slot<E>>,
+    /// Ids before `base` that are not settled yet. While one is here, no batch may be sent: it would decide it too.
+    stragglers: BTreeMap<u32, Slot<E>>,
+    /// Decided ids, in the order of the decisions.
+    gathered: Vec<u32>,
+    /// What was gathered when messages were made last: until they are known to be sent, the ids they decide.
+    leaving: Vec<u32>,
+    undecided: usize,
+    batches: bool,
+}
+
+/// What is to happen to a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Decision<E> {
+    pub(crate) ruling: Ruling,
+    /// Only a message of its own can carry this.
+    pub(crate) extra: Option<E>,
+    pub(crate) origin: Origin,
+}
+
+/// Who has decided a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Whoever held the packet.
+    Owner,
+    /// The queue, with a default action.
+    Queue,
+}
+
+/// A message that settles one or more ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Settlement<E> {
+    Single {
+        id: u32,
+        decision: Decision<E>,
+    },
+    /// Everything still queued up to `max`. `count` ids from `first` on were decided so; the rest is settled.
+    Batch {
+        first: u32,
+        max: u32,
+        ruling: Ruling,
+        count: usize,
+    },
+}
+
+impl<E> Settlement<E> {
+    /// How many packets it decides.
+    pub(crate) fn count(&self) -> usize {
+        match self {
+            Self::Single { .. } => 1,
+            Self::Batch { count, .. } => *count,
+        }
+    }
+
+    pub(crate) fn ruling(&self) -> &Ruling {
+        match self {
+            Self::Single { decision, .. } => &decision.ruling,
+            Self::Batch { ruling, .. } => ruling,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Slot<E> {
+    /// With the token that came with it.
+    Undecided(u32),
+    Decided(Decision<E>),
+    Settled,
+}
+
+/// A decision came too late, or for an id that never arrived.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct NotInFlight;
+
+/// The ring may span this many ids beyond a small multiple of what is unsettled; then its oldest goes to the side table.
+/// At 40 bytes a slot this bounds the ring's idle part to 320 KiB.
+const SPARE_SPAN: usize = 8192;
+
+impl<E> Ledger<E> {
+    /// A ledger whose first arrival is expected to be `first` (1 on a queue just bound).
+    pub(crate) fn new(first: u32) -> Self {
+        Self {
+            base: first,
+            ring: VecDeque::new(),
+            stragglers: BTreeMap::new(),
+            gathered: Vec::new(),
+            leaving: Vec::new(),
+            undecided: 0,
+            batches: true,
+        }
+    }
+
+    /// From now on every packet is settled by a message of its own. For where it cannot be known what the kernel holds.
+    pub(crate) fn forbid_batches(&mut self) {
+        self.batches = false;
+    }
+
+    /// The id expected next.
+    pub(crate) fn next(&self) -> u32 {
+        self.base.wrapping_add(self.ring.len() as u32)
+    }
+
+    /// Takes in an id that the kernel has handed over. Returns how many ids before it are missing. The token comes
+    /// back when the id is decided.
+    pub(crate) fn arrive(&mut self, id: u32, token: u32) -> u32 {
+        let lost = id.wrapping_sub(self.next());
+        if lost > u32::MAX / 2 {
+            // Before what was expected. The kernel does not do this; keep the packet all the same.
+            self.reopen(id, token);
+            return 0;
+        }
+        if lost as usize > SPARE_SPAN {
+            // A gap wider than the ring should be: start the ring anew behind it.
+            while !self.ring.is_empty() {
+                self.evict();
+            }
+            self.base = id;
+        } else {
+            self.ring.extend((0..lost).map(|_| Slot::Settled));
+        }
+        self.ring.push_back(Slot::Undecided(token));
+        self.undecided += 1;
+        let unsettled = self.undecided + self.gathered.len();
+        while self.ring.len() > SPARE_SPAN + 4 * unsettled.saturating_sub(self.stragglers.len()) {
+            self.evict();
+        }
+        lost
+    }
+
+    /// Makes an id that is settled undecided again: its verdict did not reach the kernel, or it was taken for lost.
+    pub(crate) fn reopen(&mut self, id: u32, token: u32) -> bool {
+        let slot = self.slot_to_restore(id);
+        let settled = matches!(slot, Slot::Settled);
+        if settled {
+            *slot = Slot::Undecided(token);
+            self.undecided += 1;
+        }
+        settled
+    }
+
+    /// The slot of an id that has arrived, made anew if nothing remembers it.
+    fn slot_to_restore(&mut self, id: u32) -> &mut Slot<E> {
+        let offset = id.wrapping_sub(self.base) as usize;
+        if offset < self.ring.len() {
+            return &mut self.ring[offset];
+        }
+        self.stragglers.entry(id).or_insert(Slot::Settled)
+    }
+
+    /// Moves the ring's oldest slot out of the ring.
+    fn evict(&mut self) {
+        if let Some(slot) = self.ring.pop_front() {
+            if !matches!(slot, Slot::Settled) {
+                self.stragglers.insert(self.base, slot);
+            }
+            self.base = self.base.wrapping_add(1);
+        }
+    }
+
+    fn slot(&self, id: u32) -> Option<&Slot<E>> {
+        self.ring.get(id.wrapping_sub(self.base) as usize).or_else(|| self.stragglers.get(&id))
+    }
+
+    fn slot_mut(&mut self, id: u32) -> Option<&mut Slot<E>> {
+        match self.ring.get_mut(id.wrapping_sub(self.base) as usize) {
+            Some(slot) => Some(slot),
+            None => self.stragglers.get_mut(&id),
+        }
+    }
+
+    /// Notes a decision, and returns the token that came with the id.
+    ///
+    /// # Errors
+    /// The id is not undecided: its decision has been made, or it never came.
+    pub(crate) fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<u32, NotInFlight> {
+        let slot = self.slot_mut(id).ok_or(NotInFlight)?;
+        let Slot::Undecided(token) = *slot else { return Err(NotInFlight) };
+        *slot = Slot::Decided(decision);
+        self.undecided -= 1;
+        self.gathered.push(id);
+        Ok(token)
+    }
+
+    /// Exchanges the token of an undecided id.
+    pub(crate) fn exchange_token(&mut self, id: u32, token: u32) -> Option<u32> {
+        match self.slot_mut(id) {
+            Some(Slot::Undecided(old)) => Some(std::mem::replace(old, token)),
+            _ => None,
+        }
+    }
+
+    /// Whether an id still waits for its decision.
+    pub(crate) fn is_undecided(&self, id: u32) -> bool {
+        matches!(self.slot(id), Some(Slot::Undecided(_)))
+    }
+
+    /// How many ids wait for their decisions.
+    pub(crate) fn undecided(&self) -> usize {
+        self.undecided
+    }
+
+    /// The oldest id that is not settled yet, or the one expected next.
+    pub(crate) fn oldest(&self) -> u32 {
+        // The map's order is not the order of the ids across the wrap: they begin half the numbers before the base.
+        let begin = self.base.wrapping_sub(1 << 31);
+        let first = self.stragglers.range(begin..).next().or_else(|| self.stragglers.range(..begin).next());
+        first.map_or(self.base, |(id, _)| *id)
+    }
+
+    /// The ids that wait for their decisions, those of the ring in their order.
+    pub(crate) fn undecided_ids(&self) -> Vec<u32> {
+        let ring = self.ring.iter().zip(0..).map(|(slot, offset)| (self.base.wrapping_add(offset), slot));
+        let all = self.stragglers.iter().map(|(id, slot)| (*id, slot)).chain(ring);
+        all.filter(|(_, slot)| matches!(slot, Slot::Undecided(_))).map(|(id, _)| id).collect()
+    }
+
+    /// The ids from `first` to `last`, both included, that wait for their decisions.
+    pub(crate) fn undecided_between(&self, first: u32, last: u32) -> Vec<u32> {
+        let wraps = last < first;
+        let to_end = self.stragglers.range(first..=if wraps { u32::MAX } else { last });
+        let from_start = self.stragglers.range(..=if wraps { last } else { 0 }).filter(|_| wraps);
+        let undecided = |slot: &Slot<E>| matches!(slot, Slot::Undecided(_));
+        let mut ids: Vec<u32> =
+            to_end.chain(from_start).filter(|(_, slot)| undecided(slot)).map(|(id, _)| *id).collect();
+        // Signed distances from the base: what lies before it is no longer in the ring.
+        let from = (first.wrapping_sub(self.base) as i32).max(0) as usize;
+        let to = i64::from(last.wrapping_sub(self.base) as i32) + 1;
+        let to = usize::try_from(to).unwrap_or(0).min(self.ring.len());
+        let ring = (from..to).filter(|offset| undecided(&self.ring[*offset]));
+        ids.extend(ring.map(|offset| self.base.wrapping_add(offset as u32)));
+        ids
+    }
+
+    /// How many decisions the kernel has not been told.
+    pub(crate) fn gathered(&self) -> usize {
+        self.gathered.len()
+    }
+
+    /// Turns every decision into messages, appended to `out` in the order of the ids, and counts them settled.
+    ///
+    /// The longest decided prefix becomes one batch for each run of equal rulings; what must go alone, or lies behind an
+    /// undecided id, becomes a single verdict. Ids before `fresh` go alone as well: the kernel says of a single verdict
+    /// whether it still had the packet. The messages must be sent in this order and before those of a later call. What
+    /// could not be sent must be given back, by [`unsent`](Self::unsent) or [`refused`](Self::refused), before that.
+    pub(crate) fn settle(&mut self, fresh: u32, out: &mut Vec<Settlement<E>>) {
+        std::mem::swap(&mut self.gathered, &mut self.leaving);
+        self.gathered.clear();
+        let mut gathered = std::mem::take(&mut self.leaving);
+        let stragglers = self.settle_stragglers(&gathered, out);
+        let before = self.ring.len();
+        let from_prefix = self.settle_prefix(fresh, out);
+        if stragglers + from_prefix < gathered.len() {
+            let popped = before - self.ring.len();
+            self.settle_rest(&mut gathered, popped, out);
+        }
+        self.leaving = gathered;
+    }
+
+    /// Tells how many there were.
+    fn settle_stragglers(&mut self, gathered: &[u32], out: &mut Vec<Settlement<E>>) -> usize {
+        if self.stragglers.is_empty() {
+            return 0;
+        }
+        let before = out.len();
+        for id in gathered {
+            if matches!(self.stragglers.get(id), Some(Slot::Decided(_)))
+                && let Some(Slot::Decided(decision)) = self.stragglers.remove(id)
+            {
+                out.push(Settlement::Single { id: *id, decision });
+            }
+        }
+        out.len() - before
+    }
+
+    /// Pops the prefix that holds nothing undecided; tells how many decisions it held.
+    fn settle_prefix(&mut self, fresh: u32, out: &mut Vec<Settlement<E>>) -> usize {
+        let batches = self.batches && self.stragglers.is_empty();
+        let mut settled = 0;
+        let mut run: Option<Run> = None;
+        while let Some(Slot::Decided(_) | Slot::Settled) = self.ring.front() {
+            let (id, slot) = (self.base, self.ring.pop_front());
+            self.base = self.base.wrapping_add(1);
+            let Some(Slot::Decided(decision)) = slot else { continue };
+            settled += 1;
+            match &mut run {
+                Some(run) if decision.extra.is_none() && run.ruling == decision.ruling => {
+                    run.max = id;
+                    run.count += 1;
+                    continue;
+                }
+                _ => finish_run(&mut run, out),
+            }
+            if batches && decision.extra.is_none() && id.wrapping_sub(fresh) <= u32::MAX / 2 {
+                run = Some(Run { first: id, max: id, ruling: decision.ruling, origin: decision.origin, count: 1 });
+            } else {
+                out.push(Settlement::Single { id, decision });
+            }
+        }
+        finish_run(&mut run, out);
+        settled
+    }
+
+    /// Settles what is decided behind an undecided id.
+    fn settle_rest(&mut self, gathered: &mut [u32], popped: usize, out: &mut Vec<Settlement<E>>) {
+        let (base, span) = (self.base, self.ring.len());
+        let offset = |id: &u32| id.wrapping_sub(base) as usize;
+        let mut rest: Vec<u32>;
+        let rest = if popped > 0 || gathered.iter().any(|id| offset(id) >= span) {
+            rest = gathered.iter().copied().filter(|id| offset(id) < span).collect();
+            &mut rest[..]
+        } else {
+            gathered
+        };
+        rest.sort_unstable_by_key(offset);
+        for id in rest.iter() {
+            if let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id))
+                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled)
+            {
+                out.push(Settlement::Single { id: *id, decision });
+            }
+        }
+    }
+
+    /// The ids that a message of the last [`settle`](Self::settle) decides.
+    pub(crate) fn ids_of(&self, settlement: &Settlement<E>) -> Vec<u32> {
+        match settlement {
+            Settlement::Single { id, .. } => vec![*id],
+            Settlement::Batch { first, max, .. } => {
+                let span = max.wrapping_sub(*first);
+                let mut ids: Vec<u32> =
+                    self.leaving.iter().copied().filter(|id| id.wrapping_sub(*first) <= span).collect();
+                ids.sort_unstable_by_key(|id| id.wrapping_sub(*first));
+                ids
+            }
+        }
+    }
+
+    /// A message of the last [`settle`](Self::settle) was not sent: its decisions are gathered again.
+    pub(crate) fn unsent(&mut self, settlement: Settlement<E>) {
+        let ids = self.ids_of(&settlement);
+        let mut put = |id: u32, decision: Decision<E>| {
+            *self.slot_to_restore(id) = Slot::Decided(decision);
+            self.gathered.push(id);
+        };
+        match settlement {
+            Settlement::Single { id, decision } => put(id, decision),
+            Settlement::Batch { ruling, .. } => {
+                for id in ids {
+                    put(id, Decision { ruling, extra: None, origin: Origin::Owner });
+                }
+            }
+        }
+    }
+
+    /// Takes back what was decided by owners and gathered: those ids are undecided again. Returns them with their
+    /// decisions.
+    pub(crate) fn take_back_gathered(&mut self) -> Vec<(u32, Decision<E>)> {
+        let gathered = std::mem::take(&mut self.gathered);
+        let mut taken = Vec::new();
+        for id in gathered {
+            let by_owner = matches!(self.slot(id), Some(Slot::Decided(Decision { origin: Origin::Owner, .. })));
+            if by_owner
+                && let Some(slot) = self.slot_mut(id)
+                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Undecided(NO_TOKEN))
+            {
+                self.undecided += 1;
+                taken.push((id, decision));
+            } else {
+                self.gathered.push(id);
+            }
+        }
+        taken
+    }
+}
+
+/// The token of an id that has none.
+pub(crate) const NO_TOKEN: u32 = u32::MAX;
+
+/// Consecutive decisions of one ruling.
+struct Run {
+    first: u32,
+    max: u32,
+    ruling: Ruling,
+    origin: Origin,
+    count: usize,
+}
+
+/// A run of one is sent as a single verdict: the same cost, and it cannot touch another packet.
+fn finish_run<E>(run: &mut Option<Run>, out: &mut Vec<Settlement<E>>) {
+    let Some(Run { first, max, ruling, origin, count }) = run.take() else { return };
+    out.push(match count {
+        1 => Settlement::Single { id: first, decision: Decision { ruling, extra: None, origin } },
+        _ => Settlement::Batch { first, max, ruling, count },
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Action::{self, Accept as ACCEPT, Drop as DROP};
+
+    fn plain(action: Action) -> Decision<u8> {
+        Decision { ruling: Ruling::plain(action), extra: None, origin: Origin::Owner }
+    }
+
+    fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
+        let mut ledger = Ledger::new(1);
+        for id in ids {
+            ledger.arrive(id, 1);
+        }
+        ledger
+    }
+
+    fn settled(ledger: &mut Ledger<u8>) -> Vec<Settlement<u8>> {
+        let mut out = Vec::new();
+        ledger.settle(0, &mut out);
+        out
+    }
+
+    #[test]
+    fn a_decided_prefix_is_one_batch() {
+        let mut ledger = ledger(1..=5);
+        for id in [3, 1, 2, 5] {
+            ledger.decide(id, plain(ACCEPT)).unwrap();
+        }
+        let single = Settlement::Single { id: 5, decision: plain(ACCEPT) };
+        assert_eq!(
+            settled(&mut ledger),
+            [Settlement::Batch { first: 1, max: 3, ruling: Ruling::plain(ACCEPT), count: 3 }, single]
+        );
+        ledger.decide(4, plain(DROP)).unwrap();
+        assert_eq!(settled(&mut ledger), [Settlement::Single { id: 4, decision: plain(DROP) }]);
+        assert_eq!((ledger.undecided(), ledger.gathered(), ledger.ring.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn runs_break_where_the_ruling_changes_and_keep_the_order() {
+        let mut ledger = ledger(1..=7);
+        for id in 1..=7 {
+            let decision = match id {
+                4 => Decision { ruling: Ruling::plain(ACCEPT), extra: Some(9), origin: Origin::Owner },
+                5.. => plain(DROP),
+                _ => plain(ACCEPT),
+            };
+            ledger.decide(id, decision).unwrap();
+        }
+        let expected = [
+            Settlement::Batch { first: 1, max: 3, ruling: Ruling::plain(ACCEPT), count: 3 },
+            Settlement::Single {
+                id: 4,
+                decision: Decision { ruling: Ruling::plain(ACCEPT), extra: Some(9), origin: Origin::Owner },
+            },
+            Settlement::Batch { first: 5, max: 7, ruling: Ruling::plain(DROP), count: 3 },
+        ];
+        assert_eq!(settled(&mut ledger), expected);
+    }
+
+    #[test]
+    fn gaps_are_counted_and_owe_nothing() {
+        let mut ledger = Ledger::<u8>::new(1);
+        assert_eq!(ledger.arrive(4, 1), 3);
+        assert_eq!(ledger.arrive(5, 1), 0);
+        assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(NotInFlight));
+        assert_eq!(ledger.undecided_ids(), [4, 5]);
+    }
+
+    #[test]
+    fn a_second_decision_is_refused() {
+        let mut ledger = ledger([1]);
+        ledger.decide(1, plain(ACCEPT)).unwrap();
+        assert_eq!(ledger.decide(1, plain(DROP)), Err(NotInFlight));
+        settled(&mut ledger);
+        assert_eq!(ledger.decide(1, plain(DROP)), Err(NotInFlight));
+        assert_eq!(ledger.decide(2, plain(DROP)), Err(NotInFlight));
+    }
+
+    #[test]
+    fn a_packet_held_for_long_costs_one_entry_and_forbids_batches() {
+        let mut ledger = ledger([1]);
+        for id in 2..200_000 {
+            ledger.arrive(id, 1);
+            ledger.decide(id, plain(ACCEPT)).unwrap();
+            if id % 64 == 0 {
+                let out = settled(&mut ledger);
+                assert!(out.iter().all(|s| matches!(s, Settlement::Single { .. })), "a batch would decide packet 1");
+            }
+        }
+        assert!(ledger.ring.len() <= 2 * SPARE_SPAN, "{}", ledger.ring.len());
+        assert_eq!(ledger.undecided_ids(), [1]);
+        ledger.decide(1, plain(DROP)).unwrap();
+        let out = settled(&mut ledger);
+        assert_eq!(out[0], Settlement::Single { id: 1, decision: plain(DROP) });
+        assert!(matches!(out[1], Settlement::Batch { max: 199_999, .. }));
+    }
+
+    #[test]
+    fn a_slot_stays_small() {
+        // 65 536 packets may be outstanding; with a boxed extra a slot is 40 bytes at most.
+        assert!(size_of::<Slot<Box<[u8; 100]>>>() <= 40, "{}", size_of::<Slot<Box<[u8; 100]>>>());
+    }
+}
