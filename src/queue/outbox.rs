@@ -146,7 +146,7 @@ impl Shared {
         let mut core = self.core();
         let machine = &mut core.machine;
         match outcome {
-            Outcome::Sent if !machine.is_refused() => machine.sent(&plan[begin..end], first),
+            Outcome::Sent if !machine.is_refused() => machine.sent(&plan[begin..end]),
             Outcome::Sent | Outcome::Refused => {
                 let rest = plan.split_off(end);
                 machine.refused(plan.split_off(begin), first);

@@ -206,8 +206,12 @@ pub(crate) struct Machine<E: Carried, K> {
     pass_end: bool,
     /// Somebody wants everything sent; whoever holds the send lock does it.
     flush_wanted: bool,
-    /// Packets whose verdicts have left the ledger while the send has not returned.
+    /// Packets whose verdicts have left the ledger, and whose datagram is not begun.
     leaving: usize,
+    /// Messages of the datagram that is being sent.
+    begun: usize,
+    /// A round of sending is under way.
+    sending: bool,
     rounds_begun: u64,
     rounds_ended: u64,
     /// `rounds_begun` when the alarm last rang.
@@ -281,6 +285,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             pass_end: false,
             flush_wanted: false,
             leaving: 0,
+            begun: 0,
+            sending: false,
             rounds_begun: 0,
             rounds_ended: 0,
             rounds_at_alarm: 0,
@@ -553,7 +559,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// there is nothing to send.
     pub(crate) fn flush(&mut self) -> Option<u64> {
         if self.ledger.gathered() == 0 {
-            return (self.leaving > 0).then_some(self.rounds_begun);
+            return self.sending.then_some(self.rounds_begun);
         }
         self.request_flush();
         Some(self.rounds_begun + 1)
@@ -685,6 +691,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             return;
         }
         self.rounds_begun += 1;
+        self.sending = true;
         self.oldest = None;
         self.due = None;
         let before = plan.len();
@@ -707,7 +714,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The round is over. To be said under the send lock, so that no other has begun.
     pub(crate) fn end_round(&mut self) {
-        debug_assert_eq!(self.leaving, 0, "every message was sent, refused or given back");
+        debug_assert_eq!((self.leaving, self.begun), (0, 0), "every message was sent, refused or given back");
+        self.sending = false;
         self.rounds_ended = self.rounds_begun;
     }
 
@@ -750,10 +758,19 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// A datagram is about to be sent. Tells whether only the answers to it will tell what became of it.
+    ///
+    /// From here on its packets count as decided: answers may be received before the send has returned.
     pub(crate) fn begin_send(&mut self, first: u32, messages: &mut [Settlement<E>]) -> bool {
         self.watched = Some((first, false));
+        self.begun = messages.len();
         let mut sequence = first;
         for message in messages {
+            let (action, count) = (message.ruling().action, message.count());
+            self.counters.decided(action, count as u64);
+            self.leaving -= count;
+            if let Settlement::Batch { .. } = message {
+                self.sent_batches.push(sequence, action, count as u64, self.counters.received);
+            }
             if let Settlement::Single { id, decision } = message
                 && let Some(waiter) = decision.extra.as_mut().and_then(E::take_waiter)
             {
@@ -769,10 +786,17 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.watched.is_some_and(|(_, refused)| refused)
     }
 
-    /// It was not executed: whoever waits for answers to it goes back into its messages.
+    /// It was not executed: whoever waits for answers to it goes back into its messages. Of these, those beyond the datagram
+    /// were not begun. Tells whether the refusal has been read already.
     fn end_send(&mut self, first: u32, messages: &mut [Settlement<E>]) -> bool {
         let mut sequence = first;
-        for message in messages {
+        for message in messages.iter_mut().take(std::mem::take(&mut self.begun)) {
+            let (action, count) = (message.ruling().action, message.count());
+            self.counters.taken_back(action, count as u64);
+            self.leaving += count;
+            if let Settlement::Batch { .. } = message {
+                self.sent_batches.take(sequence);
+            }
             if let Settlement::Single { decision, .. } = message
                 && let Some(extra) = &mut decision.extra
                 && let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence)
@@ -790,21 +814,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// A datagram has been sent and executed.
-    pub(crate) fn sent(&mut self, messages: &[Settlement<E>], first: u32) {
+    pub(crate) fn sent(&mut self, messages: &[Settlement<E>]) {
         self.counters.sends += 1;
         self.counters.messages += messages.len() as u64;
         self.retry = None;
         self.watched = None;
-        let mut sequence = first;
-        for message in messages {
-            let (ruling, count) = (message.ruling(), message.count());
-            self.counters.decided(ruling.action, count as u64);
-            self.leaving -= count;
-            if let Settlement::Batch { .. } = message {
-                self.sent_batches.push(sequence, ruling.action, count as u64, self.counters.received);
-            }
-            sequence = sequence.wrapping_add(1);
-        }
+        self.begun = 0;
         self.sent_batches.expire(self.counters.received, u64::from(self.limits.max_len));
     }
 
@@ -822,15 +837,18 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         for message in messages {
             self.leaving -= message.count();
             let ids = self.ledger.ids_of(&message);
-            let (mut extra, told) = match message {
-                Settlement::Single { decision, .. } => (decision.extra, decision.origin == Origin::Owner),
-                Settlement::Batch { .. } => (None, true),
+            let (mut extra, by_queue) = match message {
+                Settlement::Single { decision, .. } => {
+                    (decision.extra, (decision.origin == Origin::Queue).then_some(decision.ruling.action))
+                }
+                Settlement::Batch { .. } => (None, None),
             };
             for id in ids {
-                if self.ledger.reopen(id, NO_TOKEN) && told {
-                    self.refuse(id, extra.take(), missing_capability());
-                } else {
-                    let _ = self.decide_again(id);
+                self.ledger.reopen(id, NO_TOKEN);
+                match by_queue {
+                    // A default action, or a deadline's: it stays what it was.
+                    Some(action) => drop(self.ledger.decide(id, plain(action))),
+                    None => self.refuse(id, extra.take(), missing_capability()),
                 }
             }
         }
@@ -1191,9 +1209,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Has the queue unbound once nothing is owed.
     fn look_for_the_end(&mut self) {
         let Life::Waiting { limit, .. } = self.life else { return };
-        let sent = self.ledger.gathered() == 0 && self.leaving == 0;
+        let sent = self.ledger.gathered() == 0 && !self.sending;
         // What cannot be sent is not waited for beyond the time.
-        let hopeless = self.leaving == 0
+        let hopeless = !self.sending
             && (self.permission == Permission::Lost
                 || limit == Limit::Over && (self.permission != Permission::Held || self.retry.is_some()));
         if self.ledger.undecided() == 0 && (sent || hopeless) {

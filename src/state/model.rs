@@ -1,1 +1,762 @@
+//! Random histories of the machine against a model of nfnetlink_queue and of the socket. After each event the promises are
+//! checked, and at the end of each history that nothing is left. `NFQUEUE_STATE_SEED` repeats one history.
 
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use super::*;
+use crate::wire::verdict::word;
+
+/// Histories, and events in each: a million in all.
+const HISTORIES: u64 = 500;
+const EVENTS: usize = 2000;
+const CAP: Duration = Duration::from_micros(500);
+
+#[derive(Debug, Clone)]
+struct TestClock(Rc<Cell<Instant>>);
+
+impl Clock for TestClock {
+    fn now(&self) -> Instant {
+        self.0.get()
+    }
+}
+
+#[derive(Debug, Default)]
+struct TestExtra {
+    waiter: Option<u32>,
+}
+
+impl Carried for TestExtra {
+    type Waiter = u32;
+
+    fn take_waiter(&mut self) -> Option<u32> {
+        self.waiter.take()
+    }
+
+    fn put_waiter(&mut self, waiter: u32) {
+        self.waiter = Some(waiter);
+    }
+}
+
+/// Random numbers that are the same each time (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, limit: usize) -> bool {
+        self.below(limit) == 0
+    }
+}
+
+/// What lies in the socket's receive buffer.
+#[derive(Debug)]
+enum Datagram {
+    /// Of one that is cut short, perhaps not even the id can be read.
+    Packet { id: u32, readable: Option<Option<u32>> },
+    Answer(Answer),
+}
+
+/// The queue as the kernel keeps it.
+struct Kernel {
+    queued: BTreeSet<u32>,
+    next_id: u32,
+    max_len: usize,
+    fail_open: bool,
+    socket: VecDeque<Datagram>,
+    room: usize,
+    /// What was done with each packet that was decided by a verdict.
+    fates: HashMap<u32, Action>,
+    /// Packets that left the queue without a verdict.
+    gone: BTreeSet<u32>,
+    bound: bool,
+}
+
+/// A message to the kernel.
+enum Sent {
+    Single { id: u32, action: Action, acknowledge: bool },
+    Batch { max: u32, action: Action },
+    Length { packets: usize, fail_open: bool },
+    Unbind,
+}
+
+impl Kernel {
+    fn packet(&mut self, random: &mut Random) {
+        if !self.bound || self.queued.len() >= self.max_len {
+            return;
+        }
+        let id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1);
+        if self.socket.len() >= self.room {
+            return;
+        }
+        let readable = random.one_in(200).then(|| random.one_in(2).then_some(id));
+        self.socket.push_back(Datagram::Packet { id, readable });
+        self.queued.insert(id);
+    }
+
+    /// `nfnetlink_rcv`: without the capability one answer, and nothing is executed.
+    fn send(&mut self, first: u32, messages: Vec<Sent>, capable: bool) {
+        if !capable {
+            let refused = match messages[0] {
+                Sent::Single { id, action, .. } => Refused::Verdict { id, word: word(action) },
+                Sent::Batch { max, .. } => Refused::Batch { max },
+                Sent::Length { .. } | Sent::Unbind => Refused::Other,
+            };
+            return self.answer(first, EPERM, refused);
+        }
+        for (message, sequence) in messages.into_iter().zip((0..).map(|offset| first.wrapping_add(offset))) {
+            match message {
+                Sent::Single { id, action, acknowledge } => {
+                    let refused = Refused::Verdict { id, word: word(action) };
+                    if !self.queued.remove(&id) {
+                        self.answer(sequence, ENOENT, refused);
+                    } else {
+                        self.decided(id, action);
+                        if acknowledge {
+                            self.answer(sequence, 0, Refused::Other);
+                        }
+                    }
+                }
+                Sent::Batch { max, action } => {
+                    let upto: Vec<u32> =
+                        self.queued.iter().copied().filter(|id| id.wrapping_sub(max) as i32 <= 0).collect();
+                    if upto.is_empty() {
+                        self.answer(sequence, ENOENT, Refused::Batch { max });
+                    }
+                    for id in upto {
+                        self.queued.remove(&id);
+                        self.decided(id, action);
+                    }
+                }
+                Sent::Length { packets, fail_open } => {
+                    (self.max_len, self.fail_open) = (packets, fail_open);
+                    self.answer(sequence, 0, Refused::Other);
+                }
+                Sent::Unbind => {
+                    self.bound = false;
+                    self.gone.append(&mut self.queued);
+                    self.answer(sequence, 0, Refused::Other);
+                }
+            }
+        }
+    }
+
+    fn decided(&mut self, id: u32, action: Action) {
+        assert!(self.fates.insert(id, action).is_none(), "packet {id} was decided twice");
+    }
+
+    fn answer(&mut self, sequence: u32, errno: i32, refused: Refused) {
+        if self.socket.len() < self.room {
+            self.socket.push_back(Datagram::Answer(Answer { sequence, errno, refused, text: None }));
+        }
+    }
+}
+
+/// What may happen to a packet, by what was said of it.
+#[derive(Debug, Default)]
+struct Said {
+    owner: Option<Action>,
+    /// The queue had a reason to decide in the owner's place.
+    default: bool,
+    deadline: bool,
+}
+
+struct World {
+    random: Random,
+    clock: TestClock,
+    machine: Machine<TestExtra, TestClock>,
+    kernel: Kernel,
+    on_unanswered: Action,
+    deadline: Option<(Duration, Action)>,
+    close_action: Option<Action>,
+    /// Received and not handed out.
+    inbox: VecDeque<u32>,
+    owned: Vec<u32>,
+    said: BTreeMap<u32, Said>,
+    received_at: HashMap<u32, Instant>,
+    /// Confirmations awaited, with what must be true when they say yes.
+    waiters: HashMap<u32, (u32, Action)>,
+    next_waiter: u32,
+    /// When each decision was given that has not been sent.
+    given: Vec<(u32, Instant)>,
+    sequence: u32,
+    sent: u32,
+    alarm: Option<Instant>,
+    capable: bool,
+    /// What the sending thread finds when it asks for its capability after the send: the answer may be late.
+    out_of_memory: bool,
+    custom: bool,
+    stopping: bool,
+    unbinding: bool,
+    pass_end_due: bool,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let clock = TestClock(Rc::new(Cell::new(Instant::now())));
+        let on_unanswered = if random.one_in(2) { Action::Drop } else { Action::Accept };
+        let deadline = random.one_in(3).then(|| {
+            (Duration::from_millis(1 + random.below(20) as u64), if random.one_in(2) { Action::Drop } else { Action::Accept })
+        });
+        let custom = random.one_in(5);
+        let policy = match random.below(3) {
+            _ if custom => FlushPolicy::custom(Odd(seed)),
+            0 => FlushPolicy::immediate(),
+            1 => FlushPolicy::fixed(1 + random.below(100), CAP),
+            _ => FlushPolicy::adaptive(CAP),
+        };
+        let max_len = 1 + random.below(200);
+        let room = if random.one_in(3) { 1 + random.below(60) } else { 100_000 };
+        // Near the wrap in some histories.
+        let first = if random.one_in(4) { 0u32.wrapping_sub(random.below(500) as u32) } else { 1 };
+        let rules = Rules { queue: 0, on_unanswered, deadline };
+        let limits = Limits { max_len: max_len as u32, payload: 1000 };
+        let mut machine = Machine::new(rules, policy, limits, first, clock.clone());
+        machine.set_driven(!random.one_in(5));
+        let kernel = Kernel {
+            queued: BTreeSet::new(),
+            next_id: first,
+            max_len,
+            fail_open: false,
+            socket: VecDeque::new(),
+            room,
+            fates: HashMap::new(),
+            gone: BTreeSet::new(),
+            bound: true,
+        };
+        Self {
+            random,
+            clock,
+            machine,
+            kernel,
+            on_unanswered,
+            deadline,
+            close_action: None,
+            inbox: VecDeque::new(),
+            owned: Vec::new(),
+            said: BTreeMap::new(),
+            received_at: HashMap::new(),
+            waiters: HashMap::new(),
+            next_waiter: 0,
+            given: Vec::new(),
+            sequence: u32::MAX - 50,
+            sent: u32::MAX - 50,
+            alarm: None,
+            capable: true,
+            out_of_memory: false,
+            custom,
+            stopping: false,
+            unbinding: false,
+            pass_end_due: false,
+        }
+    }
+
+    fn now(&self) -> Instant {
+        self.clock.0.get()
+    }
+
+    /// One event.
+    fn step(&mut self) {
+        match self.random.below(100) {
+            0..=29 => {
+                for _ in 0..1 + self.random.below(8) {
+                    self.kernel.packet(&mut self.random);
+                }
+            }
+            30..=49 => {
+                let most = 1 + self.random.below(64);
+                self.receive(most);
+            }
+            50..=59 => self.hand_out(),
+            60..=79 => self.decide(),
+            80..=83 => self.abandon(),
+            84..=90 => self.pass_time(),
+            91 | 92 => {
+                self.machine.drained();
+            }
+            93 => {
+                self.machine.flush();
+            }
+            94 => {
+                self.capable = !self.capable;
+                if self.capable {
+                    // The driver asks again.
+                    self.machine.permitted();
+                }
+            }
+            95 => self.out_of_memory = !self.out_of_memory && self.random.one_in(3),
+            96 => {
+                // A device goes down, or a hook is unregistered.
+                let all = self.random.one_in(3);
+                let gone: Vec<u32> =
+                    self.kernel.queued.iter().copied().filter(|_| all || self.random.one_in(2)).collect();
+                for id in gone {
+                    self.kernel.queued.remove(&id);
+                    self.kernel.gone.insert(id);
+                }
+            }
+            97 => self.detach(),
+            98 => self.machine.wake_stream(),
+            _ => {
+                if self.random.one_in(20) {
+                    let driven = self.random.one_in(2);
+                    self.machine.set_driven(driven);
+                }
+            }
+        }
+        self.carry_out();
+        self.check();
+    }
+
+    fn receive(&mut self, most: usize) {
+        let sent = self.sent;
+        let lost_before = self.machine.lost();
+        let mut arrivals = Vec::new();
+        let mut answers = Vec::new();
+        let mut bad = Vec::new();
+        let mut emptied = None;
+        for _ in 0..most {
+            match self.kernel.socket.pop_front() {
+                None => {
+                    emptied = Some(sent);
+                    break;
+                }
+                Some(Datagram::Answer(answer)) => answers.push(answer),
+                Some(Datagram::Packet { id, readable: None }) => arrivals.push(id),
+                Some(Datagram::Packet { id, readable: Some(readable) }) => {
+                    self.said.entry(id).or_default().default = true;
+                    // What stands behind is received in another round, so that the order is kept.
+                    bad.push(readable);
+                    break;
+                }
+            }
+        }
+        if arrivals.is_empty() && answers.is_empty() && bad.is_empty() {
+            if let Some(sent) = emptied {
+                self.machine.emptied(sent);
+            }
+            return;
+        }
+        let now = self.now();
+        let before: BTreeSet<u32> = self.kernel.queued.iter().copied().collect();
+        for id in &arrivals {
+            self.received_at.insert(*id, now);
+            self.said.entry(*id).or_default();
+        }
+        let place = Place::Own { bytes: 100 };
+        if self.machine.arrived(arrivals.iter().map(|id| Arrival { id: *id, place })) {
+            self.inbox.extend(&arrivals);
+        } else {
+            arrivals.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
+        }
+        for id in bad {
+            self.machine.malformed(id);
+        }
+        for answer in answers {
+            self.machine.answered(answer);
+        }
+        self.machine.received(0, 0, lost_before, emptied, true);
+        let _ = before;
+    }
+
+    fn hand_out(&mut self) {
+        while let Some(id) = self.inbox.pop_front() {
+            if self.machine.is_undecided(id) && self.machine.life() == Life::Open {
+                self.owned.push(id);
+                return;
+            }
+            if self.machine.life() != Life::Open {
+                self.inbox.push_front(id);
+                return;
+            }
+        }
+    }
+
+    fn decide(&mut self) {
+        if self.owned.is_empty() {
+            return;
+        }
+        let at = if self.random.one_in(3) { self.random.below(self.owned.len()) } else { 0 };
+        let id = self.owned.remove(at);
+        let action = match self.random.below(8) {
+            0..=3 => Action::Accept,
+            4..=6 => Action::Drop,
+            _ => Action::Requeue { queue: 7, bypass: false },
+        };
+        let waiter = self.random.one_in(8).then_some(self.next_waiter);
+        let extra = match waiter {
+            Some(waiter) => {
+                self.next_waiter += 1;
+                Some(TestExtra { waiter: Some(waiter) })
+            }
+            None => self.random.one_in(8).then(TestExtra::default),
+        };
+        let decision = Decision { ruling: Ruling::plain(action), extra, origin: Origin::Owner };
+        let was_undecided = self.machine.is_undecided(id);
+        match self.machine.decide(id, decision) {
+            Ok(()) => {
+                assert!(was_undecided);
+                self.said.entry(id).or_default().owner = Some(action);
+                self.given.push((id, self.now()));
+                if let Some(waiter) = waiter {
+                    self.waiters.insert(waiter, (id, action));
+                    self.machine.flush();
+                }
+            }
+            Err(_) => assert!(!was_undecided, "packet {id} could have been decided"),
+        }
+    }
+
+    fn abandon(&mut self) {
+        if !self.owned.is_empty() {
+            let id = self.owned.swap_remove(self.random.below(self.owned.len()));
+            if self.machine.is_undecided(id) {
+                self.said.entry(id).or_default().default = true;
+                self.given.push((id, self.now()));
+            }
+            self.machine.abandon(id);
+        }
+    }
+
+    fn detach(&mut self) {
+        if !self.owned.is_empty() {
+            self.machine.detached(self.owned[self.random.below(self.owned.len())]);
+        }
+    }
+
+    /// To the next alarm, or a moment.
+    fn pass_time(&mut self) {
+        let step = Duration::from_micros(1 + self.random.below(3000) as u64);
+        let until = self.now() + step;
+        while let Some(alarm) = self.alarm.filter(|alarm| *alarm <= until) {
+            self.clock.0.set(alarm.max(self.now()));
+            self.ring();
+        }
+        self.clock.0.set(until);
+        if std::mem::take(&mut self.pass_end_due) && self.random.one_in(2) {
+            self.machine.pass_ended();
+        }
+    }
+
+    fn ring(&mut self) {
+        self.alarm = None;
+        let now = self.now();
+        if let Some((after, _)) = self.deadline {
+            for (id, at) in &self.received_at {
+                if *at + after <= now && self.machine.is_undecided(*id) {
+                    self.said.get_mut(id).expect("it was received").deadline = true;
+                }
+            }
+        }
+        self.machine.fire();
+        self.carry_out();
+        // A verdict that can be sent has been sent when its cap is over. A user's own policy says when by itself.
+        let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
+        if can_send && !self.custom && self.machine.retry.is_none() {
+            let late = self.given.iter().find(|(_, at)| now > *at + CAP);
+            assert_eq!(late, None, "{} decisions wait", self.machine.ledger.gathered());
+        }
+    }
+
+    fn carry_out(&mut self) {
+        for _ in 0..1000 {
+            if !self.machine.is_busy() {
+                return;
+            }
+            let Todo { flush, call_driver, alarm, ask, look, watch: _, unbind } = self.machine.todo();
+            if let Some(at) = alarm {
+                self.alarm = Some(self.alarm.map_or(at, |other| other.min(at)));
+            }
+            self.pass_end_due |= call_driver;
+            if call_driver && self.machine.is_permission_missing() && self.capable {
+                self.machine.permitted();
+            }
+            for event in self.machine.take_events() {
+                match event {
+                    Event::Answer(waiter, result) => self.told(waiter, &result),
+                    Event::Report(_) | Event::WakeStream | Event::WakeWaiting | Event::WakeRefusals => {}
+                }
+            }
+            while let Some(refusal) = self.machine.next_refusal() {
+                if refusal.kind() == ErrorKind::NotPermitted {
+                    self.refused(refusal.packet_id().expect("a refusal names its packet").get());
+                }
+            }
+            if let Some(ask) = ask {
+                let (mut policy, gathered) = *ask;
+                let answer = policy.when(&gathered);
+                match self.random.one_in(50) {
+                    true => self.machine.policy_panicked(),
+                    false => self.machine.asked(policy, answer, &gathered),
+                }
+            }
+            if look {
+                self.receive(64);
+            }
+            if flush {
+                self.flush();
+            }
+            if unbind {
+                self.unbind();
+            }
+        }
+        panic!("no end of things to do");
+    }
+
+    fn told(&mut self, waiter: u32, result: &Result<(), Error>) {
+        // The waiters of settings are none of these.
+        let Some((id, action)) = self.waiters.remove(&waiter) else { return };
+        match result {
+            Ok(()) => assert_eq!(self.kernel.fates.get(&id), Some(&action), "packet {id} was confirmed"),
+            Err(error) if error.kind() == ErrorKind::NotPermitted => self.refused(id),
+            Err(_) => {}
+        }
+    }
+
+    fn refused(&mut self, id: u32) {
+        assert!(!self.kernel.fates.contains_key(&id), "packet {id} was not refused");
+        self.said.get_mut(&id).expect("it was received").default = true;
+    }
+
+    /// As `Shared::flush` does it.
+    fn flush(&mut self) {
+        loop {
+            let mut plan = Vec::new();
+            let mut refused = false;
+            if self.machine.is_permission_missing() {
+                if self.capable {
+                    self.machine.permitted();
+                } else {
+                    self.machine.refuse_gathered();
+                    refused = true;
+                }
+            }
+            if !refused {
+                self.machine.begin_round(&mut plan);
+            }
+            let mut begin = 0;
+            while begin < plan.len() {
+                let end = plan.len().min(begin + 1 + self.random.below(20));
+                begin = self.send(&mut plan, begin, end);
+            }
+            self.machine.end_round();
+            if !self.machine.send_lock_released() {
+                return;
+            }
+        }
+    }
+
+    fn send(&mut self, plan: &mut Vec<Settlement<TestExtra>>, begin: usize, end: usize) -> usize {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add((end - begin) as u32);
+        let messages: Vec<Sent> = plan[begin..end]
+            .iter()
+            .map(|message| match message {
+                Settlement::Single { id, decision } => Sent::Single {
+                    id: *id,
+                    action: decision.ruling.action,
+                    acknowledge: decision.extra.as_ref().is_some_and(|extra| extra.waiter.is_some()),
+                },
+                Settlement::Batch { max, ruling, .. } => Sent::Batch { max: *max, action: ruling.action },
+            })
+            .collect();
+        let in_doubt = self.machine.begin_send(first, &mut plan[begin..end]);
+        if self.out_of_memory && self.random.one_in(2) {
+            self.machine.unsent(plan.split_off(begin), first);
+            self.machine.send_failed();
+            self.sent = self.sequence;
+            return end;
+        }
+        self.kernel.send(first, messages, self.capable);
+        if in_doubt || self.random.one_in(3) {
+            // Somebody else receives meanwhile.
+            let most = if in_doubt { usize::MAX } else { 1 + self.random.below(20) };
+            self.receive(most.min(100_000));
+        }
+        if self.capable && !self.machine.is_refused() {
+            let ids: Vec<u32> = plan[begin..end].iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
+            self.given.retain(|(id, _)| !ids.contains(id));
+            self.machine.sent(&plan[begin..end]);
+        } else {
+            let rest = plan.split_off(end);
+            self.machine.refused(plan.split_off(begin), first);
+            self.machine.unsent(rest, self.sequence.wrapping_add(1));
+            self.machine.flush();
+        }
+        self.sent = self.sequence;
+        end
+    }
+
+    /// As `Shared::configure`: until the answer has come or been given up.
+    fn configure(&mut self, message: fn(Action) -> Sent, action: Action) -> Result<(), Error> {
+        for _ in 0..50 {
+            self.receive(64);
+            let waiter = 1_000_000 + self.next_waiter;
+            self.next_waiter += 1;
+            self.sequence = self.sequence.wrapping_add(1);
+            let sequence = self.sequence;
+            self.machine.await_config(sequence, "set", Change::default(), waiter);
+            self.kernel.send(sequence, vec![message(action)], self.capable);
+            self.sent = sequence;
+            loop {
+                let mut result = None;
+                // Not yet told to anybody: events stay until the lock is released.
+                self.machine.events.retain(|event| match event {
+                    Event::Answer(told, answer) if *told == waiter => {
+                        result = Some(match answer {
+                            Ok(()) => Ok(()),
+                            Err(error) => Err(error.kind()),
+                        });
+                        false
+                    }
+                    _ => true,
+                });
+                match result {
+                    None => self.receive(64),
+                    Some(Ok(())) => return Ok(()),
+                    Some(Err(ErrorKind::Unconfirmed)) => break,
+                    Some(Err(kind)) => return Err(Error::new(kind, "set")),
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::Unconfirmed, "set"))
+    }
+
+    fn unbind(&mut self) {
+        assert!(!std::mem::replace(&mut self.unbinding, true), "unbound twice");
+        let result = self.configure(|_| Sent::Unbind, Action::Drop);
+        self.machine.unbound(result);
+    }
+
+    /// Begins the end, and does what `Shared::drain_queued` does.
+    fn close(&mut self, limit: Limit) {
+        let action = if self.random.one_in(2) { Action::Drop } else { Action::Accept };
+        if !self.machine.begin_close(action, limit) {
+            return;
+        }
+        self.close_action = Some(action);
+        let unread: Vec<u32> = self.inbox.drain(..).collect();
+        unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
+        self.machine.answer_for(unread.into_iter(), action);
+        let length = |action| Sent::Length { packets: 0, fail_open: action == Action::Accept };
+        let result = self.configure(length, action);
+        self.stopping = true;
+        self.machine.stopped(result);
+        self.carry_out();
+    }
+
+    fn check(&mut self) {
+        let stats = self.machine.stats();
+        let taken = stats.accepted + stats.dropped + stats.repeated + stats.requeued;
+        let sum = taken + stats.refused + stats.gone_at_least + stats.in_flight as u64;
+        assert_eq!(stats.received, sum, "{stats:?}");
+    }
+
+    /// Every packet that was decided was decided by what was said of it.
+    fn check_fates(&self) {
+        for (id, action) in &self.kernel.fates {
+            let said = &self.said[id];
+            let default = said.default.then_some(self.on_unanswered);
+            let close = self.close_action;
+            let deadline = self.deadline.filter(|_| said.deadline).map(|(_, action)| action);
+            let allowed = [said.owner, default, deadline, close.filter(|_| said.owner.is_none())];
+            assert!(allowed.contains(&Some(*action)), "packet {id} got {action:?}, and {said:?}, {allowed:?}");
+        }
+    }
+
+    /// The end of a history: nothing is forgotten.
+    fn end(&mut self) {
+        (self.capable, self.out_of_memory) = (true, false);
+        self.machine.permitted();
+        self.carry_out();
+        let limit = match self.random.below(3) {
+            0 => Limit::Never,
+            1 => Limit::At(self.now()),
+            _ => Limit::At(self.now() + Duration::from_millis(5)),
+        };
+        self.close(limit);
+        self.carry_out();
+        self.check();
+        if limit == Limit::Never {
+            while !self.owned.is_empty() {
+                if self.random.one_in(2) { self.decide() } else { self.abandon() }
+                self.carry_out();
+                self.check();
+            }
+        }
+        for _ in 0..100_000 {
+            if self.machine.life() == Life::Closed {
+                break;
+            }
+            // Where nothing is to come any more there is no end.
+            let alarm = self.alarm.expect("an alarm until the end has come");
+            self.clock.0.set(alarm.max(self.now()));
+            if let Limit::At(_) = limit {
+                self.owned.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
+            }
+            self.ring();
+            self.check();
+        }
+        assert_eq!(self.machine.life(), Life::Closed, "it has no end");
+        self.receive(100_000);
+        self.carry_out();
+        self.check();
+        let stats = self.machine.stats();
+        assert_eq!(stats.in_flight, 0);
+        self.check_fates();
+        let forgotten: Vec<u32> =
+            self.said.keys().copied().filter(|id| !self.kernel.fates.contains_key(id) && !self.kernel.gone.contains(id)).collect();
+        assert_eq!(forgotten, [] as [u32; 0], "forgotten");
+        let left: Vec<u32> = self.kernel.gone.iter().copied().filter(|id| self.said.contains_key(id)).collect();
+        let _ = left;
+        assert_eq!(self.waiters.len(), 0, "confirmations that nobody answers");
+    }
+}
+
+/// A policy of a user's own, with all answers.
+struct Odd(u64);
+
+impl crate::FlushWhen for Odd {
+    fn when(&mut self, gathered: &Gathered) -> Flush {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        match (self.0 >> 33) % 4 {
+            0 => Flush::Now,
+            1 if gathered.decided > 3 => Flush::Now,
+            1 | 2 => Flush::AtPassEnd,
+            _ => Flush::Within(Duration::from_micros(300)),
+        }
+    }
+}
+
+fn history(seed: u64) {
+    let mut world = World::new(seed);
+    for _ in 0..EVENTS {
+        world.step();
+    }
+    world.check_fates();
+    world.end();
+}
+
+#[test]
+fn a_million_events_break_no_promise() {
+    if let Some(seed) = std::env::var("NFQUEUE_STATE_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        return history(seed);
+    }
+    for seed in 0..HISTORIES {
+        if let Err(panic) = std::panic::catch_unwind(|| history(seed)) {
+            eprintln!("NFQUEUE_STATE_SEED={seed} repeats it");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
