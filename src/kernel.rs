@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
 
-use crate::{Error, ErrorKind, sys};
+use crate::{Error, ErrorKind, sys::Owner};
 
 /// What the kernel says of a queue, from its line in `/proc/net/netfilter/nfnetlink_queue`. Counts are since
 /// [`bind`](crate::QueueBuilder::bind) and wrap at 2³².
@@ -32,10 +32,6 @@ impl KernelTable {
     /// The calling thread's network namespace's. That there is none shows when it is read.
     pub(crate) fn open() -> Self {
         Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue"))
-    }
-
-    pub(crate) fn is_readable(&self) -> bool {
-        self.0.is_ok()
     }
 
     /// A queue's line; `None` if nobody owns the queue.
@@ -86,10 +82,10 @@ fn release() -> (u32, u32) {
 /// From this release on replaced payloads are checked, and in some places never taken.
 const CHECKS_PAYLOADS: (u32, u32) = (7, 2);
 
-/// Why a replaced payload of an IP packet is not taken in the calling thread's network namespace, where it is not. The
-/// kernel would drop the packet and acknowledge the verdict.
-pub(crate) fn payload_obstacle() -> Option<&'static str> {
-    (release() >= CHECKS_PAYLOADS && sys::is_in_child_user_namespace()).then_some(
+/// Why a replaced payload of an IP packet is not taken in a network namespace of this owner, where it is not. The kernel
+/// would drop the packet and acknowledge the verdict.
+pub(crate) fn payload_obstacle(owner: Owner) -> Option<&'static str> {
+    (release() >= CHECKS_PAYLOADS && owner == Owner::Own).then_some(
         "Linux 7.2 and later take a replaced payload only where the initial user namespace owns the network namespace",
     )
 }

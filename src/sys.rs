@@ -39,14 +39,30 @@ pub(crate) fn has_net_admin() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
-/// Whether the calling thread's network namespace belongs to another user namespace than the initial one.
-pub(crate) fn is_in_child_user_namespace() -> bool {
-    // linux/nsfs.h: NS_GET_USERNS; linux/proc_ns.h: PROC_USER_INIT_INO.
-    const INITIAL: u64 = 0xEFFF_FFFD;
-    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return false };
-    user_namespace_of(namespace).and_then(rustix::fs::fstat).is_ok_and(|stat| stat.st_ino != INITIAL)
+/// The user namespace that owns the calling thread's network namespace, as far as the thread may know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Initial,
+    /// The thread's own, or one below it.
+    Own,
+    /// One that the thread is not in, where its capabilities count for nothing.
+    Foreign,
 }
 
+/// Who owns the calling thread's network namespace.
+pub(crate) fn network_owner() -> Owner {
+    // linux/proc_ns.h: PROC_USER_INIT_INO.
+    const INITIAL: u64 = 0xEFFF_FFFD;
+    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return Owner::Foreign };
+    // ns_get_owner: EPERM unless it is the caller's own user namespace or one below.
+    match user_namespace_of(namespace).and_then(rustix::fs::fstat) {
+        Ok(stat) if stat.st_ino == INITIAL => Owner::Initial,
+        Ok(_) => Owner::Own,
+        Err(_) => Owner::Foreign,
+    }
+}
+
+/// linux/nsfs.h: NS_GET_USERNS.
 #[allow(unsafe_code)]
 fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
     struct GetUserNamespace;

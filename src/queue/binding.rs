@@ -14,10 +14,10 @@ use super::{
 use crate::{
     Error, ErrorKind, FlushPolicy, NetworkNamespace,
     keeper::{Timed, Timer},
-    kernel::{KernelTable, payload_obstacle},
+    kernel::KernelTable,
     socket::{Socket, Unregistered, is_own_port, own_port},
     state::{Limits, Machine, Rules},
-    sys,
+    sys::{self, Owner},
     wire::config::{Config, FLAG_CONNTRACK, FLAG_SECURITY_CONTEXT},
 };
 
@@ -35,8 +35,8 @@ impl Shared {
         }
         let limits = limits_of(config, Limits { max_len: 0, payload: 0 });
         let receive_buffer = settings.receive_buffer.unwrap_or_else(|| receive_buffer(limits, settings.attributes));
-        let open = || (Unregistered::open(receive_buffer), KernelTable::open(), payload_obstacle());
-        let (socket, table, no_payload) = match namespace {
+        let open = || (Unregistered::open(receive_buffer), KernelTable::open(), sys::network_owner());
+        let (socket, table, network_owner) = match namespace {
             None => open(),
             Some(namespace) => namespace.run(open)?,
         };
@@ -45,7 +45,7 @@ impl Shared {
         // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
         let machine = Machine::new(rules, policy, limits, 1, SystemClock);
         let inbox = Inbox::new(limits.payload, BusyPoll::new(settings.busy_poll));
-        let shared = Arc::new(Self::new(settings, socket, table, machine, inbox, no_payload));
+        let shared = Arc::new(Self::new(settings, socket, table, machine, inbox, network_owner));
         own_port(shared.socket.port_id());
         shared.ask_for_the_queue(config)?;
         let timed: Weak<Self> = Arc::downgrade(&shared);
@@ -60,7 +60,7 @@ impl Shared {
 
     /// Asks the kernel for the queue; more than once where its last owner may just be going.
     fn ask_for_the_queue(&self, config: &Config) -> Result<(), Error> {
-        const TRIES: usize = 3;
+        const TRIES: usize = 10;
         let mut tries = 0;
         loop {
             let error = match self.configure("bind queue", config) {
@@ -68,8 +68,9 @@ impl Shared {
                 Err(error) => error,
             };
             tries += 1;
-            let owned = self.owner().is_some();
-            if error.kind() == ErrorKind::NotPermitted && !owned && sys::has_net_admin() && tries < TRIES {
+            let permitted = self.is_capable_here() && self.owner().is_none();
+            if error.kind() == ErrorKind::NotPermitted && permitted && tries < TRIES {
+                std::thread::yield_now();
                 continue;
             }
             return Err(self.explain(error, config));
@@ -82,12 +83,8 @@ impl Shared {
             // nfqnl_recv_config answers EPERM both for a queue of another socket and to a caller without the capability.
             ErrorKind::NotPermitted => match self.owner() {
                 Some(owner) => error.with_kind(ErrorKind::AlreadyBound).with_detail(owner),
-                None if sys::has_net_admin() && !self.table.is_readable() => {
-                    error.with_kind(ErrorKind::AlreadyBound).with_detail(
-                        "or CAP_NET_ADMIN is missing in the namespace's own user namespace; \
-                         /proc/net/netfilter/nfnetlink_queue, which would tell, cannot be read",
-                    )
-                }
+                // It cannot be the capability, so there is an owner, whom the table does not show or not any more.
+                None if self.is_capable_here() => error.with_kind(ErrorKind::AlreadyBound),
                 None => error.with_detail("CAP_NET_ADMIN is needed in the user namespace of the network namespace"),
             },
             ErrorKind::Unsupported => match self.refused_flag(config) {
@@ -100,6 +97,11 @@ impl Shared {
             }
             _ => error,
         }
+    }
+
+    /// Whether the calling thread has the capability where the kernel asks for it.
+    fn is_capable_here(&self) -> bool {
+        self.network_owner != Owner::Foreign && sys::has_net_admin()
     }
 
     /// Who else owns the queue, in words.

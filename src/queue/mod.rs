@@ -528,7 +528,7 @@ impl Shared {
 
     /// Why a replaced payload of an IP packet is not taken in this network namespace, where it is not.
     pub(crate) fn no_payload(&self) -> Option<&'static str> {
-        self.no_payload
+        crate::kernel::payload_obstacle(self.network_owner)
     }
 }
 

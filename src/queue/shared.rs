@@ -30,6 +30,7 @@ use crate::{
     kernel::KernelTable,
     socket::Socket,
     state::{Carried, Clock, Decision, Event, Life, Machine, Todo},
+    sys::Owner,
     trace::Trace,
     wire::verdict::Attachments,
 };
@@ -123,8 +124,8 @@ pub(crate) struct Shared {
     /// For loops that wait for a descriptor.
     pub(super) foreign: OnceLock<Foreign>,
     pub(super) trace: Trace,
-    /// Why a replaced payload is not taken here, where it is not.
-    pub(super) no_payload: Option<&'static str>,
+    /// Of the socket's network namespace.
+    pub(super) network_owner: Owner,
 }
 
 #[derive(Debug)]
@@ -174,7 +175,7 @@ impl Shared {
         table: KernelTable,
         machine: Machine<Box<Extra>, SystemClock>,
         inbox: Inbox,
-        no_payload: Option<&'static str>,
+        network_owner: Owner,
     ) -> Self {
         let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new() };
         Self {
@@ -187,7 +188,7 @@ impl Shared {
             last_sent: AtomicU32::new(0),
             foreign: OnceLock::new(),
             trace: Trace::new(settings.queue),
-            no_payload,
+            network_owner,
             settings,
             socket,
             table,

@@ -62,7 +62,10 @@ impl Random {
 #[derive(Debug)]
 enum Datagram {
     /// Of one that is cut short, perhaps not even the id can be read.
-    Packet { id: u32, readable: Option<Option<u32>> },
+    Packet {
+        id: u32,
+        readable: Option<Option<u32>>,
+    },
     Answer(Answer),
 }
 
@@ -207,7 +210,10 @@ impl World {
         let clock = TestClock(Rc::new(Cell::new(Instant::now())));
         let on_unanswered = if random.one_in(2) { Action::Drop } else { Action::Accept };
         let deadline = random.one_in(3).then(|| {
-            (Duration::from_millis(1 + random.below(20) as u64), if random.one_in(2) { Action::Drop } else { Action::Accept })
+            (
+                Duration::from_millis(1 + random.below(20) as u64),
+                if random.one_in(2) { Action::Drop } else { Action::Accept },
+            )
         });
         let custom = random.one_in(5);
         let policy = match random.below(3) {
@@ -585,7 +591,8 @@ impl World {
             self.receive(most.min(100_000));
         }
         if self.capable && !self.machine.is_refused() {
-            let ids: Vec<u32> = plan[begin..end].iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
+            let ids: Vec<u32> =
+                plan[begin..end].iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
             self.given.retain(|(id, _)| !ids.contains(id));
             self.machine.sent(&plan[begin..end]);
         } else {
@@ -690,7 +697,11 @@ impl World {
         self.check();
         if limit == Limit::Never {
             while !self.owned.is_empty() {
-                if self.random.one_in(2) { self.decide() } else { self.abandon() }
+                if self.random.one_in(2) {
+                    self.decide()
+                } else {
+                    self.abandon()
+                }
                 self.carry_out();
                 self.check();
             }
@@ -715,8 +726,12 @@ impl World {
         let stats = self.machine.stats();
         assert_eq!(stats.in_flight, 0);
         self.check_fates();
-        let forgotten: Vec<u32> =
-            self.said.keys().copied().filter(|id| !self.kernel.fates.contains_key(id) && !self.kernel.gone.contains(id)).collect();
+        let forgotten: Vec<u32> = self
+            .said
+            .keys()
+            .copied()
+            .filter(|id| !self.kernel.fates.contains_key(id) && !self.kernel.gone.contains(id))
+            .collect();
         assert_eq!(forgotten, [] as [u32; 0], "forgotten");
         let left: Vec<u32> = self.kernel.gone.iter().copied().filter(|id| self.said.contains_key(id)).collect();
         let _ = left;

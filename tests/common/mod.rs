@@ -211,7 +211,7 @@ impl Traffic {
     /// Sees to it that nothing has come.
     #[track_caller]
     pub fn expect_nothing(&self) {
-        assert_eq!(self.delivered(), [], "nothing should have been delivered");
+        assert_eq!(self.delivered(), [] as [u32; 0], "nothing should have been delivered");
     }
 }
 
