@@ -114,7 +114,7 @@ fn settle(criterion: &mut Criterion) {
                                 Decision { ruling: Ruling::plain(ACCEPT), extra: None, origin: Origin::Owner };
                             ledger.decide(first.wrapping_add(*offset), decision).expect("it is undecided");
                         }
-                        ledger.settle(1, &mut settled);
+                        ledger.settle(std::iter::empty(), &mut settled);
                         black_box(&settled);
                         settled.clear();
                     }

@@ -47,9 +47,10 @@ pub struct Stats {
     pub late: u64,
     /// The verdict found no packet: its device had gone down, or a hook was unregistered.
     ///
-    /// It is exact for packets that were decided by a message of their own, as those are that were received more than 2 ms
-    /// before the verdict was sent. A batch answers only if it finds none of its packets, so of the others more may have
-    /// gone than this says; `accepted` and the like are then too high by as many.
+    /// A hook that is unregistered drops every packet of the queue, and these are counted exactly if they had been received.
+    /// Otherwise it is a lower bound: the kernel says of a verdict for one packet whether it found it, and of a batch only
+    /// whether it found any. So where an interface goes down, packets of another interface that were decided in the same
+    /// batch hide those that had gone; `accepted` and the like are then too high by as many.
     pub gone_at_least: u64,
     /// The kernel refused the verdict for a reason that no other verdict would change, and has let the packet go.
     pub refused: u64,

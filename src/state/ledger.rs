@@ -263,16 +263,19 @@ impl<E> Ledger<E> {
     /// Turns every decision into messages, appended to `out` in the order of the ids, and counts them settled.
     ///
     /// The longest decided prefix becomes one batch for each run of equal rulings; what must go alone, or lies behind an
-    /// undecided id, becomes a single verdict. Ids before `fresh` go alone as well: the kernel says of a single verdict
-    /// whether it still had the packet. The messages must be sent in this order and before those of a later call. What
-    /// could not be sent must be given back, by [`unsent`](Self::unsent) or [`refused`](Self::refused), before that.
-    pub(crate) fn settle(&mut self, fresh: u32, out: &mut Vec<Settlement<E>>) {
+    /// undecided id, becomes a single verdict. A run ends where a round of receiving began, by the first ids in `rounds`,
+    /// oldest first: what makes the kernel drop the packets of one round leaves those of a later one, and a batch that finds
+    /// any of its packets does not tell of the others.
+    ///
+    /// The messages must be sent in this order and before those of a later call. What could not be sent must be given back,
+    /// by [`unsent`](Self::unsent), or [reopened](Self::reopen), before that.
+    pub(crate) fn settle(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<Settlement<E>>) {
         std::mem::swap(&mut self.gathered, &mut self.leaving);
         self.gathered.clear();
         let mut gathered = std::mem::take(&mut self.leaving);
         let stragglers = self.settle_stragglers(&gathered, out);
         let before = self.ring.len();
-        let from_prefix = self.settle_prefix(fresh, out);
+        let from_prefix = self.settle_prefix(rounds, out);
         if stragglers + from_prefix < gathered.len() {
             let popped = before - self.ring.len();
             self.settle_rest(&mut gathered, popped, out);
@@ -297,15 +300,20 @@ impl<E> Ledger<E> {
     }
 
     /// Pops the prefix that holds nothing undecided; tells how many decisions it held.
-    fn settle_prefix(&mut self, fresh: u32, out: &mut Vec<Settlement<E>>) -> usize {
+    fn settle_prefix(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<Settlement<E>>) -> usize {
         let batches = self.batches && self.stragglers.is_empty();
         let mut settled = 0;
         let mut run: Option<Run> = None;
+        let mut rounds = rounds.peekable();
         while let Some(Slot::Decided(_) | Slot::Settled) = self.ring.front() {
             let (id, slot) = (self.base, self.ring.pop_front());
             self.base = self.base.wrapping_add(1);
             let Some(Slot::Decided(decision)) = slot else { continue };
             settled += 1;
+            if rounds.next_if(|first| id.wrapping_sub(*first) <= u32::MAX / 2).is_some() {
+                while rounds.next_if(|first| id.wrapping_sub(*first) <= u32::MAX / 2).is_some() {}
+                finish_run(&mut run, out);
+            }
             match &mut run {
                 Some(run) if decision.extra.is_none() && run.ruling == decision.ruling => {
                     run.max = id;
@@ -314,8 +322,9 @@ impl<E> Ledger<E> {
                 }
                 _ => finish_run(&mut run, out),
             }
-            if batches && decision.extra.is_none() && id.wrapping_sub(fresh) <= u32::MAX / 2 {
-                run = Some(Run { first: id, max: id, ruling: decision.ruling, origin: decision.origin, count: 1 });
+            if batches && decision.extra.is_none() {
+                let Decision { ruling, origin, .. } = decision;
+                run = Some(Run { first: id, max: id, ruling, origin, count: 1 });
             } else {
                 out.push(Settlement::Single { id, decision });
             }
@@ -437,7 +446,7 @@ mod tests {
 
     fn settled(ledger: &mut Ledger<u8>) -> Vec<Settlement<u8>> {
         let mut out = Vec::new();
-        ledger.settle(0, &mut out);
+        ledger.settle(std::iter::empty(), &mut out);
         out
     }
 
@@ -477,6 +486,18 @@ mod tests {
             Settlement::Batch { first: 5, max: 7, ruling: Ruling::plain(DROP), count: 3 },
         ];
         assert_eq!(settled(&mut ledger), expected);
+    }
+
+    #[test]
+    fn a_batch_spans_no_two_rounds_of_receiving() {
+        let mut ledger = ledger(1..=12);
+        for id in 1..=12 {
+            ledger.decide(id, plain(ACCEPT)).unwrap();
+        }
+        let mut out = Vec::new();
+        ledger.settle([1, 4, 4, 11, 13].into_iter(), &mut out);
+        let batch = |first, max, count| Settlement::Batch { first, max, ruling: Ruling::plain(ACCEPT), count };
+        assert_eq!(out, [batch(1, 3, 3), batch(4, 10, 7), batch(11, 12, 2)]);
     }
 
     #[test]

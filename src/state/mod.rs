@@ -256,9 +256,6 @@ pub(crate) struct Machine<E: Carried, K> {
 const MAX_REFUSALS: usize = 1024;
 /// A delay asked for by a policy of the user's own is cut to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
-/// A packet received longer ago than this gets a message of its own, by which the kernel tells whether it still had it.
-/// Under load no packet with a verdict is older, and batches save a sixth of its cost.
-const FRESH: Duration = Duration::from_millis(2);
 /// How long the capability must be missing until that counts as lasting.
 const LASTING: Duration = Duration::from_secs(3);
 /// Pauses between attempts to send after a refusal or a failure: from the first to the second, doubled each time.
@@ -696,20 +693,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.due = None;
         let before = plan.len();
         self.leaving = self.ledger.gathered();
-        let fresh = self.first_fresh();
-        self.ledger.settle(fresh, plan);
+        self.ledger.settle(self.arrivals.rounds(), plan);
         self.counters.flushes += 1;
         self.counters.largest_flush = self.counters.largest_flush.max((plan.len() - before) as u64);
-    }
-
-    /// The first id that came less than [`FRESH`] ago.
-    fn first_fresh(&self) -> u32 {
-        if self.leaving < 2 {
-            return self.ledger.next();
-        }
-        let now = self.clock.now();
-        now.checked_sub(FRESH)
-            .map_or(self.ledger.oldest(), |time| self.arrivals.after(time).unwrap_or_else(|| self.ledger.next()))
     }
 
     /// The round is over. To be said under the send lock, so that no other has begun.

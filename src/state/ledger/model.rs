@@ -98,11 +98,11 @@ fn run(first: u32, steps: Vec<Step>) {
     let mut wanted = BTreeMap::new();
     let mut lost_by_kernel = Vec::new();
     let mut expected_gap = 0;
-    // Some ids are old, and get messages of their own.
-    let oldest_fresh = |next: u32| next.wrapping_sub(30);
+    // As if packets had been received seven at a time.
+    let rounds = |next: u32| (0..20).rev().map(move |round| next.wrapping_sub(7 * round));
     let flush = |ledger: &mut Ledger<u8>, kernel: &mut Kernel, next: u32| {
         let mut out = Vec::new();
-        ledger.settle(oldest_fresh(next), &mut out);
+        ledger.settle(rounds(next), &mut out);
         out.into_iter().for_each(|message| kernel.apply(message));
         assert_eq!(ledger.gathered(), 0);
     };
@@ -151,7 +151,7 @@ fn run(first: u32, steps: Vec<Step>) {
             Step::Flush => flush(&mut ledger, &mut kernel, next),
             Step::FailedFlush(sent) => {
                 let mut out = Vec::new();
-                ledger.settle(oldest_fresh(next), &mut out);
+                ledger.settle(rounds(next), &mut out);
                 let kept = out.split_off(sent % (out.len() + 1));
                 out.into_iter().for_each(|message| kernel.apply(message));
                 kept.into_iter().for_each(|message| ledger.unsent(message));
