@@ -446,9 +446,11 @@ impl World {
         let until = self.now() + step;
         while let Some(alarm) = self.alarm.filter(|alarm| *alarm <= until) {
             self.clock.0.set(alarm.max(self.now()));
+            self.check_cap();
             self.ring();
         }
         self.clock.0.set(until);
+        self.check_cap();
         if std::mem::take(&mut self.pass_end_due) && self.random.one_in(2) {
             self.machine.pass_ended();
         }
@@ -466,11 +468,17 @@ impl World {
         }
         self.machine.fire();
         self.carry_out();
-        // A verdict that can be sent has been sent when its cap is over. A user's own policy says when by itself.
+    }
+
+    /// A verdict that can be sent has been sent when its cap is over. A user's own policy says when by itself.
+    fn check_cap(&mut self) {
+        let now = self.now();
         let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
         if can_send && !self.custom && self.machine.retry.is_none() {
             let late = self.given.iter().find(|(_, at)| now > *at + CAP);
             assert_eq!(late, None, "{} decisions wait", self.machine.ledger.gathered());
+        } else {
+            self.given.clear();
         }
     }
 
