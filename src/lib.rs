@@ -20,6 +20,7 @@ mod error;
 mod expectation;
 mod flush;
 mod group;
+pub mod guide;
 mod hook;
 mod keeper;
 mod kernel;
