@@ -3,6 +3,8 @@
 //! Every test runs with the interfaces' offloads on and off, with super-packets and without, over IPv4 and IPv6.
 
 mod common;
+#[path = "edit/route.rs"]
+mod route;
 #[path = "edit/setup.rs"]
 mod setup;
 #[path = "edit/tcp.rs"]
@@ -34,10 +36,12 @@ fn main() -> ExitCode {
     tests.extend(each_case("udp super-packets", udp::super_packets));
     tests.extend(each_case("udp super-packets forwarded", udp::forwarded));
     tests.extend(each_case("udp fragments to another address", udp::fragments));
+    tests.extend(each_case("udp with a route to go", udp::routed));
     tests.extend(each_case("udp with a wrong checksum is not delivered", udp::wrong_checksum));
     tests.extend(each_case("tcp substituted on the way out", tcp::substituted_out));
     tests.extend(each_case("tcp substituted on the way in", tcp::substituted_in));
     tests.extend(each_case("tcp redirected", tcp::redirected));
+    tests.extend(each_case("tcp with a route to go", tcp::routed));
     tests.extend(each_case("echo payload", echo));
     tests.extend(each_case("ttl and tos", ttl_and_tos));
     tests.extend(each_case("a packet in part", in_part));

@@ -24,7 +24,7 @@ pub(super) fn complete(packet: &mut [u8], layout: &Layout, gso: bool) {
         return;
     }
     packet[at..at + 2].fill(0);
-    let pseudo_header = pseudo_header(packet, layout, transport);
+    let pseudo_header = pseudo_header(packet, layout, transport, layout.destination);
     let checksum = if gso && transport == Transport::Udp {
         (!pseudo_header.ones_complement()).to_ne_bytes()
     } else {
@@ -35,11 +35,17 @@ pub(super) fn complete(packet: &mut [u8], layout: &Layout, gso: bool) {
 
 /// Whether the transport checksum is what the kernel leaves for the interface to finish: the pseudo header's sum
 /// (`CHECKSUM_PARTIAL`, include/linux/skbuff.h).
+///
+/// A UDP socket with an IPv4 source route sums the next hop (`udp_send_skb`; seen on Linux 6.18).
+/// That checksum is unfinished too, though it is wrong when it is finished.
 pub(super) fn is_partial(packet: &[u8], layout: &Layout) -> bool {
     let Ok(transport) = layout.editable() else { return false };
     let at = layout.at + transport.checksum_at();
-    let sum = !pseudo_header(packet, layout, transport).ones_complement();
-    transport.has_ports() && packet[at..at + 2] == sum.to_ne_bytes()
+    let is_sum_with = |destination| {
+        let sum = !pseudo_header(packet, layout, transport, destination).ones_complement();
+        packet[at..at + 2] == sum.to_ne_bytes()
+    };
+    transport.has_ports() && [layout.destination, layout.version.destination_at()].into_iter().any(is_sum_with)
 }
 
 /// The transport checksum `old` after `from`, which it covers, has become `to` (RFC 1624).
@@ -59,12 +65,17 @@ fn closing(sum: &Sum16BitWords, transport: Transport) -> [u8; 2] {
     .to_ne_bytes()
 }
 
-fn pseudo_header(packet: &[u8], layout: &Layout, transport: Transport) -> Sum16BitWords {
-    let addresses = match (layout.version, transport) {
+/// With the destination address at `destination`.
+fn pseudo_header(packet: &[u8], layout: &Layout, transport: Transport, destination: usize) -> Sum16BitWords {
+    let (source, address_len) = match (layout.version, transport) {
         (Version::V4, Transport::Icmpv4) => return Sum16BitWords::new(),
-        (Version::V4, _) => &packet[12..20],
-        (Version::V6, _) => &packet[8..40],
+        (Version::V4, _) => (12, 4),
+        (Version::V6, _) => (8, 16),
     };
     let length = (layout.payload_end - layout.at) as u32;
-    Sum16BitWords::new().add_slice(addresses).add_2bytes([0, layout.protocol.0]).add_slice(&length.to_be_bytes())
+    Sum16BitWords::new()
+        .add_slice(&packet[source..source + address_len])
+        .add_slice(&packet[destination..destination + address_len])
+        .add_2bytes([0, layout.protocol.0])
+        .add_slice(&length.to_be_bytes())
 }

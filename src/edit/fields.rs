@@ -44,11 +44,15 @@ impl Edit {
     /// Sets the destination address. Of fragments too: set it in all of them, and the first one's transport checksum is
     /// adjusted.
     ///
+    /// While an IPv4 source route or an IPv6 routing header is not used up, this is the next hop.
+    /// The final destination, which the transport checksum covers, stays as it is.
+    ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the address is of the other family; if an authentication header covers
-    /// the packet; if the transport checksum, which covers the addresses, cannot be kept right: of a damaged or unknown
-    /// protocol, or behind an IPv6 routing header with segments left.
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the address is of the other family; if
+    /// an authentication header covers the packet; if the transport checksum, which covers the
+    /// addresses, cannot be kept right: of a damaged or unknown protocol, or behind an IPv6 routing
+    /// header with segments left that is malformed or of another type than 0, 2 and 4.
     pub fn set_destination_address(&mut self, address: impl Into<IpAddr>) -> Result<(), Error> {
         self.set_address("set the destination address", address.into(), 16, 24)
     }
@@ -112,6 +116,10 @@ impl Edit {
 
     /// Prepares the checksum in a first fragment for a change of the address at `place`.
     fn adjust_checksum(&mut self, transport: Transport, place: &Range<usize>, address: &[u8]) {
+        if self.layout.is_routed() && place.start == self.layout.version.destination_at() {
+            // The checksum does not cover the next hop.
+            return;
+        }
         let at = self.layout.at + transport.checksum_at();
         let old = [self.packet[at], self.packet[at + 1]];
         let none = transport == Transport::Udp && old == [0, 0];

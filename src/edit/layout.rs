@@ -3,15 +3,20 @@
 use std::{fmt, ops::Range};
 
 use etherparse::{
-    IpAuthHeaderSlice, IpNumber, Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6Header, Ipv6HeaderSlice,
+    IpAuthHeaderSlice, IpNumber, Ipv4Header, Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6Header, Ipv6HeaderSlice,
     Ipv6RawExtHeaderSlice, TcpSlice, UdpHeaderSlice, ip_number,
 };
+
+use super::route;
 
 /// Offsets into a packet. They hold for the bytes they were taken from and no others: `at <= end <= bytes.len()`, and
 /// where there is a `transport`, `at + header_len <= payload_end <= end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) version: Version,
+    /// Where the destination is that the transport checksum covers: in the IP header, or in a route
+    /// that is not used up.
+    pub(super) destination: usize,
     /// What follows the IP header and its extensions.
     pub(super) protocol: IpNumber,
     /// Where that begins.
@@ -36,6 +41,16 @@ pub(super) struct Layout {
 pub(super) enum Version {
     V4,
     V6,
+}
+
+impl Version {
+    /// Where the IP header has its destination.
+    pub(super) fn destination_at(self) -> usize {
+        match self {
+            Self::V4 => 16,
+            Self::V6 => 24,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +83,7 @@ pub(super) enum Obstacle {
     Fragment,
     /// An authentication header covers everything.
     Authenticated,
-    /// The checksum covers a destination that is in a routing header.
+    /// The checksum covers a destination that is not found in a routing header.
     Routed,
     /// The protocol is none of those known here.
     Protocol(IpNumber),
@@ -81,7 +96,9 @@ impl fmt::Display for Obstacle {
         match *self {
             Self::Fragment => f.write_str("the packet is a fragment"),
             Self::Authenticated => f.write_str("an authentication header covers the packet"),
-            Self::Routed => f.write_str("a routing header still holds the final destination"),
+            Self::Routed => {
+                f.write_str("the final destination is in a routing header that is malformed or of an unknown type")
+            }
             Self::Protocol(ip_number::ENCAP_SEC) => f.write_str("the content is encrypted (ESP)"),
             Self::Protocol(ip_number::IPV6_NO_NEXT_HEADER) => f.write_str("nothing follows the IP header"),
             Self::Protocol(IpNumber(number)) => {
@@ -109,12 +126,15 @@ impl Layout {
         let total = usize::from(header.total_len());
         let stated_len = (total >= at).then_some(total);
         let end = stated_len.unwrap_or(packet.len()).min(packet.len());
-        let mut chain = Chain::new(header.protocol(), at);
+        let mut chain = Chain::new(header.protocol(), at, Version::V4);
+        if let Some(place) = route::in_options(header.options()) {
+            chain.destination = Ipv4Header::MIN_LEN + place;
+        }
         if header.is_fragmenting_payload() {
             chain.fragment(header.fragments_offset().value() != 0);
         }
-        chain.follow(&packet[..end], Version::V4);
-        Ok(chain.into_layout(&packet[..end], Version::V4, stated_len))
+        chain.follow(&packet[..end]);
+        Ok(chain.into_layout(&packet[..end], stated_len))
     }
 
     fn of_ipv6(packet: &[u8]) -> Result<Self, &'static str> {
@@ -126,9 +146,15 @@ impl Layout {
             length => Some(at + usize::from(length)),
         };
         let end = stated_len.unwrap_or(packet.len()).min(packet.len());
-        let mut chain = Chain::new(header.next_header(), at);
-        chain.follow(&packet[..end], Version::V6);
-        Ok(chain.into_layout(&packet[..end], Version::V6, stated_len))
+        let mut chain = Chain::new(header.next_header(), at, Version::V6);
+        chain.follow(&packet[..end]);
+        Ok(chain.into_layout(&packet[..end], stated_len))
+    }
+
+    /// Whether the packet carries a route that is not used up, so that the header's destination is
+    /// the next hop.
+    pub(super) fn is_routed(&self) -> bool {
+        self.destination != self.version.destination_at()
     }
 
     /// Whether all of the packet is there.
@@ -154,6 +180,9 @@ impl Layout {
 /// The way along the extension headers. etherparse can walk them too, but not tell a later fragment's data from headers,
 /// nor where a chain that breaks off does so.
 struct Chain {
+    version: Version,
+    /// As [`Layout::destination`].
+    destination: usize,
     protocol: IpNumber,
     at: usize,
     obstacle: Option<Obstacle>,
@@ -162,14 +191,14 @@ struct Chain {
 }
 
 impl Chain {
-    fn new(protocol: IpNumber, at: usize) -> Self {
-        Self { protocol, at, obstacle: None, headless: false }
+    fn new(protocol: IpNumber, at: usize, version: Version) -> Self {
+        Self { version, destination: version.destination_at(), protocol, at, obstacle: None, headless: false }
     }
 
-    fn follow(&mut self, packet: &[u8], version: Version) {
+    fn follow(&mut self, packet: &[u8]) {
         while !self.headless {
             let rest = &packet[self.at..];
-            let (next, length) = match (self.protocol, version) {
+            let (next, length) = match (self.protocol, self.version) {
                 (ip_number::AUTH, _) => {
                     let Ok(header) = IpAuthHeaderSlice::from_slice(rest) else { return self.broken() };
                     self.obstacle = Some(Obstacle::Authenticated);
@@ -187,7 +216,12 @@ impl Chain {
                     // Behind next header and length: routing type, segments left.
                     let segments_left = header.payload().get(1).copied();
                     if self.protocol == ip_number::IPV6_ROUTE && segments_left != Some(0) {
-                        self.obstacle.get_or_insert(Obstacle::Routed);
+                        match route::in_routing_header(header.slice()) {
+                            Some(place) => self.destination = self.at + place,
+                            None => {
+                                self.obstacle.get_or_insert(Obstacle::Routed);
+                            }
+                        }
                     }
                     (header.next_header(), header.slice().len())
                 }
@@ -208,11 +242,12 @@ impl Chain {
         self.obstacle = Some(Obstacle::Damaged("an extension header"));
     }
 
-    fn into_layout(self, packet: &[u8], version: Version, stated_len: Option<usize>) -> Layout {
-        let Self { protocol, at, obstacle, headless } = self;
+    fn into_layout(self, packet: &[u8], stated_len: Option<usize>) -> Layout {
+        let Self { version, destination, protocol, at, obstacle, headless } = self;
         let end = packet.len();
         let layout = Layout {
             version,
+            destination,
             protocol,
             at,
             end,

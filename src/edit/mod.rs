@@ -3,6 +3,7 @@
 mod checksum;
 mod fields;
 mod layout;
+mod route;
 mod splice;
 #[cfg(test)]
 mod tests;
@@ -60,11 +61,14 @@ pub use self::view::PacketView;
 ///
 /// # Super-packets
 ///
-/// With [`gso(true)`](crate::QueueBuilder::gso) a packet may be one of up to 64 KiB that is cut into segments later. It can be
-/// edited as a whole, but must keep its length: where it is cut stays as it was, so that datagrams would begin
-/// elsewhere, and what fits in one segment is lost (measured on Linux 6.18). Of UDP, the checksum becomes that of the pseudo
-/// header only, for that is what the kernel makes the segments' checksums from; and before local delivery, at the
-/// prerouting and input hooks, UDP super-packets are refused, as they are everywhere before Linux 6.11, which sends the segments with
+/// With [`gso(true)`](crate::QueueBuilder::gso) a packet may be one of up to 64 KiB that is cut
+/// into segments later. It can be edited as a whole, but must keep its length: where it is cut
+/// stays as it was, so that datagrams would begin elsewhere, and what fits in one segment is lost
+/// (measured on Linux 6.18). Of UDP, the checksum becomes that of the pseudo header only, for that
+/// is what the kernel makes the segments' checksums from; and before local delivery, at the
+/// prerouting and input hooks, UDP super-packets are refused, as they are everywhere before Linux
+/// 6.11, which sends the segments with wrong checksums. TCP super-packets with an IPv4 source route
+/// or an IPv6 routing header that is not used up are refused: the kernel would give the segments
 /// wrong checksums. To edit without these limits, use `gso(false)`.
 ///
 #[doc = include_str!("pktbuff.md")]
@@ -81,10 +85,12 @@ impl Packet {
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](ErrorKind::InvalidInput) as [`Edit::new`]; and where a replacement would be lost, which
-    /// [`gso(false)`](crate::QueueBuilder::gso) prevents: of UDP super-packets at the prerouting and input hooks, and before
-    /// Linux 6.11 at all; and of a packet whose checksum [is not ready](Self::is_checksum_ready) and not known here, because it is SCTP or that of a packet inside
-    /// a tunnel's.
+    /// [`InvalidInput`](ErrorKind::InvalidInput) as [`Edit::new`]; and where a replacement would be
+    /// lost, which [`gso(false)`](crate::QueueBuilder::gso) prevents: of UDP super-packets at the
+    /// prerouting and input hooks, and before Linux 6.11 at all; of TCP super-packets with an IPv4
+    /// source route or an IPv6 routing header that is not used up; and of a packet whose checksum
+    /// [is not ready](Self::is_checksum_ready) and not known here, because it is SCTP or that of a
+    /// packet inside a tunnel's.
     #[doc(alias = "pktb_alloc")]
     #[cfg_attr(docsrs, doc(cfg(feature = "edit")))]
     pub fn edit(&self) -> Result<Edit, Error> {
@@ -98,6 +104,11 @@ impl Packet {
                 EDIT,
                 "its unfinished checksum is an unknown or an inner one; bind the queue with gso(false)",
             ));
+        }
+        // `tcp4_gso_segment` and `tcp6_gso_segment` cover the destination in the IP header when
+        // they make the segments' checksums of a replaced packet.
+        if edit.gso && edit.layout.transport == Some(Transport::Tcp) && edit.layout.is_routed() {
+            return Err(invalid(EDIT, "it is a TCP super-packet with a route to go; bind the queue with gso(false)"));
         }
         // Measured on Linux 6.18: delivered locally, such a replacement is lost whatever its checksum, except to sockets
         // with UDP_GRO.
@@ -159,6 +170,10 @@ impl Edit {
     /// Computes the checksum of the IPv4 header, and that of TCP, UDP, ICMP or ICMPv6 over header, payload and pseudo
     /// header, whether or not it was right or finished before: the kernel finishes no checksum of a replaced packet.
     ///
+    /// The pseudo header contains the final destination. While an IPv4 source route (RFC 791) or an
+    /// IPv6 routing header of type 0, 2 or 4 is not used up, that is the last address of the route.
+    /// Otherwise, and if the IPv4 options are malformed, it is the destination in the IP header.
+    ///
     /// A UDP datagram over IPv4 without a checksum (0) stays without. Transport checksums of fragments, of other protocols,
     /// and of what is damaged or authenticated are left as they are.
     #[doc(alias = "nfq_ip_set_checksum")]
@@ -189,7 +204,7 @@ impl fmt::Debug for Edit {
 ///
 /// For bytes that are used elsewhere, in a capture say, where [`Packet::is_checksum_ready`] says no. A packet that is
 /// accepted as it is needs none of this, and [`Edit::finish`] does it by itself. A UDP datagram over IPv4 without a checksum
-/// stays without.
+/// stays without. Of a packet that carries a route, the checksum is that of [`Edit::finish`].
 ///
 /// # Errors
 ///

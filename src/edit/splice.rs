@@ -18,8 +18,8 @@ impl Edit {
     /// # Errors
     ///
     /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is a fragment; if an authentication header covers it; if its
-    /// protocol is another (ESP for instance), or its transport header is damaged; behind an IPv6 routing header with
-    /// segments left.
+    /// protocol is another (ESP for instance), or its transport header is damaged; behind an IPv6
+    /// routing header with segments left that is malformed or of another type than 0, 2 and 4.
     pub fn payload_mut(&mut self) -> Result<&mut [u8], Error> {
         let range = self.payload_range("edit the payload")?;
         Ok(&mut self.packet[range])

@@ -86,7 +86,8 @@ impl<'a> PacketView<'a> {
         self.address(12, 8)
     }
 
-    /// Where the packet goes. While an IPv6 routing header has segments left, it is the next of these.
+    /// The destination in the IP header. While an IPv4 source route or an IPv6 routing header is
+    /// not used up, this is the next hop.
     pub fn destination(&self) -> IpAddr {
         self.address(16, 24)
     }

@@ -10,9 +10,12 @@ use libtest_mimic::Trial;
 use tokio::task::JoinHandle;
 use tokio_nfqueue::{Divert, Edit, Error, Hook, Protocol, Queue, Rule, VerdictSink};
 
-use crate::common::{
-    self,
-    support::{self, Peer, VethOptions},
+use crate::{
+    common::{
+        self,
+        support::{self, Peer, VethOptions},
+    },
+    second,
 };
 
 /// Where receivers listen.
@@ -93,6 +96,27 @@ impl Path {
         } else {
             self.peer.run(|| support::add_address(&self.peer.far, address, prefix));
         }
+    }
+
+    /// Gives one side a second address, and lets it be a hop on the way there. Answers with the
+    /// address.
+    pub(crate) fn accept_routes(&self, near: bool) -> IpAddr {
+        let (first, interface) = if near { (self.near, &self.peer.near) } else { (self.far, &self.peer.far) };
+        let last = second(first);
+        self.add_address(near, last);
+        let accept = || {
+            let file = if first.is_ipv4() { "accept_source_route" } else { "seg6_enabled" };
+            for interface in ["all", interface] {
+                let path = format!("/proc/sys/net/ipv{}/conf/{interface}/{file}", if first.is_ipv4() { 4 } else { 6 });
+                fs::write(&path, "1").unwrap_or_else(|error| panic!("{path}: {error}"));
+            }
+        };
+        if near {
+            accept()
+        } else {
+            self.peer.run(accept)
+        }
+        last
     }
 
     pub(crate) fn near_udp(&self) -> UdpSocket {

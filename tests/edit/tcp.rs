@@ -6,11 +6,12 @@ use std::{
     thread,
 };
 
-use tokio_nfqueue::{Edit, Error, Hook, Protocol, Rule};
+use tokio::task;
+use tokio_nfqueue::{Edit, Error, ErrorKind, Hook, Protocol, Queue, Rule};
 
 use crate::{
-    common::PATIENCE,
-    second,
+    common::{self, PATIENCE},
+    route, second,
     setup::{Case, Editor, PORT, Path, Seen},
 };
 
@@ -34,10 +35,15 @@ enum Direction {
 
 /// Sends many bytes over a connection, and asserts that they arrive substituted.
 fn transfer(path: &Path, listen: SocketAddr, connect: SocketAddr, direction: &Direction) {
+    transfer_through(path, listen, || TcpStream::connect(connect).unwrap(), direction);
+}
+
+/// As [`transfer`], over the connection that `connect` makes.
+fn transfer_through(path: &Path, listen: SocketAddr, connect: impl FnOnce() -> TcpStream, direction: &Direction) {
     let listener = path.peer.run(|| TcpListener::bind(listen).unwrap());
     thread::scope(|scope| {
         let server = scope.spawn(|| run(listener.accept().unwrap().0, matches!(direction, Direction::ToClient)));
-        run(TcpStream::connect(connect).unwrap(), matches!(direction, Direction::ToServer));
+        run(connect(), matches!(direction, Direction::ToServer));
         server.join().unwrap();
     });
 }
@@ -103,6 +109,43 @@ pub(crate) async fn redirected(case: Case) {
     transfer(&path, (answering, OTHER_PORT).into(), (asked, PORT).into(), &Direction::ToServer);
     assert_super_packets(&editor.stop().await, case.gso);
     path.assert_checksums();
+}
+
+/// To the far side's second address, through its first one.
+pub(crate) async fn routed(case: Case) {
+    let path = Path::new(case);
+    let server = SocketAddr::from((path.accept_routes(false), PORT));
+    let rule = Rule::new(Hook::Output).protocol(Protocol::Tcp).destination_port(PORT);
+    if case.gso {
+        return routed_super_packets(&path, server, rule).await;
+    }
+    let editor = Editor::start(case, [rule], substitute);
+    transfer_through(&path, server, || route::connect(path.far, server), &Direction::ToServer);
+    editor.stop().await;
+    path.assert_checksums();
+}
+
+/// The kernel would make the segments' checksums with the next hop. So an edit is refused.
+async fn routed_super_packets(path: &Path, server: SocketAddr, rule: Rule) {
+    let _listener = path.peer.run(|| TcpListener::bind(server).unwrap());
+    let mut queue = Queue::builder(0).gso(true).bind().unwrap();
+    let divert = common::divert([rule.to_queue(0)]);
+    let hop = path.far;
+    let client = task::spawn_blocking(move || route::connect(hop, server).write_all(&[7; 60_000]));
+    loop {
+        let packet = common::next(&mut queue).await;
+        let refused = packet.edit().err();
+        assert_eq!(refused.is_some(), packet.is_gso(), "{refused:?}");
+        queue.sink().submit(packet.accept()).unwrap();
+        if let Some(error) = refused {
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains("TCP super-packet with a route"), "{error}");
+            break;
+        }
+    }
+    // What else is sent passes.
+    drop(divert);
+    client.await.unwrap().unwrap();
 }
 
 #[track_caller]

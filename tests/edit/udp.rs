@@ -8,7 +8,7 @@ use tokio_nfqueue::{ErrorKind, Hook, Protocol, Queue, Rule};
 
 use crate::{
     common::{self, support},
-    second,
+    route, second,
     setup::{Case, Editor, PORT, Path, checksum_errors},
 };
 
@@ -217,6 +217,43 @@ pub(crate) async fn fragments(case: Case) {
     far.send_to(&data, (path.near, PORT)).unwrap();
     expect(&receiver, &data);
     assert_eq!(editor.stop().await.packets, 3);
+    path.assert_checksums();
+}
+
+/// Through one address of a side to another one, in both directions: where packets leave, and where
+/// they arrive.
+pub(crate) async fn routed(case: Case) {
+    let path = Path::new(case);
+    let (far_last, near_last) = (path.accept_routes(false), path.accept_routes(true));
+    // At the input hook the next hop is no longer in the packet. Linux covers it with UDP's
+    // unfinished checksum.
+    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Prerouting, ANSWER_PORT)];
+    let editor = Editor::start(case, rules, |edit| edit.replace_payload(b"not what was sent"));
+    let (near, far) = (path.near_udp(), path.far_udp(0));
+    route::set(&near, path.far);
+    route::set(&far, path.near);
+    let far_receiver = path.peer.run(|| support::udp((far_last, PORT)));
+    let near_receiver = support::udp((near_last, ANSWER_PORT));
+    for _ in 0..5 {
+        near.send_to(b"hello", (far_last, PORT)).unwrap();
+        expect(&far_receiver, b"not what was sent");
+        far.send_to(b"hello", (near_last, ANSWER_PORT)).unwrap();
+        expect(&near_receiver, b"not what was sent");
+    }
+    assert_eq!(editor.stop().await.packets, 10);
+
+    if editable(case, &path).await {
+        const SEGMENT: usize = 1000;
+        setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+        let editor = Editor::start(case, [Path::udp_to(Hook::Output, PORT)], |edit| {
+            edit.payload_mut()?.fill(8);
+            Ok(())
+        });
+        near.send_to(&[7; 3 * SEGMENT], (far_last, PORT)).unwrap();
+        (0..3).for_each(|_| expect(&far_receiver, &[8; SEGMENT]));
+        let seen = editor.stop().await;
+        assert_eq!((seen.packets, seen.super_packets), if case.gso { (1, 1) } else { (3, 0) });
+    }
     path.assert_checksums();
 }
 

@@ -2,6 +2,7 @@
 
 mod damage;
 mod fragments;
+mod routes;
 mod sample;
 mod unchanged;
 
