@@ -13,8 +13,9 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::{Error, ErrorKind};
 
-/// A network namespace, to bind a queue or to install rules in without moving the caller's threads into it:
-/// [`QueueBuilder::namespace`](crate::QueueBuilder::namespace).
+/// A network namespace, to bind a queue or to install rules in without moving the caller's threads
+/// into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace), and with feature `divert`
+/// `DivertBuilder::namespace`.
 ///
 /// It holds a file descriptor, and so keeps the namespace alive. Clones share it.
 #[derive(Debug, Clone)]

@@ -4,8 +4,10 @@
 mod support;
 
 use std::{
+    fs,
     io::{BufRead, BufReader, ErrorKind as IoErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
     process::{Command, ExitCode, Stdio},
     thread,
 };
@@ -20,8 +22,10 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
 use rustix::thread::{CapabilitySet, CpuSet};
-use support::{PATIENCE, RawPacket, RawQueue, VethOptions, test_multi, test_sync, udp, udp_marked, wait_until};
-use tokio_nfqueue::{Divert, ErrorKind, Hook, Protocol, Rule};
+use support::{
+    Namespace, PATIENCE, RawPacket, RawQueue, VethOptions, test_multi, test_sync, udp, udp_marked, wait_until,
+};
+use tokio_nfqueue::{Divert, ErrorKind, Hook, NetworkNamespace, Protocol, Rule};
 
 /// Set for the child process that [`killed`] kills.
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_DIVERT_CHILD";
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         test_sync("gone when dropped", gone_when_dropped),
         test_sync("gone when killed", killed),
         test_sync("removed rules leave the queue alone", remove_rules),
+        test_sync("rules in another namespace act there alone", elsewhere),
         test_sync("two at once, one gone", two),
         test_sync("a name clash harms nobody", name_clash),
         test_sync("without the capability", unprivileged),
@@ -541,6 +546,45 @@ fn remove_rules() {
     lo.expect("second");
     assert_eq!(outstanding(40), 0);
     divert.close().unwrap();
+}
+
+fn elsewhere() {
+    let there = Namespace::new();
+    let handle = there.run(|| NetworkNamespace::current().unwrap());
+    let here = present();
+    let (lo_here, lo_there) = (Loopback::new(), there.run(Loopback::new));
+    let queue_here = RawQueue::bind(7).unwrap();
+    let queue_there = there.run(|| RawQueue::bind(7).unwrap());
+    let builder = Divert::builder().table("both").rule(udp_out().to_queue(7));
+    let divert = builder.clone().namespace(handle.clone()).install().unwrap();
+    assert_eq!(present(), here, "this thread has not moved");
+    let exists = || (table_exists("both"), there.run(|| table_exists("both")));
+    assert_eq!(exists(), (false, true));
+    lo_here.passes("no rule is here");
+    lo_there.queued(&queue_there, "the rule is there");
+
+    let divert_here = builder.install().unwrap();
+    lo_here.queued(&queue_here, "a rule is here");
+    drop(divert_here);
+    assert_eq!(exists(), (false, true));
+
+    // From here, rules are removed there.
+    divert.remove_rules().unwrap();
+    lo_there.passes("no rule is there any more");
+    drop(divert);
+    assert_eq!(exists(), (false, false));
+
+    // A dropped value takes its rules along.
+    let divert = builder.namespace(handle).install().unwrap();
+    lo_there.queued(&queue_there, "a rule is there again");
+    drop(divert);
+    assert_eq!(exists(), (false, false));
+    lo_there.passes("dropped");
+}
+
+/// The calling thread's network namespace.
+fn present() -> PathBuf {
+    fs::read_link("/proc/thread-self/ns/net").unwrap()
 }
 
 fn two() {

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use common::{Traffic, account, divert, give_up_capabilities, hold, soon, start, support, udp_in};
 use tokio::runtime::Handle;
-use tokio_nfqueue::{ErrorKind, NetworkNamespace, Queue};
+use tokio_nfqueue::{Divert, ErrorKind, NetworkNamespace, Queue};
 
 #[macro_use]
 mod common;
@@ -30,7 +30,7 @@ fn present() -> PathBuf {
 }
 
 /// Rules and traffic of a namespace, for sockets are where they were opened.
-fn traffic_in(namespace: &support::Namespace) -> (common::Divert, Traffic) {
+fn traffic_in(namespace: &support::Namespace) -> (Divert, Traffic) {
     let runtime = Handle::current();
     namespace.run(|| {
         let _entered = runtime.enter();
@@ -116,9 +116,13 @@ async fn what_is_no_namespace_is_refused() {
     for path in ["/proc/self/status", "/proc/self/ns/uts"] {
         let handle = NetworkNamespace::open(path).unwrap();
         let before = present();
-        let error = Queue::builder(0).namespace(handle).bind().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Other, "{error}");
-        assert!(error.to_string().contains("namespace"), "{error}");
+        for error in [
+            Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
+            Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::Other, "{error}");
+            assert!(error.to_string().contains("namespace"), "{error}");
+        }
         assert_eq!((present(), account(0)), (before, None));
     }
 }

@@ -18,7 +18,7 @@ use self::{
     rule::Terminal,
     socket::{Connection, Outcome, Refusal},
 };
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, NetworkNamespace};
 
 pub use self::rule::{Protocol, Rule};
 
@@ -27,10 +27,11 @@ const LONGEST_NAME: usize = 255;
 
 /// nf_tables rules that send traffic to queues, for as long as this value lives.
 ///
-/// They stand in a table of their own, family `inet`, that belongs to the socket in here (Linux 5.12 and later): other
-/// programs can read but not change it, `nft flush ruleset` passes it by, and the kernel removes it when the value is
-/// dropped or the process dies, by whatever signal. Table and rules are made in the network namespace of the thread that
-/// calls [`install`](DivertBuilder::install).
+/// They stand in a table of their own, family `inet`, that belongs to the socket in here (Linux
+/// 5.12 and later): other programs can read but not change it, `nft flush ruleset` passes it by,
+/// and the kernel removes it when the value is dropped or the process dies, by whatever signal.
+/// Table and rules are made in the network namespace of the thread that calls
+/// [`install`](DivertBuilder::install), or in [another one](DivertBuilder::namespace).
 ///
 /// ```no_run
 /// use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
@@ -72,7 +73,7 @@ pub struct Divert {
 impl Divert {
     /// Starts with no rule, a unique table name and priority 0.
     pub fn builder() -> DivertBuilder {
-        DivertBuilder { table: None, priority: 0, rules: Vec::new() }
+        DivertBuilder { table: None, priority: 0, namespace: None, rules: Vec::new() }
     }
 
     /// The table's name, as `nft list table inet NAME` wants it.
@@ -132,6 +133,7 @@ impl fmt::Debug for Divert {
 pub struct DivertBuilder {
     table: Option<String>,
     priority: i32,
+    namespace: Option<NetworkNamespace>,
     rules: Vec<Rule>,
 }
 
@@ -150,6 +152,18 @@ impl DivertBuilder {
     /// packets are not yet defragmented (where anything defragments them).
     pub fn priority(mut self, priority: i32) -> Self {
         self.priority = priority;
+        self
+    }
+
+    /// Installs the rules in another network namespace. Default: the calling thread's.
+    ///
+    /// The caller's threads stay where they are. A thread made for it opens the nf_tables socket,
+    /// which stays in that namespace. Interface names in the rules are those of that namespace.
+    ///
+    /// Entering another namespace needs `CAP_SYS_ADMIN` in one's own user namespace and in the one
+    /// that owns the network namespace.
+    pub fn namespace(mut self, namespace: NetworkNamespace) -> Self {
+        self.namespace = Some(namespace);
         self
     }
 
@@ -181,16 +195,21 @@ impl DivertBuilder {
     ///   them, with an empty range of queues, an impossible interface name or mark. The error says which, counting
     ///   from 0. Also more rules than fit into one transaction: some hundreds, or without limit if the thread has
     ///   `CAP_NET_ADMIN` in the first user namespace (`SO_SNDBUFFORCE`).
-    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user namespace that owns its
-    ///   network namespace.
+    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
+    ///   namespace that owns the network namespace, or what [`namespace`](Self::namespace) needs.
     /// * [`Unsupported`](ErrorKind::Unsupported): no nf_tables, no tables with owners (before Linux 5.12), or neither of
     ///   the two ways to a queue.
-    /// * [`Other`](ErrorKind::Other): a table of that name exists (`EEXIST`, or `EPERM` if it is another socket's), or
-    ///   what else the kernel has against it.
+    /// * [`Other`](ErrorKind::Other): a table of that name exists (`EEXIST`, or `EPERM` if it is
+    ///   another socket's), [`namespace`](Self::namespace) is not a network namespace, or the
+    ///   kernel reports another error.
     pub fn install(&self) -> Result<Divert, Error> {
         let rules = self.checked()?;
         let failed = |error| Error::os("open a netlink socket for nf_tables", error);
-        let mut connection = Connection::open().map_err(failed)?;
+        let opened = match &self.namespace {
+            None => Connection::open(),
+            Some(namespace) => namespace.run(Connection::open)?,
+        };
+        let mut connection = opened.map_err(failed)?;
         let table = match &self.table {
             Some(name) => name.clone(),
             None => format!("tokio_nfqueue_{}", connection.port()),
