@@ -25,7 +25,8 @@ impl NetworkNamespace {
     /// The namespace at a path: `/proc/PID/ns/net` of a process in it, or a bind mount of such a file.
     ///
     /// # Errors
-    /// The file cannot be opened. Whether it is a network namespace shows when it is used.
+    /// The file cannot be opened. Whether it is a network namespace shows when it is used. The file
+    /// under `/proc` needs the right to read the process's state (`PTRACE_MODE_READ_FSCREDS`).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| failed(&path.display().to_string(), source))?;
@@ -63,17 +64,23 @@ impl NetworkNamespace {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         })
-        .map_err(|source| failed("enter", source))
+        .map_err(|source| {
+            let error = failed("enter", source);
+            match error.kind() {
+                ErrorKind::NotPermitted => error.with_detail(ENTERING_NEEDS),
+                _ => error,
+            }
+        })
     }
 }
 
+/// `netns_install` (net/core/net_namespace.c).
+const ENTERING_NEEDS: &str =
+    "CAP_SYS_ADMIN is needed in this process's user namespace and in the one that owns the network namespace";
+
 fn failed(what: &str, source: io::Error) -> Error {
     // EINVAL: a file that is no network namespace.
-    let error = Error::os(format!("network namespace: {what}"), source);
-    match error.kind() {
-        ErrorKind::NotPermitted => error.with_detail("CAP_SYS_ADMIN is needed, here and there"),
-        _ => error,
-    }
+    Error::os(format!("network namespace: {what}"), source)
 }
 
 /// From a descriptor of a network namespace, for example one received over a Unix socket.

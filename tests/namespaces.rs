@@ -16,7 +16,8 @@ tests![
     one a_namespace_is_found_by_path_and_outlives_its_threads,
     one bad_names_are_refused,
     one what_is_no_namespace_is_refused,
-    one entering_needs_the_capability,
+    one without_cap_sys_admin_the_error_names_it_alone,
+    one a_file_that_may_not_be_opened_names_no_capability,
 ];
 
 fn elsewhere() -> (support::Namespace, NetworkNamespace) {
@@ -127,9 +128,23 @@ async fn what_is_no_namespace_is_refused() {
     }
 }
 
-async fn entering_needs_the_capability() {
+async fn without_cap_sys_admin_the_error_names_it_alone() {
     let (_namespace, handle) = elsewhere();
     give_up_capabilities();
-    let error = Queue::builder(0).namespace(handle).bind().unwrap_err();
+    for error in [
+        Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
+        Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+        let text = error.to_string();
+        assert!(text.contains("CAP_SYS_ADMIN is needed in") && !text.contains("CAP_NET_ADMIN"), "{text}");
+    }
+}
+
+async fn a_file_that_may_not_be_opened_names_no_capability() {
+    give_up_capabilities();
+    // Process 1 has capabilities, so its state may not be read.
+    let error = NetworkNamespace::open("/proc/1/ns/net").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    assert!(!error.to_string().contains("CAP_"), "{error}");
 }
