@@ -9,9 +9,12 @@ use std::{
     thread,
 };
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::{
+    io::Errno,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, sys};
 
 /// A network namespace, to bind a queue or to install rules in without moving the caller's threads
 /// into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace), and with feature `divert`
@@ -52,6 +55,30 @@ impl NetworkNamespace {
         Self::open("/proc/thread-self/ns/net")
     }
 
+    /// The namespace of a socket: the one that it was opened in, whoever holds it now.
+    ///
+    /// With a socket that was received from another process, for example, a queue is bound in that
+    /// process's network namespace.
+    ///
+    /// # Errors
+    /// * [`InvalidInput`](ErrorKind::InvalidInput): `socket` is not a socket.
+    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
+    ///   namespace that owns the network namespace.
+    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel is older than Linux 4.10, or it is
+    ///   built without network namespaces (`NET_NS`).
+    #[doc(alias = "SIOCGSKNS")]
+    pub fn of_socket(socket: impl AsFd) -> Result<Self, Error> {
+        sys::network_namespace_of(socket).map(Self::from).map_err(|errno| {
+            let error = failed("of a socket", errno.into());
+            match errno {
+                Errno::NOTSOCK => error.with_kind(ErrorKind::InvalidInput).with_detail("not a socket"),
+                Errno::NOTTY => error.with_kind(ErrorKind::Unsupported).with_detail("Linux 4.10 is needed"),
+                Errno::PERM => error.with_detail(OF_SOCKET_NEEDS),
+                _ => error,
+            }
+        })
+    }
+
     /// Runs `body` in the namespace, on a thread of its own that ends with it.
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
         thread::scope(|scope| {
@@ -77,6 +104,9 @@ impl NetworkNamespace {
 /// `netns_install` (net/core/net_namespace.c).
 const ENTERING_NEEDS: &str =
     "CAP_SYS_ADMIN is needed in this process's user namespace and in the one that owns the network namespace";
+
+/// `sock_ioctl` (net/socket.c).
+const OF_SOCKET_NEEDS: &str = "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace";
 
 fn failed(what: &str, source: io::Error) -> Error {
     // EINVAL: a file that is no network namespace.

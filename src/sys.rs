@@ -10,7 +10,7 @@ use std::{
 use bytes::BytesMut;
 use rustix::{
     ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode},
-    net::{RecvFlags, recv},
+    net::{RecvFlags, recv, sockopt::socket_type},
     thread::{CapabilitySet, capabilities},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -62,32 +62,50 @@ pub(crate) fn network_owner() -> Owner {
     }
 }
 
-/// linux/nsfs.h: NS_GET_USERNS.
+/// The user namespace that owns another namespace, given by a file of `/proc/*/ns`.
 #[allow(unsafe_code)]
 fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
-    struct GetUserNamespace;
+    // linux/nsfs.h: NS_GET_USERNS.
+    const GET_USER_NAMESPACE: Opcode = opcode::none(0xb7, 1);
+    // SAFETY: `ns_ioctl` (fs/nsfs.c) takes no argument and returns a new descriptor.
+    unsafe { ioctl(namespace, NewDescriptor(GET_USER_NAMESPACE)) }
+}
 
-    // SAFETY: NS_GET_USERNS takes no argument and returns a new descriptor, which nobody else owns.
-    unsafe impl Ioctl for GetUserNamespace {
-        type Output = OwnedFd;
-        const IS_MUTATING: bool = false;
+/// A new descriptor of a socket's network namespace. `ENOTSOCK` if `socket` is something else.
+#[allow(unsafe_code)]
+pub(crate) fn network_namespace_of(socket: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    // uapi/linux/sockios.h: SIOCGSKNS.
+    const GET_NETWORK_NAMESPACE: Opcode = 0x894c;
+    // Asked for once: nothing obliges `as_fd` to answer the same every time.
+    let socket = socket.as_fd();
+    // Only sockets are known to understand the command. To another file it may mean anything.
+    socket_type(socket)?;
+    // SAFETY: for a socket, `sock_ioctl` (net/socket.c) takes no argument and returns a new
+    // descriptor.
+    unsafe { ioctl(socket, NewDescriptor(GET_NETWORK_NAMESPACE)) }
+}
 
-        fn opcode(&self) -> Opcode {
-            opcode::none(0xb7, 1)
-        }
+/// A command that takes no argument and returns a new descriptor. Whoever sends it ensures that.
+struct NewDescriptor(Opcode);
 
-        fn as_ptr(&mut self) -> *mut c_void {
-            std::ptr::null_mut()
-        }
+// SAFETY: there is no argument, so none is written to, and what is returned belongs to the caller.
+#[allow(unsafe_code)]
+unsafe impl Ioctl for NewDescriptor {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
 
-        unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
-            // SAFETY: the call has succeeded, and its result is a new descriptor.
-            Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
-        }
+    fn opcode(&self) -> Opcode {
+        self.0
     }
 
-    // SAFETY: the argument is as the implementation above says.
-    unsafe { ioctl(namespace, GetUserNamespace) }
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the call has succeeded, and its result is a new descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
 }
 
 /// Receives one datagram in place of what `room` holds, as much of it as there is capacity for, and tells the datagram's own

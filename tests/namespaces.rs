@@ -14,6 +14,9 @@ tests![
     one here_and_there_do_not_meet,
     one who_owns_the_queue_there_is_found_there,
     one a_namespace_is_found_by_path_and_outlives_its_threads,
+    one the_namespace_of_a_socket_is_where_it_was_opened,
+    one the_namespace_of_a_socket_needs_the_capability,
+    one what_is_no_socket_has_no_namespace,
     one bad_names_are_refused,
     one what_is_no_namespace_is_refused,
     one without_cap_sys_admin_the_error_names_it_alone,
@@ -102,6 +105,37 @@ async fn a_namespace_is_found_by_path_and_outlives_its_threads() {
     assert_eq!(account(0), None);
     assert_eq!(Queue::builder(0).namespace(handle).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
     drop(queue);
+}
+
+async fn the_namespace_of_a_socket_is_where_it_was_opened() {
+    let namespace = support::Namespace::new();
+    let socket = namespace.run(|| support::udp("127.0.0.1:0"));
+    let handle = NetworkNamespace::of_socket(&socket).unwrap();
+    let before = present();
+    let _queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    assert_eq!((present(), account(0)), (before, None));
+    assert!(namespace.run(|| account(0)).is_some());
+
+    let here = NetworkNamespace::of_socket(support::udp("127.0.0.1:0")).unwrap();
+    let _queue = Queue::builder(0).namespace(here).bind().unwrap();
+    assert!(account(0).is_some());
+}
+
+async fn the_namespace_of_a_socket_needs_the_capability() {
+    let socket = support::udp("127.0.0.1:0");
+    give_up_capabilities();
+    let error = NetworkNamespace::of_socket(socket).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("CAP_NET_ADMIN is needed in") && !text.contains("CAP_SYS_ADMIN"), "{text}");
+}
+
+async fn what_is_no_socket_has_no_namespace() {
+    for path in ["/dev/null", "/proc/self/ns/net", "/proc/self/status"] {
+        let error = NetworkNamespace::of_socket(fs::File::open(path).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        assert_eq!(error.to_string(), "network namespace: of a socket: invalid value: not a socket");
+    }
 }
 
 async fn bad_names_are_refused() {
