@@ -41,4 +41,41 @@ impl Hook {
             (_, number) => Self::Other(number),
         }
     }
+
+    /// The kernel's number of the hook.
+    ///
+    /// The named hooks have the numbers of the families `ip`, `ip6`, `inet` and `bridge`, from 0
+    /// for `Prerouting` to 4 for `Postrouting` (uapi/linux/netfilter.h). `Other` contains the
+    /// number itself.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Prerouting => 0,
+            Self::Input => 1,
+            Self::Forward => 2,
+            Self::Output => 3,
+            Self::Postrouting => 4,
+            Self::Other(number) => number,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn named_hooks_have_the_kernels_numbers() {
+        let named = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+        assert_eq!(named.map(Hook::number), [0, 1, 2, 3, 4]);
+        assert_eq!(named.map(|hook| Hook::new(Family::Ipv4, hook.number())), named);
+    }
+
+    #[test]
+    fn a_hook_has_the_number_it_was_made_from() {
+        for family in (0..=u8::MAX).map(Family::from) {
+            for number in 0..=u8::MAX {
+                assert_eq!(Hook::new(family, number).number(), number, "{family:?}");
+            }
+        }
+    }
 }

@@ -100,14 +100,7 @@ fn chain(table: &str, hook: Hook, chains: Chains) -> Vec<ChainAttribute> {
     let mut attributes =
         vec![ChainAttribute::Table(table.to_owned()), ChainAttribute::Name(chain_name(hook).to_owned())];
     if let Chains::Hooked(priority) = chains {
-        let number = match hook {
-            Hook::Prerouting => InetHookNumber::PreRouting,
-            Hook::Input => InetHookNumber::LocalIn,
-            Hook::Forward => InetHookNumber::Forward,
-            Hook::Output => InetHookNumber::LocalOut,
-            Hook::Postrouting => InetHookNumber::PostRouting,
-            Hook::Other(number) => InetHookNumber::Other(number.into()),
-        };
+        let number = InetHookNumber::from(u32::from(hook.number()));
         attributes.push(ChainAttribute::Hook(vec![
             HookAttribute::Number(HookNumber::Inet(number)),
             // The kernel reads it as signed (nft_chain_parse_hook).
