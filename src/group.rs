@@ -9,7 +9,7 @@ use std::{
 
 use futures::{Sink, Stream, future::join_all, stream::FusedStream};
 
-use crate::{Error, Packet, PacketStream, Queue, QueueBuilder, Stats, Verdict, VerdictSink};
+use crate::{Error, ErrorKind, Packet, PacketStream, Queue, QueueBuilder, Stats, Verdict, VerdictSink};
 
 /// Several queues, as a rule with `queue num 0-3` (queue-balance) feeds them: one fair stream of packets and one sink, or one
 /// queue for each task.
@@ -41,7 +41,8 @@ impl QueueGroup {
     /// Binds every queue of a range, each with the settings that `settings` gives it. If one cannot be bound, none stays bound.
     ///
     /// # Errors
-    /// As [`QueueBuilder::bind`], for the first queue that fails.
+    /// [`InvalidInput`](ErrorKind::InvalidInput) if the range is empty. Otherwise as
+    /// [`QueueBuilder::bind`], for the first queue that fails.
     ///
     /// # Panics
     /// As [`QueueBuilder::bind`].
@@ -49,6 +50,10 @@ impl QueueGroup {
         queues: RangeInclusive<u16>,
         mut settings: impl FnMut(QueueBuilder) -> QueueBuilder,
     ) -> Result<Self, Error> {
+        if queues.is_empty() {
+            let operation = format!("bind queue group {queues:?}");
+            return Err(Error::new(ErrorKind::InvalidInput, operation).with_detail("the range is empty"));
+        }
         queues.map(|queue| settings(Queue::builder(queue)).bind()).collect()
     }
 
@@ -95,7 +100,7 @@ impl QueueGroup {
     }
 }
 
-/// Of queues bound one by one, of any numbers.
+/// Of queues bound one by one, of any numbers. The stream of a group of no queues ends at once.
 impl FromIterator<Queue> for QueueGroup {
     fn from_iter<I: IntoIterator<Item = Queue>>(queues: I) -> Self {
         let (streams, sinks) = queues.into_iter().map(Queue::split).unzip();

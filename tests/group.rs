@@ -14,6 +14,7 @@ tests![
     both a_load_goes_through_a_group,
     one no_queue_is_starved,
     one all_are_bound_or_none,
+    sync an_empty_range_is_refused,
     one a_group_falls_into_queues,
     both closing_ends_all_its_queues,
     both a_forward_ends_with_the_group,
@@ -90,6 +91,15 @@ async fn all_are_bound_or_none() {
     eventually("the others are free", || [0, 1, 3].into_iter().all(|queue| account(queue).is_none())).await;
     drop(taken);
     group(|builder| builder);
+}
+
+fn an_empty_range_is_refused() {
+    #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
+    let empty = 3..=2;
+    // This comes before all else: there is no runtime here.
+    let error = QueueGroup::bind(empty, |_| panic!("settings of no queue")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(error.to_string(), "bind queue group 3..=2: invalid value: the range is empty");
 }
 
 async fn a_group_falls_into_queues() {
