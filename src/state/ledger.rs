@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::wire::verdict::Ruling;
 
 #[cfg(test)]
+#[path = "ledger/model.rs"] // so that the benches, which include this file, find it too
 mod model;
 
 /// The ledger of one queue. `E` is what a single verdict may carry beside its ruling; the ledger only hands it through.
