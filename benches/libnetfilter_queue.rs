@@ -54,6 +54,7 @@ fn main() -> ExitCode {
     let queues = [
         (tcp::NO_QUEUE, None),
         (tcp::DEFAULTS, Some((ours::ACCEPT_ALL, tcp::job(WHOLE, true)))),
+        (tcp::BUSY_POLL, Some((ours::BUSY_POLL, tcp::job(WHOLE, true)))),
         (CLASSIC.name, Some((CLASSIC, tcp::job(WHOLE, false)))),
     ];
     for (name, queue) in queues {

@@ -7,7 +7,7 @@
 use std::{fs, path::Path, process::ExitCode};
 
 use suite::{
-    child, drain, flood, floor, goals, latency, memory,
+    busy, capability, child, drain, flood, floor, goals, latency, memory,
     options::{Options, Scale, USAGE},
     ours, peers,
     plan::{self, Section},
@@ -113,6 +113,15 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         sweep = sweep.step(format!("{rate}/s"), run);
     }
 
+    let mut busy_host = Section::new(busy::SECTION, scale.many_rounds);
+    for (rate, contender) in busy::RATES.into_iter().flat_map(|rate| busy::contenders().map(|c| (rate, c))) {
+        let run = move |book: &mut Book| busy::measure(&contender, rate, &scale, book);
+        busy_host = busy_host.step(format!("{}, {rate}/s", contender.name), run);
+    }
+
+    let check = Section::new(capability::SECTION, scale.rounds)
+        .step(capability::CALL, move |book| capability::measure(&scale, book));
+
     let mut verdicts = Section::new(waits::SECTION, scale.few_rounds);
     for (cap, rate) in waits::CAPS.into_iter().flat_map(|cap| waits::RATES.map(|rate| (cap, rate))) {
         verdicts = verdicts.step(waits::name(cap, rate), move |book| waits::measure(cap, rate, &scale, book));
@@ -133,8 +142,8 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
         own = own.step(ledger_cost::name(outstanding, order), run);
     }
-    let [trickle, steady, busy] = latencies;
-    vec![cpu, saturated, trickle, steady, busy, goodput, sweep, verdicts, calls, allocations, held, own]
+    let [low, middle, high] = latencies;
+    vec![cpu, saturated, low, middle, high, busy_host, goodput, sweep, check, verdicts, calls, allocations, held, own]
 }
 
 fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {

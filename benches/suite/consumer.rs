@@ -35,7 +35,7 @@ pub struct Job {
     pub gso: bool,
     /// The flush policy's cap, for the contenders that have one.
     pub max_delay: Option<Duration>,
-    /// How long to stay awake between packets, for the contenders that can; `None` for their default.
+    /// How long to busy-poll an empty queue, for the contenders that can; `None` for their default.
     pub busy_poll: Option<Duration>,
 }
 

@@ -1,9 +1,12 @@
 //! One-way latency, from the sender's system call to the arrival at the receiving socket.
 
+use std::time::Duration;
+
 use super::{
+    busy::BusyThread,
     consumer::{Contender, Job, Running},
     floor,
-    measure::{Cost, Moment},
+    measure::Moment,
     options::Scale,
     ours,
     paced::Paced,
@@ -34,9 +37,9 @@ pub fn contenders() -> [Option<Contender>; 9] {
         Some(floor::ONE),
         Some(ours::ACCEPT_ALL),
         Some(ours::ACCEPT_NEXT),
-        Some(ours::ACCEPT_DOZING),
+        Some(ours::BUSY_POLL),
         Some(ours::ACCEPT_ALL_TWO),
-        Some(ours::ACCEPT_TWO_AWAKE),
+        Some(ours::BUSY_POLL_TWO),
         Some(peers::NFQ),
         Some(peers::NFQ_CHANNEL),
     ]
@@ -48,32 +51,46 @@ pub fn section(rate: u64) -> String {
 
 /// A contender at one rate; `None` is the way without a queue.
 pub fn measure(contender: Option<&Contender>, rate: u64, scale: &Scale, book: &mut Book) {
-    let outcome = run(contender, &Job::default(), rate, scale);
+    let outcome = run(contender, rate, scale, Host::Idle);
     let name = contender.map_or(NO_QUEUE, |contender| contender.name);
     note(book, &section(rate), name, &outcome);
 }
 
 /// This crate at one rate of the sweep; the figures are filed under the rate.
 pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
-    let outcome = run(Some(contender), &Job::default(), rate, scale);
+    let outcome = run(Some(contender), rate, scale, Host::Idle);
     let name = rate.to_string();
     note(book, SWEEP_SECTION, &name, &outcome);
     if let Some(stats) = outcome.stats {
-        book.note(SWEEP_SECTION, &name, BATCH, stats.accepted as f64 / stats.sends.max(1) as f64);
+        book.note(SWEEP_SECTION, &name, BATCH, per_send(&stats));
     }
 }
 
-struct Outcome {
+/// Packets decided by one send, on average.
+pub fn per_send(stats: &Stats) -> f64 {
+    stats.accepted as f64 / stats.sends.max(1) as f64
+}
+
+/// What the processors have to do beside sender and consumer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Host {
+    Idle,
+    /// Two processors, and a third thread that never sleeps.
+    Busy,
+}
+
+pub struct Outcome {
     queued: bool,
     sent: u64,
     lost: u64,
     /// Sorted, in microseconds.
     latencies: Vec<f64>,
-    cost: Cost,
+    /// Processor time of the consumer: of all threads but the sender's and the busy one.
+    cpu: Duration,
     stats: Option<Stats>,
 }
 
-fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
+pub fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
     if !outcome.latencies.is_empty() {
         for (figure, percent) in [(MEDIAN, 50.0), (P99, 99.0), (P999, 99.9)] {
             book.note(section, name, figure, percentile(&outcome.latencies, percent));
@@ -81,23 +98,25 @@ fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
     }
     if outcome.queued {
         let decided = (outcome.sent - outcome.lost).max(1);
-        book.note(section, name, CPU, outcome.cost.cpu().as_nanos() as f64 / decided as f64);
+        book.note(section, name, CPU, outcome.cpu.as_nanos() as f64 / decided as f64);
     }
     book.note(section, name, LOST, outcome.lost as f64 * 100.0 / outcome.sent.max(1) as f64);
 }
 
-fn run(contender: Option<&Contender>, job: &Job, rate: u64, scale: &Scale) -> Outcome {
+pub fn run(contender: Option<&Contender>, rate: u64, scale: &Scale, host: Host) -> Outcome {
     support::isolated(|| {
+        let busy = (host == Host::Busy).then(BusyThread::start);
+        let of_busy = || busy.as_ref().map_or(Duration::ZERO, BusyThread::cpu);
         let queue = contender.map(|contender| {
-            let running = Running::start(contender, job);
+            let running = Running::start(contender, &Job::default());
             running.go(None);
             (running, divert(Hook::Output, Protocol::Udp, 1))
         });
         let mut paced = Paced::new(rate);
         paced.run(scale.warm_up);
-        let start = Moment::now();
+        let (start, busy_before) = (Moment::now(), of_busy());
         let sent = paced.run(scale.window);
-        let cost = start.cost();
+        let cpu = start.cost().cpu().saturating_sub(of_busy() - busy_before);
         let mut latencies: Vec<f64> = paced.arrivals.iter().map(|arrival| arrival.latency_us()).collect();
         latencies.sort_by(f64::total_cmp);
         let stats = queue.and_then(|(running, _divert)| running.stop(|| paced.kick()));
@@ -106,7 +125,7 @@ fn run(contender: Option<&Contender>, job: &Job, rate: u64, scale: &Scale) -> Ou
             sent,
             lost: sent - (latencies.len() as u64).min(sent),
             latencies,
-            cost,
+            cpu,
             stats,
         }
     })

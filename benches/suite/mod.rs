@@ -3,6 +3,8 @@
 // Each benchmark uses a different part of it.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+pub mod busy;
+pub mod capability;
 pub mod child;
 pub mod consumer;
 pub mod drain;

@@ -26,11 +26,11 @@ pub const ACCEPT_ALL: Contender =
     contender("this crate: accept all", |job| Ours::bind(job, Way::AcceptAll, Threads::One));
 pub const ACCEPT_NEXT: Contender =
     contender("this crate: accept all, by next()", |job| Ours::bind(job, Way::AcceptNext, Threads::One));
-pub const ACCEPT_DOZING: Contender = contender("this crate: accept all, busy_poll(0)", |job| {
-    Ours::bind(&Job { busy_poll: Some(Duration::ZERO), ..*job }, Way::AcceptAll, Threads::One)
+pub const BUSY_POLL: Contender = contender("this crate: accept all, busy_poll(30 µs)", |job| {
+    Ours::bind(&Job { busy_poll: Some(BUSY_POLL_LIMIT), ..*job }, Way::AcceptAll, Threads::One)
 });
-pub const ACCEPT_TWO_AWAKE: Contender = contender("this crate: accept all, 2 threads, busy_poll(30 µs)", |job| {
-    Ours::bind(&Job { busy_poll: Some(Duration::from_micros(30)), ..*job }, Way::AcceptAll, Threads::Two)
+pub const BUSY_POLL_TWO: Contender = contender("this crate: accept all, 2 threads, busy_poll(30 µs)", |job| {
+    Ours::bind(&Job { busy_poll: Some(BUSY_POLL_LIMIT), ..*job }, Way::AcceptAll, Threads::Two)
 });
 pub const ACCEPT_ALL_TWO: Contender =
     contender("this crate: accept all, 2 threads", |job| Ours::bind(job, Way::AcceptAll, Threads::Two));
@@ -67,6 +67,9 @@ pub const ALL: [Contender; 10] = [
 const fn contender(name: &'static str, make: fn(&Job) -> Box<dyn Consumer>) -> Contender {
     Contender { name, make, queues: 1 }
 }
+
+/// Of the contenders that busy-poll; by default none does.
+const BUSY_POLL_LIMIT: Duration = Duration::from_micros(30);
 
 /// What [`TIMED`] notes of each packet, by its number.
 pub static SUBMITTED: [Submitted; 1 << 16] = [const { Submitted::new() }; 1 << 16];

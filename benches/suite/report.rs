@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    drain, flood, floor,
+    busy, capability, drain, flood, floor,
     goals::{self, Goal, Wanted},
     latency, machine, memory, ours, peers,
     summary::{Book, Summary},
@@ -52,9 +52,11 @@ pub fn whole(book: &Book, beside: Option<&Book>, ledger: &[String], quick: bool)
     section(&mut text, "CPU time per packet, queue prefilled", cpu_table(book, beside));
     section(&mut text, "Throughput under a flood", flood_table(book, beside));
     section(&mut text, "One-way latency, µs", latency_table(book));
+    section(&mut text, "On a busy host: sender, consumer and one more busy thread on two processors", busy_table(book));
     section(&mut text, "TCP goodput, one stream", tcp_table(book, beside));
     section(&mut text, "How long verdicts wait, µs", waits_table(book));
     section(&mut text, "The adaptive policy from idle to overload", sweep_table(book));
+    section(&mut text, "The capability check (capget) after each send", capability_table(book));
     section(&mut text, "Memory", plain_table(book, memory::SECTION, &memory::ALL, &[memory::RATIO]));
     let names: Vec<&str> = ledger.iter().map(String::as_str).collect();
     section(&mut text, "A verdict in the ledger", plain_table(book, goals::LEDGER, &names, &["ns/verdict"]));
@@ -76,7 +78,8 @@ fn head(quick: bool) -> String {
     if quick {
         text += "A quick run: everything works; the figures say nothing.\n\n";
     }
-    text + "Medians of several rounds, in which the contenders took turns; least and most in brackets.\n"
+    text + "Medians of several rounds, in which the contenders took turns; least and most in brackets.\n\
+     Busy polling is off by default; where it is on, the name says `busy_poll`.\n"
 }
 
 fn section(text: &mut String, title: &str, table: Vec<Vec<String>>) {
@@ -191,6 +194,42 @@ fn latency_table(book: &Book) -> Vec<Vec<String>> {
             table
                 .push([vec![name.to_owned(), rate.to_string(), spread(median)], rest.into(), vec![lost, cpu]].concat());
         }
+    }
+    table
+}
+
+fn busy_table(book: &Book) -> Vec<Vec<String>> {
+    let figures = [latency::MEDIAN, latency::P99, latency::CPU];
+    let mut table = header(&[
+        "",
+        "packets/s",
+        "p50 µs",
+        "p99 µs",
+        "CPU ns per packet",
+        "p50 / blocking",
+        "p99 / blocking",
+        "CPU / blocking",
+        "lost %",
+    ]);
+    for rate in busy::RATES {
+        let section = busy::section(rate);
+        for name in busy::contenders().map(|contender| contender.name) {
+            let Some(lost) = book.median(&section, name, latency::LOST) else { continue };
+            let spreads = figures.map(|figure| book.get(&section, name, figure).map_or("–".to_owned(), spread));
+            let ratios = figures
+                .map(|figure| book.ratio(&section, figure, name, floor::ONE.name).map_or("–".to_owned(), spread2));
+            let cells = [name.to_owned(), rate.to_string()].into_iter().chain(spreads).chain(ratios);
+            table.push(cells.chain([significant(lost)]).collect());
+        }
+    }
+    table
+}
+
+fn capability_table(book: &Book) -> Vec<Vec<String>> {
+    let mut table = header(&["", "ns/check", "verdicts/send", "CPU ns/packet", "check / CPU"]);
+    for share in capability::shares(book) {
+        let figures = [share.check_ns, share.per_send, share.cpu_ns, share.of_cpu].map(significant);
+        table.push([share.load].into_iter().chain(figures).collect());
     }
     table
 }

@@ -33,15 +33,18 @@ const READ: usize = 1024 * 1024;
 
 pub const DEFAULTS: &str = "this crate: defaults";
 pub const SHORT: &str = "this crate: copy_range(128)";
+pub const BUSY_POLL: &str = "this crate: busy_poll(30 µs)";
+pub const SHORT_BUSY_POLL: &str = "this crate: copy_range(128), busy_poll(30 µs)";
 pub const CLASSIC: &str = "classic loop: recv 1, verdict 1, no GSO";
 
 /// Everything that is measured side by side.
-pub fn contenders() -> [(&'static str, Option<(Contender, Job)>); 11] {
+pub fn contenders() -> [(&'static str, Option<(Contender, Job)>); 12] {
     [
         (NO_QUEUE, None),
         (DEFAULTS, Some((ours::ACCEPT_ALL, job(WHOLE, true)))),
         (SHORT, Some((ours::ACCEPT_ALL, job(128, true)))),
-        ("this crate: busy_poll(0)", Some((ours::ACCEPT_DOZING, job(WHOLE, true)))),
+        (BUSY_POLL, Some((ours::BUSY_POLL, job(WHOLE, true)))),
+        (SHORT_BUSY_POLL, Some((ours::BUSY_POLL, job(128, true)))),
         ("this crate: gso(false)", Some((ours::ACCEPT_ALL, job(WHOLE, false)))),
         (CLASSIC, Some((floor::ONE, job(WHOLE, false)))),
         ("floor: one batch, GSO", Some((floor::BATCH, job(WHOLE, true)))),
