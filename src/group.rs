@@ -5,9 +5,14 @@ use std::{
     ops::RangeInclusive,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
-use futures::{Sink, Stream, future::join_all, stream::FusedStream};
+use futures::{
+    Sink, Stream,
+    future::join_all,
+    stream::{FusedStream, select_all},
+};
 
 use crate::{Error, ErrorKind, Packet, PacketStream, Queue, QueueBuilder, Stats, Verdict, VerdictSink};
 
@@ -86,6 +91,17 @@ impl QueueGroup {
     /// Cancel safe: no packet is lost.
     pub async fn recv(&mut self) -> Option<Result<Packet, Error>> {
         self.streams.recv().await
+    }
+
+    /// Ends all the queues: see [`GroupSink::close_within`].
+    ///
+    /// # Errors
+    /// As [`GroupSink::close`].
+    ///
+    /// # Cancel safety
+    /// Once polled, the end goes on by itself.
+    pub async fn close_within(self, timeout: Duration) -> Result<(), Error> {
+        self.sink.close_within(timeout).await
     }
 
     /// Ends all the queues: see [`GroupSink::close`].
@@ -220,12 +236,28 @@ impl GroupSink {
     /// Ends all the queues at once, each as [`VerdictSink::close`] does.
     ///
     /// # Errors
-    /// The first queue's that has one. All are ended all the same.
+    /// The first queue's that has one. Every queue is closed regardless.
     ///
     /// # Cancel safety
     /// Once polled, the end goes on by itself.
     pub async fn close(&self) -> Result<(), Error> {
         join_all(self.sinks.iter().map(VerdictSink::close)).await.into_iter().collect()
+    }
+
+    /// As [`close`](Self::close), and waits for owed verdicts for `timeout` at most; as [`VerdictSink::close_within`].
+    ///
+    /// # Errors
+    /// The first queue's that has one. Every queue is closed regardless.
+    ///
+    /// # Cancel safety
+    /// Once polled, the end goes on by itself.
+    pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
+        join_all(self.sinks.iter().map(|sink| sink.close_within(timeout))).await.into_iter().collect()
+    }
+
+    /// The refusals of all the queues; as [`VerdictSink::refusals`]. It ends when all queues are closed.
+    pub fn refusals(&self) -> impl FusedStream<Item = Error> + Send + Unpin + use<> {
+        select_all(self.sinks.iter().map(VerdictSink::refusals))
     }
 
     /// The queues' own sinks, in the order of the queues: for settings and statistics of one.

@@ -17,11 +17,38 @@ tests![
     sync an_empty_range_is_refused,
     one a_group_falls_into_queues,
     both closing_ends_all_its_queues,
+    one refusals_of_all_its_queues_come_together,
     both a_forward_ends_with_the_group,
     one dropping_ends_all_its_queues,
     one one_queues_end_is_not_the_groups,
     one a_group_of_none_is_at_its_end,
 ];
+
+async fn refusals_of_all_its_queues_come_together() {
+    let mut group = group(|builder| builder.deadline(std::time::Duration::from_millis(10), Action::Drop));
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(40);
+    let mut packets = Vec::new();
+    for number in 0..40_u32 {
+        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
+        traffic.send_from(&sender, [number]);
+        packets.push(next(&mut group).await);
+    }
+    let sink = group.sink();
+    let expired = || sink.stats().map(|(_, stats)| stats.expired).sum::<u64>();
+    common::eventually("the deadlines", || expired() == 40).await;
+    let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue()).collect();
+    packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    let mut refusals = sink.refusals();
+    for _ in 0..40 {
+        let error = soon("a refusal", refusals.next()).await.unwrap();
+        assert_eq!(error.kind(), ErrorKind::Expired);
+    }
+    assert!(queues.len() > 1);
+    soon("the end", group.close_within(std::time::Duration::from_secs(1))).await.unwrap();
+    assert!(soon("the end", refusals.next()).await.is_none());
+    traffic.expect_nothing();
+}
 
 fn group(builder: impl Fn(QueueBuilder) -> QueueBuilder) -> QueueGroup {
     QueueGroup::bind(0..=3, builder).unwrap()

@@ -512,7 +512,7 @@ async fn the_numbers_add_up() {
             1 => packet.drop().submit().unwrap(),
             2 => drop(packet),
             3 => packet.requeue(9).submit().unwrap(),
-            4 => drop(soon("the answer", packet.stop().confirm()).await.unwrap()),
+            4 => soon("the answer", packet.stop().confirm()).await.unwrap(),
             _ => packet.accept().mark(3).submit().unwrap(),
         }
     }
