@@ -36,7 +36,7 @@ async fn refusals_of_all_its_queues_come_together() {
     }
     let sink = group.sink();
     let expired = || sink.stats().map(|(_, stats)| stats.expired).sum::<u64>();
-    common::eventually("the deadlines", || expired() == 40).await;
+    eventually("the deadlines", || expired() == 40).await;
     let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue()).collect();
     packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
     let mut refusals = sink.refusals();

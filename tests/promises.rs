@@ -219,17 +219,15 @@ async fn a_refused_drop_never_becomes_an_accept() {
 }
 
 async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
-    let (mut queue, _divert) = start(Queue::builder(0));
+    // So that it is this thread that sends, and not the timer's.
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
     let traffic = Traffic::new(100);
     let mut refusals = queue.sink().refusals();
     for round in 0..20 {
         let mut packets = hold(&mut queue, &traffic, 3 * round..3 * round + 3).await;
         let (last, middle, first) = (packets.remove(2), packets.remove(1), packets.remove(0));
         let id = middle.id();
-        without_capabilities(|| {
-            middle.accept().submit().unwrap();
-            queue.sink().flush().now_or_never();
-        });
+        without_capabilities(|| middle.accept().submit().unwrap());
         first.accept().submit().unwrap();
         last.accept().submit().unwrap();
         soon("the flush", queue.sink().flush()).await.unwrap();
@@ -608,7 +606,8 @@ impl Wake for Looks {
 fn wakers_may_call_back() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(10) });
-    let (mut queue, _divert) = inside.block_on(async { start(Queue::builder(0)) });
+    let immediate = FlushPolicy::immediate();
+    let (mut queue, _divert) = inside.block_on(async { start(Queue::builder(0).flush_policy(immediate)) });
     let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..5));
     let looks = Arc::new(Looks { sink: queue.sink(), woken: AtomicUsize::new(0) });
     let waker = Waker::from(Arc::clone(&looks));
@@ -621,10 +620,7 @@ fn wakers_may_call_back() {
     let sink = queue.sink();
     let mut refusals = sink.refusals();
     assert!(refusals.poll_next_unpin(&mut cx).is_pending());
-    without_capabilities(|| {
-        packets.remove(0).accept().submit().unwrap();
-        sink.flush().now_or_never();
-    });
+    without_capabilities(|| packets.remove(0).accept().submit().unwrap());
     outside.block_on(async {
         soon("the answer", &mut confirm).await.unwrap();
         soon("the refusal", refusals.recv()).await.unwrap();
@@ -715,16 +711,14 @@ async fn traced(check: impl FnOnce(&[String])) {
     let subscriber = Subscriber { sink: Arc::clone(&sink), events: Arc::clone(&events) };
     let _default = tracing::subscriber::set_default(subscriber);
     // Long enough for all before it on a slow machine, and what comes of it is the same if it is not.
-    let (mut queue, _divert) = start(Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop));
+    let builder = Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop);
+    let (mut queue, _divert) = start(builder.flush_policy(FlushPolicy::immediate()));
     *sink.lock().unwrap() = Some(queue.sink());
     let traffic = Traffic::new(100);
     let mut packets = hold(&mut queue, &traffic, 0..100).await;
     soon("the answer", queue.sink().reconfigure(&Reconfigure::new().max_len(77))).await.unwrap();
     let late = packets.remove(0);
-    without_capabilities(|| {
-        packets.remove(0).accept().submit().unwrap();
-        queue.sink().flush().now_or_never();
-    });
+    without_capabilities(|| packets.remove(0).accept().submit().unwrap());
     drop(packets);
     let verdicts = queue.sink();
     eventually("the deadline", || late.is_expired()).await;

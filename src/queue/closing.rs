@@ -84,7 +84,9 @@ impl Shared {
             if core.machine.life() == Life::Closed {
                 return Poll::Ready(core.machine.take_close_error().map_or(Ok(()), Err));
             }
-            core.wait(waker);
+            let spare = core.wait(waker);
+            drop(core);
+            drop(spare);
             Poll::Pending
         })
         .await

@@ -42,8 +42,12 @@ impl Driver {
                 shared.with(|core| core.machine.pass_ended());
             }
             // A runtime's thread stands for the process: while it lacks the capability, nothing is sent.
-            if probe && sys::has_net_admin() {
-                shared.with(|core| core.machine.permitted());
+            if probe {
+                let permitted = sys::has_net_admin();
+                shared.with(|core| match permitted {
+                    true => core.machine.permitted(),
+                    false => core.machine.still_missing(),
+                });
             }
         }
     }

@@ -332,16 +332,20 @@ impl Shared {
     fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Packet, Error>>> {
         let mut looked = false;
         loop {
-            let mut inbox = lock(&self.inbox);
-            if let Some(packet) = self.take_packet(&mut inbox) {
-                drop(inbox);
+            if let Some(packet) = self.take_packet(&mut lock(&self.inbox)) {
                 return Poll::Ready(Some(Ok(packet)));
             }
             match self.end_of_stream(Some(cx.waker())) {
                 None => {}
                 Some(end) => return Poll::Ready(end.map(Err)),
             }
-            let ready = match self.socket.poll_readable(cx) {
+            let readable = self.socket.poll_readable(cx);
+            let mut inbox = lock(&self.inbox);
+            if !inbox.packets.is_empty() {
+                // Somebody else has received them before the waker was in place.
+                continue;
+            }
+            let ready = match readable {
                 // The runtime wants the task to make room for others.
                 Poll::Pending if !coop::has_budget_remaining() => return Poll::Pending,
                 Poll::Pending => {
@@ -484,7 +488,9 @@ impl Shared {
         }
         // Whoever is sending wakes it when that is done.
         *round = Some(wanted);
-        core.wait(waker);
+        let spare = core.wait(waker);
+        drop(core);
+        drop(spare);
         Poll::Pending
     }
 

@@ -142,15 +142,18 @@ pub(super) struct Core {
 #[derive(Debug, Default)]
 struct News {
     wakers: Vec<Waker>,
-    events: Vec<Event<Confirmer>>,
+    events: Vec<Event<Box<Extra>>>,
 }
 
 impl Core {
-    /// Has somebody woken when everything was sent, or the queue is closed.
-    pub(super) fn wait(&mut self, waker: Waker) {
-        if !self.waiting.iter().any(|other| other.will_wake(&waker)) {
-            self.waiting.push(waker);
+    /// Has somebody woken when everything was sent, or the queue is closed. A waker that is there already comes back, to be
+    /// dropped without the lock.
+    pub(super) fn wait(&mut self, waker: Waker) -> Option<Waker> {
+        if self.waiting.iter().any(|other| other.will_wake(&waker)) {
+            return Some(waker);
         }
+        self.waiting.push(waker);
+        None
     }
 
     fn news(&mut self) -> News {
@@ -161,7 +164,7 @@ impl Core {
                 Event::WakeStream => wakers.extend(self.stream.take()),
                 Event::WakeWaiting => wakers.append(&mut self.waiting),
                 Event::WakeRefusals => wakers.append(&mut self.refusals),
-                Event::Answer(..) | Event::Report(_) => {}
+                Event::Answer(..) | Event::Report(_) | Event::Spent(_) => {}
             }
         }
         News { wakers, events }
@@ -246,6 +249,7 @@ impl Shared {
             match event {
                 Event::Answer(confirmer, result) => drop(confirmer.send(result)),
                 Event::Report(report) => self.trace.report(report),
+                Event::Spent(extra) => drop(extra),
                 Event::WakeStream | Event::WakeWaiting | Event::WakeRefusals => {}
             }
         }

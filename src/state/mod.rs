@@ -165,13 +165,15 @@ impl Todo {
 
 /// What others are to be told once the lock is released.
 #[derive(Debug)]
-pub(crate) enum Event<W> {
+pub(crate) enum Event<E: Carried> {
     WakeStream,
     /// Those who wait for a flush or for the end.
     WakeWaiting,
     WakeRefusals,
-    Answer(W, Result<(), Error>),
+    Answer(E::Waiter, Result<(), Error>),
     Report(Report),
+    /// It is of no more use; to drop it may run users' code.
+    Spent(E),
 }
 
 /// One received packet.
@@ -249,7 +251,7 @@ pub(crate) struct Machine<E: Carried, K> {
     counters: Stats,
     reports: Reports,
     todo: Todo,
-    events: Vec<Event<E::Waiter>>,
+    events: Vec<Event<E>>,
 }
 
 /// Refusals nobody reads are kept up to this number; older ones then give way, counted.
@@ -328,7 +330,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// Takes what others are to be told.
-    pub(crate) fn take_events(&mut self) -> Vec<Event<E::Waiter>> {
+    pub(crate) fn take_events(&mut self) -> Vec<Event<E>> {
         std::mem::take(&mut self.events)
     }
 
@@ -730,6 +732,19 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// A thread of the runtime, which stands for the process, still has no capability.
+    pub(crate) fn still_missing(&mut self) {
+        let now = self.clock.now();
+        if let Permission::Missing { since, .. } = self.permission
+            && now.saturating_duration_since(since) >= LASTING
+        {
+            self.permission = Permission::Lost;
+            let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
+            self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
+            self.look_for_the_end();
+        }
+    }
+
     /// A thread without the capability wanted to send, which has been missed before: what owners have decided is refused.
     pub(crate) fn refuse_gathered(&mut self) {
         self.flush_wanted = false;
@@ -878,8 +893,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// The verdict of a packet was refused. It is told, and the packet gets the default action.
-    fn refuse(&mut self, id: u32, extra: Option<E>, error: Error) {
-        let waiter = extra.and_then(|mut extra| extra.take_waiter());
+    fn refuse(&mut self, id: u32, mut extra: Option<E>, error: Error) {
+        let waiter = extra.as_mut().and_then(E::take_waiter);
+        self.events.extend(extra.map(Event::Spent));
         let error = error.with_packet(PacketId(id));
         self.counters.refusals += 1;
         self.note(Kind::Refused, 1, Some(id));
@@ -1048,12 +1064,6 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     // Deadlines may have decided something that nobody has asked the policy about.
                     self.consult(Occasion::Decided);
                 }
-            }
-            Permission::Missing { since, .. } if now.saturating_duration_since(since) >= LASTING => {
-                self.permission = Permission::Lost;
-                let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
-                self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
-                self.look_for_the_end();
             }
             Permission::Missing { since, next, pause } if next <= now => {
                 let pause_after = (pause * 2).min(PAUSES.1);

@@ -492,13 +492,20 @@ impl World {
                 self.alarm = Some(self.alarm.map_or(at, |other| other.min(at)));
             }
             self.pass_end_due |= call_driver;
-            if call_driver && self.machine.is_permission_missing() && self.capable {
-                self.machine.permitted();
+            if call_driver && self.machine.is_permission_missing() {
+                match self.capable {
+                    true => self.machine.permitted(),
+                    false => self.machine.still_missing(),
+                }
             }
             for event in self.machine.take_events() {
                 match event {
                     Event::Answer(waiter, result) => self.told(waiter, &result),
-                    Event::Report(_) | Event::WakeStream | Event::WakeWaiting | Event::WakeRefusals => {}
+                    Event::Report(_)
+                    | Event::Spent(_)
+                    | Event::WakeStream
+                    | Event::WakeWaiting
+                    | Event::WakeRefusals => {}
                 }
             }
             while let Some(refusal) = self.machine.next_refusal() {
