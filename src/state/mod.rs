@@ -1051,7 +1051,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(crate) fn fire(&mut self) {
         let now = self.clock.now();
         self.alarm = None;
-        self.expire(now);
+        let expired = self.expire(now);
         self.end_wait(now);
         match self.permission {
             Permission::Held => {
@@ -1060,8 +1060,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 } else if self.due.is_some_and(|due| due <= now) {
                     self.due = None;
                     self.consult(Occasion::Due);
-                } else if self.oldest.is_none() {
-                    // Deadlines may have decided something that nobody has asked the policy about.
+                } else if expired {
                     self.consult(Occasion::Decided);
                 }
             }
@@ -1117,9 +1116,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// Answers for packets whose deadline has come.
-    fn expire(&mut self, now: Instant) {
-        let Some((_, action)) = self.rules.deadline else { return };
+    /// Answers for packets whose deadline has come; tells whether there were any.
+    fn expire(&mut self, now: Instant) -> bool {
+        let Some((_, action)) = self.rules.deadline else { return false };
+        let before = self.counters.expired;
         while let Some((first, last)) = self.deadlines.due(now) {
             for id in self.ledger.undecided_between(first, last) {
                 if let Ok(token) = self.ledger.decide(id, plain(action)) {
@@ -1129,6 +1129,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 }
             }
         }
+        self.counters.expired > before
     }
 
     // The end.
