@@ -64,6 +64,7 @@ pub(crate) enum Settlement<E> {
         first: u32,
         max: u32,
         ruling: Ruling,
+        origin: Origin,
         count: usize,
     },
 }
@@ -316,7 +317,7 @@ impl<E> Ledger<E> {
                 finish_run(&mut run, out);
             }
             match &mut run {
-                Some(run) if decision.extra.is_none() && run.ruling == decision.ruling => {
+                Some(run) if run.takes(&decision) => {
                     run.max = id;
                     run.count += 1;
                     continue;
@@ -378,9 +379,9 @@ impl<E> Ledger<E> {
         };
         match settlement {
             Settlement::Single { id, decision } => put(id, decision),
-            Settlement::Batch { ruling, .. } => {
+            Settlement::Batch { ruling, origin, .. } => {
                 for id in ids {
-                    put(id, Decision { ruling, extra: None, origin: Origin::Owner });
+                    put(id, Decision { ruling, extra: None, origin });
                 }
             }
         }
@@ -419,12 +420,19 @@ struct Run {
     count: usize,
 }
 
+impl Run {
+    /// Whether one message can carry both. What owners have decided is kept apart, for they are told if it is refused.
+    fn takes<E>(&self, decision: &Decision<E>) -> bool {
+        decision.extra.is_none() && self.ruling == decision.ruling && self.origin == decision.origin
+    }
+}
+
 /// A run of one is sent as a single verdict: the same cost, and it cannot touch another packet.
 fn finish_run<E>(run: &mut Option<Run>, out: &mut Vec<Settlement<E>>) {
     let Some(Run { first, max, ruling, origin, count }) = run.take() else { return };
     out.push(match count {
         1 => Settlement::Single { id: first, decision: Decision { ruling, extra: None, origin } },
-        _ => Settlement::Batch { first, max, ruling, count },
+        _ => Settlement::Batch { first, max, ruling, origin, count },
     });
 }
 
@@ -435,6 +443,10 @@ mod tests {
 
     fn plain(action: Action) -> Decision<u8> {
         Decision { ruling: Ruling::plain(action), extra: None, origin: Origin::Owner }
+    }
+
+    fn batch(first: u32, max: u32, action: Action, count: usize) -> Settlement<u8> {
+        Settlement::Batch { first, max, ruling: Ruling::plain(action), origin: Origin::Owner, count }
     }
 
     fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
@@ -458,10 +470,7 @@ mod tests {
             ledger.decide(id, plain(ACCEPT)).unwrap();
         }
         let single = Settlement::Single { id: 5, decision: plain(ACCEPT) };
-        assert_eq!(
-            settled(&mut ledger),
-            [Settlement::Batch { first: 1, max: 3, ruling: Ruling::plain(ACCEPT), count: 3 }, single]
-        );
+        assert_eq!(settled(&mut ledger), [batch(1, 3, ACCEPT, 3), single]);
         ledger.decide(4, plain(DROP)).unwrap();
         assert_eq!(settled(&mut ledger), [Settlement::Single { id: 4, decision: plain(DROP) }]);
         assert_eq!((ledger.undecided(), ledger.gathered(), ledger.ring.len()), (0, 0, 0));
@@ -479,12 +488,12 @@ mod tests {
             ledger.decide(id, decision).unwrap();
         }
         let expected = [
-            Settlement::Batch { first: 1, max: 3, ruling: Ruling::plain(ACCEPT), count: 3 },
+            batch(1, 3, ACCEPT, 3),
             Settlement::Single {
                 id: 4,
                 decision: Decision { ruling: Ruling::plain(ACCEPT), extra: Some(9), origin: Origin::Owner },
             },
-            Settlement::Batch { first: 5, max: 7, ruling: Ruling::plain(DROP), count: 3 },
+            batch(5, 7, DROP, 3),
         ];
         assert_eq!(settled(&mut ledger), expected);
     }
@@ -497,8 +506,7 @@ mod tests {
         }
         let mut out = Vec::new();
         ledger.settle([1, 4, 4, 11, 13].into_iter(), &mut out);
-        let batch = |first, max, count| Settlement::Batch { first, max, ruling: Ruling::plain(ACCEPT), count };
-        assert_eq!(out, [batch(1, 3, 3), batch(4, 10, 7), batch(11, 12, 2)]);
+        assert_eq!(out, [batch(1, 3, ACCEPT, 3), batch(4, 10, ACCEPT, 7), batch(11, 12, ACCEPT, 2)]);
     }
 
     #[test]

@@ -835,14 +835,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         self.counters.sends += 1;
         self.missing_permission();
+        let by_queue = |origin, ruling: &Ruling| (origin == Origin::Queue).then_some(ruling.action);
         for message in messages {
             self.leaving -= message.count();
             let ids = self.ledger.ids_of(&message);
             let (mut extra, by_queue) = match message {
-                Settlement::Single { decision, .. } => {
-                    (decision.extra, (decision.origin == Origin::Queue).then_some(decision.ruling.action))
-                }
-                Settlement::Batch { .. } => (None, None),
+                Settlement::Single { decision, .. } => (decision.extra, by_queue(decision.origin, &decision.ruling)),
+                Settlement::Batch { ruling, origin, .. } => (None, by_queue(origin, &ruling)),
             };
             for id in ids {
                 self.ledger.reopen(id, NO_TOKEN);
