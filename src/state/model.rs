@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::*;
-use crate::wire::verdict::word;
+use crate::{Flush, wire::verdict::word};
 
 /// Histories, and events in each: a million in all.
 const HISTORIES: u64 = 500;
