@@ -521,16 +521,15 @@ async fn the_numbers_add_up() {
 }
 
 async fn the_default_receive_buffer_holds_a_full_queue() {
+    if common::outer_id("uid_map") != 0 {
+        eprintln!("skipped: the system limits the receive buffer");
+        return;
+    }
     // Datagrams that arrive in fragments are put together in the kernel's most wasteful way.
     let peer = support::veth();
     let sender = peer.run(|| support::udp((peer.far_v4, 0)));
     for (range, length) in [(2000, 2500), (16_000, 16_500), (65_531, 40_000)] {
         let (queue, divert) = start(Queue::builder(0).copy_range(range).max_len(256));
-        let needed = 256 * range as usize;
-        if queue.stats().receive_buffer < needed {
-            eprintln!("skipped at a copy range of {range}: the system limits the receive buffer");
-            continue;
-        }
         let datagram = vec![7; length];
         for sent in 0..256_u64 {
             sender.send_to(&datagram, (peer.near_v4, 9000)).unwrap();
