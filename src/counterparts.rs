@@ -11,7 +11,7 @@
 //! | `nfq_set_queue_maxlen` | [`max_len`](crate::QueueBuilder::max_len) |
 //! | `nfq_set_queue_flags` | [`fail_open`](crate::QueueBuilder::fail_open), [`conntrack`](crate::QueueBuilder::conntrack), [`gso`](crate::QueueBuilder::gso), [`uid_gid`](crate::QueueBuilder::uid_gid), [`security_context`](crate::QueueBuilder::security_context) |
 //! | any of these on a bound queue | [`reconfigure`](crate::VerdictSink::reconfigure) |
-//! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets |
+//! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets; without Tokio [`readable_fd`](crate::PacketStream::readable_fd) and [`try_recv`](crate::PacketStream::try_recv) |
 //! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
 //! | `NETLINK_NO_ENOBUFS` | always set |
 //! | `nfq_set_verdict` | [`submit`](crate::VerdictSink::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
@@ -52,7 +52,7 @@
 //! | `Config.ReadTimeout` | any timeout around [`recv`](crate::PacketStream::recv), which is cancel safe |
 //! | `Config.WriteTimeout` | not needed: a send to the kernel does not wait |
 //! | `Config.Logger` | `tracing` |
-//! | `Register`, `RegisterWithErrorFunc` | the stream; its errors are items |
+//! | `Register`, `RegisterWithErrorFunc` | the stream; errors of single verdicts: [`refusals`](crate::VerdictSink::refusals) |
 //! | `SetVerdict` | [`submit`](crate::VerdictSink::submit) |
 //! | `SetVerdictWithOption`: `WithMark`, `WithConnMark`, `WithLabel`, `WithAlteredPacket` | [`mark`](crate::Verdict::mark), [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`payload`](crate::Verdict::payload) |
 //! | `SetVerdictBatch` | automatic |

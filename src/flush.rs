@@ -53,8 +53,11 @@ const MAX_DELAY: Duration = Duration::from_secs(1);
 /// # let _ = policy;
 /// ```
 pub trait FlushWhen: Send + 'static {
-    /// Says when the gathered verdicts go out. Called under the queue's lock: it must be quick and must not call back
-    /// into the queue. Not called while nothing is gathered.
+    /// Says when the gathered verdicts are sent. It is called on the thread that gives a verdict, on the runtime's, or on the
+    /// timer's, under no lock: it may call the queue's functions. A decision that is made meanwhile is asked about when it
+    /// has returned. Not called while nothing is gathered.
+    ///
+    /// If it panics, the default policy takes its place for good, and an event of level ERROR says so.
     fn when(&mut self, gathered: &Gathered) -> Flush;
 }
 
@@ -95,21 +98,25 @@ pub enum Occasion {
 pub enum Flush {
     /// Send now, on the calling thread.
     Now,
-    /// Ask again when the runtime has run what is ready now: other tasks may add to the batch, and none is waited for.
+    /// Ask again when the runtime has run what is ready now: other tasks may add to the batch, and none is waited for. If the
+    /// runtime does not come to it in time, the verdicts are sent regardless: after `max_delay`, or after 1 ms if the policy
+    /// is of your own.
     AtPassEnd,
     /// Send when the oldest verdict has waited so long, counted from when it was given, 1 s at most; before that ask again
-    /// whenever something makes the queue ask, and once more when the delay is over. Kept with a timer of its own, not with Tokio's, whose resolution is 1 ms.
+    /// whenever something makes the queue ask, and once more when the delay is over. Kept by a thread of the crate's own, not
+    /// by Tokio's timer, whose resolution is 1 ms.
     Within(Duration),
 }
 
 impl FlushPolicy {
-    /// Every verdict is sent at once, by itself. The shortest way for one packet, and the dearest for many.
+    /// Every verdict is sent at once, by itself. Lowest latency for a single packet; highest cost per packet under load.
     pub fn immediate() -> Self {
         Self(Kind::Immediate)
     }
 
     /// At once when the queue is idle; under load gathered until every packet at hand is decided, the runtime has run
-    /// what was ready, 64 verdicts are there, or the oldest has waited `max_delay`, whichever is first.
+    /// what was ready, 64 verdicts are there, or the oldest has waited `max_delay`, whichever is first. The last holds whatever
+    /// the runtime's tasks do (see [`guide`](crate::guide#threads-and-runtimes)).
     ///
     /// `max_delay` may be shorter than a millisecond; more than 1 s is refused by [`bind`](crate::QueueBuilder::bind).
     pub fn adaptive(max_delay: Duration) -> Self {
