@@ -74,7 +74,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 && self.ledger.reopen(id, NO_TOKEN)
             {
                 self.counters.taken_back(action, 1);
-                let _ = self.decide_again(id);
+                self.decide_again(id);
             }
             return true;
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Carried, Clock, Decision, Kind, LONGEST_DELAY, Life, Machine, NO_TOKEN, NotInFlight, plain};
+use super::{Carried, Clock, Decision, Kind, LONGEST_DELAY, Life, Machine, NO_TOKEN, plain};
 use crate::{Action, Flush, FlushPolicy, Gathered, Occasion};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
@@ -11,21 +11,23 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// # Errors
     /// The packet has been answered for.
     pub(crate) fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<(), Decision<E>> {
-        if !self.ledger.is_undecided(id) {
-            self.counters.late += 1;
-            self.note(Kind::Late, 1, Some(id));
-            return Err(decision);
+        match self.ledger.decide(id, decision) {
+            Ok(token) => {
+                self.held.leave(token);
+                self.consult(Occasion::Decided);
+                Ok(())
+            }
+            Err(decision) => {
+                self.counters.late += 1;
+                self.note(Kind::Late, 1, Some(id));
+                Err(decision)
+            }
         }
-        if let Ok(token) = self.ledger.decide(id, decision) {
-            self.held.leave(token);
-        }
-        self.consult(Occasion::Decided);
-        Ok(())
     }
 
     /// Whoever held a packet has dropped it.
     pub(crate) fn abandon(&mut self, id: u32) {
-        if self.decide_in_place(id, self.rules.on_unanswered).is_ok() {
+        if self.decide_in_place(id, self.rules.on_unanswered) {
             self.note(Kind::Unanswered, 1, Some(id));
             self.consult(Occasion::Decided);
         }
@@ -38,18 +40,18 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// Answers for a packet in its owner's place, if that is still to be done.
-    pub(super) fn decide_in_place(&mut self, id: u32, action: Action) -> Result<(), NotInFlight> {
-        let token = self.ledger.decide(id, plain(action))?;
+    /// Answers for a packet in its owner's place; tells whether that was still to be done.
+    pub(super) fn decide_in_place(&mut self, id: u32, action: Action) -> bool {
+        let Ok(token) = self.ledger.decide(id, plain(action)) else { return false };
         self.held.leave(token);
         self.counters.unanswered += 1;
-        Ok(())
+        true
     }
 
     /// Answers for packets that nobody will take from the stream.
     pub(crate) fn answer_for(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
         for id in ids {
-            let _ = self.decide_in_place(id, action);
+            self.decide_in_place(id, action);
         }
     }
 

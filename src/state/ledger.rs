@@ -94,10 +94,6 @@ enum Slot<E> {
     Settled,
 }
 
-/// A decision came too late, or for an id that never arrived.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NotInFlight;
-
 /// The ring may span this many ids beyond a small multiple of what is unsettled; then its oldest goes to the side table.
 /// At 40 bytes a slot this bounds the ring's idle part to 320 KiB.
 const SPARE_SPAN: usize = 8192;
@@ -197,10 +193,10 @@ impl<E> Ledger<E> {
     /// Notes a decision, and returns the token that came with the id.
     ///
     /// # Errors
-    /// The id is not undecided: its decision has been made, or it never came.
-    pub(crate) fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<u32, NotInFlight> {
-        let slot = self.slot_mut(id).ok_or(NotInFlight)?;
-        let Slot::Undecided(token) = *slot else { return Err(NotInFlight) };
+    /// The decision, if the id is not undecided: its decision has been made, or it never came.
+    pub(crate) fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<u32, Decision<E>> {
+        let Some(slot) = self.slot_mut(id) else { return Err(decision) };
+        let Slot::Undecided(token) = *slot else { return Err(decision) };
         *slot = Slot::Decided(decision);
         self.undecided -= 1;
         self.gathered.push(id);
@@ -514,7 +510,7 @@ mod tests {
         let mut ledger = Ledger::<u8>::new(1);
         assert_eq!(ledger.arrive(4, 1), 3);
         assert_eq!(ledger.arrive(5, 1), 0);
-        assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(NotInFlight));
+        assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(plain(ACCEPT)));
         assert_eq!(ledger.undecided_ids(), [4, 5]);
     }
 
@@ -522,10 +518,10 @@ mod tests {
     fn a_second_decision_is_refused() {
         let mut ledger = ledger([1]);
         ledger.decide(1, plain(ACCEPT)).unwrap();
-        assert_eq!(ledger.decide(1, plain(DROP)), Err(NotInFlight));
+        assert_eq!(ledger.decide(1, plain(DROP)), Err(plain(DROP)));
         settled(&mut ledger);
-        assert_eq!(ledger.decide(1, plain(DROP)), Err(NotInFlight));
-        assert_eq!(ledger.decide(2, plain(DROP)), Err(NotInFlight));
+        assert_eq!(ledger.decide(1, plain(DROP)), Err(plain(DROP)));
+        assert_eq!(ledger.decide(2, plain(DROP)), Err(plain(DROP)));
     }
 
     #[test]

@@ -42,7 +42,7 @@ mod times;
 use self::{
     awaiting::{Awaited, Awaiting, SentBatches},
     held::Held,
-    ledger::{Ledger, NO_TOKEN, NotInFlight},
+    ledger::{Ledger, NO_TOKEN},
     report::Reports,
     times::{Arrivals, Deadlines},
 };

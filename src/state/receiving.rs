@@ -32,7 +32,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Life::Unbinding | Life::Closed => self.rules.on_unanswered,
         };
         for Arrival { id, .. } in packets {
-            let _ = self.decide_in_place(id, action);
+            self.decide_in_place(id, action);
         }
         false
     }
@@ -59,7 +59,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     let id = first.wrapping_add(offset);
                     if self.ledger.reopen(id, NO_TOKEN) {
                         self.counters.received += 1;
-                        let _ = self.decide_in_place(id, self.rules.on_unanswered);
+                        self.decide_in_place(id, self.rules.on_unanswered);
                     }
                 }
                 lost = 0;
@@ -78,7 +78,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Some(id) => {
                 error = error.with_packet(PacketId(id));
                 self.enter(id, Place::Nowhere);
-                let _ = self.decide_in_place(id, self.rules.on_unanswered);
+                self.decide_in_place(id, self.rules.on_unanswered);
                 self.consult(Occasion::Decided);
             }
             None => self.unknown += 1,

@@ -1,8 +1,8 @@
 //! Rounds of sending: what leaves the ledger, and what comes back because it was refused or not sent.
 
 use super::{
-    Awaited, Carried, Change, Clock, Event, Kind, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, NotInFlight, Origin,
-    PAUSES, Permission, Settlement, missing_capability, plain,
+    Awaited, Carried, Change, Clock, Event, Kind, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, Origin, PAUSES,
+    Permission, Settlement, missing_capability, plain,
 };
 use crate::{Error, ErrorKind, PacketId, wire::verdict::Ruling};
 
@@ -227,11 +227,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Some(waiter) => self.events.push(Event::Answer(waiter, Err(error))),
             None => self.tell(error),
         }
-        let _ = self.decide_again(id);
+        self.decide_again(id);
     }
 
-    pub(super) fn decide_again(&mut self, id: u32) -> Result<(), NotInFlight> {
-        self.decide_in_place(id, self.rules.on_unanswered)
+    pub(super) fn decide_again(&mut self, id: u32) {
+        self.decide_in_place(id, self.rules.on_unanswered);
     }
 
     pub(super) fn missing_permission(&mut self) {

@@ -140,7 +140,7 @@ fn run(first: u32, steps: Vec<Step>) {
             Step::Stale(nth) => {
                 if let Some((&id, _)) = wanted.iter().nth(nth % wanted.len().max(1)) {
                     let again = plain(Action::Drop);
-                    assert_eq!(ledger.decide(id, again), Err(NotInFlight));
+                    assert_eq!(ledger.decide(id, again.clone()), Err(again));
                 }
             }
             Step::DeviceDown(nth) => {
