@@ -99,7 +99,7 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
 
     let latencies = latency::RATES.map(|rate| {
         let mut latencies = Section::new("latency", scale.many_rounds);
-        for contender in latency::contenders() {
+        for contender in latency::contenders(rate) {
             let name = contender.map_or(latency::NO_QUEUE, |contender| contender.name);
             let run = move |book: &mut Book| latency::measure(contender.as_ref(), rate, &scale, book);
             latencies = latencies.step(format!("{name}, {rate}/s"), run);

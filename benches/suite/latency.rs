@@ -30,19 +30,23 @@ pub const CPU: &str = "CPU ns/packet";
 pub const BATCH: &str = "verdicts/send";
 pub const SWEEP_SECTION: &str = "adaptive sweep";
 
-/// Everything that is measured side by side; `None` is the way without a queue.
-pub fn contenders() -> [Option<Contender>; 9] {
+/// Everything that is measured side by side; `None` is the way without a queue. Those that busy-poll are left out where
+/// packets come too far apart for that: there they do what the defaults do.
+pub fn contenders(rate: u64) -> impl Iterator<Item = Option<Contender>> {
+    let busy_polls = ours::BUSY_POLL_LIMIT > Duration::from_secs(1) / rate as u32;
     [
-        None,
-        Some(floor::ONE),
-        Some(ours::ACCEPT_ALL),
-        Some(ours::ACCEPT_NEXT),
-        Some(ours::BUSY_POLL),
-        Some(ours::ACCEPT_ALL_TWO),
-        Some(ours::BUSY_POLL_TWO),
-        Some(peers::NFQ),
-        Some(peers::NFQ_CHANNEL),
+        (None, true),
+        (Some(floor::ONE), true),
+        (Some(ours::ACCEPT_ALL), true),
+        (Some(ours::ACCEPT_NEXT), true),
+        (Some(ours::BUSY_POLL), busy_polls),
+        (Some(ours::ACCEPT_ALL_TWO), true),
+        (Some(ours::BUSY_POLL_TWO), busy_polls),
+        (Some(peers::NFQ), true),
+        (Some(peers::NFQ_CHANNEL), true),
     ]
+    .into_iter()
+    .filter_map(|(contender, wanted)| wanted.then_some(contender))
 }
 
 pub fn section(rate: u64) -> String {

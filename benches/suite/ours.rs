@@ -69,7 +69,7 @@ const fn contender(name: &'static str, make: fn(&Job) -> Box<dyn Consumer>) -> C
 }
 
 /// Of the contenders that busy-poll; by default none does.
-const BUSY_POLL_LIMIT: Duration = Duration::from_micros(30);
+pub const BUSY_POLL_LIMIT: Duration = Duration::from_micros(30);
 
 /// What [`TIMED`] notes of each packet, by its number.
 pub static SUBMITTED: [Submitted; 1 << 16] = [const { Submitted::new() }; 1 << 16];

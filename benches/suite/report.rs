@@ -185,7 +185,7 @@ fn flood_table(book: &Book, beside: Option<&Book>) -> Vec<Vec<String>> {
 fn latency_table(book: &Book) -> Vec<Vec<String>> {
     let mut table = header(&["", "packets/s", "p50", "p99", "p99.9", "lost %", "CPU ns per packet"]);
     for rate in latency::RATES {
-        for name in latency::contenders().map(|c| c.map_or(latency::NO_QUEUE, |c| c.name)) {
+        for name in latency::contenders(rate).map(|c| c.map_or(latency::NO_QUEUE, |c| c.name)) {
             let get = |figure| book.get(&latency::section(rate), name, figure);
             let Some(median) = get(latency::MEDIAN) else { continue };
             let rest = [latency::P99, latency::P999].map(|figure| get(figure).map_or("–".to_owned(), spread));
