@@ -268,10 +268,21 @@ pub fn give_up_capabilities() {
     rustix::thread::set_capabilities(None, none).expect("give capabilities up");
 }
 
-/// Whether the kernel takes replaced payloads here: from 7.2 on not in a network namespace that belongs to an
-/// unprivileged user namespace.
+/// Whether the kernel takes replaced payloads here: from 7.1 on only in network namespaces that the
+/// initial user namespace owns (`nfqnl_mangle`). Those of the tests belong to the process's.
 pub fn replaces_payloads() -> bool {
-    kernel_release() < (7, 2) || outer_id("uid_map") == 0
+    kernel_release() < (7, 1) || in_the_initial_user_namespace()
+}
+
+/// Whether it takes those of a bridge's packets: from 7.2 on none (`nfqnl_validate_write`).
+pub fn replaces_bridge_payloads() -> bool {
+    kernel_release() < (7, 2) && replaces_payloads()
+}
+
+fn in_the_initial_user_namespace() -> bool {
+    // PROC_USER_INIT_INO, 0xeffffffd
+    let link = fs::read_link("/proc/self/ns/user").expect("the user namespace");
+    link.as_os_str() == "user:[4026531837]"
 }
 
 /// The first two numbers of the kernel's release.
