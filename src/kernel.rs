@@ -79,20 +79,17 @@ fn release() -> (u32, u32) {
     })
 }
 
-/// From this release on replaced payloads are checked, and in some places never taken.
-const CHECKS_PAYLOADS: (u32, u32) = (7, 2);
-
-/// Why a replaced payload of an IP packet is not taken in a network namespace of this owner, where it is not. The kernel
-/// would drop the packet and acknowledge the verdict.
+/// Why a replaced payload of an IP packet is not taken in a network namespace of this owner, where it is not
+/// (`nfqnl_mangle`, from 7.1 on). The kernel would drop the packet and acknowledge the verdict.
 pub(crate) fn payload_obstacle(owner: Owner) -> Option<&'static str> {
-    (release() >= CHECKS_PAYLOADS && owner == Owner::Own).then_some(
-        "Linux 7.2 and later take a replaced payload only where the initial user namespace owns the network namespace",
+    (release() >= (7, 1) && owner != Owner::Initial).then_some(
+        "Linux 7.1 and later take a replaced payload only where the initial user namespace owns the network namespace",
     )
 }
 
-/// The same for packets of the bridge family.
+/// The same for packets of the bridge family (`nfqnl_validate_write`, from 7.2 on).
 pub(crate) fn bridge_payload_obstacle() -> Option<&'static str> {
-    (release() >= CHECKS_PAYLOADS).then_some("Linux 7.2 and later take no replaced payload in the bridge family")
+    (release() >= (7, 2)).then_some("Linux 7.2 and later take no replaced payload in the bridge family")
 }
 
 /// Queue, port id, queued, copy mode, copy range, dropped by the queue, dropped by the socket, last id, 1

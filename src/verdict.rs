@@ -117,10 +117,11 @@ impl Verdict {
     /// packet and say nothing. A packet longer than the MTU is fragmented, or lost if it must not be (as it always is
     /// on a bridge, which does not fragment).
     ///
-    /// Linux 7.2 and later drop, in silence, a replacement whose header length, options, fragment bits or extension headers
-    /// differ from the packet's. They also drop every replacement in the bridge family, and every one in a network
-    /// namespace that belongs to another user namespace than the initial one: these two are refused as `Unsupported`
-    /// before they are sent.
+    /// Linux 7.1 and later drop, in silence, every replacement in a network namespace that belongs to another user namespace
+    /// than the initial one, and 7.2 and later every one in the bridge family: these two are refused as `Unsupported` before
+    /// they are sent. Linux 7.2 and later also drop a replacement whose header length, options, fragment bits or extension
+    /// headers differ from the packet's, and 7.3 and later one whose transport header is missing or, where the packet's
+    /// connection is tracked, of another protocol.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub fn payload(mut self, payload: impl Into<Bytes>) -> Self {
         self.extra.get_or_insert_default().payload = Some(payload.into());
@@ -220,11 +221,8 @@ impl Verdict {
             Some(6) => 40,
             _ => 1,
         };
-        let obstacle = match self.claim.bridged() {
-            Some(_) => kernel::bridge_payload_obstacle(),
-            None => self.claim.no_payload(),
-        };
-        if let Some(obstacle) = obstacle {
+        let bridged = self.claim.bridged().and_then(|_| kernel::bridge_payload_obstacle());
+        if let Some(obstacle) = bridged.or_else(|| self.claim.no_payload()) {
             return refuse(ErrorKind::Unsupported, obstacle.into());
         }
         if (least..=MAX_PAYLOAD).contains(&payload.len()) {

@@ -7,7 +7,7 @@ use std::{
 
 use common::{Hook, Protocol, Rule, Traffic, divert, hold, next, soon, start, support};
 use etherparse::{IpHeaders, TransportHeader};
-use tokio_nfqueue::{Action, ErrorKind, Packet, Queue};
+use tokio_nfqueue::{Action, ErrorKind, NetworkNamespace, Packet, Queue};
 
 #[macro_use]
 mod common;
@@ -26,6 +26,7 @@ tests![
     one payload_mark_and_action_go_together,
     one a_wrong_checksum_is_noticed_by_the_receiver,
     one an_impossible_length_is_refused_and_counts_as_unanswered,
+    one a_payload_is_refused_in_a_namespace_of_another_user_namespace,
 ];
 
 const SENT: &[u8] = b"as it was sent";
@@ -286,5 +287,45 @@ async fn an_impossible_length_is_refused_and_counts_as_unanswered() {
             _ => traffic.expect_nothing(),
         }
         assert_eq!((queue.stats().unanswered, queue.stats().in_flight), (6, 0));
+    }
+}
+
+/// By kernels from 7.1 on. The owner of the network namespace counts: this process may be in the
+/// initial user namespace.
+async fn a_payload_is_refused_in_a_namespace_of_another_user_namespace() {
+    let other = support::UserNamespace::new();
+    let network = other.network();
+    network.run(|| support::link_up("lo"));
+    for (number, action) in [(0, Action::Accept), (1, Action::Drop)] {
+        let namespace = NetworkNamespace::open(other.path()).unwrap();
+        let mut queue = Queue::builder(number).namespace(namespace).on_unanswered(action).bind().unwrap();
+        let runtime = tokio::runtime::Handle::current();
+        let (traffic, _divert) = network.run(|| {
+            let _runtime = runtime.enter();
+            (Traffic::new(8), divert([common::udp_in().to_queue(number)]))
+        });
+        for (index, packet) in (0..).zip(hold(&mut queue, &traffic, 0..4).await) {
+            let id = packet.id();
+            let payload = renumbered(&packet, 4 + index);
+            let verdict = packet.accept().payload(payload);
+            let result = if index % 2 == 0 {
+                queue.sink().submit(verdict)
+            } else {
+                soon("the answer", queue.sink().confirm(verdict)).await
+            };
+            if common::kernel_release() >= (7, 1) {
+                let error = result.unwrap_err();
+                assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Unsupported, Some(id)), "{error}");
+            } else {
+                result.unwrap();
+            }
+        }
+        queue.sink().flush().await.unwrap();
+        match action {
+            _ if common::kernel_release() < (7, 1) => traffic.expect(4..8).await,
+            Action::Accept => traffic.expect(0..4).await,
+            _ => traffic.expect_nothing(),
+        }
+        assert_eq!(queue.stats().in_flight, 0);
     }
 }

@@ -24,6 +24,7 @@ mod raw_queue;
 mod sockets;
 mod sys;
 mod trial;
+mod user_namespace;
 
 pub use self::{
     bridge::{Bridge, End, Frame, FrameSocket},
@@ -35,4 +36,5 @@ pub use self::{
     raw_queue::{RawPacket, RawQueue},
     sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, udp, udp_marked, wait_until},
     trial::{PATIENCE, Report, run, test, test_multi, test_sync},
+    user_namespace::UserNamespace,
 };

@@ -112,6 +112,13 @@ impl Namespace {
     }
 }
 
+/// From a network namespace's file.
+impl From<File> for Namespace {
+    fn from(file: File) -> Self {
+        Self(file)
+    }
+}
+
 const PROCESS: &str = "/proc/self/ns/net";
 const THREAD: &str = "/proc/thread-self/ns/net";
 

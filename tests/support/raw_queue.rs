@@ -82,7 +82,17 @@ impl RawQueue {
     /// Gives a verdict and waits for the kernel's answer: 0, or the error's number.
     pub fn confirmed_verdict(&self, id: u32, verdict: u32) -> i32 {
         let header = [verdict.to_be_bytes(), id.to_be_bytes()].concat();
-        self.send(NFQNL_MSG_VERDICT, NLM_F_ACK, &attribute(2, &header)).expect("send a verdict");
+        self.confirmed(&attribute(2, &header))
+    }
+
+    /// As [`Self::confirmed_verdict`], and replaces the payload.
+    pub fn confirmed_replacement(&self, id: u32, verdict: u32, payload: &[u8]) -> i32 {
+        let header = [verdict.to_be_bytes(), id.to_be_bytes()].concat();
+        self.confirmed(&[attribute(2, &header), attribute(10, payload)].concat())
+    }
+
+    fn confirmed(&self, verdict: &[u8]) -> i32 {
+        self.send(NFQNL_MSG_VERDICT, NLM_F_ACK, verdict).expect("send a verdict");
         loop {
             match self.receive(Duration::from_secs(5)).expect("read the queue") {
                 Some(Received::Answer(errno)) => return errno,

@@ -21,6 +21,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use super::{
     namespace::{enter, fresh, isolated},
     raw_queue::RawQueue,
+    user_namespace::child,
 };
 
 /// Set to 1 to skip all tests that need a kernel.
@@ -62,6 +63,9 @@ impl<E: Debug> Report for Result<(), E> {
 ///
 /// Takes the arguments of the standard harness; runs two tests at a time unless told otherwise.
 pub fn run(tests: Vec<Trial>) -> ExitCode {
+    if let Some(code) = child() {
+        return code;
+    }
     // Whoever asks for a list needs no kernel; the tests tell what is wrong.
     let _ = enter();
     let mut arguments = Arguments::from_args();
