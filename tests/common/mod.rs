@@ -268,6 +268,21 @@ pub fn give_up_capabilities() {
     rustix::thread::set_capabilities(None, none).expect("give capabilities up");
 }
 
+/// Runs `body` while the calling thread's `CAP_NET_ADMIN` is not in effect.
+pub fn without_net_admin<T>(body: impl FnOnce() -> T) -> T {
+    struct Restore(CapabilitySets);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            rustix::thread::set_capabilities(None, self.0).expect("raise a capability again");
+        }
+    }
+    let held = rustix::thread::capabilities(None).expect("read capabilities");
+    let _restore = Restore(held);
+    let effective = held.effective - CapabilitySet::NET_ADMIN;
+    rustix::thread::set_capabilities(None, CapabilitySets { effective, ..held }).expect("lower a capability");
+    body()
+}
+
 /// Whether the kernel takes replaced payloads here: from 7.1 on only in network namespaces that the
 /// initial user namespace owns (`nfqnl_mangle`). Those of the tests belong to the process's.
 pub fn replaces_payloads() -> bool {

@@ -35,10 +35,8 @@ pub fn install(
 ) -> io::Result<()> {
     let name = || name.to_owned();
     let mut chain = vec![ChainAttribute::Table(name()), ChainAttribute::Name(name())];
-    if let Some(Place { hook, priority }) = place {
-        let number = HookAttribute::Number(HookNumber::Other(hook));
-        // The kernel reads the priority as signed (nft_chain_parse_hook).
-        chain.push(ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())]));
+    if let Some(place) = place {
+        chain.push(hook_attribute(place));
         chain.push(ChainAttribute::Type("filter".to_owned()));
     }
     let expressions = expressions.into_iter().map(Into::into).collect();
@@ -53,6 +51,40 @@ pub fn install(
             (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
         ],
     )
+}
+
+/// Adds a base chain that accepts everything, as [`install`] does: a hook is registered.
+pub fn install_hook(family: NetfilterProtoFamily, name: &str, place: Place) -> io::Result<()> {
+    let chain = vec![
+        ChainAttribute::Table(name.to_owned()),
+        ChainAttribute::Name(name.to_owned()),
+        hook_attribute(place),
+        ChainAttribute::Type("filter".to_owned()),
+    ];
+    let table = vec![TableAttribute::Name(name.to_owned())];
+    transact(
+        family,
+        vec![
+            (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
+            (
+                NfTablesMessage::NewChain(ChainMessage { attributes: chain }),
+                NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK,
+            ),
+        ],
+    )
+}
+
+/// Removes a table with all that is in it. If it has a base chain, a hook is unregistered, and the kernel drops every packet
+/// that is queued in the network namespace.
+pub fn remove(family: NetfilterProtoFamily, name: &str) -> io::Result<()> {
+    let table = vec![TableAttribute::Name(name.to_owned())];
+    transact(family, vec![(NfTablesMessage::DeleteTable(TableMessage { attributes: table }), NLM_F_ACK)])
+}
+
+fn hook_attribute(Place { hook, priority }: Place) -> ChainAttribute {
+    let number = HookAttribute::Number(HookNumber::Other(hook));
+    // The kernel reads the priority as signed (nft_chain_parse_hook).
+    ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())])
 }
 
 /// Makes an object, in a table of this name that is made if need be; `attributes` tell its table too.

@@ -97,6 +97,14 @@ pub fn test_multi<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnc
     })
 }
 
+/// A test without a runtime that keeps its own deadlines, and is stopped by none.
+pub fn test_unbounded<R: Report>(name: &str, body: impl FnOnce() -> R + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        prerequisites()?;
+        body().report()
+    })
+}
+
 fn in_runtime<R: Report, F: Future<Output = R>>(
     mut builder: tokio::runtime::Builder,
     body: impl FnOnce() -> F,

@@ -1,0 +1,420 @@
+//! What a history consists of: all of it drawn from its seed, so that the same seed gives the same history, whatever the
+//! order in which threads run.
+
+use std::time::Duration;
+
+use tokio_nfqueue::{Action, Flush, FlushPolicy, FlushWhen, Gathered, Hook, Queue, QueueBuilder, Reconfigure};
+
+use crate::common::Random;
+
+/// What kinds of faults a trial's histories have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// None: every number adds up exactly.
+    Calm,
+    /// Threads and moments without the capability, hooks that are unregistered, interfaces that go down.
+    Faulty,
+    /// As either, short, and ended under load.
+    Ending,
+}
+
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    /// Of a multi-thread runtime; 0 for a runtime of one thread.
+    pub(crate) workers: usize,
+    /// Datagrams come from another namespace, over a pair of interfaces; else over loopback.
+    pub(crate) veth: bool,
+    pub(crate) hook: Hook,
+    /// Whether the rules pass traffic while a queue is not bound.
+    pub(crate) bypass: bool,
+    /// The last takes what the others requeue, the others each a port's traffic.
+    pub(crate) queues: Vec<Settings>,
+    pub(crate) rounds: Vec<Round>,
+    pub(crate) end: End,
+    /// Some verdicts are given without `CAP_NET_ADMIN`.
+    pub(crate) capless: bool,
+    /// Streams are left unpolled for a while now and then.
+    pub(crate) pauses: bool,
+    /// Refusals are read all the time, not only when they are judged.
+    pub(crate) reads_refusals: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub(crate) policy: Policy,
+    pub(crate) unanswered: Action,
+    pub(crate) deadline: Option<(Duration, Action)>,
+    /// `None` for metadata alone.
+    pub(crate) copy_range: Option<u32>,
+    pub(crate) max_len: Option<u32>,
+    pub(crate) receive_buffer: Option<usize>,
+    pub(crate) fail_open: bool,
+    pub(crate) busy_poll: Duration,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Policy {
+    Immediate,
+    Adaptive(Duration),
+    Fixed(usize, Duration),
+    /// One of the user's own, which may panic once.
+    Moody {
+        seed: u64,
+        panics_after: Option<u32>,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Round {
+    /// Numbered datagrams for each receiver.
+    pub(crate) packets: u32,
+    /// So many are sent before the sender pauses.
+    pub(crate) burst: usize,
+    pub(crate) fault: Option<Fault>,
+    /// Threads that change settings.
+    pub(crate) reconfigurers: usize,
+}
+
+/// What happens to packets without their owners' doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Another program's base chain, at a hook that the packets do not pass, comes and goes: all that is queued is dropped.
+    UnusedHook,
+    /// The same at the queue's own hook, behind the rules.
+    HookBehind,
+    /// The same before the rules: what is held when the chain comes is queued once more when it is accepted.
+    HookBefore,
+    /// The receiving interface goes down and comes back.
+    Flap,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Close,
+    CloseWithin(Duration),
+    /// The streams are dropped.
+    Drop,
+    /// The runtime is dropped, with the tasks that hold packets.
+    Shutdown,
+    /// As `CloseWithin`, by a thread without the capability.
+    CloseWithoutCapability(Duration),
+}
+
+/// What is done about one packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Deed {
+    pub(crate) who: Who,
+    /// How long it is held.
+    pub(crate) delay: Duration,
+    pub(crate) detach: bool,
+    pub(crate) what: What,
+    pub(crate) how: How,
+    /// In the last round: held until the end has begun.
+    pub(crate) keep: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Who {
+    Reader,
+    Task,
+    /// A task that lowers its thread's capability for the moment.
+    CaplessMoment,
+    Thread,
+    CaplessThread,
+    /// A task that panics.
+    Panic,
+    /// A task that is aborted.
+    Abort,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    Accept,
+    AcceptMarked,
+    Drop,
+    Repeat,
+    Requeue { bypass: bool },
+    DropPacket,
+    DropVerdict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    Submit,
+    SubmitToSink,
+    Feed,
+    Send,
+    Confirm,
+    /// Nobody awaits the confirmation.
+    ConfirmUnheard,
+}
+
+impl How {
+    /// Whether it is done in one go, without an await.
+    fn at_once(self) -> bool {
+        matches!(self, Self::Submit | Self::SubmitToSink | Self::Feed | Self::ConfirmUnheard)
+    }
+}
+
+/// The mark that the rules except.
+pub(crate) const PASS: u32 = 1 << 31;
+/// The length of the headers and the number: what a copy range must hold.
+pub(crate) const NUMBERED: u32 = 32;
+
+impl Plan {
+    pub(crate) fn new(profile: Profile, seed: u64) -> Self {
+        let random = &mut Random::new(mix(seed, profile as u64, 1));
+        let faulty = match profile {
+            Profile::Calm => false,
+            Profile::Faulty => true,
+            Profile::Ending => random.below(2) == 0,
+        };
+        let veth = one_in(random, 4);
+        let hook = match random.below(8) {
+            5 if !veth => Hook::Output,
+            6 => Hook::Prerouting,
+            7 if !veth => Hook::Postrouting,
+            _ => Hook::Input,
+        };
+        let bypass = one_in(random, 2);
+        let fronts = 1 + random.below(3);
+        let queues = (0..=fronts).map(|_| Settings::draw(random, veth)).collect();
+        let rounds = if profile == Profile::Ending { 1 } else { 1 + random.below(4) };
+        let rounds = (0..rounds).map(|_| Round::draw(random, faulty, veth)).collect();
+        let end = match random.below(if faulty { 18 } else { 16 }) {
+            0..4 => End::Close,
+            4..8 => End::CloseWithin(Duration::from_micros(random.below(8000) as u64)),
+            8..12 => End::Drop,
+            12..16 => End::Shutdown,
+            _ => End::CloseWithoutCapability(Duration::from_micros(random.below(8000) as u64)),
+        };
+        Self {
+            seed,
+            workers: [0, 0, 2, 3, 4][random.below(5)],
+            veth,
+            hook,
+            bypass,
+            queues,
+            rounds,
+            end,
+            capless: faulty && random.below(3) > 0,
+            pauses: one_in(random, 2),
+            reads_refusals: one_in(random, 2),
+        }
+    }
+
+    /// How many queues have traffic of their own.
+    pub(crate) fn fronts(&self) -> usize {
+        self.queues.len() - 1
+    }
+
+    /// The queue that takes what others requeue.
+    pub(crate) fn side(&self) -> usize {
+        self.queues.len() - 1
+    }
+
+    /// The queue of a number's traffic.
+    pub(crate) fn front(&self, serial: u32) -> usize {
+        serial as usize % self.fronts()
+    }
+
+    /// Whether packets may be gone in a round.
+    pub(crate) fn is_faulty(&self, round: usize) -> bool {
+        self.rounds.get(round).is_some_and(|round| round.fault.is_some())
+    }
+
+    /// Whether packets that are accepted may be queued again in a round.
+    pub(crate) fn queues_again(&self, round: usize) -> bool {
+        self.rounds.get(round).is_some_and(|round| round.fault == Some(Fault::HookBefore))
+    }
+
+    /// A random source for one purpose.
+    pub(crate) fn random(&self, purpose: u64) -> Random {
+        Random::new(mix(self.seed, purpose, 3))
+    }
+
+    /// What is done about a packet that is handed out for the `time`-th time.
+    pub(crate) fn deed(&self, serial: u32, queue: usize, time: usize) -> Deed {
+        let random = &mut Random::new(mix(self.seed, u64::from(serial), 100 + time as u64));
+        let capless = self.capless && one_in(random, 3);
+        let who = match random.below(20) {
+            0..6 => Who::Reader,
+            6..12 if capless => Who::CaplessMoment,
+            6..12 => Who::Task,
+            12..18 if capless => Who::CaplessThread,
+            12..18 => Who::Thread,
+            18 => Who::Panic,
+            _ => Who::Abort,
+        };
+        // What comes back does so once.
+        let returns = queue != self.side() && time == 0;
+        let what = match random.below(20) {
+            0..7 => What::Accept,
+            7 | 8 => What::AcceptMarked,
+            9..13 => What::Drop,
+            13 | 14 if returns => What::Repeat,
+            15 | 16 if returns => What::Requeue { bypass: one_in(random, 2) },
+            17 | 18 => What::DropPacket,
+            19 => What::DropVerdict,
+            _ => What::Accept,
+        };
+        let how = match random.below(10) {
+            0..3 => How::Submit,
+            3 | 4 => How::SubmitToSink,
+            5 => How::Feed,
+            6 => How::Send,
+            7 | 8 => How::Confirm,
+            _ => How::ConfirmUnheard,
+        };
+        let how = if who == Who::CaplessMoment && !how.at_once() { How::Submit } else { how };
+        let delay = match random.below(6) {
+            0..3 => 0,
+            3 | 4 => random.below(1000) as u64,
+            _ => random.below(15_000) as u64,
+        };
+        let threaded = matches!(who, Who::Thread | Who::CaplessThread);
+        let delay = Duration::from_micros(if threaded { delay / 16 } else { delay });
+        Deed { who, delay, detach: one_in(random, 5), what, how, keep: one_in(random, 6) }
+    }
+}
+
+impl Settings {
+    fn draw(random: &mut Random, veth: bool) -> Self {
+        let micros = |random: &mut Random, most| Duration::from_micros(random.below(most) as u64);
+        let policy = match random.below(4) {
+            0 => Policy::Immediate,
+            1 => Policy::Adaptive(micros(random, 2000)),
+            2 => Policy::Fixed(1 + random.below(40), micros(random, 2000)),
+            _ => {
+                let panics_after = one_in(random, 4).then(|| random.below(50) as u32);
+                Policy::Moody { seed: random.below(1000) as u64, panics_after }
+            }
+        };
+        let either = |random: &mut Random| if one_in(random, 2) { Action::Accept } else { Action::Drop };
+        Self {
+            policy,
+            unanswered: either(random),
+            deadline: one_in(random, 3)
+                .then(|| (Duration::from_millis(2 + random.below(30) as u64), either(random))),
+            copy_range: copy_range(random, veth),
+            max_len: one_in(random, 4).then(|| 8 + random.below(60) as u32),
+            receive_buffer: one_in(random, 4).then(|| 8192 + random.below(40_000)),
+            fail_open: one_in(random, 8),
+            busy_poll: if one_in(random, 5) { Duration::from_micros(50) } else { Duration::ZERO },
+        }
+    }
+
+    pub(crate) fn builder(&self, number: usize) -> QueueBuilder {
+        let policy = match self.policy {
+            Policy::Immediate => FlushPolicy::immediate(),
+            Policy::Adaptive(delay) => FlushPolicy::adaptive(delay),
+            Policy::Fixed(batch, delay) => FlushPolicy::fixed(batch, delay),
+            Policy::Moody { seed, panics_after } => {
+                FlushPolicy::custom(Moody { random: Random::new(seed), panics_after })
+            }
+        };
+        let mut builder = Queue::builder(number as u16)
+            .flush_policy(policy)
+            .on_unanswered(self.unanswered)
+            .fail_open(self.fail_open)
+            .busy_poll(self.busy_poll);
+        builder = match self.copy_range {
+            Some(range) => builder.copy_range(range),
+            None => builder.copy_metadata(),
+        };
+        if let Some((after, action)) = self.deadline {
+            builder = builder.deadline(after, action);
+        }
+        if let Some(length) = self.max_len {
+            builder = builder.max_len(length);
+        }
+        if let Some(bytes) = self.receive_buffer {
+            builder = builder.receive_buffer(bytes);
+        }
+        builder
+    }
+}
+
+/// `None` for metadata alone, by which a packet is known where it keeps its mark.
+fn copy_range(random: &mut Random, veth: bool) -> Option<u32> {
+    match random.below(6) {
+        0 if !veth => None,
+        0 | 1 => Some(NUMBERED),
+        2 => Some(NUMBERED + random.below(300) as u32),
+        3 => Some(1500),
+        _ => Some(65_531),
+    }
+}
+
+/// A random change of settings under which packets keep their numbers.
+pub(crate) fn change(random: &mut Random, veth: bool) -> Reconfigure {
+    let mut change = Reconfigure::new();
+    if one_in(random, 2) {
+        change = match copy_range(random, veth) {
+            Some(range) => change.copy_range(range),
+            None => change.copy_metadata(),
+        };
+    }
+    if one_in(random, 3) {
+        change = change.max_len(16 + random.below(2000) as u32);
+    }
+    if one_in(random, 3) {
+        change = change.gso(one_in(random, 2));
+    }
+    if one_in(random, 3) {
+        change = change.uid_gid(one_in(random, 2));
+    }
+    change
+}
+
+impl Round {
+    fn draw(random: &mut Random, faulty: bool, veth: bool) -> Self {
+        let fault = match random.below(8) {
+            _ if !faulty => None,
+            0 => Some(Fault::UnusedHook),
+            1 => Some(Fault::HookBehind),
+            2 => Some(Fault::HookBefore),
+            3..6 if veth => Some(Fault::Flap),
+            _ => None,
+        };
+        let reconfigurers = if one_in(random, 3) { 1 + random.below(3) } else { 0 };
+        Self { packets: 20 + random.below(110) as u32, burst: 1 + random.below(40), fault, reconfigurers }
+    }
+}
+
+/// Answers whatever comes to its mind.
+struct Moody {
+    random: Random,
+    panics_after: Option<u32>,
+}
+
+impl FlushWhen for Moody {
+    fn when(&mut self, gathered: &Gathered) -> Flush {
+        match &mut self.panics_after {
+            Some(0) => std::panic::resume_unwind(Box::new("as intended")),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        match self.random.below(4) {
+            0 if gathered.decided > 3 => Flush::Now,
+            1 => Flush::AtPassEnd,
+            2 if gathered.waited > Duration::from_millis(1) => Flush::Now,
+            mood => Flush::Within(Duration::from_micros(mood as u64 * 200)),
+        }
+    }
+}
+
+pub(crate) fn one_in(random: &mut Random, times: usize) -> bool {
+    random.below(times) == 0
+}
+
+/// One number of several (splitmix64).
+fn mix(one: u64, two: u64, three: u64) -> u64 {
+    [two, three].into_iter().fold(one, |state, next| {
+        let mut z = (state ^ next.rotate_left(32)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    })
+}
