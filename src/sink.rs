@@ -122,7 +122,8 @@ impl VerdictSink {
     /// # Errors
     /// To the first who waits:
     /// * `TimedOut`: packets were still undecided after the wait; they got the `on_unanswered` action.
-    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`; what is queued will be dropped with the last handle.
+    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`. A thread of the runtime goes on with the end, if it has the
+    ///   capability; otherwise what is queued will be dropped with the last handle.
     ///
     /// # Cancel safety
     /// Once polled, the end goes on by itself.

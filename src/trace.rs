@@ -44,11 +44,11 @@ impl Trace {
         event!(self, DEBUG, ?action, "closing");
     }
 
-    pub(crate) fn closed(&self, result: &Result<(), Error>, stats: &Stats) {
+    pub(crate) fn closed(&self, error: Option<String>, stats: &Stats) {
         let (received, in_flight) = (stats.received, stats.in_flight);
-        match result {
-            Ok(()) => event!(self, DEBUG, received, in_flight, "closed"),
-            Err(error) => event!(self, WARN, %error, received, in_flight, "unbind failed"),
+        match error {
+            None => event!(self, DEBUG, received, in_flight, "closed"),
+            Some(error) => event!(self, WARN, error, received, in_flight, "unbind failed"),
         }
     }
 

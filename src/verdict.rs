@@ -119,7 +119,7 @@ impl Verdict {
     ///
     /// Linux 7.1 and later drop, in silence, every replacement in a network namespace that belongs to another user namespace
     /// than the initial one, and 7.2 and later every one in the bridge family: these two are refused as `Unsupported` before
-    /// they are sent. Linux 7.2 and later also drop a replacement whose header length, options, fragment bits or extension
+    /// they are sent. In silence, Linux 7.2 and later also drop a replacement whose header length, options, fragment bits or extension
     /// headers differ from the packet's, and 7.3 and later one whose transport header is missing or, where the packet's
     /// connection is tracked, of another protocol.
     #[doc(alias = "NFQA_PAYLOAD")]
@@ -221,15 +221,16 @@ impl Verdict {
             Some(6) => 40,
             _ => 1,
         };
+        if !(least..=MAX_PAYLOAD).contains(&payload.len()) {
+            let detail =
+                format!("a replaced payload of {} bytes; {least} to {MAX_PAYLOAD} are possible", payload.len());
+            return refuse(ErrorKind::InvalidInput, detail.into());
+        }
         let bridged = self.claim.bridged().and_then(|_| kernel::bridge_payload_obstacle());
-        if let Some(obstacle) = bridged.or_else(|| self.claim.no_payload()) {
-            return refuse(ErrorKind::Unsupported, obstacle.into());
+        match bridged.or_else(|| self.claim.no_payload()) {
+            Some(obstacle) => refuse(ErrorKind::Unsupported, obstacle.into()),
+            None => Ok(()),
         }
-        if (least..=MAX_PAYLOAD).contains(&payload.len()) {
-            return Ok(());
-        }
-        let detail = format!("a replaced payload of {} bytes; {least} to {MAX_PAYLOAD} are possible", payload.len());
-        refuse(ErrorKind::InvalidInput, detail.into())
     }
 
     pub(crate) fn into_parts(self) -> (Claim, Decision<Box<Extra>>) {

@@ -50,9 +50,8 @@ fn histories(name: &str, profile: Profile) {
     let (begin, mut totals) = (Instant::now(), Totals::default());
     let mut seed = only.unwrap_or(1);
     while begin.elapsed() < duration {
-        totals += history(name, profile, seed).unwrap_or_else(|error| {
-            panic!("{SEED}={seed} brings: {error}\n{:?}", Plan::new(profile, seed))
-        });
+        totals += history(name, profile, seed)
+            .unwrap_or_else(|error| panic!("{SEED}={seed} brings: {error}\n{:?}", Plan::new(profile, seed)));
         seed += u64::from(only.is_none());
     }
     eprintln!("{name}: 0 wrong, 0 forgotten, 0 twice; {totals:?}");

@@ -31,7 +31,7 @@ impl Shared {
     }
 
     /// Steps 1 and 2.
-    fn drain_queued(&self, action: Action) {
+    pub(super) fn drain_queued(&self, action: Action) {
         // fail-open would let traffic past a firewall that fails closed, so it is taken back there. It has a message of its
         // own, ahead of the length: nfqnl_recv_config applies the length first and the flags a moment later, and a packet in
         // between would meet a full queue with the flags as they were.
@@ -67,8 +67,10 @@ impl Shared {
     pub(super) fn unbind(&self) {
         let config = Config { command: Some(Command::Unbind), ..Config::default() };
         let result = self.configure_surely("unbind queue", &config);
-        self.trace.closed(&result, &self.stats());
-        self.with(|core| core.machine.unbound(result));
+        let error = result.as_ref().err().map(ToString::to_string);
+        if self.with(|core| core.machine.unbound(result)) {
+            self.trace.closed(error, &self.stats());
+        }
     }
 
     /// Drains the queue and unbinds it; ends when that is done. Goes on by itself if it is no longer awaited.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use tokio::{sync::Notify, task::yield_now};
 
 use super::shared::Shared;
-use crate::{state::Life, sys};
+use crate::state::Life;
 
 /// Starts the driver of a queue in the current runtime.
 pub(super) fn start(shared: &Arc<Shared>) {
@@ -43,11 +43,7 @@ impl Driver {
             }
             // A runtime's thread stands for the process: while it lacks the capability, nothing is sent.
             if probe {
-                let permitted = sys::has_net_admin();
-                shared.with(|core| match permitted {
-                    true => core.machine.permitted(),
-                    false => core.machine.still_missing(),
-                });
+                shared.probe();
             }
         }
     }

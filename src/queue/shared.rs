@@ -30,7 +30,7 @@ use crate::{
     kernel::KernelTable,
     socket::Socket,
     state::{Carried, Clock, Decision, Event, Life, Machine, Todo},
-    sys::Owner,
+    sys::{self, Owner},
     trace::Trace,
     wire::verdict::Attachments,
 };
@@ -156,16 +156,17 @@ impl Core {
         None
     }
 
-    fn news(&mut self) -> News {
+    fn news(&mut self, todo: &Todo) -> News {
         let events = self.machine.take_events();
         let mut wakers = Vec::new();
-        for event in &events {
-            match event {
-                Event::WakeStream => wakers.extend(self.stream.take()),
-                Event::WakeWaiting => wakers.append(&mut self.waiting),
-                Event::WakeRefusals => wakers.append(&mut self.refusals),
-                Event::Answer(..) | Event::Report(_) | Event::Spent(_) => {}
-            }
+        if todo.wake_stream {
+            wakers.extend(self.stream.take());
+        }
+        if todo.wake_waiting {
+            wakers.append(&mut self.waiting);
+        }
+        if todo.wake_refusals {
+            wakers.append(&mut self.refusals);
         }
         News { wakers, events }
     }
@@ -210,7 +211,8 @@ impl Shared {
         if !core.machine.is_busy() {
             return result;
         }
-        let (todo, news) = (core.machine.todo(), core.news());
+        let todo = core.machine.todo();
+        let news = core.news(&todo);
         drop(core);
         self.carry_out(todo, news);
         result
@@ -222,18 +224,24 @@ impl Shared {
     }
 
     fn carry_out(&self, todo: Todo, news: News) {
-        let Todo { flush, call_driver, alarm, ask, look, watch, unbind } = todo;
+        let Todo { flush, call_driver, alarm, ask, look, watch, unbind, drain, probe, .. } = todo;
         if let (Some(at), Some(timer)) = (alarm, self.timer.get()) {
             timer.set(at);
         }
         if call_driver {
             self.signal.notify_one();
         }
+        if probe {
+            self.probe();
+        }
         if flush {
             self.flush();
         }
         if unbind {
             self.unbind();
+        }
+        if let Some(action) = drain {
+            self.drain_queued(action);
         }
         if look {
             self.look_for_unread();
@@ -250,7 +258,6 @@ impl Shared {
                 Event::Answer(confirmer, result) => drop(confirmer.send(result)),
                 Event::Report(report) => self.trace.report(report),
                 Event::Spent(extra) => drop(extra),
-                Event::WakeStream | Event::WakeWaiting | Event::WakeRefusals => {}
             }
         }
     }
@@ -259,12 +266,22 @@ impl Shared {
     pub(super) fn send_lock_released(&self) -> bool {
         let mut core = self.core();
         let mut again = core.machine.send_lock_released();
-        let (mut todo, news) = (core.machine.todo(), core.news());
+        let mut todo = core.machine.todo();
+        let news = core.news(&todo);
         drop(core);
         // Not by way of a call within a call.
         again |= std::mem::take(&mut todo.flush);
         self.carry_out(todo, news);
         again
+    }
+
+    /// Finds out whether the calling thread may send, where that was missing.
+    pub(super) fn probe(&self) {
+        let permitted = sys::has_net_admin();
+        self.with(|core| match permitted {
+            true => core.machine.permitted(),
+            false => core.machine.still_missing(),
+        });
     }
 
     /// Asks the user's policy. If it panics, the default one takes its place.

@@ -96,7 +96,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.counters.refusals_unread += 1;
         }
         self.refusals.push_back(error);
-        self.events.push(Event::WakeRefusals);
+        self.todo.wake_refusals = true;
     }
 
     /// The oldest refusal that nobody has read.
@@ -114,7 +114,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.failure.is_none() && self.life == Life::Open {
             self.note(Kind::Failed, 1, None);
             self.failure = Some(error.fatal());
-            self.events.push(Event::WakeStream);
+            self.todo.wake_stream = true;
         }
     }
 

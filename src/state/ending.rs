@@ -21,7 +21,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         match &mut self.life {
             life @ Life::Open => {
                 *life = Life::Stopping { action, limit };
-                self.events.push(Event::WakeStream);
+                self.todo.wake_stream = true;
             }
             Life::Stopping { limit: old, .. } | Life::Waiting { limit: old, .. } => {
                 // Begun by a drop, which waits for ever; or by somebody who has more time.
@@ -31,7 +31,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.wish_again(now);
                 return false;
             }
-            Life::Unbinding | Life::Closed => return false,
+            Life::Unbinding { .. } | Life::Closed => return false,
         }
         if let Limit::At(at) = limit {
             self.wish(at);
@@ -41,14 +41,40 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The kernel has been told to queue nothing, or could not be; all that was queued has been received.
     pub(crate) fn stopped(&mut self, result: Result<(), Error>) {
+        match (result, self.life) {
+            // A thread of the runtime may have the capability that this one lacks.
+            (Err(error), Life::Stopping { limit, .. }) if self.may_be_permitted_later(&error, limit) => {
+                self.close_error.get_or_insert(error);
+                self.undrained = true;
+                return self.missing_permission();
+            }
+            (Err(error), _) => drop(self.close_error.get_or_insert(error)),
+            (Ok(()), _) => {}
+        }
         if let Life::Stopping { action, limit } = self.life {
             self.life = Life::Waiting { action, limit };
         }
-        if let Err(error) = result {
-            self.close_error.get_or_insert(error);
-        }
         if self.ledger.gathered() > 0 {
             self.request_flush();
+        }
+        self.look_for_the_end();
+    }
+
+    fn may_be_permitted_later(&self, error: &Error, limit: Limit) -> bool {
+        error.kind() == ErrorKind::NotPermitted && limit != Limit::Over && self.permission != Permission::Lost
+    }
+
+    /// The queue is not stopped any more, for that has been tried for long enough.
+    pub(super) fn give_up_draining(&mut self) {
+        if let (true, Life::Stopping { action, limit }) = (std::mem::take(&mut self.undrained), self.life) {
+            self.life = Life::Waiting { action, limit };
+        }
+    }
+
+    /// Goes on with an end that the capability was missing for.
+    pub(super) fn end_if_permitted(&mut self) {
+        if let (true, Life::Stopping { action, .. }) = (std::mem::take(&mut self.undrained), self.life) {
+            self.todo.drain = Some(action);
         }
         self.look_for_the_end();
     }
@@ -63,6 +89,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             return;
         }
         *limit = Limit::Over;
+        self.give_up_draining();
         let ids = self.ledger.undecided_ids();
         let left = ids.len() + self.ledger.gathered();
         self.answer_for(ids.into_iter(), action);
@@ -77,29 +104,39 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Has the queue unbound once nothing is owed.
     pub(super) fn look_for_the_end(&mut self) {
-        let Life::Waiting { limit, .. } = self.life else { return };
-        let sent = self.ledger.gathered() == 0 && !self.sending;
+        let Life::Waiting { action, limit } = self.life else { return };
+        let sent = self.ledger.gathered() == 0 && !self.sending && self.permission == Permission::Held;
         // What cannot be sent is not waited for beyond the time.
         let hopeless = !self.sending
             && (self.permission == Permission::Lost
                 || limit == Limit::Over && (self.permission != Permission::Held || self.retry.is_some()));
         if self.ledger.undecided() == 0 && (sent || hopeless) {
-            self.life = Life::Unbinding;
+            self.life = Life::Unbinding { action, limit };
             self.todo.unbind = true;
         }
     }
 
-    /// The queue has been unbound, or could not be.
-    pub(crate) fn unbound(&mut self, result: Result<(), Error>) {
+    /// The queue has been unbound, or could not be. Tells whether that is the end, or is tried again.
+    pub(crate) fn unbound(&mut self, result: Result<(), Error>) -> bool {
+        if let (Err(error), Life::Unbinding { action, limit }) = (&result, self.life)
+            && self.may_be_permitted_later(error, limit)
+        {
+            self.life = Life::Waiting { action, limit };
+            self.missing_permission();
+            return false;
+        }
         self.life = Life::Closed;
         if let Err(error) = result {
             self.close_error.get_or_insert(error);
         }
-        self.events.extend([Event::WakeStream, Event::WakeWaiting, Event::WakeRefusals]);
+        self.todo.wake_stream = true;
+        self.todo.wake_waiting = true;
+        self.todo.wake_refusals = true;
         for report in self.reports.rest(self.clock.now()) {
             self.events.push(Event::Report(report));
         }
         self.todo.call_driver = true;
+        true
     }
 
     /// The error of the end, for the first who asks.

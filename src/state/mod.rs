@@ -102,7 +102,10 @@ pub(crate) enum Life {
         limit: Limit,
     },
     /// Everything is settled; somebody is unbinding the queue.
-    Unbinding,
+    Unbinding {
+        action: Action,
+        limit: Limit,
+    },
     Closed,
 }
 
@@ -136,6 +139,8 @@ enum Permission {
         since: Instant,
         next: Instant,
         pause: Duration,
+        /// Calls of the driver that it has not answered.
+        calls: u32,
     },
     /// It has been missing for so long that the stream has ended with an error.
     Lost,
@@ -158,20 +163,46 @@ pub(crate) struct Todo {
     pub(crate) watch: bool,
     /// Unbind the queue.
     pub(crate) unbind: bool,
+    /// Stop the queue once more, with this action: the capability was missing before.
+    pub(crate) drain: Option<Action>,
+    /// Ask whether the calling thread may send, as the driver does otherwise: there is none, or it does not come.
+    pub(crate) probe: bool,
+    pub(crate) wake_stream: bool,
+    /// Those who wait for a flush or for the end.
+    pub(crate) wake_waiting: bool,
+    pub(crate) wake_refusals: bool,
 }
 
 impl Todo {
-    const NOTHING: Self =
-        Self { flush: false, call_driver: false, alarm: None, ask: None, look: false, watch: false, unbind: false };
+    const NOTHING: Self = Self {
+        flush: false,
+        call_driver: false,
+        alarm: None,
+        ask: None,
+        look: false,
+        watch: false,
+        unbind: false,
+        drain: None,
+        probe: false,
+        wake_stream: false,
+        wake_waiting: false,
+        wake_refusals: false,
+    };
+
+    fn is_nothing(&self) -> bool {
+        let flags = [self.flush, self.call_driver, self.look, self.watch, self.unbind, self.probe];
+        let wakes = [self.wake_stream, self.wake_waiting, self.wake_refusals];
+        !flags.contains(&true)
+            && !wakes.contains(&true)
+            && self.alarm.is_none()
+            && self.ask.is_none()
+            && self.drain.is_none()
+    }
 }
 
 /// What others are to be told once the lock is released.
 #[derive(Debug)]
 pub(crate) enum Event<E: Carried> {
-    WakeStream,
-    /// Those who wait for a flush or for the end.
-    WakeWaiting,
-    WakeRefusals,
     Answer(E::Waiter, Result<(), Error>),
     Report(Report),
     /// It is of no more use; to drop it may run users' code.
@@ -250,6 +281,8 @@ pub(crate) struct Machine<E: Carried, K> {
     refusals: VecDeque<Error>,
     failure: Option<Error>,
     close_error: Option<Error>,
+    /// The queue could not be stopped for want of the capability; it is tried again.
+    undrained: bool,
     counters: Stats,
     reports: Reports,
     todo: Todo,
@@ -260,6 +293,8 @@ pub(crate) struct Machine<E: Carried, K> {
 const MAX_REFUSALS: usize = 1024;
 /// A delay asked for by a policy of the user's own is cut to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
+/// After so many unanswered calls the driver is taken not to come, and the timer's thread stands for the process.
+const PATIENT_CALLS: u32 = 10;
 /// How long the capability must be missing until that counts as lasting.
 const LASTING: Duration = Duration::from_secs(3);
 /// Pauses between attempts to send after a refusal or a failure: from the first to the second, doubled each time.
@@ -311,6 +346,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             refusals: VecDeque::new(),
             failure: None,
             close_error: None,
+            undrained: false,
             counters: Stats::default(),
             reports: Reports::default(),
             todo: Todo::NOTHING,
@@ -322,8 +358,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether anything is to be done or told.
     pub(crate) fn is_busy(&self) -> bool {
-        let Todo { flush, call_driver, alarm, ask, look, watch, unbind } = &self.todo;
-        *flush | *call_driver | *look | *watch | *unbind || alarm.is_some() || ask.is_some() || !self.events.is_empty()
+        !self.todo.is_nothing() || !self.events.is_empty()
     }
 
     /// Takes what is to be done now.
@@ -346,7 +381,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// There are packets for the stream.
     pub(crate) fn wake_stream(&mut self) {
-        self.events.push(Event::WakeStream);
+        self.todo.wake_stream = true;
     }
 
     fn request_flush(&mut self) {

@@ -203,6 +203,7 @@ struct World {
     stopping: bool,
     unbinding: bool,
     pass_end_due: bool,
+    driver_comes: bool,
 }
 
 impl World {
@@ -231,6 +232,7 @@ impl World {
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
         let mut machine = Machine::new(rules, policy, limits, first, clock.clone());
         machine.set_driven(!random.one_in(5));
+        let driver_comes = !random.one_in(3);
         let kernel = Kernel {
             queued: BTreeSet::new(),
             next_id: first,
@@ -266,6 +268,7 @@ impl World {
             stopping: false,
             unbinding: false,
             pass_end_due: false,
+            driver_comes,
         }
     }
 
@@ -487,12 +490,14 @@ impl World {
             if !self.machine.is_busy() {
                 return;
             }
-            let Todo { flush, call_driver, alarm, ask, look, watch: _, unbind } = self.machine.todo();
+            let Todo { flush, call_driver, alarm, ask, look, unbind, drain, probe, .. } = self.machine.todo();
             if let Some(at) = alarm {
                 self.alarm = Some(self.alarm.map_or(at, |other| other.min(at)));
             }
             self.pass_end_due |= call_driver;
-            if call_driver && self.machine.is_permission_missing() {
+            // A driver that is there may not come.
+            let comes = self.driver_comes && call_driver;
+            if (comes || probe) && self.machine.is_permission_missing() {
                 match self.capable {
                     true => self.machine.permitted(),
                     false => self.machine.still_missing(),
@@ -501,11 +506,7 @@ impl World {
             for event in self.machine.take_events() {
                 match event {
                     Event::Answer(waiter, result) => self.told(waiter, &result),
-                    Event::Report(_)
-                    | Event::Spent(_)
-                    | Event::WakeStream
-                    | Event::WakeWaiting
-                    | Event::WakeRefusals => {}
+                    Event::Report(_) | Event::Spent(_) => {}
                 }
             }
             while let Some(refusal) = self.machine.next_refusal() {
@@ -526,6 +527,9 @@ impl World {
             }
             if flush {
                 self.flush();
+            }
+            if let Some(action) = drain {
+                self.stop(action);
             }
             if unbind {
                 self.unbind();
@@ -657,7 +661,7 @@ impl World {
     fn unbind(&mut self) {
         assert!(!std::mem::replace(&mut self.unbinding, true), "unbound twice");
         let result = self.configure(|_| Sent::Unbind, Action::Drop);
-        self.machine.unbound(result);
+        self.unbinding = self.machine.unbound(result);
     }
 
     /// Begins the end, and does what `Shared::drain_queued` does.
@@ -670,11 +674,19 @@ impl World {
         let unread: Vec<u32> = self.inbox.drain(..).collect();
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
         self.machine.answer_for(unread.into_iter(), action);
+        self.stop(action);
+        self.carry_out();
+    }
+
+    /// As `Shared::drain_queued` does it.
+    fn stop(&mut self, action: Action) {
         let length = |action| Sent::Length { packets: 0, fail_open: action == Action::Accept };
         let result = self.configure(length, action);
+        let unread: Vec<u32> = self.inbox.drain(..).collect();
+        unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
+        self.machine.answer_for(unread.into_iter(), action);
         self.stopping = true;
         self.machine.stopped(result);
-        self.carry_out();
     }
 
     fn check(&mut self) {
@@ -706,6 +718,9 @@ impl World {
             1 => Limit::At(self.now()),
             _ => Limit::At(self.now() + Duration::from_millis(5)),
         };
+        // Whoever closes may lack the capability; another thread has it, or gets it later.
+        let incapable = limit == Limit::Never && self.random.one_in(2);
+        self.capable = !incapable;
         self.close(limit);
         self.carry_out();
         self.check();
@@ -724,6 +739,7 @@ impl World {
             if self.machine.life() == Life::Closed {
                 break;
             }
+            self.capable |= self.random.one_in(5);
             // Where nothing is to come any more there is no end.
             let alarm = self.alarm.expect("an alarm until the end has come");
             self.clock.0.set(alarm.max(self.now()));

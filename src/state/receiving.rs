@@ -29,7 +29,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let action = match self.life {
             Life::Open => return true,
             Life::Stopping { action, .. } | Life::Waiting { action, .. } => action,
-            Life::Unbinding | Life::Closed => self.rules.on_unanswered,
+            Life::Unbinding { .. } | Life::Closed => self.rules.on_unanswered,
         };
         for Arrival { id, .. } in packets {
             self.decide_in_place(id, action);

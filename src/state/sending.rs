@@ -37,7 +37,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.flush_wanted {
             return true;
         }
-        self.events.push(Event::WakeWaiting);
+        self.todo.wake_waiting = true;
         self.look_for_the_end();
         false
     }
@@ -54,18 +54,22 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if self.ledger.gathered() > 0 {
                 self.request_flush();
             }
+            self.end_if_permitted();
         }
     }
 
-    /// A thread of the runtime, which stands for the process, still has no capability.
+    /// A thread of the runtime, which stands for the process, still has no capability (or the timer's, where none comes).
     pub(crate) fn still_missing(&mut self) {
         let now = self.clock.now();
-        if let Permission::Missing { since, .. } = self.permission
-            && now.saturating_duration_since(since) >= LASTING
-        {
+        if let Permission::Missing { since, calls, .. } = &mut self.permission {
+            *calls = 0;
+            if now.saturating_duration_since(*since) < LASTING {
+                return;
+            }
             self.permission = Permission::Lost;
             let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
             self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
+            self.give_up_draining();
             self.look_for_the_end();
         }
     }
@@ -238,7 +242,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.permission == Permission::Held {
             let now = self.clock.now();
             let next = now + PAUSES.0;
-            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2 };
+            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2, calls: 0 };
             self.note(Kind::CapabilityMissing, 1, None);
             self.wish(next);
             self.todo.call_driver = true;

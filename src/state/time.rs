@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Carried, Clock, Event, Kind, Life, Limit, Machine, PAUSES, Permission, plain};
+use super::{Carried, Clock, Event, Kind, Life, Limit, Machine, PATIENT_CALLS, PAUSES, Permission, plain};
 use crate::{FlushPolicy, Occasion};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
@@ -23,10 +23,16 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     self.consult(Occasion::Decided);
                 }
             }
-            Permission::Missing { since, next, pause } if next <= now => {
+            Permission::Missing { since, next, pause, calls } if next <= now => {
                 let pause_after = (pause * 2).min(PAUSES.1);
-                self.permission = Permission::Missing { since, next: now + pause, pause: pause_after };
+                self.permission = Permission::Missing {
+                    since,
+                    next: now + pause,
+                    pause: pause_after,
+                    calls: calls.saturating_add(1),
+                };
                 self.todo.call_driver = true;
+                self.todo.probe = !self.driven || calls >= PATIENT_CALLS;
             }
             Permission::Missing { .. } | Permission::Lost => {}
         }

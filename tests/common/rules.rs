@@ -66,10 +66,7 @@ pub fn install_hook(family: NetfilterProtoFamily, name: &str, place: Place) -> i
         family,
         vec![
             (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
-            (
-                NfTablesMessage::NewChain(ChainMessage { attributes: chain }),
-                NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK,
-            ),
+            (NfTablesMessage::NewChain(ChainMessage { attributes: chain }), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK),
         ],
     )
 }

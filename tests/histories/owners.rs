@@ -172,10 +172,8 @@ impl World {
         drop(records);
         self.held.fetch_add(1, SeqCst);
         let deed = self.plan.deed(serial, queue, time);
-        let packet = Held {
-            what: Some(Waiting::Packet(packet)),
-            note: Note { world: Arc::clone(self), serial, queue, time },
-        };
+        let packet =
+            Held { what: Some(Waiting::Packet(packet)), note: Note { world: Arc::clone(self), serial, queue, time } };
         let job = Job { packet, deed };
         let job = match &mut *lock(&self.kept) {
             Some(kept) if deed.keep && last_round => {

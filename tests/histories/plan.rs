@@ -295,8 +295,7 @@ impl Settings {
         Self {
             policy,
             unanswered: either(random),
-            deadline: one_in(random, 3)
-                .then(|| (Duration::from_millis(2 + random.below(30) as u64), either(random))),
+            deadline: one_in(random, 3).then(|| (Duration::from_millis(2 + random.below(30) as u64), either(random))),
             copy_range: copy_range(random, veth),
             max_len: one_in(random, 4).then(|| 8 + random.below(60) as u32),
             receive_buffer: one_in(random, 4).then(|| 8192 + random.below(40_000)),
