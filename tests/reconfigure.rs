@@ -1,7 +1,16 @@
 //! Settings changed while the queue runs.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
 use common::{Load, Traffic, account, eventually, give_up_capabilities, hold, next, number, soon, start};
-use tokio_nfqueue::{Error, ErrorKind, Queue, Reconfigure};
+use futures::FutureExt;
+use tokio_nfqueue::{Error, ErrorKind, FlushPolicy, Queue, Reconfigure};
 
 #[macro_use]
 mod common;
@@ -18,6 +27,7 @@ tests![
     one a_closed_queue_cannot_be_changed,
     one changing_needs_the_capability,
     both nothing_is_lost_by_a_change_under_load,
+    multi a_change_that_comes_too_late_delays_no_verdict,
     one a_receive_buffer_left_to_the_crate_grows,
 ];
 
@@ -159,6 +169,35 @@ async fn a_closed_queue_cannot_be_changed() {
     soon("the end", closing).await.unwrap().unwrap();
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+}
+
+/// It holds the send lock for a moment. Whoever gives a verdict then leaves it to the holder.
+async fn a_change_that_comes_too_late_delays_no_verdict() {
+    const COUNT: u32 = 2000;
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(COUNT).flush_policy(FlushPolicy::immediate()));
+    let traffic = Traffic::new(COUNT);
+    let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+    let sink = queue.sink();
+    let closing = tokio::spawn(queue.close_within(Duration::MAX));
+    eventually("the end has begun", || sink.stats().max_len == 0).await;
+    let over = Arc::new(AtomicBool::new(false));
+    let changing = std::thread::spawn({
+        let (sink, over) = (sink.clone(), Arc::clone(&over));
+        move || {
+            while !over.load(SeqCst) {
+                let refused = sink.reconfigure(&Reconfigure::new()).now_or_never().expect("no wait").unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::Closed);
+            }
+        }
+    });
+    for packet in packets {
+        let number = number(&packet);
+        packet.accept().submit().unwrap();
+        traffic.expect([number]).await;
+    }
+    soon("the end", closing).await.unwrap().unwrap();
+    over.store(true, SeqCst);
+    changing.join().unwrap();
 }
 
 async fn changing_needs_the_capability() {

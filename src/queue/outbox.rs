@@ -232,6 +232,8 @@ impl Shared {
         let mut outbox = lock(&self.outbox);
         // Checked under the lock under which the queue is told to stop: nothing is set behind that.
         if only_while_open && self.core().machine.life() != Life::Open {
+            drop(outbox);
+            self.flush_for_others();
             return Err(self.closed(operation));
         }
         // Room for the answer.
@@ -246,12 +248,16 @@ impl Shared {
         }
         self.last_sent.store(sequence, Ordering::Release);
         drop(outbox);
-        // Whoever wanted a flush meanwhile has found the lock taken.
-        self.with(|core| core.machine.flush_if_wanted());
+        self.flush_for_others();
         match result {
             Ok(()) => Ok(answer),
             Err(source) => Err(Error::os(format!("{operation} {}", self.settings.queue), source)),
         }
+    }
+
+    /// After the send lock was held for something else: whoever wanted a flush meanwhile has found it taken.
+    fn flush_for_others(&self) {
+        self.with(|core| core.machine.flush_if_wanted());
     }
 
     /// Sends a configuration message and receives until the answer has come. No lock may be held.
