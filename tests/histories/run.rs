@@ -198,16 +198,17 @@ impl History {
         let deadline = next + PATIENCE;
         loop {
             self.receive();
-            let records = self.world.records();
-            let through = |serials: &Vec<u32>| {
-                serials.last().is_some_and(|serial| match direct {
-                    true => records.was_delivered(*serial),
-                    // With fail-open it may be delivered and tell the queue nothing of what was lost before it.
-                    false => records.was_handed_out(*serial),
-                })
+            let missing: Vec<usize> = {
+                let records = self.world.records();
+                let through = |serials: &Vec<u32>| {
+                    serials.last().is_some_and(|serial| match direct {
+                        true => records.was_delivered(*serial),
+                        // With fail-open it may be delivered and tell the queue nothing of what was lost before it.
+                        false => records.was_handed_out(*serial),
+                    })
+                };
+                (0..fronts).filter(|front| !through(&sent[*front])).collect()
             };
-            let missing: Vec<usize> = (0..fronts).filter(|front| !through(&sent[*front])).collect();
-            drop(records);
             if missing.is_empty() {
                 return Ok(());
             }
