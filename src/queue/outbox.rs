@@ -197,7 +197,7 @@ impl Shared {
             let _ = self.receive_all();
         }
         // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its answer may be lost to a full buffer
-        // (KERNEL: nfnetlink_rcv, netlink_ack). A capability is not given back to a thread while it sends: what is there
+        // (nfnetlink_rcv, netlink_ack). A capability is not given back to a thread while it sends: what is there
         // now was there then.
         if sys::has_net_admin() { Outcome::Sent } else { Outcome::Refused }
     }
