@@ -36,6 +36,8 @@ tests![
     both a_change_made_while_the_buffer_is_full_makes_room,
     multi a_refused_drop_never_becomes_an_accept,
     one a_moment_without_the_capability_costs_no_packet_its_verdict,
+    sync a_refusal_after_the_runtimes_end_is_made_good,
+    one the_end_goes_on_when_the_last_thread_has_no_capability,
     one a_program_that_asks_after_everything_survives_refusals,
     one a_datagram_longer_than_the_send_buffer_is_split,
     sync close_ends_when_the_runtime_of_the_queue_ends_during_the_drain,
@@ -240,6 +242,42 @@ async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
     let stats = queue.stats();
     adds_up(&stats);
     assert_eq!((stats.refusals, stats.accepted, stats.dropped, stats.in_flight), (20, 40, 20, 0));
+}
+
+fn a_refusal_after_the_runtimes_end_is_made_good() {
+    let (inside, outside) = (runtime(), runtime());
+    let traffic = outside.block_on(async { Traffic::new(1) });
+    let (mut queue, _divert) = inside.block_on(async { start(Queue::builder(0).on_unanswered(Action::Accept)) });
+    let packet = inside.block_on(hold(&mut queue, &traffic, [0])).remove(0);
+    drop(inside);
+    // No task is left that could send the default action, and nobody else gives a verdict.
+    thread::spawn(|| without_capabilities(|| packet.drop().submit())).join().unwrap().unwrap();
+    assert_eq!(queue.stats().refusals, 1);
+    outside.block_on(traffic.expect([0]));
+    assert_eq!(queue.stats().in_flight, 0);
+}
+
+async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(20);
+    let mut packets = hold(&mut queue, &traffic, 0..10).await;
+    let sink = queue.sink();
+    let last = packets.split_off(5);
+    // The stream is dropped by such a thread, and by another the last packets are decided.
+    thread::spawn(move || without_capabilities(|| drop(queue))).join().unwrap();
+    for packet in packets {
+        packet.accept().submit().unwrap();
+    }
+    // By this thread, which has it: whoever flushes sends the verdicts of others along, or has them refused.
+    soon("the flush", sink.flush()).await.unwrap();
+    traffic.send(10..20);
+    thread::spawn(move || without_capabilities(|| drop(last))).join().unwrap();
+    // The sink keeps the socket open, so it is not its end that unbinds the queue.
+    freed(0).await;
+    assert!(sink.is_closed());
+    assert_eq!(sink.stats().in_flight, 0);
+    adds_up(&sink.stats());
+    traffic.expect(0..5).await;
 }
 
 async fn a_program_that_asks_after_everything_survives_refusals() {
