@@ -60,7 +60,7 @@ impl Shared {
 
     /// Asks the kernel for the queue; more than once where its last owner may just be going.
     fn ask_for_the_queue(&self, config: &Config) -> Result<(), Error> {
-        const TRIES: usize = 10;
+        const TRIES: usize = 50;
         let mut tries = 0;
         loop {
             let error = match self.configure("bind queue", config) {
@@ -68,8 +68,13 @@ impl Shared {
                 Err(error) => error,
             };
             tries += 1;
-            let permitted = self.is_capable_here() && self.owner().is_none();
-            if error.kind() == ErrorKind::NotPermitted && permitted && tries < TRIES {
+            let permitted = || self.is_capable_here() && self.owner().is_none();
+            let going = match error.kind() {
+                ErrorKind::NotPermitted => permitted(),
+                // Its port id is free before its queues are, and this socket has got it.
+                _ => error.raw_os_error() == Some(EBUSY),
+            };
+            if going && tries < TRIES {
                 std::thread::yield_now();
                 continue;
             }
@@ -91,6 +96,7 @@ impl Shared {
                 Some(name) => error.with_detail(name),
                 None => error,
             },
+            ErrorKind::Other if error.raw_os_error() == Some(EBUSY) => error.with_kind(ErrorKind::AlreadyBound),
             ErrorKind::Other if error.raw_os_error() == Some(EINVAL) => {
                 // nfnetlink_rcv_msg: no subsystem has registered for the message.
                 error.with_kind(ErrorKind::Unsupported).with_detail("nfnetlink_queue is missing")
@@ -135,4 +141,5 @@ impl Shared {
     }
 }
 
+const EBUSY: i32 = rustix::io::Errno::BUSY.raw_os_error();
 const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();

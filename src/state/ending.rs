@@ -76,6 +76,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if let (true, Life::Stopping { action, .. }) = (std::mem::take(&mut self.undrained), self.life) {
             self.todo.drain = Some(action);
         }
+        self.todo.unbind |= std::mem::take(&mut self.unbind_later);
         self.look_for_the_end();
     }
 
@@ -125,9 +126,16 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.missing_permission();
             return false;
         }
+        if self.life == Life::Closed {
+            return false;
+        }
         self.life = Life::Closed;
         if let Err(error) = result {
+            self.unbind_later = error.kind() == ErrorKind::NotPermitted && self.permission != Permission::Lost;
             self.close_error.get_or_insert(error);
+            if self.unbind_later {
+                self.missing_permission();
+            }
         }
         self.todo.wake_stream = true;
         self.todo.wake_waiting = true;

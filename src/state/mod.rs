@@ -283,6 +283,8 @@ pub(crate) struct Machine<E: Carried, K> {
     close_error: Option<Error>,
     /// The queue could not be stopped for want of the capability; it is tried again.
     undrained: bool,
+    /// The queue has ended for those who wait, and could not be unbound for want of the capability; it is tried again.
+    unbind_later: bool,
     counters: Stats,
     reports: Reports,
     todo: Todo,
@@ -347,6 +349,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             failure: None,
             close_error: None,
             undrained: false,
+            unbind_later: false,
             counters: Stats::default(),
             reports: Reports::default(),
             todo: Todo::NOTHING,
