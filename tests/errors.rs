@@ -212,7 +212,8 @@ async fn dropping_without_the_capability_is_harmless() {
     drop(queue);
     drop(packets);
     freed(0).await;
-    traffic.expect_nothing();
+    // What was gathered may have been sent by a thread that has the capability, or be dropped with the socket.
+    assert!(traffic.delivered().iter().all(|number| *number < 10));
     drop(divert);
 }
 
