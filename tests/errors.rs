@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use common::{
     Traffic, account, eventually, freed, give_up_capabilities, hold, next, number, soon, start, support, udp_in,
+    without_net_admin,
 };
 use tokio::runtime::Handle;
 use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue};
@@ -22,6 +23,7 @@ tests![
     one verdicts_without_the_capability_are_refused_with_their_packets,
     one confirmations_without_the_capability_are_refused,
     one closing_without_the_capability_is_an_error_and_an_end,
+    both closing_is_not_given_up_for_a_thread_without_the_capability,
     one dropping_without_the_capability_is_harmless,
     both packets_of_an_interface_that_went_down_are_gone,
     both packets_whose_rules_went_are_gone,
@@ -198,6 +200,28 @@ async fn closing_without_the_capability_is_an_error_and_an_end() {
         drop((queue, divert));
         // The last handle takes the queue along; that may be the timer's.
         freed(still_held).await;
+    }
+}
+
+/// The runtime has it, and whatever a verdict or the default action says, every packet is accepted.
+async fn closing_is_not_given_up_for_a_thread_without_the_capability() {
+    const COUNT: u32 = 20;
+    for round in 0..100 {
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+        let traffic = Traffic::new(COUNT);
+        let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+        let sink = queue.sink();
+        let closing = tokio::spawn(queue.close_within(Duration::from_micros(10 * round)));
+        let deciding = std::thread::spawn(|| {
+            without_net_admin(|| packets.into_iter().for_each(|packet| packet.accept().submit().unwrap()));
+        });
+        let result = soon("the end", closing).await.unwrap();
+        assert!(result.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::TimedOut), "{result:?}");
+        assert_eq!(account(0), None, "unbound in round {round}: {:?}", sink.stats());
+        eventually("the thread's end", || deciding.is_finished()).await;
+        deciding.join().unwrap();
+        traffic.expect(0..COUNT).await;
+        drop(divert);
     }
 }
 

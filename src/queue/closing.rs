@@ -20,6 +20,7 @@ use super::{
 use crate::{
     Action, Error,
     state::{Life, Limit},
+    sys,
     wire::config::{Command, Config, FLAG_FAIL_OPEN},
 };
 
@@ -41,7 +42,8 @@ impl Shared {
         let result = [flags, length].iter().try_for_each(|config| self.configure_surely("drain queue", config));
         // The answer was behind all that was queued.
         self.answer_unread(action);
-        self.with(|core| core.machine.stopped(result));
+        let capable = sys::has_net_admin();
+        self.with(|core| core.machine.stopped(result, capable));
     }
 
     /// As [`drain_queued`](Self::drain_queued), but lets the runtime's other tasks run in between: a long queue may hold
@@ -68,7 +70,8 @@ impl Shared {
         let config = Config { command: Some(Command::Unbind), ..Config::default() };
         let result = self.configure_surely("unbind queue", &config);
         let error = result.as_ref().err().map(ToString::to_string);
-        if self.with(|core| core.machine.unbound(result)) {
+        let capable = sys::has_net_admin();
+        if self.with(|core| core.machine.unbound(result, capable)) {
             self.trace.closed(error, &self.stats());
         }
     }

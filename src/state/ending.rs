@@ -40,13 +40,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// The kernel has been told to queue nothing, or could not be; all that was queued has been received.
-    pub(crate) fn stopped(&mut self, result: Result<(), Error>) {
+    ///
+    /// `capable` tells of the thread that has tried, as below.
+    pub(crate) fn stopped(&mut self, result: Result<(), Error>, capable: bool) {
         match (result, self.life) {
             // A thread of the runtime may have the capability that this one lacks.
-            (Err(error), Life::Stopping { limit, .. }) if self.may_be_permitted_later(&error, limit) => {
+            (Err(error), Life::Stopping { limit, .. }) if !capable && self.may_be_permitted_later(&error, limit) => {
                 self.close_error.get_or_insert(error);
                 self.undrained = true;
-                return self.missing_permission();
+                return self.await_permission(limit);
             }
             (Err(error), _) => drop(self.close_error.get_or_insert(error)),
             (Ok(()), _) => {}
@@ -60,8 +62,35 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.look_for_the_end();
     }
 
+    /// Whether a thread with the capability may yet do what this one could not.
     fn may_be_permitted_later(&self, error: &Error, limit: Limit) -> bool {
-        error.kind() == ErrorKind::NotPermitted && limit != Limit::Over && self.permission != Permission::Lost
+        error.kind() == ErrorKind::NotPermitted && !self.is_forbidden(limit)
+    }
+
+    fn await_permission(&mut self, limit: Limit) {
+        self.missing_permission();
+        if limit == Limit::Over {
+            self.look_for_permission(self.clock.now());
+        }
+    }
+
+    /// Whether nobody is waited for who has the capability.
+    fn is_forbidden(&self, limit: Limit) -> bool {
+        match self.permission {
+            Permission::Held => false,
+            Permission::Missing { confirmed, .. } => confirmed && limit == Limit::Over,
+            Permission::Lost => true,
+        }
+    }
+
+    /// Whether the time of the end is over, so that no runtime is waited for.
+    pub(super) fn is_overdue(&self) -> bool {
+        match self.life {
+            Life::Stopping { limit, .. } | Life::Waiting { limit, .. } | Life::Unbinding { limit, .. } => {
+                limit == Limit::Over
+            }
+            Life::Open | Life::Closed => false,
+        }
     }
 
     /// The queue is not stopped any more, for that has been tried for long enough.
@@ -90,7 +119,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             return;
         }
         *limit = Limit::Over;
-        self.give_up_draining();
+        self.look_for_permission(now);
         let ids = self.ledger.undecided_ids();
         let left = ids.len() + self.ledger.gathered();
         self.answer_for(ids.into_iter(), action);
@@ -107,10 +136,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn look_for_the_end(&mut self) {
         let Life::Waiting { action, limit } = self.life else { return };
         let sent = self.ledger.gathered() == 0 && !self.sending && self.permission == Permission::Held;
-        // What cannot be sent is not waited for beyond the time.
-        let hopeless = !self.sending
-            && (self.permission == Permission::Lost
-                || limit == Limit::Over && (self.permission != Permission::Held || self.retry.is_some()));
+        // What cannot be sent is not waited for beyond the time. That some thread lacks the capability says nothing of others.
+        let hopeless = !self.sending && (self.is_forbidden(limit) || limit == Limit::Over && self.retry.is_some());
         if self.ledger.undecided() == 0 && (sent || hopeless) {
             self.life = Life::Unbinding { action, limit };
             self.todo.unbind = true;
@@ -118,12 +145,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// The queue has been unbound, or could not be. Tells whether that is the end, or is tried again.
-    pub(crate) fn unbound(&mut self, result: Result<(), Error>) -> bool {
+    pub(crate) fn unbound(&mut self, result: Result<(), Error>, capable: bool) -> bool {
         if let (Err(error), Life::Unbinding { action, limit }) = (&result, self.life)
+            && !capable
             && self.may_be_permitted_later(error, limit)
         {
             self.life = Life::Waiting { action, limit };
-            self.missing_permission();
+            self.await_permission(limit);
             return false;
         }
         if self.life == Life::Closed {

@@ -141,6 +141,8 @@ enum Permission {
         pause: Duration,
         /// Calls of the driver that it has not answered.
         calls: u32,
+        /// A thread that stands for the process has looked (since the time of the end was over), and has none.
+        confirmed: bool,
     },
     /// It has been missing for so long that the stream has ended with an error.
     Lost,

@@ -661,7 +661,7 @@ impl World {
     fn unbind(&mut self) {
         assert!(!std::mem::replace(&mut self.unbinding, true), "unbound twice");
         let result = self.configure(|_| Sent::Unbind, Action::Drop);
-        self.unbinding = self.machine.unbound(result);
+        self.unbinding = self.machine.unbound(result, self.capable);
     }
 
     /// Begins the end, and does what `Shared::drain_queued` does.
@@ -686,7 +686,7 @@ impl World {
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
         self.machine.answer_for(unread.into_iter(), action);
         self.stopping = true;
-        self.machine.stopped(result);
+        self.machine.stopped(result, self.capable);
     }
 
     fn check(&mut self) {

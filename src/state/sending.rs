@@ -1,5 +1,7 @@
 //! Rounds of sending: what leaves the ledger, and what comes back because it was refused or not sent.
 
+use std::time::Instant;
+
 use super::{
     Awaited, Carried, Change, Clock, Event, Kind, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, Origin, PAUSES,
     Permission, Settlement, missing_capability, plain,
@@ -61,9 +63,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// A thread of the runtime, which stands for the process, still has no capability (or the timer's, where none comes).
     pub(crate) fn still_missing(&mut self) {
         let now = self.clock.now();
-        if let Permission::Missing { since, calls, .. } = &mut self.permission {
-            *calls = 0;
+        if let Permission::Missing { since, calls, confirmed, .. } = &mut self.permission {
+            (*calls, *confirmed) = (0, true);
             if now.saturating_duration_since(*since) < LASTING {
+                if self.is_overdue() {
+                    self.give_up_draining();
+                    self.look_for_the_end();
+                }
                 return;
             }
             self.permission = Permission::Lost;
@@ -71,6 +77,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
             self.give_up_draining();
             self.look_for_the_end();
+        }
+    }
+
+    /// Has the timer's thread look for the capability at once, where it is missing.
+    pub(super) fn look_for_permission(&mut self, now: Instant) {
+        if let Permission::Missing { next, confirmed, .. } = &mut self.permission {
+            (*next, *confirmed) = (now, false);
+            self.wish(now);
         }
     }
 
@@ -242,7 +256,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.permission == Permission::Held {
             let now = self.clock.now();
             let next = now + PAUSES.0;
-            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2, calls: 0 };
+            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2, calls: 0, confirmed: false };
             self.note(Kind::CapabilityMissing, 1, None);
             self.wish(next);
             self.todo.call_driver = true;

@@ -23,16 +23,17 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     self.consult(Occasion::Decided);
                 }
             }
-            Permission::Missing { since, next, pause, calls } if next <= now => {
+            Permission::Missing { since, next, pause, calls, confirmed } if next <= now => {
                 let pause_after = (pause * 2).min(PAUSES.1);
                 self.permission = Permission::Missing {
                     since,
                     next: now + pause,
                     pause: pause_after,
                     calls: calls.saturating_add(1),
+                    confirmed,
                 };
                 self.todo.call_driver = true;
-                self.todo.probe = !self.driven || calls >= PATIENT_CALLS;
+                self.todo.probe = !self.driven || calls >= PATIENT_CALLS || self.is_overdue();
             }
             Permission::Missing { .. } | Permission::Lost => {}
         }
