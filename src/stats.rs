@@ -19,6 +19,9 @@ pub struct Stats {
     /// Packets lost because the socket's receive buffer was full, exactly: the kernel counts ids before it delivers, so a gap
     /// in the ids is what was lost. With fail-open these passed unseen; without, they were dropped.
     ///
+    /// A gap shows when the next packet is received, so packets lost behind the last one received are not counted yet,
+    /// and not at all if none follows before the end.
+    ///
     /// Packets lost because the *queue* was full take no id and do not count here; the kernel counts them in
     /// `/proc/net/netfilter/nfnetlink_queue`.
     pub lost: u64,
