@@ -82,7 +82,8 @@ fn release() -> (u32, u32) {
 /// Why a replaced payload of an IP packet is not taken in a network namespace of this owner, where it is not
 /// (`nfqnl_mangle`, from 7.1 on). The kernel would drop the packet and acknowledge the verdict.
 pub(crate) fn payload_obstacle(owner: Owner) -> Option<&'static str> {
-    (release() >= (7, 1) && owner != Owner::Initial).then_some(
+    // Where the owner cannot be found out (no /proc), the kernel is left to decide.
+    (release() >= (7, 1) && owner == Owner::Own).then_some(
         "Linux 7.1 and later take a replaced payload only where the initial user namespace owns the network namespace",
     )
 }

@@ -45,7 +45,7 @@ pub(crate) enum Owner {
     Initial,
     /// The thread's own, or one below it.
     Own,
-    /// One that the thread is not in, where its capabilities count for nothing.
+    /// One that the thread is not in, where its capabilities count for nothing; or not known.
     Foreign,
 }
 

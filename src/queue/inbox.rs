@@ -97,6 +97,11 @@ impl Shared {
                     received.datagrams += 1;
                     received.bytes += inbox.memory.received().len() as u64;
                     inbox.take_apart(received);
+                    if !received.bad.is_empty() {
+                        // The round ends here, so that it is entered between what came before and what comes after: a
+                        // packet whose id is not known lies in the next gap of the ids, and no batch may pass it.
+                        return Ok(false);
+                    }
                 }
             }
         }

@@ -69,7 +69,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.counters.gaps += u64::from(lost > 0);
     }
 
-    /// A packet that cannot be shown to anybody. It is answered for, if it is known which.
+    /// A packet that cannot be shown to anybody. It is answered for, if it is known which. To be said after all that came
+    /// before it has arrived, and before what came after it does.
     pub(crate) fn malformed(&mut self, id: Option<u32>) {
         self.counters.malformed += 1;
         self.note(Kind::Malformed, 1, id);

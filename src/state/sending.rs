@@ -9,8 +9,7 @@ use super::{
 use crate::{Error, ErrorKind, PacketId, wire::verdict::Ruling};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
-    /// Begins a round of sending: every decision becomes a message in `plan`. Tells whether the caller may send without
-    /// asking for the capability first.
+    /// Begins a round of sending: every decision becomes a message in `plan`.
     pub(crate) fn begin_round(&mut self, plan: &mut Vec<Settlement<E>>) {
         self.flush_wanted = false;
         if self.ledger.gathered() == 0 {
