@@ -249,10 +249,18 @@ pub(crate) async fn routed(case: Case) {
             edit.payload_mut()?.fill(8);
             Ok(())
         });
-        near.send_to(&[7; 3 * SEGMENT], (far_last, PORT)).unwrap();
-        (0..3).for_each(|_| expect(&far_receiver, &[8; SEGMENT]));
+        let sent = near.send_to(&[7; 3 * SEGMENT], (far_last, PORT));
+        let expected = if case.v6 && common::kernel_release() < (6, 11) {
+            // Seen on 6.1: with an extension header the sender's own socket refuses.
+            assert_eq!(sent.unwrap_err().raw_os_error(), Some(nix::errno::Errno::EIO as i32));
+            (0, 0)
+        } else {
+            sent.unwrap();
+            (0..3).for_each(|_| expect(&far_receiver, &[8; SEGMENT]));
+            if case.gso { (1, 1) } else { (3, 0) }
+        };
         let seen = editor.stop().await;
-        assert_eq!((seen.packets, seen.super_packets), if case.gso { (1, 1) } else { (3, 0) });
+        assert_eq!((seen.packets, seen.super_packets), expected);
     }
     path.assert_checksums();
 }
