@@ -105,6 +105,10 @@ pub fn veth_with(options: &VethOptions) -> Peer {
                 set_offload(name, offload, false).expect("switch an offload off");
             }
         }
+        // A router asks for its neighbours from the link-local address. Until the kernel has looked for duplicates of that, it cannot,
+        // and what waits for a neighbour is lost after three seconds.
+        let file = format!("/proc/sys/net/ipv6/conf/{name}/accept_dad");
+        fs::write(&file, "0").unwrap_or_else(|error| panic!("{file}: {error}"));
         add_address(name, v4.into(), 24);
         add_address(name, v6.into(), 64);
         link_up(name);
