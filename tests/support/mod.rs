@@ -1,10 +1,10 @@
 //! Isolation and tools for tests and examples that need a kernel: everything happens in fresh network namespaces, as
 //! root or, through a user namespace, as an ordinary user.
 //!
-//! A test is a binary of its own with `harness = false`:
+//! The tests are in one binary with `harness = false`, `tests/kernel`:
 //!
 //! ```ignore
-//! #[path = "support/mod.rs"]
+//! #[path = "../support/mod.rs"]
 //! mod support;
 //!
 //! fn main() -> std::process::ExitCode {

@@ -61,8 +61,9 @@ impl<E: Debug> Report for Result<(), E> {
 
 /// The body of `main` of a test binary: must be its first statement.
 ///
-/// Takes the arguments of the standard harness; runs two tests at a time unless told otherwise.
-pub fn run(tests: Vec<Trial>) -> ExitCode {
+/// Takes the arguments of the standard harness; runs two tests at a time unless told otherwise. A
+/// filter that ends in `::` selects the tests of a module: those whose names begin with it.
+pub fn run(mut tests: Vec<Trial>) -> ExitCode {
     if let Some(code) = child() {
         return code;
     }
@@ -70,6 +71,10 @@ pub fn run(tests: Vec<Trial>) -> ExitCode {
     let _ = enter();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
+    // `order::` is also in `bridge::..._in_any_order::two_workers`.
+    if let Some(module) = arguments.filter.as_ref().filter(|filter| filter.ends_with("::")) {
+        tests.retain(|test| test.name().starts_with(module));
+    }
     let skip = std::env::var_os(SKIP).is_some_and(|value| value == "1");
     if skip && !arguments.list {
         eprintln!("{SKIP}=1: all {} tests that need the kernel are skipped", tests.len());

@@ -1,0 +1,322 @@
+//! What the tests of a queue share: numbered datagrams over loopback, patience, and the kernel's own account.
+//!
+//! Most tests queue at the input hook. There a packet no longer counts against its sender's buffer, and what is accepted
+//! is in the receiver's buffer when the send of the verdict returns: after `VerdictSink::flush` "not delivered" is a fact.
+
+// Every user of this module uses a different part of it.
+#![allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
+
+mod load;
+pub mod rules;
+mod transfer;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    future::Future,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use futures::{Stream, StreamExt};
+use libtest_mimic::Trial;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
+
+pub use self::{
+    load::Load,
+    transfer::{AMOUNT, receive_transfer, send_transfer},
+};
+use crate::support;
+pub use crate::support::PATIENCE;
+pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+
+/// The receivers' first port.
+pub const PORT: u16 = 9000;
+/// So many small datagrams find room in one receiver's buffer, however low the system's limit.
+pub const ROOM: u32 = 200;
+
+/// Lists a module's tests: `tests![both accept, one drop]`; see [`both`], [`one`], [`multi`] and
+/// [`sync`]. The names of the tests begin with the module's.
+macro_rules! tests {
+    ($($kind:ident $name:ident),* $(,)?) => {
+        pub(crate) fn tests() -> Vec<libtest_mimic::Trial> {
+            let name = |name| $crate::common::test_name(module_path!(), name);
+            let tests = [$($crate::common::$kind(&name(stringify!($name)), $name)),*];
+            tests.into_iter().flatten().collect()
+        }
+    };
+}
+
+/// The name of a test in the module with this path: `ending::close_within_waits_no_longer`. The name
+/// begins with the module directly below the crate, in its submodules too.
+pub fn test_name(module_path: &str, name: &str) -> String {
+    let module = module_path.split("::").nth(1).expect("a module below the crate");
+    format!("{module}::{name}")
+}
+
+/// A test in each of the runtimes.
+pub fn both<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Copy + Send + 'static) -> Vec<Trial> {
+    vec![support::test(name, body), support::test_multi(&format!("{name}::two_workers"), body)]
+}
+
+/// A test in a runtime of one thread, where the runtime makes no difference or the thread is what matters.
+pub fn one<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Vec<Trial> {
+    vec![support::test(name, body)]
+}
+
+/// A test that needs threads.
+pub fn multi<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Vec<Trial> {
+    vec![support::test_multi(name, body)]
+}
+
+/// A test that makes its own runtimes.
+pub fn sync(name: &str, body: impl FnOnce() + Send + 'static) -> Vec<Trial> {
+    vec![support::test_sync(name, body)]
+}
+
+/// Waits for what must come.
+///
+/// # Panics
+/// After [`PATIENCE`].
+pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
+    }
+}
+
+/// Waits until `condition` holds, and lets the runtime work meanwhile.
+///
+/// # Panics
+/// After [`PATIENCE`].
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let holds = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon(what, holds).await;
+}
+
+/// Installs rules.
+pub fn divert(rules: impl IntoIterator<Item = Rule>) -> Divert {
+    Divert::builder().rules(rules).install().expect("install rules")
+}
+
+/// What the usual rule matches: UDP that arrives.
+pub fn udp_in() -> Rule {
+    Rule::new(Hook::Input).protocol(Protocol::Udp)
+}
+
+/// Binds a queue and sends it all UDP that arrives.
+pub fn start(builder: QueueBuilder) -> (Queue, Divert) {
+    let queue = builder.bind().expect("bind the queue");
+    let divert = divert([udp_in().to_queue(queue.number())]);
+    (queue, divert)
+}
+
+/// The next packet.
+pub async fn next(stream: &mut (impl Stream<Item = Result<Packet, Error>> + Unpin)) -> Packet {
+    let item = soon("a packet", stream.next()).await;
+    item.expect("the stream goes on").expect("a packet and no error")
+}
+
+/// Sends numbers and takes their packets, in portions that fit in any buffer.
+pub async fn hold(
+    stream: &mut (impl Stream<Item = Result<Packet, Error>> + Unpin),
+    traffic: &Traffic,
+    numbers: impl IntoIterator<Item = u32>,
+) -> Vec<Packet> {
+    let numbers: Vec<u32> = numbers.into_iter().collect();
+    let mut held = Vec::new();
+    for portion in numbers.chunks(100) {
+        traffic.send(portion.iter().copied());
+        for _ in portion {
+            held.push(next(stream).await);
+        }
+    }
+    held
+}
+
+/// The number that a packet carries: the last four bytes.
+pub fn number(packet: &Packet) -> u32 {
+    u32::from_be_bytes(*packet.payload().last_chunk().expect("a number"))
+}
+
+/// Numbered datagrams over loopback, and their receivers.
+pub struct Traffic {
+    pub sender: UdpSocket,
+    receivers: Vec<tokio::net::UdpSocket>,
+}
+
+impl Traffic {
+    /// With receivers that have room for the numbers from 0 to `count`.
+    pub fn new(count: u32) -> Self {
+        let receivers = (0..count.div_ceil(ROOM).max(1) as u16).map(|index| {
+            let socket = support::udp((Ipv4Addr::LOCALHOST, PORT + index));
+            socket.set_nonblocking(true).expect("set non-blocking");
+            tokio::net::UdpSocket::from_std(socket).expect("register a receiver")
+        });
+        Self { receivers: receivers.collect(), sender: support::udp((Ipv4Addr::LOCALHOST, 0)) }
+    }
+
+    /// Where a number goes.
+    pub fn to(&self, number: u32) -> SocketAddr {
+        let index = (number / ROOM) as usize % self.receivers.len();
+        (Ipv4Addr::LOCALHOST, PORT + index as u16).into()
+    }
+
+    pub fn send(&self, numbers: impl IntoIterator<Item = u32>) {
+        self.send_from(&self.sender, numbers);
+    }
+
+    pub fn send_from(&self, sender: &UdpSocket, numbers: impl IntoIterator<Item = u32>) {
+        for number in numbers {
+            sender.send_to(&number.to_be_bytes(), self.to(number)).expect("send a datagram");
+        }
+    }
+
+    /// What has been delivered and not been taken yet, without waiting.
+    pub fn delivered(&self) -> Vec<u32> {
+        let mut numbers = Vec::new();
+        for receiver in &self.receivers {
+            // Not `try_recv`, which trusts the runtime to know already that there is something.
+            let receiver = rustix::fd::AsFd::as_fd(receiver);
+            let mut datagram = [0; 4];
+            while rustix::net::recv(receiver, &mut datagram, rustix::net::RecvFlags::DONTWAIT).is_ok() {
+                numbers.push(u32::from_be_bytes(datagram));
+            }
+        }
+        numbers
+    }
+
+    /// Waits for these numbers, in any order, and sees to it that no others have come until then.
+    pub async fn expect(&self, numbers: impl IntoIterator<Item = u32>) {
+        let mut balance = BTreeMap::<u32, i32>::new();
+        let mut missing = 0;
+        for number in numbers {
+            *balance.entry(number).or_default() -= 1;
+            missing += 1;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let mut come = 0;
+        loop {
+            for number in self.delivered() {
+                *balance.entry(number).or_default() += 1;
+                come += 1;
+            }
+            if come >= missing || Instant::now() > deadline {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        balance.retain(|_, balance| *balance != 0);
+        assert!(balance.is_empty(), "wrongly delivered (-1: not at all): {balance:?}");
+    }
+
+    /// Sees to it that nothing has come.
+    #[track_caller]
+    pub fn expect_nothing(&self) {
+        assert_eq!(self.delivered(), [] as [u32; 0], "nothing should have been delivered");
+    }
+}
+
+/// What the kernel says about a queue in `/proc`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Account {
+    /// Packets in the queue.
+    pub waiting: u64,
+    /// Dropped because the queue was full.
+    pub queue_full: u64,
+    /// Dropped because the socket's buffer was.
+    pub socket_full: u64,
+    /// The last packet's id.
+    pub last_id: u64,
+}
+
+/// The kernel's account of a queue, if somebody has it bound.
+pub fn account(queue: u16) -> Option<Account> {
+    let [_, _, waiting, _, _, queue_full, socket_full, last_id, _] = support::queue_line(queue)?;
+    Some(Account { waiting, queue_full, socket_full, last_id })
+}
+
+/// Waits until nobody has the queue bound. A dropped queue's end may be another thread's to finish.
+pub async fn freed(queue: u16) {
+    eventually("the queue is free", || account(queue).is_none()).await;
+}
+
+/// Random numbers that are the same each time (xorshift64*).
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+    }
+
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last + 1));
+        }
+    }
+}
+
+/// Takes all capabilities from the calling thread, for good.
+pub fn give_up_capabilities() {
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::set_capabilities(None, none).expect("give capabilities up");
+}
+
+/// Runs `body` while the calling thread's `CAP_NET_ADMIN` is not in effect.
+pub fn without_net_admin<T>(body: impl FnOnce() -> T) -> T {
+    struct Restore(CapabilitySets);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            rustix::thread::set_capabilities(None, self.0).expect("raise a capability again");
+        }
+    }
+    let held = rustix::thread::capabilities(None).expect("read capabilities");
+    let _restore = Restore(held);
+    let effective = held.effective - CapabilitySet::NET_ADMIN;
+    rustix::thread::set_capabilities(None, CapabilitySets { effective, ..held }).expect("lower a capability");
+    body()
+}
+
+/// Whether the kernel takes replaced payloads here: from 7.1 on only in network namespaces that the
+/// initial user namespace owns (`nfqnl_mangle`). Those of the tests belong to the process's.
+pub fn replaces_payloads() -> bool {
+    kernel_release() < (7, 1) || in_the_initial_user_namespace()
+}
+
+/// Whether it takes those of a bridge's packets: from 7.2 on none (`nfqnl_validate_write`).
+pub fn replaces_bridge_payloads() -> bool {
+    kernel_release() < (7, 2) && replaces_payloads()
+}
+
+fn in_the_initial_user_namespace() -> bool {
+    // PROC_USER_INIT_INO, 0xeffffffd
+    let link = fs::read_link("/proc/self/ns/user").expect("the user namespace");
+    link.as_os_str() == "user:[4026531837]"
+}
+
+/// The first two numbers of the kernel's release.
+pub fn kernel_release() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// What this process's root is outside of its user namespace.
+pub fn outer_id(map: &str) -> u32 {
+    let map = fs::read_to_string(format!("/proc/self/{map}")).expect("the map of the user namespace");
+    let outer = map.split_ascii_whitespace().nth(1).expect("an outer id");
+    outer.parse().expect("a number")
+}

@@ -1,0 +1,332 @@
+//! Many tasks, many threads, many packets: each is decided once, as its owner said.
+
+use std::{future::ready, time::Duration};
+
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_nfqueue::{Flush, FlushPolicy, FlushWhen, Gathered, Packet, Queue, Verdict, VerdictSink};
+
+use crate::common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
+
+tests![
+    both eight_sinks_in_eight_tasks,
+    both eight_sinks_under_immediate,
+    both eight_sinks_under_fixed,
+    both eight_sinks_under_a_policy_of_ones_own,
+    both confirmations_from_eight_tasks,
+    multi sinks_in_foreign_threads,
+    both receiving_is_cancel_safe,
+    both receiving_many_is_cancel_safe,
+    both receiving_many_keeps_its_limit,
+    both a_stream_that_stays_awake_lets_others_run,
+    sync a_stream_that_stays_awake_survives_the_end_of_block_on,
+];
+
+async fn eight_sinks_in_eight_tasks() {
+    eight_sinks(FlushPolicy::default(), 20_000).await;
+}
+
+async fn eight_sinks_under_immediate() {
+    eight_sinks(FlushPolicy::immediate(), 5000).await;
+}
+
+async fn eight_sinks_under_fixed() {
+    eight_sinks(FlushPolicy::fixed(20, Duration::from_micros(300)), 5000).await;
+}
+
+async fn eight_sinks_under_a_policy_of_ones_own() {
+    /// Answers whatever comes to its mind.
+    struct Moody(Random);
+    impl FlushWhen for Moody {
+        fn when(&mut self, gathered: &Gathered) -> Flush {
+            match self.0.below(4) {
+                0 if gathered.decided > 3 => Flush::Now,
+                1 => Flush::AtPassEnd,
+                2 if gathered.waited > Duration::from_millis(1) => Flush::Now,
+                mood => Flush::Within(Duration::from_micros(mood as u64 * 100)),
+            }
+        }
+    }
+    eight_sinks(FlushPolicy::custom(Moody(Random::new(5))), 5000).await;
+}
+
+async fn eight_sinks(policy: FlushPolicy, count: u32) {
+    let (queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let load = Load::start(count);
+    let (mut packets, sink) = queue.split();
+    let mut channels = Vec::new();
+    let mut tasks = Vec::new();
+    for seed in 0..8 {
+        let (channel, inbox) = mpsc::unbounded_channel();
+        channels.push(channel);
+        tasks.push(tokio::spawn(decide_at_random(inbox, sink.clone(), load.decide(), Random::new(seed))));
+    }
+    let reader = tokio::spawn(async move {
+        let mut random = Random::new(99);
+        for _ in 0..count {
+            let packet = next(&mut packets).await;
+            channels[random.below(8)].send(packet).unwrap();
+        }
+        packets
+    });
+    load.finish(count).await;
+    let packets = soon("the reader", reader).await.unwrap();
+    for task in tasks {
+        soon("a task", task).await.unwrap();
+    }
+    soon("the flush", sink.flush()).await.unwrap();
+
+    let stats = sink.stats();
+    assert_eq!((stats.received, stats.in_flight), (count.into(), 0));
+    assert_eq!((stats.accepted + stats.dropped, stats.unanswered), (count.into(), 0));
+    assert_eq!((stats.lost, stats.gone_at_least, stats.late, stats.refused, stats.malformed), (0, 0, 0, 0, 0));
+    assert_eq!(account(0).unwrap().waiting, 0);
+    drop(packets);
+}
+
+/// Holds some packets for some time, and decides them in some order.
+async fn decide_at_random(
+    mut inbox: mpsc::UnboundedReceiver<Packet>,
+    sink: VerdictSink,
+    decide: impl Fn(Packet) -> Verdict,
+    mut random: Random,
+) {
+    let mut held = Vec::new();
+    loop {
+        let packet = if held.is_empty() {
+            inbox.recv().await
+        } else {
+            match tokio::time::timeout(Duration::from_millis(1), inbox.recv()).await {
+                Ok(packet) => packet,
+                Err(_) => {
+                    sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+                    continue;
+                }
+            }
+        };
+        match packet {
+            Some(packet) => held.push(packet),
+            None => break,
+        }
+        while held.len() > random.below(20) {
+            sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+        }
+        match random.below(50) {
+            0 => tokio::time::sleep(Duration::from_millis(1)).await,
+            1..10 => tokio::task::yield_now().await,
+            10 => sink.flush().await.unwrap(),
+            _ => {}
+        }
+    }
+    for packet in held {
+        sink.submit(decide(packet)).unwrap();
+    }
+}
+
+async fn confirmations_from_eight_tasks() {
+    const COUNT: u32 = 3000;
+    let (queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let (mut packets, sink) = queue.split();
+    let tasks: Vec<_> = (0..8)
+        .map(|_| {
+            let (channel, mut inbox) = mpsc::unbounded_channel();
+            let (sink, decide) = (sink.clone(), load.decide());
+            let task = tokio::spawn(async move {
+                while let Some(packet) = inbox.recv().await {
+                    soon("the answer", sink.confirm(decide(packet))).await.unwrap();
+                }
+            });
+            (channel, task)
+        })
+        .collect();
+    for index in 0..COUNT as usize {
+        tasks[index % 8].0.send(next(&mut packets).await).unwrap();
+    }
+    for (channel, task) in tasks {
+        drop(channel);
+        soon("a task", task).await.unwrap();
+    }
+    load.finish(COUNT).await;
+    assert_eq!((sink.stats().gone_at_least, sink.stats().in_flight), (0, 0));
+}
+
+async fn sinks_in_foreign_threads() {
+    const COUNT: u32 = 5000;
+    let (queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let (mut packets, sink) = queue.split();
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            let (channel, inbox) = std::sync::mpsc::channel();
+            let (sink, decide) = (sink.clone(), load.decide());
+            let thread = std::thread::spawn(move || {
+                for packet in inbox {
+                    sink.submit(decide(packet)).unwrap();
+                }
+            });
+            (channel, thread)
+        })
+        .collect();
+    for index in 0..COUNT as usize {
+        threads[index % 4].0.send(next(&mut packets).await).unwrap();
+    }
+    for (channel, thread) in threads {
+        drop(channel);
+        thread.join().unwrap();
+    }
+    load.finish(COUNT).await;
+    assert_eq!((sink.stats().gone_at_least, sink.stats().late, sink.stats().lost), (0, 0, 0));
+}
+
+async fn receiving_is_cancel_safe() {
+    const COUNT: u32 = 5000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let decide = load.decide();
+    let sink = queue.sink();
+    let (mut received, mut cancelled) = (0_u32, 0_u32);
+    while received < COUNT {
+        tokio::select! {
+            packet = queue.recv() => {
+                let packet = packet.unwrap().unwrap();
+                // By its id: packets may overtake each other on their way to the queue.
+                assert_eq!(packet.id().get(), received + 1, "none is missing");
+                received += 1;
+                sink.submit(decide(packet)).unwrap();
+            }
+            () = ready(()) => {
+                cancelled += 1;
+                if cancelled % 8 == 0 {
+                    // Or else this task would never let the runtime look for events.
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+    load.finish(COUNT).await;
+    assert!(cancelled > 0);
+    assert_eq!((sink.stats().unanswered, sink.stats().lost), (0, 0));
+}
+
+async fn receiving_many_is_cancel_safe() {
+    const COUNT: u32 = 5000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let decide = load.decide();
+    let sink = queue.sink();
+    let mut packets = Vec::new();
+    let (mut received, mut cancelled) = (0, 0_u32);
+    while received < COUNT {
+        tokio::select! {
+            count = queue.recv_many(&mut packets, 7) => assert_eq!(count.unwrap(), packets.len()),
+            () = ready(()) => {
+                assert!(packets.is_empty(), "a cancelled call has taken nothing");
+                cancelled += 1;
+                if cancelled % 8 == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        for packet in packets.drain(..) {
+            assert_eq!(packet.id().get(), received + 1);
+            received += 1;
+            sink.submit(decide(packet)).unwrap();
+        }
+    }
+    load.finish(COUNT).await;
+    assert_eq!(sink.stats().unanswered, 0);
+}
+
+/// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the stream's busy poll.
+async fn a_stream_that_stays_awake_lets_others_run() {
+    const ROUNDS: u32 = 3000;
+    let (mut queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
+    let there = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
+    let here = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = there.local_addr().unwrap();
+    let decided = tokio::spawn(async move {
+        let mut dry = 0_u32;
+        for _ in 0..ROUNDS {
+            let packet = std::future::poll_fn(|cx| {
+                let polled = queue.poll_next_unpin(cx);
+                dry += u32::from(polled.is_pending());
+                polled
+            });
+            let packet = packet.await.unwrap().unwrap();
+            queue.sink().submit(packet.accept()).unwrap();
+        }
+        dry
+    });
+    let play = async {
+        for round in 0..ROUNDS {
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+            here.send_to(&round.to_be_bytes(), address).await.unwrap();
+            let mut datagram = [0; 4];
+            there.recv(&mut datagram).await.unwrap();
+            assert_eq!(u32::from_be_bytes(datagram), round);
+        }
+    };
+    soon("the game's end", play).await;
+    // Asleep it would have been polled in vain once for each packet at most.
+    let dry = soon("the verdicts", decided).await.unwrap();
+    assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
+}
+
+/// A set of streams polls those that have been woken. A wish to be polled again that the runtime has forgotten must not
+/// be all that wakes a stream in such a set.
+fn a_stream_that_stays_awake_survives_the_end_of_block_on() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let (queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
+    let (sink, mut set) = (queue.sink(), futures::stream::select_all([queue]));
+    let traffic = Traffic::new(1);
+    for round in 0..100 {
+        // Dry, and at the end of this it is known whether it stays awake.
+        runtime.block_on(std::future::poll_fn(|cx| {
+            assert!(set.poll_next_unpin(cx).is_pending(), "{round}");
+            std::task::Poll::Ready(())
+        }));
+        traffic.send([round]);
+        let packet = runtime.block_on(soon("the packet", set.next())).unwrap().unwrap();
+        assert_eq!(number(&packet), round);
+        sink.submit(packet.accept()).unwrap();
+        runtime.block_on(traffic.expect([round]));
+    }
+}
+
+async fn receiving_many_keeps_its_limit() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(200);
+    let mut packets = Vec::new();
+    assert_eq!(soon("nothing", queue.recv_many(&mut packets, 0)).await.unwrap(), 0);
+    traffic.send(0..100);
+    eventually("all are queued", || account(0).unwrap().waiting == 100).await;
+    for limit in [1, 2, 10, 64, 1000] {
+        let before = packets.len();
+        let count = soon("packets", queue.recv_many(&mut packets, limit)).await.unwrap();
+        assert!((1..=limit).contains(&count));
+        assert_eq!(packets.len(), before + count, "appended");
+    }
+    // What is there already is given as far as the limit allows.
+    assert!(packets.len() >= 64);
+    while packets.len() < 100 {
+        soon("packets", queue.recv_many(&mut packets, 1000)).await.unwrap();
+    }
+    assert!(packets.iter().map(number).eq(0..100));
+    for packet in packets {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..100).await;
+    // The same mixed with single receives.
+    traffic.send(100..110);
+    let mut packets = vec![next(&mut queue).await];
+    packets.push(queue.next().await.unwrap().unwrap());
+    while packets.len() < 10 {
+        soon("packets", queue.recv_many(&mut packets, 3)).await.unwrap();
+    }
+    assert!(packets.iter().map(number).eq(100..110));
+    drop(hold(&mut queue, &traffic, [150]).await);
+}

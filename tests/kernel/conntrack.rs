@@ -1,0 +1,625 @@
+//! Connection tracking entries beside packets, and changed by verdicts.
+//!
+//! On a kernel without the glue between queues and connection tracking (`NETFILTER_NETLINK_GLUE_CT`) each of these tests
+//! sees to it that such a queue cannot be bound and that a change is refused, and no more.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+use futures::SinkExt;
+use netlink_packet_core::{DefaultNla, Emitable};
+use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
+use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Expectation, Flow, Packet, Queue, Verdict};
+
+use crate::{
+    common::{
+        self, Hook, Protocol, Rule, divert, next, number,
+        rules::{self, Expressions, NetfilterProtoFamily, Place},
+        soon,
+    },
+    support,
+};
+
+tests![
+    both the_first_packet_brings_an_unconfirmed_entry,
+    both answers_change_the_state,
+    one an_entry_of_ipv6,
+    one an_entry_in_a_zone,
+    one an_error_is_related,
+    one untracked_packets_have_no_entry,
+    both a_mark_is_seen_on_the_flow,
+    one a_mark_changes_in_the_bits_of_its_mask,
+    one labels_change_in_the_bits_of_their_mask,
+    one labels_that_no_rule_uses_are_not_changed,
+    one a_timeout_holds_until_the_next_packet,
+    one a_very_long_timeout,
+    one all_changes_in_one_verdict,
+    one an_expected_connection_is_related,
+    one an_expectation_is_met_once_or_always,
+    one an_expectation_of_a_connection_without_a_helper,
+    one a_dropped_packet_leaves_no_entry,
+    both a_queue_bound_without_refuses_changes,
+];
+
+/// Set to 1 where the kernel has the glue, so that a queue with conntrack must not be refused.
+const EXPECTED: &str = "TOKIO_NFQUEUE_EXPECT_CONNTRACK";
+
+/// A queue with conntrack, or `None` after a look at what a kernel without it does instead.
+async fn with_conntrack(number: u16) -> Option<Queue> {
+    match Queue::builder(number).conntrack(true).bind() {
+        Ok(queue) => Some(queue),
+        Err(error) => {
+            assert!(std::env::var_os(EXPECTED).is_none_or(|value| value != "1"), "{EXPECTED}=1, but {error}");
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("conntrack"), "{error}");
+            assert_eq!(support::queue_line(number), None);
+            refuses_changes(number).await;
+            None
+        }
+    }
+}
+
+/// Binds a queue without conntrack, which takes no change.
+async fn refuses_changes(number: u16) {
+    let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().unwrap();
+    let _divert = divert([udp_out().to_queue(number)]);
+    let flow = Pair::new("127.0.0.1");
+    let changes: [fn(Verdict) -> Verdict; 4] = [
+        |verdict| verdict.conntrack_mark(1, 1),
+        |verdict| verdict.conntrack_labels([1; 16], [1; 16]),
+        |verdict| verdict.conntrack_timeout(Duration::from_secs(60)),
+        |verdict| verdict.expectation(Expectation::udp(LATER)),
+    ];
+    for (index, change) in (0..).zip(changes) {
+        flow.ask(index);
+        let packet = next(&mut queue).await;
+        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None));
+        let id = packet.id();
+        let verdict = change(packet.accept());
+        let error = match index {
+            0 => queue.sink().submit(verdict).unwrap_err(),
+            1 => soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err(),
+            _ => soon("the refusal", queue.sink().send(verdict)).await.unwrap_err(),
+        };
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
+        assert!(error.to_string().contains("conntrack"), "{error}");
+    }
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    // What is refused is unanswered.
+    for index in 0..4 {
+        assert_eq!(flow.heard(), index);
+    }
+}
+
+/// Where expected connections go to.
+const LATER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9100);
+
+/// Two sockets that talk over loopback: one asks, one answers.
+struct Pair {
+    client: UdpSocket,
+    server: UdpSocket,
+}
+
+impl Pair {
+    fn new(address: &str) -> Self {
+        let address: IpAddr = address.parse().unwrap();
+        Self { client: support::udp((address, 0)), server: support::udp((address, common::PORT)) }
+    }
+
+    fn ask(&self, number: u32) {
+        self.client.send_to(&number.to_be_bytes(), self.server.local_addr().unwrap()).unwrap();
+    }
+
+    fn answer(&self, number: u32) {
+        self.server.send_to(&number.to_be_bytes(), self.client.local_addr().unwrap()).unwrap();
+    }
+
+    /// What the server hears next.
+    fn heard(&self) -> u32 {
+        let mut datagram = [0; 4];
+        self.server.recv(&mut datagram).expect("a question");
+        u32::from_be_bytes(datagram)
+    }
+
+    #[track_caller]
+    fn assert_is(&self, entry: &Conntrack) {
+        let (client, server) = (self.client.local_addr().unwrap(), self.server.local_addr().unwrap());
+        assert_flow(entry.original, 17, client, server);
+        assert_flow(entry.reply, 17, server, client);
+    }
+}
+
+#[track_caller]
+fn assert_flow(flow: Flow, protocol: u8, source: SocketAddr, destination: SocketAddr) {
+    assert_eq!((flow.source, flow.source_port), (Some(source.ip()), Some(source.port())));
+    assert_eq!((flow.destination, flow.destination_port), (Some(destination.ip()), Some(destination.port())));
+    assert_eq!(flow.protocol, Some(protocol));
+}
+
+/// On its way out a packet is seen before its entry is confirmed.
+fn udp_out() -> Rule {
+    Rule::new(Hook::Output).protocol(Protocol::Udp)
+}
+
+/// The next packet, and its entry.
+async fn entry(queue: &mut Queue) -> (Packet, Conntrack) {
+    let packet = next(queue).await;
+    let entry = packet.conntrack().expect("a connection tracking entry");
+    (packet, entry)
+}
+
+/// The entry's mark: of one without, some kernels send 0, others nothing.
+fn mark(entry: &Conntrack) -> u32 {
+    entry.mark.unwrap_or(0)
+}
+
+/// Gives a verdict, and has the kernel say that it took it.
+async fn give(queue: &Queue, verdict: Verdict) {
+    soon("the kernel's answer", queue.sink().confirm(verdict)).await.unwrap();
+}
+
+async fn the_first_packet_brings_an_unconfirmed_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, first) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    pair.assert_is(&first);
+    let status = first.status.unwrap();
+    assert!(!status.is_confirmed() && !status.has_seen_reply() && !status.is_assured() && !status.is_expected());
+    assert!(!status.is_source_nat() && !status.is_destination_nat());
+    assert_eq!((mark(&first), first.labels, first.zone), (0, None, None));
+    assert!(first.id.is_some());
+    give(&queue, packet.accept()).await;
+    assert_eq!(pair.heard(), 1);
+
+    pair.ask(2);
+    let (packet, second) = entry(&mut queue).await;
+    // Nobody has answered yet.
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    pair.assert_is(&second);
+    assert!(second.status.unwrap().is_confirmed());
+    assert_eq!(second.id, first.id);
+    let timeout = second.timeout.unwrap();
+    assert!(timeout > Duration::ZERO && timeout <= Duration::from_secs(30), "{timeout:?}");
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn answers_change_the_state() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, first) = entry(&mut queue).await;
+    give(&queue, packet.accept()).await;
+    pair.answer(2);
+    let (packet, second) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
+    // The entry's directions are the connection's, not the packet's.
+    pair.assert_is(&second);
+    assert!(second.status.unwrap().has_seen_reply());
+    give(&queue, packet.accept()).await;
+    pair.ask(3);
+    let (packet, third) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::Established));
+    pair.assert_is(&third);
+    let status = third.status.unwrap();
+    assert!(status.has_seen_reply() && status.is_confirmed());
+    // SEEN_REPLY and CONFIRMED among them.
+    assert_eq!(status.bits() & 0b1010, 0b1010);
+    assert_eq!((second.id, third.id), (first.id, first.id));
+    queue.sink().submit(packet.accept()).unwrap();
+
+    // Another flow, another entry.
+    let other = support::udp("127.0.0.1:0");
+    other.send_to(&[0; 4], pair.server.local_addr().unwrap()).unwrap();
+    let (packet, fourth) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    assert_eq!(fourth.original.source_port, Some(other.local_addr().unwrap().port()));
+    assert_ne!(fourth.id, first.id);
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn an_entry_of_ipv6() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("::1");
+    pair.ask(1);
+    let (packet, entry) = entry(&mut queue).await;
+    pair.assert_is(&entry);
+    assert_eq!(entry.original.source, Some(Ipv6Addr::LOCALHOST.into()));
+    give(&queue, packet.accept().conntrack_mark(6, 6)).await;
+    assert_eq!(pair.heard(), 1);
+}
+
+async fn an_entry_in_a_zone() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    install("zoned", Some(BEFORE_TRACKING), vec![immediate(5_u16.to_ne_bytes().to_vec()), ct(SOURCE, ZONE)]);
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(1);
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!(entry.zone, Some(5));
+    pair.assert_is(&entry);
+    give(&queue, packet.accept()).await;
+}
+
+async fn an_error_is_related() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Icmp).to_queue(0)]);
+    let client = support::udp("127.0.0.1:0");
+    let nobody = SocketAddr::from(([127, 0, 0, 1], 9999));
+    client.send_to(b"hello?", nobody).unwrap();
+    // Port unreachable.
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!(packet.conntrack_state(), Some(ConntrackState::RelatedReply));
+    assert_flow(entry.original, 17, client.local_addr().unwrap(), nobody);
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn untracked_packets_have_no_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        pair.ask(turn);
+        let packet = next(&mut queue).await;
+        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None), "{turn}");
+        // It cannot be known beforehand which packets have one, so this is no mistake.
+        give(&queue, packet.accept().conntrack_mark(1, 1)).await;
+        assert_eq!(pair.heard(), turn);
+        if turn == 0 {
+            // First there was no connection tracking, now there is, but not for these.
+            track();
+            let notrack = Expressions::Other { expression_type: "notrack".to_owned(), attributes: Vec::new() };
+            install("exempt", Some(BEFORE_TRACKING), vec![notrack]);
+        }
+    }
+}
+
+async fn a_mark_is_seen_on_the_flow() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let (pair, other) = (Pair::new("127.0.0.1"), Pair::new("127.0.0.2"));
+    pair.ask(1);
+    let packet = next(&mut queue).await;
+    // The connection's mark, not the packet's.
+    give(&queue, packet.accept().conntrack_mark(0xdead_beef, u32::MAX)).await;
+    pair.ask(2);
+    let (packet, marked) = entry(&mut queue).await;
+    assert_eq!((number(&packet), marked.mark, packet.mark()), (2, Some(0xdead_beef), 0));
+    queue.sink().submit(packet.accept()).unwrap();
+    // It is both directions'.
+    pair.answer(3);
+    let (packet, marked) = entry(&mut queue).await;
+    assert_eq!((packet.conntrack_state(), marked.mark), (Some(ConntrackState::EstablishedReply), Some(0xdead_beef)));
+    queue.sink().submit(packet.accept()).unwrap();
+    other.ask(4);
+    let (packet, unmarked) = entry(&mut queue).await;
+    assert_eq!(mark(&unmarked), 0);
+    queue.sink().submit(packet.accept()).unwrap();
+    // Back to none.
+    pair.ask(5);
+    let packet = next(&mut queue).await;
+    give(&queue, packet.accept().conntrack_mark(0, u32::MAX)).await;
+    pair.ask(6);
+    let (packet, unmarked) = entry(&mut queue).await;
+    assert_eq!(mark(&unmarked), 0);
+    queue.sink().submit(packet.accept()).unwrap();
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    for number in [1, 2, 5, 6] {
+        assert_eq!(pair.heard(), number);
+    }
+}
+
+async fn a_mark_changes_in_the_bits_of_its_mask() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    let changes = [
+        ((0x1234_5678, u32::MAX), 0x1234_5678),
+        ((0x0000_0009, 0x0000_000f), 0x1234_5679),
+        ((0x0000_ab00, 0x0000_ff00), 0x1234_ab79),
+        ((0, 0x0fff_0000), 0x1000_ab79),
+        // Bits outside of the mask do not count.
+        ((0xffff_ffff, 0x0000_00ff), 0x1000_abff),
+        ((0xffff_ffff, 0), 0x1000_abff),
+    ];
+    for ((value, mask), expected) in changes {
+        pair.ask(0);
+        let packet = next(&mut queue).await;
+        give(&queue, packet.accept().conntrack_mark(value, mask)).await;
+        pair.ask(0);
+        let (packet, entry) = entry(&mut queue).await;
+        assert_eq!(entry.mark, Some(expected), "{:#x?} with {value:#x} in {mask:#x}", entry.mark);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+}
+
+async fn labels_change_in_the_bits_of_their_mask() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track_with_labels();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    let first: [u8; 16] = std::array::from_fn(|index| index as u8 + 1);
+    let mut second = first;
+    (second[0], second[15]) = (0xf1, 0);
+    let mut mask = [0; 16];
+    (mask[0], mask[15]) = (0xf0, 0xff);
+    let mut value = [0xff; 16];
+    value[15] = 0;
+    for ((value, mask), expected) in
+        [((first, [0xff; 16]), Some(first)), ((value, mask), Some(second)), (([0; 16], [0xff; 16]), None)]
+    {
+        pair.ask(0);
+        let packet = next(&mut queue).await;
+        give(&queue, packet.accept().conntrack_labels(value, mask)).await;
+        pair.ask(0);
+        let (packet, entry) = entry(&mut queue).await;
+        assert_eq!(entry.labels, expected);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+}
+
+async fn labels_that_no_rule_uses_are_not_changed() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(0);
+    let packet = next(&mut queue).await;
+    // The kernel says nothing of it, and gives up before it comes to the mark.
+    give(&queue, packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
+    pair.ask(0);
+    let (packet, entry) = entry(&mut queue).await;
+    assert_eq!((entry.labels, mark(&entry)), (None, 0));
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn a_timeout_holds_until_the_next_packet() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        // The first time the entry is not confirmed.
+        pair.ask(turn);
+        let (packet, before) = entry(&mut queue).await;
+        assert!(before.timeout.is_some_and(|timeout| timeout <= Duration::from_secs(30)), "{turn}: {before:?}");
+        assert_eq!(before.status.unwrap().is_confirmed(), turn == 1);
+        // Without a way through the stack in between.
+        give(&queue, packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
+        let (packet, after) = entry(&mut second).await;
+        let timeout = after.timeout.unwrap();
+        assert!((Duration::from_secs(900)..=Duration::from_secs(1000)).contains(&timeout), "{turn}: {timeout:?}");
+        give(&second, packet.accept()).await;
+        assert_eq!(pair.heard(), turn);
+    }
+    pair.ask(2);
+    let (packet, entry) = entry(&mut queue).await;
+    assert!(entry.timeout.unwrap() <= Duration::from_secs(30), "{entry:?}");
+    queue.sink().submit(packet.accept()).unwrap();
+}
+
+async fn a_very_long_timeout() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(0);
+    let packet = next(&mut queue).await;
+    give(&queue, packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
+    let (packet, entry) = entry(&mut second).await;
+    // The kernel cuts it to 2³¹ − 1 of its ticks: 24 days where there are 1000 of them in a second.
+    assert!(entry.timeout.unwrap() > Duration::from_secs(24 * 86_400), "{entry:?}");
+    give(&second, packet.accept()).await;
+    assert_eq!(pair.heard(), 0);
+}
+
+async fn all_changes_in_one_verdict() {
+    let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
+    track_with_labels();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    pair.ask(7);
+    let (packet, before) = entry(&mut queue).await;
+    let payload = packet.payload().to_vec();
+    let verdict = packet
+        .requeue(1)
+        .mark(3)
+        .conntrack_mark(4, 0xff)
+        .conntrack_labels([5; 16], [0xff; 16])
+        .conntrack_timeout(Duration::from_secs(600));
+    give(&queue, verdict).await;
+    let (packet, after) = entry(&mut second).await;
+    assert_eq!((packet.mark(), after.mark, after.labels), (3, Some(4), Some([5; 16])));
+    assert!(after.timeout.unwrap() > Duration::from_secs(500));
+    assert_eq!((after.id, packet.payload().to_vec()), (before.id, payload));
+    give(&second, packet.accept()).await;
+    assert_eq!(pair.heard(), 7);
+}
+
+/// Asks a question, and gives its connection an expectation; tells what the connection was.
+async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Conntrack {
+    pair.ask(0);
+    let (packet, first) = entry(queue).await;
+    give(queue, packet.accept().expectation(expectation)).await;
+    assert_eq!(pair.heard(), 0);
+    first
+}
+
+/// The state and the entry of a first packet from somewhere to where it may be expected.
+async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConntrackState, Conntrack) {
+    from.send_to(&[0; 4], LATER).unwrap();
+    let (packet, entry) = entry(queue).await;
+    let state = packet.conntrack_state().unwrap();
+    give(queue, packet.accept()).await;
+    (state, entry)
+}
+
+async fn an_expected_connection_is_related() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    assist();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let (pair, source) = (Pair::new("127.0.0.1"), support::udp("127.0.0.1:0"));
+    let (state, entry) = follow(&mut queue, &source).await;
+    assert_eq!((state, entry.master), (ConntrackState::New, None), "before");
+
+    // Each wrong one differs in one thing: in the source port, in the source address.
+    let [right, other] = ["127.0.0.1:0"; 2].map(support::udp);
+    let port = right.local_addr().unwrap().port();
+    let elsewhere = support::udp(("127.0.0.2", port));
+    let expectation = Expectation::udp(LATER).source(Ipv4Addr::LOCALHOST.into()).source_port(port);
+    let first = expect(&mut queue, &pair, expectation).await;
+    assert_eq!((first.helper.as_deref(), first.master), (Some(HELPER), None));
+    for from in [other, elsewhere] {
+        let (state, entry) = follow(&mut queue, &from).await;
+        assert_eq!((state, entry.master), (ConntrackState::New, None));
+        assert!(!entry.status.unwrap().is_expected());
+    }
+    let (state, entry) = follow(&mut queue, &right).await;
+    assert_eq!((state, entry.master), (ConntrackState::Related, Some(first.original)));
+    assert!(entry.status.unwrap().is_expected());
+}
+
+async fn an_expectation_is_met_once_or_always() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    assist();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let pair = Pair::new("127.0.0.1");
+    use ConntrackState::{New, Related};
+    let anyone = Expectation::udp(LATER);
+    for (expectation, states) in [
+        (anyone.clone().inactive(), [New, New]),
+        (anyone.clone().permanent(), [Related, Related]),
+        // The helper allows for one, so the last takes the place of the one before it.
+        (anyone, [Related, New]),
+    ] {
+        expect(&mut queue, &pair, expectation.clone()).await;
+        for state in states {
+            let (found, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
+            assert_eq!(found, state, "{expectation:?}");
+        }
+    }
+}
+
+async fn an_expectation_of_a_connection_without_a_helper() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let _later = support::udp(LATER);
+    let first = expect(&mut queue, &Pair::new("127.0.0.1"), Expectation::udp(LATER)).await;
+    assert_eq!(first.helper, None);
+    // The kernel says nothing of it.
+    let (state, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
+    assert_eq!(state, ConntrackState::New);
+
+    // What it would ignore, and can be known beforehand, is refused.
+    let source = support::udp("127.0.0.1:0");
+    source.send_to(&[0; 4], LATER).unwrap();
+    let verdict = next(&mut queue).await.accept();
+    let mixed = Expectation::udp(LATER).source(Ipv6Addr::LOCALHOST.into());
+    let error = queue.sink().submit(verdict.expectation(mixed)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+}
+
+async fn a_dropped_packet_leaves_no_entry() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let _divert = divert([udp_out().to_queue(0)]);
+    let pair = Pair::new("127.0.0.1");
+    for turn in 0..2 {
+        pair.ask(turn);
+        let (packet, entry) = entry(&mut queue).await;
+        assert!(!entry.status.unwrap().is_confirmed());
+        assert_eq!(mark(&entry), 0);
+        give(&queue, packet.drop().conntrack_mark(9, 9)).await;
+    }
+}
+
+async fn a_queue_bound_without_refuses_changes() {
+    refuses_changes(0).await;
+}
+
+// Rules that `Divert` has no words for.
+
+/// enum nft_ct_attributes
+const DESTINATION: u16 = 1;
+const KEY: u16 = 2;
+const SOURCE: u16 = 4;
+/// enum nft_ct_keys
+const STATE: u32 = 0;
+const LABELS: u32 = 13;
+const ZONE: u32 = 17;
+/// A chain at the output hook, before `NF_IP_PRI_CONNTRACK`, -200.
+const BEFORE_TRACKING: i32 = -300;
+const AFTER_TRACKING: i32 = -150;
+
+/// Has connections tracked in this network namespace: it is enough that some rule asks for their state.
+fn track() {
+    install("tracking", None, vec![ct(DESTINATION, STATE)]);
+}
+
+/// As [`track`], with room for labels in each entry, which is made when some rule sets labels.
+fn track_with_labels() {
+    install("labelling", None, vec![immediate(vec![0; 16]), ct(SOURCE, LABELS)]);
+    track();
+}
+
+/// A helper for UDP that takes no interest in packets as short as these.
+const HELPER: &str = "tftp";
+
+/// Gives new connections the helper, right after they have got their entry.
+fn assist() {
+    let string = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
+    // NFT_OBJECT_CT_HELPER, as the attributes NFTA_OBJ_TYPE and NFTA_OBJREF_IMM_TYPE.
+    let helper = |kind| DefaultNla::new(kind, vec![0, 0, 0, 3]);
+    // NFTA_CT_HELPER_NAME, NFTA_CT_HELPER_L4PROTO
+    let data = [string(1, HELPER), DefaultNla::new(3, vec![17])];
+    let data: &[DefaultNla] = &data;
+    let mut nested = vec![0; data.buffer_len()];
+    data.emit(&mut nested);
+    // NFTA_OBJ_TABLE, _NAME, _TYPE, _DATA
+    let object = vec![string(1, "assisting"), string(2, HELPER), helper(3), DefaultNla::new(4, nested)];
+    let objref =
+        Expressions::Other { expression_type: "objref".to_owned(), attributes: vec![helper(1), string(2, HELPER)] };
+    rules::install_object(NetfilterProtoFamily::Inet, "assisting", object)
+        .unwrap_or_else(|error| panic!("nf_tables refuses a helper: {error}"));
+    install("assisting", Some(AFTER_TRACKING), vec![objref]);
+}
+
+/// The `ct` expression, with register 1 as source or destination.
+fn ct(direction: u16, key: u32) -> Expressions {
+    let attributes = [(direction, 1), (KEY, key)];
+    let attributes = attributes.map(|(kind, number)| DefaultNla::new(kind, u32::to_be_bytes(number).to_vec())).to_vec();
+    Expressions::Other { expression_type: "ct".to_owned(), attributes }
+}
+
+/// A constant to register 1.
+fn immediate(value: Vec<u8>) -> Expressions {
+    Expressions::Immediate(vec![
+        Immediate::DestinationRegister(Register::Reg1),
+        Immediate::Data(DataAttribute::Value(value)),
+    ])
+}
+
+/// A table of one chain, with a priority at the output hook or without a hook, and one rule.
+fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
+    // NF_INET_LOCAL_OUT
+    let place = priority.map(|priority| Place { hook: 3, priority });
+    rules::install(NetfilterProtoFamily::Inet, name, place, expressions)
+        .unwrap_or_else(|error| panic!("nf_tables refuses {name}: {error}"));
+}

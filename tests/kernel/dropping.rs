@@ -1,0 +1,122 @@
+//! What becomes of a queue whose handles are dropped.
+
+use tokio_nfqueue::{Action, Packet, Queue};
+
+use crate::common::{Traffic, account, eventually, hold, start};
+
+tests![
+    both a_dropped_queue_lives_on_until_its_packets_are_decided,
+    both a_dropped_stream_ends_the_queue,
+    one a_dropped_stream_lets_traffic_pass_or_not,
+    both the_stream_goes_on_without_a_sink,
+    sync everything_dropped_outside_of_a_runtime,
+];
+
+async fn a_dropped_queue_lives_on_until_its_packets_are_decided() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let mut packets = hold(&mut queue, &traffic, 0..10).await;
+    traffic.send(10..20);
+    let sink = queue.sink();
+    // Decided, and perhaps not sent.
+    sink.submit(packets.remove(0).accept()).unwrap();
+    drop(queue);
+    traffic.expect([0]).await;
+    traffic.send(20..30);
+    let last = packets.pop().unwrap();
+    for packet in packets {
+        sink.submit(packet.accept()).unwrap();
+    }
+    traffic.expect(1..9).await;
+    assert!(account(0).is_some(), "one is still owed");
+    sink.submit(last.accept()).unwrap();
+    traffic.expect([9]).await;
+    eventually("the end", || account(0).is_none()).await;
+    assert_eq!((sink.stats().in_flight, sink.stats().gone_at_least), (0, 0));
+}
+
+async fn a_dropped_stream_ends_the_queue() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let (mut packets, sink) = queue.split();
+    let held = hold(&mut packets, &traffic, 0..10).await;
+    drop(packets);
+    assert!(sink.is_closed());
+    // The packets alone keep what is needed.
+    let tickets: Vec<_> = held.into_iter().map(Packet::detach).collect();
+    let other = Queue::builder(1).bind().unwrap();
+    drop(sink);
+    for ticket in tickets {
+        assert!(account(0).is_some());
+        // Any sink will do.
+        other.sink().submit(ticket.accept()).unwrap();
+    }
+    traffic.expect(0..10).await;
+    eventually("the end", || account(0).is_none()).await;
+}
+
+async fn a_dropped_stream_lets_traffic_pass_or_not() {
+    for (action, delivered) in [(Action::Accept, 0..60), (Action::Drop, 0..10)] {
+        let (queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let traffic = Traffic::new(60);
+        let (mut packets, sink) = queue.split();
+        let held = hold(&mut packets, &traffic, 0..10).await;
+        traffic.send(10..30);
+        drop(packets);
+        traffic.send(30..60);
+        for packet in held {
+            sink.submit(packet.accept()).unwrap();
+        }
+        traffic.expect(delivered).await;
+        eventually("the end", || account(0).is_none()).await;
+    }
+}
+
+async fn the_stream_goes_on_without_a_sink() {
+    let (queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+    let traffic = Traffic::new(60);
+    let (mut packets, sink) = queue.split();
+    drop(sink.clone());
+    drop(sink);
+    for packet in hold(&mut packets, &traffic, 0..50).await {
+        drop(packet);
+    }
+    traffic.expect(0..50).await;
+}
+
+fn everything_dropped_outside_of_a_runtime() {
+    for order in 0..3 {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (queue, divert, traffic, packets) = runtime.block_on(async {
+            let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+            let traffic = Traffic::new(50);
+            let packets = hold(&mut queue, &traffic, 0..10).await;
+            traffic.send(10..20);
+            (queue, divert, traffic, packets)
+        });
+        let verdict: Vec<_> = packets.into_iter().map(Packet::accept).collect();
+        let sink = queue.sink();
+        match order {
+            0 => drop((queue, sink, verdict)),
+            1 => drop((verdict, sink, queue)),
+            // The runtime is there no more.
+            _ => {
+                let outside = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                drop(runtime);
+                drop((sink, queue, verdict));
+                assert_eq!(account(0), None);
+                let mut delivered = traffic.delivered();
+                delivered.sort_unstable();
+                assert!(delivered.into_iter().eq(0..20));
+                drop((outside, divert));
+                continue;
+            }
+        }
+        // The queue's own task has a share in the end, so it goes on with the runtime.
+        runtime.block_on(async {
+            traffic.expect(0..20).await;
+            eventually("the end", || account(0).is_none()).await;
+        });
+        drop(divert);
+    }
+}

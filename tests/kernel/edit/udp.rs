@@ -1,0 +1,286 @@
+//! UDP: lengths, addresses, ports, super-packets, fragments.
+
+use std::net::UdpSocket;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
+use tokio_nfqueue::{ErrorKind, Hook, Protocol, Queue, Rule};
+
+use super::{
+    route, second,
+    setup::{Case, Editor, PORT, Path, checksum_errors},
+};
+use crate::{common, support};
+
+const ANSWER_PORT: u16 = 9001;
+
+#[track_caller]
+fn expect(socket: &UdpSocket, expected: &[u8]) {
+    let mut datagram = vec![0; 65_536];
+    let length = socket.recv(&mut datagram).unwrap_or_else(|error| panic!("{} bytes: {error}", expected.len()));
+    assert!(datagram[..length] == *expected, "{length} bytes instead of {}, or others", expected.len());
+}
+
+/// In both directions: where packets leave, with checksums yet unfinished, and where they arrive.
+pub(crate) async fn other_length(case: Case) {
+    let path = Path::new(case);
+    // With two bytes more, the last is as long as the MTU allows over IPv6.
+    let texts: [&'static [u8]; 6] = [b"", b"x", b"shorter", &[7; 999], &[8; 1400], &[9; 1450]];
+    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Input, ANSWER_PORT)];
+    let mut next = texts.into_iter().flat_map(|text| [text, text]);
+    let editor = Editor::start(case, rules, move |edit| {
+        edit.replace_payload(next.next().expect("no more packets than texts"))?;
+        // In parts and at the ends.
+        edit.splice_payload(..0, b"<")?;
+        let end = edit.view().payload().map_or(0, <[u8]>::len);
+        edit.splice_payload(end.., b"..>")?;
+        edit.splice_payload(end..end + 2, b"")
+    });
+    let near = support::udp((path.near, ANSWER_PORT));
+    let far = path.far_udp(PORT);
+    for text in texts {
+        let expected = [b"<", text, b">"].concat();
+        near.send_to(b"as it was sent", (path.far, PORT)).unwrap();
+        expect(&far, &expected);
+        far.send_to(b"as it was answered", (path.near, ANSWER_PORT)).unwrap();
+        expect(&near, &expected);
+    }
+    assert_eq!(editor.stop().await.packets, 2 * texts.len() as u32);
+    path.assert_checksums();
+}
+
+/// The client talks to an address and port where nobody is, and does not notice.
+pub(crate) async fn redirected(case: Case) {
+    let path = Path::new(case);
+    let (asked, answering) = (path.far, second(path.far));
+    path.add_address(false, answering);
+    let server = path.peer.run(|| support::udp((answering, ANSWER_PORT)));
+    let rules = [
+        Path::udp_to(Hook::Output, PORT),
+        Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_port(ANSWER_PORT),
+    ];
+    let editor = Editor::start(case, rules, move |edit| {
+        if edit.view().destination_port() == Some(PORT) {
+            edit.set_destination_address(answering)?;
+            edit.set_destination_port(ANSWER_PORT)
+        } else {
+            assert_eq!((edit.view().source(), edit.view().source_port()), (answering, Some(ANSWER_PORT)));
+            edit.set_source_address(asked)?;
+            edit.set_source_port(PORT)
+        }
+    });
+    let client = path.near_udp();
+    // Takes answers from there alone.
+    client.connect((asked, PORT)).unwrap();
+    for number in 0..20_u8 {
+        client.send(&[number; 100]).unwrap();
+        let mut datagram = [0; 128];
+        let (length, from) = server.recv_from(&mut datagram).unwrap();
+        assert_eq!(from, client.local_addr().unwrap());
+        server.send_to(&datagram[..length], from).unwrap();
+        expect(&client, &[number; 100]);
+    }
+    assert_eq!(editor.stop().await.packets, 40);
+    path.assert_checksums();
+}
+
+/// Whether the case's super-packets can be edited. Before Linux 6.11 they cannot be sent where an interface cannot make checksums, and
+/// where one can they are refused, as is seen to here.
+async fn editable(case: Case, path: &Path) -> bool {
+    const SEGMENT: usize = 1000;
+    if common::kernel_release() >= (6, 11) || (case.offloads && !case.gso) {
+        return true;
+    }
+    let near = path.near_udp();
+    setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
+    let sent = near.send_to(&[7; 2 * SEGMENT], (path.far, PORT));
+    if case.offloads {
+        sent.unwrap();
+        let packet = common::next(&mut queue).await;
+        let error = packet.edit().unwrap_err();
+        assert!(packet.is_gso() && error.to_string().contains("UDP super-packet"), "{error}");
+    } else {
+        assert_eq!(sent.unwrap_err().raw_os_error(), Some(nix::errno::Errno::EIO as i32));
+    }
+    queue.close().await.unwrap();
+    false
+}
+
+/// Several datagrams in one, which the kernel cuts later: they go elsewhere with other bytes in them. Before local
+/// delivery they are refused.
+pub(crate) async fn super_packets(case: Case) {
+    const SEGMENT: usize = 1000;
+    let path = Path::new(case);
+    if !editable(case, &path).await {
+        return;
+    }
+    let far = path.far_udp(ANSWER_PORT);
+    let near = path.near_udp();
+    setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+    let editor = Editor::start(case, [Path::udp_to(Hook::Output, PORT)], move |edit| {
+        edit.payload_mut()?.iter_mut().for_each(|byte| *byte = byte.wrapping_add(1));
+        let length = edit.view().payload().map_or(0, <[u8]>::len);
+        if length > SEGMENT {
+            let error = edit.splice_payload(..1, b"").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        }
+        edit.set_destination_port(ANSWER_PORT)
+    });
+    for _ in 0..10 {
+        near.send_to(&[7; 5 * SEGMENT - 1], (path.far, PORT)).unwrap();
+        (0..4).for_each(|_| expect(&far, &[8; SEGMENT]));
+        expect(&far, &[8; SEGMENT - 1]);
+    }
+    let seen = editor.stop().await;
+    let expected = if case.gso { (10, 10) } else { (50, 0) };
+    assert_eq!((seen.packets, seen.super_packets), expected);
+    path.assert_checksums();
+
+    // The other way they come whole where interfaces can do so.
+    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let _divert = common::divert([Path::udp_to(Hook::Input, PORT).to_queue(0)]);
+    let receiver = support::udp((path.near, PORT));
+    setsockopt(&far, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+    far.send_to(&[7; 2 * SEGMENT], (path.near, PORT)).unwrap();
+    let packet = common::next(&mut queue).await;
+    assert_eq!(packet.is_gso(), case.gso && case.offloads);
+    match packet.edit() {
+        Ok(mut edit) => {
+            assert!(!packet.is_gso());
+            edit.replace_payload(b"edited").unwrap();
+            queue.sink().submit(packet.accept().payload(edit.finish())).unwrap();
+            queue.sink().flush().await.unwrap();
+            expect(&receiver, b"edited");
+        }
+        Err(error) => {
+            assert!(packet.is_gso() && error.to_string().contains("UDP super-packet"), "{error}");
+            queue.sink().submit(packet.drop()).unwrap();
+        }
+    }
+}
+
+/// As super-packets on the way through.
+pub(crate) async fn forwarded(case: Case) {
+    const SEGMENT: usize = 1000;
+    let from = Path::new(case);
+    if !editable(case, &from).await {
+        return;
+    }
+    let to = Path::beside(case);
+    support::forwarding();
+    from.peer.route_through_near();
+    to.peer.route_through_near();
+    let (sender, receiver) = (from.far_udp(0), to.far_udp(PORT));
+    setsockopt(&sender, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+    for hook in [Hook::Forward, Hook::Postrouting] {
+        let editor = Editor::start(case, [Path::udp_to(hook, PORT)], |edit| {
+            edit.payload_mut()?.fill(8);
+            edit.set_tos(0x10);
+            Ok(())
+        });
+        for _ in 0..5 {
+            sender.send_to(&[7; 5 * SEGMENT - 1], (to.far, PORT)).unwrap();
+            (0..4).for_each(|_| expect(&receiver, &[8; SEGMENT]));
+            expect(&receiver, &[8; SEGMENT - 1]);
+        }
+        // An interface without offloads lets none through.
+        let expected = if case.gso && case.offloads { 5 } else { 0 };
+        assert_eq!(editor.stop().await.super_packets, expected);
+    }
+    from.assert_checksums();
+    to.assert_checksums();
+}
+
+/// All fragments go to another address; the first one's checksum must fit the whole.
+pub(crate) async fn fragments(case: Case) {
+    let path = Path::new(case);
+    let other = second(path.near);
+    path.add_address(true, other);
+    let receiver = support::udp((other, PORT));
+    let far = path.far_udp(0);
+    // Without this, the sender would rather refuse to send.
+    if case.v6 {
+        set_ipv6_mtu_discover(&far, Ipv6PathMtuDiscovery::DONT).unwrap();
+    } else {
+        set_ip_mtu_discover(&far, Ipv4PathMtuDiscovery::DONT).unwrap();
+    }
+    // No port: later fragments have none. Nothing here asks for connection tracking, which would join them first.
+    let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).destination_address(path.near, case.prefix());
+    let editor = Editor::start(case, [rule], move |edit| {
+        assert!(edit.view().is_fragment());
+        edit.set_ttl(9);
+        edit.set_destination_address(other)
+    });
+    let data: Vec<u8> = (0..4000).map(|index| (index % 251) as u8).collect();
+    far.send_to(&data, (path.near, PORT)).unwrap();
+    expect(&receiver, &data);
+    assert_eq!(editor.stop().await.packets, 3);
+    path.assert_checksums();
+}
+
+/// Through one address of a side to another one, in both directions: where packets leave, and where
+/// they arrive.
+pub(crate) async fn routed(case: Case) {
+    let path = Path::new(case);
+    let (far_last, near_last) = (path.accept_routes(false), path.accept_routes(true));
+    // At the input hook the next hop is no longer in the packet. Linux covers it with UDP's
+    // unfinished checksum.
+    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Prerouting, ANSWER_PORT)];
+    let editor = Editor::start(case, rules, |edit| edit.replace_payload(b"not what was sent"));
+    let (near, far) = (path.near_udp(), path.far_udp(0));
+    route::set(&near, path.far);
+    route::set(&far, path.near);
+    let far_receiver = path.peer.run(|| support::udp((far_last, PORT)));
+    let near_receiver = support::udp((near_last, ANSWER_PORT));
+    for _ in 0..5 {
+        near.send_to(b"hello", (far_last, PORT)).unwrap();
+        expect(&far_receiver, b"not what was sent");
+        far.send_to(b"hello", (near_last, ANSWER_PORT)).unwrap();
+        expect(&near_receiver, b"not what was sent");
+    }
+    assert_eq!(editor.stop().await.packets, 10);
+
+    if editable(case, &path).await {
+        const SEGMENT: usize = 1000;
+        setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+        let editor = Editor::start(case, [Path::udp_to(Hook::Output, PORT)], |edit| {
+            edit.payload_mut()?.fill(8);
+            Ok(())
+        });
+        let sent = near.send_to(&[7; 3 * SEGMENT], (far_last, PORT));
+        let expected = if case.v6 && common::kernel_release() < (6, 11) {
+            // Seen on 6.1: with an extension header the sender's own socket refuses.
+            assert_eq!(sent.unwrap_err().raw_os_error(), Some(nix::errno::Errno::EIO as i32));
+            (0, 0)
+        } else {
+            sent.unwrap();
+            (0..3).for_each(|_| expect(&far_receiver, &[8; SEGMENT]));
+            if case.gso { (1, 1) } else { (3, 0) }
+        };
+        let seen = editor.stop().await;
+        assert_eq!((seen.packets, seen.super_packets), expected);
+    }
+    path.assert_checksums();
+}
+
+/// Without this the other tests would not tell right checksums from wrong ones.
+pub(crate) async fn wrong_checksum(case: Case) {
+    let path = Path::new(case);
+    let far = path.far_udp(PORT);
+    let near = path.near_udp();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
+    for text in [b"wrong", b"right"] {
+        near.send_to(text, (path.far, PORT)).unwrap();
+        let packet = common::next(&mut queue).await;
+        let mut payload = packet.edit().unwrap().finish();
+        if text == b"wrong" {
+            *payload.last_mut().unwrap() ^= 1;
+        }
+        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+    }
+    expect(&far, b"right");
+    assert_eq!(path.peer.run(checksum_errors), 1);
+}

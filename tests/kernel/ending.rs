@@ -1,0 +1,368 @@
+//! How a queue is closed.
+
+use std::{
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use futures::StreamExt;
+use tokio_nfqueue::{Action, ErrorKind, Queue};
+
+use crate::{
+    common::{PATIENCE, PORT, Traffic, account, divert, eventually, hold, next, number, soon, start, udp_in},
+    support,
+};
+
+tests![
+    both closing_under_load_loses_nothing,
+    both closing_shut_keeps_a_firewall_shut,
+    both closing_waits_for_owed_verdicts,
+    both closing_does_not_wait_for_ever,
+    both closing_goes_on_when_nobody_awaits_it,
+    one unread_packets_get_the_answer_for_the_unanswered,
+    both close_with_says_what_unread_packets_get,
+    both the_stream_ends_after_close,
+    both a_waiting_stream_is_woken_by_close,
+    both closing_twice_and_together,
+    one verdicts_after_the_end,
+    sync closing_in_another_runtime,
+];
+
+/// How long the sender waits before it looks again whether there is room.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// Sends numbers until told to stop, each after the receiver has got nearly all before it; gives how many there were.
+struct Stream {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU32>,
+    sender: std::thread::JoinHandle<()>,
+    receiver: std::thread::JoinHandle<Vec<u32>>,
+}
+
+impl Stream {
+    fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (sent, received) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
+        let last = u32::MAX.to_be_bytes();
+        let receiver = std::thread::spawn({
+            let received = Arc::clone(&received);
+            move || {
+                let mut numbers = Vec::new();
+                let mut datagram = [0; 4];
+                // An error is the timeout: then something was lost, and the numbers tell what.
+                while to.recv(&mut datagram).is_ok() && datagram != last {
+                    numbers.push(u32::from_be_bytes(datagram));
+                    received.fetch_add(1, SeqCst);
+                }
+                numbers
+            }
+        });
+        let sender = std::thread::spawn({
+            let (stop, sent) = (Arc::clone(&stop), Arc::clone(&sent));
+            move || {
+                let mut next = 0_u32;
+                let mut patience = std::time::Instant::now() + PATIENCE / 2;
+                while !stop.load(SeqCst) && std::time::Instant::now() < patience {
+                    if next - received.load(SeqCst) < 100 {
+                        from.send_to(&next.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+                        next += 1;
+                        sent.store(next, SeqCst);
+                        patience = std::time::Instant::now() + PATIENCE / 2;
+                    } else {
+                        std::thread::sleep(PAUSE);
+                    }
+                }
+                while received.load(SeqCst) < next && std::time::Instant::now() < patience {
+                    std::thread::sleep(PAUSE);
+                }
+                from.send_to(&last, (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+            }
+        });
+        Self { stop, sent, sender, receiver }
+    }
+
+    /// Waits for so many more.
+    async fn more(&self, count: u32) {
+        let until = self.sent.load(SeqCst) + count;
+        eventually("traffic flows", || self.sent.load(SeqCst) >= until).await;
+    }
+
+    async fn finish(self) -> (u32, Vec<u32>) {
+        self.stop.store(true, SeqCst);
+        // Both end by themselves, also when something is missing.
+        while !self.sender.is_finished() || !self.receiver.is_finished() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        (self.sent.load(SeqCst), self.receiver.join().unwrap())
+    }
+}
+
+async fn closing_under_load_loses_nothing() {
+    let stream = Stream::start();
+    let mut dropped = 0;
+    for round in 0..5 {
+        // Bound before the rule, closed after it: no other order is without loss.
+        let queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
+        let divert = divert([udp_in().to_queue(0).bypass(true)]);
+        let (mut packets, sink) = queue.split();
+        let decide = tokio::spawn({
+            let sink = sink.clone();
+            async move {
+                let mut held = Vec::new();
+                while let Some(packet) = packets.next().await {
+                    held.push(packet.unwrap());
+                    if held.len() > 20 {
+                        sink.submit(held.swap_remove(held.len() / 2).accept()).unwrap();
+                    }
+                }
+                // Still owed, while the queue drains.
+                let last = held.pop().unwrap();
+                for packet in held {
+                    tokio::task::yield_now().await;
+                    sink.submit(packet.accept()).unwrap();
+                }
+                let dropped = account(0).unwrap().queue_full;
+                sink.submit(last.accept()).unwrap();
+                dropped
+            }
+        });
+        stream.more(500 + 7 * round).await;
+        soon("the end", sink.close()).await.unwrap();
+        assert_eq!(account(0), None);
+        dropped += soon("the task's end", decide).await.unwrap();
+        // Unbound, with the rule in place.
+        stream.more(50).await;
+        divert.remove_rules().unwrap();
+        stream.more(50).await;
+        drop(divert);
+        assert!(sink.stats().received > 0);
+        assert_eq!((sink.stats().lost, sink.stats().gone_at_least, sink.stats().in_flight), (0, 0, 0));
+    }
+    let (sent, received) = stream.finish().await;
+    let mut sorted = received;
+    sorted.sort_unstable();
+    let missing: Vec<u32> = (0..sent).filter(|number| sorted.binary_search(number).is_err()).take(10).collect();
+    assert!(
+        sorted.iter().copied().eq(0..sent),
+        "of {sent} sent are missing {missing:?}, dropped by a full queue {dropped}"
+    );
+}
+
+async fn closing_shut_keeps_a_firewall_shut() {
+    let (mut queue, divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let mut packets = hold(&mut queue, &traffic, 0..10).await;
+    let owed = packets.split_off(8);
+    let sink = queue.sink();
+    for packet in packets {
+        sink.submit(packet.accept()).unwrap();
+    }
+    let closing = tokio::spawn(queue.close());
+    eventually("the end has begun", || sink.is_closed()).await;
+    traffic.send(10..20);
+    // Whatever the kernel still queued of these has been answered for when the end is there.
+    for packet in owed {
+        sink.submit(packet.accept()).unwrap();
+    }
+    soon("the end", closing).await.unwrap().unwrap();
+    traffic.send(20..30);
+    divert.remove_rules().unwrap();
+    traffic.send(30..40);
+    traffic.expect((0..10).chain(30..40)).await;
+}
+
+async fn closing_waits_for_owed_verdicts() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let packets = hold(&mut queue, &traffic, 0..10).await;
+    let sink = queue.sink();
+    let closing = tokio::spawn(queue.close());
+    eventually("the end has begun", || sink.is_closed()).await;
+    for packet in packets {
+        assert!(!closing.is_finished(), "verdicts are still owed");
+        assert!(account(0).is_some());
+        let verdict = if number(&packet) < 5 { packet.accept() } else { packet.drop() };
+        sink.submit(verdict).unwrap();
+    }
+    soon("the end", closing).await.unwrap().unwrap();
+    assert_eq!(account(0), None);
+    traffic.expect(0..5).await;
+    assert_eq!((sink.stats().unanswered, sink.stats().late, sink.stats().gone_at_least), (0, 0, 0));
+}
+
+async fn closing_does_not_wait_for_ever() {
+    const TIMEOUT: Duration = Duration::from_millis(50);
+    for (action, delivered) in [(Action::Accept, 10), (Action::Drop, 0)] {
+        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action).close_timeout(TIMEOUT));
+        let traffic = Traffic::new(50);
+        let mut packets = hold(&mut queue, &traffic, 0..10).await;
+        let sink = queue.sink();
+        let begun = std::time::Instant::now();
+        let error = soon("the end", queue.close()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert!(begun.elapsed() >= TIMEOUT, "not before");
+        assert_eq!(account(0), None);
+        traffic.expect(0..delivered).await;
+        assert_eq!(sink.stats().unanswered, 10);
+
+        let late = packets.remove(0);
+        let id = late.id();
+        sink.submit(late.accept()).unwrap();
+        let error = soon("the refusal", sink.refusals().recv()).await.unwrap();
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)));
+        let error = soon("the answer", sink.confirm(packets.remove(0).drop())).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Expired);
+        drop(packets);
+        traffic.expect_nothing();
+    }
+}
+
+async fn closing_goes_on_when_nobody_awaits_it() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let packets = hold(&mut queue, &traffic, 0..10).await;
+    let sink = queue.sink();
+    assert!(futures::poll!(std::pin::pin!(queue.close())).is_pending());
+    for packet in packets {
+        sink.submit(packet.accept()).unwrap();
+    }
+    eventually("the end", || account(0).is_none()).await;
+    traffic.expect(0..10).await;
+}
+
+async fn unread_packets_get_the_answer_for_the_unanswered() {
+    for (action, delivered) in [(Action::Accept, 50), (Action::Drop, 0)] {
+        for drop_it in [false, true] {
+            let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+            let traffic = Traffic::new(60);
+            // One is taken, so that others have been received beside it; the rest is still in the socket.
+            traffic.send(0..25);
+            let first = next(&mut queue).await;
+            traffic.send(25..50);
+            let sink = queue.sink();
+            drop(first);
+            if drop_it {
+                drop(queue);
+            } else {
+                soon("the end", queue.close()).await.unwrap();
+            }
+            assert_eq!(account(0), None);
+            traffic.expect(0..delivered).await;
+            assert_eq!((sink.stats().unanswered, sink.stats().received), (50, 50));
+        }
+    }
+}
+
+async fn close_with_says_what_unread_packets_get() {
+    for (action, other, delivered) in [(Action::Accept, Action::Drop, 0), (Action::Drop, Action::Accept, 50)] {
+        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let traffic = Traffic::new(60);
+        traffic.send(0..50);
+        let last = next(&mut queue).await;
+        let sink = queue.sink();
+        let closing = tokio::spawn(queue.close_with(other));
+        eventually("the end has begun", || sink.is_closed()).await;
+        sink.submit(last.decide(other)).unwrap();
+        soon("the end", closing).await.unwrap().unwrap();
+        traffic.expect(0..delivered).await;
+    }
+}
+
+async fn the_stream_ends_after_close() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    traffic.send(0..20);
+    let packet = next(&mut queue).await;
+    let (mut packets, sink) = queue.split();
+    sink.submit(packet.accept()).unwrap();
+    soon("the end", sink.close()).await.unwrap();
+    for _ in 0..3 {
+        assert!(soon("the end", packets.recv()).await.is_none());
+        assert_eq!(soon("the end", packets.recv_many(&mut Vec::new(), 10)).await.unwrap(), 0);
+    }
+    assert!(futures::stream::FusedStream::is_terminated(&packets));
+    traffic.expect([0]).await;
+}
+
+async fn a_waiting_stream_is_woken_by_close() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let (mut packets, sink) = queue.split();
+    let waiting = tokio::spawn(async move { packets.next().await.is_none() });
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    soon("the end", sink.close()).await.unwrap();
+    assert!(soon("the stream's end", waiting).await.unwrap());
+}
+
+async fn closing_twice_and_together() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+    let sink = queue.sink();
+    let closings: Vec<_> =
+        (0..4).map(|_| sink.clone()).map(|sink| tokio::spawn(async move { sink.close().await })).collect();
+    eventually("the end has begun", || sink.is_closed()).await;
+    sink.submit(packet.accept()).unwrap();
+    for closing in closings {
+        soon("the end", closing).await.unwrap().unwrap();
+    }
+    soon("the end", sink.close()).await.unwrap();
+    soon("the end", sink.close_with(Action::Accept)).await.unwrap();
+    soon("the end", queue.close()).await.unwrap();
+    assert!(sink.is_closed());
+    soon("a flush", sink.flush()).await.unwrap();
+    traffic.expect([0]).await;
+}
+
+async fn verdicts_after_the_end() {
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(Duration::from_millis(1)));
+    let traffic = Traffic::new(4);
+    let packets = hold(&mut queue, &traffic, 0..4).await;
+    let sink = queue.sink();
+    soon("the end", queue.close()).await.unwrap_err();
+    let mut refusals = sink.refusals();
+    for packet in packets {
+        let error = match number(&packet) {
+            0 => {
+                sink.submit(packet.accept()).unwrap();
+                soon("the refusal", refusals.recv()).await.unwrap()
+            }
+            1 => {
+                sink.submit(packet.detach().drop()).unwrap();
+                soon("the refusal", refusals.recv()).await.unwrap()
+            }
+            2 => soon("the answer", sink.confirm(packet.accept())).await.unwrap_err(),
+            _ => return drop((packet, sink)),
+        };
+        assert_eq!(error.kind(), ErrorKind::Expired, "{error}");
+    }
+}
+
+fn closing_in_another_runtime() {
+    let other = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let own = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for own_is_gone in [false, true] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let traffic = own.block_on(async { Traffic::new(50) });
+        let (queue, divert, packet) = runtime.block_on(async {
+            let (mut queue, divert) = start(Queue::builder(0));
+            let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+            (queue, divert, packet)
+        });
+        if own_is_gone {
+            drop(runtime);
+        }
+        let sink = queue.sink();
+        sink.submit(packet.accept()).unwrap();
+        other.block_on(soon("the end", queue.close())).unwrap();
+        assert_eq!(account(0), None);
+        own.block_on(traffic.expect([0]));
+        drop(divert);
+    }
+}

@@ -1,0 +1,336 @@
+//! What is refused, by whom, and how it is told.
+
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue};
+
+use crate::{
+    common::{
+        self, Traffic, account, eventually, freed, give_up_capabilities, hold, next, number, soon, start, udp_in,
+        without_net_admin,
+    },
+    support,
+};
+
+tests![
+    one bad_values_are_refused,
+    sync outside_a_runtime_is_an_error,
+    both a_queue_is_bound_once,
+    one a_queue_of_another_program_is_not_taken,
+    one a_number_is_free_again_after_the_end,
+    both namespaces_number_their_queues_apart,
+    one binding_needs_the_capability,
+    one verdicts_without_the_capability_are_refused_with_their_packets,
+    one confirmations_without_the_capability_are_refused,
+    one closing_without_the_capability_is_an_error_and_an_end,
+    both closing_is_not_given_up_for_a_thread_without_the_capability,
+    one dropping_without_the_capability_is_harmless,
+    both packets_of_an_interface_that_went_down_are_gone,
+    both packets_whose_rules_went_are_gone,
+    both the_kernel_confirms,
+    one what_the_kernel_lacks_is_named,
+];
+
+async fn bad_values_are_refused() {
+    let builder = || Queue::builder(3);
+    for (builder, name) in [
+        (builder().copy_range(0), "copy range"),
+        (builder().copy_range(65_532), "copy range"),
+        (builder().max_len(0), "max_len"),
+        (builder().receive_buffer(0), "receive buffer"),
+        (builder().on_unanswered(Action::Repeat), "on_unanswered"),
+        (builder().deadline(Duration::ZERO, Action::Drop), "deadline"),
+        (builder().deadline(Duration::from_secs(1), Action::Repeat), "deadline"),
+        (builder().flush_policy(FlushPolicy::fixed(0, Duration::ZERO)), "flush policy"),
+        (builder().flush_policy(FlushPolicy::adaptive(Duration::from_secs(2))), "flush policy"),
+    ] {
+        let error = builder.bind().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("queue 3") && error.to_string().contains(name), "{error}");
+        assert_eq!(account(3), None, "and nothing was bound");
+    }
+    let queue = builder().bind().unwrap();
+    assert_eq!(queue.sink().close_with(Action::Repeat).await.unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert!(!queue.sink().is_closed());
+}
+
+fn outside_a_runtime_is_an_error() {
+    assert_eq!(Queue::builder(0).bind().unwrap_err().kind(), ErrorKind::NoRuntime);
+    assert_eq!(account(0), None);
+}
+
+async fn a_queue_is_bound_once() {
+    let (mut queue, _divert) = start(Queue::builder(7));
+    let error = Queue::builder(7).bind().unwrap_err();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::AlreadyBound, None));
+    let text = error.to_string();
+    assert!(text.starts_with("bind queue 7: already bound by another socket"), "{text}");
+    // The first owner takes no notice.
+    let traffic = Traffic::new(10);
+    for packet in hold(&mut queue, &traffic, 0..10).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..10).await;
+    // And other numbers are free.
+    Queue::builder(8).bind().unwrap();
+}
+
+async fn a_queue_of_another_program_is_not_taken() {
+    let other = support::RawQueue::bind(7).unwrap();
+    assert_eq!(Queue::builder(7).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
+    drop(other);
+    Queue::builder(7).bind().unwrap();
+}
+
+async fn a_number_is_free_again_after_the_end() {
+    for round in 0..20 {
+        let (mut queue, divert) = start(Queue::builder(7));
+        let traffic = Traffic::new(1);
+        let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+        assert_eq!(packet.id().get(), 1, "ids begin anew in round {round}");
+        queue.sink().submit(packet.accept()).unwrap();
+        traffic.expect([0]).await;
+        drop(divert);
+        if round % 2 == 0 {
+            soon("the end", queue.close()).await.unwrap();
+        } else {
+            drop(queue);
+        }
+    }
+}
+
+async fn namespaces_number_their_queues_apart() {
+    let namespace = support::Namespace::new();
+    let (mut here, _divert) = start(Queue::builder(0));
+    let runtime = Handle::current();
+    let (mut there, _divert_there, traffic_there) = namespace.run(|| {
+        let _entered = runtime.enter();
+        let (queue, divert) = start(Queue::builder(0));
+        (queue, divert, Traffic::new(20))
+    });
+    let traffic_here = Traffic::new(20);
+    for packet in hold(&mut here, &traffic_here, 0..10).await {
+        here.sink().submit(packet.accept()).unwrap();
+    }
+    for packet in hold(&mut there, &traffic_there, 10..20).await {
+        there.sink().submit(packet.accept()).unwrap();
+    }
+    traffic_here.expect(0..10).await;
+    traffic_there.expect(10..20).await;
+}
+
+async fn binding_needs_the_capability() {
+    give_up_capabilities();
+    let error = Queue::builder(7).bind().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted);
+    assert!(error.to_string().contains("bind queue 7") && error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+}
+
+async fn verdicts_without_the_capability_are_refused_with_their_packets() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(20);
+    let mut packets = hold(&mut queue, &traffic, 0..20).await.into_iter();
+    let good = packets.next().unwrap();
+    soon("the answer", queue.sink().confirm(good.accept())).await.unwrap();
+    give_up_capabilities();
+
+    // One by one, then several in one send, of which the kernel answers the first alone: each is told.
+    let mut refusals = queue.sink().refusals();
+    for together in [1, 1, 5] {
+        let portion: Vec<Packet> = packets.by_ref().take(together).collect();
+        let ids: Vec<_> = portion.iter().map(|packet| Some(packet.id())).collect();
+        for packet in portion {
+            queue.sink().submit(packet.accept()).unwrap();
+        }
+        soon("the flush", queue.sink().flush()).await.unwrap();
+        for id in ids {
+            let error = soon("the refusal", refusals.recv()).await.unwrap();
+            assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, id), "{error}");
+            assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+        }
+    }
+    traffic.expect([0]).await;
+    let stats = queue.stats();
+    assert_eq!((stats.refusals, stats.accepted, stats.in_flight), (7, 1, 19), "{stats:?}");
+
+    // Packets are received all the same, until it is clear that the capability does not come back.
+    let packet = hold(&mut queue, &traffic, [20]).await.remove(0);
+    assert_eq!(number(&packet), 20);
+    let error = soon("the end", queue.recv()).await.unwrap().unwrap_err();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, None), "{error}");
+    assert!(error.to_string().contains("CAP_NET_ADMIN has been lost"), "{error}");
+    assert!(soon("the end", queue.recv()).await.is_none(), "it is the last item");
+}
+
+async fn confirmations_without_the_capability_are_refused() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(5);
+    let packets = hold(&mut queue, &traffic, 0..5).await;
+    give_up_capabilities();
+    for packet in packets {
+        let id = packet.id();
+        let error = soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)), "{error}");
+    }
+    traffic.expect_nothing();
+}
+
+async fn closing_without_the_capability_is_an_error_and_an_end() {
+    for still_held in [0, 2] {
+        let (mut queue, divert) = start(Queue::builder(still_held).close_timeout(Duration::from_millis(50)));
+        let traffic = Traffic::new(5);
+        let mut packets = hold(&mut queue, &traffic, 0..5).await;
+        // Its own thread, for a capability cannot be had back.
+        let runtime = Handle::current();
+        let sink = queue.sink();
+        let closing = std::thread::spawn(move || {
+            give_up_capabilities();
+            for packet in packets.drain(usize::from(still_held)..) {
+                sink.submit(packet.accept()).unwrap();
+            }
+            let error = runtime.block_on(soon("the end", sink.close())).unwrap_err();
+            (error, packets)
+        });
+        eventually("the end", || closing.is_finished()).await;
+        let (error, packets) = closing.join().unwrap();
+        let timed_out = still_held > 0 && error.kind() == ErrorKind::TimedOut;
+        assert!(error.kind() == ErrorKind::NotPermitted || timed_out, "{error}");
+        drop(packets);
+        assert!(soon("the end", queue.recv()).await.is_none());
+        drop((queue, divert));
+        // The last handle takes the queue along; that may be the timer's.
+        freed(still_held).await;
+    }
+}
+
+/// The runtime has it, and whatever a verdict or the default action says, every packet is accepted.
+async fn closing_is_not_given_up_for_a_thread_without_the_capability() {
+    const COUNT: u32 = 20;
+    for round in 0..100 {
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+        let traffic = Traffic::new(COUNT);
+        let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+        let sink = queue.sink();
+        let closing = tokio::spawn(queue.close_within(Duration::from_micros(10 * round)));
+        let deciding = std::thread::spawn(|| {
+            without_net_admin(|| packets.into_iter().for_each(|packet| packet.accept().submit().unwrap()));
+        });
+        let result = soon("the end", closing).await.unwrap();
+        assert!(result.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::TimedOut), "{result:?}");
+        assert_eq!(account(0), None, "unbound in round {round}: {:?}", sink.stats());
+        eventually("the thread's end", || deciding.is_finished()).await;
+        deciding.join().unwrap();
+        traffic.expect(0..COUNT).await;
+        drop(divert);
+    }
+}
+
+async fn dropping_without_the_capability_is_harmless() {
+    let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+    let traffic = Traffic::new(5);
+    let mut packets = hold(&mut queue, &traffic, 0..5).await;
+    traffic.send(5..10);
+    give_up_capabilities();
+    queue.sink().submit(packets.remove(0).accept()).unwrap();
+    drop(packets.remove(0));
+    drop(queue);
+    drop(packets);
+    freed(0).await;
+    // What was gathered may have been sent by a thread that has the capability, or be dropped with the socket.
+    assert!(traffic.delivered().iter().all(|number| *number < 10));
+    drop(divert);
+}
+
+async fn packets_of_an_interface_that_went_down_are_gone() {
+    let peer = support::veth();
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let sender = peer.run(|| support::udp((peer.far_v4, 0)));
+    let mut packets = Vec::new();
+    for number in 0..20_u32 {
+        sender.send_to(&number.to_be_bytes(), (peer.near_v4, 9000)).unwrap();
+        packets.push(next(&mut queue).await);
+    }
+    // Another interface's.
+    let traffic = Traffic::new(20);
+    let other = hold(&mut queue, &traffic, [0]).await.remove(0);
+
+    support::link_down(&peer.near);
+    eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 1).await;
+    let confirmed = packets.pop().unwrap();
+    let id = confirmed.id();
+    for (index, packet) in packets.into_iter().enumerate() {
+        queue.sink().submit(if index % 3 == 0 { packet.drop() } else { packet.accept() }).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    let error = soon("the answer", queue.sink().confirm(confirmed.accept())).await.unwrap_err();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)), "{error}");
+
+    // No error on the stream: the next item is a packet.
+    let packet = hold(&mut queue, &traffic, [1]).await.remove(0);
+    queue.sink().submit(packet.accept()).unwrap();
+    queue.sink().submit(other.accept()).unwrap();
+    traffic.expect([0, 1]).await;
+    let stats = queue.stats();
+    assert_eq!((stats.gone_at_least, stats.accepted, stats.dropped), (20, 2, 0), "{stats:?}");
+    assert_eq!((stats.refused, stats.in_flight), (0, 0));
+}
+
+async fn packets_whose_rules_went_are_gone() {
+    let (mut queue, divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(30);
+    let packets = hold(&mut queue, &traffic, 0..10).await;
+    drop(divert);
+    eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
+    for packet in packets {
+        let id = packet.id();
+        let error = soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)));
+    }
+    let _divert = common::divert([udp_in().to_queue(0)]);
+    for packet in hold(&mut queue, &traffic, 10..20).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(10..20).await;
+    assert_eq!((queue.stats().gone_at_least, queue.stats().refused), (10, 0));
+}
+
+async fn the_kernel_confirms() {
+    // A policy that would keep plain verdicts for long.
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::fixed(1000, Duration::from_secs(1))));
+    let traffic = Traffic::new(50);
+    let sink = queue.sink();
+    let mut packets = hold(&mut queue, &traffic, 0..50).await;
+    // It takes what was gathered along.
+    for packet in packets.drain(..10) {
+        sink.submit(packet.accept()).unwrap();
+    }
+    soon("the answer", sink.confirm(packets.remove(0).accept())).await.unwrap();
+    assert_eq!(traffic.delivered().len(), 11);
+    // The verdict is given when the call is made; nobody need await it.
+    let answer = sink.confirm(packets.remove(0).accept());
+    traffic.expect([11]).await;
+    drop(answer);
+    // Many at a time, from tasks.
+    let answers: Vec<_> = packets.drain(..).map(|packet| tokio::spawn(sink.confirm(packet.accept()))).collect();
+    for answer in answers {
+        soon("the answer", answer).await.unwrap().unwrap();
+    }
+    traffic.expect(12..50).await;
+    assert_eq!((sink.stats().gone_at_least, sink.stats().refused, sink.stats().in_flight), (0, 0, 0));
+}
+
+async fn what_the_kernel_lacks_is_named() {
+    // A kernel has the glue for connection tracking or has not.
+    if let Err(error) = Queue::builder(0).conntrack(true).bind() {
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("conntrack"), "{error}");
+        assert_eq!(account(0), None, "nothing is half applied");
+    }
+    // The same for security contexts.
+    if let Err(error) = Queue::builder(0).security_context(true).bind() {
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("security_context"), "{error}");
+    }
+    Queue::builder(0).bind().unwrap();
+}

@@ -1,0 +1,197 @@
+//! The example programs, by their command lines, on the real kernel.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::{Ipv4Addr, UdpSocket},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+
+use crate::support;
+
+tests![
+    sync accept_all_ends_on_sigterm,
+    sync accept_all_ends_on_sigint,
+    sync out_of_order_accepts_everything,
+    sync nf_queue_counts_and_ends_when_it_is_quiet,
+    sync nf_queue_hands_packets_on,
+    sync bad_command_lines_are_refused,
+    sync without_the_capability_there_is_one_clear_sentence,
+];
+
+const PORT: u16 = 9000;
+
+fn accept_all_ends_on_sigterm() {
+    accept_all(Signal::SIGTERM, &[]);
+}
+
+fn accept_all_ends_on_sigint() {
+    let options = ["--max-len", "2048", "--copy-range", "64", "--no-gso", "--fail-open", "--threads", "2"];
+    accept_all(Signal::SIGINT, &options);
+}
+
+fn accept_all(signal: Signal, options: &[&str]) {
+    let queue = 7;
+    let mut arguments = vec!["--queue", "7"];
+    arguments.extend(options);
+    let mut program = Program::start("accept_all", &arguments);
+    program.until_ready();
+    let _divert = divert(&[queue]);
+    assert_eq!(delivered(500), 500);
+    let (status, output) = program.end(signal);
+    assert!(status.success(), "{status}");
+    assert!(output.starts_with("received 500 accepted 500 lost 0"), "{output}");
+    assert_eq!(output.lines().count(), 1, "{output}");
+    assert_eq!(support::queue_line(queue), None, "the queue is unbound");
+}
+
+fn out_of_order_accepts_everything() {
+    let mut program =
+        Program::start("out_of_order", &["--queue", "1", "--tasks", "4", "--hold-us", "300", "--seed", "5"]);
+    program.until_ready();
+    let _divert = divert(&[1]);
+    assert_eq!(delivered(1000), 1000);
+    let (status, output) = program.end(Signal::SIGTERM);
+    assert!(status.success(), "{status}");
+    assert!(output.starts_with("received 1000 accepted 1000 lost 0"), "{output}");
+}
+
+fn nf_queue_counts_and_ends_when_it_is_quiet() {
+    for options in
+        [&["-c", "-t", "1"][..], &["-c", "-t1", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "1", "-d", "1"]]
+    {
+        let program = Program::start("nf_queue", options);
+        support::wait_until("the queue is bound", || support::queue_line(0).is_some());
+        {
+            let divert = divert(&[0]);
+            assert_eq!(delivered(50), 50, "{options:?}");
+            divert.remove_rules().unwrap();
+        }
+        let (status, output) = program.wait();
+        assert!(status.success(), "{options:?}: {status}");
+        let expected = "hook 0 packets 00000000\nhook 1 packets 00000000\nhook 2 packets 00000000\n\
+                        hook 3 packets 00000050\nhook 4 packets 00000000\n50 packets total\n";
+        assert!(output.ends_with(expected), "{options:?}: {output}");
+        let verbose = output.lines().filter(|line| line.starts_with("packet hook=3, hwproto 0x800")).count();
+        assert_eq!(verbose, if options.contains(&"-v") { 50 } else { 0 }, "{output}");
+    }
+}
+
+fn nf_queue_hands_packets_on() {
+    let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "1"]);
+    let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "1"]);
+    support::wait_until("both queues are bound", || [1, 2].iter().all(|queue| support::queue_line(*queue).is_some()));
+    let divert = divert(&[1]);
+    assert_eq!(delivered(100), 100);
+    divert.remove_rules().unwrap();
+    let ((one, first), (two, second)) = (first.wait(), second.wait());
+    assert!(one.success() && two.success());
+    assert!(first.ends_with("100 packets total\n"), "{first}");
+    assert_eq!(first, second);
+}
+
+fn bad_command_lines_are_refused() {
+    for (program, arguments) in [
+        ("accept_all", &["--queue", "70000"][..]),
+        ("accept_all", &["--threads", "0"]),
+        ("accept_all", &["--copy-range", "0"]),
+        ("accept_all", &["--bogus"]),
+        ("out_of_order", &["--tasks", "none"]),
+        ("nf_queue", &["-x"]),
+        ("nf_queue", &["-q", "3", "-Q", "3"]),
+        ("demo", &["--bogus"]),
+    ] {
+        let (status, _) = Program::start(program, arguments).wait();
+        assert!(!status.success() && status.code().is_some(), "{program} {arguments:?}: {status}");
+    }
+}
+
+fn without_the_capability_there_is_one_clear_sentence() {
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
+    // An own thread, for capabilities belong to threads.
+    let status = std::thread::spawn(|| {
+        let none = CapabilitySet::empty();
+        // Root would get its capabilities back with the exec.
+        rustix::thread::remove_capability_from_bounding_set(CapabilitySet::NET_ADMIN).unwrap();
+        set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
+        let output = Command::new(path("accept_all")).output().unwrap();
+        (output.status, String::from_utf8(output.stderr).unwrap())
+    });
+    let (status, stderr) = status.join().unwrap();
+    assert!(!status.success(), "{status}");
+    assert!(stderr.contains("bind queue 0: not permitted"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}
+
+/// Sends so many datagrams to ourselves, through the queue; tells how many arrive, each with what was sent.
+fn delivered(datagrams: u32) -> u32 {
+    let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
+    let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let mut seen = vec![false; datagrams as usize];
+    for number in 0..datagrams {
+        sender.send_to(&number.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+    }
+    for _ in 0..datagrams {
+        let mut datagram = [0; 16];
+        let length = receiver.recv(&mut datagram).expect("the next datagram");
+        let number = u32::from_be_bytes(datagram[..length].try_into().unwrap());
+        assert!(!std::mem::replace(&mut seen[number as usize], true), "{number} came twice");
+    }
+    seen.iter().map(|seen| u32::from(*seen)).sum()
+}
+
+fn divert(queues: &[u16]) -> Divert {
+    let rule = |queue: &u16| Rule::new(Hook::Output).protocol(Protocol::Udp).destination_port(PORT).to_queue(*queue);
+    Divert::builder().rules(queues.iter().map(rule)).install().unwrap()
+}
+
+/// A running example. It is in the network namespace of the thread that started it.
+struct Program(Child);
+
+impl Program {
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(path(name));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self(command.spawn().unwrap_or_else(|error| panic!("{name}: {error}")))
+    }
+
+    fn until_ready(&mut self) {
+        let mut line = String::new();
+        BufReader::new(self.0.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+    }
+
+    fn end(self, signal: Signal) -> (ExitStatus, String) {
+        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+        self.wait()
+    }
+
+    fn wait(mut self) -> (ExitStatus, String) {
+        let mut output = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
+        (self.0.wait().unwrap(), output)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Where a test has failed in between.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `cargo test` builds the examples together with the tests (for these alone, `cargo build --examples` comes first), beside
+/// the folder of this binary.
+fn path(example: &str) -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let beside = this.parent().unwrap().join(example);
+    if beside.exists() { beside } else { this.ancestors().nth(2).unwrap().join("examples").join(example) }
+}

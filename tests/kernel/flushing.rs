@@ -1,0 +1,330 @@
+//! When verdicts reach the kernel: the policies, and the `Sink`.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use futures::{Sink, SinkExt, StreamExt, TryStreamExt};
+use tokio_nfqueue::{Error, ErrorKind, Flush, FlushPolicy, FlushWhen, Gathered, Occasion, Queue};
+
+use crate::common::{self, Traffic, account, hold, next, number, soon, start};
+
+tests![
+    one immediate_sends_each_verdict_by_itself,
+    one adaptive_sends_at_once_when_idle,
+    both adaptive_gathers_under_load,
+    one fixed_waits_for_its_batch,
+    both fixed_keeps_its_cap_though_nobody_polls,
+    both a_cap_below_a_millisecond_is_kept,
+    both a_cap_is_kept_again_and_again,
+    both a_policy_of_ones_own_is_asked,
+    both a_policy_that_always_waits_for_the_pass_end,
+    both a_policy_that_always_waits_a_little,
+    one a_policy_that_panics,
+    both a_policy_that_panics_in_the_queues_own_task,
+    both feeding_gathers_and_flush_sends,
+    one sending_flushes_each,
+    both forwarding_a_stream_into_a_sink,
+    one a_late_verdict_does_not_end_a_forward,
+    both closing_one_sink_leaves_the_others,
+    both a_flush_of_nothing_is_ready,
+];
+
+/// Nothing is sent before its time, unless asked for.
+fn patient() -> FlushPolicy {
+    FlushPolicy::fixed(1_000_000, Duration::from_secs(1))
+}
+
+async fn immediate_sends_each_verdict_by_itself() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
+    let traffic = Traffic::new(50);
+    for packet in hold(&mut queue, &traffic, 0..50).await {
+        let number = number(&packet);
+        queue.sink().submit(packet.accept()).unwrap();
+        // Within the call: nothing was awaited.
+        assert_eq!(traffic.delivered(), [number]);
+    }
+    let stats = queue.stats();
+    assert_eq!((stats.sends, stats.messages, stats.flushes, stats.largest_flush), (50, 50, 50, 1));
+}
+
+async fn adaptive_sends_at_once_when_idle() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::adaptive(Duration::from_secs(1))));
+    let traffic = Traffic::new(50);
+    for expected in 0..50 {
+        let packet = hold(&mut queue, &traffic, [expected]).await.remove(0);
+        queue.sink().submit(packet.accept()).unwrap();
+        assert_eq!(traffic.delivered(), [expected], "within the call");
+    }
+}
+
+async fn adaptive_gathers_under_load() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1000);
+    let packets = hold(&mut queue, &traffic, 0..1000).await;
+    let before = queue.stats();
+    for packet in packets {
+        let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
+        queue.sink().submit(verdict).unwrap();
+    }
+    traffic.expect((0..1000).step_by(2)).await;
+    let sends = queue.stats().sends - before.sends;
+    assert!(sends < 500, "{sends} sends for a thousand verdicts");
+}
+
+async fn fixed_waits_for_its_batch() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::fixed(10, Duration::from_secs(1))));
+    let traffic = Traffic::new(50);
+    let mut packets = hold(&mut queue, &traffic, 0..15).await.into_iter();
+    for _ in 0..9 {
+        queue.sink().submit(packets.next().unwrap().accept()).unwrap();
+    }
+    // On this one thread nobody else can have sent them meanwhile.
+    traffic.expect_nothing();
+    assert_eq!(queue.stats().flushes, 0);
+    queue.sink().submit(packets.next().unwrap().accept()).unwrap();
+    assert_eq!(traffic.delivered().len(), 10);
+    for packet in packets {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect_nothing();
+    traffic.expect(10..15).await;
+}
+
+async fn fixed_keeps_its_cap_though_nobody_polls() {
+    cap_is_kept(FlushPolicy::fixed(1000, Duration::from_millis(2)), Duration::from_millis(2), 20).await;
+}
+
+async fn a_cap_below_a_millisecond_is_kept() {
+    cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(200)), Duration::from_micros(200), 20).await;
+}
+
+async fn a_cap_is_kept_again_and_again() {
+    cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(50)), Duration::from_micros(50), 200).await;
+}
+
+async fn cap_is_kept(policy: FlushPolicy, cap: Duration, rounds: u32) {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let traffic = Traffic::new(1000);
+    let packets = hold(&mut queue, &traffic, 0..rounds).await;
+    for packet in packets {
+        let number = number(&packet);
+        let given = Instant::now();
+        queue.sink().submit(packet.accept()).unwrap();
+        // The receiver alone is looked at, never the queue.
+        traffic.expect([number]).await;
+        assert!(given.elapsed() >= cap, "not before");
+    }
+    assert_eq!(queue.stats().flushes, u64::from(rounds));
+}
+
+/// Sends seven at a time, and notes what it is asked.
+struct Sevens(Arc<Mutex<Vec<Gathered>>>);
+
+impl FlushWhen for Sevens {
+    fn when(&mut self, gathered: &Gathered) -> Flush {
+        self.0.lock().unwrap().push(*gathered);
+        match gathered.occasion {
+            _ if gathered.decided == 7 => Flush::Now,
+            Occasion::Due => Flush::Now,
+            _ => Flush::Within(Duration::from_millis(20)),
+        }
+    }
+}
+
+async fn a_policy_of_ones_own_is_asked() {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Sevens(Arc::clone(&asked)))));
+    let traffic = Traffic::new(50);
+    for packet in hold(&mut queue, &traffic, 0..17).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..17).await;
+    let asked = asked.lock().unwrap();
+    for (index, gathered) in asked.iter().filter(|gathered| gathered.occasion == Occasion::Decided).enumerate() {
+        // Unless the machine took longer than the delay over it.
+        if queue.stats().flushes == 3 {
+            assert_eq!((gathered.decided, gathered.undecided), (index % 7 + 1, 16 - index));
+        }
+    }
+    let due: Vec<_> = asked.iter().filter(|gathered| gathered.occasion == Occasion::Due).collect();
+    assert!(due.iter().all(|gathered| gathered.waited >= Duration::from_millis(20) && gathered.decided > 0), "{due:?}");
+    assert!(asked.iter().all(|gathered| gathered.decided > 0), "never asked about nothing");
+}
+
+struct Always(Flush);
+
+impl FlushWhen for Always {
+    fn when(&mut self, _: &Gathered) -> Flush {
+        self.0
+    }
+}
+
+async fn a_policy_that_always_waits_for_the_pass_end() {
+    always(Flush::AtPassEnd).await;
+}
+
+async fn a_policy_that_always_waits_a_little() {
+    always(Flush::Within(Duration::from_micros(300))).await;
+}
+
+/// Such a policy keeps no verdict for ever, though it never says now.
+async fn always(answer: Flush) {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Always(answer))));
+    let traffic = Traffic::new(50);
+    let mut packets = hold(&mut queue, &traffic, 0..20).await;
+    let owed = packets.pop().unwrap();
+    for packet in packets {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..19).await;
+    queue.sink().submit(owed.accept()).unwrap();
+    traffic.expect([19]).await;
+}
+
+/// Panics when asked on an occasion, and is patient otherwise.
+struct Panics(Occasion);
+
+impl FlushWhen for Panics {
+    fn when(&mut self, gathered: &Gathered) -> Flush {
+        if gathered.occasion == self.0 {
+            std::panic::resume_unwind(Box::new("as intended"));
+        }
+        Flush::Within(Duration::from_micros(100))
+    }
+}
+
+async fn a_policy_that_panics() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Panics(Occasion::Decided))));
+    let traffic = Traffic::new(50);
+    let sink = queue.sink();
+    for packet in hold(&mut queue, &traffic, 0..3).await {
+        sink.submit(packet.accept()).unwrap();
+    }
+    // The verdicts were taken, and the default policy sends them.
+    soon("the flush", sink.flush()).await.unwrap();
+    traffic.expect(0..3).await;
+}
+
+async fn a_policy_that_panics_in_the_queues_own_task() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Panics(Occasion::Due))));
+    let traffic = Traffic::new(50);
+    for packet in hold(&mut queue, &traffic, 0..3).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    // The task is no more; verdicts go out all the same.
+    traffic.expect(0..3).await;
+    for packet in hold(&mut queue, &traffic, 3..6).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(3..6).await;
+    soon("the end", queue.close()).await.unwrap();
+}
+
+async fn feeding_gathers_and_flush_sends() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
+    let traffic = Traffic::new(50);
+    let mut sink = queue.sink();
+    for packet in hold(&mut queue, &traffic, 0..20).await {
+        sink.feed(packet.accept()).await.unwrap();
+    }
+    soon("the flush", SinkExt::flush(&mut sink)).await.unwrap();
+    assert_eq!(traffic.delivered().len(), 20);
+    assert!(queue.stats().flushes <= 3, "gathered: {:?}", queue.stats());
+}
+
+async fn sending_flushes_each() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
+    let traffic = Traffic::new(50);
+    let mut sink = queue.sink();
+    for packet in hold(&mut queue, &traffic, 0..20).await {
+        let number = number(&packet);
+        soon("the send", sink.send(packet.accept())).await.unwrap();
+        assert_eq!(traffic.delivered(), [number]);
+    }
+    assert_eq!(queue.stats().flushes, 20);
+}
+
+async fn forwarding_a_stream_into_a_sink() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1000);
+    let (packets, sink) = queue.split();
+    let decide = |packet: tokio_nfqueue::Packet| {
+        if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() }
+    };
+    let forwarding = tokio::spawn(packets.map_ok(decide).forward(sink.clone()));
+    for portion in 0..10 {
+        let numbers = portion * 100..(portion + 1) * 100;
+        traffic.send(numbers.clone());
+        traffic.expect(numbers.step_by(2)).await;
+    }
+    soon("the end", sink.close()).await.unwrap();
+    // The stream's end ends the forward.
+    soon("the forward's end", forwarding).await.unwrap().unwrap();
+    assert_eq!((sink.stats().accepted, sink.stats().dropped), (500, 500));
+}
+
+async fn a_late_verdict_does_not_end_a_forward() {
+    let deadline = Duration::from_millis(20);
+    let (queue, _divert) = start(Queue::builder(0).deadline(deadline, tokio_nfqueue::Action::Drop));
+    let traffic = Traffic::new(50);
+    let (packets, sink) = queue.split();
+    let waiting = sink.clone();
+    let verdicts = packets.and_then(move |packet| {
+        let sink = waiting.clone();
+        async move {
+            if number(&packet) == 0 {
+                common::eventually("the deadline", || sink.stats().expired == 1).await;
+            }
+            Ok::<_, Error>(packet.accept())
+        }
+    });
+    let forwarding = tokio::spawn(verdicts.forward(sink.clone()));
+    traffic.send([0]);
+    common::eventually("the late verdict", || sink.stats().late == 1).await;
+    traffic.send([1]);
+    traffic.expect([1]).await;
+    assert!(!forwarding.is_finished());
+    soon("the end", sink.close()).await.unwrap();
+    soon("the forward's end", forwarding).await.unwrap().unwrap();
+}
+
+async fn closing_one_sink_leaves_the_others() {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
+    let traffic = Traffic::new(50);
+    let mut packets = hold(&mut queue, &traffic, 0..5).await.into_iter();
+    let (mut first, second) = (queue.sink(), queue.sink());
+    first.feed(packets.next().unwrap().accept()).await.unwrap();
+    soon("the close", SinkExt::close(&mut first)).await.unwrap();
+    assert_eq!(traffic.delivered(), [0], "it flushes");
+    assert!(first.is_closed() && !second.is_closed());
+
+    let error = first.feed(packets.next().unwrap().accept()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed);
+    let packet = packets.next().unwrap();
+    let id = packet.id();
+    let error = Pin::new(&mut first).start_send(packet.accept()).unwrap_err();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Closed, Some(id)));
+
+    // Those two were dropped unanswered; the queue and its other sinks go on.
+    soon("the answer", second.confirm(packets.next().unwrap().accept())).await.unwrap();
+    traffic.expect([3]).await;
+    assert!(account(0).is_some());
+    traffic.send([5]);
+    let packet = next(&mut queue).await;
+    soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap();
+    traffic.expect([5]).await;
+}
+
+async fn a_flush_of_nothing_is_ready() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+    // A packet that is still owed does not hold it up.
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    assert_eq!(queue.stats().sends, 0);
+    drop(packet);
+}

@@ -1,0 +1,215 @@
+//! Several queues as one.
+
+use std::{collections::BTreeSet, net::Ipv4Addr};
+
+use futures::{SinkExt, StreamExt, TryStreamExt, stream::FusedStream};
+use tokio_nfqueue::{Action, ErrorKind, Queue, QueueBuilder, QueueGroup};
+
+use crate::{
+    common::{self, Load, Traffic, account, divert, eventually, next, number, soon, udp_in},
+    support,
+};
+
+tests![
+    both balanced_traffic_is_one_stream,
+    both a_load_goes_through_a_group,
+    one no_queue_is_starved,
+    one all_are_bound_or_none,
+    sync an_empty_range_is_refused,
+    one a_group_falls_into_queues,
+    both closing_ends_all_its_queues,
+    one refusals_of_all_its_queues_come_together,
+    both a_forward_ends_with_the_group,
+    one dropping_ends_all_its_queues,
+    one one_queues_end_is_not_the_groups,
+    one a_group_of_none_is_at_its_end,
+];
+
+async fn refusals_of_all_its_queues_come_together() {
+    let mut group = group(|builder| builder.deadline(std::time::Duration::from_millis(10), Action::Drop));
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(40);
+    let mut packets = Vec::new();
+    for number in 0..40_u32 {
+        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
+        traffic.send_from(&sender, [number]);
+        packets.push(next(&mut group).await);
+    }
+    let sink = group.sink();
+    let expired = || sink.stats().map(|(_, stats)| stats.expired).sum::<u64>();
+    eventually("the deadlines", || expired() == 40).await;
+    let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue()).collect();
+    packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    let mut refusals = sink.refusals();
+    for _ in 0..40 {
+        let error = soon("a refusal", refusals.next()).await.unwrap();
+        assert_eq!(error.kind(), ErrorKind::Expired);
+    }
+    assert!(queues.len() > 1);
+    soon("the end", group.close_within(std::time::Duration::from_secs(1))).await.unwrap();
+    assert!(soon("the end", refusals.next()).await.is_none());
+    traffic.expect_nothing();
+}
+
+fn group(builder: impl Fn(QueueBuilder) -> QueueBuilder) -> QueueGroup {
+    QueueGroup::bind(0..=3, builder).unwrap()
+}
+
+async fn balanced_traffic_is_one_stream() {
+    let mut group = group(|builder| builder);
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(100);
+    // The hash is over addresses. Its seed is the kernel's own, so many are needed to be sure of two queues.
+    for number in 0..100_u32 {
+        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
+        traffic.send_from(&sender, [number]);
+    }
+    let mut seen = BTreeSet::new();
+    for _ in 0..100 {
+        let packet = next(&mut group).await;
+        seen.insert(packet.queue());
+        let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
+        group.sink().submit(verdict).unwrap();
+    }
+    soon("the flush", group.sink().flush()).await.unwrap();
+    traffic.expect((0..100).step_by(2)).await;
+    assert!(seen.len() > 1 && seen.iter().all(|queue| *queue < 4), "{seen:?}");
+    let received: Vec<_> = group.sink().stats().map(|(queue, stats)| (queue, stats.received)).collect();
+    assert_eq!(received.iter().map(|(_, received)| received).sum::<u64>(), 100);
+    assert!(received.iter().map(|(queue, _)| *queue).eq(0..4));
+}
+
+async fn a_load_goes_through_a_group() {
+    const COUNT: u32 = 5000;
+    let (mut packets, sink) = group(|builder| builder).split();
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let load = Load::start(COUNT);
+    let decide = load.decide();
+    for _ in 0..COUNT {
+        let packet = next(&mut packets).await;
+        sink.submit(decide(packet)).unwrap();
+    }
+    load.finish(COUNT).await;
+    assert!(sink.stats().all(|(_, stats)| (stats.lost, stats.gone_at_least, stats.unanswered) == (0, 0, 0)));
+}
+
+async fn no_queue_is_starved() {
+    let mut group = group(|builder| builder);
+    let port = |queue: u16| udp_in().destination_port(common::PORT + queue).to_queue(queue);
+    let _divert = divert((0..4).map(port));
+    let traffic = Traffic::new(4 * common::ROOM);
+    // One has much, another little; both have it before anything is read.
+    traffic.send(0..200);
+    traffic.send([600, 601, 602]);
+    eventually("all is queued", || account(0).unwrap().waiting == 200 && account(3).unwrap().waiting == 3).await;
+    let mut queues = Vec::new();
+    for _ in 0..203 {
+        queues.push(next(&mut group).await.queue());
+    }
+    let last = queues.iter().rposition(|queue| *queue == 3).unwrap();
+    // The runtime may take notice of the one later than of the other, but not by the whole of it.
+    assert!(last < 202, "the short queue came last: {queues:?}");
+}
+
+async fn all_are_bound_or_none() {
+    let taken = support::RawQueue::bind(2).unwrap();
+    let error = QueueGroup::bind(0..=3, |builder| builder).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyBound);
+    assert!(error.to_string().contains("queue 2"), "{error}");
+    eventually("the others are free", || [0, 1, 3].into_iter().all(|queue| account(queue).is_none())).await;
+    drop(taken);
+    group(|builder| builder);
+}
+
+fn an_empty_range_is_refused() {
+    #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
+    let empty = 3..=2;
+    // This comes before all else: there is no runtime here.
+    let error = QueueGroup::bind(empty, |_| panic!("settings of no queue")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(error.to_string(), "bind queue group 3..=2: invalid value: the range is empty");
+}
+
+async fn a_group_falls_into_queues() {
+    let group = group(|builder| builder);
+    let _divert = divert([udp_in().to_queue(2)]);
+    let traffic = Traffic::new(100);
+    let mut queues = group.into_queues();
+    assert!(queues.iter().map(Queue::number).eq(0..4));
+    for packet in common::hold(&mut queues[2], &traffic, 0..10).await {
+        queues[2].sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..10).await;
+    // And of queues a group is made again, of any numbers in any order.
+    let mut group: QueueGroup = queues.into_iter().rev().chain([Queue::builder(77).bind().unwrap()]).collect();
+    traffic.send([10]);
+    let packet = next(&mut group).await;
+    soon("the answer", group.sink().confirm(packet.accept())).await.unwrap();
+    traffic.expect([10]).await;
+    let numbers: Vec<_> = group.sink().queues().iter().map(|sink| sink.queue()).collect();
+    assert_eq!(numbers, [3, 2, 1, 0, 77]);
+}
+
+async fn closing_ends_all_its_queues() {
+    let (mut packets, sink) = group(|builder| builder.on_unanswered(Action::Accept)).split();
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(100);
+    traffic.send(0..20);
+    let held = next(&mut packets).await;
+    let closing = tokio::spawn({
+        let sink = sink.clone();
+        async move { sink.close().await }
+    });
+    eventually("the end has begun", || sink.queues().iter().all(|sink| sink.is_closed())).await;
+    sink.submit(held.accept()).unwrap();
+    soon("the end", closing).await.unwrap().unwrap();
+    assert!((0..4).all(|queue| account(queue).is_none()));
+    assert!(soon("the end", packets.recv()).await.is_none() && packets.is_terminated());
+    traffic.expect(0..20).await;
+}
+
+async fn a_forward_ends_with_the_group() {
+    let (packets, sink) = group(|builder| builder).split();
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(100);
+    let forwarding = tokio::spawn(packets.map_ok(tokio_nfqueue::Packet::accept).forward(sink.clone()));
+    traffic.send(0..50);
+    traffic.expect(0..50).await;
+    soon("the end", sink.close()).await.unwrap();
+    soon("the forward's end", forwarding).await.unwrap().unwrap();
+
+    let mut closed = sink.clone();
+    soon("the close", SinkExt::close(&mut closed)).await.unwrap();
+}
+
+async fn dropping_ends_all_its_queues() {
+    let mut group = group(|builder| builder.on_unanswered(Action::Accept));
+    let divert = divert([udp_in().to_queues(0..=3)]);
+    let traffic = Traffic::new(100);
+    traffic.send(0..20);
+    let held = next(&mut group).await;
+    drop(group);
+    drop(held);
+    traffic.expect(0..20).await;
+    eventually("the end", || (0..4).all(|queue| account(queue).is_none())).await;
+    drop(divert);
+}
+
+async fn one_queues_end_is_not_the_groups() {
+    let (mut packets, sink) = group(|builder| builder).split();
+    let _divert = divert([udp_in().to_queue(1)]);
+    let traffic = Traffic::new(100);
+    soon("the end of one", sink.queues()[0].close()).await.unwrap();
+    traffic.send([0]);
+    let packet = next(&mut packets).await;
+    soon("the answer", sink.confirm(packet.accept())).await.unwrap();
+    traffic.expect([0]).await;
+    assert!(!packets.is_terminated());
+}
+
+async fn a_group_of_none_is_at_its_end() {
+    let mut none: QueueGroup = std::iter::empty().collect();
+    assert!(none.is_terminated());
+    assert!(soon("the end", none.recv()).await.is_none());
+    soon("the end", none.close()).await.unwrap();
+}

@@ -1,0 +1,82 @@
+//! Random histories: queues of random settings, packets decided in every way there is, faults, ends. Each datagram has a
+//! number, and whatever happens it may have but the fates that follow from what was decided for it.
+//!
+//! A history follows from its seed, apart from the order in which threads run. `TOKIO_NFQUEUE_HISTORIES_SECONDS` says for how
+//! long each test goes on (20); `TOKIO_NFQUEUE_HISTORIES_SEED` has one seed's history repeated all that time.
+
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use libtest_mimic::Trial;
+
+use self::{
+    plan::{Plan, Profile},
+    records::Totals,
+};
+use crate::{
+    common::{self, PATIENCE},
+    support,
+};
+
+mod owners;
+mod plan;
+mod records;
+mod run;
+
+const SECONDS: &str = "TOKIO_NFQUEUE_HISTORIES_SECONDS";
+const SEED: &str = "TOKIO_NFQUEUE_HISTORIES_SEED";
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let trial = |name, profile| {
+        let full_name = common::test_name(module_path!(), name);
+        support::test_unbounded(&full_name, move || histories(name, profile))
+    };
+    vec![
+        trial("histories_without_faults_add_up", Profile::Calm),
+        trial("histories_with_faults_lose_nothing_else", Profile::Faulty),
+        trial("histories_that_end_under_load", Profile::Ending),
+    ]
+}
+
+/// Goes through histories until the time is over.
+///
+/// # Panics
+/// When one fails.
+fn histories(name: &str, profile: Profile) {
+    let duration = Duration::from_secs(variable(SECONDS).unwrap_or(20));
+    let only = variable(SEED);
+    let (begin, mut totals) = (Instant::now(), Totals::default());
+    let mut seed = only.unwrap_or(1);
+    while begin.elapsed() < duration {
+        totals += history(name, profile, seed)
+            .unwrap_or_else(|error| panic!("{SEED}={seed} brings: {error}\n{:?}", Plan::new(profile, seed)));
+        seed += u64::from(only.is_none());
+    }
+    eprintln!("{name}: 0 wrong, 0 forgotten, 0 twice; {totals:?}");
+}
+
+fn variable(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
+}
+
+/// One history, in a network namespace of its own.
+fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
+    let (alive, ended) = mpsc::channel::<()>();
+    let thread = thread::Builder::new().name(format!("{name} {seed}")).spawn(move || {
+        let _alive = alive;
+        support::isolated(|| run::live(Plan::new(profile, seed)))
+    });
+    let thread = thread.map_err(|error| error.to_string())?;
+    // Nothing is ever sent: the channel closes when the thread ends, however it does.
+    match ended.recv_timeout(PATIENCE * 6) {
+        Err(RecvTimeoutError::Timeout) => Err("hangs".to_owned()),
+        _ => thread.join().unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(format!("panicked: {}", text.unwrap_or("with something that is no text")))
+        }),
+    }
+}

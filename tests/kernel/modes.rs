@@ -1,0 +1,23 @@
+//! Helpers for the modes that other programs know by name.
+
+use tokio_nfqueue::{Action, Queue};
+
+use crate::common::{Traffic, next, soon, start};
+
+tests![both repeating_with_a_mark_never_loops];
+
+async fn repeating_with_a_mark_never_loops() {
+    // The rule does not look at the mark, so without the helper's own look the packet would come back for ever.
+    let (mut queue, _rules) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    traffic.send([0]);
+    for (turn, action) in [(0, Action::Repeat), (1, Action::Accept)] {
+        let packet = next(&mut queue).await;
+        assert_eq!((packet.mark(), packet.has_mark(0x10, 0xf0)), (turn * 0x10, turn == 1));
+        let verdict = packet.repeat_marked(0x10, 0xf0);
+        assert_eq!(verdict.action(), action);
+        queue.sink().submit(verdict).unwrap();
+    }
+    soon("the flush", queue.sink().flush()).await.unwrap();
+    traffic.expect([0]).await;
+}

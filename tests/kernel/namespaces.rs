@@ -1,0 +1,185 @@
+//! Queues of other network namespaces.
+
+use std::{fs, path::PathBuf};
+
+use tokio::runtime::Handle;
+use tokio_nfqueue::{Divert, ErrorKind, NetworkNamespace, Queue};
+
+use crate::{
+    common::{Traffic, account, divert, give_up_capabilities, hold, soon, start, udp_in},
+    support,
+};
+
+tests![
+    both a_queue_is_bound_elsewhere,
+    one here_and_there_do_not_meet,
+    one who_owns_the_queue_there_is_found_there,
+    one a_namespace_is_found_by_path_and_outlives_its_threads,
+    one the_namespace_of_a_socket_is_where_it_was_opened,
+    one the_namespace_of_a_socket_needs_the_capability,
+    one what_is_no_socket_has_no_namespace,
+    one bad_names_are_refused,
+    one what_is_no_namespace_is_refused,
+    one without_cap_sys_admin_the_error_names_it_alone,
+    one a_file_that_may_not_be_opened_names_no_capability,
+];
+
+fn elsewhere() -> (support::Namespace, NetworkNamespace) {
+    let namespace = support::Namespace::new();
+    let handle = namespace.run(|| NetworkNamespace::current().unwrap());
+    (namespace, handle)
+}
+
+fn present() -> PathBuf {
+    fs::read_link("/proc/thread-self/ns/net").unwrap()
+}
+
+/// Rules and traffic of a namespace, for sockets are where they were opened.
+fn traffic_in(namespace: &support::Namespace) -> (Divert, Traffic) {
+    let runtime = Handle::current();
+    namespace.run(|| {
+        let _entered = runtime.enter();
+        (divert([udp_in().to_queue(0)]), Traffic::new(100))
+    })
+}
+
+async fn a_queue_is_bound_elsewhere() {
+    let (namespace, handle) = elsewhere();
+    let before = present();
+    let mut queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    assert_eq!(present(), before, "this thread has not moved");
+    assert_eq!(account(0), None, "nothing is bound here");
+    assert!(namespace.run(|| account(0)).is_some());
+
+    let (_divert, traffic) = traffic_in(&namespace);
+    for packet in hold(&mut queue, &traffic, 0..20).await {
+        let lo = packet.interface_in().unwrap();
+        assert_eq!(packet.interface_name(lo).unwrap(), "lo");
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..20).await;
+    assert_eq!(queue.sink().kernel_stats().unwrap().last_id, 20);
+    soon("the end", queue.close()).await.unwrap();
+    assert_eq!(namespace.run(|| account(0)), None);
+}
+
+async fn here_and_there_do_not_meet() {
+    let (namespace, handle) = elsewhere();
+    let (mut here, _divert_here) = start(Queue::builder(0));
+    let mut there = Queue::builder(0).namespace(handle).bind().unwrap();
+    let (_divert_there, traffic_there) = traffic_in(&namespace);
+    let traffic_here = Traffic::new(100);
+    let held_here = hold(&mut here, &traffic_here, 0..10).await;
+    let held_there = hold(&mut there, &traffic_there, 10..20).await;
+    // A verdict finds its own queue, whichever the sink.
+    for packet in held_here {
+        there.sink().submit(packet.accept()).unwrap();
+    }
+    for packet in held_there {
+        here.sink().submit(packet.accept()).unwrap();
+    }
+    traffic_here.expect(0..10).await;
+    traffic_there.expect(10..20).await;
+    assert_eq!((here.stats().gone_at_least, there.stats().gone_at_least), (0, 0));
+}
+
+async fn who_owns_the_queue_there_is_found_there() {
+    let (_namespace, handle) = elsewhere();
+    let _first = Queue::builder(7).namespace(handle.clone()).bind().unwrap();
+    let error = Queue::builder(7).namespace(handle).bind().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}");
+    Queue::builder(7).bind().unwrap();
+}
+
+async fn a_namespace_is_found_by_path_and_outlives_its_threads() {
+    let (ready, path) = std::sync::mpsc::channel();
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    let thread = support::Namespace::new().spawn(move || {
+        let id = rustix::thread::gettid();
+        ready.send(format!("/proc/self/task/{}/ns/net", id.as_raw_nonzero())).unwrap();
+        let _ = wait.recv();
+    });
+    let handle = NetworkNamespace::open(path.recv().unwrap()).unwrap();
+    drop(done);
+    thread.join().unwrap();
+    let queue = Queue::builder(0).namespace(handle.clone()).bind().unwrap();
+    assert_eq!(account(0), None);
+    assert_eq!(Queue::builder(0).namespace(handle).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
+    drop(queue);
+}
+
+async fn the_namespace_of_a_socket_is_where_it_was_opened() {
+    let namespace = support::Namespace::new();
+    let socket = namespace.run(|| support::udp("127.0.0.1:0"));
+    let handle = NetworkNamespace::of_socket(&socket).unwrap();
+    let before = present();
+    let _queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    assert_eq!((present(), account(0)), (before, None));
+    assert!(namespace.run(|| account(0)).is_some());
+
+    let here = NetworkNamespace::of_socket(support::udp("127.0.0.1:0")).unwrap();
+    let _queue = Queue::builder(0).namespace(here).bind().unwrap();
+    assert!(account(0).is_some());
+}
+
+async fn the_namespace_of_a_socket_needs_the_capability() {
+    let socket = support::udp("127.0.0.1:0");
+    give_up_capabilities();
+    let error = NetworkNamespace::of_socket(socket).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("CAP_NET_ADMIN is needed in") && !text.contains("CAP_SYS_ADMIN"), "{text}");
+}
+
+async fn what_is_no_socket_has_no_namespace() {
+    for path in ["/dev/null", "/proc/self/ns/net", "/proc/self/status"] {
+        let error = NetworkNamespace::of_socket(fs::File::open(path).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        assert_eq!(error.to_string(), "network namespace: of a socket: invalid value: not a socket");
+    }
+}
+
+async fn bad_names_are_refused() {
+    for name in ["", ".", "..", "a/b", "/etc/passwd", "a\0b"] {
+        assert_eq!(NetworkNamespace::named(name).unwrap_err().kind(), ErrorKind::InvalidInput, "{name:?}");
+    }
+    let error = NetworkNamespace::named("no namespace has this name").unwrap_err();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Other, None), "{error}");
+    assert!(error.to_string().contains("no namespace has this name"), "{error}");
+}
+
+async fn what_is_no_namespace_is_refused() {
+    for path in ["/proc/self/status", "/proc/self/ns/uts"] {
+        let handle = NetworkNamespace::open(path).unwrap();
+        let before = present();
+        for error in [
+            Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
+            Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::Other, "{error}");
+            assert!(error.to_string().contains("namespace"), "{error}");
+        }
+        assert_eq!((present(), account(0)), (before, None));
+    }
+}
+
+async fn without_cap_sys_admin_the_error_names_it_alone() {
+    let (_namespace, handle) = elsewhere();
+    give_up_capabilities();
+    for error in [
+        Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
+        Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+        let text = error.to_string();
+        assert!(text.contains("CAP_SYS_ADMIN is needed in") && !text.contains("CAP_NET_ADMIN"), "{text}");
+    }
+}
+
+async fn a_file_that_may_not_be_opened_names_no_capability() {
+    give_up_capabilities();
+    // Process 1 has capabilities, so its state may not be read.
+    let error = NetworkNamespace::open("/proc/1/ns/net").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    assert!(!error.to_string().contains("CAP_"), "{error}");
+}

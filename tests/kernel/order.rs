@@ -1,0 +1,146 @@
+//! Many packets at once, decided in any order and in any mixture.
+
+use std::time::Duration;
+
+use tokio_nfqueue::{FlushPolicy, Packet, Queue, Verdict};
+
+use crate::common::{self, Divert, Random, Traffic, hold, next, number, start, udp_in};
+
+tests![
+    both in_order,
+    both in_reverse_order,
+    both in_random_order,
+    both in_random_order_in_portions,
+    both one_flush_of_every_kind_of_verdict,
+    one within_a_flush_packets_are_released_in_the_order_of_their_ids,
+    one one_held_packet_outlives_thousands,
+];
+
+const MANY: u32 = 1000;
+
+async fn in_order() {
+    thousand(|_| {}, usize::MAX).await;
+}
+
+async fn in_reverse_order() {
+    thousand(<[Packet]>::reverse, usize::MAX).await;
+}
+
+async fn in_random_order() {
+    thousand(|packets| Random::new(1).shuffle(packets), usize::MAX).await;
+}
+
+async fn in_random_order_in_portions() {
+    thousand(|packets| Random::new(2).shuffle(packets), 13).await;
+}
+
+/// A thousand outstanding packets, put in some order, and flushed after every `portion`.
+async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(MANY);
+    let mut packets = hold(&mut queue, &traffic, 0..MANY).await;
+    assert_eq!(queue.stats().in_flight, MANY as usize);
+    assert_eq!(common::account(0).unwrap().waiting, u64::from(MANY));
+    order(&mut packets);
+    for (index, packet) in packets.into_iter().enumerate() {
+        queue.sink().submit(accept_the_even(packet)).unwrap();
+        if (index + 1) % portion == 0 {
+            queue.sink().flush().await.unwrap();
+        }
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect((0..MANY).step_by(2)).await;
+
+    let stats = queue.stats();
+    assert_eq!((stats.accepted, stats.dropped, stats.in_flight), (500, 500, 0));
+    assert_eq!((stats.gone_at_least, stats.refused, stats.late), (0, 0, 0), "each was decided once");
+    assert_eq!(stats.most_in_flight, MANY as usize);
+    assert_eq!(common::account(0).unwrap().waiting, 0);
+}
+
+fn accept_the_even(packet: Packet) -> Verdict {
+    if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() }
+}
+
+async fn one_flush_of_every_kind_of_verdict() {
+    let (mut queue, _divert) =
+        start(Queue::builder(0).flush_policy(FlushPolicy::fixed(100_000, Duration::from_secs(1))));
+    let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
+    let mut other = Queue::builder(1).bind().unwrap();
+    let traffic = Traffic::new(MANY);
+    let mut packets = hold(&mut queue, &traffic, 0..MANY).await;
+    // Runs of several lengths, in the kernel's order, for the ledger to join.
+    let kind = |number: u32| (number / 3) % 7;
+    let replaces = common::replaces_payloads();
+    Random::new(3).shuffle(&mut packets);
+    for packet in packets {
+        let verdict = match kind(number(&packet)) {
+            0 | 1 => packet.accept(),
+            2 => packet.drop(),
+            3 => packet.accept().mark(9),
+            4 => packet.requeue(1),
+            5 if replaces => {
+                // Unchanged; at the input hook its checksums are complete, or never will be looked at.
+                let payload = whole(&packet);
+                packet.accept().payload(payload)
+            }
+            5 => packet.accept(),
+            _ => packet.accept().mark(8).priority(3),
+        };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    let requeued: Vec<u32> = (0..MANY).filter(|number| kind(*number) == 4).collect();
+    for expected in requeued {
+        let packet = next(&mut other).await;
+        assert_eq!(number(&packet), expected);
+        other.sink().submit(packet.drop()).unwrap();
+    }
+    traffic.expect((0..MANY).filter(|number| !matches!(kind(*number), 2..=4))).await;
+
+    let stats = queue.stats();
+    assert!(stats.sends <= 10, "packed: {stats:?}");
+    assert!(stats.messages < u64::from(MANY), "batched: {stats:?}");
+    assert_eq!((stats.gone_at_least, stats.refused, stats.in_flight), (0, 0, 0));
+}
+
+/// The packet itself, with a UDP checksum of zero: none, in IPv4.
+fn whole(packet: &Packet) -> Vec<u8> {
+    let mut payload = packet.payload().to_vec();
+    payload[26..28].fill(0);
+    payload
+}
+
+async fn within_a_flush_packets_are_released_in_the_order_of_their_ids() {
+    let (mut queue, _divert) =
+        start(Queue::builder(0).flush_policy(FlushPolicy::fixed(100_000, Duration::from_secs(1))));
+    let traffic = Traffic::new(100);
+    let packets = hold(&mut queue, &traffic, 0..100).await;
+    for packet in packets.into_iter().rev() {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    let delivered = traffic.delivered();
+    // Unless a second passed between the first submit and the flush, of which the policy took notice.
+    if queue.stats().flushes == 1 {
+        assert_eq!(delivered, Vec::from_iter(0..100));
+    }
+    assert_eq!(delivered.len(), 100);
+}
+
+async fn one_held_packet_outlives_thousands() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    let mut held = hold(&mut queue, &traffic, [70_000]).await;
+    for round in 0..200 {
+        let numbers = round * 100..(round + 1) * 100;
+        for packet in hold(&mut queue, &traffic, numbers.clone()).await {
+            queue.sink().submit(accept_the_even(packet)).unwrap();
+        }
+        queue.sink().flush().await.unwrap();
+        traffic.expect(numbers.step_by(2)).await;
+    }
+    assert_eq!(common::account(0).unwrap().waiting, 1, "no batch took it along");
+    queue.sink().submit(held.remove(0).accept()).unwrap();
+    traffic.expect([70_000]).await;
+}

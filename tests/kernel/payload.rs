@@ -1,0 +1,332 @@
+//! Replaced payloads, as the receiver sees them.
+
+use std::{
+    io::Read,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+};
+
+use etherparse::{IpHeaders, TransportHeader};
+use tokio_nfqueue::{Action, ErrorKind, NetworkNamespace, Packet, Queue};
+
+use crate::{
+    common::{self, Hook, Protocol, Rule, Traffic, divert, hold, next, soon, start},
+    support,
+};
+
+tests![
+    one udp_over_ipv4_loopback,
+    one udp_over_ipv6_loopback,
+    both udp_over_ipv4_between_namespaces,
+    one udp_over_ipv6_between_namespaces,
+    both tcp_over_ipv4_loopback,
+    one tcp_over_ipv6_loopback,
+    one tcp_over_ipv4_between_namespaces,
+    one tcp_over_ipv6_between_namespaces,
+    one a_replaced_payload_arrives_at_the_input_hook_too,
+    one the_longest_payload_arrives,
+    one payload_mark_and_action_go_together,
+    one a_wrong_checksum_is_noticed_by_the_receiver,
+    one an_impossible_length_is_refused_and_counts_as_unanswered,
+    one a_payload_is_refused_in_a_namespace_of_another_user_namespace,
+];
+
+const SENT: &[u8] = b"as it was sent";
+const SHORTER: &[u8] = b"short";
+const LONGER: &[u8] = b"much longer than what the sender believes to have sent, by an odd number of bytes";
+
+async fn udp_over_ipv4_loopback() {
+    udp(local(Ipv4Addr::LOCALHOST.into())).await;
+}
+
+async fn udp_over_ipv6_loopback() {
+    udp(local(Ipv6Addr::LOCALHOST.into())).await;
+}
+
+async fn udp_over_ipv4_between_namespaces() {
+    udp(remote(|peer| peer.far_v4.into())).await;
+}
+
+async fn udp_over_ipv6_between_namespaces() {
+    udp(remote(|peer| peer.far_v6.into())).await;
+}
+
+async fn tcp_over_ipv4_loopback() {
+    tcp(local(Ipv4Addr::LOCALHOST.into())).await;
+}
+
+async fn tcp_over_ipv6_loopback() {
+    tcp(local(Ipv6Addr::LOCALHOST.into())).await;
+}
+
+async fn tcp_over_ipv4_between_namespaces() {
+    tcp(remote(|peer| peer.far_v4.into())).await;
+}
+
+async fn tcp_over_ipv6_between_namespaces() {
+    tcp(remote(|peer| peer.far_v6.into())).await;
+}
+
+/// Where the receiver is: in this namespace or in another.
+struct Place {
+    peer: Option<support::Peer>,
+    address: SocketAddr,
+}
+
+fn local(address: IpAddr) -> Place {
+    Place { peer: None, address: (address, 9000).into() }
+}
+
+fn remote(address: impl FnOnce(&support::Peer) -> IpAddr) -> Place {
+    let peer = support::veth();
+    Place { address: (address(&peer), 9000).into(), peer: Some(peer) }
+}
+
+impl Place {
+    fn open<T: Send>(&self, open: impl FnOnce(SocketAddr) -> T + Send) -> T {
+        match &self.peer {
+            Some(peer) => peer.run(|| open(self.address)),
+            None => open(self.address),
+        }
+    }
+}
+
+/// Queues what goes to the place, where checksums may be unfinished yet.
+fn queue_to(protocol: Protocol) -> (Queue, common::Divert) {
+    let queue = Queue::builder(0).bind().unwrap();
+    let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(9000).to_queue(0);
+    (queue, divert([rule]))
+}
+
+async fn udp(place: Place) {
+    if !common::replaces_payloads() {
+        return;
+    }
+    let receiver = place.open(support::udp);
+    receiver.set_nonblocking(true).unwrap();
+    let receiver = tokio::net::UdpSocket::from_std(receiver).unwrap();
+    let any: IpAddr = if place.address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let sender = UdpSocket::bind((any, 0)).unwrap();
+
+    let (mut queue, _divert) = queue_to(Protocol::Udp);
+    for replacement in [SHORTER, LONGER, SENT, b""] {
+        sender.send_to(SENT, place.address).unwrap();
+        let packet = next(&mut queue).await;
+        assert!(packet.payload().ends_with(SENT));
+        let replaced = rebuilt(packet.payload(), replacement);
+        queue.sink().submit(packet.accept().payload(replaced)).unwrap();
+        let mut datagram = [0; 256];
+        let length = soon("the datagram", receiver.recv(&mut datagram)).await.unwrap();
+        assert_eq!(&datagram[..length], replacement);
+    }
+}
+
+async fn tcp(place: Place) {
+    if !common::replaces_payloads() {
+        return;
+    }
+    for replacement in [SHORTER, LONGER] {
+        let listener = place.open(|address| TcpListener::bind(address).unwrap());
+        let (mut queue, divert) = queue_to(Protocol::Tcp);
+        let (address, length) = (place.address, replacement.len());
+        let receiver = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
+            let mut read = vec![0; length];
+            stream.read_exact(&mut read).map(|()| read)
+        });
+        let client = tokio::spawn(async move {
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut stream, SENT).await.unwrap();
+            stream
+        });
+        let mut replaced = 0;
+        let serve = async {
+            loop {
+                let packet = next(&mut queue).await;
+                // Once: the sender will send again what it believes to be missing.
+                let replace = replaced == 0 && packet.payload().ends_with(SENT);
+                let verdict = if replace {
+                    replaced += 1;
+                    let payload = rebuilt(packet.payload(), replacement);
+                    packet.accept().payload(payload)
+                } else {
+                    packet.accept()
+                };
+                queue.sink().submit(verdict).unwrap();
+            }
+        };
+        tokio::select! {
+            () = serve => {}
+            () = common::eventually("the receiver has read enough", || receiver.is_finished()) => {}
+        }
+        assert_eq!(receiver.join().unwrap().unwrap(), replacement);
+        assert_eq!(replaced, 1);
+        drop((client.await.unwrap(), divert, queue));
+        common::freed(0).await;
+    }
+}
+
+/// The packet with other data, its lengths and checksums right.
+fn rebuilt(packet: &[u8], data: &[u8]) -> Vec<u8> {
+    let (mut ip, payload) = IpHeaders::from_slice(packet).unwrap();
+    let mut transport = match payload.ip_number {
+        etherparse::IpNumber::UDP => {
+            let (mut udp, _) = etherparse::UdpHeader::from_slice(payload.payload).unwrap();
+            udp.length = (8 + data.len()).try_into().unwrap();
+            TransportHeader::Udp(udp)
+        }
+        _ => TransportHeader::Tcp(etherparse::TcpHeader::from_slice(payload.payload).unwrap().0),
+    };
+    ip.set_payload_len(transport.header_len() + data.len()).unwrap();
+    match &ip {
+        IpHeaders::Ipv4(header, _) => transport.update_checksum_ipv4(header, data).unwrap(),
+        IpHeaders::Ipv6(header, _) => transport.update_checksum_ipv6(header, data).unwrap(),
+    }
+    let mut bytes = Vec::new();
+    ip.write(&mut bytes).unwrap();
+    transport.write(&mut bytes).unwrap();
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+fn renumbered(packet: &Packet, number: u32) -> Vec<u8> {
+    rebuilt(packet.payload(), &number.to_be_bytes())
+}
+
+async fn a_replaced_payload_arrives_at_the_input_hook_too() {
+    if !common::replaces_payloads() {
+        return;
+    }
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    for (index, packet) in (0..).zip(hold(&mut queue, &traffic, 0..50).await) {
+        let payload = renumbered(&packet, 50 + index);
+        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(50..100).await;
+}
+
+async fn the_longest_payload_arrives() {
+    if !common::replaces_payloads() {
+        return;
+    }
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    let receiver = support::udp("127.0.0.1:9999");
+    traffic.sender.send_to(b"x", "127.0.0.1:9999").unwrap();
+    let packet = next(&mut queue).await;
+    let data: Vec<u8> = (0..65_531 - 28).map(|index| (index % 251) as u8).collect();
+    let payload = rebuilt(packet.payload(), &data);
+    assert_eq!(payload.len(), 65_531);
+    soon("the answer", queue.sink().confirm(packet.accept().payload(payload))).await.unwrap();
+    let mut datagram = vec![0; 65_536];
+    let length = receiver.recv(&mut datagram).unwrap();
+    assert!(datagram[..length] == data, "{length} bytes");
+}
+
+async fn payload_mark_and_action_go_together() {
+    if !common::replaces_payloads() {
+        return;
+    }
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let mut other = Queue::builder(1).bind().unwrap();
+    let traffic = Traffic::new(100);
+    for packet in hold(&mut queue, &traffic, 0..10).await {
+        let payload = renumbered(&packet, common::number(&packet) + 50);
+        queue.sink().submit(packet.requeue(1).mark(3).payload(payload)).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    for expected in 50..60 {
+        let packet = next(&mut other).await;
+        assert_eq!((common::number(&packet), packet.mark()), (expected, 3));
+        other.sink().submit(packet.accept()).unwrap();
+    }
+    other.sink().flush().await.unwrap();
+    traffic.expect(50..60).await;
+}
+
+/// Without this the other tests here would not tell right checksums from wrong ones.
+async fn a_wrong_checksum_is_noticed_by_the_receiver() {
+    if !common::replaces_payloads() {
+        return;
+    }
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    for packet in hold(&mut queue, &traffic, 0..10).await {
+        let mut payload = renumbered(&packet, common::number(&packet) + 50);
+        if common::number(&packet) < 5 {
+            *payload.last_mut().unwrap() ^= 0x40;
+        }
+        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(55..60).await;
+}
+
+async fn an_impossible_length_is_refused_and_counts_as_unanswered() {
+    for action in [Action::Accept, Action::Drop] {
+        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let traffic = Traffic::new(8);
+        let v4 = |length: usize| [0x45].into_iter().chain([0; 70_000]).take(length).collect::<Vec<u8>>();
+        let v6 = |length: usize| [0x60].into_iter().chain([0; 70_000]).take(length).collect::<Vec<u8>>();
+        let impossible = [vec![], v4(1), v4(19), v4(65_532), v6(39), v6(65_532)];
+        for (number, payload) in (0..).zip(impossible) {
+            let packet = hold(&mut queue, &traffic, [number]).await.remove(0);
+            let id = packet.id();
+            let verdict = packet.accept().payload(payload);
+            let error = if number % 2 == 0 {
+                queue.sink().submit(verdict).unwrap_err()
+            } else {
+                soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err()
+            };
+            assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
+        }
+        queue.sink().flush().await.unwrap();
+        match action {
+            Action::Accept => traffic.expect(0..6).await,
+            _ => traffic.expect_nothing(),
+        }
+        assert_eq!((queue.stats().unanswered, queue.stats().in_flight), (6, 0));
+    }
+}
+
+/// By kernels from 7.1 on. The owner of the network namespace counts: this process may be in the
+/// initial user namespace.
+async fn a_payload_is_refused_in_a_namespace_of_another_user_namespace() {
+    let other = support::UserNamespace::new();
+    let network = other.network();
+    network.run(|| support::link_up("lo"));
+    for (number, action) in [(0, Action::Accept), (1, Action::Drop)] {
+        let namespace = NetworkNamespace::open(other.path()).unwrap();
+        let mut queue = Queue::builder(number).namespace(namespace).on_unanswered(action).bind().unwrap();
+        let runtime = tokio::runtime::Handle::current();
+        let (traffic, _divert) = network.run(|| {
+            let _runtime = runtime.enter();
+            (Traffic::new(8), divert([common::udp_in().to_queue(number)]))
+        });
+        for (index, packet) in (0..).zip(hold(&mut queue, &traffic, 0..4).await) {
+            let id = packet.id();
+            let payload = renumbered(&packet, 4 + index);
+            let verdict = packet.accept().payload(payload);
+            let result = if index % 2 == 0 {
+                queue.sink().submit(verdict)
+            } else {
+                soon("the answer", queue.sink().confirm(verdict)).await
+            };
+            if common::kernel_release() >= (7, 1) {
+                let error = result.unwrap_err();
+                assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Unsupported, Some(id)), "{error}");
+            } else {
+                result.unwrap();
+            }
+        }
+        queue.sink().flush().await.unwrap();
+        match action {
+            _ if common::kernel_release() < (7, 1) => traffic.expect(4..8).await,
+            Action::Accept => traffic.expect(0..4).await,
+            _ => traffic.expect_nothing(),
+        }
+        assert_eq!(queue.stats().in_flight, 0);
+    }
+}

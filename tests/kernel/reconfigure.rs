@@ -1,0 +1,242 @@
+//! Settings changed while the queue runs.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use futures::FutureExt;
+use tokio_nfqueue::{Error, ErrorKind, FlushPolicy, Queue, Reconfigure};
+
+use crate::common::{Load, Traffic, account, eventually, give_up_capabilities, hold, next, number, soon, start};
+
+tests![
+    one the_copy_range_changes,
+    one the_length_changes,
+    one the_receive_buffer_does_not_shrink,
+    one what_is_queued_beyond_a_shorter_length_stays,
+    one flags_change_one_by_one,
+    one no_change_is_no_error,
+    one bad_values_change_nothing,
+    one what_the_kernel_lacks_is_named_and_changes_nothing,
+    one a_closed_queue_cannot_be_changed,
+    one changing_needs_the_capability,
+    both nothing_is_lost_by_a_change_under_load,
+    multi a_change_that_comes_too_late_delays_no_verdict,
+    one a_receive_buffer_left_to_the_crate_grows,
+];
+
+async fn change(queue: &Queue, change: Reconfigure) -> Result<(), Error> {
+    soon("the answer", queue.sink().reconfigure(&change)).await
+}
+
+/// The copied length of a packet of 128 bytes.
+async fn copied(queue: &mut Queue, traffic: &Traffic) -> usize {
+    traffic.sender.send_to(&[0; 100], traffic.to(0)).unwrap();
+    next(queue).await.payload().len()
+}
+
+async fn the_copy_range_changes() {
+    let (mut queue, _divert) = start(Queue::builder(0).copy_range(40));
+    let traffic = Traffic::new(1);
+    assert_eq!(copied(&mut queue, &traffic).await, 40);
+    for (to, length) in [
+        (Reconfigure::new().copy_range(65_531), 128),
+        (Reconfigure::new().copy_metadata(), 0),
+        (Reconfigure::new().copy_range(64), 64),
+        (Reconfigure::new().max_len(100), 64),
+    ] {
+        change(&queue, to).await.unwrap();
+        assert_eq!(copied(&mut queue, &traffic).await, length);
+    }
+    // The longest there are find room as well.
+    change(&queue, Reconfigure::new().copy_range(65_531)).await.unwrap();
+    traffic.sender.send_to(&[0; 65_000], traffic.to(0)).unwrap();
+    assert_eq!(next(&mut queue).await.payload().len(), 65_028);
+    assert_eq!(queue.stats().malformed, 0);
+}
+
+async fn the_length_changes() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(10));
+    let traffic = Traffic::new(200);
+    traffic.send(0..20);
+    eventually("the queue is full", || account(0).unwrap().queue_full == 10).await;
+    change(&queue, Reconfigure::new().max_len(50)).await.unwrap();
+    assert_eq!(queue.stats().max_len, 50);
+    traffic.send(20..80);
+    eventually("the queue is full", || account(0).unwrap().queue_full == 30).await;
+    for expected in (0..10).chain(20..60) {
+        let packet = next(&mut queue).await;
+        assert_eq!(number(&packet), expected);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect((0..10).chain(20..60)).await;
+}
+
+async fn the_receive_buffer_does_not_shrink() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let before = queue.stats().receive_buffer;
+    // Room for whole packets is there already.
+    change(&queue, Reconfigure::new().copy_range(100)).await.unwrap();
+    change(&queue, Reconfigure::new().max_len(2000)).await.unwrap();
+    assert_eq!(queue.stats().receive_buffer, before);
+}
+
+async fn what_is_queued_beyond_a_shorter_length_stays() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(200);
+    let held = hold(&mut queue, &traffic, 0..50).await;
+    change(&queue, Reconfigure::new().max_len(5)).await.unwrap();
+    traffic.send(50..60);
+    eventually("the queue is full", || account(0).unwrap().queue_full == 10).await;
+    for packet in held {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..50).await;
+    for packet in hold(&mut queue, &traffic, 60..65).await {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(60..65).await;
+}
+
+async fn flags_change_one_by_one() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(1));
+    let traffic = Traffic::new(100);
+    let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+    change(&queue, Reconfigure::new().fail_open(true)).await.unwrap();
+    traffic.send(1..10);
+    traffic.expect(1..10).await;
+    // Another flag leaves it as it is.
+    change(&queue, Reconfigure::new().uid_gid(true)).await.unwrap();
+    change(&queue, Reconfigure::new().gso(false)).await.unwrap();
+    traffic.send(10..20);
+    traffic.expect(10..20).await;
+    change(&queue, Reconfigure::new().uid_gid(false).fail_open(false)).await.unwrap();
+    traffic.send(20..30);
+    eventually("packets are dropped again", || account(0).unwrap().queue_full == 10).await;
+    drop(packet);
+    queue.sink().flush().await.unwrap();
+    traffic.expect_nothing();
+}
+
+async fn no_change_is_no_error() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
+    change(&queue, Reconfigure::new()).await.unwrap();
+    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
+}
+
+async fn bad_values_change_nothing() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
+    for bad in [
+        Reconfigure::new().max_len(0).copy_range(100),
+        Reconfigure::new().copy_range(0).max_len(100),
+        Reconfigure::new().copy_range(65_532).max_len(100),
+    ] {
+        assert_eq!(change(&queue, bad).await.unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
+    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
+}
+
+async fn what_the_kernel_lacks_is_named_and_changes_nothing() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
+    let conntrack = Reconfigure::new().conntrack(true).max_len(100).copy_range(100);
+    if let Err(error) = change(&queue, conntrack).await {
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("conntrack"), "{error}");
+        assert_eq!(queue.stats().max_len, 7);
+        assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33, "nothing is half applied");
+    }
+}
+
+async fn a_closed_queue_cannot_be_changed() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
+    let sink = queue.sink();
+    let closing = tokio::spawn(queue.close());
+    eventually("the end has begun", || sink.is_closed()).await;
+    // Longer now, it would take in packets that nobody will read.
+    let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+    sink.submit(packet.accept()).unwrap();
+    soon("the end", closing).await.unwrap().unwrap();
+    let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+}
+
+/// It holds the send lock for a moment. Whoever gives a verdict then leaves it to the holder.
+async fn a_change_that_comes_too_late_delays_no_verdict() {
+    const COUNT: u32 = 2000;
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(COUNT).flush_policy(FlushPolicy::immediate()));
+    let traffic = Traffic::new(COUNT);
+    let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+    let sink = queue.sink();
+    let closing = tokio::spawn(queue.close_within(Duration::MAX));
+    eventually("the end has begun", || sink.stats().max_len == 0).await;
+    let over = Arc::new(AtomicBool::new(false));
+    let changing = std::thread::spawn({
+        let (sink, over) = (sink.clone(), Arc::clone(&over));
+        move || {
+            while !over.load(SeqCst) {
+                let refused = sink.reconfigure(&Reconfigure::new()).now_or_never().expect("no wait").unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::Closed);
+            }
+        }
+    });
+    for packet in packets {
+        let number = number(&packet);
+        packet.accept().submit().unwrap();
+        traffic.expect([number]).await;
+    }
+    soon("the end", closing).await.unwrap().unwrap();
+    over.store(true, SeqCst);
+    changing.join().unwrap();
+}
+
+async fn changing_needs_the_capability() {
+    let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
+    give_up_capabilities();
+    let error = change(&queue, Reconfigure::new().max_len(100).copy_range(100)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
+}
+
+async fn nothing_is_lost_by_a_change_under_load() {
+    const COUNT: u32 = 5000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let load = Load::start(COUNT);
+    let (decide, sink) = (load.decide(), queue.sink());
+    for index in 0..COUNT {
+        let packet = next(&mut queue).await;
+        // By its id: a sender that moves to another processor may overtake its own packets on their way here.
+        assert_eq!(packet.id().get(), index + 1, "{:?}", sink.stats());
+        sink.submit(decide(packet)).unwrap();
+        if index % 10 == 0 {
+            let change = Reconfigure::new().max_len(1000 + index).copy_range(1000 + index).gso(index % 20 == 0);
+            sink.reconfigure(&change).await.unwrap();
+        }
+    }
+    load.finish(COUNT).await;
+    let stats = queue.stats();
+    assert_eq!((stats.lost, stats.received, stats.gone_at_least), (0, COUNT.into(), 0));
+    assert_eq!((account(0).unwrap().queue_full, account(0).unwrap().socket_full), (0, 0));
+}
+
+async fn a_receive_buffer_left_to_the_crate_grows() {
+    let (queue, _divert) = start(Queue::builder(0).max_len(10).copy_range(100));
+    let before = queue.stats().receive_buffer;
+    change(&queue, Reconfigure::new().max_len(100)).await.unwrap();
+    // Eighty thousand bytes and some are within any system's limit.
+    assert!(queue.stats().receive_buffer > before);
+
+    let (queue, _divert) = start(Queue::builder(1).receive_buffer(50_000));
+    let before = queue.stats().receive_buffer;
+    change(&queue, Reconfigure::new().max_len(10_000)).await.unwrap();
+    assert_eq!(queue.stats().receive_buffer, before, "what was asked for stays");
+}

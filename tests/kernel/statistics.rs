@@ -1,0 +1,195 @@
+//! What a queue and the kernel tell of its past.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use tokio_nfqueue::{Action, Advice, ErrorKind, Fill, Queue};
+
+use crate::{
+    common::{Traffic, account, eventually, hold, next, soon, start},
+    support,
+};
+
+tests![
+    one each_verdict_is_counted,
+    one what_is_held_is_told,
+    one the_kernels_account_is_told,
+    one the_kernels_account_is_the_queues_own_wherever_it_is_asked,
+    one advice_for_a_full_queue,
+    one advice_for_a_full_receive_buffer,
+    both watching_ends_with_the_queue,
+    both watching_keeps_no_queue_open,
+    sync watching_works_in_any_executor,
+];
+
+async fn each_verdict_is_counted() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    let sink = queue.sink();
+    let none = queue.stats();
+    assert_eq!((none.received, none.sends, none.fill, none.in_flight), (0, 0, Fill::default(), 0));
+    for (index, packet) in hold(&mut queue, &traffic, 0..16).await.into_iter().enumerate() {
+        match index {
+            0..=4 => sink.submit(packet.accept()).unwrap(),
+            5 => sink.submit(packet.stop()).unwrap(),
+            6..=8 => sink.submit(packet.drop()).unwrap(),
+            9 | 10 => sink.submit(packet.requeue(9)).unwrap(),
+            11 => sink.submit(packet.requeue_bypass(9)).unwrap(),
+            12 => sink.submit(packet.repeat()).unwrap(),
+            _ => drop(packet),
+        }
+    }
+    soon("the flush", sink.flush()).await.unwrap();
+    let stats = sink.stats();
+    assert_eq!((stats.accepted, stats.dropped, stats.requeued, stats.repeated), (6, 3 + 3, 3, 1));
+    assert_eq!((stats.unanswered, stats.expired, stats.late, stats.in_flight), (3, 0, 0, 0));
+    assert!(stats.messages >= stats.sends && stats.sends >= stats.flushes && stats.flushes > 0, "{stats:?}");
+    assert!(stats.largest_flush >= 1 && stats.largest_flush <= stats.messages);
+    // Each carried at least its own 32 bytes.
+    assert!(stats.bytes >= 16 * 32, "{stats:?}");
+    assert_eq!((stats.max_len, stats.most_in_flight), (1024, 16));
+}
+
+async fn what_is_held_is_told() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    let before = Instant::now();
+    assert_eq!((queue.stats().held_bytes, queue.stats().oldest_undecided), (0, None));
+    let mut held = hold(&mut queue, &traffic, 0..10).await;
+    let ten = queue.stats();
+    // They share a buffer, which counts as a whole.
+    assert_eq!(ten.held_bytes, 8 * 1024);
+    assert_eq!(ten.in_flight, 10);
+    eventually("they grow old", || queue.stats().oldest_undecided > Some(Duration::from_millis(5))).await;
+    let age = queue.stats().oldest_undecided.unwrap();
+    assert!(before.elapsed() >= age, "no older than the test");
+    held.append(&mut hold(&mut queue, &traffic, 10..100).await);
+    let hundred = queue.stats();
+    assert!(hundred.held_bytes > ten.held_bytes);
+    assert!(hundred.fill.max >= 11);
+    assert!(hundred.fill.min <= hundred.fill.mean && hundred.fill.mean <= hundred.fill.max);
+    // One held packet keeps the buffer of its neighbours, and that is told. Detached, it keeps none.
+    let last = held.pop().unwrap();
+    for packet in held {
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..99).await;
+    assert_eq!((queue.stats().held_bytes, queue.stats().in_flight), (8 * 1024, 1));
+    let last = last.detach();
+    assert_eq!((queue.stats().held_bytes, queue.stats().in_flight), (0, 1));
+    queue.sink().submit(last.accept()).unwrap();
+    traffic.expect([99]).await;
+    assert_eq!((queue.stats().held_bytes, queue.stats().oldest_undecided), (0, None));
+}
+
+async fn the_kernels_account_is_told() {
+    let (mut queue, _divert) = start(Queue::builder(5).copy_range(77).max_len(10));
+    let traffic = Traffic::new(100);
+    traffic.send(0..15);
+    eventually("the queue is full", || account(5).unwrap().queue_full == 5).await;
+    let kernel = queue.sink().kernel_stats().unwrap();
+    let line = support::queue_line(5).unwrap();
+    assert_eq!(u64::from(kernel.port_id), line[1]);
+    assert_eq!((kernel.queued, kernel.copy_range, kernel.last_id), (10, 77, 10));
+    assert_eq!((kernel.dropped_queue, kernel.dropped_socket), (5, 0));
+    for _ in 0..10 {
+        let packet = next(&mut queue).await;
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..10).await;
+    let sink = queue.sink();
+    assert_eq!(sink.kernel_stats().unwrap().queued, 0);
+    soon("the end", queue.close()).await.unwrap();
+    assert_eq!(sink.kernel_stats().unwrap_err().kind(), ErrorKind::Closed);
+}
+
+async fn the_kernels_account_is_the_queues_own_wherever_it_is_asked() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    let packets = hold(&mut queue, &traffic, 0..3).await;
+    let sink = queue.sink();
+    let elsewhere = support::Namespace::new();
+    let kernel = elsewhere.run(|| {
+        assert_eq!(account(0), None);
+        sink.kernel_stats().unwrap()
+    });
+    assert_eq!((kernel.queued, kernel.last_id), (3, 3));
+    drop(packets);
+}
+
+async fn advice_for_a_full_queue() {
+    let (queue, _divert) = start(Queue::builder(0).max_len(10));
+    let traffic = Traffic::new(100);
+    assert_eq!(queue.sink().advice(), []);
+    traffic.send(0..10);
+    eventually("all is queued", || account(0).unwrap().waiting == 10).await;
+    assert_eq!(queue.sink().advice(), []);
+    traffic.send(10..15);
+    eventually("the queue is full", || account(0).unwrap().queue_full == 5).await;
+    assert_eq!(queue.sink().advice(), [Advice::RaiseMaxLen { dropped: 5, now: 10, to: 20 }]);
+}
+
+async fn advice_for_a_full_receive_buffer() {
+    let (mut queue, _divert) = start(Queue::builder(0).receive_buffer(40_000).max_len(5000));
+    let traffic = Traffic::new(1);
+    for number in 0..200_u32 {
+        traffic.sender.send_to(&number.to_be_bytes(), traffic.to(0)).unwrap();
+    }
+    eventually("all is dealt with", || account(0).unwrap().last_id == 200).await;
+    let lost = account(0).unwrap().socket_full;
+    for _ in 0..200 - lost {
+        drop(next(&mut queue).await);
+    }
+    // The next one shows the gap.
+    drop(hold(&mut queue, &traffic, [0]).await);
+    match queue.sink().advice()[..] {
+        [Advice::RaiseReceiveBuffer { lost: advised, now, to, .. }] => {
+            assert_eq!((advised, now), (lost, queue.stats().receive_buffer));
+            assert!(to > now);
+        }
+        ref other => panic!("{other:?}"),
+    }
+}
+
+async fn watching_ends_with_the_queue() {
+    let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+    let traffic = Traffic::new(100);
+    let sink = queue.sink();
+    assert_eq!(sink.watch(Duration::ZERO).map(|_| ()).unwrap_err().kind(), ErrorKind::InvalidInput);
+    let mut watch = sink.watch(Duration::from_millis(2)).unwrap();
+    drop(hold(&mut queue, &traffic, 0..10).await);
+    let seen = async {
+        while let Some(stats) = watch.next().await {
+            if stats.received == 10 {
+                return;
+            }
+        }
+        panic!("the watch has ended too early");
+    };
+    soon("the right number", seen).await;
+    soon("the end", queue.close()).await.unwrap();
+    soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
+}
+
+async fn watching_keeps_no_queue_open() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let mut watch = queue.sink().watch(Duration::from_millis(2)).unwrap();
+    assert!(soon("an item", watch.next()).await.is_some());
+    drop(queue);
+    eventually("the end", || account(0).is_none()).await;
+    soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
+}
+
+fn watching_works_in_any_executor() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let queue = runtime.block_on(async { Queue::builder(0).bind().unwrap() });
+    let mut watch = queue.sink().watch(Duration::from_millis(1)).unwrap();
+    for _ in 0..3 {
+        assert!(futures::executor::block_on(watch.next()).is_some());
+    }
+    // A time that the clock does not reach is no panic.
+    let mut never = queue.sink().watch(Duration::MAX).unwrap();
+    assert!(futures::FutureExt::now_or_never(never.next()).is_none());
+    drop(runtime);
+    assert!(futures::executor::block_on(watch.next()).is_some());
+}

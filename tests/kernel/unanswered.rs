@@ -1,0 +1,323 @@
+//! No packet is forgotten: whatever becomes of its owner, it is answered for.
+
+use std::{
+    future::{Future, pending},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use tokio::runtime::{Builder, Runtime};
+use tokio_nfqueue::{Action, ErrorKind, Packet, Queue};
+
+use crate::common::{self, Traffic, eventually, hold, next, number, soon, start};
+
+tests![
+    both dropped_packets,
+    both dropped_verdicts,
+    both dropped_tickets,
+    both packets_of_a_panicking_task,
+    both packets_of_an_aborted_task,
+    both packets_dropped_in_a_foreign_thread,
+    one packets_unwound_in_a_foreign_thread,
+    one unanswered_may_go_to_another_queue,
+    sync tasks_of_a_runtime_that_shuts_down,
+    sync tasks_of_a_multi_thread_runtime_that_shuts_down,
+    sync packets_that_outlive_the_runtime,
+    both a_deadline_accepts,
+    both a_deadline_drops,
+    one a_deadline_spares_what_was_decided,
+    one a_deadline_is_kept_for_packets_of_many_moments,
+    both a_deadline_needs_nobody_to_poll_the_queue,
+    one a_late_verdict_is_told,
+];
+
+const COUNT: u32 = 50;
+
+/// Takes packets, has something happen to them, and looks whether they were all answered for as the queue was told.
+async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F) {
+    for action in [Action::Accept, Action::Drop] {
+        // Closed is the default.
+        let builder = Queue::builder(0);
+        let builder = if action == Action::Accept { builder.on_unanswered(action) } else { builder };
+        let (mut queue, _divert) = start(builder);
+        let traffic = Traffic::new(COUNT);
+        let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+        traffic.expect_nothing();
+        happen(packets).await;
+        all_answered(&queue, &traffic, action).await;
+        assert_eq!(queue.stats().unanswered, u64::from(COUNT));
+
+        // And the queue goes on.
+        let packet = hold(&mut queue, &traffic, [COUNT]).await.remove(0);
+        queue.sink().submit(packet.accept()).unwrap();
+        traffic.expect([COUNT]).await;
+        drop(queue);
+        common::freed(0).await;
+    }
+}
+
+async fn all_answered(queue: &Queue, traffic: &Traffic, action: Action) {
+    eventually("all packets are answered for", || queue.stats().in_flight == 0).await;
+    queue.sink().flush().await.unwrap();
+    match action {
+        Action::Accept => traffic.expect(0..COUNT).await,
+        _ => traffic.expect_nothing(),
+    }
+    assert_eq!(common::account(0).unwrap().waiting, 0);
+}
+
+async fn dropped_packets() {
+    answered_for(async |packets| drop(packets)).await;
+}
+
+async fn dropped_verdicts() {
+    // The verdicts' own actions must not count.
+    let decide = |(index, packet): (usize, Packet)| if index % 2 == 0 { packet.accept() } else { packet.drop() };
+    answered_for(async |packets| drop(packets.into_iter().enumerate().map(decide).collect::<Vec<_>>())).await;
+}
+
+async fn dropped_tickets() {
+    answered_for(async |packets| drop(packets.into_iter().map(Packet::detach).collect::<Vec<_>>())).await;
+}
+
+async fn packets_of_a_panicking_task() {
+    answered_for(async |packets| {
+        let task = tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            let _packets = packets;
+            quiet_panic();
+        });
+        assert!(soon("the panic", task).await.unwrap_err().is_panic());
+    })
+    .await;
+}
+
+async fn packets_of_an_aborted_task() {
+    answered_for(async |packets| {
+        let (started, running) = tokio::sync::oneshot::channel();
+        let task = tokio::spawn(async move {
+            let _packets = packets;
+            started.send(()).unwrap();
+            pending::<()>().await;
+        });
+        soon("the task", running).await.unwrap();
+        task.abort();
+        assert!(soon("the abort", task).await.unwrap_err().is_cancelled());
+    })
+    .await;
+}
+
+async fn packets_dropped_in_a_foreign_thread() {
+    answered_for(async |packets| std::thread::spawn(move || drop(packets)).join().unwrap()).await;
+}
+
+async fn packets_unwound_in_a_foreign_thread() {
+    answered_for(async |packets| {
+        let unwound = move || {
+            let _packets = packets;
+            quiet_panic();
+        };
+        std::thread::spawn(|| catch_unwind(AssertUnwindSafe(unwound)).unwrap_err()).join().unwrap();
+    })
+    .await;
+}
+
+/// Unwinds without a message among the test's output.
+fn quiet_panic() {
+    std::panic::resume_unwind(Box::new("as intended"));
+}
+
+async fn unanswered_may_go_to_another_queue() {
+    let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Requeue { queue: 1, bypass: false }));
+    let mut other = Queue::builder(1).bind().unwrap();
+    let traffic = Traffic::new(COUNT);
+    drop(hold(&mut queue, &traffic, 0..COUNT).await);
+    for expected in 0..COUNT {
+        let packet = next(&mut other).await;
+        assert_eq!(number(&packet), expected);
+        other.sink().submit(packet.accept()).unwrap();
+    }
+    traffic.expect(0..COUNT).await;
+}
+
+fn tasks_of_a_runtime_that_shuts_down() {
+    shut_down(|| Builder::new_current_thread().enable_all().build().unwrap());
+}
+
+fn tasks_of_a_multi_thread_runtime_that_shuts_down() {
+    shut_down(|| Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap());
+}
+
+/// The receivers belong to another runtime than the one that ends, and the rules to none.
+fn shut_down(runtime: impl Fn() -> Runtime) {
+    let outside = Builder::new_current_thread().enable_all().build().unwrap();
+    for action in [Action::Accept, Action::Drop] {
+        let traffic = outside.block_on(async { Traffic::new(COUNT) });
+        let inside = runtime();
+        let (mut queue, divert) = inside.block_on(async { start(Queue::builder(0).on_unanswered(action)) });
+        inside.block_on(async {
+            let (started, running) = mpsc::channel();
+            for packet in hold(&mut queue, &traffic, 0..COUNT).await {
+                let started = started.clone();
+                tokio::spawn(async move {
+                    let _packet = packet;
+                    started.send(()).unwrap();
+                    pending::<()>().await;
+                });
+            }
+            let mut count = 0;
+            let mut all_run = || {
+                count += running.try_iter().count();
+                count == COUNT as usize
+            };
+            eventually("all tasks run", &mut all_run).await;
+        });
+        // A task owns the stream too.
+        inside.spawn(async move {
+            let _queue = queue;
+            pending::<()>().await;
+        });
+        drop(inside);
+        match action {
+            Action::Accept => outside.block_on(traffic.expect(0..COUNT)),
+            _ => traffic.expect_nothing(),
+        }
+        assert_eq!(common::account(0), None, "everything is gone, and with it the queue");
+        drop(divert);
+    }
+}
+
+fn packets_that_outlive_the_runtime() {
+    let outside = Builder::new_current_thread().enable_all().build().unwrap();
+    let traffic = outside.block_on(async { Traffic::new(COUNT) });
+    let inside = Builder::new_current_thread().enable_all().build().unwrap();
+    let (mut queue, divert) = inside.block_on(async { start(Queue::builder(0).on_unanswered(Action::Accept)) });
+    let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..COUNT));
+    drop(inside);
+
+    // Without a driver verdicts go out at once.
+    let sink = queue.sink();
+    sink.submit(packets.remove(0).accept()).unwrap();
+    outside.block_on(traffic.expect([0]));
+    sink.submit(packets.remove(0).drop()).unwrap();
+    outside.block_on(soon("the kernel's answer", sink.confirm(packets.remove(0).accept()))).unwrap();
+    outside.block_on(traffic.expect([2]));
+    drop(packets.split_off(20));
+    outside.block_on(traffic.expect(23..COUNT));
+
+    let error = outside.block_on(soon("the end", queue.recv())).unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoRuntime);
+    assert!(outside.block_on(soon("the end", queue.recv())).is_none());
+    drop((queue, sink));
+    assert!(common::account(0).is_some(), "packets keep the queue");
+    drop(packets);
+    outside.block_on(traffic.expect(3..23));
+    assert_eq!(common::account(0), None);
+    drop(divert);
+}
+
+const DEADLINE: Duration = Duration::from_millis(50);
+
+async fn a_deadline_accepts() {
+    deadline(Action::Accept).await;
+}
+
+async fn a_deadline_drops() {
+    deadline(Action::Drop).await;
+}
+
+async fn deadline(action: Action) {
+    let opposite = if action == Action::Accept { Action::Drop } else { Action::Accept };
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, action).on_unanswered(opposite));
+    let traffic = Traffic::new(COUNT);
+    let before = Instant::now();
+    let packets = hold(&mut queue, &traffic, 0..COUNT).await;
+    eventually("the deadline", || queue.stats().expired > 0).await;
+    assert!(before.elapsed() >= DEADLINE, "not before");
+    all_answered(&queue, &traffic, action).await;
+    assert_eq!((queue.stats().expired, queue.stats().unanswered), (COUNT.into(), 0));
+
+    drop(packets);
+    queue.sink().flush().await.unwrap();
+    traffic.expect_nothing();
+    assert_eq!(queue.stats().unanswered, 0, "the deadline has answered");
+}
+
+async fn a_deadline_spares_what_was_decided() {
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
+    let traffic = Traffic::new(COUNT);
+    let mut late = Vec::new();
+    for packet in hold(&mut queue, &traffic, 0..COUNT).await {
+        if number(&packet).is_multiple_of(5) {
+            late.push(packet);
+        } else {
+            // On a slow machine some of these may come too late as well.
+            let _ = queue.sink().submit(packet.drop());
+        }
+    }
+    eventually("the deadline", || queue.stats().in_flight == 0).await;
+    queue.sink().flush().await.unwrap();
+    let delivered = traffic.delivered();
+    assert_eq!(delivered.len() as u64, queue.stats().expired);
+    assert!((0..COUNT).step_by(5).all(|number| delivered.contains(&number)), "{delivered:?}");
+    assert_eq!(queue.stats().dropped + queue.stats().expired, u64::from(COUNT));
+}
+
+async fn a_deadline_is_kept_for_packets_of_many_moments() {
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
+    let traffic = Traffic::new(COUNT);
+    let mut packets = Vec::new();
+    for index in 0..COUNT {
+        packets.append(&mut hold(&mut queue, &traffic, [index]).await);
+        // Some share a moment, some do not.
+        tokio::time::sleep(Duration::from_millis(u64::from(index % 3))).await;
+    }
+    traffic.expect(0..COUNT).await;
+    assert_eq!(queue.stats().expired, u64::from(COUNT));
+}
+
+async fn a_deadline_needs_nobody_to_poll_the_queue() {
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
+    let traffic = Traffic::new(COUNT + 101);
+    let first = hold(&mut queue, &traffic, 0..COUNT).await;
+    traffic.expect(0..COUNT).await;
+    drop(first);
+    // Packets that lie unread, for the program has stopped polling, have deadlines too.
+    traffic.send(COUNT..COUNT + 100);
+    traffic.expect(COUNT..COUNT + 100).await;
+    assert_eq!(queue.stats().expired, u64::from(COUNT) + 100);
+    // What has been answered for is not handed out.
+    traffic.send([COUNT + 100]);
+    let packet = next(&mut queue).await;
+    assert_eq!(number(&packet), COUNT + 100);
+    assert!(!packet.is_expired());
+    eventually("the deadline", || packet.is_expired()).await;
+}
+
+async fn a_late_verdict_is_told() {
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Drop));
+    let traffic = Traffic::new(4);
+    let packets = hold(&mut queue, &traffic, 0..4).await;
+    eventually("the deadline", || queue.stats().expired == 4).await;
+    let sink = queue.sink();
+    let mut refusals = sink.refusals();
+    for (index, packet) in packets.into_iter().enumerate() {
+        let id = packet.id();
+        assert!(packet.is_expired());
+        let told = match index {
+            0 => sink.submit(packet.accept()),
+            1 => Err(soon("the answer", sink.confirm(packet.accept())).await.unwrap_err()),
+            2 => sink.submit(packet.detach().accept()),
+            _ => sink.submit(packet.accept().mark(1)),
+        };
+        let error = match told {
+            Ok(()) => soon("the refusal", refusals.recv()).await.unwrap(),
+            Err(error) => error,
+        };
+        assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)), "{error}");
+    }
+    sink.flush().await.unwrap();
+    traffic.expect_nothing();
+    assert_eq!((sink.stats().late, sink.stats().gone_at_least, sink.stats().in_flight), (4, 0, 0));
+}

@@ -1,0 +1,232 @@
+//! What each kind of verdict does to a packet.
+
+use tokio_nfqueue::{Action, Family, Hook, Queue};
+
+use crate::{
+    common::{self, Divert, Rule, Traffic, divert, hold, next, number, start, udp_in},
+    support,
+};
+
+tests![
+    both accepted_arrive_and_dropped_do_not,
+    both a_mark_is_seen_by_a_later_chain,
+    one a_mark_is_kept_unless_the_verdict_sets_one,
+    one mark_and_priority_are_seen_at_a_later_hook,
+    both repeat_with_a_mark_goes_round_once,
+    one repeat_without_a_mark_comes_back,
+    one stop_skips_the_later_chains,
+    both requeue_hands_over_to_another_queue,
+    one requeue_to_nobody_drops_and_with_bypass_accepts,
+    one a_ticket_decides_as_its_packet_would,
+    one a_verdict_goes_to_its_own_queue_whichever_the_sink,
+    one an_ipv6_packet_is_decided_too,
+];
+
+async fn accepted_arrive_and_dropped_do_not() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(100);
+    for packet in hold(&mut queue, &traffic, 0..100).await {
+        let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect((0..100).step_by(2)).await;
+
+    let stats = queue.stats();
+    assert_eq!((stats.received, stats.accepted, stats.dropped, stats.in_flight), (100, 50, 50, 0));
+    assert_eq!((stats.lost, stats.unanswered, stats.gone_at_least, stats.refused, stats.late), (0, 0, 0, 0, 0));
+    assert_eq!(common::account(0).unwrap().waiting, 0);
+}
+
+async fn a_mark_is_seen_by_a_later_chain() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let _later = Divert::builder().priority(10).rule(udp_in().mark(0x8000_0017, u32::MAX).drop()).install().unwrap();
+    let traffic = Traffic::new(100);
+    for packet in hold(&mut queue, &traffic, 0..100).await {
+        let verdict = match number(&packet) % 3 {
+            0 => packet.accept().mark(0x8000_0017),
+            1 => packet.accept().mark(0x17),
+            _ => packet.accept(),
+        };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect((0..100).filter(|number| number % 3 != 0)).await;
+}
+
+async fn a_mark_is_kept_unless_the_verdict_sets_one() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let _later = Divert::builder().priority(10).rule(udp_in().mark(5, u32::MAX).drop()).install().unwrap();
+    let traffic = Traffic::new(100);
+    support::set_mark(&traffic.sender, 5);
+    for packet in hold(&mut queue, &traffic, 0..100).await {
+        assert_eq!(packet.mark(), 5);
+        let verdict = if number(&packet) < 50 { packet.accept() } else { packet.accept().mark(0) };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(50..100).await;
+}
+
+async fn mark_and_priority_are_seen_at_a_later_hook() {
+    let mut first = Queue::builder(0).bind().unwrap();
+    let mut second = Queue::builder(1).bind().unwrap();
+    let _divert = divert([Rule::new(Hook::Output).to_queue(0), Rule::new(Hook::Postrouting).to_queue(1)]);
+    let traffic = Traffic::new(1);
+    traffic.send([7]);
+    let packet = next(&mut first).await;
+    assert_eq!((packet.hook(), packet.mark(), packet.priority()), (Hook::Output, 0, 0));
+    first.sink().submit(packet.accept().mark(0x1234).priority(6)).unwrap();
+    let packet = next(&mut second).await;
+    assert_eq!((packet.hook(), packet.mark(), packet.priority()), (Hook::Postrouting, 0x1234, 6));
+    second.sink().submit(packet.accept()).unwrap();
+    traffic.expect([7]).await;
+}
+
+async fn repeat_with_a_mark_goes_round_once() {
+    let mut queue = Queue::builder(0).bind().unwrap();
+    let _divert = divert([udp_in().unless_mark(1, 1).to_queue(0)]);
+    let traffic = Traffic::new(50);
+    for packet in hold(&mut queue, &traffic, 0..50).await {
+        queue.sink().submit(packet.repeat().mark(1)).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(0..50).await;
+    assert_eq!(queue.stats().repeated, 50);
+    assert_eq!(common::account(0).unwrap().last_id, 50, "none was queued again");
+}
+
+async fn repeat_without_a_mark_comes_back() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(50);
+    let first = hold(&mut queue, &traffic, 0..50).await;
+    let ids: Vec<_> = first.iter().map(|packet| packet.id().get()).collect();
+    for packet in first {
+        queue.sink().submit(packet.repeat()).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect_nothing();
+    for expected in 0..50 {
+        let packet = next(&mut queue).await;
+        assert!(!ids.contains(&packet.id().get()), "a new id");
+        assert_eq!(number(&packet), expected);
+        queue.sink().submit(packet.accept()).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(0..50).await;
+    assert_eq!(common::account(0).unwrap().last_id, 100);
+}
+
+async fn stop_skips_the_later_chains() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let _later = Divert::builder().priority(10).rule(udp_in().drop()).install().unwrap();
+    let traffic = Traffic::new(60);
+    for packet in hold(&mut queue, &traffic, 0..60).await {
+        let verdict = if number(&packet) < 30 { packet.stop() } else { packet.accept() };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(0..30).await;
+    assert_eq!(queue.stats().accepted, 60);
+}
+
+async fn requeue_hands_over_to_another_queue() {
+    // The number's high byte and bits that a careless encoding would take for flags.
+    const OTHER: u16 = 0x8305;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let mut other = Queue::builder(OTHER).bind().unwrap();
+    let traffic = Traffic::new(60);
+    for packet in hold(&mut queue, &traffic, 0..60).await {
+        queue.sink().submit(packet.requeue(OTHER).mark(9)).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    for expected in 0..60 {
+        let packet = next(&mut other).await;
+        assert_eq!((number(&packet), packet.mark(), packet.hook()), (expected, 9, Hook::Input));
+        let verdict = if expected < 30 { packet.accept() } else { packet.drop() };
+        other.sink().submit(verdict).unwrap();
+    }
+    other.sink().flush().await.unwrap();
+    traffic.expect(0..30).await;
+    assert_eq!((queue.stats().requeued, other.stats().received), (60, 60));
+}
+
+async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(60);
+    for packet in hold(&mut queue, &traffic, 0..60).await {
+        let verdict = if number(&packet) < 30 { packet.requeue(77) } else { packet.requeue_bypass(77) };
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect(30..60).await;
+    assert_eq!(queue.stats().requeued, 60);
+}
+
+async fn a_ticket_decides_as_its_packet_would() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let mut other = Queue::builder(1).bind().unwrap();
+    let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
+    let traffic = Traffic::new(8);
+    for (index, packet) in hold(&mut queue, &traffic, 0..8).await.into_iter().enumerate() {
+        let id = packet.id();
+        let ticket = packet.detach();
+        assert_eq!(ticket.id(), id);
+        let verdict = match index {
+            0 => ticket.accept(),
+            1 => ticket.drop(),
+            2 => ticket.stop().mark(9),
+            3 => ticket.requeue(1),
+            4 => ticket.requeue(77),
+            5 => ticket.requeue_bypass(77),
+            6 => ticket.decide(Action::Accept),
+            _ => ticket.repeat(),
+        };
+        assert_eq!(verdict.packet_id(), id);
+        queue.sink().submit(verdict).unwrap();
+    }
+    queue.sink().flush().await.unwrap();
+    traffic.expect([0, 2, 5, 6]).await;
+    let packet = next(&mut other).await;
+    assert_eq!(number(&packet), 3);
+    let packet = next(&mut queue).await;
+    assert_eq!((number(&packet), packet.id().get()), (7, 9));
+}
+
+async fn a_verdict_goes_to_its_own_queue_whichever_the_sink() {
+    let mut queues = [0, 1].map(|number| Queue::builder(number).bind().unwrap());
+    let _divert = divert([
+        udp_in().destination_port(common::PORT).to_queue(0),
+        udp_in().destination_port(common::PORT + 1).to_queue(1),
+    ]);
+    let traffic = Traffic::new(2 * common::ROOM);
+    let sinks = [queues[1].sink(), queues[0].sink()];
+    for (queue, sink) in queues.iter_mut().zip(&sinks) {
+        let base = u32::from(queue.number()) * common::ROOM;
+        let mut packets = hold(queue, &traffic, base..base + 2).await.into_iter();
+        sink.submit(packets.next().unwrap().accept()).unwrap();
+        common::soon("the answer", sink.confirm(packets.next().unwrap().accept())).await.unwrap();
+    }
+    traffic.expect([0, 1, common::ROOM, common::ROOM + 1]).await;
+    assert_eq!(queues.map(|queue| (queue.stats().accepted, queue.stats().late)), [(2, 0); 2]);
+}
+
+async fn an_ipv6_packet_is_decided_too() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let receiver = tokio::net::UdpSocket::bind("[::1]:9000").await.unwrap();
+    let sender = tokio::net::UdpSocket::bind("[::1]:0").await.unwrap();
+    for number in 0..3_u32 {
+        sender.send_to(&number.to_be_bytes(), "[::1]:9000").await.unwrap();
+    }
+    for expected in 0..3 {
+        let packet = next(&mut queue).await;
+        assert_eq!((number(&packet), packet.family()), (expected, Family::Ipv6));
+        let verdict = if expected == 1 { packet.drop() } else { packet.accept() };
+        common::soon("the answer", queue.sink().confirm(verdict)).await.unwrap();
+    }
+    let mut datagram = [0; 4];
+    for expected in [0_u32, 2] {
+        common::soon("a datagram", receiver.recv(&mut datagram)).await.unwrap();
+        assert_eq!(u32::from_be_bytes(datagram), expected);
+    }
+}
