@@ -1,7 +1,8 @@
 //! Packets of a bridge: VLAN tags, link-layer headers, and what no router would see.
 //!
-//! The bridge family has no way to a queue but nf_tables' own `queue` expression: the xtables target is not of that family,
-//! and is refused. On a kernel without the expression (`NFT_QUEUE`) these tests see to that refusal, and no more.
+//! The bridge family has no way to a queue but nf_tables' own `queue` expression: the xtables
+//! target is not of that family, and is refused. On a kernel without the expression (`NFT_QUEUE`)
+//! these tests see to that refusal, and no more.
 
 use std::{
     io::ErrorKind as IoErrorKind,
@@ -52,8 +53,8 @@ const IPV4: u16 = 0x0800;
 const CUSTOMER: u16 = 0x8100;
 const SERVICE: u16 = 0x88a8;
 
-/// A bridge and a queue for each of these hooks, numbered from 0, that gets all that comes there. `None` after a look at
-/// what a kernel without `NFT_QUEUE` does instead.
+/// A bridge and a queue for each of these hooks, numbered from 0, that gets all that comes there.
+/// `None` after a look at what a kernel without `NFT_QUEUE` does instead.
 fn bridge(hooks: &[Hook]) -> Option<(Bridge, Vec<Queue>)> {
     let bridge = Bridge::new();
     let queues = (0..hooks.len() as u16).map(|number| Queue::builder(number).bind().unwrap()).collect();
@@ -396,7 +397,8 @@ async fn a_payload_too_long_for_the_port_is_lost() {
     let tag = Some((CUSTOMER, 5));
     bridge.ends[0].socket.send(&udp_frame(tag, 1));
     let packet = next(&mut queue).await;
-    // The kernel does not say what becomes of it. Four bytes more than the MTU are let through, tag or not.
+    // The kernel does not say what becomes of it. Four bytes more than the MTU are let through, tag
+    // or not.
     give(&queue, packet.accept().payload(udp(1, 1505))).await;
     let (sent, come) = (udp_frame(tag, 2), frame(tag, IPV4, &udp(2, 1504)));
     cross(&bridge, &mut queue, &sent, |packet| packet.accept().payload(udp(2, 1504)), &come).await;
@@ -522,7 +524,8 @@ async fn super_packets_cross_whole() {
     assert!(longest > 1500, "{longest}");
 }
 
-/// Not the bridge family: where the kernel shows routers' rules what crosses a bridge (`br_netfilter`).
+/// Not the bridge family: where the kernel shows routers' rules what crosses a bridge
+/// (`br_netfilter`).
 async fn a_routers_rules_see_the_ports_of_a_bridge() {
     let bridge = Bridge::new();
     if std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables").ok().as_deref() != Some("1\n") {

@@ -238,7 +238,8 @@ async fn receiving_many_is_cancel_safe() {
     assert_eq!(sink.stats().unanswered, 0);
 }
 
-/// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the stream's busy poll.
+/// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the
+/// stream's busy poll.
 async fn a_stream_that_stays_awake_lets_others_run() {
     const ROUNDS: u32 = 3000;
     let (mut queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
@@ -275,8 +276,8 @@ async fn a_stream_that_stays_awake_lets_others_run() {
     assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
 }
 
-/// A set of streams polls those that have been woken. A wish to be polled again that the runtime has forgotten must not
-/// be all that wakes a stream in such a set.
+/// A set of streams polls those that have been woken. A wish to be polled again that the runtime
+/// has forgotten must not be all that wakes a stream in such a set.
 fn a_stream_that_stays_awake_survives_the_end_of_block_on() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();

@@ -1,7 +1,8 @@
 //! Connection tracking entries beside packets, and changed by verdicts.
 //!
-//! On a kernel without the glue between queues and connection tracking (`NETFILTER_NETLINK_GLUE_CT`) each of these tests
-//! sees to it that such a queue cannot be bound and that a change is refused, and no more.
+//! On a kernel without the glue between queues and connection tracking
+//! (`NETFILTER_NETLINK_GLUE_CT`) each of these tests sees to it that such a queue cannot be bound
+//! and that a change is refused, and no more.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -568,7 +569,8 @@ const ZONE: u32 = 17;
 const BEFORE_TRACKING: i32 = -300;
 const AFTER_TRACKING: i32 = -150;
 
-/// Has connections tracked in this network namespace: it is enough that some rule asks for their state.
+/// Has connections tracked in this network namespace: it is enough that some rule asks for their
+/// state.
 fn track() {
     install("tracking", None, vec![ct(DESTINATION, STATE)]);
 }

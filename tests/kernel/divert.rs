@@ -490,8 +490,8 @@ fn gone_when_dropped() {
     assert!(!table_exists("a name of its own"));
 }
 
-/// The whole `main` of the process that [`gone_when_killed`] kills, and `None` in all others. It makes
-/// a table, says so, and waits for its end.
+/// The whole `main` of the process that [`gone_when_killed`] kills, and `None` in all others. It
+/// makes a table, says so, and waits for its end.
 pub(crate) fn child() -> Option<ExitCode> {
     std::env::var_os(CHILD)?;
     let installed = Divert::builder().table(CHILD_TABLE).rule(udp_out().drop()).install();

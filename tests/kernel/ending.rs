@@ -35,7 +35,8 @@ tests![
 /// How long the sender waits before it looks again whether there is room.
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// Sends numbers until told to stop, each after the receiver has got nearly all before it; gives how many there were.
+/// Sends numbers until told to stop, each after the receiver has got nearly all before it; gives
+/// how many there were.
 struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU32>,
@@ -240,7 +241,8 @@ async fn unread_packets_get_the_answer_for_the_unanswered() {
         for drop_it in [false, true] {
             let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
             let traffic = Traffic::new(60);
-            // One is taken, so that others have been received beside it; the rest is still in the socket.
+            // One is taken, so that others have been received beside it; the rest is still in the
+            // socket.
             traffic.send(0..25);
             let first = next(&mut queue).await;
             traffic.send(25..50);

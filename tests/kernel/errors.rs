@@ -135,7 +135,8 @@ async fn verdicts_without_the_capability_are_refused_with_their_packets() {
     soon("the answer", queue.sink().confirm(good.accept())).await.unwrap();
     give_up_capabilities();
 
-    // One by one, then several in one send, of which the kernel answers the first alone: each is told.
+    // One by one, then several in one send, of which the kernel answers the first alone: each is
+    // told.
     let mut refusals = queue.sink().refusals();
     for together in [1, 1, 5] {
         let portion: Vec<Packet> = packets.by_ref().take(together).collect();
@@ -237,7 +238,8 @@ async fn dropping_without_the_capability_is_harmless() {
     drop(queue);
     drop(packets);
     freed(0).await;
-    // What was gathered may have been sent by a thread that has the capability, or be dropped with the socket.
+    // What was gathered may have been sent by a thread that has the capability, or be dropped with
+    // the socket.
     assert!(traffic.delivered().iter().all(|number| *number < 10));
     drop(divert);
 }

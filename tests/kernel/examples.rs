@@ -130,7 +130,8 @@ fn without_the_capability_there_is_one_clear_sentence() {
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
 }
 
-/// Sends so many datagrams to ourselves, through the queue; tells how many arrive, each with what was sent.
+/// Sends so many datagrams to ourselves, through the queue; tells how many arrive, each with what
+/// was sent.
 fn delivered(datagrams: u32) -> u32 {
     let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -188,8 +189,8 @@ impl Drop for Program {
     }
 }
 
-/// `cargo test` builds the examples together with the tests (for these alone, `cargo build --examples` comes first), beside
-/// the folder of this binary.
+/// `cargo test` builds the examples together with the tests (for these alone,
+/// `cargo build --examples` comes first), beside the folder of this binary.
 fn path(example: &str) -> PathBuf {
     let this = std::env::current_exe().unwrap();
     let beside = this.parent().unwrap().join(example);

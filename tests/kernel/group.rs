@@ -59,7 +59,8 @@ async fn balanced_traffic_is_one_stream() {
     let mut group = group(|builder| builder);
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
-    // The hash is over addresses. Its seed is the kernel's own, so many are needed to be sure of two queues.
+    // The hash is over addresses. Its seed is the kernel's own, so many are needed to be sure of
+    // two queues.
     for number in 0..100_u32 {
         let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
         traffic.send_from(&sender, [number]);

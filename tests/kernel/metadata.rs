@@ -122,7 +122,8 @@ async fn a_time_of_arrival_is_told_where_there_is_one() {
     const TOLERANCE: Duration = Duration::from_secs(3600);
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
-    // As long as somebody asks for time stamps, the kernel takes them. It begins when it comes to it.
+    // As long as somebody asks for time stamps, the kernel takes them. It begins when it comes to
+    // it.
     let socket = support::udp("127.0.0.1:0");
     setsockopt(&socket, sockopt::ReceiveTimestamp, &true).unwrap();
     let stamped = async {
@@ -176,8 +177,8 @@ async fn a_control_groups_class_is_told() {
     assert_eq!(next(&mut queue).await.cgroup_class_id(), None);
 }
 
-/// A socket of a thread that belongs to a class of the control group `net_cls`, which is mounted for that thread alone. The
-/// calling thread's mounts are changed.
+/// A socket of a thread that belongs to a class of the control group `net_cls`, which is mounted
+/// for that thread alone. The calling thread's mounts are changed.
 fn classified(class: u32) -> io::Result<UdpSocket> {
     const PLACE: &str = "/tmp";
     unshare(CloneFlags::CLONE_NEWNS)?;
@@ -220,7 +221,8 @@ async fn metadata_mode_has_no_payload() {
 }
 
 async fn unfinished_checksums_are_told() {
-    // A local sender leaves the checksum to the interface; without GSO the kernel finishes it before it is seen.
+    // A local sender leaves the checksum to the interface; without GSO the kernel finishes it
+    // before it is seen.
     for gso in [true, false] {
         let mut queue = Queue::builder(0).gso(gso).bind().unwrap();
         let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
@@ -252,7 +254,8 @@ async fn a_payload_outlives_its_packet() {
     }
 }
 
-/// Sends a megabyte from one to the other while all of it goes through a queue; gives what `look` said of each packet.
+/// Sends a megabyte from one to the other while all of it goes through a queue; gives what `look`
+/// said of each packet.
 async fn transfer<T>(
     mut queue: Queue,
     listener: TcpListener,

@@ -7,7 +7,8 @@ use crate::common::{Traffic, next, soon, start};
 tests![both repeating_with_a_mark_never_loops];
 
 async fn repeating_with_a_mark_never_loops() {
-    // The rule does not look at the mark, so without the helper's own look the packet would come back for ever.
+    // The rule does not look at the mark, so without the helper's own look the packet would come
+    // back for ever.
     let (mut queue, _rules) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     traffic.send([0]);

@@ -80,7 +80,8 @@ async fn one_flush_of_every_kind_of_verdict() {
             3 => packet.accept().mark(9),
             4 => packet.requeue(1),
             5 if replaces => {
-                // Unchanged; at the input hook its checksums are complete, or never will be looked at.
+                // Unchanged; at the input hook its checksums are complete, or never will be looked
+                // at.
                 let payload = whole(&packet);
                 packet.accept().payload(payload)
             }
@@ -121,7 +122,8 @@ async fn within_a_flush_packets_are_released_in_the_order_of_their_ids() {
     }
     queue.sink().flush().await.unwrap();
     let delivered = traffic.delivered();
-    // Unless a second passed between the first submit and the flush, of which the policy took notice.
+    // Unless a second passed between the first submit and the flush, of which the policy took
+    // notice.
     if queue.stats().flushes == 1 {
         assert_eq!(delivered, Vec::from_iter(0..100));
     }

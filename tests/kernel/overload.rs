@@ -29,7 +29,8 @@ fn small() -> QueueBuilder {
     Queue::builder(0).receive_buffer(SMALL).max_len(5000)
 }
 
-/// Sends more than there is room for, and waits until the kernel has dealt with it all, which takes `ids` ids.
+/// Sends more than there is room for, and waits until the kernel has dealt with it all, which takes
+/// `ids` ids.
 async fn flood(traffic: &Traffic, numbers: impl Iterator<Item = u32>, ids: u64) -> Account {
     traffic.send(numbers);
     eventually("the kernel has seen all packets", || account(0).unwrap().last_id == ids).await;

@@ -1,4 +1,5 @@
-//! What must hold at the edges: refusals, lost answers, busy threads, runtimes that are gone, users' code that calls back.
+//! What must hold at the edges: refusals, lost answers, busy threads, runtimes that are gone,
+//! users' code that calls back.
 
 use std::{
     io,
@@ -182,7 +183,8 @@ async fn a_refused_drop_never_becomes_an_accept() {
     let mut packets = hold(&mut queue, &traffic, 0..2 * COUNT).await;
     let odd: Vec<Packet> = packets.extract_if(.., |packet| number(packet) % 2 == 1).collect();
     let sink = queue.sink();
-    // A thread without the capability drops every second packet, first alone and then while this one accepts the others.
+    // A thread without the capability drops every second packet, first alone and then while this
+    // one accepts the others.
     let half_done = Arc::new(AtomicBool::new(false));
     let dropping = thread::spawn({
         let half_done = Arc::clone(&half_done);
@@ -269,7 +271,8 @@ async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
     for packet in packets {
         packet.accept().submit().unwrap();
     }
-    // By this thread, which has it: whoever flushes sends the verdicts of others along, or has them refused.
+    // By this thread, which has it: whoever flushes sends the verdicts of others along, or has them
+    // refused.
     soon("the flush", sink.flush()).await.unwrap();
     traffic.send(10..20);
     thread::spawn(move || without_capabilities(|| drop(last))).join().unwrap();
@@ -748,7 +751,8 @@ async fn traced(check: impl FnOnce(&[String])) {
     let (sink, events) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(Vec::new())));
     let subscriber = Subscriber { sink: Arc::clone(&sink), events: Arc::clone(&events) };
     let _default = tracing::subscriber::set_default(subscriber);
-    // Long enough for all before it on a slow machine, and what comes of it is the same if it is not.
+    // Long enough for all before it on a slow machine, and what comes of it is the same if it is
+    // not.
     let builder = Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop);
     let (mut queue, _divert) = start(builder.flush_policy(FlushPolicy::immediate()));
     *sink.lock().unwrap() = Some(queue.sink());

@@ -214,7 +214,8 @@ async fn nothing_is_lost_by_a_change_under_load() {
     let (decide, sink) = (load.decide(), queue.sink());
     for index in 0..COUNT {
         let packet = next(&mut queue).await;
-        // By its id: a sender that moves to another processor may overtake its own packets on their way here.
+        // By its id: a sender that moves to another processor may overtake its own packets on their
+        // way here.
         assert_eq!(packet.id().get(), index + 1, "{:?}", sink.stats());
         sink.submit(decide(packet)).unwrap();
         if index % 10 == 0 {

@@ -68,7 +68,8 @@ async fn what_is_held_is_told() {
     assert!(hundred.held_bytes > ten.held_bytes);
     assert!(hundred.fill.max >= 11);
     assert!(hundred.fill.min <= hundred.fill.mean && hundred.fill.mean <= hundred.fill.max);
-    // One held packet keeps the buffer of its neighbours, and that is told. Detached, it keeps none.
+    // One held packet keeps the buffer of its neighbours, and that is told. Detached, it keeps
+    // none.
     let last = held.pop().unwrap();
     for packet in held {
         queue.sink().submit(packet.accept()).unwrap();

@@ -34,7 +34,8 @@ tests![
 
 const COUNT: u32 = 50;
 
-/// Takes packets, has something happen to them, and looks whether they were all answered for as the queue was told.
+/// Takes packets, has something happen to them, and looks whether they were all answered for as the
+/// queue was told.
 async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F) {
     for action in [Action::Accept, Action::Drop] {
         // Closed is the default.

@@ -31,7 +31,8 @@ use super::{
     sockets::wait_until,
 };
 
-/// A bridge of two ports in the calling thread's network namespace, which knows no VLANs: it passes tags on.
+/// A bridge of two ports in the calling thread's network namespace, which knows no VLANs: it passes
+/// tags on.
 ///
 /// No interface has an address: nothing crosses it but what a test sends.
 #[derive(Debug)]
@@ -119,7 +120,8 @@ fn forwards(port: &str) -> bool {
 /// An Ethernet frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// Protocol and control information of the outermost VLAN tag, which the kernel keeps beside the frame.
+    /// Protocol and control information of the outermost VLAN tag, which the kernel keeps beside
+    /// the frame.
     pub tag: Option<(u16, u16)>,
     /// Destination, source, EtherType, body; without that tag.
     pub bytes: Vec<u8>,

@@ -24,12 +24,13 @@ use super::{Namespace, sockets::wait_until, sys};
 /// What a pair of interfaces is like.
 #[derive(Debug, Clone)]
 pub struct VethOptions {
-    /// The interfaces are named `veth{index}` and `peer{index}`, their networks are `10.9.{index}.0/24` and
-    /// `fd09:0:0:{index}::/64`.
+    /// The interfaces are named `veth{index}` and `peer{index}`, their networks are
+    /// `10.9.{index}.0/24` and `fd09:0:0:{index}::/64`.
     pub index: u8,
     /// In bytes.
     pub mtu: u32,
-    /// Whether segmentation and checksums are left to the (virtual) hardware, as is the kernel's default.
+    /// Whether segmentation and checksums are left to the (virtual) hardware, as is the kernel's
+    /// default.
     pub offloads: bool,
 }
 
@@ -83,7 +84,8 @@ pub fn veth() -> Peer {
     veth_with(&VethOptions::default())
 }
 
-/// A fresh namespace joined to this one. Returns when both sides are up, with addresses ready to use.
+/// A fresh namespace joined to this one. Returns when both sides are up, with addresses ready to
+/// use.
 pub fn veth_with(options: &VethOptions) -> Peer {
     let VethOptions { index, mtu, offloads } = *options;
     let v4 = |host| Ipv4Addr::new(10, 9, index, host);
@@ -105,8 +107,9 @@ pub fn veth_with(options: &VethOptions) -> Peer {
                 set_offload(name, offload, false).expect("switch an offload off");
             }
         }
-        // A router asks for its neighbours from the link-local address. Until the kernel has looked for duplicates of that, it cannot,
-        // and what waits for a neighbour is lost after three seconds.
+        // A router asks for its neighbours from the link-local address. Until the kernel has looked
+        // for duplicates of that, it cannot, and what waits for a neighbour is lost after three
+        // seconds.
         let file = format!("/proc/sys/net/ipv6/conf/{name}/accept_dad");
         fs::write(&file, "0").unwrap_or_else(|error| panic!("{file}: {error}"));
         add_address(name, v4.into(), 24);

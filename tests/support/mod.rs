@@ -1,5 +1,5 @@
-//! Isolation and tools for tests and examples that need a kernel: everything happens in fresh network namespaces, as
-//! root or, through a user namespace, as an ordinary user.
+//! Isolation and tools for tests and examples that need a kernel: everything happens in fresh
+//! network namespaces, as root or, through a user namespace, as an ordinary user.
 //!
 //! The tests are in one binary with `harness = false`, `tests/kernel`:
 //!
@@ -12,7 +12,8 @@
 //! }
 //! ```
 //!
-//! An example calls [`enter`] first thing in `main`, before there is a second thread, and does its work in [`isolated`].
+//! An example calls [`enter`] first thing in `main`, before there is a second thread, and does its
+//! work in [`isolated`].
 
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports)]

@@ -16,10 +16,11 @@ use nix::{
 };
 use rustix::thread::CapabilitySet;
 
-/// Makes it possible to create network namespaces. Call it first thing in `main`, while there is one thread.
+/// Makes it possible to create network namespaces. Call it first thing in `main`, while there is
+/// one thread.
 ///
-/// With the capabilities (root) it does nothing. Without, the process moves into a user namespace of its own, in which
-/// it is root. Later calls answer what the first one did.
+/// With the capabilities (root) it does nothing. Without, the process moves into a user namespace
+/// of its own, in which it is root. Later calls answer what the first one did.
 pub fn enter() -> Result<(), String> {
     static ENTERED: OnceLock<Result<(), String>> = OnceLock::new();
     ENTERED.get_or_init(enter_once).clone()
@@ -41,7 +42,8 @@ fn enter_once() -> Result<(), String> {
         };
         format!("neither CAP_SYS_ADMIN and CAP_NET_ADMIN nor a user namespace: {reason} ({error}); run this as root")
     })?;
-    // A network namespace made before the maps are written would have an unreadable /proc/net/netfilter.
+    // A network namespace made before the maps are written would have an unreadable
+    // /proc/net/netfilter.
     for (file, text) in
         [("setgroups", "deny".to_owned()), ("uid_map", format!("0 {user} 1")), ("gid_map", format!("0 {group} 1"))]
     {
@@ -51,9 +53,10 @@ fn enter_once() -> Result<(), String> {
     Ok(())
 }
 
-/// Runs `body` on a thread of its own in a fresh network namespace whose loopback is up, and gives back what it returns.
-/// A panic in it goes on in the caller. Threads that `body` starts, a Tokio runtime's workers among them, are in the
-/// same namespace, which lives as long as any of them, or any socket made in it.
+/// Runs `body` on a thread of its own in a fresh network namespace whose loopback is up, and gives
+/// back what it returns. A panic in it goes on in the caller. Threads that `body` starts, a Tokio
+/// runtime's workers among them, are in the same namespace, which lives as long as any of them, or
+/// any socket made in it.
 ///
 /// # Panics
 ///
@@ -122,7 +125,8 @@ impl From<File> for Namespace {
 const PROCESS: &str = "/proc/self/ns/net";
 const THREAD: &str = "/proc/thread-self/ns/net";
 
-/// Moves the calling thread into a fresh network namespace, for good, and makes sure that it is there.
+/// Moves the calling thread into a fresh network namespace, for good, and makes sure that it is
+/// there.
 pub(super) fn fresh() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap_or_else(|error| {
         panic!("no network namespace: {error}; support::enter() must come first, and says {:?}", enter())

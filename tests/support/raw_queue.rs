@@ -42,7 +42,8 @@ impl RawQueue {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         let queue = Self { socket, number };
-        // NFQA_CFG_CMD { BIND, 0, PF_UNSPEC }, NFQA_CFG_PARAMS { copy range 65 531, COPY_PACKET } and a byte of padding
+        // NFQA_CFG_CMD { BIND, 0, PF_UNSPEC }, NFQA_CFG_PARAMS { copy range 65 531, COPY_PACKET }
+        // and a byte of padding
         let attributes = [&attribute(1, &[1, 0, 0, 0])[..], &attribute(2, &[0, 0, 0xff, 0xfb, 2])].concat();
         queue.send(NFQNL_MSG_CONFIG, NLM_F_ACK, &attributes)?;
         match queue.receive(Duration::from_secs(5))? {

@@ -33,8 +33,9 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// The numbers of a queue in the calling thread's network namespace, `None` if nobody has it bound: queue, portid,
-/// outstanding, copy mode, copy range, dropped because the queue was full, dropped because the socket was, last id, 1.
+/// The numbers of a queue in the calling thread's network namespace, `None` if nobody has it bound:
+/// queue, portid, outstanding, copy mode, copy range, dropped because the queue was full, dropped
+/// because the socket was, last id, 1.
 ///
 /// The portid is read as the unsigned number that it is, though it is printed as signed.
 pub fn queue_line(queue: u16) -> Option<[u64; 9]> {
@@ -53,7 +54,8 @@ pub fn queue_line(queue: u16) -> Option<[u64; 9]> {
 /// A UDP socket with generous buffers, whose reads end with an error after [`PATIENCE`].
 pub fn udp(address: impl ToSocketAddrs) -> UdpSocket {
     let socket = UdpSocket::bind(address).expect("bind a UDP socket");
-    // The forced sizes need a capability that root in a user namespace does not have; then the system's limit holds.
+    // The forced sizes need a capability that root in a user namespace does not have; then the
+    // system's limit holds.
     if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
         let _ = setsockopt(&socket, sockopt::SndBuf, &BUFFER);
     }
@@ -76,7 +78,8 @@ pub fn set_mark(socket: impl AsFd, mark: u32) {
     setsockopt(&socket, sockopt::Mark, &mark).expect("set a socket's mark");
 }
 
-/// A raw socket that sends whole IPv4 packets; the kernel fills in the header's checksum, and id and source if zero.
+/// A raw socket that sends whole IPv4 packets; the kernel fills in the header's checksum, and id
+/// and source if zero.
 pub fn raw_ipv4() -> OwnedFd {
     socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw).expect("open a raw socket")
 }
@@ -90,7 +93,8 @@ pub fn send_raw_ipv4(socket: &OwnedFd, packet: &[u8], to: std::net::Ipv4Addr) ->
 
 /// Sends one echo request and waits for the reply; says whether it came in time.
 pub fn ping(to: IpAddr, patience: Duration) -> bool {
-    // Neighbours in these namespaces have but one process that pings, so the identifier tells it all.
+    // Neighbours in these namespaces have but one process that pings, so the identifier tells it
+    // all.
     const IDENTIFIER: [u8; 2] = *b"nf";
     let (family, protocol, request, reply) = match to {
         IpAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8, 0),

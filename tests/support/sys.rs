@@ -25,8 +25,9 @@ pub fn ethtool(interface: &str, command: u32, data: u32) -> io::Result<()> {
     }
     let mut value = Value { command, data };
     request.ifr_ifru.ifru_data = (&raw mut value).cast();
-    // SAFETY: the descriptor is open, `request` is an `ifreq` whose name ends in a NUL and whose data points to a live
-    // `ethtool_value`, which is what these commands read and write; both outlive the call.
+    // SAFETY: the descriptor is open, `request` is an `ifreq` whose name ends in a NUL and whose
+    // data points to a live `ethtool_value`, which is what these commands read and write; both
+    // outlive the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -30,7 +30,8 @@ const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
 const DEADLINE: Duration = Duration::from_secs(120 * SLOWNESS);
 /// How long a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(30 * SLOWNESS);
-/// So many times as long, where the tests are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`, read by the compiler.
+/// So many times as long, where the tests are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`,
+/// read by the compiler.
 const SLOWNESS: u64 = match option_env!("TOKIO_NFQUEUE_PATIENCE") {
     None => 1,
     Some(text) => match u64::from_str_radix(text, 10) {

@@ -1,7 +1,9 @@
-//! What the tests of a queue share: numbered datagrams over loopback, patience, and the kernel's own account.
+//! What the tests of a queue share: numbered datagrams over loopback, patience, and the kernel's
+//! own account.
 //!
-//! Most tests queue at the input hook. There a packet no longer counts against its sender's buffer, and what is accepted
-//! is in the receiver's buffer when the send of the verdict returns: after `VerdictSink::flush` "not delivered" is a fact.
+//! Most tests queue at the input hook. There a packet no longer counts against its sender's buffer,
+//! and what is accepted is in the receiver's buffer when the send of the verdict returns: after
+//! `VerdictSink::flush` "not delivered" is a fact.
 
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
@@ -48,8 +50,8 @@ macro_rules! tests {
     };
 }
 
-/// The name of a test in the module with this path: `ending::close_within_waits_no_longer`. The name
-/// begins with the module directly below the crate, in its submodules too.
+/// The name of a test in the module with this path: `ending::close_within_waits_no_longer`. The
+/// name begins with the module directly below the crate, in its submodules too.
 pub fn test_name(module_path: &str, name: &str) -> String {
     let module = module_path.split("::").nth(1).expect("a module below the crate");
     format!("{module}::{name}")
@@ -60,7 +62,8 @@ pub fn both<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Copy 
     vec![support::test(name, body), support::test_multi(&format!("{name}::two_workers"), body)]
 }
 
-/// A test in a runtime of one thread, where the runtime makes no difference or the thread is what matters.
+/// A test in a runtime of one thread, where the runtime makes no difference or the thread is what
+/// matters.
 pub fn one<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Vec<Trial> {
     vec![support::test(name, body)]
 }

@@ -25,8 +25,8 @@ pub struct Place {
     pub priority: i32,
 }
 
-/// Adds a rule, in a table and a chain of this name that are made if need be. The chain has a place, or no packet passes
-/// it. All goes with the network namespace.
+/// Adds a rule, in a table and a chain of this name that are made if need be. The chain has a
+/// place, or no packet passes it. All goes with the network namespace.
 pub fn install(
     family: NetfilterProtoFamily,
     name: &str,
@@ -71,8 +71,8 @@ pub fn install_hook(family: NetfilterProtoFamily, name: &str, place: Place) -> i
     )
 }
 
-/// Removes a table with all that is in it. If it has a base chain, a hook is unregistered, and the kernel drops every packet
-/// that is queued in the network namespace.
+/// Removes a table with all that is in it. If it has a base chain, a hook is unregistered, and the
+/// kernel drops every packet that is queued in the network namespace.
 pub fn remove(family: NetfilterProtoFamily, name: &str) -> io::Result<()> {
     let table = vec![TableAttribute::Name(name.to_owned())];
     transact(family, vec![(NfTablesMessage::DeleteTable(TableMessage { attributes: table }), NLM_F_ACK)])
@@ -84,7 +84,8 @@ fn hook_attribute(Place { hook, priority }: Place) -> ChainAttribute {
     ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())])
 }
 
-/// Makes an object, in a table of this name that is made if need be; `attributes` tell its table too.
+/// Makes an object, in a table of this name that is made if need be; `attributes` tell its table
+/// too.
 pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec<DefaultNla>) -> io::Result<()> {
     let table = vec![TableAttribute::Name(table.to_owned())];
     transact(
@@ -96,8 +97,8 @@ pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec
     )
 }
 
-/// As [`install`], with a rule that sends everything to a queue: by the `queue` expression (`NFT_QUEUE`), or where the
-/// kernel lacks that by the xtables target (`NFT_COMPAT`).
+/// As [`install`], with a rule that sends everything to a queue: by the `queue` expression
+/// (`NFT_QUEUE`), or where the kernel lacks that by the xtables target (`NFT_COMPAT`).
 pub fn install_queue(family: NetfilterProtoFamily, name: &str, place: Place, queue: u16) -> io::Result<()> {
     match install(family, name, Some(place), vec![queue_expression(queue)]) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -121,7 +122,8 @@ fn queue_target(queue: u16) -> Expressions {
     Expressions::Other { expression_type: "target".to_owned(), attributes }
 }
 
-/// Sends messages as a batch; the last asks for an answer, which comes after the first error if there is one.
+/// Sends messages as a batch; the last asks for an answer, which comes after the first error if
+/// there is one.
 fn transact(family: NetfilterProtoFamily, messages: Vec<(NfTablesMessage, u16)>) -> io::Result<()> {
     let control = |message| {
         // Of nf_tables, 10.

@@ -1,6 +1,7 @@
 //! Edited packets between two namespaces: the receiver's kernel verifies what comes.
 //!
-//! Every test runs with the interfaces' offloads on and off, with super-packets and without, over IPv4 and IPv6.
+//! Every test runs with the interfaces' offloads on and off, with super-packets and without, over
+//! IPv4 and IPv6.
 
 mod route;
 mod setup;

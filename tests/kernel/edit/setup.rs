@@ -137,7 +137,8 @@ impl Path {
     }
 }
 
-/// How many wrong checksums the kernel has met in this thread's namespace: of TCP, UDP, ICMP and ICMPv6, and IPv4 headers.
+/// How many wrong checksums the kernel has met in this thread's namespace: of TCP, UDP, ICMP and
+/// ICMPv6, and IPv4 headers.
 pub(crate) fn checksum_errors() -> u64 {
     let v4 = fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
     let v4: Vec<_> = v4.lines().map(|line| line.split_ascii_whitespace()).collect();

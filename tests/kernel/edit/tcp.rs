@@ -76,7 +76,8 @@ pub(crate) async fn substituted_out(case: Case) {
     path.assert_checksums();
 }
 
-/// What arrives with offloads is a super-packet with an unfinished checksum, and is delivered as such.
+/// What arrives with offloads is a super-packet with an unfinished checksum, and is delivered as
+/// such.
 pub(crate) async fn substituted_in(case: Case) {
     let path = Path::new(case);
     let rule = Rule::new(Hook::Input).protocol(Protocol::Tcp).source_port(PORT);

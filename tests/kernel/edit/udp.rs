@@ -84,8 +84,8 @@ pub(crate) async fn redirected(case: Case) {
     path.assert_checksums();
 }
 
-/// Whether the case's super-packets can be edited. Before Linux 6.11 they cannot be sent where an interface cannot make checksums, and
-/// where one can they are refused, as is seen to here.
+/// Whether the case's super-packets can be edited. Before Linux 6.11 they cannot be sent where an
+/// interface cannot make checksums, and where one can they are refused, as is seen to here.
 async fn editable(case: Case, path: &Path) -> bool {
     const SEGMENT: usize = 1000;
     if common::kernel_release() >= (6, 11) || (case.offloads && !case.gso) {
@@ -108,8 +108,8 @@ async fn editable(case: Case, path: &Path) -> bool {
     false
 }
 
-/// Several datagrams in one, which the kernel cuts later: they go elsewhere with other bytes in them. Before local
-/// delivery they are refused.
+/// Several datagrams in one, which the kernel cuts later: they go elsewhere with other bytes in
+/// them. Before local delivery they are refused.
 pub(crate) async fn super_packets(case: Case) {
     const SEGMENT: usize = 1000;
     let path = Path::new(case);
@@ -206,7 +206,8 @@ pub(crate) async fn fragments(case: Case) {
     } else {
         set_ip_mtu_discover(&far, Ipv4PathMtuDiscovery::DONT).unwrap();
     }
-    // No port: later fragments have none. Nothing here asks for connection tracking, which would join them first.
+    // No port: later fragments have none. Nothing here asks for connection tracking, which would
+    // join them first.
     let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).destination_address(path.near, case.prefix());
     let editor = Editor::start(case, [rule], move |edit| {
         assert!(edit.view().is_fragment());

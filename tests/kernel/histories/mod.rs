@@ -1,8 +1,10 @@
-//! Random histories: queues of random settings, packets decided in every way there is, faults, ends. Each datagram has a
-//! number, and whatever happens it may have but the fates that follow from what was decided for it.
+//! Random histories: queues of random settings, packets decided in every way there is, faults,
+//! ends. Each datagram has a number, and whatever happens it may have but the fates that follow
+//! from what was decided for it.
 //!
-//! A history follows from its seed, apart from the order in which threads run. `TOKIO_NFQUEUE_HISTORIES_SECONDS` says for how
-//! long each test goes on (20); `TOKIO_NFQUEUE_HISTORIES_SEED` has one seed's history repeated all that time.
+//! A history follows from its seed, apart from the order in which threads run.
+//! `TOKIO_NFQUEUE_HISTORIES_SECONDS` says for how long each test goes on (20);
+//! `TOKIO_NFQUEUE_HISTORIES_SEED` has one seed's history repeated all that time.
 
 use std::{
     sync::mpsc::{self, RecvTimeoutError},

@@ -1,5 +1,5 @@
-//! What a history consists of: all of it drawn from its seed, so that the same seed gives the same history, whatever the
-//! order in which threads run.
+//! What a history consists of: all of it drawn from its seed, so that the same seed gives the same
+//! history, whatever the order in which threads run.
 
 use std::time::Duration;
 
@@ -12,7 +12,8 @@ use crate::common::Random;
 pub(crate) enum Profile {
     /// None: every number adds up exactly.
     Calm,
-    /// Threads and moments without the capability, hooks that are unregistered, interfaces that go down.
+    /// Threads and moments without the capability, hooks that are unregistered, interfaces that go
+    /// down.
     Faulty,
     /// As either, short, and ended under load.
     Ending,
@@ -79,11 +80,13 @@ pub(crate) struct Round {
 /// What happens to packets without their owners' doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another program's base chain, at a hook that the packets do not pass, comes and goes: all that is queued is dropped.
+    /// Another program's base chain, at a hook that the packets do not pass, comes and goes: all
+    /// that is queued is dropped.
     UnusedHook,
     /// The same at the queue's own hook, behind the rules.
     HookBehind,
-    /// The same before the rules: what is held when the chain comes is queued once more when it is accepted.
+    /// The same before the rules: what is held when the chain comes is queued once more when it is
+    /// accepted.
     HookBefore,
     /// The receiving interface goes down and comes back.
     Flap,

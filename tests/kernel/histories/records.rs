@@ -1,4 +1,5 @@
-//! What became of every datagram, as the program, the receivers and the library tell, and whether that was allowed.
+//! What became of every datagram, as the program, the receivers and the library tell, and whether
+//! that was allowed.
 
 use std::{
     collections::HashMap,
@@ -462,7 +463,8 @@ impl Records {
         }
     }
 
-    /// Looks whether the numbers of a round without faults add up, after its last datagram has come through.
+    /// Looks whether the numbers of a round without faults add up, after its last datagram has come
+    /// through.
     pub(crate) fn check_round(
         &self,
         plan: &Plan,
@@ -481,7 +483,8 @@ impl Records {
         };
         findings.expect(&name("waiting"), now.waiting, 0);
         findings.expect(&name("in flight"), stats.in_flight, 0);
-        // What is lost after the last packet that is received is not known yet. The other queues' last has been received.
+        // What is lost after the last packet that is received is not known yet. The other queues'
+        // last has been received.
         let unknown = if queue == plan.side() { u64::MAX } else { 0 };
         let known = stats.received + stats.lost;
         findings.expect_between(&name("the last id"), now.last_id, (known, known.saturating_add(unknown)));
@@ -555,7 +558,8 @@ impl Records {
         findings.expect_between(&name("requeued"), stats.requeued, about(tally.requeued));
     }
 
-    /// What was never handed out in the last round and not delivered, of a queue whose traffic should have passed.
+    /// What was never handed out in the last round and not delivered, of a queue whose traffic
+    /// should have passed.
     pub(crate) fn check_passing(
         &self,
         plan: &Plan,
@@ -619,7 +623,8 @@ impl Records {
     }
 }
 
-/// Longer ago than this a packet gets a verdict of its own, of which the kernel tells whether it found the packet.
+/// Longer ago than this a packet gets a verdict of its own, of which the kernel tells whether it
+/// found the packet.
 const OLD: Duration = Duration::from_millis(5);
 
 /// What does not add up in a snapshot.

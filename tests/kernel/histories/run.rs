@@ -1,4 +1,5 @@
-//! One history: traffic, faults, an end; and the comparison of what was delivered with what was decided.
+//! One history: traffic, faults, an end; and the comparison of what was delivered with what was
+//! decided.
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
@@ -120,7 +121,8 @@ impl History {
         Ok(())
     }
 
-    /// Sends a round's datagrams, has happen what is to happen, waits until all is decided, and compares.
+    /// Sends a round's datagrams, has happen what is to happen, waits until all is decided, and
+    /// compares.
     async fn round(&mut self, number: usize) -> Result<(), String> {
         self.begin_round(number);
         let rest = self.start_round(number);
@@ -189,9 +191,9 @@ impl History {
         threads
     }
 
-    /// Sends one more datagram each way, again and again until it has come through: what was sent before has arrived at
-    /// the queues by then, for it was sent by the same thread, on the same processor. With `direct`, no queue is in the
-    /// way any more.
+    /// Sends one more datagram each way, again and again until it has come through: what was sent
+    /// before has arrived at the queues by then, for it was sent by the same thread, on the same
+    /// processor. With `direct`, no queue is in the way any more.
     async fn barrier(&self, direct: bool) -> Result<(), String> {
         const PAUSE: Duration = Duration::from_millis(20);
         let fronts = self.world.plan.fronts();
@@ -205,7 +207,8 @@ impl History {
                 let through = |serials: &Vec<u32>| {
                     serials.last().is_some_and(|serial| match direct {
                         true => records.was_delivered(*serial),
-                        // With fail-open it may be delivered and tell the queue nothing of what was lost before it.
+                        // With fail-open it may be delivered and tell the queue nothing of what was
+                        // lost before it.
                         false => records.was_handed_out(*serial),
                     })
                 };
@@ -604,7 +607,8 @@ impl Sender {
     }
 }
 
-/// What one thread sends on one processor stays in order: the queue of a processor's arriving packets is one.
+/// What one thread sends on one processor stays in order: the queue of a processor's arriving
+/// packets is one.
 fn stay_on_this_processor() {
     let allowed = sched_getaffinity(None).expect("read the processors of a thread");
     let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).expect("a processor");
