@@ -77,9 +77,9 @@ async fn eight_sinks(policy: FlushPolicy, count: u32) {
     soon("the flush", sink.flush()).await.unwrap();
 
     let stats = sink.stats();
-    assert_eq!((stats.received, stats.in_flight), (count.into(), 0));
+    assert_fields!(stats, received: u64::from(count), in_flight: 0);
     assert_eq!((stats.accepted + stats.dropped, stats.unanswered), (count.into(), 0));
-    assert_eq!((stats.lost, stats.gone_at_least, stats.late, stats.refused, stats.malformed), (0, 0, 0, 0, 0));
+    assert_fields!(stats, lost: 0, gone_at_least: 0, late: 0, refused: 0, malformed: 0);
     assert_eq!(account(0).unwrap().waiting, 0);
     drop(packets);
 }

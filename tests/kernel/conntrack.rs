@@ -134,8 +134,8 @@ impl Pair {
 
 #[track_caller]
 fn assert_flow(flow: Flow, protocol: u8, source: SocketAddr, destination: SocketAddr) {
-    assert_eq!((flow.source, flow.source_port), (Some(source.ip()), Some(source.port())));
-    assert_eq!((flow.destination, flow.destination_port), (Some(destination.ip()), Some(destination.port())));
+    assert_fields!(flow, source: Some(source.ip()), source_port: Some(source.port()));
+    assert_fields!(flow, destination: Some(destination.ip()), destination_port: Some(destination.port()));
     assert_eq!(flow.protocol, Some(protocol));
 }
 

@@ -153,7 +153,7 @@ async fn verdicts_without_the_capability_are_refused_with_their_packets() {
     }
     traffic.expect([0]).await;
     let stats = queue.stats();
-    assert_eq!((stats.refusals, stats.accepted, stats.in_flight), (7, 1, 19), "{stats:?}");
+    assert_fields!(stats, refusals: 7, accepted: 1, in_flight: 19);
 
     // Packets are received all the same, until it is clear that the capability does not come back.
     let packet = hold(&mut queue, &traffic, [20]).await.remove(0);
@@ -274,8 +274,8 @@ async fn packets_of_an_interface_that_went_down_are_gone() {
     queue.sink().submit(other.accept()).unwrap();
     traffic.expect([0, 1]).await;
     let stats = queue.stats();
-    assert_eq!((stats.gone_at_least, stats.accepted, stats.dropped), (20, 2, 0), "{stats:?}");
-    assert_eq!((stats.refused, stats.in_flight), (0, 0));
+    assert_fields!(stats, gone_at_least: 20, accepted: 2, dropped: 0);
+    assert_fields!(stats, refused: 0, in_flight: 0);
 }
 
 async fn packets_whose_rules_went_are_gone() {

@@ -47,7 +47,7 @@ async fn immediate_sends_each_verdict_by_itself() {
         assert_eq!(traffic.delivered(), [number]);
     }
     let stats = queue.stats();
-    assert_eq!((stats.sends, stats.messages, stats.flushes, stats.largest_flush), (50, 50, 50, 1));
+    assert_fields!(stats, sends: 50, messages: 50, flushes: 50, largest_flush: 1);
 }
 
 async fn adaptive_sends_at_once_when_idle() {
@@ -146,7 +146,7 @@ async fn a_policy_of_ones_own_is_asked() {
     for (index, gathered) in asked.iter().filter(|gathered| gathered.occasion == Occasion::Decided).enumerate() {
         // Unless the machine took longer than the delay over it.
         if queue.stats().flushes == 3 {
-            assert_eq!((gathered.decided, gathered.undecided), (index % 7 + 1, 16 - index));
+            assert_fields!(gathered, decided: index % 7 + 1, undecided: 16 - index);
         }
     }
     let due: Vec<_> = asked.iter().filter(|gathered| gathered.occasion == Occasion::Due).collect();

@@ -52,8 +52,9 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
     traffic.expect((0..MANY).step_by(2)).await;
 
     let stats = queue.stats();
-    assert_eq!((stats.accepted, stats.dropped, stats.in_flight), (500, 500, 0));
-    assert_eq!((stats.gone_at_least, stats.refused, stats.late), (0, 0, 0), "each was decided once");
+    assert_fields!(stats, accepted: 500, dropped: 500, in_flight: 0);
+    // Each was decided once.
+    assert_fields!(stats, gone_at_least: 0, refused: 0, late: 0);
     assert_eq!(stats.most_in_flight, MANY as usize);
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
@@ -102,7 +103,7 @@ async fn one_flush_of_every_kind_of_verdict() {
     let stats = queue.stats();
     assert!(stats.sends <= 10, "packed: {stats:?}");
     assert!(stats.messages < u64::from(MANY), "batched: {stats:?}");
-    assert_eq!((stats.gone_at_least, stats.refused, stats.in_flight), (0, 0, 0));
+    assert_fields!(stats, gone_at_least: 0, refused: 0, in_flight: 0);
 }
 
 /// The packet itself, with a UDP checksum of zero: none, in IPv4.

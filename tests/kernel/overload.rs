@@ -72,7 +72,7 @@ async fn a_full_receive_buffer_is_counted() {
     }
     traffic.expect(1000..1010).await;
     let stats = queue.stats();
-    assert_eq!((stats.lost, stats.received), (after.socket_full, 1010 - after.socket_full));
+    assert_fields!(stats, lost: after.socket_full, received: 1010 - after.socket_full);
     assert!(stats.gaps >= 1 && stats.overrun_episodes >= 1, "{stats:?}");
     assert_eq!(account(0).unwrap().socket_full, after.socket_full, "nothing was lost afterwards");
 }
@@ -207,7 +207,7 @@ async fn a_flood_that_is_read_meanwhile_is_counted() {
     assert_eq!(stats.received, seen + 1);
     assert_eq!(stats.lost, after.socket_full);
     assert_eq!(stats.received + after.socket_full + after.queue_full, u64::from(FLOOD) + 1);
-    assert_eq!((stats.in_flight, stats.gone_at_least, stats.refused, stats.malformed), (0, 0, 0, 0));
+    assert_fields!(stats, in_flight: 0, gone_at_least: 0, refused: 0, malformed: 0);
 }
 
 async fn a_flood_with_fail_open_loses_nothing() {
@@ -224,7 +224,8 @@ async fn a_flood_with_fail_open_loses_nothing() {
     assert!(stats.lost <= u64::from(FLOOD) - seen);
     assert_eq!(stats.received, seen + 1);
     let after = account(0).unwrap();
-    assert_eq!((after.socket_full, after.queue_full), (0, 0), "none dropped");
+    // None dropped.
+    assert_fields!(after, socket_full: 0, queue_full: 0);
 }
 
 async fn a_confirmation_finds_room_in_a_full_buffer() {

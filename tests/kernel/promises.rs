@@ -145,7 +145,7 @@ async fn large_packets_are_decided_while_eight_threads_change_the_copy_range() {
     assert!(delivered.iter().all(|number| *number < ROUNDS), "a large one was delivered");
     assert_eq!(delivered.len(), ROUNDS as usize * 10);
     let stats = sink.stats();
-    assert_eq!((stats.malformed, stats.dropped, stats.in_flight), (0, u64::from(ROUNDS) * 10, 0), "{stats:?}");
+    assert_fields!(stats, malformed: 0, dropped: u64::from(ROUNDS) * 10, in_flight: 0);
     soon("the end", sink.close()).await.unwrap();
     soon("the task", deciding).await.unwrap().unwrap();
 }
@@ -244,7 +244,7 @@ async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
     }
     let stats = queue.stats();
     adds_up(&stats);
-    assert_eq!((stats.refusals, stats.accepted, stats.dropped, stats.in_flight), (20, 40, 20, 0));
+    assert_fields!(stats, refusals: 20, accepted: 40, dropped: 20, in_flight: 0);
 }
 
 fn a_refusal_after_the_runtimes_end_is_made_good() {
@@ -381,7 +381,7 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     eventually("nothing is left", || account(0).unwrap().waiting == 0).await;
     let stats = queue.stats();
     adds_up(&stats);
-    assert_eq!((stats.accepted, stats.dropped, stats.refusals), (400, 200, 1), "{stats:?}");
+    assert_fields!(stats, accepted: 400, dropped: 200, refusals: 1);
     // Batches come back.
     let before = queue.stats().messages;
     for packet in hold(&mut queue, &traffic, 0..50).await {
@@ -538,7 +538,7 @@ async fn packets_that_had_gone_are_counted_exactly() {
         .await;
     let stats = queue.stats();
     adds_up(&stats);
-    assert_eq!((stats.received, stats.accepted, stats.gone_at_least, stats.in_flight), (12, 2, 10, 0));
+    assert_fields!(stats, received: 12, accepted: 2, gone_at_least: 10, in_flight: 0);
 }
 
 async fn the_numbers_add_up() {
@@ -559,7 +559,7 @@ async fn the_numbers_add_up() {
     soon("the flush", sink.flush()).await.unwrap();
     let stats = sink.stats();
     adds_up(&stats);
-    assert_eq!((stats.accepted, stats.dropped, stats.requeued, stats.in_flight), (30, 20, 10, 0));
+    assert_fields!(stats, accepted: 30, dropped: 20, requeued: 10, in_flight: 0);
 }
 
 async fn the_default_receive_buffer_holds_a_full_queue() {

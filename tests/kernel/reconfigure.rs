@@ -225,7 +225,7 @@ async fn nothing_is_lost_by_a_change_under_load() {
     }
     load.finish(COUNT).await;
     let stats = queue.stats();
-    assert_eq!((stats.lost, stats.received, stats.gone_at_least), (0, COUNT.into(), 0));
+    assert_fields!(stats, lost: 0, received: u64::from(COUNT), gone_at_least: 0);
     assert_eq!((account(0).unwrap().queue_full, account(0).unwrap().socket_full), (0, 0));
 }
 

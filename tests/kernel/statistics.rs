@@ -27,7 +27,7 @@ async fn each_verdict_is_counted() {
     let traffic = Traffic::new(100);
     let sink = queue.sink();
     let none = queue.stats();
-    assert_eq!((none.received, none.sends, none.fill, none.in_flight), (0, 0, Fill::default(), 0));
+    assert_fields!(none, received: 0, sends: 0, fill: Fill::default(), in_flight: 0);
     for (index, packet) in hold(&mut queue, &traffic, 0..16).await.into_iter().enumerate() {
         match index {
             0..=4 => sink.submit(packet.accept()).unwrap(),
@@ -41,13 +41,13 @@ async fn each_verdict_is_counted() {
     }
     soon("the flush", sink.flush()).await.unwrap();
     let stats = sink.stats();
-    assert_eq!((stats.accepted, stats.dropped, stats.requeued, stats.repeated), (6, 3 + 3, 3, 1));
-    assert_eq!((stats.unanswered, stats.expired, stats.late, stats.in_flight), (3, 0, 0, 0));
+    assert_fields!(stats, accepted: 6, dropped: 3 + 3, requeued: 3, repeated: 1);
+    assert_fields!(stats, unanswered: 3, expired: 0, late: 0, in_flight: 0);
     assert!(stats.messages >= stats.sends && stats.sends >= stats.flushes && stats.flushes > 0, "{stats:?}");
     assert!(stats.largest_flush >= 1 && stats.largest_flush <= stats.messages);
     // Each carried at least its own 32 bytes.
     assert!(stats.bytes >= 16 * 32, "{stats:?}");
-    assert_eq!((stats.max_len, stats.most_in_flight), (1024, 16));
+    assert_fields!(stats, max_len: 1024, most_in_flight: 16);
 }
 
 async fn what_is_held_is_told() {
@@ -91,8 +91,8 @@ async fn the_kernels_account_is_told() {
     let kernel = queue.sink().kernel_stats().unwrap();
     let line = support::queue_line(5).unwrap();
     assert_eq!(u64::from(kernel.port_id), line[1]);
-    assert_eq!((kernel.queued, kernel.copy_range, kernel.last_id), (10, 77, 10));
-    assert_eq!((kernel.dropped_queue, kernel.dropped_socket), (5, 0));
+    assert_fields!(kernel, queued: 10, copy_range: 77, last_id: 10);
+    assert_fields!(kernel, dropped_queue: 5, dropped_socket: 0);
     for _ in 0..10 {
         let packet = next(&mut queue).await;
         queue.sink().submit(packet.accept()).unwrap();
@@ -114,7 +114,7 @@ async fn the_kernels_account_is_the_queues_own_wherever_it_is_asked() {
         assert_eq!(account(0), None);
         sink.kernel_stats().unwrap()
     });
-    assert_eq!((kernel.queued, kernel.last_id), (3, 3));
+    assert_fields!(kernel, queued: 3, last_id: 3);
     drop(packets);
 }
 

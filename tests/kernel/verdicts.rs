@@ -33,8 +33,8 @@ async fn accepted_arrive_and_dropped_do_not() {
     traffic.expect((0..100).step_by(2)).await;
 
     let stats = queue.stats();
-    assert_eq!((stats.received, stats.accepted, stats.dropped, stats.in_flight), (100, 50, 50, 0));
-    assert_eq!((stats.lost, stats.unanswered, stats.gone_at_least, stats.refused, stats.late), (0, 0, 0, 0, 0));
+    assert_fields!(stats, received: 100, accepted: 50, dropped: 50, in_flight: 0);
+    assert_fields!(stats, lost: 0, unanswered: 0, gone_at_least: 0, refused: 0, late: 0);
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
 

@@ -50,6 +50,21 @@ macro_rules! tests {
     };
 }
 
+/// Asserts the values of fields and names those that differ: `assert_fields!(stats, accepted: 2)`.
+macro_rules! assert_fields {
+    ($value:expr, $($field:ident: $expected:expr),+ $(,)?) => {{
+        let value = &$value;
+        let mut wrong = Vec::new();
+        $(
+            let expected = $expected;
+            if value.$field != expected {
+                wrong.push(format!("{} is {:?}, not {expected:?}", stringify!($field), value.$field));
+            }
+        )+
+        assert!(wrong.is_empty(), "{}; {value:?}", wrong.join(", "));
+    }};
+}
+
 /// The name of a test in the module with this path: `ending::close_within_waits_no_longer`. The
 /// name begins with the module directly below the crate, in its submodules too.
 pub fn test_name(module_path: &str, name: &str) -> String {
