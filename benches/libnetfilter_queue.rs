@@ -1,7 +1,7 @@
 //! The C library that most programs use, beside this crate, `nfq` and the floor. It is loaded at run time; where it is not
 //! installed, this benchmark says what to install and is content.
 //!
-//! In a whole run of `cargo bench` its figures find their way into `benches/RESULTS.md`.
+//! A whole run of `cargo bench --workspace` includes its figures in `benches/RESULTS.md`.
 #![allow(missing_docs)]
 
 use std::{

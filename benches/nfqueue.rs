@@ -1,7 +1,7 @@
 //! The benchmark suite: the floor, this crate and its peers side by side, each in network namespaces of its own.
 //!
-//! `cargo bench` runs it whole and writes `benches/RESULTS.md` and `benches/plots/`; `cargo bench --bench nfqueue -- --help`
-//! tells the options.
+//! `cargo bench --workspace` runs it whole and writes `benches/RESULTS.md` and `benches/plots/`.
+//! `cargo bench --workspace --bench nfqueue -- --help` lists the options.
 #![allow(missing_docs)]
 
 use std::{fs, path::Path, process::ExitCode};
@@ -70,8 +70,8 @@ fn main() -> ExitCode {
     let text = report::whole(&book, beside.as_ref(), &ledger, options.quick);
     println!("{text}");
     if options.complete() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
-        let written = fs::write(folder.join("RESULTS.md"), format!("# Results of `cargo bench`\n\n{text}"))
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let written = fs::write(folder.join("RESULTS.md"), format!("# Results of `cargo bench --workspace`\n\n{text}"))
             .map_err(Into::into)
             .and_then(|()| plots::draw(&folder.join("plots"), &book, beside.as_ref()));
         if let Err(error) = written {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
-pub const USAGE: &str = "usage: cargo bench [--bench NAME] [-- [--quick] [--list] [FILTER ...]]
+pub const USAGE: &str = "usage: cargo bench --workspace [--bench NAME] [-- [--quick] [--list] [FILTER ...]]
 
   --quick   tiny counts, one round: shows that everything runs; writes no file
   --list    names the measurements

@@ -30,7 +30,7 @@ impl<'a> Section<'a> {
     }
 }
 
-/// Names every measurement, as `cargo bench -- --list` wants it.
+/// Names every measurement, as `cargo bench --workspace -- --list` wants it.
 pub fn list(sections: &[Section<'_>], options: &Options) {
     for name in sections.iter().flat_map(|section| section.steps.iter().map(|step| full_name(section, step))) {
         if options.wants(&name) {
