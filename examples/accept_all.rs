@@ -1,35 +1,65 @@
-//! Accepts every packet of a queue in the present network namespace. The rules are yours, say
-//! `nft add rule inet filter output udp dport 9000 queue num 0`.
+//! Accepts every packet of a queue. The loop receives up to 64 packets in one call and submits
+//! their verdicts. The crate sends these together.
 //!
-//! ```text
-//! accept_all [--queue N] [--max-len N] [--copy-range BYTES] [--no-gso] [--fail-open] [--threads N]
-//! ```
+//! The queue is in the current network namespace. The rules are yours, for example
+//! `nft add rule inet filter output udp dport 9000 queue num 0`. Then run, as root:
+//! `cargo run --release --example accept_all -- --queue 0` (`--help` lists the options).
 //!
-//! Prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: the queue is drained, what arrives
-//! meanwhile passes, and one line of statistics is printed.
+//! It prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: packets
+//! that are queued or arrive meanwhile are accepted, and it prints one line of statistics.
 
-use std::process::ExitCode;
+use std::{pin::pin, process::ExitCode};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_nfqueue::{Action, Error, Queue};
 
-const USAGE: &str =
-    "usage: accept_all [--queue N] [--max-len N] [--copy-range BYTES] [--no-gso] [--fail-open] [--threads N]
+async fn run(options: Options) -> Result<(), Error> {
+    let mut end = pin!(end_signal());
+    let (mut packets, verdicts) = Queue::builder(options.queue)
+        .max_len(options.max_len)
+        .copy_range(options.copy_range)
+        .gso(options.gso)
+        .fail_open(options.fail_open)
+        .on_unanswered(Action::Accept)
+        .bind()?
+        .split();
+    eprintln!("ready");
 
-  --queue N           the queue's number (0)
-  --max-len N         packets the kernel queues (1024)
-  --copy-range BYTES  bytes of each packet to copy (65531)
-  --no-gso            have the kernel cut super-packets into segments
-  --fail-open         pass packets unseen when the queue is full
-  --threads N         worker threads of the runtime (1)";
+    let mut received = Vec::new();
+    loop {
+        tokio::select! {
+            count = packets.recv_many(&mut received, 64) => {
+                // An error is always fatal: the queue has ended. 0 is its graceful end.
+                if count? == 0 {
+                    break;
+                }
+                for packet in received.drain(..) {
+                    packet.accept().submit()?;
+                }
+            }
+            () = &mut end => break,
+        }
+    }
+    let result = verdicts.close().await;
+    let stats = verdicts.stats();
+    println!(
+        "received {} accepted {} lost {} gone {} refused {} verdict messages {} sends {}",
+        stats.received, stats.accepted, stats.lost, stats.gone_at_least, stats.refused, stats.messages, stats.sends
+    );
+    result
+}
 
-struct Options {
-    queue: u16,
-    max_len: u32,
-    copy_range: u32,
-    gso: bool,
-    fail_open: bool,
-    threads: usize,
+/// Ends with SIGINT or SIGTERM. The handlers are installed when this returns, so that a signal
+/// right after `ready` is not missed.
+fn end_signal() -> impl Future<Output = ()> {
+    let mut interrupt = signal(SignalKind::interrupt()).expect("install a signal handler");
+    let mut terminate = signal(SignalKind::terminate()).expect("install a signal handler");
+    async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -52,7 +82,7 @@ fn main() -> ExitCode {
         runtime.worker_threads(options.threads);
     }
     let result = runtime.enable_all().build().map_err(|error| error.to_string()).and_then(|runtime| {
-        // On a task, so that a runtime of several threads runs it on one of them.
+        // In a task, so that a multi-thread runtime runs it on a worker thread.
         let task = runtime.spawn(run(options));
         runtime.block_on(task).map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     });
@@ -65,43 +95,23 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(options: Options) -> Result<(), Error> {
-    // Handlers first: a signal right after `ready` must find them.
-    let mut interrupt = signal(SignalKind::interrupt()).expect("install a signal handler");
-    let mut terminate = signal(SignalKind::terminate()).expect("install a signal handler");
-    let (mut packets, verdicts) = Queue::builder(options.queue)
-        .max_len(options.max_len)
-        .copy_range(options.copy_range)
-        .gso(options.gso)
-        .fail_open(options.fail_open)
-        .on_unanswered(Action::Accept)
-        .bind()?
-        .split();
-    eprintln!("ready");
+const USAGE: &str =
+    "usage: accept_all [--queue N] [--max-len N] [--copy-range BYTES] [--no-gso] [--fail-open] [--threads N]
 
-    let mut received = Vec::new();
-    loop {
-        tokio::select! {
-            // An error here is the end of the queue, nothing less.
-            count = packets.recv_many(&mut received, 64) => {
-                if count? == 0 {
-                    break;
-                }
-                for packet in received.drain(..) {
-                    packet.accept().submit()?;
-                }
-            }
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
-        }
-    }
-    let result = verdicts.close().await;
-    let stats = verdicts.stats();
-    println!(
-        "received {} accepted {} lost {} gone {} refused {} verdict messages {} sends {}",
-        stats.received, stats.accepted, stats.lost, stats.gone_at_least, stats.refused, stats.messages, stats.sends
-    );
-    result
+  --queue N           the queue's number (default: 0)
+  --max-len N         how many packets the kernel queues (default: 1024)
+  --copy-range BYTES  how many bytes of each packet the kernel copies (default: 65531)
+  --no-gso            the kernel splits GSO packets into segments before it queues them
+  --fail-open         the kernel accepts new packets while the queue is full
+  --threads N         worker threads of the runtime (default: 1)";
+
+struct Options {
+    queue: u16,
+    max_len: u32,
+    copy_range: u32,
+    gso: bool,
+    fail_open: bool,
+    threads: usize,
 }
 
 fn options() -> Result<Option<Options>, lexopt::Error> {

@@ -1,13 +1,14 @@
-//! Accepts every packet of a queue, out of order: tasks hold packets for random times and decide each by itself.
+//! Accepts every packet of a queue, out of order: tasks hold packets for random times. Each task
+//! decides its own packets through a clone of the sink, whatever order they arrived in.
 //!
-//! ```text
-//! out_of_order [--queue N] [--tasks T] [--hold-us H] [--seed S]
-//! ```
+//! The queue is in the current network namespace. The rules are yours, for example
+//! `nft add rule inet filter output udp dport 9000 queue num 0`. Then run, as root:
+//! `cargo run --release --example out_of_order -- --queue 0` (`--help` lists the options).
 //!
-//! Prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: the queue is drained, what arrives
-//! meanwhile passes, and one line of statistics is printed.
+//! It prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: packets
+//! that are queued or arrive meanwhile are accepted, and it prints one line of statistics.
 
-use std::{process::ExitCode, time::Duration};
+use std::{pin::pin, process::ExitCode, time::Duration};
 
 use futures::TryStreamExt;
 use tokio::{
@@ -18,72 +19,29 @@ use tokio::{
 };
 use tokio_nfqueue::{Action, Error, Packet, Queue, VerdictSink};
 
-const USAGE: &str = "usage: out_of_order [--queue N] [--tasks T] [--hold-us H] [--seed S]
-
-  --queue N    the queue's number (0)
-  --tasks T    tasks that decide packets (8)
-  --hold-us H  the longest time a packet is held, in microseconds (1000)
-  --seed S     where the random holds start (1)";
-
-#[derive(Clone, Copy)]
-struct Options {
-    queue: u16,
-    tasks: usize,
-    hold_us: u64,
-    seed: u64,
-}
-
-#[tokio::main]
-async fn main() -> ExitCode {
-    let options = match options() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            eprintln!("out_of_order: {error}\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(options).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("out_of_order: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
 async fn run(options: Options) -> Result<(), Error> {
-    // Handlers first: a signal right after `ready` must find them.
-    let mut interrupt = signal(SignalKind::interrupt()).expect("install a signal handler");
-    let mut terminate = signal(SignalKind::terminate()).expect("install a signal handler");
-    let (mut packets, verdicts) = Queue::builder(options.queue).on_unanswered(Action::Accept).bind()?.split();
+    let mut end = pin!(end_signal());
+    let queue = Queue::builder(options.queue).gso(options.gso).on_unanswered(Action::Accept).bind()?;
+    let (mut packets, verdicts) = queue.split();
     eprintln!("ready");
 
-    // Unbounded, yet they hold no more than the kernel's queue does.
-    let (holders, receivers): (Vec<_>, Vec<_>) = (0..options.tasks).map(|_| mpsc::unbounded_channel()).unzip();
     let mut tasks = JoinSet::new();
-    for (receiver, number) in receivers.into_iter().zip(1..) {
-        let seed = options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number);
-        tasks.spawn(hold(receiver, verdicts.clone(), options.hold_us, seed));
-    }
+    let holders = start_holders(&mut tasks, &verdicts, options);
     let mut next = 0;
     loop {
         tokio::select! {
             packet = packets.try_next() => {
-                // An error here is the end of the queue, nothing less.
+                // An error here is always fatal: the queue has ended.
                 let Some(packet) = packet? else { break };
                 next = (next + 1) % holders.len();
-                // A task that is gone drops the packet, which then gets the default action.
+                // If that task has ended, this drops the packet, which then gets the default
+                // action.
                 let _ = holders[next].send(packet);
             }
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
+            () = &mut end => break,
         }
     }
-    // The tasks decide what they hold, and end.
+    // Without senders the tasks decide the packets that they hold, and end.
     drop(holders);
     let result = verdicts.close().await;
     tasks.join_all().await;
@@ -95,7 +53,7 @@ async fn run(options: Options) -> Result<(), Error> {
     result
 }
 
-/// Holds each packet for a random time and accepts it then, whatever came before it.
+/// Holds each packet for a random time and then accepts it.
 async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, verdicts: VerdictSink, hold_us: u64, mut seed: u64) {
     let mut held: Vec<(Instant, Packet)> = Vec::new();
     loop {
@@ -120,7 +78,75 @@ async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, verdicts: VerdictSi
     }
 }
 
-/// Xorshift64*: good enough for holds, and the same for the same seed.
+/// Starts the tasks. Their channels are unbounded, but hold no more packets than the kernel's
+/// queue.
+fn start_holders(
+    tasks: &mut JoinSet<()>,
+    verdicts: &VerdictSink,
+    options: Options,
+) -> Vec<mpsc::UnboundedSender<Packet>> {
+    let start = |number: usize| {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let seed = options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64);
+        tasks.spawn(hold(receiver, verdicts.clone(), options.hold_us, seed));
+        sender
+    };
+    (1..=options.tasks).map(start).collect()
+}
+
+/// Ends with SIGINT or SIGTERM. The handlers are installed when this returns, so that a signal
+/// right after `ready` is not missed.
+fn end_signal() -> impl Future<Output = ()> {
+    let mut interrupt = signal(SignalKind::interrupt()).expect("install a signal handler");
+    let mut terminate = signal(SignalKind::terminate()).expect("install a signal handler");
+    async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = match options() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("out_of_order: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(options).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("out_of_order: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+const USAGE: &str = "usage: out_of_order [--queue N] [--tasks T] [--hold-us H] [--seed S] [--no-gso]
+
+  --queue N    the queue's number (default: 0)
+  --tasks T    how many tasks decide packets (default: 8)
+  --hold-us H  the longest time that a packet is held, in microseconds (default: 1000)
+  --seed S     the seed of the random times (default: 1)
+  --no-gso     the kernel splits GSO packets into segments before it queues them";
+
+#[derive(Clone, Copy)]
+struct Options {
+    queue: u16,
+    tasks: usize,
+    hold_us: u64,
+    seed: u64,
+    gso: bool,
+}
+
+/// Xorshift64*: the same numbers for the same seed.
 fn random(state: &mut u64) -> u64 {
     *state = (*state).max(1);
     *state ^= *state >> 12;
@@ -132,7 +158,7 @@ fn random(state: &mut u64) -> u64 {
 fn options() -> Result<Option<Options>, lexopt::Error> {
     use lexopt::prelude::*;
 
-    let mut options = Options { queue: 0, tasks: 8, hold_us: 1000, seed: 1 };
+    let mut options = Options { queue: 0, tasks: 8, hold_us: 1000, seed: 1, gso: true };
     let mut arguments = lexopt::Parser::from_env();
     while let Some(argument) = arguments.next()? {
         match argument {
@@ -146,6 +172,7 @@ fn options() -> Result<Option<Options>, lexopt::Error> {
             }
             Long("hold-us") => options.hold_us = arguments.value()?.parse::<u32>()?.into(),
             Long("seed") => options.seed = arguments.value()?.parse()?,
+            Long("no-gso") => options.gso = false,
             Short('h') | Long("help") => return Ok(None),
             _ => return Err(argument.unexpected()),
         }

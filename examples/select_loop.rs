@@ -1,17 +1,15 @@
-//! The README's example: a packet queue, a TCP service and Ctrl-C in one `select!` loop.
+//! The README's example: a packet queue, a TCP service and Ctrl-C in one `select!` loop. Each
+//! packet is decided in a task of its own, which may wait for whatever it needs.
 //!
-//! It needs a rule, say `nft add rule inet filter input udp dport 9000 queue num 0`; the service on 127.0.0.1:9999 tells how many packets
-//! have been decided to whoever connects.
+//! It uses queue 0 of the current network namespace. The rules are yours, for example
+//! `nft add rule inet filter input udp dport 9000 queue num 0`. Then run, as root:
+//! `cargo run --release --example select_loop`
+//!
+//! Clients of the service on 127.0.0.1:9999 get the number of packets accepted and dropped.
 
 use futures::TryStreamExt;
 use tokio::{io::AsyncWriteExt, net::TcpListener};
 use tokio_nfqueue::Queue;
-
-/// Whatever it takes to decide: a look into a database, a question to another service.
-async fn allowed(payload: &[u8]) -> bool {
-    tokio::task::yield_now().await;
-    !payload.ends_with(b"forbidden")
-}
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,7 +18,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     loop {
         tokio::select! {
             packet = packets.try_next() => {
-                let Some(packet) = packet? else { break }; // an error here is the end of the queue, nothing less
+                // An error here is always fatal: the queue has ended.
+                let Some(packet) = packet? else { break };
                 tokio::spawn(async move {
                     let verdict = if allowed(packet.payload()).await { packet.accept() } else { packet.drop() };
                     verdict.submit()
@@ -28,13 +27,18 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             Ok((mut client, _)) = service.accept() => {
                 let stats = verdicts.stats();
-                tokio::spawn(async move {
-                    client.write_all(format!("{} accepted, {} dropped\n", stats.accepted, stats.dropped).as_bytes()).await
-                });
+                let line = format!("{} accepted, {} dropped\n", stats.accepted, stats.dropped);
+                tokio::spawn(async move { client.write_all(line.as_bytes()).await });
             }
             _ = tokio::signal::ctrl_c() => break,
         }
     }
     verdicts.close().await?;
     Ok(())
+}
+
+/// Stands for what a decision may need: a database lookup, a request to another service.
+async fn allowed(payload: &[u8]) -> bool {
+    tokio::task::yield_now().await;
+    !payload.ends_with(b"forbidden")
 }

@@ -32,9 +32,9 @@ const FLOWS: [Flow; 4] = [Flow::Tcp, Flow::Udp, Flow::Blocked, Flow::Rewritten];
 const TCP_BYTES: u64 = 400 << 20;
 const UDP_DATAGRAMS: u64 = 5_000;
 const OTHER_DATAGRAMS: u64 = 1_000;
-/// Between two datagrams of a flow. Above Tokio's resolution of 1 ms.
+/// Between two datagrams of a flow. Tokio's timers have a resolution of 1 ms.
 const PACE: Duration = Duration::from_millis(1);
-/// How long a receiver waits for a datagram before it takes it for lost.
+/// After this time without a datagram a receiver counts the missing ones as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Flow {
@@ -66,7 +66,7 @@ impl Flow {
     }
 }
 
-/// What sends the flows to queue 0.
+/// The rules that send the flows to queue 0.
 pub(crate) fn rules(peer: &Peer) -> impl Iterator<Item = Rule> {
     FLOWS.into_iter().map(|flow| {
         let protocol = if flow == Flow::Tcp { Protocol::Tcp } else { Protocol::Udp };
@@ -74,7 +74,7 @@ pub(crate) fn rules(peer: &Peer) -> impl Iterator<Item = Rule> {
     })
 }
 
-/// What the deciding tasks count.
+/// Counters of the tasks that decide packets.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     flows: Mutex<[Decided; FLOWS.len()]>,
@@ -112,7 +112,7 @@ impl Counts {
     }
 }
 
-/// What became of the flows.
+/// The results of all flows.
 pub(crate) struct Outcome {
     pub(crate) flows: Vec<FlowOutcome>,
     pub(crate) unqueued: Latency,
@@ -153,7 +153,7 @@ pub(crate) struct Flows {
     rewritten: Arc<UdpSocket>,
     server: Arc<TcpListener>,
     far: std::net::Ipv4Addr,
-    /// Both sides are of one process, so that one clock serves both.
+    /// Both sides are in one process and share its clock.
     epoch: Instant,
 }
 
@@ -180,7 +180,7 @@ impl Flows {
         (self.far, flow.port()).into()
     }
 
-    /// Sends so many datagrams with their time of sending in them, and measures how long each took.
+    /// Sends datagrams that carry their time of sending, and measures the latency of each.
     pub(crate) async fn latency(&self, datagrams: u64) -> Latency {
         let (receiver, epoch) = (Arc::clone(&self.udp), self.epoch);
         let measured = tokio::task::spawn_blocking(move || {
@@ -202,7 +202,7 @@ impl Flows {
         pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
         for _ in 0..datagrams {
             pace.tick().await;
-            // A send that fails shows as a loss in the table.
+            // The table counts a failed send as a loss.
             let _ = self.sender.send_to(&content(), self.to(flow));
         }
     }
@@ -246,20 +246,20 @@ impl Flows {
         ];
         if rewriting {
             let bytes = heard * HEARD.len() as u64;
-            // The attempt that came before was one of them.
+            // The probe was one of them.
             flows.push(flow(Flow::Rewritten, OTHER_DATAGRAMS + 1, OTHER_DATAGRAMS - heard, bytes, paced));
         }
         Ok(Outcome { flows, unqueued, queued, notes })
     }
 
-    /// Tries whether a replaced payload arrives.
+    /// Sends a probe: does a replaced payload arrive?
     async fn rewriting_works(&self) -> bool {
         let probe = self.count(&self.rewritten, 1, HEARD);
         let _ = self.sender.send_to(SAID, self.to(Flow::Rewritten));
         probe.await.unwrap_or_default() == 1
     }
 
-    /// Counts datagrams with this text, until there are so many or none has come for a while.
+    /// Counts datagrams with this text, up to `expected` or until none arrives for [`PATIENCE`].
     fn count(&self, socket: &Arc<UdpSocket>, expected: u64, text: &'static [u8]) -> tokio::task::JoinHandle<u64> {
         let socket = Arc::clone(socket);
         tokio::task::spawn_blocking(move || {
@@ -275,13 +275,13 @@ impl Flows {
         })
     }
 
-    /// Datagrams that reached the blocked port.
+    /// How many datagrams reached the blocked port.
     fn leaked(&self) -> u64 {
         let _ = self.blocked.set_nonblocking(true);
         (0..OTHER_DATAGRAMS).take_while(|_| self.blocked.recv(&mut [0; 64]).is_ok()).count() as u64
     }
 
-    /// Sends [`TCP_BYTES`] from here to there; tells how many arrived in which time.
+    /// Sends [`TCP_BYTES`] to the other namespace. Returns how many arrived, and how long it took.
     async fn transfer(&self) -> io::Result<(u64, Duration)> {
         let (server, to) = (Arc::clone(&self.server), self.to(Flow::Tcp));
         let received = Arc::new(AtomicU64::new(0));

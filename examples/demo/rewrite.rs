@@ -2,11 +2,11 @@
 
 use tokio_nfqueue::{Error, Packet};
 
-/// What the sender says, and what the receiver gets to hear. Not of the same length, on purpose.
+/// What is sent, and what is received. The lengths differ on purpose.
 pub(crate) const SAID: &[u8] = b"the quick brown fox";
 pub(crate) const HEARD: &[u8] = b"the slow green tortoise";
 
-/// The packet with the new text; lengths and checksums are seen to.
+/// The packet with the new text. `finish` corrects lengths and checksums.
 pub(crate) fn rewritten(packet: &Packet) -> Result<Vec<u8>, Error> {
     let mut edit = packet.edit()?;
     edit.replace_payload(HEARD)?;
