@@ -1,5 +1,6 @@
-//! The C library that most programs use, beside this crate, `nfq` and the floor. It is loaded at run time; where it is not
-//! installed, this benchmark says what to install and is content.
+//! libnetfilter_queue, the C library that most programs use, compared with this crate, `nfq` and
+//! the floor. It is loaded at run time. If it is not installed, this benchmark names the package
+//! and succeeds.
 //!
 //! A whole run of `cargo bench --workspace` includes its figures in `benches/RESULTS.md`.
 #![allow(missing_docs)]
@@ -28,8 +29,8 @@ use suite::{
 
 mod suite;
 
-const NEEDED: &str = "libnetfilter_queue is not installed, so it is not measured. It is in the package libnetfilter-queue1 of \
-                      Debian and Ubuntu (with its headers: libnetfilter-queue-dev), libnetfilter_queue of Fedora and Arch.";
+const NEEDED: &str = "libnetfilter_queue is not installed, so it is not measured. The package is libnetfilter-queue1 in Debian \
+                      and Ubuntu, libnetfilter_queue in Fedora and Arch.";
 
 fn main() -> ExitCode {
     let options = match Options::parse() {
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
         eprintln!("{NEEDED}");
         return ExitCode::SUCCESS;
     }
-    // While there is one thread: an ordinary user becomes root of a user namespace.
+    // Before any other thread starts: an ordinary user becomes root of a user namespace.
     if let Err(sentence) = support::enter() {
         eprintln!("libnetfilter_queue: {sentence}");
         return ExitCode::FAILURE;
@@ -92,7 +93,8 @@ fn main() -> ExitCode {
 const CLASSIC: Contender =
     Contender { name: report::library::NAME, make: |job| Box::new(Classic::new(job)), queues: 1 };
 
-/// The loop of the library's own example: receive one, hand it to the library, give the verdict in the callback.
+/// The loop of the library's own example: receive one message, pass it to the library, set the
+/// verdict in the callback.
 struct Classic {
     library: &'static Functions,
     handle: *mut c_void,
@@ -102,9 +104,9 @@ struct Classic {
 
 impl Classic {
     fn new(job: &Job) -> Self {
-        let library = Functions::loaded().expect("it has been found before");
-        // SAFETY: the functions are called as libnetfilter_queue.h declares them, with handles that it gave and that
-        // live until `drop`; the callback is a function and needs no data.
+        let library = Functions::loaded().expect("the library was found before");
+        // SAFETY: the functions are called as libnetfilter_queue.h declares them. The handles are
+        // the library's and live until `drop`. The callback needs no data.
         let (handle, queue) = unsafe {
             let handle = (library.open)();
             assert!(!handle.is_null(), "nfq_open");
@@ -120,7 +122,7 @@ impl Classic {
     }
 
     fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        // SAFETY: the handle is open as long as `self` lives, and its descriptor with it.
+        // SAFETY: the handle and its descriptor are open as long as `self` lives.
         unsafe { std::os::fd::BorrowedFd::borrow_raw((self.library.fd)(self.handle)) }
     }
 }
@@ -128,15 +130,16 @@ impl Classic {
 impl Consumer for Classic {
     fn consume(&mut self, until: &Arc<Until>) {
         while !until.over() {
-            // SAFETY: as in `fd`; apart from it so that the buffer can be borrowed too.
+            // SAFETY: as in `fd`. `fd` is not used because it would borrow all of `self`, and the
+            // buffer is needed.
             let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw((self.library.fd)(self.handle)) };
             let length = match recv(fd, &mut self.buffer[..], RecvFlags::empty()) {
                 Ok((length, _)) => length,
-                // The socket's buffer has overflowed; there is more to come.
+                // The socket's receive buffer has overflowed. Packets follow.
                 Err(Errno::NOBUFS) => continue,
                 Err(error) => panic!("receive a packet: {error}"),
             };
-            // SAFETY: the buffer holds so many bytes.
+            // SAFETY: the buffer holds `length` bytes.
             unsafe { (self.library.handle_packet)(self.handle, self.buffer.as_mut_ptr().cast(), length as c_int) };
             until.both(1);
         }
@@ -145,7 +148,7 @@ impl Consumer for Classic {
 
 impl Drop for Classic {
     fn drop(&mut self) {
-        // SAFETY: both handles are open and not used again.
+        // SAFETY: both handles are open and are not used again.
         unsafe {
             (self.library.destroy_queue)(self.queue);
             (self.library.close)(self.handle);
@@ -156,7 +159,8 @@ impl Drop for Classic {
 extern "C" fn decide(queue: *mut c_void, _: *mut c_void, packet: *mut c_void, _: *mut c_void) -> c_int {
     const ACCEPT: u32 = 1;
     let Some(library) = Functions::loaded() else { return -1 };
-    // SAFETY: the library calls this with a queue's handle and a packet, whose header begins with the id.
+    // SAFETY: the library passes a queue's handle and a packet. The packet's header begins with its
+    // id.
     unsafe {
         let header = (library.packet_header)(packet);
         let id = u32::from_be(header.cast::<u32>().read_unaligned());
@@ -192,14 +196,14 @@ impl Functions {
     /// # Safety
     /// `T` must be the type of the function of this name.
     unsafe fn get<T: Copy + 'static>(library: &'static Library, name: &str) -> Option<T> {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees the type.
         let symbol: Symbol<'static, T> = unsafe { library.get(name) }.ok()?;
         Some(*symbol)
     }
 
     fn load() -> Option<Self> {
-        // SAFETY: the library has no initialisers of its own, and its functions have the types given above. It is never
-        // unloaded.
+        // SAFETY: the library has no initialisers. Its functions have the types given above. It is
+        // never unloaded.
         unsafe {
             let library: &'static Library = Box::leak(Box::new(Library::new("libnetfilter_queue.so.1").ok()?));
             Some(Self {

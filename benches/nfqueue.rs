@@ -1,4 +1,5 @@
-//! The benchmark suite: the floor, this crate and its peers side by side, each in network namespaces of its own.
+//! The benchmark suite: it compares this crate with the floor and with its peers. Each measurement
+//! has network namespaces of its own.
 //!
 //! `cargo bench --workspace` runs it whole and writes `benches/RESULTS.md` and `benches/plots/`.
 //! `cargo bench --workspace --bench nfqueue -- --help` lists the options.
@@ -21,7 +22,7 @@ mod suite;
 #[allow(unreachable_pub)]
 #[path = "suite/ledger_cost.rs"]
 mod ledger_cost;
-// The pure parts of this crate, which it does not show to the outside.
+// Private modules of the crate, included as files.
 #[allow(unused, unreachable_pub)]
 #[path = "../src/state/ledger.rs"]
 mod ledger;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
         plan::list(&sections, &options);
         return ExitCode::SUCCESS;
     }
-    // While there is one thread: an ordinary user becomes root of a user namespace.
+    // Before any other thread starts: an ordinary user becomes root of a user namespace.
     if let Err(sentence) = support::enter() {
         eprintln!("nfqueue: {sentence}");
         return ExitCode::FAILURE;
@@ -61,11 +62,11 @@ fn main() -> ExitCode {
     }
     let mut book = plan::run(&sections, &options);
     if book.is_empty() {
-        eprintln!("nfqueue: no measurement has such a name; --list tells them");
+        eprintln!("nfqueue: no measurement has such a name; --list names them all");
         return ExitCode::SUCCESS;
     }
     let ledger = note_worst_order(&mut book);
-    // Only a whole run has just made those figures.
+    // Only in a whole run are those figures from the same run.
     let beside = options.complete().then(report::found).flatten();
     let text = report::whole(&book, beside.as_ref(), &ledger, options.quick);
     println!("{text}");
@@ -150,7 +151,7 @@ fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {
     ledger_cost::ORDERS.into_iter().flat_map(|order| [(ledger_cost::FEW, order), (ledger_cost::MANY, order)])
 }
 
-/// Notes the ratio of the worst order, and tells the names of what was measured.
+/// Records the ratio of the worst order. Returns the names of the measurements.
 fn note_worst_order(book: &mut Book) -> Vec<String> {
     use ledger_cost::{COST, FEW, MANY, ORDERS, SECTION, name};
     let ratio = |order| book.ratio(SECTION, COST, &name(MANY, order), &name(FEW, order)).map(|ratio| ratio.median);

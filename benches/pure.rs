@@ -1,4 +1,4 @@
-//! The pure parts: bytes to messages and back, the ledger, the flush policy; without a kernel.
+//! The parts that need no kernel: the wire codec, the ledger, the flush policy.
 #![allow(missing_docs)]
 
 use std::{hint::black_box, time::Duration};
@@ -13,7 +13,7 @@ use wire::{
     verdict::{Attachments, Ruling, encode_batch, encode_single},
 };
 
-// This crate does not show them to the outside.
+// Private modules of the crate, included as files.
 #[allow(unused, unreachable_pub)]
 #[path = "../src/flush.rs"]
 mod flush;
@@ -90,7 +90,8 @@ fn encode(criterion: &mut Criterion) {
     });
 }
 
-/// So many packets arrive, are decided in some order, and are settled now and then.
+/// `size` packets arrive and are decided in one of three orders. The ledger settles after each
+/// [`FLUSH`] verdicts.
 fn settle(criterion: &mut Criterion) {
     for order in ["arrival", "reverse", "scattered"] {
         let mut group = criterion.benchmark_group(format!("ledger/{order} order"));
@@ -98,7 +99,7 @@ fn settle(criterion: &mut Criterion) {
             let ids: Vec<u32> = match order {
                 "arrival" => (0..size as u32).collect(),
                 "reverse" => (0..size as u32).rev().collect(),
-                // Every size is a power of two, so steps of an odd number visit all.
+                // All sizes are powers of two, so multiples of an odd number visit all ids.
                 _ => (0..size as u32).map(|n| n.wrapping_mul(0x9e37_79b1) % size as u32).collect(),
             };
             let (mut ledger, mut first, mut settled) = (Ledger::<()>::new(1), 1_u32, Vec::new());
@@ -147,7 +148,7 @@ fn ask(criterion: &mut Criterion) {
     }
 }
 
-/// A packet message as the kernel makes it for a UDP packet at the output hook.
+/// A packet message as the kernel sends it for a UDP packet at the output hook.
 fn packet(id: u32) -> Vec<u8> {
     let mut bytes = vec![0; 20];
     let mut attribute = |kind: u16, value: &[u8]| {

@@ -1,5 +1,5 @@
-//! A busy host: sender, consumer and one more busy thread share two processors. Whoever wants to run must displace
-//! somebody, and staying awake takes time from others.
+//! A busy host: sender, consumer and a third busy thread share two processors. To run, a thread
+//! must preempt another. Busy polling takes CPU time from the others.
 
 use std::{
     hint::black_box,
@@ -30,10 +30,10 @@ use super::{
 pub const SECTION: &str = "busy host";
 pub const RATES: [u64; 2] = [60_000, 100_000];
 
-/// How many processors sender, consumer and busy thread share.
+/// How many processors the three threads share.
 const PROCESSORS: usize = 2;
 
-/// Everything that is measured side by side.
+/// All contenders.
 pub fn contenders() -> [Contender; 4] {
     [floor::ONE, ours::ACCEPT_ALL, ours::ACCEPT_ALL_TWO, ours::BUSY_POLL]
 }
@@ -47,7 +47,7 @@ pub fn measure(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book)
     latency::note(book, &section(rate), contender.name, &outcome);
 }
 
-/// The third thread: it computes until it is dropped.
+/// The third thread. It computes until this is dropped.
 pub struct BusyThread {
     stop: Arc<AtomicBool>,
     clock: ClockId,
@@ -55,14 +55,14 @@ pub struct BusyThread {
 }
 
 impl BusyThread {
-    /// Also restricts the calling thread, and with it those it starts from now on, to two processors.
+    /// Also restricts the calling thread, and all threads that it starts later, to two processors.
     pub fn start() -> Self {
         restrict();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let (tell, id) = channel();
         let body = move || {
-            tell.send(rustix::thread::gettid()).expect("the other side waits");
+            tell.send(rustix::thread::gettid()).expect("the parent waits");
             let mut random = Random::new(0);
             while !stopped.load(Relaxed) {
                 for _ in 0..1000 {
@@ -71,11 +71,11 @@ impl BusyThread {
             }
         };
         let thread = thread::Builder::new().name("busy".into()).spawn(body).expect("start a thread");
-        let id = id.recv().expect("the thread tells its id").as_raw_nonzero().get();
+        let id = id.recv().expect("the thread sends its id").as_raw_nonzero().get();
         Self { stop, clock: clock_of(id), thread: Some(thread) }
     }
 
-    /// Its processor time so far.
+    /// Its CPU time so far.
     pub fn cpu(&self) -> Duration {
         self.clock.now().expect("read a thread's clock").into()
     }
@@ -84,13 +84,13 @@ impl BusyThread {
 impl Drop for BusyThread {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
-        // If it has panicked, the panic hook has told.
+        // If it has panicked, the panic hook has reported it.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
-/// The clock of a thread's processor time, as `pthread_getcpuclockid` makes it (include/linux/posix-timers_types.h:
-/// CPUCLOCK_PERTHREAD_MASK, CPUCLOCK_SCHED).
+/// The clock of a thread's CPU time, encoded as by `pthread_getcpuclockid`
+/// (include/linux/posix-timers_types.h: CPUCLOCK_PERTHREAD_MASK, CPUCLOCK_SCHED).
 fn clock_of(thread: i32) -> ClockId {
     const PER_THREAD: i32 = 4;
     const SCHED: i32 = 2;

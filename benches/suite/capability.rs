@@ -1,5 +1,5 @@
-//! What it costs that this crate asks for the thread's `CAP_NET_ADMIN` after each send: without it the kernel discards
-//! what was sent, and does not always say so.
+//! The cost of the capability check. The crate asks for the thread's `CAP_NET_ADMIN` after each
+//! send: without it the kernel discards the verdicts, and does not always report that.
 
 use std::{hint::black_box, time::Duration};
 
@@ -12,11 +12,11 @@ pub const SECTION: &str = "capability check";
 pub const CALL: &str = "capget";
 pub const COST: &str = "ns/check";
 
-/// Of the adaptive sweep: two low rates, at which a send carries one packet, and the one at which a packet costs least
-/// while most sends still carry one.
+/// Rates of the adaptive sweep. At the two lower ones a send carries one verdict. The third has the
+/// lowest cost per packet while most sends still carry one.
 const RATES: [u64; 3] = [1_000, 20_000, 100_000];
 
-/// The check at one load, and its part of what a packet costs.
+/// The check at one load, and its share of the cost of a packet.
 pub struct Share {
     pub load: String,
     pub check_ns: f64,
@@ -25,8 +25,8 @@ pub struct Share {
     pub of_cpu: f64,
 }
 
-/// Measures the CPU time of the system call by itself, as `src/sys.rs` makes it. Many in a row find everything in the cache:
-/// among other work it may cost more.
+/// Measures the CPU time of the system call that `src/sys.rs` makes. Here many calls follow one
+/// another, with a warm cache. Among other work a call may cost more.
 pub fn measure(scale: &Scale, book: &mut Book) {
     let calls = 10 * scale.packets;
     let start = cpu();
@@ -36,12 +36,13 @@ pub fn measure(scale: &Scale, book: &mut Book) {
     book.note(SECTION, CALL, COST, (cpu() - start).as_nanos() as f64 / calls as f64);
 }
 
-/// Of the calling thread, so that what else the host does adds nothing.
+/// The calling thread's CPU time. Other work of the host does not count.
 fn cpu() -> Duration {
     ClockId::CLOCK_THREAD_CPUTIME_ID.now().expect("read the thread's clock").into()
 }
 
-/// From what the sweep and the flood of the same run have measured; without the loads that were not.
+/// Computed from the sweep and the flood of the same run. Loads that were not measured are left
+/// out.
 pub fn shares(book: &Book) -> Vec<Share> {
     let Some(check_ns) = book.median(SECTION, CALL, COST) else { return Vec::new() };
     let share = |load: String, section, name: &str, batch, cpu| {

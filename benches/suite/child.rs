@@ -1,10 +1,10 @@
-//! Measurements that need a process of their own: the benchmark starts itself anew.
+//! Measurements that need a process of their own. The benchmark starts its own program again.
 
 use std::process::{Command, Stdio};
 
 use super::{consumer::Contender, memory, ours, peers, syscalls};
 
-/// Runs a task in a child and gives back what it prints.
+/// Runs a task in a child and returns its output.
 pub fn ask(task: &[&str]) -> String {
     let output = command(task).stderr(Stdio::inherit()).output().expect("start a child");
     assert!(output.status.success(), "the child for {task:?} failed: {}", output.status);
@@ -17,7 +17,7 @@ pub fn command(task: &[&str]) -> Command {
     command
 }
 
-/// In the child. `more` are contenders that only this benchmark has.
+/// Runs in the child. `more` are contenders that only this benchmark has.
 pub fn run(task: &[String], more: &[Contender]) {
     match &task.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["memory", name, packets] => println!("{}", memory::grown(name, packets.parse().expect("a number"))),

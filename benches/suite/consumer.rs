@@ -1,4 +1,4 @@
-//! What every contender is: something that binds a queue and decides its packets, on a thread of its own.
+//! A contender: it binds a queue and decides its packets, on a thread of its own.
 
 use std::{
     panic::resume_unwind,
@@ -13,43 +13,43 @@ use std::{
 
 use tokio_nfqueue::Stats;
 
-/// A contender by name.
+/// A contender and its name.
 #[derive(Clone, Copy)]
 pub struct Contender {
     pub name: &'static str,
-    /// Makes it, on the thread it will run on; the queue is bound when this returns.
+    /// Makes the consumer, on the thread it will run on. The queue is bound when this returns.
     pub make: fn(&Job) -> Box<dyn Consumer>,
     /// How many queues it serves.
     pub queues: u16,
 }
 
-/// How the queue is to be bound: the same for all contenders.
+/// The settings of the queue, the same for all contenders.
 #[derive(Debug, Clone, Copy)]
 pub struct Job {
     pub max_len: u32,
-    /// The receive buffer as the kernel charges it, in bytes.
+    /// The receive buffer in bytes, as the kernel accounts it.
     pub receive_buffer: usize,
     /// Bytes to copy of each packet.
     pub copy_range: u32,
-    /// Whether super-packets come whole.
+    /// Whether the kernel queues GSO packets whole.
     pub gso: bool,
-    /// The flush policy's cap, for the contenders that have one.
+    /// The longest delay of the flush policy, for contenders that have one.
     pub max_delay: Option<Duration>,
-    /// How long to busy-poll an empty queue, for the contenders that can; `None` for their default.
+    /// How long to busy-poll an empty queue, for contenders that can. `None`: their default.
     pub busy_poll: Option<Duration>,
 }
 
 pub const WHOLE: u32 = 65_531;
 
 impl Default for Job {
-    /// The kernel's default length, and a buffer that holds as many small packets.
+    /// The kernel's default queue length, and a buffer for as many small packets.
     fn default() -> Self {
         Self { max_len: 1024, receive_buffer: 2 << 20, copy_range: WHOLE, gso: false, max_delay: None, busy_poll: None }
     }
 }
 
 pub trait Consumer {
-    /// Decides packets until it is [`over`](Until::over); all verdicts have gone to the kernel when this returns.
+    /// Decides packets until [`Until::over`]. All verdicts have been sent when this returns.
     fn consume(&mut self, until: &Arc<Until>);
 
     fn stats(&self) -> Option<Stats> {
@@ -57,7 +57,7 @@ pub trait Consumer {
     }
 }
 
-/// When to stop, and how far things have got.
+/// When to stop, and the progress so far.
 #[derive(Debug, Default)]
 pub struct Until {
     quota: AtomicU64,
@@ -67,7 +67,8 @@ pub struct Until {
 }
 
 impl Until {
-    /// Whether enough has been received. Whoever waits for a packet is woken by one once this has become true.
+    /// Whether enough packets have been received. A consumer that waits is woken by another packet
+    /// after this becomes true.
     pub fn over(&self) -> bool {
         self.stop.load(Relaxed) || self.received.load(Relaxed) >= self.quota.load(Relaxed)
     }
@@ -92,7 +93,7 @@ impl Until {
     }
 }
 
-/// A contender at work in the namespace of the thread that started it.
+/// A running contender, in the network namespace of the thread that started it.
 pub struct Running {
     until: Arc<Until>,
     go: Sender<()>,
@@ -121,7 +122,7 @@ impl Running {
         running.wait()
     }
 
-    /// Has it decide so many packets, or until stopped; does not wait for that.
+    /// Starts to decide packets: `quota` of them, or until [`Running::stop`]. Does not wait.
     pub fn go(&self, quota: Option<u64>) {
         self.until.received.store(0, Relaxed);
         self.until.decided.store(0, Relaxed);
@@ -139,12 +140,12 @@ impl Running {
             Ok(()) => self,
             Err(_) => match self.thread.join() {
                 Err(panic) => resume_unwind(panic),
-                Ok(_) => unreachable!("the thread tells before it ends"),
+                Ok(_) => unreachable!("the thread sends before it ends"),
             },
         }
     }
 
-    /// Stops it; `kick` sends it a packet, by which it notices.
+    /// Stops it. `kick` sends a packet that wakes it.
     pub fn stop(self, mut kick: impl FnMut()) -> Option<Stats> {
         self.until.stop.store(true, Relaxed);
         while !self.thread.is_finished() && self.done.try_recv().is_err() {
@@ -154,7 +155,7 @@ impl Running {
         self.finish()
     }
 
-    /// Ends its thread, and with it the queue.
+    /// Ends its thread and unbinds the queue.
     pub fn finish(self) -> Option<Stats> {
         drop(self.go);
         self.thread.join().unwrap_or_else(|panic| resume_unwind(panic))

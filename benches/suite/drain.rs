@@ -1,5 +1,5 @@
-//! CPU time per packet: the queue is filled first, then the consumer is timed while it empties it, so that sender and
-//! consumer do not disturb one another.
+//! CPU time per packet with a prefilled queue: the queue is filled before the consumer is timed, so
+//! that sender and consumer do not disturb each other.
 
 use super::{
     consumer::{Contender, Job, Running},
@@ -20,14 +20,14 @@ pub const ALLOCATIONS: &str = "allocations/packet";
 
 /// Bytes of UDP payload.
 const PAYLOAD: usize = 64;
-/// Of one packet in the receive buffer (`skb->truesize`), and some to spare.
+/// Bytes that one packet takes of the receive buffer (`skb->truesize`), rounded up.
 const CHARGE: usize = 1024;
 
 pub fn job(packets: usize) -> Job {
     Job { max_len: 65_536, receive_buffer: packets * CHARGE, ..Job::default() }
 }
 
-/// Empties the queue several times and notes what a packet costs.
+/// Empties the queue several times and records the cost per packet.
 pub fn measure(contender: &Contender, scale: &Scale, book: &mut Book) {
     let mut cost = Cost::default();
     let mut packets = 0;
@@ -35,7 +35,7 @@ pub fn measure(contender: &Contender, scale: &Scale, book: &mut Book) {
         drains(contender, &job(scale.packets), scale.packets, scale.drains + 1, |nth, count, run| {
             let start = Moment::now();
             run();
-            // The first warms up.
+            // The first one is the warm-up.
             if nth > 0 {
                 cost += start.cost();
                 packets += count;
@@ -49,7 +49,7 @@ pub fn measure(contender: &Contender, scale: &Scale, book: &mut Book) {
     book.note(SECTION, contender.name, WALL, per_packet(cost.wall));
 }
 
-/// Counts allocations per packet once the first drain has brought everything to its size.
+/// Counts allocations per packet, after two drains in which buffers reach their size.
 pub fn allocations(contender: &Contender, scale: &Scale, book: &mut Book) {
     let (mut allocations, mut packets) = (0, 0);
     support::isolated(|| {
@@ -67,8 +67,8 @@ pub fn allocations(contender: &Contender, scale: &Scale, book: &mut Book) {
     book.note(SECTION, contender.name, ALLOCATIONS, allocations as f64 / packets as f64);
 }
 
-/// Fills the queue and has it emptied, `times` times. `around` is told which time it is and how many packets there are,
-/// and calls what empties the queue.
+/// Fills and empties the queue `times` times. `around` gets the number of the repetition, the
+/// number of packets and a function that empties the queue, which it calls.
 pub fn drains(
     contender: &Contender,
     job: &Job,
@@ -82,7 +82,7 @@ pub fn drains(
     let mut sender = Sender::new(PAYLOAD);
     for nth in 0..times {
         sender.fill(packets);
-        // Fewer than asked for, where an ordinary user's buffers are too small.
+        // Fewer than `packets` if an ordinary user's buffers are too small.
         let count = outstanding(contender.queues);
         assert!(count > 0, "nothing was queued");
         around(nth, count, &mut || {

@@ -1,4 +1,4 @@
-//! Throughput: more packets than anybody can decide.
+//! Throughput, with more packets than any contender can decide.
 
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,10 @@ pub const RATE: &str = "packets/s";
 pub const CPU: &str = "CPU ns/packet";
 pub const BATCH: &str = "verdicts/send";
 
-/// How often the clock is looked at, in bursts.
+/// Bursts between two readings of the clock.
 const LOOK: usize = 4;
 
-/// Sends as fast as it can for a while, and notes how many packets were decided.
+/// Sends as fast as possible, and records how many packets were decided.
 pub fn measure(contender: &Contender, scale: &Scale, book: &mut Book) {
     let (count, cost, stats) = support::isolated(|| {
         let running = Running::start(contender, &Job::default());

@@ -1,4 +1,5 @@
-//! The floor: the least that any program must do, written out. No crate in between, no decisions, no safety net.
+//! The floor: the least work that any program must do. Raw netlink loops that accept every packet
+//! and check nothing.
 
 use std::sync::Arc;
 
@@ -16,10 +17,10 @@ pub const PACKED: Contender =
 
 pub const ALL: [Contender; 3] = [ONE, BATCH, PACKED];
 
-/// Packets received before their verdicts are sent, if as many are there.
+/// The most packets that are received before their verdicts are sent.
 const GATHERED: usize = 64;
 const ACCEPT: u32 = 1;
-/// Beyond the longest message.
+/// Longer than any message.
 const ROOM: usize = 72 * 1024;
 
 // uapi/linux/netfilter/nfnetlink_queue.h
@@ -54,7 +55,8 @@ impl Floor {
     fn configure(&mut self, job: &Job) {
         let flags = if job.gso { FLAG_GSO } else { 0 };
         let [a, b, c, d] = job.copy_range.to_be_bytes();
-        // NFQA_CFG_CMD { BIND }, NFQA_CFG_PARAMS { range, COPY_PACKET } and padding, QUEUE_MAXLEN, MASK, FLAGS
+        // NFQA_CFG_CMD { BIND }, NFQA_CFG_PARAMS { range, COPY_PACKET } and padding, QUEUE_MAXLEN,
+        // MASK, FLAGS
         let mut attributes = vec![8, 0, 1, 0, 1, 0, 0, 0, 9, 0, 2, 0, a, b, c, d, 2, 0, 0, 0];
         for (kind, value) in [(3, job.max_len), (4, FLAG_GSO), (5, flags)] {
             attributes.extend([8, 0, kind, 0]);
@@ -63,8 +65,8 @@ impl Floor {
         push(&mut self.messages, CONFIG, REQUEST | ACK, &attributes);
         self.socket.send_to(&self.messages, &SocketAddr::new(0, 0), 0).expect("send the configuration");
         self.messages.clear();
-        let (answer, _) = self.socket.recv_from_full().expect("receive the answer");
-        assert_eq!(answer.get(16..20), Some(&[0; 4][..]), "bind a queue by hand: {answer:?}");
+        let (answer, _) = self.socket.recv_from_full().expect("receive the reply");
+        assert_eq!(answer.get(16..20), Some(&[0; 4][..]), "bind a queue with raw messages: {answer:?}");
     }
 
     fn one(&mut self) -> usize {
@@ -101,10 +103,10 @@ impl Floor {
         count
     }
 
-    /// The id of the next packet, if one is there.
+    /// The id of the next packet, `None` if there is none.
     fn receive(&mut self, flags: RecvFlags) -> Option<[u8; 4]> {
         match recv(&self.socket, &mut self.buffer[..], flags) {
-            // nlmsghdr, nfgenmsg, the first attribute's header, and in it the id.
+            // Behind nlmsghdr, nfgenmsg and the header of the first attribute is the id.
             Ok(_) => Some(*self.buffer[24..].first_chunk().expect("the buffer is longer")),
             Err(rustix::io::Errno::AGAIN) => None,
             Err(error) => panic!("receive a packet: {error}"),

@@ -1,4 +1,4 @@
-//! What this crate wants to reach, as ratios from one run.
+//! The goals of this crate, as ratios within one run.
 
 use super::{
     busy, capability, drain, flood, floor, latency, memory, ours, peers,
@@ -10,7 +10,7 @@ use super::{
 pub struct Goal {
     pub text: String,
     pub wanted: Wanted,
-    /// None if this run did not measure it.
+    /// `None` if this run did not measure it.
     pub measured: Option<f64>,
 }
 
@@ -32,7 +32,7 @@ impl Goal {
     }
 }
 
-/// `beside` is what the libnetfilter_queue benchmark has measured.
+/// `beside` has the figures of the libnetfilter_queue benchmark.
 pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
     use Wanted::{AtLeast, AtMost, Below};
     let middle = |summary: Option<Summary>| summary.map(|summary| summary.median);
@@ -45,7 +45,7 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
     let tcp = |contender, reference| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, contender, reference));
 
     let with_library = beside.and_then(|book| middle(book.ratio(drain::SECTION, drain::CPU, ours, library::NAME)));
-    // The better peer makes the higher ratio.
+    // The ratio to the better peer is the higher one.
     let with_better = cpu(ours, peers::NFQ.name).map(|nfq| with_library.map_or(nfq, |library| nfq.max(library)));
 
     let mut goals = Vec::new();
@@ -66,8 +66,8 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         AtMost(1.2),
         latency(1_000, latency::MEDIAN, ours),
     );
-    // Busy polling acts only while packets come sooner than its limit, and not where the consumer never sleeps: what is
-    // measured at low rates and under a flood is the same with it.
+    // Busy polling has an effect only while packets come sooner than its limit and the consumer
+    // would sleep. At low rates and under a flood the figures are the same with it.
     for (way, contender) in [("accept all", ours), ("accept all, busy_poll(30 µs)", ours::BUSY_POLL.name)] {
         let text = format!("p99 latency at 100000/s: {way} / blocking recv 1, verdict 1");
         goal(&text, AtMost(0.5), latency(100_000, latency::P99, contender));
@@ -80,7 +80,7 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         }
     }
     let share = capability::shares(book).into_iter().map(|share| share.of_cpu).reduce(f64::max);
-    goal("CPU time of the capability check after each send / all of a packet's", Below(0.03), share);
+    goal("capability check after each send / CPU time of a packet", Below(0.03), share);
     for (way, defaults, short) in
         [("", tcp::DEFAULTS, tcp::SHORT), (", busy_poll(30 µs)", tcp::BUSY_POLL, tcp::SHORT_BUSY_POLL)]
     {
@@ -94,20 +94,20 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
     for cap in waits::CAPS {
         let wait = |rate| book.median(waits::SECTION, &waits::name(cap, rate), waits::P999);
         let longest = waits::RATES.into_iter().filter_map(wait).reduce(f64::max);
-        let text = format!("a verdict's wait at the 99.9th percentile / max_delay of {cap:?}");
+        let text = format!("time from submit to send: p99.9 / max_delay of {cap:?}");
         goal(&text, AtMost(1.0), longest.map(|us| us / (cap.as_secs_f64() * 1e6)));
     }
     goal("allocations per packet, accept all", Below(0.05), book.median(drain::SECTION, ours, drain::ALLOCATIONS));
     let eight = book.median(drain::SECTION, ours::EIGHT_TASKS.name, drain::ALLOCATIONS);
     goal("allocations per packet, eight tasks", Below(0.05), eight);
     let memory = book.median(memory::SECTION, memory::OURS, memory::RATIO);
-    goal("memory with 16384 packets of 1400 bytes held / their bytes", AtMost(1.5), memory);
+    goal("memory: 16384 held packets of 1400 bytes / their bytes", AtMost(1.5), memory);
     let ledger = book.median(LEDGER, LEDGER_WORST, LEDGER_RATIO);
-    goal("cost of a verdict in this crate: 60000 outstanding / 1000, worst order", AtMost(1.5), ledger);
+    goal("cost of a verdict in the ledger, worst order: 60000 outstanding / 1000", AtMost(1.5), ledger);
     goals
 }
 
-/// Where the ledger's measurement leaves the worst order's ratio.
+/// Under these names the ratio of the ledger's worst order is recorded.
 pub const LEDGER: &str = "ledger";
 pub const LEDGER_WORST: &str = "worst order";
 pub const LEDGER_RATIO: &str = "ratio";

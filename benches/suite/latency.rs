@@ -18,7 +18,7 @@ use super::{
 use tokio_nfqueue::{Hook, Protocol, Stats};
 
 pub const RATES: [u64; 3] = [1_000, 20_000, 100_000];
-/// Of the sweep of the adaptive policy.
+/// Rates of the sweep of the adaptive policy.
 pub const SWEEP: [u64; 12] =
     [100, 300, 1_000, 3_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000, 400_000];
 pub const NO_QUEUE: &str = "no queue";
@@ -30,8 +30,8 @@ pub const CPU: &str = "CPU ns/packet";
 pub const BATCH: &str = "verdicts/send";
 pub const SWEEP_SECTION: &str = "adaptive sweep";
 
-/// Everything that is measured side by side; `None` is the way without a queue. Those that busy-poll are left out where
-/// packets come too far apart for that: there they do what the defaults do.
+/// All contenders; `None` is traffic without a queue. Contenders that busy-poll are left out if the
+/// time between packets is longer than their limit: there they do the same as the defaults.
 pub fn contenders(rate: u64) -> impl Iterator<Item = Option<Contender>> {
     let busy_polls = ours::BUSY_POLL_LIMIT > Duration::from_secs(1) / rate as u32;
     [
@@ -53,14 +53,14 @@ pub fn section(rate: u64) -> String {
     format!("latency at {rate}/s")
 }
 
-/// A contender at one rate; `None` is the way without a queue.
+/// A contender at one rate; `None` is traffic without a queue.
 pub fn measure(contender: Option<&Contender>, rate: u64, scale: &Scale, book: &mut Book) {
     let outcome = run(contender, rate, scale, Host::Idle);
     let name = contender.map_or(NO_QUEUE, |contender| contender.name);
     note(book, &section(rate), name, &outcome);
 }
 
-/// This crate at one rate of the sweep; the figures are filed under the rate.
+/// This crate at one rate of the sweep. The figures are recorded under the rate.
 pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
     let outcome = run(Some(contender), rate, scale, Host::Idle);
     let name = rate.to_string();
@@ -70,16 +70,16 @@ pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
     }
 }
 
-/// Packets decided by one send, on average.
+/// Verdicts per send, on average.
 pub fn per_send(stats: &Stats) -> f64 {
     stats.accepted as f64 / stats.sends.max(1) as f64
 }
 
-/// What the processors have to do beside sender and consumer.
+/// Other load on the processors, besides sender and consumer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Host {
     Idle,
-    /// Two processors, and a third thread that never sleeps.
+    /// Two processors and a third thread that never sleeps.
     Busy,
 }
 
@@ -89,7 +89,7 @@ pub struct Outcome {
     lost: u64,
     /// Sorted, in microseconds.
     latencies: Vec<f64>,
-    /// Processor time of the consumer: of all threads but the sender's and the busy one.
+    /// CPU time of the consumer: of all threads except the sender's and the busy one.
     cpu: Duration,
     stats: Option<Stats>,
 }

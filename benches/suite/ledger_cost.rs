@@ -1,4 +1,5 @@
-//! What a verdict costs in the ledger, by how many packets are outstanding and by the order of the verdicts.
+//! The cost of a verdict in the ledger, by the number of outstanding packets and the order of the
+//! verdicts.
 
 use std::time::Instant;
 
@@ -47,7 +48,7 @@ pub fn measure(outstanding: usize, order: Order, verdicts: usize, book: &mut Boo
     book.note(SECTION, &name(outstanding, order), COST, cost);
 }
 
-/// Offsets of ids in the order in which they are decided.
+/// Offsets of the ids, in the order in which they are decided.
 pub fn ids(outstanding: usize, order: Order) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..outstanding as u32).collect();
     match order {
@@ -61,7 +62,7 @@ pub fn ids(outstanding: usize, order: Order) -> Vec<u32> {
     ids
 }
 
-/// All of them arrive, then all are decided and settled; tells the next id.
+/// All packets arrive, then all are decided and settled. Returns the next id.
 pub fn cycle(ledger: &mut Ledger<()>, first: u32, ids: &[u32]) -> u32 {
     let mut settled = Vec::with_capacity(FLUSH);
     for offset in 0..ids.len() as u32 {

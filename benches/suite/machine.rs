@@ -1,8 +1,8 @@
-//! What it was measured on.
+//! The machine that was measured on.
 
 use std::{fs, thread};
 
-/// Processor, cores and kernel in one line.
+/// CPU, number of cores and kernel, in one line.
 pub fn describe() -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpus

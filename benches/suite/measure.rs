@@ -1,4 +1,4 @@
-//! What something costs: time, CPU time of the consumer, allocations.
+//! The cost of something: wall-clock time, CPU time of the consumer, allocations.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -12,11 +12,12 @@ use nix::sys::{
     time::TimeVal,
 };
 
-/// A moment, to be compared with a later one.
+/// The clocks and counters at one point in time.
 ///
-/// CPU time is that of the whole process less that of the calling thread: who measures (and makes the traffic) is thereby
-/// told apart from who is measured. The kernel knows their sum to the nanosecond; how it parts into user and system time
-/// is sampled at the timer's ticks, so that split needs some seconds' worth of rounds.
+/// CPU time is that of the whole process less that of the calling thread. The calling thread
+/// measures and sends the traffic; the rest is the consumer. The kernel accounts the sum of user
+/// and system time in nanoseconds. It estimates the two parts from samples at timer ticks, so these
+/// are exact only over some seconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
     at: Instant,
@@ -25,7 +26,7 @@ pub struct Moment {
     allocations: u64,
 }
 
-/// What happened between two moments.
+/// The difference between two moments.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cost {
     pub wall: Duration,
@@ -46,7 +47,7 @@ impl Moment {
         Self { at: Instant::now(), process, own, allocations: ALLOCATIONS.load(Relaxed) }
     }
 
-    /// What it has cost the rest of the process since then.
+    /// The cost to all other threads of the process since then.
     pub fn cost(&self) -> Cost {
         let now = Self::now();
         let others = |part: fn(&Cpu) -> Duration| {
@@ -88,7 +89,7 @@ impl Cpu {
     }
 }
 
-/// Counts allocations while it is asked to.
+/// The system's allocator. It counts allocations while that is switched on.
 struct Counting;
 
 #[global_allocator]
@@ -96,7 +97,8 @@ static COUNTING_ALLOCATOR: Counting = Counting;
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-/// Counts allocations (and reallocations) of all threads from now on, or no longer. Off, it costs next to nothing.
+/// Switches the counting of allocations and reallocations, of all threads, on or off. It costs very
+/// little while off.
 pub fn count_allocations(on: bool) {
     COUNTING.store(on, Relaxed);
 }
@@ -107,11 +109,11 @@ fn counted() {
     }
 }
 
-// SAFETY: everything is left to the system's allocator; counting touches no memory that it manages.
+// SAFETY: the system's allocator does all the work. Counting touches no memory that it manages.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         counted();
-        // SAFETY: the caller keeps `GlobalAlloc`'s contract, which is that of `System`.
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`, which is that of `System`.
         unsafe { System.alloc(layout) }
     }
 

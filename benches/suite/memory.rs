@@ -1,4 +1,4 @@
-//! Memory with many packets held, in a process of its own.
+//! Memory while many packets are held, measured in a process of its own.
 
 use std::fs;
 
@@ -20,17 +20,17 @@ pub const DETACHED: &str = "this crate, tickets held";
 pub const NFQ: &str = "nfq, messages held";
 pub const ALL: [&str; 3] = [OURS, DETACHED, NFQ];
 
-/// UDP payload, and with its headers.
+/// Bytes of UDP payload, and of the packet with its headers.
 const PAYLOAD: usize = 1400;
 const PACKET: usize = PAYLOAD + 28;
 
 pub fn measure(name: &str, scale: &Scale, book: &mut Book) {
     let answer = child::ask(&["memory", name, &scale.held.to_string()]);
-    let grown: f64 = answer.trim().parse().unwrap_or_else(|_| panic!("the child answered {answer:?}"));
+    let grown: f64 = answer.trim().parse().unwrap_or_else(|_| panic!("the child printed {answer:?}"));
     book.note(SECTION, name, RATIO, grown / (scale.held * PACKET) as f64);
 }
 
-/// In the child: by how many bytes the process grows.
+/// Runs in the child. Returns by how many bytes the process grows.
 pub fn grown(name: &str, packets: usize) -> usize {
     support::isolated(|| match name {
         NFQ => {
@@ -49,12 +49,12 @@ pub fn grown(name: &str, packets: usize) -> usize {
     })
 }
 
-/// Packets are caught on their way in: there they are charged to nobody's send buffer.
+/// Packets are queued at the input hook. There they are not charged to a send buffer.
 fn hold<T>(packets: usize, mut next: impl FnMut() -> T) -> usize {
     let divert = divert(Hook::Input, Protocol::Udp, 1);
     let mut sender = Sender::new(PAYLOAD);
     let mut held = Vec::new();
-    // What is needed for any packet at all is not what is asked.
+    // The first packets bring the fixed costs, which do not count.
     let first: Vec<T> = (0..sender.burst()).map(|_| next()).collect();
     let before = resident();
     while held.len() < packets {

@@ -1,6 +1,7 @@
-//! What the benchmarks against the kernel share. Everything happens in fresh network namespaces; see `tests/support`.
+//! Shared by the benchmarks that need the kernel. They work in new network namespaces; see
+//! `tests/support`.
 
-// Each benchmark uses a different part of it.
+// Each benchmark uses a different part of this module.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
 pub mod busy;

@@ -1,4 +1,4 @@
-//! What the command line says.
+//! The command line.
 
 use std::time::Duration;
 
@@ -6,9 +6,9 @@ use lexopt::prelude::*;
 
 pub const USAGE: &str = "usage: cargo bench --workspace [--bench NAME] [-- [--quick] [--list] [FILTER ...]]
 
-  --quick   tiny counts, one round: shows that everything runs; writes no file
-  --list    names the measurements
-  FILTER    only the measurements whose names contain one of these";
+  --quick   small counts, one round: only checks that everything runs; writes no file
+  --list    list the names of the measurements
+  FILTER    run only the measurements whose name contains one of the filters";
 
 #[derive(Debug, Default)]
 pub struct Options {
@@ -16,23 +16,24 @@ pub struct Options {
     pub list: bool,
     pub help: bool,
     filters: Vec<String>,
-    /// A child process's task: see `child`.
+    /// The task of a child process; see `child`.
     pub child: Vec<String>,
 }
 
-/// How much of everything.
+/// Counts and durations of the measurements.
 #[derive(Debug, Clone, Copy)]
 pub struct Scale {
     /// Packets in a prefilled queue.
     pub packets: usize,
-    /// How often it is filled in a round.
+    /// How often the queue is filled in a round.
     pub drains: usize,
-    /// How long traffic runs before it counts, and how long it counts.
+    /// How long traffic runs before the measurement, and during it.
     pub warm_up: Duration,
     pub window: Duration,
-    /// Packets held at once, for their memory.
+    /// Packets held at once when memory is measured.
     pub held: usize,
-    /// How often everything is repeated, what takes long, and what varies much.
+    /// How often a measurement is repeated: by default, if it varies much (`many_rounds`), if it
+    /// takes long (`few_rounds`).
     pub rounds: usize,
     pub many_rounds: usize,
     pub few_rounds: usize,
@@ -45,13 +46,14 @@ impl Options {
         let mut arguments = lexopt::Parser::from_env();
         while let Some(argument) = arguments.next()? {
             match argument {
-                // `cargo bench` says so to every benchmark, `cargo test` does not: it wants to know whether they run.
+                // `cargo bench` passes this to every benchmark. `cargo test` does not: it only
+                // checks that they run.
                 Long("bench") => options.quick = false,
                 Long("quick" | "test") => asked_for_quick = true,
                 Long("list") => options.list = true,
                 Long("child") => options.child = arguments.values()?.map(|v| v.string()).collect::<Result<_, _>>()?,
                 Short('h') | Long("help") => options.help = true,
-                // Options of other harnesses, which cargo hands to all of them.
+                // Options of other harnesses. Cargo passes them to all benchmarks.
                 Long("exact" | "nocapture" | "quiet" | "noplot" | "verbose" | "ignored" | "include-ignored") => {}
                 Long("format" | "color" | "test-threads" | "save-baseline" | "baseline") => drop(arguments.value()?),
                 Value(filter) => options.filters.push(filter.string()?),
@@ -66,7 +68,7 @@ impl Options {
         self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter.as_str()))
     }
 
-    /// Whether this run measures all there is, as it must for its results to be written down.
+    /// Whether this run makes all measurements in full. Only then are the results written to files.
     pub fn complete(&self) -> bool {
         !self.quick && self.filters.is_empty()
     }

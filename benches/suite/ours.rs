@@ -1,4 +1,4 @@
-//! This crate, used in the ways its documentation shows.
+//! This crate, used as its documentation shows.
 
 use std::{
     sync::{
@@ -68,17 +68,17 @@ const fn contender(name: &'static str, make: fn(&Job) -> Box<dyn Consumer>) -> C
     Contender { name, make, queues: 1 }
 }
 
-/// Of the contenders that busy-poll; by default none does.
+/// The limit of the contenders that busy-poll. By default none does.
 pub const BUSY_POLL_LIMIT: Duration = Duration::from_micros(30);
 
-/// What [`TIMED`] notes of each packet, by its number.
+/// What [`TIMED`] records of each packet, by the packet's number.
 pub static SUBMITTED: [Submitted; 1 << 16] = [const { Submitted::new() }; 1 << 16];
 
 #[derive(Debug)]
 pub struct Submitted {
     /// Nanoseconds of the real-time clock.
     pub at: AtomicU64,
-    /// Flushes before it: the next takes it along.
+    /// The number of flushes before this verdict. The next flush sends it.
     pub flushes: AtomicU64,
 }
 
@@ -88,10 +88,10 @@ impl Submitted {
     }
 }
 
-/// Packets taken at once.
+/// The most packets received in one call.
 const MANY: usize = 64;
 const TASKS: usize = 8;
-/// Packets a task holds on to.
+/// Packets that a task holds.
 const HELD: usize = 256 / TASKS;
 
 #[derive(Clone, Copy, PartialEq)]
@@ -106,7 +106,7 @@ enum Way {
     FourQueues,
 }
 
-/// Of the runtime.
+/// Worker threads of the runtime.
 #[derive(Clone, Copy, PartialEq)]
 enum Threads {
     One,
@@ -118,7 +118,7 @@ type Halves = Vec<(PacketStream, VerdictSink)>;
 struct Ours {
     way: Way,
     threads: Threads,
-    /// The queues, while nobody works with them. Dropped before the runtime.
+    /// The queues, while no task uses them. Dropped before the runtime.
     halves: Option<Halves>,
     runtime: Runtime,
 }
@@ -157,11 +157,11 @@ fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
 
 impl Consumer for Ours {
     fn consume(&mut self, until: &Arc<Until>) {
-        let halves = self.halves.take().expect("nobody else has them");
+        let halves = self.halves.take().expect("no task uses them");
         let work = work(self.way, halves, Arc::clone(until));
         self.halves = Some(match self.threads {
             Threads::One => self.runtime.block_on(work),
-            Threads::Two => self.runtime.block_on(self.runtime.spawn(work)).expect("the task ends well"),
+            Threads::Two => self.runtime.block_on(self.runtime.spawn(work)).expect("the task does not panic"),
         });
     }
 
@@ -218,7 +218,7 @@ async fn accept_next(packets: &mut PacketStream, verdicts: &VerdictSink, until: 
     }
 }
 
-/// Each task holds some packets and decides any of them when it has too many.
+/// Each task holds some packets. When it has more, it decides random ones.
 async fn eight_tasks(
     packets: &mut PacketStream,
     verdicts: &VerdictSink,
@@ -272,7 +272,7 @@ async fn task(
 }
 
 fn note_time(packet: &Packet, verdicts: &VerdictSink) {
-    // Behind the headers of IP and UDP.
+    // The UDP payload is behind the IP and UDP headers.
     let number = packet.payload().get(28..).and_then(|payload| payload.get(paced::NUMBER)?.first_chunk());
     if let Some(number) = number {
         let slot = &SUBMITTED[u64::from_ne_bytes(*number) as usize % SUBMITTED.len()];
@@ -281,7 +281,7 @@ fn note_time(packet: &Packet, verdicts: &VerdictSink) {
     }
 }
 
-/// Half accepted, a quarter dropped, a quarter marked, in no order.
+/// Half of the packets are accepted, a quarter dropped, a quarter marked, in random order.
 async fn mixed(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
     let mut random = Random::new(1);
     let decide = |packet: Packet| match random.below(4) {
@@ -292,7 +292,7 @@ async fn mixed(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until
     each(packets, verdicts, until, decide).await;
 }
 
-/// One byte of the UDP payload changed, the checksum left out (as IPv4 allows).
+/// Changes one byte of the UDP payload. The checksum is left out, as IPv4 allows.
 fn rewritten(packet: Packet) -> Verdict {
     let mut bytes = packet.payload().to_vec();
     bytes[26..28].fill(0);
@@ -314,6 +314,6 @@ async fn confirm(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Unt
 
 async fn four_queues(halves: &mut Halves, until: &Until) {
     let loops = halves.iter_mut().map(|(packets, verdicts)| Box::pin(accept_all(packets, verdicts, until)));
-    // The first that sees enough ends it for all.
+    // The first loop that sees the end ends all.
     select_all(loops).await;
 }

@@ -1,7 +1,8 @@
-//! Packets at a steady rate, each with the time of its sending in it, and how long each took to arrive.
+//! Packets at a steady rate. Each carries its time of sending, from which its latency is computed.
 //!
-//! The kernel stamps arrivals (`SO_TIMESTAMPNS`), and whoever sends reads the stamps in the pauses: no third thread
-//! competes for two cores, and no reader's waking up is measured along with the queue.
+//! The kernel timestamps arrivals (`SO_TIMESTAMPNS`). The sender reads the timestamps between its
+//! sends. So no third thread competes for two cores, and the wake-up of a reader is not part of the
+//! latency.
 
 use std::{
     io,
@@ -25,14 +26,14 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{support, traffic};
 
-/// UDP payload: time of sending, number, and the rest.
+/// Bytes of UDP payload: time of sending, number, padding.
 pub const PAYLOAD: usize = 64;
 pub const NUMBER: std::ops::Range<usize> = 8..16;
-/// Beyond this many packets a second, several go in one system call.
+/// At rates above this (packets per second), one system call sends several packets.
 const SINGLES: u64 = 100_000;
-/// Before a packet is due, this much time is spent awake.
+/// The sender does not sleep in this time before a packet is due.
 const AWAKE: Duration = Duration::from_micros(100);
-/// How long stragglers are waited for.
+/// How long to wait for late packets.
 const PATIENCE: Duration = Duration::from_millis(50);
 
 pub struct Paced {
@@ -41,7 +42,7 @@ pub struct Paced {
     per_send: usize,
     interval: Duration,
     sent: u64,
-    /// Since the last [`Paced::run`] began.
+    /// Arrivals since the start of the last [`Paced::run`].
     pub arrivals: Vec<Arrival>,
 }
 
@@ -60,7 +61,7 @@ impl Arrival {
 }
 
 impl Paced {
-    /// Packets at so many a second, from loopback to loopback.
+    /// Packets on loopback, at `rate` per second.
     pub fn new(rate: u64) -> Self {
         let back = support::udp((Ipv4Addr::LOCALHOST, traffic::PORT));
         setsockopt(&back, sockopt::ReceiveTimestampns, &true).expect("set SO_TIMESTAMPNS");
@@ -76,7 +77,8 @@ impl Paced {
         Self { out, back, per_send, interval, sent: 0, arrivals: Vec::new() }
     }
 
-    /// Sends for a while, waits for what is still on its way, and tells how many packets it sent.
+    /// Sends for `time`, waits for packets that are still queued, and returns how many packets it
+    /// sent.
     pub fn run(&mut self, time: Duration) -> u64 {
         self.arrivals.clear();
         let (begin, before) = (Instant::now(), self.sent);
@@ -96,7 +98,7 @@ impl Paced {
         sent
     }
 
-    /// One packet, to wake somebody by.
+    /// Sends one packet, to wake the consumer.
     pub fn kick(&mut self) {
         self.send();
     }
@@ -125,28 +127,28 @@ impl Paced {
             self.sent += 1;
         }
         match self.out.send(&payload[..length]) {
-            // A queue at its limit drops what comes (`EPERM` tells of the hook's verdict).
+            // A full queue drops new packets. The hook's verdict causes `EPERM`.
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {}
             Err(error) => panic!("send: {error}"),
         }
     }
 
-    /// Takes one packet that has arrived; tells whether there was one.
+    /// Receives one packet. Returns whether there was one.
     fn collect(&mut self) -> bool {
         let mut payload = [0; PAYLOAD];
         let mut slices = [IoSliceMut::new(&mut payload)];
         let mut space = cmsg_space!(TimeSpec);
         let arrived = match recvmsg::<()>(self.back.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_DONTWAIT)
         {
-            Ok(message) => message.cmsgs().expect("room for the stamp").find_map(|control| match control {
+            Ok(message) => message.cmsgs().expect("room for the timestamp").find_map(|control| match control {
                 ControlMessageOwned::ScmTimestampns(time) => Some(time),
                 _ => None,
             }),
             Err(Errno::EAGAIN) => return false,
             Err(error) => panic!("receive: {}", io::Error::from(error)),
         };
-        let arrived = arrived.expect("a stamp");
+        let arrived = arrived.expect("a timestamp");
         let number = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
         self.arrivals.push(Arrival {
             number: number(&payload[NUMBER]),
@@ -157,7 +159,7 @@ impl Paced {
     }
 }
 
-/// Nanoseconds of the real-time clock, in which the kernel stamps packets.
+/// Nanoseconds of the real-time clock, which the kernel uses for timestamps.
 pub fn now() -> u64 {
     let time = clock_gettime(ClockId::Realtime);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64

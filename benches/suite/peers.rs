@@ -1,4 +1,4 @@
-//! Other crates that do this job.
+//! Other NFQUEUE crates.
 
 use std::{
     fs,
@@ -26,10 +26,11 @@ pub const NFQ_CHANNEL: Contender =
 
 pub const ALL: [Contender; 2] = [NFQ, NFQ_CHANNEL];
 
-/// How long the thread sleeps when there is nothing to do: the least that programs out there use.
+/// How long the thread sleeps when the queue is empty: the shortest time that existing programs
+/// use.
 const NAP: Duration = Duration::from_millis(1);
 
-/// As its own example has it.
+/// The loop of the crate's own example.
 struct Blocking(Queue);
 
 impl Consumer for Blocking {
@@ -43,7 +44,8 @@ impl Consumer for Blocking {
     }
 }
 
-/// As Tokio programs have it: a thread that polls the queue and sleeps, channels to and from the runtime.
+/// As in Tokio programs: a thread polls the queue and sleeps in between. Channels connect it to the
+/// runtime.
 struct ThreadAndChannel {
     queue: Queue,
     runtime: Runtime,
@@ -60,13 +62,13 @@ impl ThreadAndChannel {
 impl Consumer for ThreadAndChannel {
     fn consume(&mut self, until: &Arc<Until>) {
         let (to_runtime, mut messages) = unbounded_channel::<Message>();
-        let (answer, mut answers) = unbounded_channel::<Message>();
+        let (from_runtime, mut decided) = unbounded_channel::<Message>();
         let queue = &mut self.queue;
         thread::scope(|scope| {
             scope.spawn(move || {
                 let mut owed = 0;
                 loop {
-                    while let Ok(message) = answers.try_recv() {
+                    while let Ok(message) = decided.try_recv() {
                         queue.verdict(message).expect("verdict");
                         until.decided(1);
                         owed -= 1;
@@ -92,7 +94,7 @@ impl Consumer for ThreadAndChannel {
             self.runtime.block_on(async {
                 while let Some(mut message) = messages.recv().await {
                     message.set_verdict(Verdict::Accept);
-                    answer.send(message).expect("the thread lives");
+                    from_runtime.send(message).expect("the thread lives");
                 }
             });
         });
@@ -102,22 +104,24 @@ impl Consumer for ThreadAndChannel {
 fn bind(job: &Job) -> Queue {
     let before = descriptors();
     let mut queue = Queue::open().expect("open a queue");
-    // It does not give its descriptor away; but without a larger buffer it would lose what the others receive.
+    // The crate does not expose its descriptor. Without a larger buffer it would lose packets that
+    // others receive.
     let fd = descriptors().into_iter().find(|fd| !before.contains(fd)).expect("a new descriptor");
-    // SAFETY: the queue has just opened it, and lives to the end of this function. Nobody else opens descriptors
-    // meanwhile: this runs before there is traffic, while the thread that measures waits.
+    // SAFETY: the queue has just opened it, and lives to the end of this function. No other thread
+    // opens descriptors at the same time: there is no traffic yet, and the measuring thread waits.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     grow_receive_buffer(&fd, job.receive_buffer);
     queue.bind(0).expect("bind a queue");
     queue.set_queue_max_len(0, job.max_len).expect("set the queue's length");
     queue.set_copy_range(0, job.copy_range as u16).expect("set the copy range");
     if job.gso {
-        queue.set_recv_gso(0, true).expect("take super-packets");
+        queue.set_recv_gso(0, true).expect("enable GSO");
     }
     queue
 }
 
-/// Gives a socket a receive buffer of so many bytes, as the kernel charges them, or as near as the system allows.
+/// Sets a socket's receive buffer to `bytes`, as the kernel accounts them, or to the most that the
+/// system allows.
 pub fn grow_receive_buffer(socket: &impl AsFd, bytes: usize) {
     let half = bytes / 2;
     if setsockopt(socket, RcvBufForce, &half).is_err() {
@@ -128,6 +132,6 @@ pub fn grow_receive_buffer(socket: &impl AsFd, bytes: usize) {
 fn descriptors() -> Vec<RawFd> {
     let entries = fs::read_dir("/proc/self/fd").expect("list descriptors");
     let all: Vec<RawFd> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // Without the listing's own, which is closed by now.
+    // The descriptor of the listing itself is closed by now.
     all.into_iter().filter(|fd| fs::metadata(format!("/proc/self/fd/{fd}")).is_ok()).collect()
 }

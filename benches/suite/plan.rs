@@ -1,4 +1,5 @@
-//! The order of things: contenders in turn, round after round, with a line that tells how far it has got.
+//! Runs the measurements: the contenders take turns, round after round. A progress line says how
+//! far the run is.
 
 use std::{
     io::{IsTerminal, Write, stderr},
@@ -7,7 +8,7 @@ use std::{
 
 use super::{options::Options, summary::Book};
 
-/// Measurements to be made side by side.
+/// Measurements whose results are compared.
 pub struct Section<'a> {
     pub name: &'static str,
     pub rounds: usize,
@@ -30,7 +31,7 @@ impl<'a> Section<'a> {
     }
 }
 
-/// Names every measurement, as `cargo bench --workspace -- --list` wants it.
+/// Names every measurement, for `cargo bench --workspace -- --list`.
 pub fn list(sections: &[Section<'_>], options: &Options) {
     for name in sections.iter().flat_map(|section| section.steps.iter().map(|step| full_name(section, step))) {
         if options.wants(&name) {
@@ -39,7 +40,7 @@ pub fn list(sections: &[Section<'_>], options: &Options) {
     }
 }
 
-/// Makes all the measurements that the options want.
+/// Makes all measurements that the options select.
 pub fn run(sections: &[Section<'_>], options: &Options) -> Book {
     let mut book = Book::default();
     let wanted = |section: &Section<'_>, step: &Step<'_>| options.wants(&full_name(section, step));
@@ -61,7 +62,7 @@ fn full_name(section: &Section<'_>, step: &Step<'_>) -> String {
     format!("{}/{}", section.name, step.name)
 }
 
-/// On a terminal one line that changes; elsewhere a line for each section.
+/// On a terminal one line, updated in place; otherwise one line for each section.
 struct Progress {
     total: usize,
     done: usize,

@@ -1,4 +1,4 @@
-//! The pictures.
+//! The plots.
 
 use std::{error::Error, path::Path};
 
@@ -26,7 +26,7 @@ const FLOOR_LIGHT: RGBColor = RGBColor(0xc4, 0xc4, 0xc4);
 const DARK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FONT: &str = "sans-serif";
 
-/// Draws all of them into a folder.
+/// Draws all plots into a folder.
 pub fn draw(folder: &Path, book: &Book, beside: Option<&Book>) -> Drawn {
     std::fs::create_dir_all(folder)?;
     throughput(&folder.join("throughput.svg"), book, beside)?;
@@ -37,7 +37,7 @@ pub fn draw(folder: &Path, book: &Book, beside: Option<&Book>) -> Drawn {
 
 struct Bar {
     name: &'static str,
-    /// Drawn one behind the other.
+    /// Drawn side by side, from left to right.
     parts: Vec<f64>,
     range: Option<(f64, f64)>,
     colors: [RGBColor; 2],
@@ -61,7 +61,7 @@ fn throughput(path: &Path, book: &Book, beside: Option<&Book>) -> Drawn {
         let range = Some((thousand(rate.least), thousand(rate.most)));
         bars.push(Bar { name, parts: vec![thousand(rate.median)], range, colors });
     }
-    draw_bars(path, "Packets decided per second under a flood, in thousands (more is better)", &bars)
+    draw_bars(path, "Packets decided per second under a flood, in thousands; more is better", &bars)
 }
 
 fn cpu(path: &Path, book: &Book, beside: Option<&Book>) -> Drawn {
@@ -74,7 +74,7 @@ fn cpu(path: &Path, book: &Book, beside: Option<&Book>) -> Drawn {
         let range = Some((cpu.least, cpu.most));
         bars.push(Bar { name, parts: vec![cpu.median - user, user], range, colors });
     }
-    draw_bars(path, "CPU time per packet in ns: system, and lighter user (less is better)", &bars)
+    draw_bars(path, "CPU time per packet in ns: system (dark) and user (light); less is better", &bars)
 }
 
 fn draw_bars(path: &Path, title: &str, bars: &[Bar]) -> Drawn {
@@ -155,15 +155,15 @@ fn adaptive(path: &Path, book: &Book) -> Drawn {
         Line { color, points: latency::SWEEP.into_iter().filter_map(point).collect() }
     };
     let panels = area.split_evenly((1, 3));
-    draw_lines(&panels[0], "verdicts in one send", &[line(latency::BATCH, OURS)])?;
+    draw_lines(&panels[0], "verdicts per send", &[line(latency::BATCH, OURS)])?;
     let latencies = [line(latency::MEDIAN, OURS), line(latency::P99, OURS_LIGHT)];
-    draw_lines(&panels[1], "latency, µs: median, and lighter p99", &latencies)?;
+    draw_lines(&panels[1], "latency, µs: median (dark), p99 (light)", &latencies)?;
     draw_lines(&panels[2], "CPU time per packet, ns", &[line(latency::CPU, OURS)])?;
     area.present()?;
     Ok(())
 }
 
-/// Lines over packets per second, both axes logarithmic.
+/// Lines over packets per second. Both axes are logarithmic.
 fn draw_lines(area: &Area<'_>, title: &str, lines: &[Line]) -> Drawn {
     let points = || lines.iter().flat_map(|line| &line.points);
     let bounds = |part: fn(&(f64, f64)) -> f64| {
@@ -174,7 +174,7 @@ fn draw_lines(area: &Area<'_>, title: &str, lines: &[Line]) -> Drawn {
         return Ok(());
     }
     let ((left, right), (low, high)) = (bounds(|point| point.0), bounds(|point| point.1));
-    // Whole decades, so that the labels stand apart.
+    // Whole decades, so that labels do not overlap.
     let (low, high) = (10_f64.powf(low.log10().floor()), 10_f64.powf((high * 1.05).log10().ceil()));
     let (x, y) = ((left * 0.8..right * 1.25).log_scale(), (low..high).log_scale());
     let mut chart = ChartBuilder::on(area)

@@ -1,4 +1,4 @@
-//! Tables: on the terminal, and in `RESULTS.md`.
+//! The tables, for standard output and for `RESULTS.md`.
 
 use std::{
     fmt::Write as _,
@@ -20,7 +20,8 @@ pub mod library {
     pub const NAME: &str = "libnetfilter_queue";
 }
 
-/// What the libnetfilter_queue benchmark leaves for the report, and for how long that counts as the same run.
+/// The file in which the libnetfilter_queue benchmark leaves its figures for the report. Up to this
+/// age they are taken to be of the same run.
 const LEFT: &str = "libnetfilter_queue.tsv";
 const SAME_RUN: Duration = Duration::from_secs(1800);
 
@@ -37,36 +38,36 @@ fn left() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(LEFT)
 }
 
-/// The whole report, in Markdown. `beside` is what the libnetfilter_queue benchmark has measured.
+/// The whole report, in Markdown. `beside` has the figures of the libnetfilter_queue benchmark.
 pub fn whole(book: &Book, beside: Option<&Book>, ledger: &[String], quick: bool) -> String {
     let mut text = head(quick);
     text += match beside {
-        None => "libnetfilter_queue was not measured: its benchmark says what to install.\n",
+        None => "libnetfilter_queue was not measured: it is not installed. Its benchmark names the package.\n",
         Some(_) => {
-            "libnetfilter_queue's figures come from its own benchmark in the same run, where it took turns with this crate; \
-             ratios with it are of that.\n"
+            "The figures of libnetfilter_queue are from its own benchmark in the same run, in which it took turns with \
+             this crate. Ratios with it use the figures of that benchmark only.\n"
         }
     };
     let goals = goals::all(book, beside);
     section(&mut text, "Goals", goal_table(&goals));
-    section(&mut text, "CPU time per packet, queue prefilled", cpu_table(book, beside));
+    section(&mut text, "CPU time per packet, prefilled queue", cpu_table(book, beside));
     section(&mut text, "Throughput under a flood", flood_table(book, beside));
     section(&mut text, "One-way latency, µs", latency_table(book));
-    section(&mut text, "On a busy host: sender, consumer and one more busy thread on two processors", busy_table(book));
+    section(&mut text, "Busy host: sender, consumer and a third busy thread on two processors", busy_table(book));
     section(&mut text, "TCP goodput, one stream", tcp_table(book, beside));
-    section(&mut text, "How long verdicts wait, µs", waits_table(book));
+    section(&mut text, "Time from submit to send, µs", waits_table(book));
     section(&mut text, "The adaptive policy from idle to overload", sweep_table(book));
-    section(&mut text, "The capability check (capget) after each send", capability_table(book));
+    section(&mut text, "Capability check (capget) after each send", capability_table(book));
     section(&mut text, "Memory", plain_table(book, memory::SECTION, &memory::ALL, &[memory::RATIO]));
     let names: Vec<&str> = ledger.iter().map(String::as_str).collect();
-    section(&mut text, "A verdict in the ledger", plain_table(book, goals::LEDGER, &names, &["ns/verdict"]));
+    section(&mut text, "Cost of a verdict in the ledger", plain_table(book, goals::LEDGER, &names, &["ns/verdict"]));
     text
 }
 
 /// The report of the libnetfilter_queue benchmark alone.
 pub fn of_library(book: &Book, quick: bool) -> String {
     let mut text = head(quick);
-    section(&mut text, "CPU time per packet, queue prefilled", cpu_table(book, Some(book)));
+    section(&mut text, "CPU time per packet, prefilled queue", cpu_table(book, Some(book)));
     section(&mut text, "Throughput under a flood", flood_table(book, Some(book)));
     section(&mut text, "TCP goodput, one stream", tcp_table(book, Some(book)));
     text
@@ -76,10 +77,11 @@ fn head(quick: bool) -> String {
     let machine = machine::describe();
     let mut text = format!("Measured on: {machine}. This crate: {}.\n\n", env!("CARGO_PKG_VERSION"));
     if quick {
-        text += "A quick run: everything works; the figures say nothing.\n\n";
+        text += "A quick run: it only checks that everything works. The figures mean nothing.\n\n";
     }
-    text + "Medians of several rounds, in which the contenders took turns; least and most in brackets.\n\
-     Busy polling is off by default; where it is on, the name says `busy_poll`.\n"
+    text + "Each figure is the median of several rounds, with minimum and maximum in brackets. The contenders took turns.\n\
+     \"floor\" is a raw netlink loop without any crate; \"/ X\" is the ratio to X.\n\
+     Busy polling is off by default. Where it is on, the name has `busy_poll`.\n"
 }
 
 fn section(text: &mut String, title: &str, table: Vec<Vec<String>>) {
@@ -126,7 +128,7 @@ fn goal_table(goals: &[Goal]) -> Vec<Vec<String>> {
     table
 }
 
-/// The contenders of the saturation and CPU measurements, with the book that has each.
+/// The contenders of the flood and CPU measurements, each with the book that has its figures.
 fn rows<'a>(book: &'a Book, beside: Option<&'a Book>) -> impl Iterator<Item = (&'static str, &'a Book)> {
     let here = floor::ALL.into_iter().chain(ours::ALL).chain(peers::ALL);
     here.map(move |contender| (contender.name, book)).chain(beside.map(|beside| (library::NAME, beside)))
@@ -140,8 +142,8 @@ fn cpu_table(book: &Book, beside: Option<&Book>) -> Vec<Vec<String>> {
         "system",
         "/ one batch",
         "/ packed singles",
-        "receives",
-        "sends",
+        "receive calls",
+        "send calls",
         "other calls",
         "allocations",
     ]);
@@ -206,9 +208,9 @@ fn busy_table(book: &Book) -> Vec<Vec<String>> {
         "p50 µs",
         "p99 µs",
         "CPU ns per packet",
-        "p50 / blocking",
-        "p99 / blocking",
-        "CPU / blocking",
+        "p50 / recv 1",
+        "p99 / recv 1",
+        "CPU / recv 1",
         "lost %",
     ]);
     for rate in busy::RATES {
@@ -283,7 +285,7 @@ fn spread2(summary: Summary) -> String {
     format!("{:.2} ({:.2}–{:.2})", summary.median, summary.least, summary.most)
 }
 
-/// Three digits that count, and never fewer than are before the point.
+/// Three significant digits, but all digits before the decimal point.
 fn significant(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),

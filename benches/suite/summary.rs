@@ -1,12 +1,12 @@
-//! Samples of many rounds, and what they say together.
+//! Samples of several rounds, and their summary.
 
 use std::collections::BTreeMap;
 
-/// Everything measured, by section (a kind of measurement), contender and figure.
+/// All samples, by section (a kind of measurement), contender and figure.
 #[derive(Debug, Default, Clone)]
 pub struct Book(BTreeMap<(String, String, String), Vec<f64>>);
 
-/// Several rounds' samples of one figure.
+/// The samples of one figure in several rounds.
 #[derive(Debug, Clone, Copy)]
 pub struct Summary {
     pub median: f64,
@@ -33,7 +33,7 @@ impl Book {
         self.get(section, contender, figure).map(|summary| summary.median)
     }
 
-    /// The median over the rounds of each round's own ratio: what disturbs a whole round cancels out.
+    /// The median of the ratios within each round. A disturbance of a whole round cancels out.
     pub fn ratio(&self, section: &str, figure: &str, contender: &str, reference: &str) -> Option<Summary> {
         let (ours, theirs) = (self.samples(section, contender, figure)?, self.samples(section, reference, figure)?);
         Summary::of(&ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect::<Vec<_>>())
@@ -79,13 +79,13 @@ fn middle(sorted: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[half] } else { (sorted[half - 1] + sorted[half]) / 2.0 }
 }
 
-/// A percentile of sorted numbers, from 0 to 100.
+/// A percentile (0 to 100) of sorted numbers.
 pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
     let last = sorted.len() - 1;
     sorted[((last as f64 * percent / 100.0).round() as usize).min(last)]
 }
 
-/// Cheap numbers, the same in each run (xorshift64*).
+/// Cheap pseudorandom numbers, the same in each run (xorshift64*).
 #[derive(Debug)]
 pub struct Random(u64);
 

@@ -1,4 +1,5 @@
-//! System calls per packet, counted by tracing a child (ptrace): exact, and without special privileges.
+//! System calls per packet. They are counted by tracing a child with ptrace, which is exact and
+//! needs no privilege.
 
 use std::process::Stdio;
 
@@ -21,7 +22,7 @@ pub const SENDS: &str = "sends/packet";
 pub const OTHERS: &str = "others/packet";
 pub const TOTAL: &str = "calls/packet";
 
-/// A prefilled queue's. Small enough for buffers that nobody has made larger.
+/// Packets in the prefilled queue. Few enough for the default buffers.
 const PACKETS: usize = 200;
 const DRAINS: usize = 11;
 const COUNTED: f64 = (PACKETS * (DRAINS - 1)) as f64;
@@ -35,12 +36,14 @@ pub fn measure(contender: &Contender, book: &mut Book) {
     book.note(SECTION, contender.name, TOTAL, f64::from(total) / COUNTED);
 }
 
-/// In the child: empties a queue, with a system call before and after each time that is used for nothing else.
+/// Runs in the child. Empties a queue several times, with `getppid` before and after each time as a
+/// mark.
 pub fn traced(contender: &Contender) {
     support::isolated(|| {
         ptrace::traceme().expect("be traced");
         raise(Signal::SIGSTOP).expect("stop");
-        // Each stop takes microseconds; no policy's delay shall run out because of that.
+        // Each stop takes microseconds. A long delay keeps the flush policy from timing out because
+        // of them.
         let job = super::consumer::Job { max_delay: Some(Duration::from_secs(1)), ..drain::job(2 * PACKETS) };
         drain::drains(contender, &job, PACKETS, DRAINS, |nth, count, run| {
             assert_eq!(count, PACKETS as u64, "all were queued");
@@ -62,7 +65,7 @@ struct Counts {
     others: u32,
 }
 
-/// None where system calls cannot be told apart.
+/// `None` if this platform cannot identify system calls.
 fn trace(name: &str) -> Option<Counts> {
     let mut command = child::command(&["syscalls", name]);
     #[expect(clippy::zombie_processes, reason = "the loop below waits for it")]
@@ -71,7 +74,7 @@ fn trace(name: &str) -> Option<Counts> {
     let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_EXITKILL;
     let leader = Pid::from_raw(process.id().cast_signed());
     let mut counts = Counts::default();
-    // Whose marks they are; its own calls do not count.
+    // The thread that makes the marks. Its own calls do not count.
     let mut marker = None;
     let mut between_marks = false;
     let mut traced_any = false;
@@ -104,7 +107,7 @@ fn trace(name: &str) -> Option<Counts> {
             WaitStatus::PtraceEvent(pid, ..) => (pid, None),
             _ => continue,
         };
-        // A thread may be gone by now.
+        // The thread may have ended.
         let _ = ptrace::syscall(pid, signal);
     }
 }
@@ -116,11 +119,11 @@ fn entered(pid: Pid) -> Option<libc::c_long> {
     if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
         return None;
     }
-    // SAFETY: `op` says that this is the part of the union that the kernel has filled in.
+    // SAFETY: `op` says that the kernel has filled in this field of the union.
     Some(unsafe { info.u.entry.nr } as libc::c_long)
 }
 
-/// The library used for it has this on glibc alone.
+/// nix has `syscall_info` only for glibc.
 #[cfg(not(target_env = "gnu"))]
 fn entered(_: Pid) -> Option<libc::c_long> {
     None

@@ -1,4 +1,4 @@
-//! TCP goodput of one stream through the output hook, over a pair of interfaces into a second namespace.
+//! TCP goodput of one stream, queued at the output hook, over a veth pair into a second namespace.
 
 use std::{
     io::{Read, Write},
@@ -26,7 +26,7 @@ pub const SECTION: &str = "TCP goodput";
 pub const GOODPUT: &str = "Gbit/s";
 pub const NO_QUEUE: &str = "no queue";
 
-/// Room for a full queue of super-packets, as this crate chooses it by itself.
+/// Room for a full queue of GSO packets. It is this crate's default.
 const RECEIVE_BUFFER: usize = 1024 * 66_400;
 const WRITE: usize = 256 * 1024;
 const READ: usize = 1024 * 1024;
@@ -37,7 +37,7 @@ pub const BUSY_POLL: &str = "this crate: busy_poll(30 µs)";
 pub const SHORT_BUSY_POLL: &str = "this crate: copy_range(128), busy_poll(30 µs)";
 pub const CLASSIC: &str = "classic loop: recv 1, verdict 1, no GSO";
 
-/// Everything that is measured side by side.
+/// All contenders.
 pub fn contenders() -> [(&'static str, Option<(Contender, Job)>); 12] {
     [
         (NO_QUEUE, None),
@@ -59,7 +59,7 @@ pub fn job(copy_range: u32, gso: bool) -> Job {
     Job { receive_buffer: RECEIVE_BUFFER, copy_range, gso, ..Job::default() }
 }
 
-/// One stream, for a while; with a contender and its job, or with no queue.
+/// One stream, through a contender's queue or without a queue.
 pub fn measure(name: &str, queue: Option<(Contender, Job)>, scale: &Scale, book: &mut Book) {
     let rate = support::isolated(|| {
         let peer = support::veth();
@@ -82,11 +82,11 @@ pub fn measure(name: &str, queue: Option<(Contender, Job)>, scale: &Scale, book:
         let (read, wall) = (bytes.load(Relaxed) - before, start.cost().wall);
 
         if let Some((running, divert)) = queue {
-            // The stream itself wakes it.
+            // Packets of the stream wake it.
             running.stop(|| ());
             drop(divert);
         }
-        // What either blocks in ends with an error.
+        // Blocked reads and writes end with an error.
         let _ = (stream.shutdown(Shutdown::Both), accepted.shutdown(Shutdown::Both));
         let _ = (writer.join(), reader.join());
         read as f64 * 8.0 / wall.as_secs_f64() / 1e9

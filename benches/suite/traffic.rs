@@ -1,4 +1,4 @@
-//! Packets for the queues, sent on loopback or over a pair of interfaces and caught at the output hook.
+//! The traffic for the queues, and the rule that queues it.
 
 use std::{
     io,
@@ -14,23 +14,23 @@ use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 use super::support;
 
-/// What is sent here is queued.
+/// The destination port that the rule matches.
 pub const PORT: u16 = 9000;
-/// Packets of one system call; the kernel cuts them apart (`UDP_SEGMENT`).
+/// Packets per system call. The kernel splits them (`UDP_SEGMENT`).
 pub const BURST: usize = 64;
-/// Addresses to send to, so that several queues each get their share: the kernel balances by addresses.
+/// How many destination addresses are used. The kernel balances over several queues by address.
 const ADDRESSES: u8 = 16;
-/// For tens of thousands of small packets, if the system allows it.
+/// In bytes: for tens of thousands of small packets, if the system allows it.
 const SEND_BUFFER: usize = 256 << 20;
 
-/// The rule, for as long as it is kept.
+/// Installs the rule. It is removed when this is dropped.
 pub fn divert(hook: Hook, protocol: Protocol, queues: u16) -> Divert {
     let rule = Rule::new(hook).protocol(protocol).destination_port(PORT).to_queues(0..=queues - 1);
     Divert::builder().rule(rule).install().expect("install the rule")
 }
 
-/// A socket that takes what arrives and has room for next to nothing: the rest is dropped, which costs little, and
-/// the same whoever let it pass.
+/// A receiving socket with the smallest buffer. Nearly all packets are dropped there, at a low cost
+/// that is the same for all contenders.
 pub fn abyss() -> UdpSocket {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).expect("bind a UDP socket");
     set_socket_recv_buffer_size(&socket, 1).expect("set SO_RCVBUF");
@@ -46,7 +46,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Of packets with so many bytes of payload.
+    /// `segment` is the UDP payload of each packet, in bytes.
     pub fn new(segment: usize) -> Self {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a UDP socket");
         grow_send_buffer(&socket);
@@ -55,15 +55,15 @@ impl Sender {
         Self { socket, payload: vec![0x55; segment * burst], segment, turn: 0 }
     }
 
-    /// Sends a burst and tells how many packets that was. It waits while the socket's send buffer is full: packets in a
-    /// queue are charged to it.
+    /// Sends a burst and returns its number of packets. Waits while the send buffer is full: queued
+    /// packets are charged to it.
     pub fn burst(&mut self) -> usize {
         let packets = self.payload.len() / self.segment;
         self.send(packets).expect("send a burst");
         packets
     }
 
-    /// Sends so many packets, or as many as the buffers have room for.
+    /// Sends `packets` packets, or as many as fit into the buffers.
     pub fn fill(&mut self, packets: usize) {
         self.socket.set_nonblocking(true).expect("set non-blocking");
         let mut left = packets;
@@ -78,10 +78,10 @@ impl Sender {
         self.socket.set_nonblocking(false).expect("set blocking");
     }
 
-    /// One packet to each address.
+    /// Sends one packet to each address.
     pub fn kick(&mut self) {
         for _ in 0..ADDRESSES {
-            // A full send buffer means that there are packets to wake by.
+            // If the send buffer is full, queued packets wake the consumer.
             self.fill(1);
         }
     }
@@ -100,7 +100,7 @@ pub fn grow_send_buffer(socket: &impl std::os::fd::AsFd) {
     }
 }
 
-/// Packets that wait in the first queues for a verdict.
+/// Packets that wait for a verdict in the first `queues` queues.
 pub fn outstanding(queues: u16) -> u64 {
     (0..queues).filter_map(support::queue_line).map(|line| line[2]).sum()
 }

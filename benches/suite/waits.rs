@@ -1,4 +1,4 @@
-//! How long verdicts wait between `submit` and the kernel: the promise of `max_delay`.
+//! The time from `submit` to the send of the verdict, which `max_delay` limits.
 
 use std::{collections::HashMap, sync::atomic::Ordering::Relaxed, time::Duration};
 
@@ -19,14 +19,15 @@ pub const RATES: [u64; 2] = [20_000, 100_000];
 pub const MEDIAN: &str = "p50 µs";
 pub const P99: &str = "p99 µs";
 pub const P999: &str = "p99.9 µs";
-pub const MOST: &str = "most µs";
+pub const MOST: &str = "max µs";
 
 pub fn name(cap: Duration, rate: u64) -> String {
     format!("max_delay {cap:?}, {rate}/s")
 }
 
-/// Eight tasks decide in any order at a steady rate. A wait ends when the send begins that takes the verdict along: when
-/// the first packet of that send arrives, so one packet's way through the kernel is in it.
+/// Eight tasks decide in any order, at a steady rate. The end of a wait is the start of the send
+/// that carries the verdict. It is taken as the arrival of the first packet of that send, so it
+/// includes the time of one packet in the kernel.
 pub fn measure(cap: Duration, rate: u64, scale: &Scale, book: &mut Book) {
     let waits = support::isolated(|| {
         let running = Running::start(&TIMED, &Job { max_delay: Some(cap), ..Job::default() });
