@@ -27,7 +27,7 @@ mod ledger_cost;
 #[path = "../src/state/ledger.rs"]
 mod ledger;
 #[allow(unused, unreachable_pub)]
-#[path = "../src/types.rs"]
+#[path = "../src/types/mod.rs"]
 mod types;
 #[allow(unused, unreachable_pub)]
 #[path = "../src/wire/mod.rs"]

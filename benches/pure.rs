@@ -5,23 +5,23 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-use flush::{FlushPolicy, Gathered, Occasion};
+use flush::{FlushContext, FlushPolicy, FlushReason};
 use ledger::{Decision, Ledger, Origin};
 use types::Action::Accept as ACCEPT;
 use wire::{
     Message, Messages,
-    verdict::{Attachments, Ruling, encode_batch, encode_single},
+    verdict::{Attachments, VerdictFields, encode_batch, encode_single},
 };
 
 // Private modules of the crate, included as files.
 #[allow(unused, unreachable_pub)]
-#[path = "../src/flush.rs"]
+#[path = "../src/state/flush.rs"]
 mod flush;
 #[allow(unused, unreachable_pub)]
 #[path = "../src/state/ledger.rs"]
 mod ledger;
 #[allow(unused, unreachable_pub)]
-#[path = "../src/types.rs"]
+#[path = "../src/types/mod.rs"]
 mod types;
 #[allow(unused, unreachable_pub)]
 #[path = "../src/wire/mod.rs"]
@@ -50,7 +50,7 @@ fn decode(criterion: &mut Criterion) {
             bencher.iter(|| {
                 for datagram in &packets {
                     for message in Messages::new(black_box(datagram)) {
-                        assert!(matches!(black_box(message), Message::Packet { .. }));
+                        assert!(matches!(black_box(message), Message::Packet(_)));
                     }
                 }
             });
@@ -72,8 +72,8 @@ fn encode(criterion: &mut Criterion) {
                 bencher.iter(|| {
                     buffer.clear();
                     for id in 0..size as u32 {
-                        let ruling = black_box(Ruling::plain(ACCEPT));
-                        encode_single(&mut buffer, (id, false), 0, id, &ruling, &attachments);
+                        let fields = black_box(VerdictFields::plain(ACCEPT));
+                        encode_single(&mut buffer, (id, false), 0, id, &fields, &attachments);
                     }
                     black_box(&buffer);
                 });
@@ -84,7 +84,7 @@ fn encode(criterion: &mut Criterion) {
         let mut buffer = Vec::new();
         bencher.iter(|| {
             buffer.clear();
-            encode_batch(&mut buffer, 1, 0, black_box(9), &Ruling::plain(ACCEPT));
+            encode_batch(&mut buffer, 1, 0, black_box(9), &VerdictFields::plain(ACCEPT));
             black_box(&buffer);
         });
     });
@@ -112,7 +112,7 @@ fn settle(criterion: &mut Criterion) {
                     for together in ids.chunks(FLUSH) {
                         for offset in together {
                             let decision =
-                                Decision { ruling: Ruling::plain(ACCEPT), extra: None, origin: Origin::Owner };
+                                Decision { fields: VerdictFields::plain(ACCEPT), extras: None, origin: Origin::Owner };
                             ledger.decide(first.wrapping_add(*offset), decision).expect("it is undecided");
                         }
                         ledger.settle(std::iter::empty(), &mut settled);
@@ -134,14 +134,14 @@ fn ask(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
             bencher.iter(|| {
                 for decided in 1..=size {
-                    let gathered = Gathered {
-                        decided,
+                    let gathered = FlushContext {
+                        gathered: decided,
                         undecided: size - decided,
                         backlog: true,
                         waited: Duration::from_micros(20),
-                        occasion: Occasion::Decided,
+                        reason: FlushReason::Verdict,
                     };
-                    black_box(policy.when(black_box(&gathered)));
+                    black_box(policy.decide(black_box(&gathered)));
                 }
             });
         });

@@ -48,7 +48,13 @@ async fn run(options: Options) -> Result<(), Error> {
     let stats = verdicts.stats();
     println!(
         "received {} accepted {} lost {} gone {} refused {} verdict messages {} sends {}",
-        stats.received, stats.accepted, stats.lost, stats.gone_at_least, stats.refused, stats.messages, stats.sends
+        stats.received.packets,
+        stats.decided.accepted,
+        stats.lost.packets,
+        stats.sent.gone_at_least,
+        stats.sent.refused,
+        stats.sent.messages,
+        stats.sent.sends
     );
     result
 }

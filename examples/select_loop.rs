@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             Ok((mut client, _)) = service.accept() => {
                 let stats = verdicts.stats();
-                let line = format!("{} accepted, {} dropped\n", stats.accepted, stats.dropped);
+                let line = format!("{} accepted, {} dropped\n", stats.decided.accepted, stats.decided.dropped);
                 tokio::spawn(async move { client.write_all(line.as_bytes()).await });
             }
             _ = tokio::signal::ctrl_c() => break,

@@ -1,14 +1,15 @@
-//! Which limit was hit, and what to raise it to.
+//! Which limit was reached, and what to raise it to.
 
 use std::fmt;
 
-use crate::{KernelStats, Stats};
+use crate::{io::kernel::KernelStats, types::Stats};
 
-/// A limit that has cost packets, and what to do about it: from [`VerdictSink::advice`](crate::VerdictSink::advice).
+/// A limit that has cost packets, and what to do about it: from
+/// [`VerdictSink::advice`](crate::VerdictSink::advice).
 ///
-/// The kernel counts two kinds of loss. "Queue dropped" packets found `max_len` packets waiting for verdicts already;
-/// "user dropped" ones found the socket's receive buffer full, which by default is so large that this does not happen
-/// first.
+/// The kernel counts two kinds of loss. "Queue dropped" packets found that `max_len` packets were
+/// already waiting for verdicts. "User dropped" packets found the socket's receive buffer full; the
+/// default buffer is so large that the queue is full first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Advice {
@@ -16,13 +17,14 @@ pub enum Advice {
     RaiseMaxLen {
         /// Packets that found it full.
         dropped: u32,
-        /// Its length now, in packets.
+        /// The current length, in packets.
         now: u32,
-        /// The length to try next.
+        /// The length to try next, in packets.
         to: u32,
     },
-    /// The queue was full, and is as long as the kernel lets it be: verdicts come too slowly. More queues, a shorter copy range
-    /// or GSO help; with fail-open the packets would pass instead of being dropped.
+    /// The queue was full and cannot be longer in this kernel: verdicts come too slowly. More
+    /// queues, a shorter copy range or GSO help. With fail-open the packets would be accepted
+    /// instead of dropped.
     DecideFaster {
         /// Packets that found it full.
         dropped: u32,
@@ -33,26 +35,28 @@ pub enum Advice {
     RaiseReceiveBuffer {
         /// Packets that found it full.
         lost: u64,
-        /// Its size now, in bytes as the kernel charges them.
+        /// The current size in bytes, as the kernel accounts them.
         now: usize,
-        /// The size to try next, which holds a full queue.
+        /// The size to try next, in bytes; it holds a full queue.
         to: usize,
-        /// The system limit that keeps it from being as large as was asked for; `net.core.rmem_max` is to be raised to
-        /// this many bytes first.
+        /// The value in bytes to which the system limit `net.core.rmem_max` must be raised first.
+        /// `None` if that limit has not reduced the buffer.
         rmem_max: Option<usize>,
     },
-    /// The kernel's own counters could not be read, so that packets that found the queue full are not seen: see
-    /// [`VerdictSink::kernel_stats`](crate::VerdictSink::kernel_stats).
+    /// The kernel's own counters could not be read, so packets that found the queue full are not
+    /// seen: see [`VerdictSink::kernel_stats`](crate::VerdictSink::kernel_stats).
     KernelCountersUnreadable {
-        /// The operating system's error number (errno), if there was one.
+        /// The error number of the operating system (errno), if there was one.
         errno: Option<i32>,
     },
 }
 
-/// The kernel's own limit where it keeps packets in a hash table (Linux 6.12.117, 6.18 and later).
+/// The kernel's own limit, in versions that keep the packets in a hash table (Linux 6.12.117, 6.18
+/// and later).
 const LONGEST_QUEUE: u32 = 65_536;
 
-/// What the counters advise. `wanted` is the receive buffer in bytes that a full queue needs, or that was asked for.
+/// What the counters advise. `wanted` is the receive buffer in bytes that was requested, or that a
+/// full queue needs.
 pub(crate) fn advise(stats: &Stats, kernel: Result<Option<KernelStats>, Option<i32>>, wanted: usize) -> Vec<Advice> {
     let mut advice = Vec::new();
     let dropped = match kernel {
@@ -62,19 +66,19 @@ pub(crate) fn advise(stats: &Stats, kernel: Result<Option<KernelStats>, Option<i
             0
         }
     };
-    let now = stats.max_len;
+    let now = stats.limits.max_len;
     if dropped > 0 && now < LONGEST_QUEUE {
-        // How long a queue would have been enough is not known; doubling finds it in a few steps.
+        // The length that would have sufficed is unknown; doubling finds it in a few steps.
         advice.push(Advice::RaiseMaxLen { dropped, now, to: now.saturating_mul(2).min(LONGEST_QUEUE) });
     } else if dropped > 0 {
         advice.push(Advice::DecideFaster { dropped, max_len: now });
     }
-    if stats.lost > 0 {
-        let now = stats.receive_buffer;
+    if stats.lost.packets > 0 {
+        let now = stats.limits.receive_buffer;
         let to = if wanted > now { wanted } else { now.saturating_mul(2) };
-        // SO_RCVBUF is doubled, so half of what is charged against is what the limit must allow.
+        // The kernel doubles SO_RCVBUF, so the limit must allow half of the accounted size.
         let rmem_max = (wanted > now).then_some(to / 2);
-        advice.push(Advice::RaiseReceiveBuffer { lost: stats.lost, now, to, rmem_max });
+        advice.push(Advice::RaiseReceiveBuffer { lost: stats.lost.packets, now, to, rmem_max });
     }
     advice
 }
@@ -94,13 +98,13 @@ impl fmt::Display for Advice {
                     write!(f, " ({})", std::io::Error::from_raw_os_error(*errno))?;
                 }
                 f.write_str(
-                    ", so it is not known how many packets found the queue full: it takes root or CAP_DAC_READ_SEARCH",
+                    ", so it is unknown how many packets found the queue full: root or CAP_DAC_READ_SEARCH is needed",
                 )
             }
             Self::DecideFaster { dropped, max_len } => write!(
                 f,
-                "{dropped} packets found the queue full, and {max_len} packets are the most the kernel queues: decide faster, \
-                 spread the traffic over more queues, or pass what is too much with fail_open"
+                "{dropped} packets found the queue full, and the kernel queues at most {max_len} packets: decide faster, \
+                 use more queues, or accept excess packets with fail_open"
             ),
             Self::RaiseReceiveBuffer { lost, now, to, rmem_max } => {
                 write!(
@@ -124,7 +128,11 @@ mod tests {
     use super::*;
 
     fn stats(lost: u64, max_len: u32, receive_buffer: usize) -> Stats {
-        Stats { lost, max_len, receive_buffer, ..Stats::default() }
+        let mut stats = Stats::default();
+        stats.lost.packets = lost;
+        stats.limits.max_len = max_len;
+        stats.limits.receive_buffer = receive_buffer;
+        stats
     }
 
     fn kernel(dropped_queue: u32) -> KernelStats {
@@ -132,12 +140,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_lost_nothing_to_say() {
+    fn without_loss_there_is_no_advice() {
         assert_eq!(advise(&stats(0, 1024, 1000), Ok(Some(kernel(0))), 1000), []);
     }
 
     #[test]
-    fn each_limit_by_itself() {
+    fn each_limit_has_its_advice() {
         let queue = advise(&stats(0, 1024, 1000), Ok(Some(kernel(5))), 1000);
         assert_eq!(queue, [Advice::RaiseMaxLen { dropped: 5, now: 1024, to: 2048 }]);
         let longest = advise(&stats(0, 65_536, 1000), Ok(Some(kernel(5))), 1000);
@@ -147,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_seen_is_said() {
+    fn unreadable_counters_are_reported() {
         let advice = advise(&stats(0, 1024, 1000), Err(Some(13)), 1000);
         assert_eq!(advice, [Advice::KernelCountersUnreadable { errno: Some(13) }]);
         assert!(advice[0].to_string().contains("CAP_DAC_READ_SEARCH"), "{}", advice[0]);
     }
 
     #[test]
-    fn a_buffer_cut_by_the_system_names_the_limit() {
+    fn a_buffer_reduced_by_the_system_names_the_limit() {
         let both = advise(&stats(3, 1024, 1000), Ok(Some(kernel(1))), 8000);
         assert_eq!(both[1], Advice::RaiseReceiveBuffer { lost: 3, now: 1000, to: 8000, rmem_max: Some(4000) });
         assert!(both[1].to_string().contains("net.core.rmem_max=4000"));

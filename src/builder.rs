@@ -1,10 +1,13 @@
-//! Every setting of a queue, and the one message that applies them.
+//! The settings of a queue, and `bind`.
 
 use std::{borrow::Cow, time::Duration};
 
 use crate::{
-    Action, Error, ErrorKind, FlushPolicy, NetworkNamespace, Queue,
-    queue::{Settings, Shared},
+    io::{Opened, Settings, Shared},
+    namespace::NetworkNamespace,
+    queue::Queue,
+    state::flush::FlushPolicy,
+    types::{Action, Error, ErrorKind},
     wire::{
         MAX_PAYLOAD,
         config::{
@@ -14,8 +17,9 @@ use crate::{
     },
 };
 
-/// The settings of a queue. Made by [`Queue::builder`]; [`bind`](Self::bind) sends them as one message.
-#[derive(Debug)]
+/// The settings of a queue: [`Queue::builder`]. [`bind`](Self::bind) sends them to the kernel in
+/// one message.
+#[derive(Debug, Clone)]
 #[must_use = "nothing happens until `bind`"]
 pub struct QueueBuilder {
     queue: u16,
@@ -31,9 +35,10 @@ pub struct QueueBuilder {
     namespace: Option<NetworkNamespace>,
 }
 
-impl QueueBuilder {
-    pub(crate) fn new(queue: u16) -> Self {
-        Self {
+impl Queue {
+    /// The settings for a queue with this number.
+    pub fn builder(queue: u16) -> QueueBuilder {
+        QueueBuilder {
             queue,
             copy: CopyMode::Packet(MAX_PAYLOAD as u32),
             max_len: 1024,
@@ -47,74 +52,85 @@ impl QueueBuilder {
             namespace: None,
         }
     }
+}
 
-    /// Copies the first so many bytes of each packet, from 1 to 65 531. Default: 65 531, the whole packet.
+impl QueueBuilder {
+    /// Copies the first `bytes` bytes of each packet, 1 to 65 531. Default: 65 531, the whole
+    /// packet.
     ///
-    /// Most filters look at headers alone; a short range then saves memory and time. A packet replaced by
-    /// [`Verdict::payload`](crate::Verdict::payload) must be given whole, so a program that edits needs whole packets.
+    /// Most filters read only headers; a short range then saves memory and time. A replaced payload
+    /// ([`Verdict::payload`](crate::Verdict::payload)) must be a whole packet, so a program that
+    /// edits needs whole packets.
     #[doc(alias = "NFQNL_COPY_PACKET")]
     pub fn copy_range(mut self, bytes: u32) -> Self {
         self.copy = CopyMode::Packet(bytes);
         self
     }
 
-    /// Copies no payload, metadata only.
+    /// Copies no payload, only metadata.
     #[doc(alias = "NFQNL_COPY_META")]
     pub fn copy_metadata(mut self) -> Self {
         self.copy = CopyMode::Metadata;
         self
     }
 
-    /// How many packets the kernel queues before it drops (or with [`fail_open`](Self::fail_open) passes) the next.
-    /// Default: 1024, the kernel's own. Not 0. Linux 6.12.117, 6.18 and later hold 65 536 at most, whatever is said here.
+    /// How many packets the kernel queues before it drops further packets (with
+    /// [`fail_open`](Self::fail_open): accepts them). Not 0. Default: 1024, like the kernel's.
+    ///
+    /// Linux 6.12.117, 6.18 and later queue at most 65 536 packets, whatever the value.
     #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
     pub fn max_len(mut self, packets: u32) -> Self {
         self.max_len = packets;
         self
     }
 
-    /// Passes packets unseen when the queue or the receive buffer is full, instead of dropping them. Default: off.
+    /// Accepts packets unseen if the queue or the receive buffer is full, instead of dropping them.
+    /// Default: off.
     #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
     pub fn fail_open(self, on: bool) -> Self {
         self.flag(FLAG_FAIL_OPEN, on)
     }
 
-    /// Takes super-packets as they are, up to 64 KiB and with unfinished checksums, instead of having the kernel cut them
-    /// into segments, each with a verdict of its own. Default: on, for it multiplies TCP throughput (on Linux 6.18, one
-    /// stream: 4 Gbit/s without, 17 with).
+    /// Receives super-packets unchanged, up to 64 KiB and with unfinished checksums. If off, the
+    /// kernel segments them first, and each segment needs a verdict. Default: on, because it
+    /// multiplies TCP throughput (one stream on Linux 6.18: 17 Gbit/s instead of 4).
     ///
-    /// Turn it off to see packets as they go over the wire; but not for a bridge, for the kernel then loses the segments' link-layer
-    /// headers (Linux 6.1 and 6.12).
+    /// Turn it off to see packets as they are on the wire. Leave it on for a bridge, because the
+    /// kernel loses the link-layer headers of the segments (Linux 6.1 and 6.12).
     #[doc(alias = "NFQA_CFG_F_GSO")]
     pub fn gso(self, on: bool) -> Self {
         self.flag(FLAG_GSO, on)
     }
 
-    /// Asks for the user and group id of the socket that sent a packet. Default: off.
+    /// Requests the user and group id of the socket that sent a packet. Default: off.
     #[doc(alias = "NFQA_CFG_F_UID_GID")]
     pub fn uid_gid(self, on: bool) -> Self {
         self.flag(FLAG_UID_GID, on)
     }
 
-    /// Asks for the security context of a packet's sender. Default: off. Refused by kernels without `NETWORK_SECMARK`.
+    /// Requests the security context of a packet's sender. Default: off.
+    ///
+    /// A kernel without `NETWORK_SECMARK` refuses it.
     #[doc(alias = "NFQA_CFG_F_SECCTX")]
     pub fn security_context(self, on: bool) -> Self {
         self.flag(FLAG_SECURITY_CONTEXT, on)
     }
 
-    /// Asks for the packet's connection tracking entry. Default: off. Refused by kernels without
-    /// `NETFILTER_NETLINK_GLUE_CT`.
+    /// Requests the packet's connection tracking entry. Default: off.
+    ///
+    /// A kernel without `NETFILTER_NETLINK_GLUE_CT` refuses it.
     #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
     pub fn conntrack(self, on: bool) -> Self {
         self.flag(FLAG_CONNTRACK, on)
     }
 
-    /// Size of the socket's receive buffer in bytes, as the kernel charges them (a small packet is charged 832, a
-    /// full-sized one 2304). Not 0. Default: enough that `max_len` packets of the copy range fit, so that the queue's limit is
-    /// the one that is reached.
+    /// The size of the socket's receive buffer in bytes, as the kernel accounts them (832 for a
+    /// small packet, 2304 for a full-sized one). Not 0. Default: enough for `max_len` packets of
+    /// the copy range, so that `max_len` is reached first.
     ///
-    /// Without `CAP_NET_ADMIN` in the initial user namespace it is cut to `net.core.rmem_max`. What came of it is in
-    /// [`Stats::receive_buffer`](crate::Stats::receive_buffer).
+    /// Without `CAP_NET_ADMIN` in the initial user namespace the kernel limits it to
+    /// `net.core.rmem_max`. The result is in
+    /// [`QueueLimits::receive_buffer`](crate::stats::QueueLimits::receive_buffer).
     #[doc(alias = "SO_RCVBUF")]
     pub fn receive_buffer(mut self, bytes: usize) -> Self {
         self.receive_buffer = Some(bytes);
@@ -127,51 +143,60 @@ impl QueueBuilder {
         self
     }
 
-    /// The default action: for packets, tickets and verdicts that are dropped, by a task that panics, is aborted or returns
-    /// early, and for packets whose verdict was refused. Default: [`Action::Drop`], to fail closed. [`Action::Repeat`] and a
-    /// requeue to the same queue are refused, for such a packet would go round for ever.
+    /// The default action: for packets and verdicts that are dropped (by a task that panics, is
+    /// aborted or returns early), and for packets whose verdict was refused. Default:
+    /// [`Action::Drop`], to fail closed.
     ///
-    /// It also says how the queue [ends](Queue::close): with [`Action::Accept`] traffic passes while the queue drains, with any
-    /// other action it stops.
+    /// [`Action::Repeat`] and a requeue to the same queue are refused, because the packet would be
+    /// queued for ever.
+    ///
+    /// The default action also applies while the queue [closes](Queue::close): with
+    /// [`Action::Accept`], new packets are accepted in the meantime; with any other action they are
+    /// dropped.
     pub fn on_unanswered(mut self, action: Action) -> Self {
         self.on_unanswered = action;
         self
     }
 
-    /// Decides a packet with `action` that is still undecided `after` the kernel has handed it over, whether or not anybody
-    /// polls the stream. Default: none. Not zero; [`Action::Repeat`] and a requeue to the same queue are refused.
+    /// Decides a packet with `action` if it is still undecided `after` it was received from the
+    /// kernel, whether or not anybody polls the stream. Default: none. Not zero; [`Action::Repeat`]
+    /// and a requeue to the same queue are refused.
     ///
-    /// The action comes at the deadline or up to a 32nd of it later (and 200 µs, where nobody polls the stream). A packet
-    /// that was decided so is not handed out any more; [`Packet::is_expired`](crate::Packet::is_expired) tells of one that
-    /// was before.
+    /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if nobody
+    /// polls the stream). The stream does not return a packet that was decided like this.
+    /// [`Packet::is_expired`](crate::Packet::is_expired) is true for one that was returned before.
     pub fn deadline(mut self, after: Duration, action: Action) -> Self {
         self.deadline = Some((after, action));
         self
     }
 
-    /// How long [`close`](Queue::close) waits for verdicts that tasks still owe. Default: 5 s. A time beyond the clock's end is
-    /// no limit. [`close_within`](Queue::close_within) has a time of its own.
+    /// How long [`close`](Queue::close) waits for verdicts that tasks still owe. Default: 5 s. A
+    /// time beyond the range of the clock is no limit. [`close_within`](Queue::close_within) has a
+    /// time-out of its own.
     pub fn close_timeout(mut self, timeout: Duration) -> Self {
         self.close_timeout = timeout;
         self
     }
 
-    /// How long to busy-poll an empty queue before sleeping. Default: zero, not at all. 1 ms at most.
+    /// How long to busy-poll an empty queue before sleeping. Default: zero, not at all. At most 1
+    /// ms.
     ///
-    /// It acts only while packets come sooner than that on average. Other tasks of the runtime run in between. It is for hosts
-    /// that leave a processor idle for it: there it lowers the median latency at 100 000 packets a second from 12 to 5 µs.
-    /// Where the processors have other work, it takes their time and raises latency: with three busy threads on two
-    /// processors, the 99th percentile at 100 000 packets a second rose from 0.3 to 3.6 ms. At saturation it changes nothing.
+    /// It is active only while the average time between packets is shorter. The other tasks of the
+    /// runtime run in between. It is meant for hosts with an idle CPU: there it lowers the median
+    /// latency at 100 000 packets per second from 12 to 6 µs. If the CPUs have other work, it takes
+    /// their time and raises latency: with three busy threads on two CPUs, the 99th percentile at
+    /// 100 000 packets per second rose from 0.3 to 3.6 ms. At saturation it changes nothing.
     #[doc(alias = "SO_BUSY_POLL")]
     pub fn busy_poll(mut self, limit: Duration) -> Self {
         self.busy_poll = limit;
         self
     }
 
-    /// Binds the queue of another network namespace. Default: the calling thread's.
+    /// Binds the queue in another network namespace. Default: that of the calling thread.
     ///
-    /// The caller's threads stay where they are: the socket is opened by a thread made for it, and remains in its namespace.
-    /// Entering another namespace needs `CAP_SYS_ADMIN` in one's own user namespace and in the one that owns it.
+    /// The caller's threads do not change their namespace: a temporary thread opens the socket,
+    /// which stays in its namespace. Entering another namespace needs `CAP_SYS_ADMIN` in the
+    /// process's own user namespace and in the one that owns the network namespace.
     pub fn namespace(mut self, namespace: NetworkNamespace) -> Self {
         self.namespace = Some(namespace);
         self
@@ -182,30 +207,32 @@ impl QueueBuilder {
         self
     }
 
-    /// Opens a socket in the calling thread's network namespace (or in [another](Self::namespace)) and binds the queue, with every setting in one message that
-    /// the kernel acknowledges or refuses as a whole. Does not wait for anything but that system call.
+    /// Opens a socket in the calling thread's network namespace (or in [another](Self::namespace))
+    /// and binds the queue, with every setting in one message that the kernel applies or refuses as
+    /// a whole. It waits only for that system call.
     ///
-    /// Packets that arrive before the acknowledgement are kept. Bind before a rule sends packets to the queue: until it is
-    /// bound the rule drops them, or passes them if it says `bypass`.
+    /// Packets that arrive before the acknowledgement are kept. Bind before a rule sends packets to
+    /// the queue: until the queue is bound, the rule drops them, or accepts them with `bypass`.
     ///
     /// # Errors
     /// * `InvalidInput`: a value that the kernel would refuse or silently change.
     /// * `AlreadyBound`: another socket owns the queue.
     /// * `NotPermitted`: no `CAP_NET_ADMIN` in the user namespace that owns the network namespace.
-    /// * `Unsupported`: this kernel lacks nfnetlink_queue, or a setting, which is named.
-    /// * `NoRuntime`: not called within a Tokio runtime, or in one without an I/O driver (in which case Tokio's own panic
-    ///   message is printed, for it has no other way to find out).
-    ///
+    /// * `Unsupported`: this kernel lacks nfnetlink_queue, or a setting; the error names it.
+    /// * `NoRuntime`: not called within a Tokio runtime, or in a runtime without an I/O driver. In
+    ///   the latter case Tokio's panic message is printed, because Tokio has no other way to find
+    ///   out.
     pub fn bind(self) -> Result<Queue, Error> {
-        self.check().map_err(|what| {
-            Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
-        })?;
         let config = Config {
             command: Some(Command::Bind),
             copy: Some(self.copy),
             max_len: Some(self.max_len),
             flags: Some((FLAGS_ALL, self.flags)),
         };
+        self.check(&config).map_err(|what| {
+            Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
+        })?;
+        Shared::check_runtime(self.queue)?;
         let settings = Settings {
             queue: self.queue,
             receive_buffer: self.receive_buffer,
@@ -216,26 +243,20 @@ impl QueueBuilder {
             conntrack: self.flags & FLAG_CONNTRACK != 0,
             attributes: attributes(self.flags),
         };
-        let namespace = self.namespace.as_ref();
-        Shared::bind(settings, &config, self.policy, namespace).map(Queue::new)
+        let open = || Opened::new(&settings, &config);
+        let opened = match &self.namespace {
+            None => open(),
+            Some(namespace) => namespace.run(open)?,
+        };
+        Shared::bind(settings, &config, self.policy, opened).map(Queue::new)
     }
 
-    /// What the kernel would refuse, or silently change.
-    pub(crate) fn check_limits(copy: Option<CopyMode>, max_len: Option<u32>) -> Result<(), &'static str> {
-        match (copy, max_len) {
-            (Some(CopyMode::Packet(0)), _) => Err("copy range is 0; use copy_metadata for none"),
-            (Some(CopyMode::Packet(range)), _) if range as usize > MAX_PAYLOAD => Err("copy range is more than 65531"),
-            (_, Some(0)) => Err("max_len is 0"),
-            _ => Ok(()),
-        }
-    }
-
-    fn check(&self) -> Result<(), Cow<'static, str>> {
-        Self::check_limits(Some(self.copy), Some(self.max_len))?;
+    fn check(&self, config: &Config) -> Result<(), Cow<'static, str>> {
+        config.check()?;
         if self.receive_buffer == Some(0) {
             return Err("receive buffer is 0".into());
         }
-        check_default(self.on_unanswered, self.queue).map_err(|what| format!("on_unanswered: {what}"))?;
+        self.on_unanswered.check_default(self.queue).map_err(|what| format!("on_unanswered: {what}"))?;
         if self.busy_poll > MAX_BUSY_POLL {
             return Err("busy_poll is more than 1 ms".into());
         }
@@ -243,29 +264,19 @@ impl QueueBuilder {
             if after.is_zero() {
                 return Err("deadline is zero".into());
             }
-            check_default(action, self.queue).map_err(|what| format!("deadline: {what}"))?;
+            action.check_default(self.queue).map_err(|what| format!("deadline: {what}"))?;
         }
         self.policy.check().map_err(Into::into)
     }
 }
 
-/// A longer one is no busy poll but a fault.
+/// A longer time is a mistake, and is refused.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(1);
 
-/// Whether an action can stand in for a verdict that nobody gives, in this queue.
-pub(crate) fn check_default(action: Action, queue: u16) -> Result<(), &'static str> {
-    match action {
-        Action::Repeat => Err("Repeat would bring the packet back for ever"),
-        Action::Requeue { queue: other, .. } if other == queue => {
-            Err("a requeue to the same queue would bring the packet back for ever")
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Bytes of attributes that may come beside a payload, more than always come.
+/// Bytes of optional attributes that a message may contain.
 fn attributes(flags: u32) -> usize {
-    // An entry with all that ctnetlink tells takes some 600 bytes, a security context rarely more than 256.
+    // A connection tracking entry with all attributes takes about 600 bytes, a security context
+    // rarely more than 256.
     let parts = [(FLAG_CONNTRACK, 640), (FLAG_SECURITY_CONTEXT, 256)];
     parts.into_iter().filter(|(flag, _)| flags & flag != 0).map(|(_, bytes)| bytes).sum()
 }
@@ -275,7 +286,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bad_values_are_refused_by_name() {
+    fn invalid_values_are_refused_by_name() {
         let builder = || Queue::builder(3);
         for (builder, name) in [
             (builder().copy_range(0), "copy range"),
@@ -296,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn outside_a_runtime_is_an_error() {
+    fn bind_outside_a_runtime_is_an_error() {
         assert_eq!(Queue::builder(3).bind().expect_err("no runtime").kind(), ErrorKind::NoRuntime);
     }
 }

@@ -2,55 +2,67 @@
 
 use std::{
     fmt,
+    future::Future,
     ops::RangeInclusive,
+    os::fd::BorrowedFd,
     pin::Pin,
+    sync::OnceLock,
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures::{
-    Sink, Stream,
+    Sink, Stream, StreamExt as _,
     future::join_all,
     stream::{FusedStream, select_all},
 };
 
-use crate::{Error, ErrorKind, Packet, PacketStream, Queue, QueueBuilder, Stats, Verdict, VerdictSink};
+use crate::{
+    advice::Advice,
+    builder::QueueBuilder,
+    io::{AnyReadyFd, kernel::KernelStats},
+    packet::Packet,
+    queue::{PacketStream, Queue, TryRecvError},
+    reconfigure::Reconfigure,
+    sink::VerdictSink,
+    types::{Action, Error, ErrorKind, Stats},
+    verdict::{Confirm, Verdict},
+};
 
-/// Several queues, as a rule with `queue num 0-3` (queue-balance) feeds them: one fair stream of packets and one sink, or one
-/// queue for each task.
+/// Several queues, as a rule with `queue num 0-3` (queue-balance) feeds them: one fair stream of
+/// packets and one sink, or one queue for each task.
 ///
-/// The kernel balances by a hash of the addresses, not of the ports, so that a flow stays in one queue; with `fanout` it goes
-/// by the CPU instead.
+/// The kernel balances by a hash of the addresses without the ports, so that a flow stays in one
+/// queue. With `fanout` it balances by CPU.
 ///
 /// ```no_run
-/// use futures::StreamExt;
-/// use tokio_nfqueue::QueueGroup;
+/// use futures::TryStreamExt;
+/// use tokio_nfqueue::{Queue, QueueGroup};
 ///
 /// # async fn example() -> Result<(), tokio_nfqueue::Error> {
-/// let (mut packets, verdicts) = QueueGroup::bind(0..=3, |builder| builder.max_len(4096))?.split();
-/// while let Some(packet) = packets.next().await {
-///     verdicts.submit(packet?.accept())?;
+/// let mut queues = QueueGroup::bind(0..=3, |builder| builder.max_len(4096))?;
+/// while let Some(packet) = queues.try_next().await? {
+///     packet.accept().submit()?;
 /// }
 /// # Ok(())
 /// # }
 /// ```
 ///
-/// Errors, ends and drops are as with the [`Queue`]s it is made of. The stream ends when the last queue's has.
+/// It has the methods of a [`Queue`]; errors, graceful shutdown and drops are the same as well. The
+/// stream ends when the streams of all queues have ended.
 #[derive(Debug)]
 pub struct QueueGroup {
-    streams: GroupStream,
+    stream: GroupStream,
     sink: GroupSink,
 }
 
 impl QueueGroup {
-    /// Binds every queue of a range, each with the settings that `settings` gives it. If one cannot be bound, none stays bound.
+    /// Binds every queue of a range, each with the settings that `settings` returns. If one cannot
+    /// be bound, none stays bound.
     ///
     /// # Errors
     /// [`InvalidInput`](ErrorKind::InvalidInput) if the range is empty. Otherwise as
     /// [`QueueBuilder::bind`], for the first queue that fails.
-    ///
-    /// # Panics
-    /// As [`QueueBuilder::bind`].
     pub fn bind(
         queues: RangeInclusive<u16>,
         mut settings: impl FnMut(QueueBuilder) -> QueueBuilder,
@@ -64,25 +76,21 @@ impl QueueGroup {
 
     /// The two halves.
     pub fn split(self) -> (GroupStream, GroupSink) {
-        (self.streams, self.sink)
+        (self.stream, self.sink)
     }
 
-    /// A sink for the verdicts of all the queues.
+    /// A sink for the verdicts of all queues.
     pub fn sink(&self) -> GroupSink {
         self.sink.clone()
     }
 
-    /// The queues one by one, for a task each.
+    /// The queues one by one, for one task each.
     pub fn into_queues(self) -> Vec<Queue> {
-        self.streams
-            .streams
-            .into_iter()
-            .zip(self.sink.sinks)
-            .map(|(stream, sink)| Queue::from_halves(stream, sink))
-            .collect()
+        let halves = self.stream.streams.into_iter().zip(self.sink.sinks);
+        halves.map(|(stream, sink)| Queue::from_halves(stream, sink)).collect()
     }
 
-    /// Receives a packet of any of the queues.
+    /// Receives a packet of any of the queues: see [`GroupStream::recv`].
     ///
     /// # Errors
     /// As [`PacketStream`]'s items.
@@ -90,37 +98,158 @@ impl QueueGroup {
     /// # Cancel safety
     /// Cancel safe: no packet is lost.
     pub async fn recv(&mut self) -> Option<Result<Packet, Error>> {
-        self.streams.recv().await
+        self.stream.recv().await
     }
 
-    /// Ends all the queues: see [`GroupSink::close_within`].
+    /// Receives several packets: see [`GroupStream::recv_many`].
+    ///
+    /// # Errors
+    /// As [`PacketStream`]'s items.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no packet is lost.
+    pub async fn recv_many(&mut self, packets: &mut Vec<Packet>, limit: usize) -> Result<usize, Error> {
+        self.stream.recv_many(packets, limit).await
+    }
+
+    /// Takes a packet of any of the queues if there is one: see [`GroupStream::try_recv`].
+    ///
+    /// # Errors
+    /// As [`GroupStream::try_recv`].
+    pub fn try_recv(&mut self) -> Result<Packet, TryRecvError> {
+        self.stream.try_recv()
+    }
+
+    /// A descriptor for other event loops: see [`GroupStream::readable_fd`].
+    ///
+    /// # Errors
+    /// As [`PacketStream::readable_fd`].
+    pub fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        self.stream.readable_fd()
+    }
+
+    /// Submits a verdict: see [`VerdictSink::submit`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::submit`].
+    pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
+        verdict.submit()
+    }
+
+    /// Submits a verdict and waits for the kernel's acknowledgement: see [`VerdictSink::confirm`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::confirm`].
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::confirm`].
+    pub fn confirm(&self, verdict: Verdict) -> Confirm {
+        verdict.confirm()
+    }
+
+    /// Sends all gathered verdicts: see [`GroupSink::flush`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::flush`].
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::flush`].
+    pub async fn flush(&self) -> Result<(), Error> {
+        self.sink.flush().await
+    }
+
+    /// Errors that concern one verdict or message: see [`GroupSink::refusals`].
+    pub fn refusals(&self) -> impl FusedStream<Item = Error> + Send + Unpin + use<> {
+        self.sink.refusals()
+    }
+
+    /// Closes all queues: see [`GroupSink::close`].
     ///
     /// # Errors
     /// As [`GroupSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the end goes on by itself.
+    /// Once polled, the graceful shutdown continues by itself.
+    pub async fn close(self) -> Result<(), Error> {
+        self.sink.close().await
+    }
+
+    /// Closes all queues: see [`GroupSink::close_within`].
+    ///
+    /// # Errors
+    /// As [`GroupSink::close`].
+    ///
+    /// # Cancel safety
+    /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_within(self, timeout: Duration) -> Result<(), Error> {
         self.sink.close_within(timeout).await
     }
 
-    /// Ends all the queues: see [`GroupSink::close`].
+    /// Closes all queues: see [`GroupSink::close_with`].
     ///
     /// # Errors
-    /// As [`GroupSink::close`].
+    /// As [`GroupSink::close_with`].
     ///
     /// # Cancel safety
-    /// Once polled, the end goes on by itself.
-    pub async fn close(self) -> Result<(), Error> {
-        self.sink.close().await
+    /// Once polled, the graceful shutdown continues by itself.
+    pub async fn close_with(self, action: Action) -> Result<(), Error> {
+        self.sink.close_with(action).await
+    }
+
+    /// Changes settings of all queues: see [`GroupSink::reconfigure`].
+    ///
+    /// # Errors
+    /// As [`GroupSink::reconfigure`].
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::reconfigure`].
+    #[must_use = "the change has been sent, but only the future returns the kernel's reply"]
+    pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+        self.sink.reconfigure(change)
+    }
+
+    /// Each queue's number and counters.
+    pub fn stats(&self) -> impl Iterator<Item = (u16, Stats)> {
+        self.sink.stats()
+    }
+
+    /// Each queue's number and counters at a fixed interval: see [`GroupSink::watch`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::watch`].
+    pub fn watch(
+        &self,
+        every: Duration,
+    ) -> Result<impl FusedStream<Item = (u16, Stats)> + Send + Unpin + use<>, Error> {
+        self.sink.watch(every)
+    }
+
+    /// Each queue's number and the kernel's own counters: see [`GroupSink::kernel_stats`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::kernel_stats`].
+    pub fn kernel_stats(&self) -> Result<Vec<(u16, KernelStats)>, Error> {
+        self.sink.kernel_stats()
+    }
+
+    /// Which limits have cost packets so far, each with its queue's number: see
+    /// [`VerdictSink::advice`].
+    pub fn advice(&self) -> Vec<(u16, Advice)> {
+        self.sink.advice()
+    }
+
+    /// Whether all queues are closing or closed.
+    pub fn is_closed(&self) -> bool {
+        self.sink.is_closed()
     }
 }
 
-/// Of queues bound one by one, of any numbers. The stream of a group of no queues ends at once.
+/// Makes a group of queues that were bound one by one, of any numbers. The stream of a group
+/// without queues ends at once.
 impl FromIterator<Queue> for QueueGroup {
     fn from_iter<I: IntoIterator<Item = Queue>>(queues: I) -> Self {
         let (streams, sinks) = queues.into_iter().map(Queue::split).unzip();
-        Self { streams: GroupStream { streams, turn: 0, given: 0 }, sink: GroupSink { sinks } }
+        Self { stream: GroupStream { streams, turn: 0, given: 0, ready: OnceLock::new() }, sink: GroupSink { sinks } }
     }
 }
 
@@ -128,27 +257,30 @@ impl Stream for QueueGroup {
     type Item = Result<Packet, Error>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Pin::new(&mut self.streams).poll_next(cx)
+        Pin::new(&mut self.stream).poll_next(cx)
     }
 }
 
 impl FusedStream for QueueGroup {
     fn is_terminated(&self) -> bool {
-        self.streams.is_terminated()
+        self.stream.is_terminated()
     }
 }
 
-/// The receiving half of a [`QueueGroup`]: the queues' packets, from each in turn. [`Packet::queue`] tells whose it is.
+/// The receive half of a [`QueueGroup`]: the packets of all queues, taken from each queue in turn.
+/// [`Packet::queue_number`] is the number of a packet's queue.
 #[derive(Debug)]
 pub struct GroupStream {
     streams: Vec<PacketStream>,
-    /// Whose turn it is, and how many packets it has given in this turn.
+    /// Whose turn it is, and how many packets that queue has given in this turn.
     turn: usize,
     given: usize,
+    /// Made at the first use.
+    ready: OnceLock<AnyReadyFd>,
 }
 
-/// Packets a queue gives before it is the next one's turn: as many as one round of receiving brings, so that looking at
-/// the others, most of them empty, is not paid for each packet.
+/// Packets that a queue gives before it is the next queue's turn: as many as one round of receiving
+/// brings, so that the cost of polling the other queues is not paid for each packet.
 const TURN: usize = 64;
 
 impl GroupStream {
@@ -162,6 +294,84 @@ impl GroupStream {
     pub async fn recv(&mut self) -> Option<Result<Packet, Error>> {
         std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }
+
+    /// Waits for a packet, then appends what has been received already, up to `limit` packets in
+    /// all, to `packets`. Returns their number; 0 means that all queues have ended, or that `limit`
+    /// is 0.
+    ///
+    /// # Errors
+    /// As [`PacketStream`]'s items; then nothing has been appended.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: no packet is lost.
+    pub async fn recv_many(&mut self, packets: &mut Vec<Packet>, limit: usize) -> Result<usize, Error> {
+        if limit == 0 {
+            return Ok(0);
+        }
+        match self.recv().await {
+            None => Ok(0),
+            Some(Err(error)) => Err(error),
+            Some(Ok(first)) => {
+                packets.push(first);
+                let mut count = 1;
+                for stream in &mut self.streams {
+                    count += stream.take_received(packets, limit - count);
+                }
+                Ok(count)
+            }
+        }
+    }
+
+    /// Takes a packet of any of the queues if there is one: see [`PacketStream::try_recv`].
+    ///
+    /// # Errors
+    /// * `Empty`: there is no packet in any queue.
+    /// * `Closed`: all queues are closed.
+    /// * `Failed`: as an `Err` item of the stream.
+    pub fn try_recv(&mut self) -> Result<Packet, TryRecvError> {
+        let count = self.streams.len();
+        let mut closed = 0;
+        for offset in 0..count {
+            let index = (self.turn + offset) % count;
+            match self.streams[index].try_recv() {
+                Ok(packet) => {
+                    self.took(index, offset);
+                    return Ok(packet);
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Closed) => closed += 1,
+                Err(TryRecvError::Failed(error)) => return Err(TryRecvError::Failed(error)),
+            }
+        }
+        Err(if closed == count { TryRecvError::Closed } else { TryRecvError::Empty })
+    }
+
+    /// A descriptor that is readable when [`try_recv`](Self::try_recv) may have a packet; used like
+    /// [`PacketStream::readable_fd`]. It costs two more descriptors for each queue, and one for the
+    /// group.
+    ///
+    /// # Errors
+    /// As [`PacketStream::readable_fd`].
+    pub fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        if self.ready.get().is_none() {
+            let ready = AnyReadyFd::new().map_err(|source| Error::os("create a descriptor", source))?;
+            for stream in &self.streams {
+                ready.add(stream.readable_fd()?).map_err(|source| Error::os("create a descriptor", source))?;
+            }
+            return Ok(self.ready.get_or_init(|| ready).fd());
+        }
+        self.ready.get().map(AnyReadyFd::fd).ok_or_else(|| Error::new(ErrorKind::Closed, "create a descriptor"))
+    }
+
+    /// The packet came from the queue at `index`, which is `offset` behind the one whose turn it
+    /// was.
+    fn took(&mut self, index: usize, offset: usize) {
+        self.given = if offset == 0 { self.given + 1 } else { 1 };
+        self.turn = index;
+        if self.given == TURN {
+            (self.turn, self.given) = ((index + 1) % self.streams.len(), 0);
+        }
+    }
 }
 
 impl Stream for GroupStream {
@@ -174,11 +384,7 @@ impl Stream for GroupStream {
             let index = (self.turn + offset) % count;
             match Pin::new(&mut self.streams[index]).poll_next(cx) {
                 Poll::Ready(Some(item)) => {
-                    self.given = if offset == 0 { self.given + 1 } else { 1 };
-                    self.turn = index;
-                    if self.given == TURN {
-                        (self.turn, self.given) = ((index + 1) % count, 0);
-                    }
+                    self.took(index, offset);
                     return Poll::Ready(Some(item));
                 }
                 Poll::Ready(None) => ended += 1,
@@ -195,34 +401,34 @@ impl FusedStream for GroupStream {
     }
 }
 
-/// Takes the verdicts of a [`QueueGroup`], each for its packet's own queue. Clone it freely, as a [`VerdictSink`].
+/// Takes the verdicts of a [`QueueGroup`], each for its packet's own queue. It can be cloned and
+/// shared like a [`VerdictSink`].
 #[derive(Clone)]
 pub struct GroupSink {
     sinks: Vec<VerdictSink>,
 }
 
 impl GroupSink {
-    /// Gives a verdict; as [`VerdictSink::submit`].
+    /// Submits a verdict: see [`VerdictSink::submit`].
     ///
     /// # Errors
     /// As [`VerdictSink::submit`].
     pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
-        // A verdict knows its queue.
-        crate::sink::submit(verdict)
+        verdict.submit()
     }
 
-    /// Gives a verdict and awaits the kernel's acknowledgement; as [`VerdictSink::confirm`].
+    /// Submits a verdict and waits for the kernel's acknowledgement: see [`VerdictSink::confirm`].
     ///
     /// # Errors
     /// As [`VerdictSink::confirm`].
     ///
     /// # Cancel safety
     /// As [`VerdictSink::confirm`].
-    pub fn confirm(&self, verdict: Verdict) -> crate::Confirm {
-        crate::sink::confirm(verdict)
+    pub fn confirm(&self, verdict: Verdict) -> Confirm {
+        verdict.confirm()
     }
 
-    /// Sends everything gathered, of all the queues.
+    /// Sends all gathered verdicts of all queues.
     ///
     /// # Errors
     /// As [`VerdictSink::flush`].
@@ -233,41 +439,111 @@ impl GroupSink {
         join_all(self.sinks.iter().map(VerdictSink::flush)).await.into_iter().collect()
     }
 
-    /// Ends all the queues at once, each as [`VerdictSink::close`] does.
-    ///
-    /// # Errors
-    /// The first queue's that has one. Every queue is closed regardless.
-    ///
-    /// # Cancel safety
-    /// Once polled, the end goes on by itself.
-    pub async fn close(&self) -> Result<(), Error> {
-        join_all(self.sinks.iter().map(VerdictSink::close)).await.into_iter().collect()
-    }
-
-    /// As [`close`](Self::close), and waits for owed verdicts for `timeout` at most; as [`VerdictSink::close_within`].
-    ///
-    /// # Errors
-    /// The first queue's that has one. Every queue is closed regardless.
-    ///
-    /// # Cancel safety
-    /// Once polled, the end goes on by itself.
-    pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
-        join_all(self.sinks.iter().map(|sink| sink.close_within(timeout))).await.into_iter().collect()
-    }
-
-    /// The refusals of all the queues; as [`VerdictSink::refusals`]. It ends when all queues are closed.
+    /// The refusals of all queues: see [`VerdictSink::refusals`]. It ends when all queues are
+    /// closed.
     pub fn refusals(&self) -> impl FusedStream<Item = Error> + Send + Unpin + use<> {
         select_all(self.sinks.iter().map(VerdictSink::refusals))
     }
 
-    /// The queues' own sinks, in the order of the queues: for settings and statistics of one.
+    /// Closes all queues at the same time, each as [`VerdictSink::close`] does.
+    ///
+    /// # Errors
+    /// The first queue's error. Every queue is closed regardless.
+    ///
+    /// # Cancel safety
+    /// Once polled, the graceful shutdown continues by itself.
+    pub async fn close(&self) -> Result<(), Error> {
+        join_all(self.sinks.iter().map(VerdictSink::close)).await.into_iter().collect()
+    }
+
+    /// As [`close`](Self::close), but waits for `timeout` at most: see
+    /// [`VerdictSink::close_within`].
+    ///
+    /// # Errors
+    /// As [`close`](Self::close).
+    ///
+    /// # Cancel safety
+    /// Once polled, the graceful shutdown continues by itself.
+    pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
+        join_all(self.sinks.iter().map(|sink| sink.close_within(timeout))).await.into_iter().collect()
+    }
+
+    /// As [`close`](Self::close), but with another action for undecided packets: see
+    /// [`VerdictSink::close_with`].
+    ///
+    /// # Errors
+    /// As [`close`](Self::close). `InvalidInput` for an action that [`VerdictSink::close_with`]
+    /// refuses for one of the queues; then no queue is closed.
+    ///
+    /// # Cancel safety
+    /// Once polled, the graceful shutdown continues by itself.
+    pub async fn close_with(&self, action: Action) -> Result<(), Error> {
+        for sink in &self.sinks {
+            sink.check_close_action(action)?;
+        }
+        join_all(self.sinks.iter().map(|sink| sink.close_with(action))).await.into_iter().collect()
+    }
+
+    /// Changes settings of all queues while they run, each as [`VerdictSink::reconfigure`] does.
+    ///
+    /// # Errors
+    /// The first queue's error. The other queues may have been changed.
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::reconfigure`].
+    #[must_use = "the change has been sent, but only the future returns the kernel's reply"]
+    pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+        let changes = join_all(self.sinks.iter().map(|sink| sink.reconfigure(change)));
+        async move { changes.await.into_iter().collect() }
+    }
+
+    /// The sinks of the queues, in the order of the queues.
     pub fn queues(&self) -> &[VerdictSink] {
         &self.sinks
     }
 
     /// Each queue's number and counters.
     pub fn stats(&self) -> impl Iterator<Item = (u16, Stats)> {
-        self.sinks.iter().map(|sink| (sink.queue(), sink.stats()))
+        self.sinks.iter().map(|sink| (sink.queue_number(), sink.stats()))
+    }
+
+    /// Each queue's number and counters at a fixed interval: see [`VerdictSink::watch`]. It ends
+    /// when all queues are closed.
+    ///
+    /// # Errors
+    /// As [`VerdictSink::watch`].
+    pub fn watch(
+        &self,
+        every: Duration,
+    ) -> Result<impl FusedStream<Item = (u16, Stats)> + Send + Unpin + use<>, Error> {
+        let watch = |sink: &VerdictSink| {
+            let queue = sink.queue_number();
+            Ok(sink.watch(every)?.map(move |stats| (queue, stats)))
+        };
+        Ok(select_all(self.sinks.iter().map(watch).collect::<Result<Vec<_>, Error>>()?))
+    }
+
+    /// Each queue's number and the kernel's own counters: see [`VerdictSink::kernel_stats`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::kernel_stats`].
+    pub fn kernel_stats(&self) -> Result<Vec<(u16, KernelStats)>, Error> {
+        self.sinks.iter().map(|sink| Ok((sink.queue_number(), sink.kernel_stats()?))).collect()
+    }
+
+    /// Which limits have cost packets so far, each with its queue's number: see
+    /// [`VerdictSink::advice`].
+    pub fn advice(&self) -> Vec<(u16, Advice)> {
+        let advice = |sink: &VerdictSink| {
+            let queue = sink.queue_number();
+            sink.advice().into_iter().map(move |advice| (queue, advice))
+        };
+        self.sinks.iter().flat_map(advice).collect()
+    }
+
+    /// Whether all queues are closing or closed.
+    pub fn is_closed(&self) -> bool {
+        self.sinks.iter().all(VerdictSink::is_closed)
     }
 }
 
@@ -277,7 +553,8 @@ impl fmt::Debug for GroupSink {
     }
 }
 
-/// As [`VerdictSink`]'s: always ready until closed; closing flushes and closes this clone alone.
+/// Like that of [`VerdictSink`]: always ready until it is closed. Closing it flushes, and closes
+/// only this clone.
 impl Sink<Verdict> for GroupSink {
     type Error = Error;
 
@@ -287,7 +564,7 @@ impl Sink<Verdict> for GroupSink {
 
     fn start_send(mut self: Pin<&mut Self>, verdict: Verdict) -> Result<(), Error> {
         match self.sinks.first_mut() {
-            // Any of them passes it on to its queue, and knows whether this clone is closed.
+            // Each of them finds the verdict's queue, and knows whether this clone is closed.
             Some(sink) => Pin::new(sink).start_send(verdict),
             None => self.submit(verdict),
         }

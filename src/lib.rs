@@ -1,65 +1,135 @@
-#![doc = include_str!("../README.md")]
+//! Asynchronous NFQUEUE for Tokio.
+//!
+//! A rule of nftables or iptables sends packets to a numbered queue. The kernel sends each packet
+//! to this program and waits for a verdict. Here a [`Queue`] is a [`Stream`](futures::Stream) of
+//! packets, and any task may submit the verdicts, in any order. Verdicts are gathered under load
+//! and sent together, within a latency limit; an idle queue sends each verdict at once. Linux only.
+//!
+//! ```no_run
+//! use futures::TryStreamExt;
+//! use tokio_nfqueue::Queue;
+//!
+//! # async fn allowed(_payload: &[u8]) -> bool { true }
+//! #[tokio::main]
+//! async fn main() -> Result<(), tokio_nfqueue::Error> {
+//!     let (mut packets, verdicts) = Queue::builder(0).bind()?.split();
+//!     loop {
+//!         tokio::select! {
+//!             packet = packets.try_next() => {
+//!                 // An error here is the end of the queue.
+//!                 let Some(packet) = packet? else { break };
+//!                 tokio::spawn(async move {
+//!                     let verdict = if allowed(packet.payload()).await {
+//!                         packet.accept()
+//!                     } else {
+//!                         packet.drop()
+//!                     };
+//!                     verdict.submit()
+//!                 });
+//!             }
+//!             _ = tokio::signal::ctrl_c() => break,
+//!         }
+//!     }
+//!     verdicts.close().await
+//! }
+//! ```
+//!
+//! # I want to ...
+//!
+//! | I want to ... | use |
+//! |---|---|
+//! | bind a queue | [`Queue::builder`], [`QueueBuilder::bind`] |
+//! | bind several queues | [`QueueGroup`] |
+//! | send traffic to the queue | your own rule, or [`Divert`] |
+//! | receive packets | [`Queue`] or [`PacketStream`] as a stream; [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many) |
+//! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
+//! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
+//! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |
+//! | read headers | [`Packet::view`], [`Packet::addresses`] |
+//! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
+//! | hold packets for long | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
+//! | answer for packets that nobody decides | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
+//! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
+//! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
+//! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
+//! | change settings while it runs | [`VerdictSink::reconfigure`] |
+//! | test a policy | [`Verdict::action`], [`Verdict::changes`] |
+//! | watch a queue | [`VerdictSink::stats`], [`watch`](VerdictSink::watch), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
+//! | learn of refused verdicts | [`VerdictSink::refusals`] |
+//! | log | the events of `tracing` in [`guide`](guide#tracing) |
+//! | use another network namespace | [`QueueBuilder::namespace`], [`NetworkNamespace`] |
+//! | use it without Tokio's loop | [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
+//! | run it as a service | [`guide`]: threads, privileges, memory, shutdown |
+//! | port a program | `migration` has tables for libnetfilter_queue, go-nfqueue, NetfilterQueue and Suricata |
+//!
+//! # Features
+//!
+//! All are on by default.
+//!
+//! | feature | what it adds |
+//! |---|---|
+//! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
+//! | `divert` | [`Divert`]: nf_tables rules that vanish with the process |
+//! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(
+    not(all(feature = "conntrack", feature = "divert", feature = "edit")),
+    allow(rustdoc::broken_intra_doc_links)
+)]
 #![deny(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]
-compile_error!("tokio-nfqueue works on Linux alone: NFQUEUE is a part of its netfilter");
+compile_error!("tokio-nfqueue works only on Linux, because NFQUEUE is a part of its netfilter");
+
+/// The code in the README is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod advice;
 mod builder;
-#[cfg(feature = "conntrack")]
-mod conntrack;
-#[cfg(all(doc, feature = "conntrack", feature = "edit"))]
-pub mod counterparts;
 #[cfg(feature = "divert")]
 mod divert;
 #[cfg(feature = "edit")]
 mod edit;
-mod error;
-#[cfg(feature = "conntrack")]
-mod expectation;
-mod flush;
 mod group;
 pub mod guide;
-mod hook;
-mod keeper;
-mod kernel;
+mod io;
+#[cfg(all(doc, feature = "conntrack", feature = "edit"))]
+pub mod migration;
 mod namespace;
 mod packet;
 mod queue;
 mod reconfigure;
 mod sink;
-mod socket;
 mod state;
-mod stats;
-mod sys;
-mod trace;
 mod types;
 mod verdict;
 mod wire;
 
+/// The groups of [`Stats`].
+pub mod stats {
+    pub use crate::types::stats::{Decided, Fill, Held, Lost, QueueLimits, Received, Sent};
+}
+
 pub use advice::Advice;
 pub use builder::QueueBuilder;
-#[cfg(feature = "conntrack")]
-pub use conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow};
 #[cfg(feature = "divert")]
 pub use divert::{Divert, DivertBuilder, Protocol, Rule};
 #[cfg(feature = "edit")]
-pub use edit::{Edit, PacketView, complete_checksums};
-pub use error::{Error, ErrorKind};
-#[cfg(feature = "edit")]
-pub use etherparse;
-#[cfg(feature = "conntrack")]
-pub use expectation::Expectation;
-pub use flush::{Flush, FlushPolicy, FlushWhen, Gathered, Occasion};
+pub use edit::{Edit, PacketView, TcpFields, complete_checksums};
 pub use group::{GroupSink, GroupStream, QueueGroup};
-pub use hook::Hook;
-pub use kernel::KernelStats;
+pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;
-pub use packet::{Family, Packet, Ticket, Vlan};
+pub use packet::{DetachedPacket, Packet};
 pub use queue::{PacketStream, Queue, TryRecvError};
 pub use reconfigure::Reconfigure;
-pub use sink::{Confirm, Refusals, VerdictSink};
-pub use stats::{Fill, Stats};
-pub use types::{Action, PacketId};
-pub use verdict::Verdict;
+pub use sink::{Refusals, VerdictSink};
+pub use state::flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason};
+pub use types::{Action, Error, ErrorKind, Family, Hook, PacketId, Stats, Vlan};
+pub use verdict::{Changes, Confirm, Verdict};
+#[cfg(feature = "conntrack")]
+pub use wire::{
+    conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow},
+    expectation::Expectation,
+};

@@ -1,4 +1,4 @@
-//! Other network namespaces than the present one.
+//! Network namespaces.
 
 use std::{
     fs::File,
@@ -14,32 +14,37 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
-use crate::{Error, ErrorKind, sys};
+use crate::{
+    io::sys,
+    types::{Error, ErrorKind},
+};
 
-/// A network namespace, to bind a queue or to install rules in without moving the caller's threads
-/// into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace), and with feature `divert`
-/// `DivertBuilder::namespace`.
+/// A network namespace in which to bind a queue or to install rules, without moving the caller's
+/// threads into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace) and, with feature
+/// `divert`, `DivertBuilder::namespace`.
 ///
-/// It holds a file descriptor, and so keeps the namespace alive. Clones share it.
+/// It holds a file descriptor, which keeps the namespace alive. Clones share it.
 #[derive(Debug, Clone)]
 pub struct NetworkNamespace(Arc<OwnedFd>);
 
 impl NetworkNamespace {
-    /// The namespace at a path: `/proc/PID/ns/net` of a process in it, or a bind mount of such a file.
+    /// The namespace at a path: `/proc/PID/ns/net` of a process in it, or a bind mount of such a
+    /// file.
     ///
     /// # Errors
-    /// The file cannot be opened. Whether it is a network namespace shows when it is used. The file
-    /// under `/proc` needs the right to read the process's state (`PTRACE_MODE_READ_FSCREDS`).
+    /// The file cannot be opened. Whether it is a network namespace is checked when it is used. The
+    /// file in `/proc` requires the right to read the process's state (`PTRACE_MODE_READ_FSCREDS`).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| failed(&path.display().to_string(), source))?;
         Ok(Self(Arc::new(file.into())))
     }
 
-    /// The namespace that `ip netns add NAME` has made: `/run/netns/NAME`.
+    /// The namespace that `ip netns add NAME` has created: `/run/netns/NAME`.
     ///
     /// # Errors
-    /// As [`open`](Self::open); `InvalidInput` for a name with a slash in it, `.`, `..` and the empty one.
+    /// As [`open`](Self::open). `InvalidInput` if the name is empty, `.` or `..`, or contains a
+    /// slash or NUL.
     pub fn named(name: &str) -> Result<Self, Error> {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
             return Err(Error::new(ErrorKind::InvalidInput, format!("network namespace {name:?}")));
@@ -47,25 +52,25 @@ impl NetworkNamespace {
         Self::open(Path::new("/run/netns").join(name))
     }
 
-    /// The calling thread's.
+    /// The namespace of the calling thread.
     ///
     /// # Errors
-    /// `/proc` is not there.
+    /// `/proc` is not mounted.
     pub fn current() -> Result<Self, Error> {
         Self::open("/proc/thread-self/ns/net")
     }
 
-    /// The namespace of a socket: the one that it was opened in, whoever holds it now.
+    /// The namespace of a socket: the one in which it was opened, whichever process holds it now.
     ///
-    /// With a socket that was received from another process, for example, a queue is bound in that
-    /// process's network namespace.
+    /// For example, with a socket from another process, a queue can be bound in that process's
+    /// network namespace.
     ///
     /// # Errors
     /// * [`InvalidInput`](ErrorKind::InvalidInput): `socket` is not a socket.
     /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
     ///   namespace that owns the network namespace.
-    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel is older than Linux 4.10, or it is
-    ///   built without network namespaces (`NET_NS`).
+    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel is older than Linux 4.10, or was built
+    ///   without network namespaces (`NET_NS`).
     #[doc(alias = "SIOCGSKNS")]
     pub fn of_socket(socket: impl AsFd) -> Result<Self, Error> {
         sys::network_namespace_of(socket).map(Self::from).map_err(|errno| {
@@ -79,7 +84,7 @@ impl NetworkNamespace {
         })
     }
 
-    /// Runs `body` in the namespace, on a thread of its own that ends with it.
+    /// Runs `body` in the namespace, on a temporary thread.
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
@@ -109,7 +114,7 @@ const ENTERING_NEEDS: &str =
 const OF_SOCKET_NEEDS: &str = "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace";
 
 fn failed(what: &str, source: io::Error) -> Error {
-    // EINVAL: a file that is no network namespace.
+    // EINVAL: the file is not a network namespace.
     Error::os(format!("network namespace: {what}"), source)
 }
 

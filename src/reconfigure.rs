@@ -1,12 +1,12 @@
 //! Changes to the settings of a bound queue.
 
-use crate::{
-    QueueBuilder,
-    wire::config::{Config, CopyMode, FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
+use crate::wire::config::{
+    Config, CopyMode, FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID,
 };
 
-/// Changes to a bound queue, for [`VerdictSink::reconfigure`](crate::VerdictSink::reconfigure). What is not named stays as
-/// it is. Each setting is explained where [`QueueBuilder`] has it.
+/// Changes to the settings of a bound queue, for
+/// [`VerdictSink::reconfigure`](crate::VerdictSink::reconfigure). Settings that are not named keep
+/// their values. [`QueueBuilder`](crate::QueueBuilder) explains each setting.
 #[derive(Debug, Clone, Copy, Default)]
 #[must_use = "nothing changes until it is given to `VerdictSink::reconfigure`"]
 pub struct Reconfigure {
@@ -22,45 +22,46 @@ impl Reconfigure {
         Self::default()
     }
 
-    /// As [`QueueBuilder::copy_range`], in bytes.
+    /// As [`QueueBuilder::copy_range`](crate::QueueBuilder::copy_range), in bytes.
     pub fn copy_range(mut self, bytes: u32) -> Self {
         self.copy = Some(CopyMode::Packet(bytes));
         self
     }
 
-    /// As [`QueueBuilder::copy_metadata`].
+    /// As [`QueueBuilder::copy_metadata`](crate::QueueBuilder::copy_metadata).
     pub fn copy_metadata(mut self) -> Self {
         self.copy = Some(CopyMode::Metadata);
         self
     }
 
-    /// As [`QueueBuilder::max_len`], in packets. Packets queued beyond a new, shorter length stay queued.
+    /// As [`QueueBuilder::max_len`](crate::QueueBuilder::max_len), in packets. Packets queued
+    /// beyond a new, shorter length stay queued.
     pub fn max_len(mut self, packets: u32) -> Self {
         self.max_len = Some(packets);
         self
     }
 
-    /// As [`QueueBuilder::fail_open`].
+    /// As [`QueueBuilder::fail_open`](crate::QueueBuilder::fail_open).
     pub fn fail_open(self, on: bool) -> Self {
         self.flag(FLAG_FAIL_OPEN, on)
     }
 
-    /// As [`QueueBuilder::gso`].
+    /// As [`QueueBuilder::gso`](crate::QueueBuilder::gso).
     pub fn gso(self, on: bool) -> Self {
         self.flag(FLAG_GSO, on)
     }
 
-    /// As [`QueueBuilder::uid_gid`].
+    /// As [`QueueBuilder::uid_gid`](crate::QueueBuilder::uid_gid).
     pub fn uid_gid(self, on: bool) -> Self {
         self.flag(FLAG_UID_GID, on)
     }
 
-    /// As [`QueueBuilder::security_context`].
+    /// As [`QueueBuilder::security_context`](crate::QueueBuilder::security_context).
     pub fn security_context(self, on: bool) -> Self {
         self.flag(FLAG_SECURITY_CONTEXT, on)
     }
 
-    /// As [`QueueBuilder::conntrack`].
+    /// As [`QueueBuilder::conntrack`](crate::QueueBuilder::conntrack).
     pub fn conntrack(self, on: bool) -> Self {
         self.flag(FLAG_CONNTRACK, on)
     }
@@ -71,10 +72,10 @@ impl Reconfigure {
         self
     }
 
-    /// The message, if the values are possible.
+    /// The message, if the values are valid.
     pub(crate) fn config(&self) -> Result<Config, &'static str> {
-        QueueBuilder::check_limits(self.copy, self.max_len)?;
         let flags = (self.mask != 0).then_some((self.mask, self.flags));
-        Ok(Config { command: None, copy: self.copy, max_len: self.max_len, flags })
+        let config = Config { command: None, copy: self.copy, max_len: self.max_len, flags };
+        config.check().map(|()| config)
     }
 }

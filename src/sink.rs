@@ -1,4 +1,4 @@
-//! Giving verdicts.
+//! The sink for verdicts.
 
 use std::{
     fmt,
@@ -15,27 +15,32 @@ use futures::{
     stream::{self, FusedStream},
     task::AtomicWaker,
 };
-use pin_project::pin_project;
 
 use crate::{
-    Action, Advice, Error, ErrorKind, KernelStats, PacketId, Reconfigure, Stats, Verdict,
-    keeper::{Timed, Timer},
-    queue::{Answer, Shared},
+    advice::{Advice, advise},
+    io::{
+        Shared,
+        kernel::KernelStats,
+        timer::{Timer, TimerTarget},
+    },
+    reconfigure::Reconfigure,
+    types::{Action, Error, ErrorKind, Stats},
+    verdict::{Confirm, Verdict},
 };
 
-/// Takes the verdicts of a queue. Clone it freely: clones are independent and may be used from any task or thread.
+/// Takes the verdicts of a queue. Clones are independent and may be used in any task or thread.
 ///
-/// [`submit`](Self::submit) needs no await; the queue's [`FlushPolicy`](crate::FlushPolicy) decides when the verdict goes to
-/// the kernel. As a [`Sink`], `feed` and `forward` let the policy gather as well, while `SinkExt::send` flushes after each
-/// verdict, for that is what it means.
+/// [`submit`](Self::submit) needs no await; the queue's [`FlushPolicy`](crate::FlushPolicy) decides
+/// when the verdict is sent to the kernel. As a [`Sink`], `feed` and `forward` let the policy
+/// gather verdicts too, while `SinkExt::send` flushes after each verdict.
 ///
-/// Within one flush the kernel is told in the order of the packets' ids, whatever the order of the verdicts. Where the order
-/// in which packets are released matters, flush between them.
+/// Within one flush the verdicts are sent in the order of the packets' ids, whatever the order in
+/// which they were submitted. If the order in which packets are released matters, flush in between.
 #[derive(Clone)]
 pub struct VerdictSink {
     queue: Arc<Shared>,
     closed: bool,
-    /// Of the flush that `Sink::poll_flush` waits for.
+    /// The round of sending that `Sink::poll_flush` waits for.
     flushing: Option<u64>,
 }
 
@@ -44,143 +49,140 @@ impl VerdictSink {
         Self { queue, closed: false, flushing: None }
     }
 
-    /// Gives a verdict. It goes to the kernel when the queue's policy says so, on this thread or on another; this call does
-    /// not wait for it.
-    ///
-    /// If the policy says "now", the send happens within this call, and the kernel runs the accepted packets' further way in
-    /// it: some microseconds for one packet, 100 for a batch of 64.
-    ///
-    /// A verdict that comes too late, for the packet has been answered for by its deadline or by the closing queue, is no
-    /// error here: it is counted in [`Stats::late`] and told by [`refusals`](Self::refusals), as is what the kernel itself
-    /// refuses. [`confirm`](Self::confirm) brings both here.
+    /// Submits a verdict: see [`Verdict::submit`].
     ///
     /// # Errors
-    /// The verdict is impossible, and was not given; the packet gets the `on_unanswered` action:
-    /// * `InvalidInput`: a payload or link-layer header of an impossible length, a conntrack change on a queue bound without
-    ///   conntrack, an impossible expectation.
-    /// * `Unsupported`: a replaced payload that this kernel does not take: see [`Verdict::payload`].
+    /// As [`Verdict::submit`].
     pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
-        submit(verdict)
+        verdict.submit()
     }
 
-    /// Gives a verdict, sends it and everything gathered at once, and resolves when the kernel has acknowledged it.
-    ///
-    /// The verdict is given when this is called, not when the future is polled. An acknowledgement costs about 800 ns more
-    /// than a plain verdict. It lies behind the packets that wait in the socket, and the future receives those, up to 128
-    /// each time that it is polled.
+    /// Submits a verdict and waits for the kernel's acknowledgement: see [`Verdict::confirm`].
     ///
     /// # Errors
-    /// As [`submit`](Self::submit), and each with the packet's id:
-    /// * `Expired`: the packet has been answered for, by its deadline or by the closing queue.
-    /// * `PacketGone`: the kernel no longer had the packet.
-    /// * `NotPermitted`: the sending thread had no `CAP_NET_ADMIN`. The packet gets the `on_unanswered` action when that
-    ///   can be sent.
-    /// * `Unconfirmed`: the acknowledgement was lost to a full receive buffer.
+    /// As [`Verdict::confirm`].
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the verdict given; only its confirmation is lost.
+    /// As [`Verdict::confirm`].
     pub fn confirm(&self, verdict: Verdict) -> Confirm {
-        confirm(verdict)
+        verdict.confirm()
     }
 
-    /// Sends everything gathered, by whichever clone it was given; resolves when that has been done, or has been tried: what
-    /// is refused is told by [`refusals`](Self::refusals), and what a failed send has kept is sent later.
+    /// Sends all gathered verdicts, whichever clone submitted them. Resolves when that has been
+    /// done or tried: refused verdicts are reported by [`refusals`](Self::refusals), and verdicts
+    /// of a failed send are sent later.
     ///
     /// # Errors
-    /// None at present.
+    /// Currently none.
     ///
     /// # Cancel safety
-    /// Cancel safe: the verdicts are sent, or being sent, once this has been polled.
+    /// Cancel safe: once this has been polled, the verdicts are sent.
     pub async fn flush(&self) -> Result<(), Error> {
         let mut round = None;
         std::future::poll_fn(|cx| self.queue.poll_flush(&mut round, cx)).await;
         Ok(())
     }
 
-    /// What concerned one verdict or one message and did not end the queue: verdicts that the kernel refused, verdicts that
-    /// came too late, messages that could not be understood. Each with its packet's id where that is known; the kind says
-    /// which: `NotPermitted`, `Expired`, `Malformed`, or what the kernel answered.
+    /// Errors that concern one verdict or one message and do not end the queue: verdicts that the
+    /// kernel refused, verdicts for packets that had already been decided, and malformed messages.
+    /// Each has its packet's id, if that is known. The kind is `NotPermitted`, `Expired`,
+    /// `Malformed`, or that of the kernel's error.
     ///
-    /// A verdict given by [`confirm`](Self::confirm) is told there instead. 1024 are kept; then the oldest give way, counted
-    /// in [`Stats::refusals_unread`], so that nobody need read them. Where several such streams are read, each item goes to
-    /// one of them. It ends when the queue is closed, and does not keep the queue open.
+    /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
+    /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
+    /// counted in [`Sent::refusals_unread`](crate::stats::Sent::refusals_unread). If there are
+    /// several such streams, each error goes to one of them. The stream ends when the queue is
+    /// closed. It does not keep the queue open.
     pub fn refusals(&self) -> Refusals {
         Refusals { queue: Arc::clone(&self.queue), ended: false }
     }
 
-    /// Ends the queue without losing a packet: no new packet is queued, packets nobody has read get the
-    /// [`on_unanswered`](crate::QueueBuilder::on_unanswered) action, the verdicts that tasks still owe are awaited (for
-    /// [`close_timeout`](crate::QueueBuilder::close_timeout) at most), then the queue is unbound. The stream ends.
+    /// Closes the queue without losing a packet: a graceful shutdown. No new packet is queued,
+    /// packets that nobody has read get the [default action](crate::QueueBuilder::on_unanswered),
+    /// the verdicts that tasks still owe are awaited (for
+    /// [`close_timeout`](crate::QueueBuilder::close_timeout) at most), then the queue is unbound.
+    /// The stream ends.
     ///
-    /// Traffic that arrives meanwhile passes if `on_unanswered` is [`Action::Accept`]. With any other action it is dropped,
-    /// until the queue is unbound; then the rule drops it, or passes it if it says `bypass`. With `Accept`, and `bypass` on
-    /// the rule, a stop under load loses no packet.
+    /// Packets that arrive meanwhile are accepted if the default action is [`Action::Accept`]. With
+    /// any other action they are dropped until the queue is unbound. After that the rule drops
+    /// them, or accepts them with `bypass`. With `Accept`, and `bypass` in the rule, a shutdown
+    /// under load loses no packet.
     ///
-    /// It ends in time in any executor, also where the runtime of the queue has ended or is not driven. Closing twice, from
-    /// clones or together, is fine: each waits for the end, and the shortest time counts.
+    /// It ends in time in any executor, even if the queue's runtime has ended or is not driven. It
+    /// may be called several times, by clones and concurrently: each call waits for the end, and
+    /// the shortest time-out counts.
     ///
     /// # Errors
-    /// To the first who waits:
-    /// * `TimedOut`: packets were still undecided after the wait; they got the `on_unanswered` action.
-    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`. A thread of the runtime goes on with the end, if it has the
-    ///   capability; otherwise what is queued will be dropped with the last handle.
+    /// The first caller that waits gets the error:
+    /// * `TimedOut`: packets were still undecided after the time-out. They got the default action.
+    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`. A thread of the runtime continues the
+    ///   shutdown if it has the capability. Otherwise the kernel drops what is queued when the last
+    ///   handle is dropped.
     ///
     /// # Cancel safety
-    /// Once polled, the end goes on by itself.
+    /// Once polled, the graceful shutdown continues by itself.
     pub async fn close(&self) -> Result<(), Error> {
         self.queue.close(self.queue.on_unanswered(), self.queue.close_timeout()).await
     }
 
-    /// As [`close`](Self::close), and waits for `timeout` at most. Zero waits not at all.
+    /// As [`close`](Self::close), but waits for `timeout` at most. With zero it does not wait.
     ///
     /// # Errors
     /// As [`close`](Self::close).
     ///
     /// # Cancel safety
-    /// Once polled, the end goes on by itself.
+    /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
         self.queue.close(self.queue.on_unanswered(), timeout).await
     }
 
-    /// As [`close`](Self::close), with another action for packets that nobody has read or that are still undecided after
-    /// the wait.
+    /// As [`close`](Self::close), but with another action for packets that nobody has read or that
+    /// are still undecided after the time-out.
     ///
-    /// What arrives meanwhile passes if the action is [`Action::Accept`], and is dropped otherwise: the kernel can do no
-    /// more with packets that it does not queue. So `Stop` and `Requeue` are for the packets that are queued already.
+    /// Packets that arrive meanwhile are accepted if the action is [`Action::Accept`], and dropped
+    /// otherwise, because the kernel does not queue them. So `Stop` and `Requeue` apply only to
+    /// packets that are already queued.
     ///
     /// # Errors
-    /// As [`close`](Self::close); `InvalidInput` for [`Action::Repeat`], and for a requeue to this very queue.
+    /// As [`close`](Self::close); `InvalidInput` for [`Action::Repeat`] and for a requeue to the
+    /// same queue.
     ///
     /// # Cancel safety
-    /// Once polled, the end goes on by itself.
+    /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
-        if let Err(detail) = crate::builder::check_default(action, self.queue()) {
-            return Err(
-                Error::new(ErrorKind::InvalidInput, format!("close queue {}", self.queue())).with_detail(detail)
-            );
-        }
+        self.check_close_action(action)?;
         self.queue.close(action, self.queue.close_timeout()).await
     }
 
-    /// Changes settings while the queue runs: in one message that the kernel acknowledges or refuses as a whole. No packet is
-    /// lost. Where the receive buffer was left to the crate, it grows with a longer queue or copy range.
+    /// Refuses an action that would keep packets in the queue for ever.
+    pub(crate) fn check_close_action(&self, action: Action) -> Result<(), Error> {
+        let queue = self.queue_number();
+        action
+            .check_default(queue)
+            .map_err(|detail| Error::new(ErrorKind::InvalidInput, format!("close queue {queue}")).with_detail(detail))
+    }
+
+    /// Changes settings while the queue runs, in one message that the kernel applies or refuses as
+    /// a whole. No packet is lost. If the receive buffer has its default size, it grows with a
+    /// longer queue or copy range.
     ///
-    /// The message is sent when this is called; the future resolves when the kernel has answered. The answer lies behind the
-    /// packets that wait in the socket, and the future receives those, up to 128 each time that it is polled. A lost answer
-    /// is asked for again.
-    ///
-    /// # Cancel safety
-    /// Dropping the future leaves the change made; only its confirmation is lost.
+    /// The message is sent by this call; the future resolves when the kernel has replied. In the
+    /// socket the reply is behind the packets that wait there; the future receives these too, up to
+    /// 128 each time it is polled. If the reply is lost, the message is sent again.
     ///
     /// # Errors
     /// * `InvalidInput`: a value that the kernel would refuse or silently change.
-    /// * `Unsupported`: this kernel lacks a setting, which is named.
+    /// * `Unsupported`: this kernel does not support a setting; the error names it.
     /// * `NotPermitted`: the calling thread has no `CAP_NET_ADMIN`.
-    /// * `Unconfirmed`: the answer was lost to a full receive buffer, time after time. The change may have been made.
+    /// * `Unconfirmed`: the reply was lost repeatedly because the receive buffer was full. The
+    ///   change may have been applied.
     /// * `Closed`: the queue is closing or closed.
-    #[must_use = "the change has been sent, but only the future tells what the kernel said"]
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the change stays; only its confirmation is lost.
+    #[must_use = "the change has been sent, but only the future returns the kernel's reply"]
     pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        self.queue.reconfigure(change)
+        self.queue.reconfigure(change.config())
     }
 
     /// The queue's counters.
@@ -188,32 +190,37 @@ impl VerdictSink {
         self.queue.stats()
     }
 
-    /// The queue's counters at a fixed interval, until the queue is closed. It does not keep the queue open, and works in any
-    /// executor.
+    /// The queue's counters at a fixed interval, until the queue is closed. The stream does not
+    /// keep the queue open, and works in any executor.
     ///
     /// # Errors
-    /// `InvalidInput` if `every` is zero; an error of the system if it gives no thread for the timer.
+    /// `InvalidInput` if `every` is zero; an error of the operating system if the timer thread
+    /// cannot be started.
     pub fn watch(&self, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
         watch(&self.queue, every)
     }
 
-    /// The kernel's own account of the queue, from `/proc/net/netfilter/nfnetlink_queue` of the queue's network namespace,
-    /// wherever the caller is. It takes a system call or two.
+    /// The kernel's own counters of the queue, from `/proc/net/netfilter/nfnetlink_queue` of the
+    /// queue's network namespace, in whichever namespace the caller is. It makes one or two system
+    /// calls.
     ///
     /// # Errors
     /// * `Closed`: the queue is not bound any more.
-    /// * `NotPermitted`: the file could not be opened when the queue was bound. Its mode is 0440: only the root of the user
-    ///   namespace that owns the network namespace may read it, and whoever has `CAP_DAC_READ_SEARCH`. In a user namespace
-    ///   that was entered after its network namespace was made, nobody can.
-    /// * Any other error of the read.
+    /// * `NotPermitted`: the file could not be opened when the queue was bound. Its mode is 0440:
+    ///   only root of the user namespace that owns the network namespace may read it, and processes
+    ///   with `CAP_DAC_READ_SEARCH`. In a user namespace that was entered after its network
+    ///   namespace was created, no process may.
+    /// * Any other error of reading the file.
     pub fn kernel_stats(&self) -> Result<KernelStats, Error> {
         self.queue.kernel_stats()
     }
 
-    /// Which limits have cost packets so far, and what to raise them to. Empty where none has. Where the kernel's counters
-    /// cannot be read it says so, for then it does not see packets that found the queue full.
+    /// Which limits have cost packets so far, and what to raise them to. Empty if no limit has. If
+    /// the kernel's counters cannot be read, an entry says so, because packets that found the queue
+    /// full are then not seen.
     pub fn advice(&self) -> Vec<Advice> {
-        self.queue.advice()
+        let kernel = self.queue.bound_kernel_stats().map_err(|error| error.raw_os_error());
+        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer())
     }
 
     /// Whether the queue is closing or closed.
@@ -222,48 +229,20 @@ impl VerdictSink {
     }
 
     /// The queue's number.
-    pub fn queue(&self) -> u16 {
+    pub fn queue_number(&self) -> u16 {
         self.queue.number()
     }
 }
 
 impl fmt::Debug for VerdictSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VerdictSink").field("queue", &self.queue()).field("closed", &self.is_closed()).finish()
+        f.debug_struct("VerdictSink").field("queue", &self.queue_number()).field("closed", &self.is_closed()).finish()
     }
 }
 
-/// Gives a verdict to its packet's own queue.
-pub(crate) fn submit(verdict: Verdict) -> Result<(), Error> {
-    verdict.check()?;
-    let (claim, decision) = verdict.into_parts();
-    if let Some((queue, id)) = claim.redeem() {
-        queue.decide(id, decision);
-    }
-    Ok(())
-}
-
-/// As [`submit`], and what the kernel says of it.
-pub(crate) fn confirm(verdict: Verdict) -> Confirm {
-    let id = verdict.packet_id();
-    let state = match verdict.check() {
-        Err(error) => Confirmation::Refused(Some(error)),
-        Ok(()) => {
-            let (claim, decision) = verdict.into_parts();
-            match claim.redeem() {
-                Some((queue, id)) => {
-                    let answer = queue.decide_confirmed(id, decision);
-                    Confirmation::Awaited(queue, answer)
-                }
-                None => Confirmation::Refused(None),
-            }
-        }
-    };
-    Confirm { id, state }
-}
-
-/// Always ready: what is gathered is bounded by the packets in flight. `poll_close` flushes and closes this clone alone; the
-/// queue and the other clones go on. To end the queue use [`VerdictSink::close`].
+/// Always ready: the number of gathered verdicts is limited by the packets in flight. `poll_close`
+/// flushes and closes only this clone; the queue and the other clones stay open. To close the
+/// queue, use [`VerdictSink::close`].
 impl Sink<Verdict> for VerdictSink {
     type Error = Error;
 
@@ -289,7 +268,7 @@ impl Sink<Verdict> for VerdictSink {
     }
 }
 
-/// Verdicts and messages that came to nothing: see [`VerdictSink::refusals`].
+/// Errors that concern one verdict or one message: see [`VerdictSink::refusals`].
 #[must_use = "a stream does nothing unless it is polled"]
 pub struct Refusals {
     queue: Arc<Shared>,
@@ -297,10 +276,10 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// The next refusal; `None` when the queue is closed.
+    /// The next error; `None` when the queue is closed.
     ///
     /// # Cancel safety
-    /// Cancel safe: no refusal is lost.
+    /// Cancel safe: no error is lost.
     pub async fn recv(&mut self) -> Option<Error> {
         std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }
@@ -331,40 +310,6 @@ impl fmt::Debug for Refusals {
     }
 }
 
-/// The kernel's answer to one verdict: see [`VerdictSink::confirm`].
-#[pin_project]
-#[must_use = "the verdict has been given, but only the future tells what the kernel said"]
-pub struct Confirm {
-    id: PacketId,
-    state: Confirmation,
-}
-
-enum Confirmation {
-    Awaited(Arc<Shared>, Answer),
-    Refused(Option<Error>),
-}
-
-impl Future for Confirm {
-    type Output = Result<(), Error>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
-        let id = *this.id;
-        let answer = match this.state {
-            Confirmation::Awaited(queue, answer) => ready!(queue.poll_answer(answer, cx)),
-            Confirmation::Refused(error) => error.take().map(Err),
-        };
-        let lost = || Err(Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(id));
-        Poll::Ready(answer.unwrap_or_else(lost).map_err(|error| error.with_packet(id)))
-    }
-}
-
-impl fmt::Debug for Confirm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Confirm").field(&self.id).finish()
-    }
-}
-
 fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
     const OPERATION: &str = "watch statistics";
     if every.is_zero() {
@@ -375,14 +320,14 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
     let watch = stream::unfold(start, move |(ticks, queue, at)| async move {
         ticks.wait(at).await;
         let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
-        // Late by more than an interval, it skips what it has missed.
+        // If it is late by more than an interval, the missed times are skipped.
         let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(Instant::now()));
         Some((stats, (ticks, queue, next)))
     });
     Ok(Box::pin(watch.fuse()))
 }
 
-/// A timer for a task.
+/// A timer for one task.
 #[derive(Debug)]
 struct Ticks {
     alarm: Arc<Alarm>,
@@ -394,7 +339,7 @@ struct Alarm {
     waker: AtomicWaker,
 }
 
-impl Timed for Alarm {
+impl TimerTarget for Alarm {
     fn fire(self: Arc<Self>) {
         self.waker.wake();
     }
@@ -406,10 +351,10 @@ impl Ticks {
     fn new() -> io::Result<Self> {
         let alarm = Arc::new(Alarm::default());
         let timed: Weak<Alarm> = Arc::downgrade(&alarm);
-        Ok(Self { timer: Timer::new(timed as Weak<dyn Timed>)?, alarm })
+        Ok(Self { timer: Timer::new(timed as Weak<dyn TimerTarget>)?, alarm })
     }
 
-    /// Waits until a time; for ever if there is none.
+    /// Waits until `at`; for ever if it is `None`.
     async fn wait(&self, at: Option<Instant>) {
         std::future::poll_fn(|cx| {
             let Some(at) = at else { return Poll::Pending };

@@ -72,7 +72,7 @@ pub fn sweep(contender: &Contender, rate: u64, scale: &Scale, book: &mut Book) {
 
 /// Verdicts per send, on average.
 pub fn per_send(stats: &Stats) -> f64 {
-    stats.accepted as f64 / stats.sends.max(1) as f64
+    stats.decided.accepted as f64 / stats.sent.sends.max(1) as f64
 }
 
 /// Other load on the processors, besides sender and consumer.

@@ -7,7 +7,7 @@ use crate::{
     ledger::{Decision, Ledger, Origin},
     suite::summary::{Book, Random},
     types::Action::Accept as ACCEPT,
-    wire::verdict::Ruling,
+    wire::verdict::VerdictFields,
 };
 
 pub const SECTION: &str = "ledger";
@@ -70,7 +70,7 @@ pub fn cycle(ledger: &mut Ledger<()>, first: u32, ids: &[u32]) -> u32 {
     }
     for together in ids.chunks(FLUSH) {
         for offset in together {
-            let decision = Decision { ruling: Ruling::plain(ACCEPT), extra: None, origin: Origin::Owner };
+            let decision = Decision { fields: VerdictFields::plain(ACCEPT), extras: None, origin: Origin::Owner };
             ledger.decide(first.wrapping_add(*offset), decision).expect("it is undecided");
         }
         ledger.settle(std::iter::empty(), &mut settled);

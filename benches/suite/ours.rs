@@ -276,7 +276,7 @@ fn note_time(packet: &Packet, verdicts: &VerdictSink) {
     let number = packet.payload().get(28..).and_then(|payload| payload.get(paced::NUMBER)?.first_chunk());
     if let Some(number) = number {
         let slot = &SUBMITTED[u64::from_ne_bytes(*number) as usize % SUBMITTED.len()];
-        slot.flushes.store(verdicts.stats().flushes, Relaxed);
+        slot.flushes.store(verdicts.stats().sent.flushes, Relaxed);
         slot.at.store(paced::now(), Relaxed);
     }
 }

@@ -43,7 +43,8 @@ async fn decide(mut packets: PacketStream, verdicts: VerdictSink, counts: Arc<Co
                 None => return false,
             },
             _ = progress.tick() => {
-                let Stats { received, in_flight, .. } = verdicts.stats();
+                let Stats { received, held, .. } = verdicts.stats();
+                let (received, in_flight) = (received.packets, held.in_flight);
                 eprintln!("{:>3} s: {received} packets queued, {in_flight} in flight", started.elapsed().as_secs());
             }
             _ = tokio::signal::ctrl_c() => {
@@ -142,8 +143,8 @@ const TASKS: usize = 4;
 /// The demo fails if a packet is lost or a verdict is refused.
 fn check(outcome: &Outcome, stats: &Stats) -> Result<(), String> {
     let lost: u64 = outcome.flows.iter().map(|flow| flow.lost).sum();
-    if lost > 0 || stats.refused > 0 {
-        return Err(format!("{lost} packets were lost and {} verdicts refused", stats.refused));
+    if lost > 0 || stats.sent.refused > 0 {
+        return Err(format!("{lost} packets were lost and {} verdicts refused", stats.sent.refused));
     }
     Ok(())
 }

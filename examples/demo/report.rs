@@ -38,13 +38,13 @@ pub(crate) fn print(outcome: &Outcome, counts: &Counts, stats: &Stats) {
     latency("without a queue", &outcome.unqueued);
     latency("through the queue", &outcome.queued);
     println!();
-    let verdicts = stats.accepted + stats.dropped + stats.repeated + stats.requeued;
+    let verdicts = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
     println!(
         "{verdicts} verdicts in {} messages and {} system calls: batching saved {} calls ({:.1} verdicts a call)",
-        stats.messages,
-        stats.sends,
-        verdicts.saturating_sub(stats.sends),
-        verdicts as f64 / stats.sends.max(1) as f64,
+        stats.sent.messages,
+        stats.sent.sends,
+        verdicts.saturating_sub(stats.sent.sends),
+        verdicts as f64 / stats.sent.sends.max(1) as f64,
     );
 }
 

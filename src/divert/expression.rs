@@ -1,4 +1,4 @@
-//! The expressions of a rule: knows no socket.
+//! Encodes the expressions of a rule. This module uses no socket.
 
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{
@@ -6,44 +6,26 @@ use netlink_packet_netfilter::nftables::{
     Payload, Register, Verdict, VerdictAttribute,
 };
 
-use super::rule::{Family, Network, Rule, Terminal};
+use super::rule::{Family, Network, Rule, RuleAction};
 
-// uapi/linux/netfilter/nf_tables.h
-const NFTA_QUEUE_NUM: u16 = 1;
-const NFTA_QUEUE_TOTAL: u16 = 2;
-const NFTA_QUEUE_FLAGS: u16 = 3;
-const NFT_QUEUE_FLAG_BYPASS: u16 = 1;
-const NFT_QUEUE_FLAG_CPU_FANOUT: u16 = 2;
-const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
-// uapi/linux/netfilter/nf_tables_compat.h
-const NFTA_TARGET_NAME: u16 = 1;
-const NFTA_TARGET_REV: u16 = 2;
-const NFTA_TARGET_INFO: u16 = 3;
-// uapi/linux/netfilter/xt_NFQUEUE.h; the values are those of `NFT_QUEUE_FLAG_*`.
-const NFQ_FLAG_BYPASS: u16 = 1;
-const NFQ_FLAG_CPU_FANOUT: u16 = 2;
-// uapi/linux/netfilter.h
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
-const NF_DROP: u32 = 0;
-const NF_ACCEPT: u32 = 1;
-/// An interface's name with its NUL, uapi/linux/if.h.
-const IFNAMSIZ: usize = 16;
-
-/// Which of the kernel's two ways leads to a queue.
+/// How a rule sends packets to a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Via {
-    /// nf_tables' own `queue` expression (`NFT_QUEUE`).
+pub(super) enum QueueMethod {
+    /// The `queue` expression of nf_tables (`NFT_QUEUE`).
     Expression,
-    /// The xtables target `NFQUEUE`, revision 3 (`NFT_COMPAT`, `NETFILTER_XT_TARGET_NFQUEUE`).
+    /// The `NFQUEUE` target of xtables, revision 3 (`NFT_COMPAT`, `NETFILTER_XT_TARGET_NFQUEUE`).
     Target,
 }
 
-/// A rule's conditions, then its end. Comparisons break off the rule where they fail.
-pub(super) fn expressions(rule: &Rule, terminal: Terminal, via: Via) -> Vec<ListAttribute<ExpressionAttribute>> {
+/// Encodes the conditions of a rule and then its action. If a comparison fails, the kernel skips
+/// the rest of the rule.
+pub(super) fn expressions(
+    rule: &Rule,
+    action: RuleAction,
+    method: QueueMethod,
+) -> Vec<ListAttribute<ExpressionAttribute>> {
     let mut list: Vec<Expressions> = Vec::new();
-    // Where the header's bytes are depends on the family.
+    // The family comes first, because the offsets of the addresses depend on it.
     let networks = [rule.source, rule.destination];
     if let Some(family) = rule.family.or_else(|| networks.into_iter().flatten().map(Network::family).next()) {
         let number = match family {
@@ -54,12 +36,12 @@ pub(super) fn expressions(rule: &Rule, terminal: Terminal, via: Via) -> Vec<List
     }
     if let Some(name) = &rule.interface {
         let key = if super::rule::sees_input(rule.hook) { MetaKey::Iifname } else { MetaKey::Oifname };
-        // The register holds the whole name, zeros after it (nft_meta_store_ifname).
+        // The register holds the name, padded with zeros (`nft_meta_store_ifname`).
         let mut padded = name.clone().into_bytes();
         padded.resize(IFNAMSIZ, 0);
         list.extend([meta(key), equal(padded)]);
     }
-    for (network, end) in networks.into_iter().zip([End::Source, End::Destination]) {
+    for (network, end) in networks.into_iter().zip([Endpoint::Source, Endpoint::Destination]) {
         if let Some(network) = network {
             list.extend([address(network.family(), end), masked(network.mask()), equal(network.network())]);
         }
@@ -75,19 +57,19 @@ pub(super) fn expressions(rule: &Rule, terminal: Terminal, via: Via) -> Vec<List
     if let Some(protocol) = rule.protocol {
         list.extend([meta(MetaKey::L4Proto), equal(vec![protocol.number()])]);
     }
-    for (end, number) in [(End::Source, rule.source_port), (End::Destination, rule.destination_port)] {
+    for (end, number) in [(Endpoint::Source, rule.source_port), (Endpoint::Destination, rule.destination_port)] {
         if let Some(number) = number {
             list.extend([port(end), equal(number.to_be_bytes().to_vec())]);
         }
     }
-    list.push(match terminal {
-        Terminal::Drop => verdict(NF_DROP),
-        Terminal::Accept => verdict(NF_ACCEPT),
-        Terminal::Queue(first, last) => {
+    list.push(match action {
+        RuleAction::Drop => verdict(NF_DROP),
+        RuleAction::Accept => verdict(NF_ACCEPT),
+        RuleAction::Queue(first, last) => {
             let total = last.saturating_sub(first).saturating_add(1);
-            match via {
-                Via::Expression => queue_expression(rule, first, total),
-                Via::Target => queue_target(rule, first, total),
+            match method {
+                QueueMethod::Expression => queue_expression(rule, first, total),
+                QueueMethod::Target => queue_target(rule, first, total),
             }
         }
     });
@@ -98,27 +80,27 @@ fn meta(key: MetaKey) -> Expressions {
     Expressions::Meta(vec![Meta::DestinationRegister(Register::Reg1), Meta::Key(key)])
 }
 
-/// One of the two ends between which a packet travels.
+/// Selects the source or the destination of a packet.
 #[derive(Debug, Clone, Copy)]
-enum End {
+enum Endpoint {
     Source,
     Destination,
 }
 
-fn address(family: Family, end: End) -> Expressions {
+fn address(family: Family, end: Endpoint) -> Expressions {
     let (offset, length) = match (family, end) {
-        (Family::Ipv4, End::Source) => (12, 4),
-        (Family::Ipv4, End::Destination) => (16, 4),
-        (Family::Ipv6, End::Source) => (8, 16),
-        (Family::Ipv6, End::Destination) => (24, 16),
+        (Family::Ipv4, Endpoint::Source) => (12, 4),
+        (Family::Ipv4, Endpoint::Destination) => (16, 4),
+        (Family::Ipv6, Endpoint::Source) => (8, 16),
+        (Family::Ipv6, Endpoint::Destination) => (24, 16),
     };
     payload(NFT_PAYLOAD_NETWORK_HEADER, offset, length)
 }
 
-fn port(end: End) -> Expressions {
+fn port(end: Endpoint) -> Expressions {
     let offset = match end {
-        End::Source => 0,
-        End::Destination => 2,
+        Endpoint::Source => 0,
+        Endpoint::Destination => 2,
     };
     payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 2)
 }
@@ -144,7 +126,7 @@ fn compare(operator: Operator, value: Vec<u8>) -> Expressions {
     ])
 }
 
-/// `register & mask ^ 0`, back into the register.
+/// `register = register & mask ^ 0`.
 fn masked(mask: Vec<u8>) -> Expressions {
     Expressions::Bitwise(vec![
         Bitwise::SourceRegister(Register::Reg1),
@@ -170,7 +152,8 @@ fn queue_expression(rule: &Rule, first: u16, total: u16) -> Expressions {
     Expressions::Other { expression_type: "queue".to_owned(), attributes }
 }
 
-/// `struct xt_NFQ_info_v3 { u16 queuenum, queues_total, flags; }` in host byte order, padded as `XT_ALIGN` has it.
+/// `struct xt_NFQ_info_v3 { u16 queuenum, queues_total, flags; }` in host byte order, padded as
+/// `XT_ALIGN` requires.
 fn queue_target(rule: &Rule, first: u16, total: u16) -> Expressions {
     let flags = flag(rule.bypass, NFQ_FLAG_BYPASS) | flag(rule.fanout, NFQ_FLAG_CPU_FANOUT);
     let info = [first, total, flags, 0].into_iter().flat_map(u16::to_ne_bytes).collect();
@@ -186,6 +169,29 @@ fn flag(on: bool, bit: u16) -> u16 {
     if on { bit } else { 0 }
 }
 
+// uapi/linux/netfilter/nf_tables.h
+const NFTA_QUEUE_NUM: u16 = 1;
+const NFTA_QUEUE_TOTAL: u16 = 2;
+const NFTA_QUEUE_FLAGS: u16 = 3;
+const NFT_QUEUE_FLAG_BYPASS: u16 = 1;
+const NFT_QUEUE_FLAG_CPU_FANOUT: u16 = 2;
+const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
+const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+// uapi/linux/netfilter/nf_tables_compat.h
+const NFTA_TARGET_NAME: u16 = 1;
+const NFTA_TARGET_REV: u16 = 2;
+const NFTA_TARGET_INFO: u16 = 3;
+// uapi/linux/netfilter/xt_NFQUEUE.h; the values are those of `NFT_QUEUE_FLAG_*`.
+const NFQ_FLAG_BYPASS: u16 = 1;
+const NFQ_FLAG_CPU_FANOUT: u16 = 2;
+// uapi/linux/netfilter.h
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+/// The maximum length of an interface name with its NUL, uapi/linux/if.h.
+const IFNAMSIZ: usize = 16;
+
 #[cfg(test)]
 mod tests {
     use crate::Hook;
@@ -196,7 +202,7 @@ mod tests {
 
     use super::{super::rule::Protocol, *};
 
-    /// An attribute as the kernel lays it out, padded.
+    /// An attribute in the format of the kernel, with padding.
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let mut bytes = [(4 + value.len() as u16).to_ne_bytes(), kind.to_ne_bytes()].concat();
         bytes.extend_from_slice(value);
@@ -235,36 +241,36 @@ mod tests {
         expression(b"bitwise\0", &[attribute(1, &register), attribute(2, &register), attribute(3, &length), xor, mask])
     }
 
-    fn encoded(rule: &Rule, via: Via) -> Vec<u8> {
-        let list = expressions(rule, rule.check().unwrap(), via);
+    fn encoded(rule: &Rule, method: QueueMethod) -> Vec<u8> {
+        let list = expressions(rule, rule.check().unwrap(), method);
         let mut bytes = vec![0; list.as_slice().buffer_len()];
         list.as_slice().emit(&mut bytes);
         bytes
     }
 
     #[test]
-    fn a_queue_by_the_expression() {
+    fn queue_expression_is_encoded() {
         let rule = Rule::new(Hook::Output).to_queues(0x1234..=0x1237);
         let numbers = |flags| [attribute(1, &[0x12, 0x34]), attribute(2, &[0, 4]), attribute(3, &[0, flags])];
-        assert_eq!(encoded(&rule, Via::Expression), expression(b"queue\0", &numbers(0)));
-        assert_eq!(encoded(&rule.clone().bypass(true), Via::Expression), expression(b"queue\0", &numbers(1)));
-        assert_eq!(encoded(&rule.fanout(true), Via::Expression), expression(b"queue\0", &numbers(2)));
+        assert_eq!(encoded(&rule, QueueMethod::Expression), expression(b"queue\0", &numbers(0)));
+        assert_eq!(encoded(&rule.clone().bypass(true), QueueMethod::Expression), expression(b"queue\0", &numbers(1)));
+        assert_eq!(encoded(&rule.fanout(true), QueueMethod::Expression), expression(b"queue\0", &numbers(2)));
     }
 
     #[test]
-    fn a_queue_by_the_target() {
+    fn queue_target_is_encoded() {
         let rule = Rule::new(Hook::Output).to_queue(u16::MAX);
         let target = |info: [u16; 4]| {
             let info: Vec<u8> = info.into_iter().flat_map(u16::to_ne_bytes).collect();
             expression(b"target\0", &[attribute(1, b"NFQUEUE\0"), attribute(2, &[0, 0, 0, 3]), attribute(3, &info)])
         };
-        assert_eq!(encoded(&rule, Via::Target), target([u16::MAX, 1, 0, 0]));
-        assert_eq!(encoded(&rule.clone().bypass(true).fanout(true), Via::Target), target([u16::MAX, 1, 3, 0]));
-        assert_eq!(encoded(&rule.to_queues(1..=u16::MAX), Via::Target), target([1, u16::MAX, 0, 0]));
+        assert_eq!(encoded(&rule, QueueMethod::Target), target([u16::MAX, 1, 0, 0]));
+        assert_eq!(encoded(&rule.clone().bypass(true).fanout(true), QueueMethod::Target), target([u16::MAX, 1, 3, 0]));
+        assert_eq!(encoded(&rule.to_queues(1..=u16::MAX), QueueMethod::Target), target([1, u16::MAX, 0, 0]));
     }
 
     #[test]
-    fn conditions_in_their_order() {
+    fn conditions_are_encoded_in_order() {
         let rule = Rule::new(Hook::Input)
             .protocol(Protocol::Tcp)
             .source_port(80)
@@ -291,17 +297,18 @@ mod tests {
             compare(0, &[0, 80]),
             load_header(2, 2, 2),
             compare(0, &[0x1f, 0x90]),
-            // NFTA_IMMEDIATE_DREG 0, NFTA_IMMEDIATE_DATA { NFTA_DATA_VERDICT { NFTA_VERDICT_CODE NF_DROP } }
+            // NFTA_IMMEDIATE_DREG 0, NFTA_IMMEDIATE_DATA { NFTA_DATA_VERDICT { NFTA_VERDICT_CODE
+            // NF_DROP } }
             expression(
                 b"immediate\0",
                 &[attribute(1, &[0; 4]), nested(2, &[nested(2, &[attribute(1, &[0, 0, 0, 0])])])],
             ),
         ];
-        assert_eq!(encoded(&rule, Via::Expression), expected.concat());
+        assert_eq!(encoded(&rule, QueueMethod::Expression), expected.concat());
     }
 
     #[test]
-    fn addresses_bring_their_family() {
+    fn address_adds_a_condition_on_the_family() {
         let rule = Rule::new(Hook::Output).destination_address(Ipv4Addr::new(10, 1, 2, 3), 8).accept();
         let expected = [
             load(15),
@@ -314,15 +321,15 @@ mod tests {
                 &[attribute(1, &[0; 4]), nested(2, &[nested(2, &[attribute(1, &[0, 0, 0, 1])])])],
             ),
         ];
-        assert_eq!(encoded(&rule, Via::Target), expected.concat());
+        assert_eq!(encoded(&rule, QueueMethod::Target), expected.concat());
     }
 
     #[test]
-    fn interfaces_by_the_side_that_the_hook_sees() {
+    fn hook_selects_input_or_output_interface() {
         for (hook, key) in
             [(Hook::Prerouting, 6), (Hook::Input, 6), (Hook::Forward, 6), (Hook::Output, 7), (Hook::Postrouting, 7)]
         {
-            let bytes = encoded(&Rule::new(hook).interface("a").accept(), Via::Expression);
+            let bytes = encoded(&Rule::new(hook).interface("a").accept(), QueueMethod::Expression);
             assert!(bytes.starts_with(&load(key)), "{hook:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! Rules to nf_tables messages: knows no socket.
+//! Encodes tables, chains and rules as nf_tables messages. This module uses no socket.
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
@@ -6,23 +6,23 @@ use netlink_packet_netfilter::nftables::{
     RuleMessage, TableAttribute, TableFlags, TableMessage,
 };
 
-use crate::Hook;
+use crate::types::Hook;
 
 use super::{
-    expression::{Via, expressions},
-    rule::{Rule, Terminal},
+    expression::{QueueMethod, expressions},
+    rule::{Rule, RuleAction},
 };
 
-/// Whether chains get their hooks.
+/// The kind of the chains to create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Chains {
-    /// Regular chains, which no packet passes: for a trial.
-    Unhooked,
-    /// Base chains, of this priority.
-    Hooked(i32),
+pub(super) enum ChainKind {
+    /// Regular chains. No packet reaches them. For a trial.
+    Regular,
+    /// Base chains with this priority.
+    Base(i32),
 }
 
-/// What a message of a transaction is about, for the error that refuses it.
+/// What a message of a transaction creates or deletes, for error texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Subject {
     Table,
@@ -30,7 +30,7 @@ pub(super) enum Subject {
     Rule(usize),
 }
 
-/// A message, the flags it needs beside `REQUEST`, and its subject.
+/// A message, its flags in addition to `NLM_F_REQUEST`, and its subject.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Command {
     pub(super) subject: Subject,
@@ -38,10 +38,16 @@ pub(super) struct Command {
     pub(super) message: NfTablesMessage,
 }
 
-/// A table that belongs to the socket, one chain for each hook in use, and the rules in their order.
+/// Creates a table that the socket owns, one chain for each used hook, and the rules in their
+/// order.
 ///
-/// The rules must have passed [`Rule::check`]; they come with what it answered.
-pub(super) fn create(table: &str, chains: Chains, via: Via, rules: &[(&Rule, Terminal)]) -> Vec<Command> {
+/// [`Rule::check`] must have returned the [`RuleAction`] of each rule.
+pub(super) fn create(
+    table: &str,
+    chains: ChainKind,
+    method: QueueMethod,
+    rules: &[(&Rule, RuleAction)],
+) -> Vec<Command> {
     let mut hooks: Vec<Hook> = rules.iter().map(|(rule, _)| rule.hook).collect();
     hooks.sort();
     hooks.dedup();
@@ -57,28 +63,28 @@ pub(super) fn create(table: &str, chains: Chains, via: Via, rules: &[(&Rule, Ter
         flags: NLM_F_CREATE | NLM_F_EXCL,
         message: NfTablesMessage::NewChain(ChainMessage { attributes: chain(table, hook, chains) }),
     }));
-    commands.extend(rules.iter().enumerate().map(|(index, (rule, terminal))| Command {
+    commands.extend(rules.iter().enumerate().map(|(index, (rule, action))| Command {
         subject: Subject::Rule(index),
         flags: NLM_F_CREATE | NLM_F_APPEND,
         message: NfTablesMessage::NewRule(RuleMessage {
             attributes: vec![
                 RuleAttribute::Table(table.to_owned()),
                 RuleAttribute::Chain(chain_name(rule.hook).to_owned()),
-                RuleAttribute::Expressions(expressions(rule, *terminal, via)),
+                RuleAttribute::Expressions(expressions(rule, *action, method)),
             ],
         }),
     }));
     commands
 }
 
-/// Removes every rule of the table; its chains keep their hooks (`nf_tables_delrule` without a chain).
+/// Removes all rules of the table, but not its chains (`nf_tables_delrule` without a chain).
 pub(super) fn delete_rules(table: &str) -> Vec<Command> {
     let attributes = vec![RuleAttribute::Table(table.to_owned())];
     let message = NfTablesMessage::DeleteRule(RuleMessage { attributes });
     vec![Command { subject: Subject::Table, flags: 0, message }]
 }
 
-/// Removes the table and all that is in it.
+/// Removes the table, its chains and its rules.
 pub(super) fn delete_table(table: &str) -> Vec<Command> {
     let attributes = vec![TableAttribute::Name(table.to_owned())];
     let message = NfTablesMessage::DeleteTable(TableMessage { attributes });
@@ -96,14 +102,14 @@ pub(super) fn chain_name(hook: Hook) -> &'static str {
     }
 }
 
-fn chain(table: &str, hook: Hook, chains: Chains) -> Vec<ChainAttribute> {
+fn chain(table: &str, hook: Hook, chains: ChainKind) -> Vec<ChainAttribute> {
     let mut attributes =
         vec![ChainAttribute::Table(table.to_owned()), ChainAttribute::Name(chain_name(hook).to_owned())];
-    if let Chains::Hooked(priority) = chains {
+    if let ChainKind::Base(priority) = chains {
         let number = InetHookNumber::from(u32::from(hook.number()));
         attributes.push(ChainAttribute::Hook(vec![
             HookAttribute::Number(HookNumber::Inet(number)),
-            // The kernel reads it as signed (nft_chain_parse_hook).
+            // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
             HookAttribute::Priority(priority.cast_unsigned()),
         ]));
         attributes.push(ChainAttribute::Type("filter".to_owned()));
@@ -117,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    /// An attribute as the kernel lays it out, padded.
+    /// An attribute in the format of the kernel, with padding.
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let mut bytes = [(4 + value.len() as u16).to_ne_bytes(), kind.to_ne_bytes()].concat();
         bytes.extend_from_slice(value);
@@ -130,14 +136,14 @@ mod tests {
     }
 
     #[test]
-    fn one_chain_for_each_hook_and_the_rules_in_their_order() {
+    fn each_hook_gets_one_chain_and_rules_keep_their_order() {
         let rules = [
             Rule::new(Hook::Output).to_queue(1),
             Rule::new(Hook::Prerouting).to_queue(2),
             Rule::new(Hook::Output).accept(),
         ];
         let rules: Vec<_> = rules.iter().map(|rule| (rule, rule.check().unwrap())).collect();
-        let commands = create("t", Chains::Hooked(-150), Via::Expression, &rules);
+        let commands = create("t", ChainKind::Base(-150), QueueMethod::Expression, &rules);
         let subjects: Vec<_> = commands.iter().map(|command| command.subject).collect();
         assert_eq!(
             subjects,
@@ -163,9 +169,9 @@ mod tests {
         let hook = nested(4, &[attribute(1, &[0, 0, 0, 3]), attribute(2, &(-150_i32).to_be_bytes())]);
         let hooked = [name.clone(), hook, attribute(7, b"filter\0")].concat();
         assert_eq!(bytes(&commands[2].message), hooked);
-        let trial = create("t", Chains::Unhooked, Via::Expression, &rules);
+        let trial = create("t", ChainKind::Regular, QueueMethod::Expression, &rules);
         assert_eq!(bytes(&trial[2].message), name);
-        let encoded = expressions(rules[1].0, rules[1].1, Via::Expression);
+        let encoded = expressions(rules[1].0, rules[1].1, QueueMethod::Expression);
         let mut list = vec![0; encoded.as_slice().buffer_len()];
         encoded.as_slice().emit(&mut list);
         // NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS

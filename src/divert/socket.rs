@@ -1,4 +1,4 @@
-//! Transactions: a batch of messages that the kernel takes as a whole or not at all.
+//! Sends nf_tables transactions: batches of messages that the kernel applies or refuses as a whole.
 
 use std::{io, os::fd::AsFd, time::Duration};
 
@@ -18,40 +18,30 @@ use rustix::net::{
 
 use super::nft::Command;
 
-/// The kernel answers before `send` returns (`nfnetlink_rcv_batch` runs inside it), so this is never waited for; it is
-/// here so that a kernel that behaves otherwise cannot hang the caller.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// An answer is a header, an error number, the refused message's header and a line of text.
-const ANSWER_LENGTH: usize = 4096;
-/// A message of a transaction longer than the default send buffer (212 992 bytes) needs a larger one.
-const DEFAULT_SEND_BUFFER: usize = 212_992 - 32;
-
-// uapi/linux/netlink.h
-const NLMSGERR_ATTR_MSG: u16 = 1;
-
-/// A netlink socket to netfilter, and who it is.
+/// A netlink socket to netfilter, with its port id and its last sequence number.
 pub(super) struct Connection {
     socket: Socket,
     port: u32,
     sequence: u32,
 }
 
-/// What becomes of a batch without errors.
+/// What the kernel does with a batch without errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It takes effect.
+    /// The kernel applies the batch.
     Commit,
-    /// It is undone: without the closing message the kernel checks and aborts (`NFNL_ABORT_VALIDATE`).
+    /// The kernel checks the batch and then aborts it, because the batch has no end message
+    /// (`NFNL_ABORT_VALIDATE`).
     Abort,
 }
 
-/// A batch the kernel refused, or an exchange that failed.
+/// A transaction that failed: the kernel refused the batch, or a system call returned an error.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) error: io::Error,
-    /// Which message, by its index; `None` if it was not a particular one.
+    /// The index of the refused command. `None` if the error does not belong to a single command.
     pub(super) command: Option<usize>,
-    /// What the kernel says about it, on the rare occasions when it says anything.
+    /// The extended error message of the kernel. The kernel rarely sends one.
     pub(super) text: Option<String>,
 }
 
@@ -62,31 +52,33 @@ impl From<io::Error> for Refusal {
 }
 
 impl Connection {
-    /// Opens a socket in the calling thread's network namespace.
+    /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         let port = socket.bind_auto()?.port_number();
-        set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(ANSWER_TIMEOUT))?;
-        // Errors carry a text, and not the message they are about. That a thousand errors overflow the receive buffer
-        // is no loss, as only the first counts; a kernel without the one or the other option does as well.
+        set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(REPLY_TIMEOUT))?;
+        // With these options, error replies contain a text but not the refused message, and an
+        // overflow of the receive buffer is not reported. Only the first error is used, so an
+        // overflow loses nothing. The code also works on kernels that lack an option.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_no_enobufs(true);
         Ok(Self { socket, port, sequence: 0 })
     }
 
-    /// The socket's address, unique in its network namespace while it is open.
+    /// The netlink port id of the socket. It is unique in the network namespace while the socket is
+    /// open.
     pub(super) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Sends a batch and waits until the kernel has taken or refused it.
+    /// Sends a batch and waits until the kernel has applied or refused it.
     pub(super) fn transact(&mut self, commands: &[Command], outcome: Outcome) -> Result<(), Refusal> {
-        self.discard_old_answers();
+        self.discard_old_replies();
         let begin = self.sequence.wrapping_add(1);
         let batch = encode(commands, begin, outcome);
         self.sequence = begin.wrapping_add(commands.len() as u32).wrapping_add(1);
-        self.make_room(batch.len());
+        self.enlarge_send_buffer(batch.len());
         loop {
             match self.socket.send_to(&batch, &SocketAddr::new(0, 0), 0) {
                 Ok(_) => break,
@@ -94,23 +86,24 @@ impl Connection {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.answer(begin, commands.len())
+        self.wait_for_reply(begin, commands.len())
     }
 
-    /// Reads until the first error, or the acknowledgement of the last message, which is the only one asked for.
+    /// Reads replies until the first error, or until the acknowledgement of the last command. Only
+    /// the last command requests an acknowledgement.
     ///
-    /// Errors come in the order of the messages; an error of the batch as a whole names the opening message and comes
-    /// before all others.
-    fn answer(&self, begin: u32, count: usize) -> Result<(), Refusal> {
+    /// Errors arrive in the order of the commands. An error of the whole batch has the sequence
+    /// number of the begin message and arrives first.
+    fn wait_for_reply(&self, begin: u32, count: usize) -> Result<(), Refusal> {
         loop {
-            let mut buffer = Vec::with_capacity(ANSWER_LENGTH);
+            let mut buffer = Vec::with_capacity(REPLY_LENGTH);
             match self.socket.recv_from(&mut buffer, 0) {
                 Ok((_, sender)) if sender.port_number() == 0 => {}
                 Ok(_) => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             }
-            for Answer { sequence, errno, text } in answers(&buffer) {
+            for Reply { sequence, errno, text } in replies(&buffer) {
                 let index = sequence.wrapping_sub(begin) as usize;
                 if index > count {
                     continue;
@@ -126,14 +119,15 @@ impl Connection {
         }
     }
 
-    /// The errors that followed the first one of an earlier batch.
-    fn discard_old_answers(&self) {
+    /// Discards the errors that followed the first error of an earlier batch.
+    fn discard_old_replies(&self) {
         let flags = RecvFlags::DONTWAIT.bits().cast_signed();
-        while self.socket.recv_from(&mut Vec::with_capacity(ANSWER_LENGTH), flags).is_ok() {}
+        while self.socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags).is_ok() {}
     }
 
-    /// A larger send buffer where the batch needs one. If it is not granted, `send` says so.
-    fn make_room(&self, length: usize) {
+    /// Enlarges the send buffer if the batch needs it. If the kernel refuses, `send` returns an
+    /// error.
+    fn enlarge_send_buffer(&self, length: usize) {
         if length > DEFAULT_SEND_BUFFER
             && set_socket_send_buffer_size_force(self.socket.as_fd(), length.saturating_add(32)).is_err()
         {
@@ -142,7 +136,8 @@ impl Connection {
     }
 }
 
-/// The batch: the opening message with sequence number `begin`, the commands with the numbers after it, the end.
+/// Encodes a batch: the begin message with sequence number `begin`, the commands with the following
+/// numbers, and the end message.
 fn encode(commands: &[Command], begin: u32, outcome: Outcome) -> Vec<u8> {
     let control = |message| {
         let header =
@@ -178,23 +173,23 @@ fn append(batch: &mut Vec<u8>, message: NetfilterMessage, sequence: u32, flags: 
 
 /// An acknowledgement (`errno` 0) or an error.
 #[derive(Debug, PartialEq, Eq)]
-struct Answer {
+struct Reply {
     sequence: u32,
     errno: i32,
     text: Option<String>,
 }
 
-/// The answers in a datagram; what is not one is passed over.
-fn answers(mut datagram: &[u8]) -> Vec<Answer> {
+/// The acknowledgements and errors in a datagram. Other messages are skipped.
+fn replies(mut datagram: &[u8]) -> Vec<Reply> {
     let mut found = Vec::new();
     while let Ok(message) = NetlinkBuffer::new_checked(datagram) {
         if message.message_type() == NLMSG_ERROR
             && let Ok(error) = ErrorBuffer::new_checked(message.payload())
         {
             let errno = error.code().map_or(0, |code| code.get().saturating_neg());
-            let told = message.flags() & NLM_F_ACK_TLVS != 0;
-            let text = if told { text(error.payload()) } else { None };
-            found.push(Answer { sequence: message.sequence_number(), errno, text });
+            let has_attributes = message.flags() & NLM_F_ACK_TLVS != 0;
+            let text = if has_attributes { text(error.payload()) } else { None };
+            found.push(Reply { sequence: message.sequence_number(), errno, text });
         }
         let length = (message.length() as usize).next_multiple_of(usize::from(NLMSG_ALIGNTO));
         datagram = datagram.get(length..).unwrap_or_default();
@@ -202,7 +197,8 @@ fn answers(mut datagram: &[u8]) -> Vec<Answer> {
     found
 }
 
-/// The kernel's own words, after the header of the message that they are about (the socket asks for no more of it).
+/// The extended error message of the kernel. It follows the header of the refused message
+/// (`NETLINK_CAP_ACK` omits the rest of that message).
 fn text(payload: &[u8]) -> Option<String> {
     const HEADER: usize = 16;
     NlasIterator::new(payload.get(HEADER..)?)
@@ -210,6 +206,19 @@ fn text(payload: &[u8]) -> Option<String> {
         .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)
         .map(|attribute| String::from_utf8_lossy(attribute.value()).trim_end_matches('\0').to_owned())
 }
+
+/// The kernel replies before `send` returns, because `nfnetlink_rcv_batch` runs inside `send`. The
+/// timeout only ensures that a different kernel cannot block the caller forever.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// The size of the receive buffer in bytes. A reply has a header, an error number, the header of
+/// the refused message and a line of text.
+const REPLY_LENGTH: usize = 4096;
+/// The longest batch in bytes that fits in the default send buffer (212 992 bytes). A longer one
+/// needs a larger send buffer.
+const DEFAULT_SEND_BUFFER: usize = 212_992 - 32;
+
+// uapi/linux/netlink.h
+const NLMSGERR_ATTR_MSG: u16 = 1;
 
 #[cfg(test)]
 mod tests {
@@ -232,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_opened_acknowledged_once_and_closed() {
+    fn batch_has_begin_and_end_and_requests_one_acknowledgement() {
         let commands = [nft::delete_rules("odd"), nft::delete_table("odd")].concat();
         let expected = [
             (BEGIN, NLM_F_REQUEST, u32::MAX - 1),
@@ -242,7 +251,7 @@ mod tests {
         ];
         let batch = encode(&commands, u32::MAX - 1, Outcome::Commit);
         assert_eq!(headers(&batch), expected);
-        // Family, version, and in network byte order the subsystem that the batch is for.
+        // Family, version, and the subsystem of the batch in network byte order.
         assert_eq!(batch[16..20], [0, 0, 0, 10]);
         assert_eq!(batch[36..40], [1, 0, 0, 0]);
         assert_eq!(headers(&encode(&commands, u32::MAX - 1, Outcome::Abort)), expected[..3]);
@@ -260,12 +269,12 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_told_apart() {
+    fn acknowledgements_and_errors_are_decoded() {
         let header = [0; 16];
         // NLMSGERR_ATTR_OFFS, NLMSGERR_ATTR_MSG
         let offset = [&8_u16.to_ne_bytes()[..], &2_u16.to_ne_bytes(), &20_u32.to_ne_bytes()].concat();
-        let told = [&9_u16.to_ne_bytes()[..], &1_u16.to_ne_bytes(), b"oops\0\0\0\0"].concat();
-        let error = [&(-17_i32).to_ne_bytes()[..], &header, &offset, &told].concat();
+        let message_text = [&9_u16.to_ne_bytes()[..], &1_u16.to_ne_bytes(), b"oops\0\0\0\0"].concat();
+        let error = [&(-17_i32).to_ne_bytes()[..], &header, &offset, &message_text].concat();
         let datagram = [
             message(NLMSG_ERROR, 0, 1, &[&[0; 4][..], &header].concat()),
             message(3, 0, 2, &[]),
@@ -273,22 +282,22 @@ mod tests {
             message(NLMSG_ERROR, 0, 4, &error),
         ]
         .concat();
-        let answer = |sequence, errno, text: Option<&str>| Answer { sequence, errno, text: text.map(str::to_owned) };
-        assert_eq!(answers(&datagram), [answer(1, 0, None), answer(3, 17, Some("oops")), answer(4, 17, None)]);
+        let reply = |sequence, errno, text: Option<&str>| Reply { sequence, errno, text: text.map(str::to_owned) };
+        assert_eq!(replies(&datagram), [reply(1, 0, None), reply(3, 17, Some("oops")), reply(4, 17, None)]);
     }
 
     #[test]
-    fn no_answer_is_too_strange() {
+    fn malformed_replies_do_not_panic() {
         let error = [&i32::MIN.to_ne_bytes()[..], &[0xff; 40]].concat();
         let whole = message(NLMSG_ERROR, NLM_F_ACK_TLVS, 1, &error);
         for length in 0..=whole.len() {
-            let _ = answers(&whole[..length]);
-            // Every length the header may claim, true or not.
-            let mut lying = whole.clone();
-            lying[..4].copy_from_slice(&(length as u32).to_ne_bytes());
-            let _ = answers(&lying);
+            let _ = replies(&whole[..length]);
+            // Tests every value of the length field, correct or not.
+            let mut wrong = whole.clone();
+            wrong[..4].copy_from_slice(&(length as u32).to_ne_bytes());
+            let _ = replies(&wrong);
         }
-        assert!(answers(&[]).is_empty());
-        assert!(answers(&[0xff; 64]).is_empty());
+        assert!(replies(&[]).is_empty());
+        assert!(replies(&[0xff; 64]).is_empty());
     }
 }

@@ -1,21 +1,26 @@
-//! The Internet checksum (RFC 1071) of headers in place; the sums are etherparse's.
+//! Computes Internet checksums (RFC 1071) in place, with the sums of etherparse.
 
 use etherparse::checksum::Sum16BitWords;
 
 use super::layout::{Layout, Transport, Version};
 
-/// Computes the checksums of a whole packet: the IPv4 header's, and the transport's where that is known.
+/// Computes the checksums of a complete packet: of the IPv4 header, and of TCP, UDP, ICMP or
+/// ICMPv6.
 ///
-/// A UDP datagram over IPv4 that has none (0) goes on having none; over IPv6 it gets one, which every receiver accepts.
+/// A UDP datagram over IPv4 without a checksum (0) stays without one. Over IPv6 it gets a checksum,
+/// which every receiver accepts.
 ///
-/// A UDP super-packet gets the pseudo header's sum instead, of which `__udp_gso_segment` (net/ipv4/udp_offload.c) makes the
-/// segments' checksums, also where the packet is not marked as unfinished. TCP's segmentation begins anew.
+/// A UDP super-packet gets the sum of the pseudo header instead. `__udp_gso_segment`
+/// (net/ipv4/udp_offload.c) computes the checksums of the segments from that sum, also if the
+/// packet is not marked as `CHECKSUM_PARTIAL`. TCP segmentation computes the checksums from the
+/// start.
 pub(super) fn complete(packet: &mut [u8], layout: &Layout, gso: bool) {
     if layout.version == Version::V4 {
         let header = usize::from(packet[0] & 0xf) * 4;
         packet[10..12].fill(0);
         let sum = Sum16BitWords::new().add_slice(&packet[..header]);
-        // The sum is of words as they lie in memory, hence native here and below.
+        // The sum adds the words in their memory order, so its bytes are native-endian here and
+        // below.
         packet[10..12].copy_from_slice(&sum.ones_complement().to_ne_bytes());
     }
     let Ok(transport) = layout.editable() else { return };
@@ -28,16 +33,18 @@ pub(super) fn complete(packet: &mut [u8], layout: &Layout, gso: bool) {
     let checksum = if gso && transport == Transport::Udp {
         (!pseudo_header.ones_complement()).to_ne_bytes()
     } else {
-        closing(&pseudo_header.add_slice(&packet[layout.at..layout.payload_end]), transport)
+        to_checksum(&pseudo_header.add_slice(&packet[layout.at..layout.payload_end]), transport)
     };
     packet[at..at + 2].copy_from_slice(&checksum);
 }
 
-/// Whether the transport checksum is what the kernel leaves for the interface to finish: the pseudo header's sum
-/// (`CHECKSUM_PARTIAL`, include/linux/skbuff.h).
+/// Whether the transport checksum is incomplete (`CHECKSUM_PARTIAL`, include/linux/skbuff.h).
 ///
-/// A UDP socket with an IPv4 source route sums the next hop (`udp_send_skb`; seen on Linux 6.18).
-/// That checksum is unfinished too, though it is wrong when it is finished.
+/// An incomplete checksum is the sum of the pseudo header only. The interface adds the rest.
+///
+/// A UDP socket with an IPv4 source route sums the next hop instead of the final destination
+/// (`udp_send_skb`; seen on Linux 6.18). This also counts as incomplete, although the interface
+/// would complete it to a wrong checksum.
 pub(super) fn is_partial(packet: &[u8], layout: &Layout) -> bool {
     let Ok(transport) = layout.editable() else { return false };
     let at = layout.at + transport.checksum_at();
@@ -48,24 +55,25 @@ pub(super) fn is_partial(packet: &[u8], layout: &Layout) -> bool {
     transport.has_ports() && [layout.destination, layout.version.destination_at()].into_iter().any(is_sum_with)
 }
 
-/// The transport checksum `old` after `from`, which it covers, has become `to` (RFC 1624).
+/// Updates the transport checksum `old` for a change of the covered bytes `from` to `to` (RFC
+/// 1624).
 pub(super) fn adjusted(old: [u8; 2], from: &[u8], to: &[u8], transport: Transport) -> [u8; 2] {
-    // ~(~old + ~from + to). The complement of a sum is the sum of the complements, each word's.
+    // ~(~old + ~from + to). The complement of a sum equals the sum of the complements of its words.
     let removed = Sum16BitWords::new().add_slice(from).ones_complement().to_ne_bytes();
     let sum = Sum16BitWords::new().add_2bytes(old.map(|byte| !byte)).add_2bytes(removed).add_slice(to);
-    closing(&sum, transport)
+    to_checksum(&sum, transport)
 }
 
-fn closing(sum: &Sum16BitWords, transport: Transport) -> [u8; 2] {
+fn to_checksum(sum: &Sum16BitWords, transport: Transport) -> [u8; 2] {
     match transport {
-        // Zero would say that there is none.
+        // A UDP checksum of 0 means that the datagram has none.
         Transport::Udp => sum.to_ones_complement_with_no_zero(),
         _ => sum.ones_complement(),
     }
     .to_ne_bytes()
 }
 
-/// With the destination address at `destination`.
+/// The sum of the pseudo header, with the destination address at offset `destination`.
 fn pseudo_header(packet: &[u8], layout: &Layout, transport: Transport, destination: usize) -> Sum16BitWords {
     let (source, address_len) = match (layout.version, transport) {
         (Version::V4, Transport::Icmpv4) => return Sum16BitWords::new(),

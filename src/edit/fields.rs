@@ -1,4 +1,4 @@
-//! Setting what has a place of its own in the headers.
+//! Sets single header fields: TTL, TOS, addresses and ports.
 
 use std::{net::IpAddr, ops::Range};
 
@@ -9,10 +9,11 @@ use super::{
     layout::{Obstacle, Transport, Version},
     refused,
 };
-use crate::Error;
+use crate::types::Error;
 
 impl Edit {
-    /// Sets the TTL, or hop limit. Of any packet.
+    /// Sets the TTL of IPv4, or the hop limit of IPv6. This works for every packet, also for
+    /// fragments.
     pub fn set_ttl(&mut self, ttl: u8) {
         let at = match self.layout.version {
             Version::V4 => 8,
@@ -21,7 +22,8 @@ impl Edit {
         self.packet[at] = ttl;
     }
 
-    /// Sets the TOS, or traffic class: DSCP in the upper six bits, ECN in the lower two. Of any packet.
+    /// Sets the TOS byte of IPv4, or the traffic class of IPv6: DSCP in the upper six bits, ECN in
+    /// the lower two. This works for every packet, also for fragments.
     pub fn set_tos(&mut self, tos: u8) {
         match self.layout.version {
             Version::V4 => self.packet[1] = tos,
@@ -41,18 +43,23 @@ impl Edit {
         self.set_address("set the source address", address.into(), 12, 8)
     }
 
-    /// Sets the destination address. Of fragments too: set it in all of them, and the first one's transport checksum is
-    /// adjusted.
+    /// Sets the destination address.
     ///
-    /// While an IPv4 source route or an IPv6 routing header is not used up, this is the next hop.
-    /// The final destination, which the transport checksum covers, stays as it is.
+    /// This also works for fragments. Set the address in every fragment of a datagram. In the first
+    /// fragment, the transport checksum is updated.
+    ///
+    /// While an IPv4 source route is not completed, or an IPv6 routing header has segments left,
+    /// this address is the next hop. The final destination, which the transport checksum covers,
+    /// stays unchanged.
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the address is of the other family; if
-    /// an authentication header covers the packet; if the transport checksum, which covers the
-    /// addresses, cannot be kept right: of a damaged or unknown protocol, or behind an IPv6 routing
-    /// header with segments left that is malformed or of another type than 0, 2 and 4.
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if
+    /// * the address is IPv4 and the packet is IPv6, or the reverse;
+    /// * an authentication header covers the packet;
+    /// * the transport checksum covers the addresses and cannot be updated: the transport header is
+    ///   malformed, the protocol is unknown, or the packet has an IPv6 routing header with segments
+    ///   left that is malformed or whose type is not 0, 2 or 4.
     pub fn set_destination_address(&mut self, address: impl Into<IpAddr>) -> Result<(), Error> {
         self.set_address("set the destination address", address.into(), 16, 24)
     }
@@ -70,7 +77,8 @@ impl Edit {
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if there is none, and as [`payload_mut`](Self::payload_mut).
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is ICMP or ICMPv6, which have
+    /// no ports, and for the same reasons as [`payload_mut`](Self::payload_mut).
     pub fn set_destination_port(&mut self, port: u16) -> Result<(), Error> {
         self.set_port("set the destination port", port, 2)
     }
@@ -94,27 +102,32 @@ impl Edit {
         match (self.layout.version, address) {
             (Version::V4, IpAddr::V4(address)) => self.write_address(operation, at_v4, &address.octets()),
             (Version::V6, IpAddr::V6(address)) => self.write_address(operation, at_v6, &address.octets()),
-            (Version::V4, _) => Err(invalid(operation, format!("{address} for an IPv4 packet"))),
-            (Version::V6, _) => Err(invalid(operation, format!("{address} for an IPv6 packet"))),
+            (Version::V4, _) => {
+                Err(invalid(operation, format!("{address} is not an IPv4 address, and the packet is IPv4")))
+            }
+            (Version::V6, _) => {
+                Err(invalid(operation, format!("{address} is not an IPv6 address, and the packet is IPv6")))
+            }
         }
     }
 
     fn write_address(&mut self, operation: &'static str, at: usize, octets: &[u8]) -> Result<(), Error> {
         let place = at..at + octets.len();
         match (self.layout.obstacle, self.layout.transport) {
-            // The checksum is computed in the end.
+            // `finish` computes the checksum.
             (None, _) => {}
-            (Some(Obstacle::Fragment), _) if self.layout.headless => {}
+            (Some(Obstacle::Fragment), _) if self.layout.headerless => {}
             (Some(Obstacle::Fragment), Some(transport)) => self.adjust_checksum(transport, &place, octets),
             (Some(Obstacle::Fragment | Obstacle::Protocol(_)), None)
-                if ADDRESSES_UNCOVERED.contains(&self.layout.protocol) => {}
+                if ADDRESSES_NOT_IN_CHECKSUM.contains(&self.layout.protocol) => {}
             (Some(obstacle), _) => return Err(refused(operation, obstacle)),
         }
         self.packet[place].copy_from_slice(octets);
         Ok(())
     }
 
-    /// Prepares the checksum in a first fragment for a change of the address at `place`.
+    /// Updates the checksum in a first fragment for a new address at `place`. `finish` cannot
+    /// compute it, because the rest of the datagram is in other fragments.
     fn adjust_checksum(&mut self, transport: Transport, place: &Range<usize>, address: &[u8]) {
         if self.layout.is_routed() && place.start == self.layout.version.destination_at() {
             // The checksum does not cover the next hop.
@@ -122,14 +135,14 @@ impl Edit {
         }
         let at = self.layout.at + transport.checksum_at();
         let old = [self.packet[at], self.packet[at + 1]];
-        let none = transport == Transport::Udp && old == [0, 0];
-        if transport != Transport::Icmpv4 && !none {
+        let has_none = transport == Transport::Udp && old == [0, 0];
+        if transport != Transport::Icmpv4 && !has_none {
             let new = checksum::adjusted(old, &self.packet[place.clone()], address, transport);
             self.packet[at..at + 2].copy_from_slice(&new);
         }
     }
 }
 
-/// Protocols whose checksum, if they have one, does not cover the addresses: IGMP, IPv4, IPv6, GRE, SCTP.
-const ADDRESSES_UNCOVERED: [IpNumber; 5] =
+/// Protocols whose checksum, if they have one, does not cover the IP addresses.
+const ADDRESSES_NOT_IN_CHECKSUM: [IpNumber; 5] =
     [ip_number::IGMP, ip_number::IPV4, ip_number::IPV6, ip_number::GRE, ip_number::SCTP];

@@ -1,4 +1,4 @@
-//! Where things are in a packet.
+//! Finds the headers and the payload in a packet.
 
 use std::{fmt, ops::Range};
 
@@ -9,31 +9,35 @@ use etherparse::{
 
 use super::route;
 
-/// Offsets into a packet. They hold for the bytes they were taken from and no others: `at <= end <= bytes.len()`, and
-/// where there is a `transport`, `at + header_len <= payload_end <= end`.
+/// Offsets into a packet. They are valid only for the bytes that they were computed from.
+///
+/// `at <= end <= bytes.len()`. If there is a `transport`, also
+/// `at + header_len <= payload_end <= end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) version: Version,
-    /// Where the destination is that the transport checksum covers: in the IP header, or in a route
-    /// that is not used up.
+    /// The offset of the destination address that the transport checksum covers. It is in the IP
+    /// header, or in a route that is not completed.
     pub(super) destination: usize,
-    /// What follows the IP header and its extensions.
+    /// The protocol after the IP header and its extension headers.
     pub(super) protocol: IpNumber,
-    /// Where that begins.
+    /// Where the header of that protocol begins.
     pub(super) at: usize,
-    /// Where the packet ends, or what was captured of it.
+    /// Where the packet ends, or where the copied part of it ends.
     pub(super) end: usize,
-    /// How long the IP header says the packet is; `None` for jumbograms and their like.
+    /// The length that the IP header states. `None` if it states none, as in jumbograms.
     pub(super) stated_len: Option<usize>,
-    /// Whether the packet is a fragment that begins in the midst of a datagram.
-    pub(super) headless: bool,
-    /// The transport header, where there is a whole one.
+    /// Whether no header can be read at `at`: the packet is a fragment other than the first, or an
+    /// extension header is malformed.
+    pub(super) headerless: bool,
+    /// The kind of the transport header. `None` if there is no complete one.
     pub(super) transport: Option<Transport>,
-    /// Of the transport header, options included.
+    /// The length of the transport header, with its options.
     pub(super) header_len: usize,
-    /// Of the transport payload: before `end` if something follows a UDP datagram.
+    /// Where the transport payload ends. This is before `end` if other bytes follow a UDP datagram.
     pub(super) payload_end: usize,
-    /// What forbids to change the transport header or payload. `None` only where there is a transport header.
+    /// Why the transport header and payload must not be changed. `None` only if there is a
+    /// transport header.
     pub(super) obstacle: Option<Obstacle>,
 }
 
@@ -44,7 +48,7 @@ pub(super) enum Version {
 }
 
 impl Version {
-    /// Where the IP header has its destination.
+    /// The offset of the destination address in the IP header.
     pub(super) fn destination_at(self) -> usize {
         match self {
             Self::V4 => 16,
@@ -62,7 +66,7 @@ pub(super) enum Transport {
 }
 
 impl Transport {
-    /// Where in the header the checksum is.
+    /// The offset of the checksum in the transport header.
     pub(super) fn checksum_at(self) -> usize {
         match self {
             Self::Tcp => 16,
@@ -76,19 +80,19 @@ impl Transport {
     }
 }
 
-/// Why a transport header cannot be changed, its checksum not be computed.
+/// Why a transport header cannot be changed and its checksum cannot be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Obstacle {
-    /// The packet is a part of a datagram.
+    /// The packet is a fragment of a datagram.
     Fragment,
-    /// An authentication header covers everything.
+    /// An authentication header covers the whole packet.
     Authenticated,
-    /// The checksum covers a destination that is not found in a routing header.
+    /// The checksum covers a final destination that cannot be found in the routing header.
     Routed,
-    /// The protocol is none of those known here.
+    /// The protocol is not supported.
     Protocol(IpNumber),
-    /// This is cut off or contradicts the rest.
-    Damaged(&'static str),
+    /// This part of the packet is incomplete or inconsistent.
+    Malformed(&'static str),
 }
 
 impl fmt::Display for Obstacle {
@@ -102,26 +106,27 @@ impl fmt::Display for Obstacle {
             Self::Protocol(ip_number::ENCAP_SEC) => f.write_str("the content is encrypted (ESP)"),
             Self::Protocol(ip_number::IPV6_NO_NEXT_HEADER) => f.write_str("nothing follows the IP header"),
             Self::Protocol(IpNumber(number)) => {
-                write!(f, "protocol {number}; TCP, UDP and the ICMP of the packet's family can be edited")
+                write!(f, "protocol {number} is not supported; TCP, UDP, ICMP over IPv4 and ICMPv6 over IPv6 are")
             }
-            Self::Damaged(what) => write!(f, "{what} is damaged"),
+            Self::Malformed(what) => write!(f, "{what} is malformed"),
         }
     }
 }
 
 impl Layout {
-    /// Fails where there is no whole IP header. What follows it may be damaged or missing.
+    /// Returns an error if there is no complete IP header. The bytes after it may be malformed or
+    /// missing.
     pub(super) fn of(packet: &[u8]) -> Result<Self, &'static str> {
         match packet.first().map(|first| first >> 4) {
             Some(4) => Self::of_ipv4(packet),
             Some(6) => Self::of_ipv6(packet),
-            Some(_) => Err("neither IPv4 nor IPv6"),
-            None => Err("no bytes"),
+            Some(_) => Err("the packet is neither IPv4 nor IPv6"),
+            None => Err("the packet has no bytes"),
         }
     }
 
     fn of_ipv4(packet: &[u8]) -> Result<Self, &'static str> {
-        let header = Ipv4HeaderSlice::from_slice(packet).map_err(|_| "the IPv4 header is damaged")?;
+        let header = Ipv4HeaderSlice::from_slice(packet).map_err(|_| "the IPv4 header is malformed")?;
         let at = header.slice().len();
         let total = usize::from(header.total_len());
         let stated_len = (total >= at).then_some(total);
@@ -138,10 +143,11 @@ impl Layout {
     }
 
     fn of_ipv6(packet: &[u8]) -> Result<Self, &'static str> {
-        let header = Ipv6HeaderSlice::from_slice(packet).map_err(|_| "the IPv6 header is damaged")?;
+        let header = Ipv6HeaderSlice::from_slice(packet).map_err(|_| "the IPv6 header is malformed")?;
         let at = Ipv6Header::LEN;
         let stated_len = match header.payload_length() {
-            // The length is in a jumbo option or, of a super-packet, nowhere.
+            // A jumbogram has its length in an option. A super-packet of more than 64 KiB has its
+            // length nowhere.
             0 if packet.len() > at && header.next_header() != ip_number::IPV6_NO_NEXT_HEADER => None,
             length => Some(at + usize::from(length)),
         };
@@ -151,23 +157,23 @@ impl Layout {
         Ok(chain.into_layout(&packet[..end], stated_len))
     }
 
-    /// Whether the packet carries a route that is not used up, so that the header's destination is
-    /// the next hop.
+    /// Whether the packet has a route that is not completed. The destination in the IP header is
+    /// then the next hop.
     pub(super) fn is_routed(&self) -> bool {
         self.destination != self.version.destination_at()
     }
 
-    /// Whether all of the packet is there.
+    /// Whether all bytes of the packet are present.
     pub(super) fn is_whole(&self) -> bool {
         self.stated_len == Some(self.end)
     }
 
-    /// Where the transport payload is, or as much of it as there is.
+    /// The range of the transport payload, or of the part of it that is present.
     pub(super) fn payload(&self) -> Option<Range<usize>> {
         self.transport.map(|_| self.at + self.header_len..self.payload_end)
     }
 
-    /// The transport header, if it and what follows it may be changed.
+    /// The kind of the transport header, if that header and its payload may be changed.
     pub(super) fn editable(&self) -> Result<Transport, Obstacle> {
         match (self.obstacle, self.transport) {
             (None, Some(transport)) => Ok(transport),
@@ -177,43 +183,45 @@ impl Layout {
     }
 }
 
-/// The way along the extension headers. etherparse can walk them too, but not tell a later fragment's data from headers,
-/// nor where a chain that breaks off does so.
+/// A walk along the IPv6 extension headers and the authentication header.
+///
+/// etherparse can also walk them. But it takes the data of a later fragment for headers, and does
+/// not report where a chain becomes malformed.
 struct Chain {
     version: Version,
-    /// As [`Layout::destination`].
+    /// See [`Layout::destination`].
     destination: usize,
     protocol: IpNumber,
     at: usize,
     obstacle: Option<Obstacle>,
-    /// What comes next is in the midst of a datagram.
-    headless: bool,
+    /// See [`Layout::headerless`].
+    headerless: bool,
 }
 
 impl Chain {
     fn new(protocol: IpNumber, at: usize, version: Version) -> Self {
-        Self { version, destination: version.destination_at(), protocol, at, obstacle: None, headless: false }
+        Self { version, destination: version.destination_at(), protocol, at, obstacle: None, headerless: false }
     }
 
     fn follow(&mut self, packet: &[u8]) {
-        while !self.headless {
+        while !self.headerless {
             let rest = &packet[self.at..];
             let (next, length) = match (self.protocol, self.version) {
                 (ip_number::AUTH, _) => {
-                    let Ok(header) = IpAuthHeaderSlice::from_slice(rest) else { return self.broken() };
+                    let Ok(header) = IpAuthHeaderSlice::from_slice(rest) else { return self.malformed() };
                     self.obstacle = Some(Obstacle::Authenticated);
                     (header.next_header(), header.slice().len())
                 }
                 (ip_number::IPV6_FRAG, Version::V6) => {
-                    let Ok(header) = Ipv6FragmentHeaderSlice::from_slice(rest) else { return self.broken() };
+                    let Ok(header) = Ipv6FragmentHeaderSlice::from_slice(rest) else { return self.malformed() };
                     if header.is_fragmenting_payload() {
                         self.fragment(header.fragment_offset().value() != 0);
                     }
                     (header.next_header(), header.slice().len())
                 }
                 (ip_number::IPV6_HOP_BY_HOP | ip_number::IPV6_DEST_OPTIONS | ip_number::IPV6_ROUTE, Version::V6) => {
-                    let Ok(header) = Ipv6RawExtHeaderSlice::from_slice(rest) else { return self.broken() };
-                    // Behind next header and length: routing type, segments left.
+                    let Ok(header) = Ipv6RawExtHeaderSlice::from_slice(rest) else { return self.malformed() };
+                    // After next header and length: routing type, segments left.
                     let segments_left = header.payload().get(1).copied();
                     if self.protocol == ip_number::IPV6_ROUTE && segments_left != Some(0) {
                         match route::in_routing_header(header.slice()) {
@@ -232,18 +240,18 @@ impl Chain {
         }
     }
 
-    fn fragment(&mut self, headless: bool) {
-        self.headless = headless;
+    fn fragment(&mut self, headerless: bool) {
+        self.headerless = headerless;
         self.obstacle.get_or_insert(Obstacle::Fragment);
     }
 
-    fn broken(&mut self) {
-        self.headless = true;
-        self.obstacle = Some(Obstacle::Damaged("an extension header"));
+    fn malformed(&mut self) {
+        self.headerless = true;
+        self.obstacle = Some(Obstacle::Malformed("an extension header"));
     }
 
     fn into_layout(self, packet: &[u8], stated_len: Option<usize>) -> Layout {
-        let Self { version, destination, protocol, at, obstacle, headless } = self;
+        let Self { version, destination, protocol, at, obstacle, headerless } = self;
         let end = packet.len();
         let layout = Layout {
             version,
@@ -252,30 +260,31 @@ impl Chain {
             at,
             end,
             stated_len,
-            headless,
+            headerless,
             transport: None,
             header_len: 0,
             payload_end: end,
             obstacle,
         };
-        if headless {
-            // What it begins with is not known, but an authentication header covers it.
+        if headerless {
+            // If the protocol is AUTH, an authentication header covers the packet, although that
+            // header cannot be read here.
             let authenticated = (protocol == ip_number::AUTH).then_some(Obstacle::Authenticated);
             return Layout { obstacle: authenticated.or(obstacle), ..layout };
         }
         let or = |new| Some(obstacle.unwrap_or(new));
         let rest = &packet[at..];
-        let whole_tcp = || TcpSlice::from_slice(rest).ok().map(|tcp| tcp.header_len());
-        let whole_8 = || (rest.len() >= 8).then_some(8);
+        let complete_tcp = || TcpSlice::from_slice(rest).ok().map(|tcp| tcp.header_len());
+        let complete_8 = || (rest.len() >= 8).then_some(8);
         let (transport, header_len, name) = match (protocol, version) {
-            (ip_number::TCP, _) => (Transport::Tcp, whole_tcp(), "the TCP header"),
-            (ip_number::UDP, _) => (Transport::Udp, whole_8(), "the UDP header"),
-            (ip_number::ICMP, Version::V4) => (Transport::Icmpv4, whole_8(), "the ICMP header"),
-            (ip_number::IPV6_ICMP, Version::V6) => (Transport::Icmpv6, whole_8(), "the ICMP header"),
+            (ip_number::TCP, _) => (Transport::Tcp, complete_tcp(), "the TCP header"),
+            (ip_number::UDP, _) => (Transport::Udp, complete_8(), "the UDP header"),
+            (ip_number::ICMP, Version::V4) => (Transport::Icmpv4, complete_8(), "the ICMP header"),
+            (ip_number::IPV6_ICMP, Version::V6) => (Transport::Icmpv6, complete_8(), "the ICMP header"),
             (other, _) => return Layout { obstacle: or(Obstacle::Protocol(other)), ..layout },
         };
         let Some(header_len) = header_len else {
-            return Layout { obstacle: or(Obstacle::Damaged(name)), ..layout };
+            return Layout { obstacle: or(Obstacle::Malformed(name)), ..layout };
         };
         let layout = Layout { transport: Some(transport), header_len, ..layout };
         if transport != Transport::Udp {
@@ -285,7 +294,7 @@ impl Chain {
         if (header_len..=rest.len()).contains(&length) {
             Layout { payload_end: at + length, ..layout }
         } else {
-            Layout { obstacle: or(Obstacle::Damaged("the UDP length")), ..layout }
+            Layout { obstacle: or(Obstacle::Malformed("the UDP length")), ..layout }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Rewriting packets: bytes in, bytes out, lengths and checksums kept right.
+//! Rewrites packets in memory, and keeps their lengths and checksums correct.
 
 mod checksum;
 mod fields;
@@ -12,22 +12,31 @@ mod view;
 use std::{borrow::Cow, fmt, sync::LazyLock};
 
 use self::layout::{Layout, Obstacle, Transport};
-use crate::{Error, ErrorKind, Hook, Packet, wire::MAX_PAYLOAD};
+use crate::{
+    packet::Packet,
+    types::{Error, ErrorKind, Hook},
+    wire::MAX_PAYLOAD,
+};
 
-pub use self::view::PacketView;
+pub use self::view::{PacketView, TcpFields};
 
-/// A packet being rewritten: a copy, of which addresses, ports, TTL, TOS and the transport payload can be set. Lengths
-/// follow at once, and [`finish`](Self::finish) computes the checksums. No sockets: bytes in, bytes out.
+/// A copy of a packet that can be changed: addresses, ports, TTL, TOS and the transport payload.
 ///
-/// For IPv4 and IPv6, and TCP, UDP, ICMP and ICMPv6 in them. IPv4 options, IPv6 extension headers and all fields that are
-/// not set stay as they are. Made by [`Packet::edit`]; by [`Edit::new`] of bytes from elsewhere.
+/// Each change also updates the length fields. [`finish`](Self::finish) computes the checksums.
+/// `Edit` works on bytes in memory and uses no socket.
+///
+/// It supports IPv4 and IPv6, and in them TCP, UDP, ICMP and ICMPv6. IPv4 options, IPv6 extension
+/// headers and all fields that are not set stay as they are.
+///
+/// [`Packet::edit`] makes an `Edit` from a received packet. [`Edit::new`] makes one from other
+/// bytes.
 ///
 /// ```
 /// use std::net::Ipv4Addr;
 ///
 /// use tokio_nfqueue::{Error, Packet, Verdict};
 ///
-/// /// Sends DNS queries elsewhere.
+/// /// Redirects DNS queries to another server.
 /// fn redirect(packet: Packet) -> Result<Verdict, Error> {
 ///     let mut edit = packet.edit()?;
 ///     edit.set_destination_address(Ipv4Addr::new(192, 0, 2, 53))?;
@@ -35,7 +44,7 @@ pub use self::view::PacketView;
 ///     Ok(packet.accept().payload(edit.finish()))
 /// }
 ///
-/// /// Says something else. Not of the same length, which is fine for UDP.
+/// /// Replaces a UDP payload. The new payload may have a different length.
 /// fn replace(packet: Packet) -> Result<Verdict, Error> {
 ///     let mut edit = packet.edit()?;
 ///     if edit.view().payload() == Some(b"hello") {
@@ -47,50 +56,69 @@ pub use self::view::PacketView;
 ///
 /// # What it does not do
 ///
-/// * It keeps no account of TCP's sequence numbers. A TCP payload of another length breaks the connection: the
-///   receiver acknowledges what the sender has not sent. Replace as many bytes as there were, or be a proxy.
-/// * It knows no connections. After a change of addresses or ports the answers want the reverse change. With connection
-///   tracking, do it before the kernel first sees the connection (prerouting and output, priority below −200), or
-///   the tracked connection is another than the real one.
-/// * It does not sign. TCP's MD5 and AO options, and whatever the payload protects itself with, no longer fit.
-/// * It does not look into ICMP errors, which quote a packet with addresses and checksums of its own, nor into tunnels.
+/// * It does not track TCP sequence numbers. A TCP payload of a different length breaks the
+///   connection: the receiver acknowledges bytes that the sender has not sent. Replace TCP payloads
+///   only with payloads of the same length, or terminate the connection in a proxy.
+/// * It does not translate replies. After a change of addresses or ports, the packets of the reply
+///   direction need the reverse change. With connection tracking, change the packet before the
+///   kernel first tracks the connection (hooks prerouting and output, priority below −200).
+///   Otherwise the tracked connection differs from the real one.
+/// * It does not update signatures. After a change, TCP's MD5 and AO options and any authentication
+///   inside the payload are wrong.
+/// * It does not change the packet that an ICMP error quotes, which has its own addresses and
+///   checksums.
+/// * It does not change packets inside tunnels.
 ///
-/// What makes a packet longer than the way's MTU has it fragmented, or lost: see
-/// [`Verdict::payload`](crate::Verdict::payload), also for what Linux 7.2 and later refuse. None of the setters touches
-/// what these compare, the IP header's length, options, fragment bits and extension headers.
+/// A packet that becomes longer than the path MTU is fragmented or lost.
+/// [`Verdict::payload`](crate::Verdict::payload) says when, and which replaced packets Linux 7.1
+/// and later drop. Linux 7.2 and later compare the length, options, fragment bits and extension
+/// headers of the IP header with those of the received packet. None of the setters changes these.
 ///
 /// # Super-packets
 ///
-/// With [`gso(true)`](crate::QueueBuilder::gso) a packet may be one of up to 64 KiB that is cut
-/// into segments later. It can be edited as a whole, but must keep its length: where it is cut
-/// stays as it was, so that datagrams would begin elsewhere, and what fits in one segment is lost
-/// (measured on Linux 6.18). Of UDP, the checksum becomes that of the pseudo header only, for that
-/// is what the kernel makes the segments' checksums from; and before local delivery, at the
-/// prerouting and input hooks, UDP super-packets are refused, as they are everywhere before Linux
-/// 6.11, which sends the segments with wrong checksums. TCP super-packets with an IPv4 source route
-/// or an IPv6 routing header that is not used up are refused: the kernel would give the segments
-/// wrong checksums. To edit without these limits, use `gso(false)`.
+/// With [`gso(true)`](crate::QueueBuilder::gso) a packet can be a super-packet (GSO): up to 64 KiB
+/// that the kernel or the interface later cuts into segments. It can be edited, with these limits:
+///
+/// * It must keep its length, because the segment size stays the same. With another length, the
+///   datagrams would begin at other bytes, and a super-packet that fits in one segment is lost
+///   (measured on Linux 6.18).
+/// * The checksum of a UDP super-packet becomes the sum of the pseudo header only. The kernel
+///   computes the checksums of the segments from that sum.
+/// * UDP super-packets are refused at the prerouting and input hooks, that is before local
+///   delivery. Before Linux 6.11 they are refused at every hook, because those kernels send the
+///   segments with wrong checksums.
+/// * TCP super-packets are refused if they have an IPv4 source route that is not completed, or an
+///   IPv6 routing header with segments left. The kernel would give the segments wrong checksums.
+///
+/// To edit without these limits, use `gso(false)`.
 ///
 #[doc = include_str!("pktbuff.md")]
 pub struct Edit {
     packet: Vec<u8>,
     layout: Layout,
-    /// It is a super-packet.
+    /// The packet is a super-packet.
     gso: bool,
 }
 
 impl Packet {
-    /// Starts to rewrite the packet: copies its payload. The preferred way to an [`Edit`], which so knows of
+    /// Copies the packet into an [`Edit`], to change it.
+    ///
+    /// Use this method for received packets, not [`Edit::new`]: only this method checks for
     /// [super-packets](Edit#super-packets).
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](ErrorKind::InvalidInput) as [`Edit::new`]; and where a replacement would be
-    /// lost, which [`gso(false)`](crate::QueueBuilder::gso) prevents: of UDP super-packets at the
-    /// prerouting and input hooks, and before Linux 6.11 at all; of TCP super-packets with an IPv4
-    /// source route or an IPv6 routing header that is not used up; and of a packet whose checksum
-    /// [is not ready](Self::is_checksum_ready) and not known here, because it is SCTP or that of a
-    /// packet inside a tunnel's.
+    /// [`InvalidInput`](ErrorKind::InvalidInput)
+    /// * for the same reasons as [`Edit::new`];
+    /// * for a UDP super-packet at the prerouting and input hooks, and before Linux 6.11 at every
+    ///   hook;
+    /// * for a TCP super-packet with an IPv4 source route that is not completed, or with an IPv6
+    ///   routing header that has segments left;
+    /// * for a packet whose checksum [is not ready](Self::is_checksum_ready) and cannot be computed
+    ///   here: an SCTP checksum, or the checksum of a packet inside a tunnel.
+    ///
+    /// In the last three cases, the kernel would lose the replaced packet or send it with wrong
+    /// checksums. With [`gso(false)`](crate::QueueBuilder::gso), only the first case occurs.
     #[doc(alias = "pktb_alloc")]
     #[cfg_attr(docsrs, doc(cfg(feature = "edit")))]
     pub fn edit(&self) -> Result<Edit, Error> {
@@ -102,57 +130,50 @@ impl Packet {
         if !self.is_checksum_ready() && !checksum::is_partial(&edit.packet, &edit.layout) {
             return Err(invalid(
                 EDIT,
-                "its unfinished checksum is an unknown or an inner one; bind the queue with gso(false)",
+                "its incomplete checksum is not supported (SCTP, or inside a tunnel); bind the queue with gso(false)",
             ));
         }
-        // `tcp4_gso_segment` and `tcp6_gso_segment` cover the destination in the IP header when
-        // they make the segments' checksums of a replaced packet.
+        // For a replaced packet, `tcp4_gso_segment` and `tcp6_gso_segment` compute the checksums of
+        // the segments with the destination in the IP header, which is not the final destination.
         if edit.gso && edit.layout.transport == Some(Transport::Tcp) && edit.layout.is_routed() {
-            return Err(invalid(EDIT, "it is a TCP super-packet with a route to go; bind the queue with gso(false)"));
-        }
-        // Measured on Linux 6.18: delivered locally, such a replacement is lost whatever its checksum, except to sockets
-        // with UDP_GRO.
-        let is_sent = matches!(self.hook(), Hook::Forward | Hook::Output | Hook::Postrouting);
-        if edit.gso && edit.layout.transport == Some(Transport::Udp) && !(is_sent && cuts_replaced_udp()) {
             return Err(invalid(
                 EDIT,
-                "it is a UDP super-packet, before local delivery or on Linux before 6.11; bind the queue with gso(false)",
+                "it is a TCP super-packet with a route that is not completed; bind the queue with gso(false)",
+            ));
+        }
+        // Measured on Linux 6.18: local delivery loses a replaced UDP super-packet with any
+        // checksum, unless the socket has UDP_GRO set.
+        let is_sent = matches!(self.hook(), Hook::Forward | Hook::Output | Hook::Postrouting);
+        if edit.gso && edit.layout.transport == Some(Transport::Udp) && !(is_sent && segments_replaced_udp()) {
+            return Err(invalid(
+                EDIT,
+                "it is a UDP super-packet before local delivery, or on Linux before 6.11; bind the queue with gso(false)",
             ));
         }
         Ok(edit)
     }
 }
 
-/// Whether the kernel gives right checksums to what it cuts replaced UDP super-packets into. Before Linux 6.11 it leaves them to
-/// interfaces that can make them, and does not tell these so (measured on 6.1).
-fn cuts_replaced_udp() -> bool {
-    static RELEASE: LazyLock<bool> = LazyLock::new(|| {
-        let release = rustix::system::uname();
-        let release = release.release().to_string_lossy();
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 11)
-    });
-    *RELEASE
-}
-
-const EDIT: &str = "edit a packet";
-
 impl Edit {
-    /// Starts with a copy of `packet`, given from its IP header on. Bytes that follow the packet (padding of short frames) are
-    /// left out.
+    /// Copies `packet`, which must begin with its IP header. Bytes after the packet (the padding of
+    /// short frames) are not copied.
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](ErrorKind::InvalidInput) if it does not begin with a whole IPv4 or IPv6 header; if it is less than
-    /// the packet, as with a short [`copy_range`](crate::QueueBuilder::copy_range); if it is longer than 65 531 bytes or an
-    /// IPv6 jumbogram. Anything else that is wrong or unknown behind the IP header concerns only changes to what is
-    /// there.
+    /// [`InvalidInput`](ErrorKind::InvalidInput) if the bytes
+    /// * do not begin with a complete IPv4 or IPv6 header;
+    /// * are only a part of the packet, for example because of a short
+    ///   [`copy_range`](crate::QueueBuilder::copy_range);
+    /// * are a packet of more than 65 531 bytes, or an IPv6 jumbogram.
+    ///
+    /// A malformed or unknown header after the IP header is not an error here. The methods that
+    /// would change it return an error.
     pub fn new(packet: &[u8]) -> Result<Self, Error> {
         let layout = Layout::of(packet).map_err(|detail| invalid(EDIT, detail))?;
         match layout.stated_len {
-            None => return Err(invalid(EDIT, "the IP header states no length, as in a jumbogram")),
+            None => return Err(invalid(EDIT, "the IP header states no length (an IPv6 jumbogram, for example)")),
             Some(length) if length > layout.end => {
-                return Err(invalid(EDIT, format!("only {} of its {length} bytes are there", layout.end)));
+                return Err(invalid(EDIT, format!("only {} of its {length} bytes are present", layout.end)));
             }
             Some(length) if length > MAX_PAYLOAD => return Err(too_long(EDIT, length)),
             Some(_) => {}
@@ -160,34 +181,40 @@ impl Edit {
         Ok(Self { packet: packet[..layout.end].to_vec(), layout, gso: false })
     }
 
-    /// Looks at the packet as it is by now, its checksums not yet finished.
+    /// Reads the packet with the changes made up to now. The checksums in it are not yet computed.
     pub fn view(&self) -> PacketView<'_> {
         PacketView::with_layout(&self.packet, self.layout)
     }
 
-    /// Ends the edit, and gives the packet for [`Verdict::payload`](crate::Verdict::payload).
+    /// Computes the checksums and returns the packet, for
+    /// [`Verdict::payload`](crate::Verdict::payload).
     ///
-    /// Computes the checksum of the IPv4 header, and that of TCP, UDP, ICMP or ICMPv6 over header, payload and pseudo
-    /// header, whether or not it was right or finished before: the kernel finishes no checksum of a replaced packet.
+    /// Computes the checksum of the IPv4 header, and the checksum of TCP, UDP, ICMP or ICMPv6 over
+    /// header, payload and pseudo header. It does so even if the old checksum was wrong or
+    /// incomplete, because the kernel does not complete the checksums of a replaced packet.
+    /// [Super-packets](Self#super-packets) of UDP get the sum of the pseudo header instead.
     ///
-    /// The pseudo header contains the final destination. While an IPv4 source route (RFC 791) or an
-    /// IPv6 routing header of type 0, 2 or 4 is not used up, that is the last address of the route.
-    /// Otherwise, and if the IPv4 options are malformed, it is the destination in the IP header.
+    /// The pseudo header contains the final destination. While an IPv4 source route (RFC 791) is
+    /// not completed, or an IPv6 routing header of type 0, 2 or 4 has segments left, the final
+    /// destination is the last address of the route. Otherwise it is the destination in the IP
+    /// header, also if the IPv4 options are malformed.
     ///
-    /// A UDP datagram over IPv4 without a checksum (0) stays without. Transport checksums of fragments, of other protocols,
-    /// and of what is damaged or authenticated are left as they are.
+    /// A UDP datagram over IPv4 without a checksum (0) stays without one. The transport checksum
+    /// stays unchanged in fragments, in other protocols, in malformed packets, and in packets with
+    /// an authentication header.
     #[doc(alias = "nfq_ip_set_checksum")]
     #[doc(alias = "nfq_tcp_compute_checksum_ipv4")]
     #[doc(alias = "nfq_tcp_compute_checksum_ipv6")]
     #[doc(alias = "nfq_udp_compute_checksum_ipv4")]
     #[doc(alias = "nfq_udp_compute_checksum_ipv6")]
-    #[must_use = "the packet goes its way unchanged unless the result is given to `Verdict::payload`"]
+    #[must_use = "the packet stays unchanged unless the result is given to `Verdict::payload`"]
     pub fn finish(mut self) -> Vec<u8> {
         checksum::complete(&mut self.packet, &self.layout, self.gso);
         self.packet
     }
 
-    /// `number` is a length and less than 2¹⁶, for the packet is no longer than [`MAX_PAYLOAD`].
+    /// `number` must be less than 2¹⁶. Lengths are, because the packet is at most [`MAX_PAYLOAD`]
+    /// long.
     fn write_u16(&mut self, at: usize, number: usize) {
         self.packet[at..at + 2].copy_from_slice(&(number as u16).to_be_bytes());
     }
@@ -199,17 +226,22 @@ impl fmt::Debug for Edit {
     }
 }
 
-/// Finishes in place what offload left undone: computes the checksum of the IPv4 header and that of TCP, UDP, ICMP or
-/// ICMPv6, over a packet given from its IP header on.
+/// Computes the checksums of a packet in place: of the IPv4 header, and of TCP, UDP, ICMP or
+/// ICMPv6.
 ///
-/// For bytes that are used elsewhere, in a capture say, where [`Packet::is_checksum_ready`] says no. A packet that is
-/// accepted as it is needs none of this, and [`Edit::finish`] does it by itself. A UDP datagram over IPv4 without a checksum
-/// stays without. Of a packet that carries a route, the checksum is that of [`Edit::finish`].
+/// `packet` must begin with its IP header. Use this if [`Packet::is_checksum_ready`] returns
+/// `false` (checksum offload) and you need the bytes outside the verdict, for example for a capture
+/// file.
+///
+/// A packet that is accepted unchanged does not need it. [`Edit::finish`] computes the checksums
+/// itself. A UDP datagram over IPv4 without a checksum stays without one. For a packet with a
+/// route, the checksum is the same as that of [`Edit::finish`].
 ///
 /// # Errors
 ///
-/// [`InvalidInput`](ErrorKind::InvalidInput) for whatever has a transport checksum that cannot be computed: a fragment, part of a
-/// packet, a jumbogram, another protocol. The bytes are then as they were.
+/// [`InvalidInput`](ErrorKind::InvalidInput) if the transport checksum cannot be computed, that is
+/// for a fragment, a part of a packet, a jumbogram, another protocol or a malformed packet. The
+/// bytes are then unchanged.
 ///
 /// # Examples
 ///
@@ -227,7 +259,7 @@ pub fn complete_checksums(packet: &mut [u8]) -> Result<(), Error> {
     const OPERATION: &str = "complete checksums";
     let layout = Layout::of(packet).map_err(|detail| invalid(OPERATION, detail))?;
     if !layout.is_whole() {
-        return Err(invalid(OPERATION, "the packet is longer than these bytes"));
+        return Err(invalid(OPERATION, "the packet is incomplete, or its IP header states no length"));
     }
     layout.editable().map_err(|obstacle| refused(OPERATION, obstacle))?;
     checksum::complete(packet, &layout, false);
@@ -243,5 +275,21 @@ fn refused(operation: &'static str, obstacle: Obstacle) -> Error {
 }
 
 fn too_long(operation: &'static str, length: usize) -> Error {
-    invalid(operation, format!("a packet of {length} bytes; {MAX_PAYLOAD} at most fit in a verdict"))
+    invalid(operation, format!("a packet of {length} bytes is too long; a verdict carries at most {MAX_PAYLOAD} bytes"))
+}
+
+const EDIT: &str = "edit a packet";
+
+/// Whether the kernel segments a replaced UDP super-packet with correct checksums.
+///
+/// Before Linux 6.11 the kernel leaves the checksums to interfaces with checksum offload, but does
+/// not mark the segments for it (measured on 6.1).
+fn segments_replaced_udp() -> bool {
+    static RELEASE: LazyLock<bool> = LazyLock::new(|| {
+        let release = rustix::system::uname();
+        let release = release.release().to_string_lossy();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 11)
+    });
+    *RELEASE
 }

@@ -1,4 +1,4 @@
-//! Changing what follows the headers, and the lengths with it.
+//! Changes the payload, and updates the length fields.
 
 use std::ops::{Bound, Range, RangeBounds};
 
@@ -9,23 +9,27 @@ use super::{
     layout::{Layout, Obstacle, Transport, Version},
     refused, too_long,
 };
-use crate::{Error, wire::MAX_PAYLOAD};
+use crate::{types::Error, wire::MAX_PAYLOAD};
 
 impl Edit {
-    /// The transport payload, to be changed in place: what follows the header of TCP or UDP, or the first 8 bytes of an ICMP
-    /// message.
+    /// The transport payload, to change in place: the bytes after the header of TCP or UDP, or
+    /// after the first 8 bytes of ICMP or ICMPv6.
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is a fragment; if an authentication header covers it; if its
-    /// protocol is another (ESP for instance), or its transport header is damaged; behind an IPv6
-    /// routing header with segments left that is malformed or of another type than 0, 2 and 4.
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if
+    /// * the packet is a fragment;
+    /// * an authentication header covers the packet;
+    /// * the protocol is not TCP, UDP, ICMP or ICMPv6 (ESP, for example);
+    /// * the transport header is malformed;
+    /// * the packet has an IPv6 routing header with segments left that is malformed, or whose type
+    ///   is not 0, 2 or 4.
     pub fn payload_mut(&mut self) -> Result<&mut [u8], Error> {
         let range = self.payload_range("edit the payload")?;
         Ok(&mut self.packet[range])
     }
 
-    /// Replaces the transport payload as a whole.
+    /// Replaces the whole transport payload. The new payload may have a different length.
     ///
     /// # Errors
     ///
@@ -34,13 +38,18 @@ impl Edit {
         self.splice_payload(.., with)
     }
 
-    /// Replaces a range of the transport payload, counted in bytes from its beginning. Lengths may differ, and the headers'
-    /// lengths follow.
+    /// Replaces a range of the transport payload, in bytes from its beginning.
+    ///
+    /// `with` may have a different length than the range. The length fields in the headers are
+    /// updated.
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) as [`payload_mut`](Self::payload_mut); if the range is not within the
-    /// payload; if the packet would be longer than 65 531 bytes.
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput)
+    /// * for the same reasons as [`payload_mut`](Self::payload_mut);
+    /// * if the range is not within the payload;
+    /// * if the packet would be longer than 65 531 bytes;
+    /// * if the length of a [super-packet](Self#super-packets) would change.
     #[doc(alias = "nfq_tcp_mangle_ipv4")]
     #[doc(alias = "nfq_tcp_mangle_ipv6")]
     #[doc(alias = "nfq_udp_mangle_ipv4")]
@@ -52,15 +61,26 @@ impl Edit {
         self.splice(OPERATION, range, with)
     }
 
-    /// Replaces a range of what follows the IP header and its extensions: of the transport header and payload, counted in
-    /// bytes from the header's beginning. For protocols and header fields that this type does not know. Only IP's
-    /// lengths follow; a UDP header's length is the caller's to set. The checksum of a protocol that is known is computed.
+    /// Replaces a range of the IP payload (transport header and transport payload), in bytes from
+    /// its beginning.
+    ///
+    /// Use this for protocols and header fields that this type has no method for. Only the length
+    /// in the IP header is updated. The caller must set the length in a UDP header.
+    /// [`finish`](Self::finish) computes the checksum of TCP, UDP, ICMP and ICMPv6.
     ///
     /// # Errors
     ///
-    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if the packet is a fragment or authenticated; if the range is not
-    /// within the IP payload; if the packet would be longer than 65 531 bytes; if it is TCP, UDP, ICMP or ICMPv6 and its
-    /// header would be damaged. The packet is then as it was.
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if
+    /// * the packet is a fragment;
+    /// * an authentication header covers the packet;
+    /// * the packet has an IPv6 routing header with segments left that is malformed, or whose type
+    ///   is not 0, 2 or 4;
+    /// * the range is not within the IP payload;
+    /// * the packet would be longer than 65 531 bytes;
+    /// * the length of a [super-packet](Self#super-packets) would change;
+    /// * the header of TCP, UDP, ICMP or ICMPv6 would be malformed.
+    ///
+    /// The packet is then unchanged.
     #[doc(alias = "nfq_ip_mangle")]
     #[doc(alias = "nfq_ip6_mangle")]
     #[doc(alias = "pktb_mangle")]
@@ -72,12 +92,12 @@ impl Edit {
         }
         let range = within(OPERATION, self.layout.at..self.layout.end, range)?;
         let end = self.end_after(OPERATION, &range, with)?;
-        // A copy, so that what turns out to be damaged changes nothing.
+        // Works on a copy, so that the packet stays unchanged if the result is malformed.
         let packet = [&self.packet[..range.start], with, &self.packet[range.end..]].concat();
         let mut new = Self { packet, layout: Layout { end, ..self.layout }, gso: self.gso };
         new.write_ip_len();
         new.layout = Layout::of(&new.packet).map_err(|detail| invalid(OPERATION, detail))?;
-        if let Some(obstacle @ Obstacle::Damaged(_)) = new.layout.obstacle {
+        if let Some(obstacle @ Obstacle::Malformed(_)) = new.layout.obstacle {
             return Err(refused(OPERATION, obstacle));
         }
         *self = new;
@@ -89,7 +109,7 @@ impl Edit {
         Ok(self.layout.payload().unwrap_or_default())
     }
 
-    /// The packet's length once `range` has become `with`.
+    /// The length of the packet after `range` is replaced by `with`.
     fn end_after(&self, operation: &'static str, range: &Range<usize>, with: &[u8]) -> Result<usize, Error> {
         let end = self.layout.end - range.len() + with.len();
         if end > MAX_PAYLOAD {
@@ -101,7 +121,7 @@ impl Edit {
         Ok(end)
     }
 
-    /// `range` lies within the transport payload.
+    /// `range` must lie within the transport payload.
     fn splice(&mut self, operation: &'static str, range: Range<usize>, with: &[u8]) -> Result<(), Error> {
         let end = self.end_after(operation, &range, with)?;
         let (old_end, new_range) = (self.layout.end, range.start..range.start + with.len());
@@ -115,9 +135,9 @@ impl Edit {
         }
         self.packet[new_range].copy_from_slice(with);
 
-        let behind_payload = old_end - self.layout.payload_end;
+        let after_payload = old_end - self.layout.payload_end;
         self.layout.end = end;
-        self.layout.payload_end = end - behind_payload;
+        self.layout.payload_end = end - after_payload;
         self.write_ip_len();
         if self.layout.transport == Some(Transport::Udp) {
             let at = self.layout.at;
@@ -135,7 +155,7 @@ impl Edit {
     }
 }
 
-/// A range of the packet, counted from the beginning of `whole`.
+/// Converts `range`, which counts from the beginning of `whole`, to a range of the packet.
 fn within(operation: &'static str, whole: Range<usize>, range: impl RangeBounds<usize>) -> Result<Range<usize>, Error> {
     let start = match range.start_bound() {
         Bound::Included(&start) => Some(start),
@@ -149,6 +169,6 @@ fn within(operation: &'static str, whole: Range<usize>, range: impl RangeBounds<
     };
     match (start, end) {
         (Some(start), Some(end)) if start <= end && end <= whole.len() => Ok(whole.start + start..whole.start + end),
-        _ => Err(invalid(operation, format!("the range is not within its {} bytes", whole.len()))),
+        _ => Err(invalid(operation, format!("the range is not within the payload of {} bytes", whole.len()))),
     }
 }

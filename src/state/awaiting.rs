@@ -1,18 +1,18 @@
-//! Messages whose answers matter, by their sequence numbers.
+//! Messages whose replies matter, by their sequence numbers.
 
 use std::collections::VecDeque;
 
 use super::Change;
-use crate::Action;
+use crate::types::Action;
 
-/// Whose answer somebody waits for.
+/// A message whose reply somebody waits for.
 #[derive(Debug)]
 pub(super) enum Awaited<W> {
     Verdict { id: u32, waiter: W },
     Config { change: Change, waiter: W, operation: &'static str },
 }
 
-/// One table for all of them, in the order of the sequence numbers.
+/// One table for verdicts and configuration, in the order of the sequence numbers.
 #[derive(Debug)]
 pub(super) struct Awaiting<W> {
     entries: VecDeque<(u32, Awaited<W>)>,
@@ -25,18 +25,18 @@ impl<W> Default for Awaiting<W> {
 }
 
 impl<W> Awaiting<W> {
-    /// A message of this number is about to be sent; numbers come in order.
+    /// A message with this number is about to be sent. Numbers come in order.
     pub(super) fn push(&mut self, sequence: u32, awaited: Awaited<W>) {
         self.entries.push_back((sequence, awaited));
     }
 
     pub(super) fn remove(&mut self, sequence: u32) -> Option<Awaited<W>> {
-        // Answers come in the order of the messages, so it is most often the first.
+        // Replies come in the order of the messages, so it is usually the first entry.
         let at = self.entries.iter().position(|(other, _)| *other == sequence)?;
         self.entries.remove(at).map(|(_, awaited)| awaited)
     }
 
-    /// The oldest, if it was sent with or before the message of this number.
+    /// The oldest entry, if its message was sent with or before the message with this number.
     pub(super) fn pop_sent(&mut self, sent: u32) -> Option<Awaited<W>> {
         let (first, _) = self.entries.front()?;
         if is_after(*first, sent) {
@@ -46,7 +46,8 @@ impl<W> Awaiting<W> {
     }
 }
 
-/// How many packets each batch decided: the kernel's answer to one that found none does not tell.
+/// How many packets each batch decided. The kernel's reply to a batch that found no packet does not
+/// contain that.
 #[derive(Debug, Default)]
 pub(super) struct SentBatches {
     entries: VecDeque<SentBatch>,
@@ -57,7 +58,7 @@ struct SentBatch {
     sequence: u32,
     action: Action,
     count: u64,
-    /// Packets that had been received when it was sent.
+    /// The number of packets that had been received when it was sent.
     received: u64,
 }
 
@@ -66,20 +67,21 @@ impl SentBatches {
         self.entries.push_back(SentBatch { sequence, action, count, received });
     }
 
-    /// What a batch decided, for its refusal. It will not be refused twice.
+    /// What a batch decided. Called when the kernel has refused it, which happens at most once.
     pub(super) fn take(&mut self, sequence: u32) -> Option<(Action, u64)> {
         let at = self.entries.iter().position(|entry| entry.sequence == sequence)?;
         self.entries.remove(at).map(|entry| (entry.action, entry.count))
     }
 
-    /// Every answer to messages up to this one has been read.
+    /// Every reply to messages up to this number has been read.
     pub(super) fn forget(&mut self, sent: u32) {
         while self.entries.front().is_some_and(|entry| !is_after(entry.sequence, sent)) {
             self.entries.pop_front();
         }
     }
 
-    /// Answers lie between packets, in the order of their coming. Behind a whole queue of packets none can be left.
+    /// In the socket, replies are between packets, in their order. When a whole queue of packets
+    /// has been received since, no earlier reply is left.
     pub(super) fn expire(&mut self, received: u64, max_len: u64) {
         const SPARE: u64 = 64;
         while self.entries.front().is_some_and(|entry| received - entry.received > max_len + SPARE) {

@@ -1,76 +1,82 @@
-//! What is in flight, and which messages settle it. Knows ids and rulings; no bytes, no socket, no clock.
+//! The packets in flight, and the messages that decide them. It knows ids and verdict fields, but
+//! no bytes, sockets or clocks.
 //!
-//! The kernel hands ids out in order (`__nfqnl_enqueue_packet` counts under the queue's lock), so the window of ids in
-//! flight is a ring, indexed by distance from its base. An id that stays undecided while many thousands pass it is moved
-//! to a side table, so that one forgotten packet does not keep the whole span in memory.
+//! The kernel assigns ids in order (`__nfqnl_enqueue_packet` counts under the queue's lock), so the
+//! window of ids in flight is a ring, indexed by the distance from its base. An id that stays
+//! undecided while many thousands are decided is moved to a separate map, so that one forgotten
+//! packet does not keep the whole window in memory.
 //!
 //! | state of an id | meaning |
 //! |---|---|
-//! | undecided | arrived; its owner has not spoken |
-//! | decided | its owner has spoken; the kernel has not been told |
-//! | settled | told, or lost before it came: nothing is owed |
+//! | undecided | arrived; nobody has decided it |
+//! | decided | decided; no message has been made |
+//! | settled | a message decides it, or it never arrived: nothing is owed |
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::wire::verdict::Ruling;
+use crate::wire::verdict::VerdictFields;
 
 #[cfg(test)]
 #[path = "ledger/model.rs"] // so that the benches, which include this file, find it too
 mod model;
 
-/// The ledger of one queue. `E` is what a single verdict may carry beside its ruling; the ledger only hands it through.
+/// The ledger of one queue. `E` is what a verdict for a single packet may carry besides its fields;
+/// the ledger only stores it.
 #[derive(Debug)]
 pub(crate) struct Ledger<E> {
     /// The id of the ring's first slot.
     base: u32,
     ring: VecDeque<Slot<E>>,
-    /// Ids before `base` that are not settled yet. While one is here, no batch may be sent: it would decide it too.
+    /// Ids before `base` that are not settled. While there is one, no batch may be sent, because it
+    /// would decide that packet too.
     stragglers: BTreeMap<u32, Slot<E>>,
     /// Decided ids, in the order of the decisions.
     gathered: Vec<u32>,
-    /// What was gathered when messages were made last: until they are known to be sent, the ids they decide.
+    /// The ids that the messages of the last [`settle`](Ledger::settle) decide, until these are
+    /// known to be sent.
     leaving: Vec<u32>,
     undecided: usize,
     batches: bool,
 }
 
-/// What is to happen to a packet.
+/// What happens to a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Decision<E> {
-    pub(crate) ruling: Ruling,
-    /// Only a message of its own can carry this.
-    pub(crate) extra: Option<E>,
+    pub(crate) fields: VerdictFields,
+    /// What only a message for a single packet can carry.
+    pub(crate) extras: Option<E>,
     pub(crate) origin: Origin,
 }
 
 /// Who has decided a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
-    /// Whoever held the packet.
+    /// The owner of the packet.
     Owner,
-    /// The queue, with a default action.
+    /// The queue, by its default action or a deadline.
     Queue,
 }
 
 /// A message that settles one or more ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Settlement<E> {
+pub(crate) enum VerdictMessage<E> {
     Single {
         id: u32,
         decision: Decision<E>,
     },
-    /// Everything still queued up to `max`. `count` ids from `first` on were decided so; the rest is settled.
+    /// Decides everything that is queued up to `max`. `count` ids from `first` on were decided like
+    /// this; the others in between are settled.
     Batch {
         first: u32,
         max: u32,
-        ruling: Ruling,
+        fields: VerdictFields,
         origin: Origin,
         count: usize,
     },
 }
 
-impl<E> Settlement<E> {
-    /// How many packets it decides.
+impl<E> VerdictMessage<E> {
+    /// The number of packets that it decides.
     pub(crate) fn count(&self) -> usize {
         match self {
             Self::Single { .. } => 1,
@@ -78,28 +84,29 @@ impl<E> Settlement<E> {
         }
     }
 
-    pub(crate) fn ruling(&self) -> &Ruling {
+    pub(crate) fn fields(&self) -> &VerdictFields {
         match self {
-            Self::Single { decision, .. } => &decision.ruling,
-            Self::Batch { ruling, .. } => ruling,
+            Self::Single { decision, .. } => &decision.fields,
+            Self::Batch { fields, .. } => fields,
         }
     }
 }
 
 #[derive(Debug)]
 enum Slot<E> {
-    /// With the token that came with it.
+    /// With the token from its arrival.
     Undecided(u32),
     Decided(Decision<E>),
     Settled,
 }
 
-/// The ring may span this many ids beyond a small multiple of what is unsettled; then its oldest goes to the side table.
-/// At 40 bytes a slot this bounds the ring's idle part to 320 KiB.
+/// The ring may span this many ids more than a small multiple of the unsettled ones. Then its
+/// oldest slot is moved to the map. With 40 bytes per slot this limits the idle part of the ring to
+/// 320 KiB.
 const SPARE_SPAN: usize = 8192;
 
 impl<E> Ledger<E> {
-    /// A ledger whose first arrival is expected to be `first` (1 on a queue just bound).
+    /// A ledger that expects `first` to arrive first (1 for a new queue).
     pub(crate) fn new(first: u32) -> Self {
         Self {
             base: first,
@@ -112,27 +119,28 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// From now on every packet is settled by a message of its own. For where it cannot be known what the kernel holds.
+    /// From now on every packet is settled by a message of its own. For when it is unknown what the
+    /// kernel holds.
     pub(crate) fn forbid_batches(&mut self) {
         self.batches = false;
     }
 
-    /// The id expected next.
+    /// The id that is expected next.
     pub(crate) fn next(&self) -> u32 {
         self.base.wrapping_add(self.ring.len() as u32)
     }
 
-    /// Takes in an id that the kernel has handed over. Returns how many ids before it are missing. The token comes
-    /// back when the id is decided.
+    /// An id has arrived. Returns how many ids before it are missing. The token is returned when
+    /// the id is decided.
     pub(crate) fn arrive(&mut self, id: u32, token: u32) -> u32 {
         let lost = id.wrapping_sub(self.next());
         if lost > u32::MAX / 2 {
-            // Before what was expected. The kernel does not do this; keep the packet all the same.
+            // Before the expected id. The kernel does not do this; keep the packet nevertheless.
             self.reopen(id, token);
             return 0;
         }
         if lost as usize > SPARE_SPAN {
-            // A gap wider than the ring should be: start the ring anew behind it.
+            // The gap is wider than the ring should be: start a new ring behind it.
             while !self.ring.is_empty() {
                 self.evict();
             }
@@ -149,7 +157,8 @@ impl<E> Ledger<E> {
         lost
     }
 
-    /// Makes an id that is settled undecided again: its verdict did not reach the kernel, or it was taken for lost.
+    /// Makes a settled id undecided again: its verdict did not reach the kernel, or the packet had
+    /// been counted as lost.
     pub(crate) fn reopen(&mut self, id: u32, token: u32) -> bool {
         let slot = self.slot_to_restore(id);
         let settled = matches!(slot, Slot::Settled);
@@ -160,7 +169,7 @@ impl<E> Ledger<E> {
         settled
     }
 
-    /// The slot of an id that has arrived, made anew if nothing remembers it.
+    /// The slot of an id that has arrived; a new one if none is left.
     fn slot_to_restore(&mut self, id: u32) -> &mut Slot<E> {
         let offset = id.wrapping_sub(self.base) as usize;
         if offset < self.ring.len() {
@@ -190,10 +199,10 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// Notes a decision, and returns the token that came with the id.
+    /// Stores a decision, and returns the token from the arrival.
     ///
     /// # Errors
-    /// The decision, if the id is not undecided: its decision has been made, or it never came.
+    /// Returns the decision if the id is not undecided: it has been decided, or it never arrived.
     pub(crate) fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<u32, Decision<E>> {
         let Some(slot) = self.slot_mut(id) else { return Err(decision) };
         let Slot::Undecided(token) = *slot else { return Err(decision) };
@@ -203,7 +212,7 @@ impl<E> Ledger<E> {
         Ok(token)
     }
 
-    /// Exchanges the token of an undecided id.
+    /// Replaces the token of an undecided id; returns the old one.
     pub(crate) fn exchange_token(&mut self, id: u32, token: u32) -> Option<u32> {
         match self.slot_mut(id) {
             Some(Slot::Undecided(old)) => Some(std::mem::replace(old, token)),
@@ -211,32 +220,33 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// Whether an id still waits for its decision.
+    /// Whether an id is undecided.
     pub(crate) fn is_undecided(&self, id: u32) -> bool {
         matches!(self.slot(id), Some(Slot::Undecided(_)))
     }
 
-    /// How many ids wait for their decisions.
+    /// The number of undecided ids.
     pub(crate) fn undecided(&self) -> usize {
         self.undecided
     }
 
-    /// The oldest id that is not settled yet, or the one expected next.
+    /// The oldest id that is not settled, or the one that is expected next.
     pub(crate) fn oldest(&self) -> u32 {
-        // The map's order is not the order of the ids across the wrap: they begin half the numbers before the base.
+        // The map's order is not the order of the ids across the wrap: that begins half the number
+        // range before the base.
         let begin = self.base.wrapping_sub(1 << 31);
         let first = self.stragglers.range(begin..).next().or_else(|| self.stragglers.range(..begin).next());
         first.map_or(self.base, |(id, _)| *id)
     }
 
-    /// The ids that wait for their decisions, those of the ring in their order.
+    /// The undecided ids; those in the ring are in order.
     pub(crate) fn undecided_ids(&self) -> Vec<u32> {
         let ring = self.ring.iter().zip(0..).map(|(slot, offset)| (self.base.wrapping_add(offset), slot));
         let all = self.stragglers.iter().map(|(id, slot)| (*id, slot)).chain(ring);
         all.filter(|(_, slot)| matches!(slot, Slot::Undecided(_))).map(|(id, _)| id).collect()
     }
 
-    /// The ids from `first` to `last`, both included, that wait for their decisions.
+    /// The undecided ids from `first` to `last`, both included.
     pub(crate) fn undecided_between(&self, first: u32, last: u32) -> Vec<u32> {
         let wraps = last < first;
         let to_end = self.stragglers.range(first..=if wraps { u32::MAX } else { last });
@@ -244,7 +254,7 @@ impl<E> Ledger<E> {
         let undecided = |slot: &Slot<E>| matches!(slot, Slot::Undecided(_));
         let mut ids: Vec<u32> =
             to_end.chain(from_start).filter(|(_, slot)| undecided(slot)).map(|(id, _)| *id).collect();
-        // Signed distances from the base: what lies before it is no longer in the ring.
+        // Signed distances from the base: ids before it are not in the ring any more.
         let from = (first.wrapping_sub(self.base) as i32).max(0) as usize;
         let to = i64::from(last.wrapping_sub(self.base) as i32) + 1;
         let to = usize::try_from(to).unwrap_or(0).min(self.ring.len());
@@ -253,21 +263,24 @@ impl<E> Ledger<E> {
         ids
     }
 
-    /// How many decisions the kernel has not been told.
+    /// The number of decisions that have not become messages.
     pub(crate) fn gathered(&self) -> usize {
         self.gathered.len()
     }
 
-    /// Turns every decision into messages, appended to `out` in the order of the ids, and counts them settled.
+    /// Turns every decision into messages, appended to `out` in the order of the ids, and counts
+    /// them as settled.
     ///
-    /// The longest decided prefix becomes one batch for each run of equal rulings; what must go alone, or lies behind an
-    /// undecided id, becomes a single verdict. A run ends where a round of receiving began, by the first ids in `rounds`,
-    /// oldest first: what makes the kernel drop the packets of one round leaves those of a later one, and a batch that finds
-    /// any of its packets does not tell of the others.
+    /// The longest decided prefix becomes one batch for each run of equal fields. A decision with
+    /// extras, or behind an undecided id, becomes a message for a single packet. A run also ends
+    /// where a round of receiving began (`rounds` has the first id of each round, oldest first): an
+    /// event that makes the kernel drop the packets of one round may leave those of a later round,
+    /// and the kernel does not report missing packets of a batch that finds any.
     ///
-    /// The messages must be sent in this order and before those of a later call. What could not be sent must be given back,
-    /// by [`unsent`](Self::unsent), or [reopened](Self::reopen), before that.
-    pub(crate) fn settle(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<Settlement<E>>) {
+    /// The messages must be sent in this order and before those of a later call. Before that call,
+    /// messages that could not be sent must be returned by [`unsent`](Self::unsent), or their ids
+    /// [reopened](Self::reopen).
+    pub(crate) fn settle(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<VerdictMessage<E>>) {
         std::mem::swap(&mut self.gathered, &mut self.leaving);
         self.gathered.clear();
         let mut gathered = std::mem::take(&mut self.leaving);
@@ -281,8 +294,8 @@ impl<E> Ledger<E> {
         self.leaving = gathered;
     }
 
-    /// Tells how many there were.
-    fn settle_stragglers(&mut self, gathered: &[u32], out: &mut Vec<Settlement<E>>) -> usize {
+    /// Returns their number.
+    fn settle_stragglers(&mut self, gathered: &[u32], out: &mut Vec<VerdictMessage<E>>) -> usize {
         if self.stragglers.is_empty() {
             return 0;
         }
@@ -291,14 +304,14 @@ impl<E> Ledger<E> {
             if matches!(self.stragglers.get(id), Some(Slot::Decided(_)))
                 && let Some(Slot::Decided(decision)) = self.stragglers.remove(id)
             {
-                out.push(Settlement::Single { id: *id, decision });
+                out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
         out.len() - before
     }
 
-    /// Pops the prefix that holds nothing undecided; tells how many decisions it held.
-    fn settle_prefix(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<Settlement<E>>) -> usize {
+    /// Removes the prefix without undecided ids; returns the number of its decisions.
+    fn settle_prefix(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<VerdictMessage<E>>) -> usize {
         let batches = self.batches && self.stragglers.is_empty();
         let mut settled = 0;
         let mut run: Option<Run> = None;
@@ -320,11 +333,11 @@ impl<E> Ledger<E> {
                 }
                 _ => finish_run(&mut run, out),
             }
-            if batches && decision.extra.is_none() {
-                let Decision { ruling, origin, .. } = decision;
-                run = Some(Run { first: id, max: id, ruling, origin, count: 1 });
+            if batches && decision.extras.is_none() {
+                let Decision { fields, origin, .. } = decision;
+                run = Some(Run { first: id, max: id, fields, origin, count: 1 });
             } else {
-                out.push(Settlement::Single { id, decision });
+                out.push(VerdictMessage::Single { id, decision });
             }
         }
         finish_run(&mut run, out);
@@ -332,7 +345,7 @@ impl<E> Ledger<E> {
     }
 
     /// Settles what is decided behind an undecided id.
-    fn settle_rest(&mut self, gathered: &mut [u32], popped: usize, out: &mut Vec<Settlement<E>>) {
+    fn settle_rest(&mut self, gathered: &mut [u32], popped: usize, out: &mut Vec<VerdictMessage<E>>) {
         let (base, span) = (self.base, self.ring.len());
         let offset = |id: &u32| id.wrapping_sub(base) as usize;
         let mut rest: Vec<u32>;
@@ -347,16 +360,16 @@ impl<E> Ledger<E> {
             if let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id))
                 && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled)
             {
-                out.push(Settlement::Single { id: *id, decision });
+                out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
     }
 
     /// The ids that a message of the last [`settle`](Self::settle) decides.
-    pub(crate) fn ids_of(&self, settlement: &Settlement<E>) -> Vec<u32> {
-        match settlement {
-            Settlement::Single { id, .. } => vec![*id],
-            Settlement::Batch { first, max, .. } => {
+    pub(crate) fn ids_of(&self, message: &VerdictMessage<E>) -> Vec<u32> {
+        match message {
+            VerdictMessage::Single { id, .. } => vec![*id],
+            VerdictMessage::Batch { first, max, .. } => {
                 let span = max.wrapping_sub(*first);
                 let mut ids: Vec<u32> =
                     self.leaving.iter().copied().filter(|id| id.wrapping_sub(*first) <= span).collect();
@@ -366,24 +379,25 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// A message of the last [`settle`](Self::settle) was not sent: its decisions are gathered again.
-    pub(crate) fn unsent(&mut self, settlement: Settlement<E>) {
-        let ids = self.ids_of(&settlement);
+    /// A message of the last [`settle`](Self::settle) was not sent: its decisions are gathered
+    /// again.
+    pub(crate) fn unsent(&mut self, message: VerdictMessage<E>) {
+        let ids = self.ids_of(&message);
         let mut put = |id: u32, decision: Decision<E>| {
             *self.slot_to_restore(id) = Slot::Decided(decision);
             self.gathered.push(id);
         };
-        match settlement {
-            Settlement::Single { id, decision } => put(id, decision),
-            Settlement::Batch { ruling, origin, .. } => {
+        match message {
+            VerdictMessage::Single { id, decision } => put(id, decision),
+            VerdictMessage::Batch { fields, origin, .. } => {
                 for id in ids {
-                    put(id, Decision { ruling, extra: None, origin });
+                    put(id, Decision { fields, extras: None, origin });
                 }
             }
         }
     }
 
-    /// Takes back what was decided by owners and gathered: those ids are undecided again. Returns them with their
+    /// Makes the gathered decisions of owners undecided again. Returns the ids with their
     /// decisions.
     pub(crate) fn take_back_gathered(&mut self) -> Vec<(u32, Decision<E>)> {
         let gathered = std::mem::take(&mut self.gathered);
@@ -404,31 +418,33 @@ impl<E> Ledger<E> {
     }
 }
 
-/// The token of an id that has none.
+/// The token of an id without one.
 pub(crate) const NO_TOKEN: u32 = u32::MAX;
 
-/// Consecutive decisions of one ruling.
+/// Consecutive decisions with the same fields.
 struct Run {
     first: u32,
     max: u32,
-    ruling: Ruling,
+    fields: VerdictFields,
     origin: Origin,
     count: usize,
 }
 
 impl Run {
-    /// Whether one message can carry both. What owners have decided is kept apart, for they are told if it is refused.
+    /// Whether one message can carry both. Decisions of owners are kept apart, because owners are
+    /// told when they are refused.
     fn takes<E>(&self, decision: &Decision<E>) -> bool {
-        decision.extra.is_none() && self.ruling == decision.ruling && self.origin == decision.origin
+        decision.extras.is_none() && self.fields == decision.fields && self.origin == decision.origin
     }
 }
 
-/// A run of one is sent as a single verdict: the same cost, and it cannot touch another packet.
-fn finish_run<E>(run: &mut Option<Run>, out: &mut Vec<Settlement<E>>) {
-    let Some(Run { first, max, ruling, origin, count }) = run.take() else { return };
+/// A run of one is sent as a message for a single packet: it costs the same, and cannot affect
+/// another packet.
+fn finish_run<E>(run: &mut Option<Run>, out: &mut Vec<VerdictMessage<E>>) {
+    let Some(Run { first, max, fields, origin, count }) = run.take() else { return };
     out.push(match count {
-        1 => Settlement::Single { id: first, decision: Decision { ruling, extra: None, origin } },
-        _ => Settlement::Batch { first, max, ruling, origin, count },
+        1 => VerdictMessage::Single { id: first, decision: Decision { fields, extras: None, origin } },
+        _ => VerdictMessage::Batch { first, max, fields, origin, count },
     });
 }
 
@@ -438,11 +454,11 @@ mod tests {
     use crate::types::Action::{self, Accept as ACCEPT, Drop as DROP};
 
     fn plain(action: Action) -> Decision<u8> {
-        Decision { ruling: Ruling::plain(action), extra: None, origin: Origin::Owner }
+        Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Owner }
     }
 
-    fn batch(first: u32, max: u32, action: Action, count: usize) -> Settlement<u8> {
-        Settlement::Batch { first, max, ruling: Ruling::plain(action), origin: Origin::Owner, count }
+    fn batch(first: u32, max: u32, action: Action, count: usize) -> VerdictMessage<u8> {
+        VerdictMessage::Batch { first, max, fields: VerdictFields::plain(action), origin: Origin::Owner, count }
     }
 
     fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
@@ -453,7 +469,7 @@ mod tests {
         ledger
     }
 
-    fn settled(ledger: &mut Ledger<u8>) -> Vec<Settlement<u8>> {
+    fn settled(ledger: &mut Ledger<u8>) -> Vec<VerdictMessage<u8>> {
         let mut out = Vec::new();
         ledger.settle(std::iter::empty(), &mut out);
         out
@@ -465,10 +481,10 @@ mod tests {
         for id in [3, 1, 2, 5] {
             ledger.decide(id, plain(ACCEPT)).unwrap();
         }
-        let single = Settlement::Single { id: 5, decision: plain(ACCEPT) };
+        let single = VerdictMessage::Single { id: 5, decision: plain(ACCEPT) };
         assert_eq!(settled(&mut ledger), [batch(1, 3, ACCEPT, 3), single]);
         ledger.decide(4, plain(DROP)).unwrap();
-        assert_eq!(settled(&mut ledger), [Settlement::Single { id: 4, decision: plain(DROP) }]);
+        assert_eq!(settled(&mut ledger), [VerdictMessage::Single { id: 4, decision: plain(DROP) }]);
         assert_eq!((ledger.undecided(), ledger.gathered(), ledger.ring.len()), (0, 0, 0));
     }
 
@@ -477,7 +493,7 @@ mod tests {
         let mut ledger = ledger(1..=7);
         for id in 1..=7 {
             let decision = match id {
-                4 => Decision { ruling: Ruling::plain(ACCEPT), extra: Some(9), origin: Origin::Owner },
+                4 => Decision { fields: VerdictFields::plain(ACCEPT), extras: Some(9), origin: Origin::Owner },
                 5.. => plain(DROP),
                 _ => plain(ACCEPT),
             };
@@ -485,9 +501,9 @@ mod tests {
         }
         let expected = [
             batch(1, 3, ACCEPT, 3),
-            Settlement::Single {
+            VerdictMessage::Single {
                 id: 4,
-                decision: Decision { ruling: Ruling::plain(ACCEPT), extra: Some(9), origin: Origin::Owner },
+                decision: Decision { fields: VerdictFields::plain(ACCEPT), extras: Some(9), origin: Origin::Owner },
             },
             batch(5, 7, DROP, 3),
         ];
@@ -532,20 +548,23 @@ mod tests {
             ledger.decide(id, plain(ACCEPT)).unwrap();
             if id % 64 == 0 {
                 let out = settled(&mut ledger);
-                assert!(out.iter().all(|s| matches!(s, Settlement::Single { .. })), "a batch would decide packet 1");
+                assert!(
+                    out.iter().all(|s| matches!(s, VerdictMessage::Single { .. })),
+                    "a batch would decide packet 1"
+                );
             }
         }
         assert!(ledger.ring.len() <= 2 * SPARE_SPAN, "{}", ledger.ring.len());
         assert_eq!(ledger.undecided_ids(), [1]);
         ledger.decide(1, plain(DROP)).unwrap();
         let out = settled(&mut ledger);
-        assert_eq!(out[0], Settlement::Single { id: 1, decision: plain(DROP) });
-        assert!(matches!(out[1], Settlement::Batch { max: 199_999, .. }));
+        assert_eq!(out[0], VerdictMessage::Single { id: 1, decision: plain(DROP) });
+        assert!(matches!(out[1], VerdictMessage::Batch { max: 199_999, .. }));
     }
 
     #[test]
     fn a_slot_stays_small() {
-        // 65 536 packets may be outstanding; with a boxed extra a slot is 40 bytes at most.
+        // 65 536 packets may be outstanding; with boxed extras a slot is 40 bytes at most.
         assert!(size_of::<Slot<Box<[u8; 100]>>>() <= 40, "{}", size_of::<Slot<Box<[u8; 100]>>>());
     }
 }

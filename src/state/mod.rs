@@ -1,72 +1,78 @@
-//! A queue's whole logic, without a socket, a lock, a waker or a runtime: what happens comes in, what is to be done goes
-//! out. It reads the time from a clock that it is given, and only where it needs it.
+//! The whole logic of a queue, without sockets, locks, wakers or a runtime. Events come in as
+//! method calls; what must be done comes out as effects. It reads the time from a clock that it is
+//! given, and only when it needs the time.
 //!
-//! | comes in | method |
+//! | event | method |
 //! |---|---|
 //! | packets were received | [`Machine::arrived`] |
-//! | a packet could not be understood | [`Machine::malformed`] |
-//! | the kernel answered a message | [`Machine::answered`] |
-//! | the socket was found empty | [`Machine::emptied`] |
-//! | a verdict was given, a packet was abandoned | [`Machine::decide`], [`Machine::abandon`] |
+//! | a packet message could not be parsed | [`Machine::malformed`] |
+//! | the kernel replied to a message | [`Machine::replied`] |
+//! | the socket was found empty | [`Machine::socket_empty`] |
+//! | a verdict was submitted, a packet was dropped | [`Machine::decide`], [`Machine::abandon`] |
 //! | a datagram was sent, refused, or not sent | [`Machine::sent`], [`Machine::refused`], [`Machine::unsent`] |
-//! | time passed, a scheduler pass ended | [`Machine::fire`], [`Machine::pass_ended`] |
-//! | the queue is to end | [`Machine::begin_close`], [`Machine::stopped`], [`Machine::unbound`] |
+//! | time passed, the ready tasks have run | [`Machine::fire`], [`Machine::tasks_ran`] |
+//! | the queue is closed | [`Machine::begin_close`], [`Machine::stopped`], [`Machine::unbound`] |
 //!
-//! What is to be done is in [`Machine::todo`], and once the lock is released in [`Machine::take_events`].
+//! The caller takes [`Effects`] and [`Notice`]s under the lock, and carries them out after
+//! releasing it.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
+use rustix::io::Errno;
+
 use crate::{
-    Action, Error, ErrorKind, FlushPolicy, Gathered, Occasion, Stats,
-    stats::FillCounter,
-    wire::{Answer, message::Refused, verdict::Ruling},
+    types::{Action, Error, ErrorKind, FillCounter, Stats},
+    wire::{Refused, Reply, verdict::VerdictFields},
 };
 
-mod answers;
 mod awaiting;
-mod deciding;
-mod ending;
-mod held;
+mod deadlines;
+pub(crate) mod flush;
 pub(crate) mod ledger;
+mod memory;
 #[cfg(test)]
 mod model;
-mod receiving;
-mod report;
-mod sending;
-mod time;
-mod times;
+mod recv;
+mod replies;
+mod reports;
+mod send;
+mod shutdown;
+mod timer;
+mod verdicts;
 
 use self::{
     awaiting::{Awaited, Awaiting, SentBatches},
-    held::Held,
+    deadlines::{Arrivals, Deadlines},
+    flush::{FlushContext, FlushPolicy, FlushReason},
     ledger::{Ledger, NO_TOKEN},
-    report::Reports,
-    times::{Arrivals, Deadlines},
+    memory::HeldMemory,
+    reports::Reports,
 };
 pub(crate) use self::{
-    held::Place,
-    ledger::{Decision, Origin, Settlement},
-    report::{Kind, Report},
+    ledger::{Decision, Origin, VerdictMessage},
+    memory::Storage,
+    reports::{Report, ReportKind},
 };
 
-/// Where the time comes from.
+/// The source of the time.
 pub(crate) trait Clock {
     fn now(&self) -> Instant;
 }
 
-/// What a single verdict carries beside its ruling, and with it whoever waits for the kernel's answer.
+/// What a verdict for a single packet carries besides its fields, including who waits for the
+/// kernel's reply.
 pub(crate) trait Carried {
     type Waiter;
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
     fn put_waiter(&mut self, waiter: Self::Waiter);
 }
 
-/// What does not change while the queue is bound.
+/// The settings that do not change while the queue is bound.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rules {
+pub(crate) struct FixedSettings {
     pub(crate) queue: u16,
     pub(crate) on_unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
@@ -76,50 +82,67 @@ pub(crate) struct Rules {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub(crate) max_len: u32,
-    /// Bytes of payload that a message may carry.
+    /// The longest payload of a message, in bytes.
     pub(crate) payload: usize,
 }
 
-/// A change of limits that a configuration message carries. What is `None` stays.
+/// A change of the limits by a configuration message. What is `None` stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Change {
     pub(crate) max_len: Option<u32>,
     pub(crate) payload: Option<usize>,
 }
 
-/// Where a queue is in its life.
+/// Where a queue is between `bind` and the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Life {
+pub(crate) enum LifeCycle {
     Open,
-    /// No packet is handed out any more. The kernel is being told to queue no more.
+    /// No packet is handed out any more. Somebody tells the kernel to queue no more, and receives
+    /// what is queued.
     Stopping {
         action: Action,
-        limit: Limit,
+        limit: WaitLimit,
+        /// The capability was missing; it is tried again.
+        failed: bool,
     },
-    /// Nothing can be queued any more, and all that was has been received. Verdicts that are owed are awaited.
+    /// Nothing can be queued any more, and everything has been received. The verdicts that are owed
+    /// are awaited.
     Waiting {
         action: Action,
-        limit: Limit,
+        limit: WaitLimit,
     },
-    /// Everything is settled; somebody is unbinding the queue.
+    /// Every packet is decided; somebody unbinds the queue.
     Unbinding {
         action: Action,
-        limit: Limit,
+        limit: WaitLimit,
     },
-    Closed,
+    Closed {
+        /// The capability was missing; unbinding is tried again.
+        still_bound: bool,
+    },
 }
 
-/// How long owed verdicts are awaited.
+impl LifeCycle {
+    pub(crate) fn is_open(self) -> bool {
+        self == Self::Open
+    }
+
+    pub(crate) fn is_closed(self) -> bool {
+        matches!(self, Self::Closed { .. })
+    }
+}
+
+/// How long the verdicts that are owed are awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Limit {
-    /// For ever: the queue was dropped, and its packets are still held.
+pub(crate) enum WaitLimit {
+    /// No limit: the queue was dropped while packets are still held.
     Never,
     At(Instant),
-    /// The time is over: every packet has been answered for.
+    /// The time is over: every packet has been decided.
     Over,
 }
 
-impl Limit {
+impl WaitLimit {
     /// The earlier of the two.
     fn tighten(self, other: Self) -> Self {
         match (self, other) {
@@ -130,56 +153,59 @@ impl Limit {
     }
 }
 
-/// Whether the kernel lets this process send.
+/// Whether this process has the capability to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Permission {
     Held,
-    /// A verdict was refused for want of the capability. The pause grows from one attempt to the next.
+    /// A verdict was refused because the capability was missing. The pause between two attempts
+    /// grows.
     Missing {
         since: Instant,
         next: Instant,
         pause: Duration,
-        /// Calls of the driver that it has not answered.
+        /// How often the driver was woken without a reaction.
         calls: u32,
-        /// A thread that stands for the process has looked (since the time of the end was over), and has none.
+        /// A thread that represents the process has checked, after the time-out of the shutdown,
+        /// and has no capability.
         confirmed: bool,
     },
-    /// It has been missing for so long that the stream has ended with an error.
+    /// It has been missing for `LASTING`, and the stream has ended with an error.
     Lost,
 }
 
-/// What is to be done once the lock is released.
+/// What the caller must do once it has released the lock.
 #[derive(Debug)]
-pub(crate) struct Todo {
-    /// Send what is gathered.
+pub(crate) struct Effects {
+    /// Send all gathered verdicts.
     pub(crate) flush: bool,
-    /// Wake the task in the runtime.
+    /// Wake the driver task.
     pub(crate) call_driver: bool,
     /// Have [`Machine::fire`] called at this time or before.
-    pub(crate) alarm: Option<Instant>,
-    /// Ask the user's own policy, and give it back by [`Machine::asked`].
-    pub(crate) ask: Option<Box<(FlushPolicy, Gathered)>>,
-    /// Receive: packets may have been waiting unread.
+    pub(crate) timer: Option<Instant>,
+    /// Call a custom policy and return it by [`Machine::policy_decided`].
+    pub(crate) ask: Option<Box<(FlushPolicy, FlushContext)>>,
+    /// Receive: packets may have been unread for some time.
     pub(crate) look: bool,
     /// Have [`Machine::readable`] called when the socket is readable.
     pub(crate) watch: bool,
     /// Unbind the queue.
     pub(crate) unbind: bool,
-    /// Stop the queue once more, with this action: the capability was missing before.
+    /// Stop the queue again, with this action: the capability was missing before.
     pub(crate) drain: Option<Action>,
-    /// Ask whether the calling thread may send, as the driver does otherwise: there is none, or it does not come.
+    /// Check whether the calling thread has the capability. Otherwise the driver does that: there
+    /// is none, or it does not run.
     pub(crate) probe: bool,
     pub(crate) wake_stream: bool,
-    /// Those who wait for a flush or for the end.
+    /// Tasks that wait for a flush or for the end of the shutdown.
     pub(crate) wake_waiting: bool,
     pub(crate) wake_refusals: bool,
 }
 
-impl Todo {
+impl Effects {
     const NOTHING: Self = Self {
         flush: false,
         call_driver: false,
-        alarm: None,
+        timer: None,
         ask: None,
         look: false,
         watch: false,
@@ -196,18 +222,18 @@ impl Todo {
         let wakes = [self.wake_stream, self.wake_waiting, self.wake_refusals];
         !flags.contains(&true)
             && !wakes.contains(&true)
-            && self.alarm.is_none()
+            && self.timer.is_none()
             && self.ask.is_none()
             && self.drain.is_none()
     }
 }
 
-/// What others are to be told once the lock is released.
+/// What the caller must deliver once it has released the lock.
 #[derive(Debug)]
-pub(crate) enum Event<E: Carried> {
-    Answer(E::Waiter, Result<(), Error>),
+pub(crate) enum Notice<E: Carried> {
+    Reply(E::Waiter, Result<(), Error>),
     Report(Report),
-    /// It is of no more use; to drop it may run users' code.
+    /// It is not needed any more. Dropping it may run users' code.
     Spent(E),
 }
 
@@ -215,199 +241,201 @@ pub(crate) enum Event<E: Carried> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
     pub(crate) id: u32,
-    /// The memory it keeps alive.
-    pub(crate) place: Place,
+    /// The memory that it keeps allocated.
+    pub(crate) storage: Storage,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Machine<E: Carried, K> {
-    rules: Rules,
-    clock: K,
-    ledger: Ledger<E>,
-    life: Life,
+    settings: FixedSettings,
     limits: Limits,
-    /// `None` while the user's own is being asked, outside of the lock.
-    policy: Option<FlushPolicy>,
-    /// It is to be asked once more when it comes back, and why.
-    ask_again: Option<Occasion>,
-    /// Whether there is a task in a runtime to wait for. Without one every verdict is sent at once.
-    driven: bool,
-    /// When the oldest verdict not yet sent was given.
-    oldest: Option<Instant>,
-    /// When what is gathered is sent at the latest.
-    due: Option<Instant>,
-    /// Whether the socket, when last read, may have had more.
-    backlog: bool,
-    /// The driver has been called for the end of a scheduler pass.
-    pass_end: bool,
-    /// Somebody wants everything sent; whoever holds the send lock does it.
-    flush_wanted: bool,
-    /// Packets whose verdicts have left the ledger, and whose datagram is not begun.
-    leaving: usize,
-    /// Messages of the datagram that is being sent.
-    begun: usize,
-    /// A round of sending is under way.
-    sending: bool,
-    rounds_begun: u64,
-    rounds_ended: u64,
-    /// `rounds_begun` when the alarm last rang.
-    rounds_at_alarm: u64,
-    /// When the alarm rings.
-    alarm: Option<Instant>,
+    clock: K,
+    life: LifeCycle,
+    ledger: Ledger<E>,
+    gathering: Gathering,
+    sending: Sending,
+    receiving: Receiving,
     permission: Permission,
-    /// First messages of datagrams that are known to have been refused; their answers say nothing new.
-    known_refused: VecDeque<u32>,
-    /// A send that is being watched, by the sequence number of its first message, and whether it was refused.
-    watched: Option<(u32, bool)>,
-    /// A refusal came although the capability was there: what a send did is only known from the answers to it.
-    distrust: bool,
-    /// When to send again after a failure, and the pause after the next one.
-    retry: Option<(Instant, Duration)>,
+    /// Messages whose replies somebody waits for.
     awaiting: Awaiting<E::Waiter>,
-    sent_batches: SentBatches,
-    /// Packet messages whose id could not be read, since the last id that could.
-    unknown: u32,
     deadlines: Deadlines,
     arrivals: Arrivals,
+    held: HeldMemory,
     fill: FillCounter,
-    held: Held,
-    /// Rounds of receiving.
-    receives: u64,
-    /// When to look whether packets lie unread, and `receives` when the socket became readable.
-    look: Option<(Instant, u64)>,
-    /// An episode of loss to the receive buffer is under way.
-    losing: bool,
-    /// Nothing was missing from what was received last.
-    lossless: bool,
-    refusals: VecDeque<Error>,
-    failure: Option<Error>,
-    close_error: Option<Error>,
-    /// The queue could not be stopped for want of the capability; it is tried again.
-    undrained: bool,
-    /// The queue has ended for those who wait, and could not be unbound for want of the capability; it is tried again.
-    unbind_later: bool,
     counters: Stats,
+    /// For the log.
     reports: Reports,
-    todo: Todo,
-    events: Vec<Event<E>>,
+    /// For [`next_refusal`](Machine::next_refusal).
+    refusals: VecDeque<Error>,
+    /// With which the stream ends.
+    failure: Option<Error>,
+    /// For the first caller that waits for the graceful shutdown.
+    close_error: Option<Error>,
+    /// When [`fire`](Machine::fire) is called next.
+    timer: Option<Instant>,
+    effects: Effects,
+    notices: Vec<Notice<E>>,
 }
 
-/// Refusals nobody reads are kept up to this number; older ones then give way, counted.
+/// Verdicts that wait to be sent, and the policy that says when.
+#[derive(Debug, Default)]
+struct Gathering {
+    /// `None` while a custom policy is being called, without the lock.
+    policy: Option<FlushPolicy>,
+    /// The policy is to be asked once more when the call has returned, and why.
+    ask_again: Option<FlushReason>,
+    /// Whether there is a driver task. Without one every verdict is sent at once.
+    driven: bool,
+    /// When the oldest verdict was given.
+    oldest: Option<Instant>,
+    /// When the verdicts are sent at the latest.
+    due: Option<Instant>,
+    /// Whether the socket, when it was last read, may have had more packets.
+    backlog: bool,
+    /// The driver has been woken, to report when the ready tasks have run.
+    wait_for_tasks: bool,
+}
+
+/// The rounds of sending. There is at most one at a time, under the send lock.
+#[derive(Debug, Default)]
+struct Sending {
+    /// Somebody wants everything sent. Whoever holds the send lock does it.
+    wanted: bool,
+    under_way: bool,
+    rounds_started: u64,
+    rounds_ended: u64,
+    /// `rounds_started` when the timer last fired.
+    rounds_at_timer: u64,
+    /// Packets whose verdicts have left the ledger, but are not in the datagram being sent.
+    leaving: usize,
+    /// Messages in the datagram that is being sent.
+    begun: usize,
+    /// The datagram that is being sent, by the sequence number of its first message, and whether a
+    /// reply has refused it.
+    watched: Option<(u32, bool)>,
+    /// Datagrams that are known to have been refused, by their first messages. The replies to them
+    /// bring nothing new.
+    known_refused: VecDeque<u32>,
+    /// The kernel refused a datagram although the thread had the capability: only replies tell what
+    /// became of a datagram.
+    distrust: bool,
+    /// When to send again after a failure, and the pause after the next failure.
+    retry: Option<(Instant, Duration)>,
+    batches: SentBatches,
+}
+
+/// The rounds of receiving.
+#[derive(Debug)]
+struct Receiving {
+    /// Their number.
+    receives: u64,
+    /// Packet messages whose id could not be read, since the last id that could.
+    unknown: u32,
+    /// An episode of loss to the receive buffer has not ended.
+    losing: bool,
+    /// No packet was missing in the last round.
+    lossless: bool,
+    /// When to look for unread packets, and `receives` when the socket became readable.
+    look: Option<(Instant, u64)>,
+}
+
+/// The number of unread refusals that are kept. Then the oldest are discarded and counted.
 const MAX_REFUSALS: usize = 1024;
-/// A delay asked for by a policy of the user's own is cut to this.
+/// A longer delay of a custom policy is shortened to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
-/// After so many unanswered calls the driver is taken not to come, and the timer's thread stands for the process.
+/// After this many wake-ups without a reaction the driver is assumed not to run. Then the timer
+/// thread represents the process.
 const PATIENT_CALLS: u32 = 10;
-/// How long the capability must be missing until that counts as lasting.
+/// If the capability is missing for this time, the loss counts as permanent.
 const LASTING: Duration = Duration::from_secs(3);
-/// Pauses between attempts to send after a refusal or a failure: from the first to the second, doubled each time.
+/// The first and the longest pause between attempts to send after a refusal or a failure. Each
+/// pause is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
-/// A gap this wide is not searched for packets whose id could not be read.
+/// A wider gap is not searched for packets whose id could not be read.
 const WIDEST_SEARCH: u32 = 65_536;
-/// A datagram is answered at most once for each of its messages; so many refused ones are remembered.
+/// The number of refused datagrams that are remembered. The kernel sends at most one error for each
+/// message of a datagram.
 const MAX_KNOWN_REFUSED: usize = 1024;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
-    pub(crate) fn new(rules: Rules, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
+    pub(crate) fn new(settings: FixedSettings, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
         Self {
-            rules,
-            clock,
-            ledger: Ledger::new(first),
-            life: Life::Open,
+            settings,
             limits,
-            policy: Some(policy),
-            ask_again: None,
-            driven: false,
-            oldest: None,
-            due: None,
-            backlog: false,
-            pass_end: false,
-            flush_wanted: false,
-            leaving: 0,
-            begun: 0,
-            sending: false,
-            rounds_begun: 0,
-            rounds_ended: 0,
-            rounds_at_alarm: 0,
-            alarm: None,
+            clock,
+            life: LifeCycle::Open,
+            ledger: Ledger::new(first),
+            gathering: Gathering { policy: Some(policy), ..Gathering::default() },
+            sending: Sending::default(),
+            receiving: Receiving { receives: 0, unknown: 0, losing: false, lossless: true, look: None },
             permission: Permission::Held,
-            known_refused: VecDeque::new(),
-            watched: None,
-            distrust: false,
-            retry: None,
             awaiting: Awaiting::default(),
-            sent_batches: SentBatches::default(),
-            unknown: 0,
             deadlines: Deadlines::default(),
             arrivals: Arrivals::default(),
+            held: HeldMemory::default(),
             fill: FillCounter::default(),
-            held: Held::default(),
-            receives: 0,
-            look: None,
-            losing: false,
-            lossless: true,
+            counters: Stats::default(),
+            reports: Reports::default(),
             refusals: VecDeque::new(),
             failure: None,
             close_error: None,
-            undrained: false,
-            unbind_later: false,
-            counters: Stats::default(),
-            reports: Reports::default(),
-            todo: Todo::NOTHING,
-            events: Vec::new(),
+            timer: None,
+            effects: Effects::NOTHING,
+            notices: Vec::new(),
         }
     }
 
-    // What is to be done.
+    // Effects.
 
-    /// Whether anything is to be done or told.
-    pub(crate) fn is_busy(&self) -> bool {
-        !self.todo.is_nothing() || !self.events.is_empty()
+    /// Whether there are effects or notices.
+    pub(crate) fn has_effects(&self) -> bool {
+        !self.effects.is_nothing() || !self.notices.is_empty()
     }
 
-    /// Takes what is to be done now.
-    pub(crate) fn todo(&mut self) -> Todo {
-        std::mem::replace(&mut self.todo, Todo::NOTHING)
+    /// Takes the effects.
+    pub(crate) fn take_effects(&mut self) -> Effects {
+        std::mem::replace(&mut self.effects, Effects::NOTHING)
     }
 
-    /// Takes what others are to be told.
-    pub(crate) fn take_events(&mut self) -> Vec<Event<E>> {
-        std::mem::take(&mut self.events)
+    /// Takes the notices.
+    pub(crate) fn take_notices(&mut self) -> Vec<Notice<E>> {
+        std::mem::take(&mut self.notices)
     }
 
-    /// Sees to it that the alarm rings at this time or before. It may ring for an earlier wish that has lapsed.
-    fn wish(&mut self, at: Instant) {
-        if self.alarm.is_none_or(|alarm| at < alarm) {
-            self.alarm = Some(at);
-            self.todo.alarm = Some(at);
+    /// Has [`fire`](Self::fire) called at this time or before. It may also be called earlier
+    /// without need.
+    fn set_timer(&mut self, at: Instant) {
+        if self.timer.is_none_or(|alarm| at < alarm) {
+            self.timer = Some(at);
+            self.effects.timer = Some(at);
         }
     }
 
     /// There are packets for the stream.
     pub(crate) fn wake_stream(&mut self) {
-        self.todo.wake_stream = true;
+        self.effects.wake_stream = true;
     }
 
     fn request_flush(&mut self) {
-        self.flush_wanted = true;
-        self.todo.flush = true;
+        self.sending.wanted = true;
+        self.effects.flush = true;
     }
 
-    fn note(&mut self, kind: Kind, count: u64, packet: Option<u32>) {
+    fn note(&mut self, kind: ReportKind, count: u64, packet: Option<u32>) {
         let now = self.clock.now();
         match self.reports.note(kind, count, packet, now) {
-            Some(report) => self.events.push(Event::Report(report)),
+            Some(report) => self.notices.push(Notice::Report(report)),
             None => {
                 if let Some(at) = self.reports.pending() {
-                    self.wish(at);
+                    self.set_timer(at);
                 }
             }
         }
     }
 
     fn in_flight(&self) -> usize {
-        self.ledger.undecided() + self.ledger.gathered() + self.leaving
+        self.ledger.undecided() + self.ledger.gathered() + self.sending.leaving
     }
 
     pub(crate) fn limits(&self) -> Limits {
@@ -415,42 +443,39 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let oldest = || self.arrivals.age(self.ledger.oldest(), self.clock.now());
-        Stats {
-            in_flight: self.in_flight(),
-            fill: self.fill.fill(),
-            held_bytes: self.held.bytes(),
-            oldest_undecided: (self.ledger.undecided() > 0).then(oldest).flatten(),
-            max_len: self.limits.max_len,
-            ..self.counters
+        let mut stats = self.counters;
+        stats.held.in_flight = self.in_flight();
+        stats.held.fill = self.fill.fill();
+        stats.held.bytes = self.held.bytes();
+        if self.ledger.undecided() > 0 {
+            stats.held.oldest_undecided = self.arrivals.age(self.ledger.oldest(), self.clock.now());
         }
+        stats.limits.max_len = self.limits.max_len;
+        stats
     }
 }
 
-/// Nobody looks for unread packets more often.
+/// The shortest time between two checks for unread packets.
 const SHORTEST_LOOK: Duration = Duration::from_micros(200);
 
-/// A decision that is an action alone, in the owner's place.
+/// The queue's own decision, which is only an action.
 fn plain<E>(action: Action) -> Decision<E> {
-    Decision { ruling: Ruling::plain(action), extra: None, origin: Origin::Queue }
+    Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Queue }
 }
 
 fn missing_capability() -> Error {
     Error::new(ErrorKind::NotPermitted, "send verdict").with_detail("CAP_NET_ADMIN is missing")
 }
 
-/// What the kernel's answer says.
-fn answer_error(answer: &Answer) -> Error {
-    let error = Error::os("send verdict", std::io::Error::from_raw_os_error(answer.errno));
-    let error = match (answer.errno, answer.refused) {
-        (ENOENT, Refused::Verdict { .. } | Refused::Batch { .. }) => error.with_kind(ErrorKind::PacketGone),
+/// What the kernel's reply says.
+fn reply_error(errno: Errno, reply: &Reply) -> Error {
+    let error = Error::os("send verdict", errno.into());
+    let error = match (errno, reply.refused) {
+        (Errno::NOENT, Refused::Verdict { .. } | Refused::Batch { .. }) => error.with_kind(ErrorKind::PacketGone),
         _ => error,
     };
-    match &answer.text {
+    match &reply.text {
         Some(text) => error.with_detail(text.to_string()),
         None => error,
     }
 }
-
-const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
-const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();

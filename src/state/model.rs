@@ -1,5 +1,6 @@
-//! Random histories of the machine against a model of nfnetlink_queue and of the socket. After each event the promises are
-//! checked, and at the end of each history that nothing is left. `NFQUEUE_STATE_SEED` repeats one history.
+//! Random histories of the machine against a model of nfnetlink_queue and of the socket. After each
+//! event the promises are checked, and at the end of each history that nothing is left.
+//! `NFQUEUE_STATE_SEED` repeats one history.
 
 use std::{
     cell::Cell,
@@ -8,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::flush::FlushDecision;
 use super::*;
-use crate::{Flush, wire::verdict::word};
 
 /// Histories, and events in each: a million in all.
 const HISTORIES: u64 = 500;
@@ -66,7 +67,7 @@ enum Datagram {
         id: u32,
         readable: Option<Option<u32>>,
     },
-    Answer(Answer),
+    Reply(Reply),
 }
 
 /// The queue as the kernel keeps it.
@@ -112,22 +113,22 @@ impl Kernel {
     fn send(&mut self, first: u32, messages: Vec<Sent>, capable: bool) {
         if !capable {
             let refused = match messages[0] {
-                Sent::Single { id, action, .. } => Refused::Verdict { id, word: word(action) },
+                Sent::Single { id, action, .. } => Refused::Verdict { id, action: Some(action) },
                 Sent::Batch { max, .. } => Refused::Batch { max },
                 Sent::Length { .. } | Sent::Unbind => Refused::Other,
             };
-            return self.answer(first, EPERM, refused);
+            return self.reply(first, Some(Errno::PERM), refused);
         }
         for (message, sequence) in messages.into_iter().zip((0..).map(|offset| first.wrapping_add(offset))) {
             match message {
                 Sent::Single { id, action, acknowledge } => {
-                    let refused = Refused::Verdict { id, word: word(action) };
+                    let refused = Refused::Verdict { id, action: Some(action) };
                     if !self.queued.remove(&id) {
-                        self.answer(sequence, ENOENT, refused);
+                        self.reply(sequence, Some(Errno::NOENT), refused);
                     } else {
                         self.decided(id, action);
                         if acknowledge {
-                            self.answer(sequence, 0, Refused::Other);
+                            self.reply(sequence, None, Refused::Other);
                         }
                     }
                 }
@@ -135,7 +136,7 @@ impl Kernel {
                     let upto: Vec<u32> =
                         self.queued.iter().copied().filter(|id| id.wrapping_sub(max) as i32 <= 0).collect();
                     if upto.is_empty() {
-                        self.answer(sequence, ENOENT, Refused::Batch { max });
+                        self.reply(sequence, Some(Errno::NOENT), Refused::Batch { max });
                     }
                     for id in upto {
                         self.queued.remove(&id);
@@ -144,12 +145,12 @@ impl Kernel {
                 }
                 Sent::Length { packets, fail_open } => {
                     (self.max_len, self.fail_open) = (packets, fail_open);
-                    self.answer(sequence, 0, Refused::Other);
+                    self.reply(sequence, None, Refused::Other);
                 }
                 Sent::Unbind => {
                     self.bound = false;
                     self.gone.append(&mut self.queued);
-                    self.answer(sequence, 0, Refused::Other);
+                    self.reply(sequence, None, Refused::Other);
                 }
             }
         }
@@ -159,9 +160,9 @@ impl Kernel {
         assert!(self.fates.insert(id, action).is_none(), "packet {id} was decided twice");
     }
 
-    fn answer(&mut self, sequence: u32, errno: i32, refused: Refused) {
+    fn reply(&mut self, sequence: u32, error: Option<Errno>, refused: Refused) {
         if self.socket.len() < self.room {
-            self.socket.push_back(Datagram::Answer(Answer { sequence, errno, refused, text: None }));
+            self.socket.push_back(Datagram::Reply(Reply { sequence, error, refused, text: None }));
         }
     }
 }
@@ -170,7 +171,7 @@ impl Kernel {
 #[derive(Debug, Default)]
 struct Said {
     owner: Option<Action>,
-    /// The queue had a reason to decide in the owner's place.
+    /// The queue had a reason to decide in the owner's storage.
     default: bool,
     deadline: bool,
 }
@@ -184,7 +185,7 @@ struct World {
     deadline: Option<(Duration, Action)>,
     close_action: Option<Action>,
     /// Received and not handed out.
-    inbox: VecDeque<u32>,
+    receiver: VecDeque<u32>,
     owned: Vec<u32>,
     said: BTreeMap<u32, Said>,
     received_at: HashMap<u32, Instant>,
@@ -197,7 +198,8 @@ struct World {
     sent: u32,
     alarm: Option<Instant>,
     capable: bool,
-    /// What the sending thread finds when it asks for its capability after the send: the answer may be late.
+    /// What the sending thread finds when it asks for its capability after the send: the answer may
+    /// be late.
     out_of_memory: bool,
     custom: bool,
     stopping: bool,
@@ -219,7 +221,7 @@ impl World {
         });
         let custom = random.one_in(5);
         let policy = match random.below(3) {
-            _ if custom => FlushPolicy::custom(Odd(seed)),
+            _ if custom => custom_policy(seed),
             0 => FlushPolicy::immediate(),
             1 => FlushPolicy::fixed(1 + random.below(100), CAP),
             _ => FlushPolicy::adaptive(CAP),
@@ -228,9 +230,9 @@ impl World {
         let room = if random.one_in(3) { 1 + random.below(60) } else { 100_000 };
         // Near the wrap in some histories.
         let first = if random.one_in(4) { 0u32.wrapping_sub(random.below(500) as u32) } else { 1 };
-        let rules = Rules { queue: 0, on_unanswered, deadline };
+        let settings = FixedSettings { queue: 0, on_unanswered, deadline };
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
-        let mut machine = Machine::new(rules, policy, limits, first, clock.clone());
+        let mut machine = Machine::new(settings, policy, limits, first, clock.clone());
         machine.set_driven(!random.one_in(5));
         let driver_comes = !random.one_in(3);
         let kernel = Kernel {
@@ -252,7 +254,7 @@ impl World {
             on_unanswered,
             deadline,
             close_action: None,
-            inbox: VecDeque::new(),
+            receiver: VecDeque::new(),
             owned: Vec::new(),
             said: BTreeMap::new(),
             received_at: HashMap::new(),
@@ -293,7 +295,7 @@ impl World {
             80..=83 => self.abandon(),
             84..=90 => self.pass_time(),
             91 | 92 => {
-                self.machine.drained();
+                self.machine.stream_empty();
             }
             93 => {
                 self.machine.flush();
@@ -325,7 +327,7 @@ impl World {
                 }
             }
         }
-        self.carry_out();
+        self.perform();
         self.check();
     }
 
@@ -333,7 +335,7 @@ impl World {
         let sent = self.sent;
         let lost_before = self.machine.lost();
         let mut arrivals = Vec::new();
-        let mut answers = Vec::new();
+        let mut replies = Vec::new();
         let mut bad = Vec::new();
         let mut emptied = None;
         for _ in 0..most {
@@ -342,7 +344,7 @@ impl World {
                     emptied = Some(sent);
                     break;
                 }
-                Some(Datagram::Answer(answer)) => answers.push(answer),
+                Some(Datagram::Reply(reply)) => replies.push(reply),
                 Some(Datagram::Packet { id, readable: None }) => arrivals.push(id),
                 Some(Datagram::Packet { id, readable: Some(readable) }) => {
                     self.said.entry(id).or_default().default = true;
@@ -352,9 +354,9 @@ impl World {
                 }
             }
         }
-        if arrivals.is_empty() && answers.is_empty() && bad.is_empty() {
+        if arrivals.is_empty() && replies.is_empty() && bad.is_empty() {
             if let Some(sent) = emptied {
-                self.machine.emptied(sent);
+                self.machine.socket_empty(sent);
             }
             return;
         }
@@ -363,29 +365,29 @@ impl World {
             self.received_at.insert(*id, now);
             self.said.entry(*id).or_default();
         }
-        let place = Place::Own { bytes: 100 };
-        if self.machine.arrived(arrivals.iter().map(|id| Arrival { id: *id, place })) {
-            self.inbox.extend(&arrivals);
+        let storage = Storage::Own { bytes: 100 };
+        if self.machine.arrived(arrivals.iter().map(|id| Arrival { id: *id, storage })) {
+            self.receiver.extend(&arrivals);
         } else {
             arrivals.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
         }
         for id in bad {
             self.machine.malformed(id);
         }
-        for answer in answers {
-            self.machine.answered(answer);
+        for reply in replies {
+            self.machine.replied(reply);
         }
-        self.machine.received(0, 0, lost_before, emptied, true);
+        self.machine.end_receive_round(0, 0, lost_before, emptied, true);
     }
 
     fn hand_out(&mut self) {
-        while let Some(id) = self.inbox.pop_front() {
-            if self.machine.is_undecided(id) && self.machine.life() == Life::Open {
+        while let Some(id) = self.receiver.pop_front() {
+            if self.machine.is_undecided(id) && self.machine.life().is_open() {
                 self.owned.push(id);
                 return;
             }
-            if self.machine.life() != Life::Open {
-                self.inbox.push_front(id);
+            if !self.machine.life().is_open() {
+                self.receiver.push_front(id);
                 return;
             }
         }
@@ -403,14 +405,14 @@ impl World {
             _ => Action::Requeue { queue: 7, bypass: false },
         };
         let waiter = self.random.one_in(8).then_some(self.next_waiter);
-        let extra = match waiter {
+        let extras = match waiter {
             Some(waiter) => {
                 self.next_waiter += 1;
                 Some(TestExtra { waiter: Some(waiter) })
             }
             None => self.random.one_in(8).then(TestExtra::default),
         };
-        let decision = Decision { ruling: Ruling::plain(action), extra, origin: Origin::Owner };
+        let decision = Decision { fields: VerdictFields::plain(action), extras, origin: Origin::Owner };
         let was_undecided = self.machine.is_undecided(id);
         match self.machine.decide(id, decision) {
             Ok(()) => {
@@ -455,7 +457,7 @@ impl World {
         self.clock.0.set(until);
         self.check_cap();
         if std::mem::take(&mut self.pass_end_due) && self.random.one_in(2) {
-            self.machine.pass_ended();
+            self.machine.tasks_ran();
         }
     }
 
@@ -470,14 +472,15 @@ impl World {
             }
         }
         self.machine.fire();
-        self.carry_out();
+        self.perform();
     }
 
-    /// A verdict that can be sent has been sent when its cap is over. A user's own policy says when by itself.
+    /// A verdict that can be sent has been sent when its cap is over. A user's own policy says when
+    /// by itself.
     fn check_cap(&mut self) {
         let now = self.now();
         let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
-        if can_send && !self.custom && self.machine.retry.is_none() {
+        if can_send && !self.custom && self.machine.sending.retry.is_none() {
             let late = self.given.iter().find(|(_, at)| now > *at + CAP);
             assert_eq!(late, None, "{} decisions wait", self.machine.ledger.gathered());
         } else {
@@ -485,13 +488,14 @@ impl World {
         }
     }
 
-    fn carry_out(&mut self) {
+    fn perform(&mut self) {
         for _ in 0..1000 {
-            if !self.machine.is_busy() {
+            if !self.machine.has_effects() {
                 return;
             }
-            let Todo { flush, call_driver, alarm, ask, look, unbind, drain, probe, .. } = self.machine.todo();
-            if let Some(at) = alarm {
+            let Effects { flush, call_driver, timer, ask, look, unbind, drain, probe, .. } =
+                self.machine.take_effects();
+            if let Some(at) = timer {
                 self.alarm = Some(self.alarm.map_or(at, |other| other.min(at)));
             }
             self.pass_end_due |= call_driver;
@@ -503,10 +507,10 @@ impl World {
                     false => self.machine.still_missing(),
                 }
             }
-            for event in self.machine.take_events() {
+            for event in self.machine.take_notices() {
                 match event {
-                    Event::Answer(waiter, result) => self.told(waiter, &result),
-                    Event::Report(_) | Event::Spent(_) => {}
+                    Notice::Reply(waiter, result) => self.told(waiter, &result),
+                    Notice::Report(_) | Notice::Spent(_) => {}
                 }
             }
             while let Some(refusal) = self.machine.next_refusal() {
@@ -515,11 +519,11 @@ impl World {
                 }
             }
             if let Some(ask) = ask {
-                let (mut policy, gathered) = *ask;
-                let answer = policy.when(&gathered);
+                let (mut policy, context) = *ask;
+                let decision = policy.decide(&context);
                 match self.random.one_in(50) {
                     true => self.machine.policy_panicked(),
-                    false => self.machine.asked(policy, answer, &gathered),
+                    false => self.machine.policy_decided(policy, decision, &context),
                 }
             }
             if look {
@@ -581,18 +585,18 @@ impl World {
         }
     }
 
-    fn send(&mut self, plan: &mut Vec<Settlement<TestExtra>>, begin: usize, end: usize) -> usize {
+    fn send(&mut self, plan: &mut Vec<VerdictMessage<TestExtra>>, begin: usize, end: usize) -> usize {
         let first = self.sequence.wrapping_add(1);
         self.sequence = self.sequence.wrapping_add((end - begin) as u32);
         let messages: Vec<Sent> = plan[begin..end]
             .iter()
             .map(|message| match message {
-                Settlement::Single { id, decision } => Sent::Single {
+                VerdictMessage::Single { id, decision } => Sent::Single {
                     id: *id,
-                    action: decision.ruling.action,
-                    acknowledge: decision.extra.as_ref().is_some_and(|extra| extra.waiter.is_some()),
+                    action: decision.fields.action,
+                    acknowledge: decision.extras.as_ref().is_some_and(|extras| extras.waiter.is_some()),
                 },
-                Settlement::Batch { max, ruling, .. } => Sent::Batch { max: *max, action: ruling.action },
+                VerdictMessage::Batch { max, fields, .. } => Sent::Batch { max: *max, action: fields.action },
             })
             .collect();
         let in_doubt = self.machine.begin_send(first, &mut plan[begin..end]);
@@ -637,8 +641,8 @@ impl World {
             loop {
                 let mut result = None;
                 // Not yet told to anybody: events stay until the lock is released.
-                self.machine.events.retain(|event| match event {
-                    Event::Answer(told, answer) if *told == waiter => {
+                self.machine.notices.retain(|event| match event {
+                    Notice::Reply(told, answer) if *told == waiter => {
                         result = Some(match answer {
                             Ok(()) => Ok(()),
                             Err(error) => Err(error.kind()),
@@ -664,25 +668,25 @@ impl World {
         self.unbinding = self.machine.unbound(result, self.capable);
     }
 
-    /// Begins the end, and does what `Shared::drain_queued` does.
-    fn close(&mut self, limit: Limit) {
+    /// Begins the end, and does what `Shared::drain` does.
+    fn close(&mut self, limit: WaitLimit) {
         let action = if self.random.one_in(2) { Action::Drop } else { Action::Accept };
         if !self.machine.begin_close(action, limit) {
             return;
         }
         self.close_action = Some(action);
-        let unread: Vec<u32> = self.inbox.drain(..).collect();
+        let unread: Vec<u32> = self.receiver.drain(..).collect();
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
         self.machine.answer_for(unread.into_iter(), action);
         self.stop(action);
-        self.carry_out();
+        self.perform();
     }
 
-    /// As `Shared::drain_queued` does it.
+    /// As `Shared::drain` does it.
     fn stop(&mut self, action: Action) {
         let length = |action| Sent::Length { packets: 0, fail_open: action == Action::Accept };
         let result = self.configure(length, action);
-        let unread: Vec<u32> = self.inbox.drain(..).collect();
+        let unread: Vec<u32> = self.receiver.drain(..).collect();
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
         self.machine.answer_for(unread.into_iter(), action);
         self.stopping = true;
@@ -691,9 +695,9 @@ impl World {
 
     fn check(&mut self) {
         let stats = self.machine.stats();
-        let taken = stats.accepted + stats.dropped + stats.repeated + stats.requeued;
-        let sum = taken + stats.refused + stats.gone_at_least + stats.in_flight as u64;
-        assert_eq!(stats.received, sum, "{stats:?}");
+        let taken = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
+        let sum = taken + stats.sent.refused + stats.sent.gone_at_least + stats.held.in_flight as u64;
+        assert_eq!(stats.received.packets, sum, "{stats:?}");
     }
 
     /// Every packet that was decided was decided by what was said of it.
@@ -712,49 +716,49 @@ impl World {
     fn end(&mut self) {
         (self.capable, self.out_of_memory) = (true, false);
         self.machine.permitted();
-        self.carry_out();
+        self.perform();
         let limit = match self.random.below(3) {
-            0 => Limit::Never,
-            1 => Limit::At(self.now()),
-            _ => Limit::At(self.now() + Duration::from_millis(5)),
+            0 => WaitLimit::Never,
+            1 => WaitLimit::At(self.now()),
+            _ => WaitLimit::At(self.now() + Duration::from_millis(5)),
         };
         // Whoever closes may lack the capability; another thread has it, or gets it later.
-        let incapable = limit == Limit::Never && self.random.one_in(2);
+        let incapable = limit == WaitLimit::Never && self.random.one_in(2);
         self.capable = !incapable;
         self.close(limit);
-        self.carry_out();
+        self.perform();
         self.check();
-        if limit == Limit::Never {
+        if limit == WaitLimit::Never {
             while !self.owned.is_empty() {
                 if self.random.one_in(2) {
                     self.decide()
                 } else {
                     self.abandon()
                 }
-                self.carry_out();
+                self.perform();
                 self.check();
             }
         }
         for _ in 0..100_000 {
-            if self.machine.life() == Life::Closed {
+            if self.machine.life().is_closed() {
                 break;
             }
             self.capable |= self.random.one_in(5);
             // Where nothing is to come any more there is no end.
             let alarm = self.alarm.expect("an alarm until the end has come");
             self.clock.0.set(alarm.max(self.now()));
-            if let Limit::At(_) = limit {
+            if let WaitLimit::At(_) = limit {
                 self.owned.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
             }
             self.ring();
             self.check();
         }
-        assert_eq!(self.machine.life(), Life::Closed, "it has no end");
+        assert!(self.machine.life().is_closed(), "it has no end: {:?}", self.machine.life());
         self.receive(100_000);
-        self.carry_out();
+        self.perform();
         self.check();
         let stats = self.machine.stats();
-        assert_eq!(stats.in_flight, 0);
+        assert_eq!(stats.held.in_flight, 0);
         self.check_fates();
         let forgotten: Vec<u32> = self
             .said
@@ -767,19 +771,18 @@ impl World {
     }
 }
 
-/// A policy of a user's own, with all answers.
-struct Odd(u64);
-
-impl crate::FlushWhen for Odd {
-    fn when(&mut self, gathered: &Gathered) -> Flush {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        match (self.0 >> 33) % 4 {
-            0 => Flush::Now,
-            1 if gathered.decided > 3 => Flush::Now,
-            1 | 2 => Flush::AtPassEnd,
-            _ => Flush::Within(Duration::from_micros(300)),
+/// A custom policy that makes every decision.
+fn custom_policy(seed: u64) -> FlushPolicy {
+    let mut state = seed;
+    FlushPolicy::custom(move |context| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        match (state >> 33) % 4 {
+            0 => FlushDecision::Now,
+            1 if context.gathered > 3 => FlushDecision::Now,
+            1 | 2 => FlushDecision::AfterReadyTasks,
+            _ => FlushDecision::Within(Duration::from_micros(300)),
         }
-    }
+    })
 }
 
 fn history(seed: u64) {

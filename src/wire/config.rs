@@ -1,50 +1,35 @@
-//! Configuration messages: everything about a queue in one message, acknowledged.
+//! Encodes configuration messages. One message carries all settings of a queue, and the kernel
+//! acknowledges it.
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
 
-use super::{MESSAGE_CONFIG, writer::Writer};
+use super::{MAX_PAYLOAD, MESSAGE_CONFIG, writer::Writer};
 
-// enum nfqnl_attr_config
-const ATTRIBUTE_COMMAND: u16 = 1;
-const ATTRIBUTE_PARAMS: u16 = 2;
-const ATTRIBUTE_MAX_LEN: u16 = 3;
-const ATTRIBUTE_MASK: u16 = 4;
-const ATTRIBUTE_FLAGS: u16 = 5;
-
-/// `NFQA_CFG_F_*`.
-pub(crate) const FLAG_FAIL_OPEN: u32 = 1;
-pub(crate) const FLAG_CONNTRACK: u32 = 1 << 1;
-pub(crate) const FLAG_GSO: u32 = 1 << 2;
-pub(crate) const FLAG_UID_GID: u32 = 1 << 3;
-pub(crate) const FLAG_SECURITY_CONTEXT: u32 = 1 << 4;
-pub(crate) const FLAGS_ALL: u32 = FLAG_FAIL_OPEN | FLAG_CONNTRACK | FLAG_GSO | FLAG_UID_GID | FLAG_SECURITY_CONTEXT;
-
-/// `NFQNL_CFG_CMD_*`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Command {
-    Bind = 1,
-    Unbind = 2,
-}
-
-/// How much of each packet the kernel copies: `NFQNL_COPY_META` or `NFQNL_COPY_PACKET` with a range in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum CopyMode {
-    Metadata,
-    Packet(u32),
-}
-
-/// A configuration message. What is `None` is left as it is.
+/// A configuration message. Settings that are `None` stay unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Config {
     pub(crate) command: Option<Command>,
     pub(crate) copy: Option<CopyMode>,
     pub(crate) max_len: Option<u32>,
-    /// Which flags to change, and their new values.
+    /// A mask of the flags to change, and their new values.
     pub(crate) flags: Option<(u32, u32)>,
 }
 
 impl Config {
-    /// Appends the message to `buffer`. The kernel executes it as a whole or refuses it as a whole, and answers either way.
+    /// Returns an error for values that the kernel would refuse or silently change.
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
+        match (self.copy, self.max_len) {
+            (Some(CopyMode::Packet(0)), _) => Err("copy range is 0; use copy_metadata to copy no payload"),
+            (Some(CopyMode::Packet(range)), _) if range as usize > MAX_PAYLOAD => {
+                Err("copy range is more than 65531 bytes")
+            }
+            (_, Some(0)) => Err("max_len is 0; the queue must hold at least 1 packet"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends the message to `buffer`. The kernel applies or refuses the message as a whole, and
+    /// replies in both cases.
     pub(crate) fn encode(&self, buffer: &mut Vec<u8>, sequence: u32, queue: u16) {
         let mut message = Writer::begin(buffer, MESSAGE_CONFIG, NLM_F_REQUEST | NLM_F_ACK, sequence, queue);
         if let Some(command) = self.command {
@@ -71,12 +56,43 @@ impl Config {
     }
 }
 
+/// The commands (`NFQNL_CFG_CMD_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    Bind = 1,
+    Unbind = 2,
+}
+
+/// How much of each packet the kernel copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CopyMode {
+    /// Only metadata (`NFQNL_COPY_META`).
+    Metadata,
+    /// Metadata, and the payload up to this number of bytes (`NFQNL_COPY_PACKET`).
+    Packet(u32),
+}
+
+// enum nfqnl_attr_config
+const ATTRIBUTE_COMMAND: u16 = 1;
+const ATTRIBUTE_PARAMS: u16 = 2;
+const ATTRIBUTE_MAX_LEN: u16 = 3;
+const ATTRIBUTE_MASK: u16 = 4;
+const ATTRIBUTE_FLAGS: u16 = 5;
+
+/// The flags of a queue (`NFQA_CFG_F_*`).
+pub(crate) const FLAG_FAIL_OPEN: u32 = 1;
+pub(crate) const FLAG_CONNTRACK: u32 = 1 << 1;
+pub(crate) const FLAG_GSO: u32 = 1 << 2;
+pub(crate) const FLAG_UID_GID: u32 = 1 << 3;
+pub(crate) const FLAG_SECURITY_CONTEXT: u32 = 1 << 4;
+pub(crate) const FLAGS_ALL: u32 = FLAG_FAIL_OPEN | FLAG_CONNTRACK | FLAG_GSO | FLAG_UID_GID | FLAG_SECURITY_CONTEXT;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn everything_in_one_message() {
+    fn one_message_carries_all_settings() {
         let mut buffer = Vec::new();
         let config = Config {
             command: Some(Command::Bind),
@@ -87,7 +103,7 @@ mod tests {
         config.encode(&mut buffer, 7, 0x0102);
         #[rustfmt::skip]
         let mut expected = vec![
-            0x01, 0x02, // the queue, big-endian, ends the nfgenmsg
+            0x01, 0x02, // the queue number, big-endian, at the end of the nfgenmsg
             8, 0, 1, 0, 1, 0, 0, 0,
             9, 0, 2, 0, 0, 0, 0xff, 0xff, 2, 0, 0, 0,
             8, 0, 3, 0, 0, 0, 4, 0,
@@ -100,7 +116,7 @@ mod tests {
         if cfg!(target_endian = "little") {
             assert_eq!(buffer, head);
         }
-        assert_eq!(buffer.len(), length.into());
+        assert_eq!(buffer.len(), usize::from(length));
     }
 
     #[test]

@@ -1,18 +1,24 @@
-//! Bytes ↔ messages: the nfnetlink_queue protocol, pure. No socket, no clock, no runtime; nothing here panics on any input
-//! and all work is linear in the input's length.
+//! Encodes and decodes the messages of the nfnetlink_queue protocol.
 //!
-//! Constants are those of `include/uapi/linux/netfilter/nfnetlink_queue.h` and `nfnetlink.h`.
+//! This module uses no socket, no clock and no runtime. It does not panic on any input, and its run
+//! time is linear in the length of the input.
+//!
+//! The constants come from `include/uapi/linux/netfilter/nfnetlink_queue.h` and `nfnetlink.h`.
 
 pub(crate) mod config;
+#[cfg(feature = "conntrack")]
+pub(crate) mod conntrack;
+#[cfg(feature = "conntrack")]
+pub(crate) mod expectation;
 pub(crate) mod message;
 pub(crate) mod packet;
 pub(crate) mod verdict;
 mod writer;
 
-pub(crate) use message::{Answer, Message, Messages};
+pub(crate) use message::{Message, Messages, Refused, Reply};
 pub(crate) use packet::{PacketMessage, attribute};
 
-/// `NFNL_SUBSYS_QUEUE`, the upper byte of every message type here.
+/// `NFNL_SUBSYS_QUEUE`, in the upper byte of every message type.
 const SUBSYSTEM: u16 = 3 << 8;
 const MESSAGE_PACKET: u16 = SUBSYSTEM;
 const MESSAGE_VERDICT: u16 = SUBSYSTEM | 1;
@@ -21,16 +27,18 @@ const MESSAGE_VERDICT_BATCH: u16 = SUBSYSTEM | 3;
 
 /// `struct nlmsghdr`.
 pub(crate) const NETLINK_HEADER: usize = 16;
-/// `struct nfgenmsg`: family, version, resource id (here the queue number, big-endian).
+/// `struct nfgenmsg`: family, version, resource id. Here the resource id is the queue number,
+/// big-endian.
 pub(crate) const NETFILTER_HEADER: usize = 4;
 /// `NFQA_VERDICT_HDR`, in a verdict message.
 const ATTRIBUTE_VERDICT_HEADER: u16 = 2;
 
-/// Largest payload an attribute can carry, and so the largest copy range: `0xffff - NLA_HDRLEN`
-/// (`nfqnl_set_mode` turns anything above into it).
+/// The largest payload that an attribute can carry, in bytes: `0xffff - NLA_HDRLEN`.
+///
+/// This is also the largest copy range. `nfqnl_set_mode` reduces larger copy ranges to it.
 pub(crate) const MAX_PAYLOAD: usize = 65_531;
 
-/// Rounds up to `NLMSG_ALIGNTO`, which is 4, as `NLA_ALIGNTO` is.
+/// Rounds up to a multiple of 4, the value of `NLMSG_ALIGNTO` and `NLA_ALIGNTO`.
 const fn align(length: usize) -> usize {
     length.saturating_add(3) & !3
 }

@@ -1,4 +1,4 @@
-//! Verdict messages: one packet, or every packet up to an id.
+//! Encodes verdict messages, for one packet or for all packets up to an id.
 
 use netlink_packet_core::{NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST};
 
@@ -7,104 +7,65 @@ use super::{
     attribute,
     writer::{Writer, put_attribute},
 };
-use crate::types::Action;
+use crate::types::{Action, Vlan};
 
-/// The kernel's verdict numbers (`include/uapi/linux/netfilter.h`).
-pub(crate) mod code {
-    pub(crate) const DROP: u32 = 0;
-    pub(crate) const ACCEPT: u32 = 1;
-    pub(crate) const QUEUE: u32 = 3;
-    pub(crate) const REPEAT: u32 = 4;
-    pub(crate) const STOP: u32 = 5;
-    /// `NF_VERDICT_FLAG_QUEUE_BYPASS`: beside `QUEUE`, accept where nobody owns the queue.
-    pub(crate) const QUEUE_BYPASS: u32 = 0x8000;
-}
-
-/// The verdict word of an action: a [`code`], for `QUEUE` with the queue's number in the upper half.
-pub(crate) fn word(action: Action) -> u32 {
-    match action {
-        Action::Drop => code::DROP,
-        Action::Accept => code::ACCEPT,
-        Action::Repeat => code::REPEAT,
-        Action::Stop => code::STOP,
-        // No other action may have bits above the low byte: ACCEPT with such skips later hooks.
-        Action::Requeue { queue, bypass } => {
-            code::QUEUE | u32::from(queue) << 16 | if bypass { code::QUEUE_BYPASS } else { 0 }
-        }
-    }
-}
-
-/// The action of a verdict word; `None` for a word that [`word`] does not make.
-pub(crate) fn action_of(word: u32) -> Option<Action> {
-    Some(match word & 0xff {
-        code::DROP => Action::Drop,
-        code::ACCEPT => Action::Accept,
-        code::REPEAT => Action::Repeat,
-        code::STOP => Action::Stop,
-        code::QUEUE => Action::Requeue { queue: (word >> 16) as u16, bypass: word & code::QUEUE_BYPASS != 0 },
-        _ => return None,
-    })
-}
-
-/// What both verdict messages can say.
+/// The fields that both verdict messages can carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ruling {
+pub(crate) struct VerdictFields {
     pub(crate) action: Action,
     pub(crate) mark: Option<u32>,
     pub(crate) priority: Option<u32>,
 }
 
-impl Ruling {
+impl VerdictFields {
     pub(crate) const fn plain(action: Action) -> Self {
         Self { action, mark: None, priority: None }
     }
 }
 
-/// What only a single verdict can carry.
+/// The attributes that only the verdict message for one packet can carry.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Attachments<'a> {
     pub(crate) payload: Option<&'a [u8]>,
-    /// Tag protocol identifier (an EtherType) and tag control information.
-    pub(crate) vlan: Option<(u16, u16)>,
-    pub(crate) layer2: Option<&'a [u8]>,
-    /// Attributes of a connection tracking entry, from [`encode_conntrack`].
+    pub(crate) vlan: Option<Vlan>,
+    pub(crate) layer2_header: Option<&'a [u8]>,
+    /// The encoded attributes of a connection tracking entry.
     pub(crate) conntrack: Option<&'a [u8]>,
-    /// Attributes of an expectation. The kernel looks at it beside `conntrack` alone.
+    /// The encoded attributes of an expectation. The kernel reads them only if `conntrack` is also
+    /// present.
     pub(crate) expectation: Option<&'a [u8]>,
 }
 
-/// Bytes that a verdict message with these parts takes in a datagram.
-pub(crate) fn length(ruling: &Ruling, attachments: &Attachments<'_>) -> usize {
-    let words = usize::from(ruling.mark.is_some()) + usize::from(ruling.priority.is_some());
-    let blobs = [attachments.payload, attachments.layer2, attachments.conntrack, attachments.expectation];
+/// The length in bytes of a verdict message with these fields and attachments.
+pub(crate) fn length(fields: &VerdictFields, attachments: &Attachments<'_>) -> usize {
+    let words = usize::from(fields.mark.is_some()) + usize::from(fields.priority.is_some());
+    let blobs = [attachments.payload, attachments.layer2_header, attachments.conntrack, attachments.expectation];
     let blobs: usize = blobs.into_iter().flatten().map(|blob| 4 + align(blob.len())).sum();
     NETLINK_HEADER + NETFILTER_HEADER + 12 + words * 8 + blobs + attachments.vlan.map_or(0, |_| 20)
 }
 
-/// Decides the packet `id`. With `acknowledge` the kernel answers also when all is well.
+/// Encodes the verdict on packet `id`. With `acknowledge`, the kernel replies also on success.
 pub(crate) fn encode_single(
     buffer: &mut Vec<u8>,
     (sequence, acknowledge): (u32, bool),
     queue: u16,
     id: u32,
-    ruling: &Ruling,
+    fields: &VerdictFields,
     attachments: &Attachments<'_>,
 ) {
     let flags = if acknowledge { NLM_F_REQUEST | NLM_F_ACK } else { NLM_F_REQUEST };
     let mut message = Writer::begin(buffer, MESSAGE_VERDICT, flags, sequence, queue);
-    put(&mut message, id, ruling);
+    put(&mut message, id, fields);
     if let Some(payload) = attachments.payload {
         message.attribute(attribute::PAYLOAD, payload);
     }
-    if let Some((protocol, control)) = attachments.vlan {
-        // NFQA_VLAN_PROTO and NFQA_VLAN_TCI, both big-endian.
-        let (protocol, control) = (protocol.to_be_bytes(), control.to_be_bytes());
+    if let Some(Vlan { protocol, control }) = attachments.vlan {
         let mut nested = Vec::with_capacity(16);
-        put_attribute(&mut nested, 1, &protocol);
-        put_attribute(&mut nested, 2, &control);
+        put_attribute(&mut nested, attribute::VLAN_PROTOCOL, &protocol.to_be_bytes());
+        put_attribute(&mut nested, attribute::VLAN_CONTROL, &control.to_be_bytes());
         message.attribute(attribute::VLAN | NLA_F_NESTED, &nested);
     }
-    if let Some(header) = attachments.layer2 {
+    if let Some(header) = attachments.layer2_header {
         message.attribute(attribute::LAYER2_HEADER, header);
     }
     if let Some(conntrack) = attachments.conntrack {
@@ -116,58 +77,64 @@ pub(crate) fn encode_single(
     message.finish();
 }
 
-/// Changes to a connection tracking entry, as the inside of `NFQA_CT` (`ctnetlink_glue_parse_ct`). Each mask says which
-/// bits to change.
-#[cfg(feature = "conntrack")]
-pub(crate) fn encode_conntrack(
-    mark: Option<(u32, u32)>,
-    labels: Option<([u8; 16], [u8; 16])>,
-    timeout_seconds: Option<u32>,
-) -> Vec<u8> {
-    // enum ctattr_type
-    const TIMEOUT: u16 = 7;
-    const MARK: u16 = 8;
-    const MARK_MASK: u16 = 21;
-    const LABELS: u16 = 22;
-    const LABELS_MASK: u16 = 23;
-
-    let mut nested = Vec::new();
-    if let Some(seconds) = timeout_seconds {
-        put_attribute(&mut nested, TIMEOUT, &seconds.to_be_bytes());
-    }
-    if let Some((value, mask)) = mark {
-        // The kernel flips bits that are in the value and not in the mask (`ctnetlink_change_mark`).
-        put_attribute(&mut nested, MARK, &(value & mask).to_be_bytes());
-        put_attribute(&mut nested, MARK_MASK, &mask.to_be_bytes());
-    }
-    if let Some((value, mask)) = labels {
-        // As with the mark (`nf_connlabels_replace`).
-        let value: [u8; 16] = std::array::from_fn(|byte| value[byte] & mask[byte]);
-        put_attribute(&mut nested, LABELS, &value);
-        put_attribute(&mut nested, LABELS_MASK, &mask);
-    }
-    nested
-}
-
-/// Decides every packet still queued whose id is `max` or before it.
-pub(crate) fn encode_batch(buffer: &mut Vec<u8>, sequence: u32, queue: u16, max: u32, ruling: &Ruling) {
+/// Encodes one verdict on all queued packets whose id is `max` or before it.
+pub(crate) fn encode_batch(buffer: &mut Vec<u8>, sequence: u32, queue: u16, max: u32, fields: &VerdictFields) {
     let mut message = Writer::begin(buffer, MESSAGE_VERDICT_BATCH, NLM_F_REQUEST, sequence, queue);
-    put(&mut message, max, ruling);
+    put(&mut message, max, fields);
     message.finish();
 }
 
-fn put(message: &mut Writer<'_>, id: u32, ruling: &Ruling) {
+fn put(message: &mut Writer<'_>, id: u32, fields: &VerdictFields) {
     // struct nfqnl_msg_verdict_hdr
     let mut header = [0; 8];
-    header[..4].copy_from_slice(&word(ruling.action).to_be_bytes());
+    header[..4].copy_from_slice(&word(fields.action).to_be_bytes());
     header[4..].copy_from_slice(&id.to_be_bytes());
     message.attribute(ATTRIBUTE_VERDICT_HEADER, &header);
-    if let Some(mark) = ruling.mark {
+    if let Some(mark) = fields.mark {
         message.attribute_be32(attribute::MARK, mark);
     }
-    if let Some(priority) = ruling.priority {
+    if let Some(priority) = fields.priority {
         message.attribute_be32(attribute::PRIORITY, priority);
     }
+}
+
+/// The verdict word of an action: a [`code`]. For `QUEUE`, the upper 16 bits are the queue number.
+pub(crate) fn word(action: Action) -> u32 {
+    match action {
+        Action::Drop => code::DROP,
+        Action::Accept => code::ACCEPT,
+        Action::Repeat => code::REPEAT,
+        Action::Stop => code::STOP,
+        // Other actions must have no bits above the low byte. ACCEPT with such bits skips later
+        // hooks.
+        Action::Requeue { queue, bypass } => {
+            code::QUEUE | u32::from(queue) << 16 | if bypass { code::QUEUE_BYPASS } else { 0 }
+        }
+    }
+}
+
+/// The action of a verdict word. `None` for a word that [`word`] does not return.
+pub(crate) fn action_of(word: u32) -> Option<Action> {
+    Some(match word & 0xff {
+        code::DROP => Action::Drop,
+        code::ACCEPT => Action::Accept,
+        code::REPEAT => Action::Repeat,
+        code::STOP => Action::Stop,
+        code::QUEUE => Action::Requeue { queue: (word >> 16) as u16, bypass: word & code::QUEUE_BYPASS != 0 },
+        _ => return None,
+    })
+}
+
+/// The verdict numbers of the kernel (`include/uapi/linux/netfilter.h`).
+pub(crate) mod code {
+    pub(crate) const DROP: u32 = 0;
+    pub(crate) const ACCEPT: u32 = 1;
+    pub(crate) const QUEUE: u32 = 3;
+    pub(crate) const REPEAT: u32 = 4;
+    pub(crate) const STOP: u32 = 5;
+    /// `NF_VERDICT_FLAG_QUEUE_BYPASS`, for `QUEUE`: accept the packet if no socket has the queue
+    /// bound.
+    pub(crate) const QUEUE_BYPASS: u32 = 0x8000;
 }
 
 #[cfg(test)]
@@ -175,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_tell_their_actions_and_only_requeue_has_bits_above_the_low_byte() {
+    fn words_decode_to_their_actions_and_only_requeue_has_bits_above_the_low_byte() {
         let requeue = |queue, bypass| Action::Requeue { queue, bypass };
         let plain = [Action::Drop, Action::Accept, Action::Repeat, Action::Stop];
         assert!(plain.iter().all(|action| word(*action) <= 5));
@@ -188,12 +155,12 @@ mod tests {
     }
 
     #[test]
-    fn single_with_everything() {
+    fn all_fields_of_a_single_verdict_are_encoded() {
         let mut buffer = Vec::new();
-        let ruling = Ruling { action: Action::Accept, mark: Some(0x0a0b_0c0d), priority: Some(6) };
+        let fields = VerdictFields { action: Action::Accept, mark: Some(0x0a0b_0c0d), priority: Some(6) };
         let attachments = Attachments { payload: Some(&[0x45; 5]), ..Attachments::default() };
-        encode_single(&mut buffer, (0x11, true), 5, 0x0102_0304, &ruling, &attachments);
-        assert_eq!(buffer.len(), length(&ruling, &attachments));
+        encode_single(&mut buffer, (0x11, true), 5, 0x0102_0304, &fields, &attachments);
+        assert_eq!(buffer.len(), length(&fields, &attachments));
         #[rustfmt::skip]
         let body = [
             0, 5,
@@ -209,17 +176,17 @@ mod tests {
     }
 
     #[test]
-    fn attachments_in_their_places() {
+    fn all_attachments_are_encoded() {
         let mut buffer = Vec::new();
         let attachments = Attachments {
-            vlan: Some((0x8100, 0x2005)),
-            layer2: Some(&[1; 14]),
+            vlan: Some(Vlan { protocol: 0x8100, control: 0x2005 }),
+            layer2_header: Some(&[1; 14]),
             conntrack: Some(&[8, 0, 8, 0, 0, 0, 0, 9]),
             expectation: Some(&[8, 0, 9, 0, 0, 0, 0, 1]),
             payload: None,
         };
-        encode_single(&mut buffer, (1, false), 0, 1, &Ruling::plain(Action::Accept), &attachments);
-        assert_eq!(buffer.len(), length(&Ruling::plain(Action::Accept), &attachments));
+        encode_single(&mut buffer, (1, false), 0, 1, &VerdictFields::plain(Action::Accept), &attachments);
+        assert_eq!(buffer.len(), length(&VerdictFields::plain(Action::Accept), &attachments));
         #[rustfmt::skip]
         let tail = [
             20, 0, 19, 0x80, 6, 0, 1, 0, 0x81, 0, 0, 0, 6, 0, 2, 0, 0x20, 5, 0, 0,
@@ -232,21 +199,11 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "conntrack")]
-    #[test]
-    fn conntrack_changes() {
-        let nested = encode_conntrack(Some((0x101, 0xff)), Some(([6; 16], [3; 16])), Some(60));
-        assert_eq!(nested.len(), 8 + 8 + 8 + 20 + 20);
-        assert_eq!(nested[12..16], [0, 0, 0, 1], "what the mask leaves out is not sent");
-        assert_eq!(nested[28..44], [2; 16]);
-        assert_eq!(encode_conntrack(None, None, None), []);
-    }
-
     #[test]
     fn plain_verdicts_take_32_bytes() {
         let mut buffer = Vec::new();
-        encode_batch(&mut buffer, 1, 0, 9, &Ruling::plain(Action::Drop));
-        encode_single(&mut buffer, (2, false), 0, 9, &Ruling::plain(Action::Drop), &Attachments::default());
+        encode_batch(&mut buffer, 1, 0, 9, &VerdictFields::plain(Action::Drop));
+        encode_single(&mut buffer, (2, false), 0, 9, &VerdictFields::plain(Action::Drop), &Attachments::default());
         assert_eq!(buffer.len(), 64);
     }
 }

@@ -438,7 +438,7 @@ async fn a_payload_that_the_kernel_refuses_counts_as_unanswered() {
         }
         queue.sink().flush().await.unwrap();
         assert_eq!(bridge.ends[1].socket.arrived(), None);
-        assert_eq!((queue.stats().unanswered, queue.stats().in_flight), (sent.len() as u64, 0));
+        assert_eq!((queue.stats().decided.unanswered, queue.stats().held.in_flight), (sent.len() as u64, 0));
         // The queue goes on.
         let sent = udp_frame(None, 3);
         cross(&bridge, &mut queue, &sent, Packet::accept, &sent).await;

@@ -4,7 +4,7 @@ use std::{future::ready, time::Duration};
 
 use futures::StreamExt;
 use tokio::sync::mpsc;
-use tokio_nfqueue::{Flush, FlushPolicy, FlushWhen, Gathered, Packet, Queue, Verdict, VerdictSink};
+use tokio_nfqueue::{FlushDecision, FlushPolicy, Packet, Queue, Verdict, VerdictSink};
 
 use crate::common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
 
@@ -35,19 +35,14 @@ async fn eight_sinks_under_fixed() {
 }
 
 async fn eight_sinks_under_a_policy_of_ones_own() {
-    /// Answers whatever comes to its mind.
-    struct Moody(Random);
-    impl FlushWhen for Moody {
-        fn when(&mut self, gathered: &Gathered) -> Flush {
-            match self.0.below(4) {
-                0 if gathered.decided > 3 => Flush::Now,
-                1 => Flush::AtPassEnd,
-                2 if gathered.waited > Duration::from_millis(1) => Flush::Now,
-                mood => Flush::Within(Duration::from_micros(mood as u64 * 100)),
-            }
-        }
-    }
-    eight_sinks(FlushPolicy::custom(Moody(Random::new(5))), 5000).await;
+    let mut random = Random::new(5);
+    let moody = FlushPolicy::custom(move |context| match random.below(4) {
+        0 if context.gathered > 3 => FlushDecision::Now,
+        1 => FlushDecision::AfterReadyTasks,
+        2 if context.waited > Duration::from_millis(1) => FlushDecision::Now,
+        mood => FlushDecision::Within(Duration::from_micros(mood as u64 * 100)),
+    });
+    eight_sinks(moody, 5000).await;
 }
 
 async fn eight_sinks(policy: FlushPolicy, count: u32) {
@@ -77,9 +72,9 @@ async fn eight_sinks(policy: FlushPolicy, count: u32) {
     soon("the flush", sink.flush()).await.unwrap();
 
     let stats = sink.stats();
-    assert_fields!(stats, received: u64::from(count), in_flight: 0);
-    assert_eq!((stats.accepted + stats.dropped, stats.unanswered), (count.into(), 0));
-    assert_fields!(stats, lost: 0, gone_at_least: 0, late: 0, refused: 0, malformed: 0);
+    assert_fields!(stats, received.packets: u64::from(count), held.in_flight: 0);
+    assert_eq!((stats.decided.accepted + stats.decided.dropped, stats.decided.unanswered), (count.into(), 0));
+    assert_fields!(stats, lost.packets: 0, sent.gone_at_least: 0, decided.late: 0, sent.refused: 0, received.malformed: 0);
     assert_eq!(account(0).unwrap().waiting, 0);
     drop(packets);
 }
@@ -148,7 +143,7 @@ async fn confirmations_from_eight_tasks() {
         soon("a task", task).await.unwrap();
     }
     load.finish(COUNT).await;
-    assert_eq!((sink.stats().gone_at_least, sink.stats().in_flight), (0, 0));
+    assert_eq!((sink.stats().sent.gone_at_least, sink.stats().held.in_flight), (0, 0));
 }
 
 async fn sinks_in_foreign_threads() {
@@ -176,7 +171,7 @@ async fn sinks_in_foreign_threads() {
         thread.join().unwrap();
     }
     load.finish(COUNT).await;
-    assert_eq!((sink.stats().gone_at_least, sink.stats().late, sink.stats().lost), (0, 0, 0));
+    assert_eq!((sink.stats().sent.gone_at_least, sink.stats().decided.late, sink.stats().lost.packets), (0, 0, 0));
 }
 
 async fn receiving_is_cancel_safe() {
@@ -206,7 +201,7 @@ async fn receiving_is_cancel_safe() {
     }
     load.finish(COUNT).await;
     assert!(cancelled > 0);
-    assert_eq!((sink.stats().unanswered, sink.stats().lost), (0, 0));
+    assert_eq!((sink.stats().decided.unanswered, sink.stats().lost.packets), (0, 0));
 }
 
 async fn receiving_many_is_cancel_safe() {
@@ -235,7 +230,7 @@ async fn receiving_many_is_cancel_safe() {
         }
     }
     load.finish(COUNT).await;
-    assert_eq!(sink.stats().unanswered, 0);
+    assert_eq!(sink.stats().decided.unanswered, 0);
 }
 
 /// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the

@@ -32,7 +32,7 @@ async fn a_dropped_queue_lives_on_until_its_packets_are_decided() {
     sink.submit(last.accept()).unwrap();
     traffic.expect([9]).await;
     eventually("the end", || account(0).is_none()).await;
-    assert_eq!((sink.stats().in_flight, sink.stats().gone_at_least), (0, 0));
+    assert_eq!((sink.stats().held.in_flight, sink.stats().sent.gone_at_least), (0, 0));
 }
 
 async fn a_dropped_stream_ends_the_queue() {

@@ -141,8 +141,11 @@ async fn closing_under_load_loses_nothing() {
         divert.remove_rules().unwrap();
         stream.more(50).await;
         drop(divert);
-        assert!(sink.stats().received > 0);
-        assert_eq!((sink.stats().lost, sink.stats().gone_at_least, sink.stats().in_flight), (0, 0, 0));
+        assert!(sink.stats().received.packets > 0);
+        assert_eq!(
+            (sink.stats().lost.packets, sink.stats().sent.gone_at_least, sink.stats().held.in_flight),
+            (0, 0, 0)
+        );
     }
     let (sent, received) = stream.finish().await;
     let mut sorted = received;
@@ -193,7 +196,10 @@ async fn closing_waits_for_owed_verdicts() {
     soon("the end", closing).await.unwrap().unwrap();
     assert_eq!(account(0), None);
     traffic.expect(0..5).await;
-    assert_eq!((sink.stats().unanswered, sink.stats().late, sink.stats().gone_at_least), (0, 0, 0));
+    assert_eq!(
+        (sink.stats().decided.unanswered, sink.stats().decided.late, sink.stats().sent.gone_at_least),
+        (0, 0, 0)
+    );
 }
 
 async fn closing_does_not_wait_for_ever() {
@@ -209,7 +215,7 @@ async fn closing_does_not_wait_for_ever() {
         assert!(begun.elapsed() >= TIMEOUT, "not before");
         assert_eq!(account(0), None);
         traffic.expect(0..delivered).await;
-        assert_eq!(sink.stats().unanswered, 10);
+        assert_eq!(sink.stats().decided.unanswered, 10);
 
         let late = packets.remove(0);
         let id = late.id();
@@ -255,7 +261,7 @@ async fn unread_packets_get_the_answer_for_the_unanswered() {
             }
             assert_eq!(account(0), None);
             traffic.expect(0..delivered).await;
-            assert_eq!((sink.stats().unanswered, sink.stats().received), (50, 50));
+            assert_eq!((sink.stats().decided.unanswered, sink.stats().received.packets), (50, 50));
         }
     }
 }

@@ -153,7 +153,7 @@ async fn verdicts_without_the_capability_are_refused_with_their_packets() {
     }
     traffic.expect([0]).await;
     let stats = queue.stats();
-    assert_fields!(stats, refusals: 7, accepted: 1, in_flight: 19);
+    assert_fields!(stats, sent.refusals: 7, decided.accepted: 1, held.in_flight: 19);
 
     // Packets are received all the same, until it is clear that the capability does not come back.
     let packet = hold(&mut queue, &traffic, [20]).await.remove(0);
@@ -274,8 +274,8 @@ async fn packets_of_an_interface_that_went_down_are_gone() {
     queue.sink().submit(other.accept()).unwrap();
     traffic.expect([0, 1]).await;
     let stats = queue.stats();
-    assert_fields!(stats, gone_at_least: 20, accepted: 2, dropped: 0);
-    assert_fields!(stats, refused: 0, in_flight: 0);
+    assert_fields!(stats, sent.gone_at_least: 20, decided.accepted: 2, decided.dropped: 0);
+    assert_fields!(stats, sent.refused: 0, held.in_flight: 0);
 }
 
 async fn packets_whose_rules_went_are_gone() {
@@ -294,7 +294,7 @@ async fn packets_whose_rules_went_are_gone() {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(10..20).await;
-    assert_eq!((queue.stats().gone_at_least, queue.stats().refused), (10, 0));
+    assert_eq!((queue.stats().sent.gone_at_least, queue.stats().sent.refused), (10, 0));
 }
 
 async fn the_kernel_confirms() {
@@ -319,7 +319,7 @@ async fn the_kernel_confirms() {
         soon("the answer", answer).await.unwrap().unwrap();
     }
     traffic.expect(12..50).await;
-    assert_eq!((sink.stats().gone_at_least, sink.stats().refused, sink.stats().in_flight), (0, 0, 0));
+    assert_eq!((sink.stats().sent.gone_at_least, sink.stats().sent.refused, sink.stats().held.in_flight), (0, 0, 0));
 }
 
 async fn what_the_kernel_lacks_is_named() {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures::{Sink, SinkExt, StreamExt, TryStreamExt};
-use tokio_nfqueue::{Error, ErrorKind, Flush, FlushPolicy, FlushWhen, Gathered, Occasion, Queue};
+use tokio_nfqueue::{Error, ErrorKind, FlushContext, FlushDecision, FlushPolicy, FlushReason, Queue};
 
 use crate::common::{self, Traffic, account, hold, next, number, soon, start};
 
@@ -47,7 +47,7 @@ async fn immediate_sends_each_verdict_by_itself() {
         assert_eq!(traffic.delivered(), [number]);
     }
     let stats = queue.stats();
-    assert_fields!(stats, sends: 50, messages: 50, flushes: 50, largest_flush: 1);
+    assert_fields!(stats, sent.sends: 50, sent.messages: 50, sent.flushes: 50, sent.largest_flush: 1);
 }
 
 async fn adaptive_sends_at_once_when_idle() {
@@ -70,7 +70,7 @@ async fn adaptive_gathers_under_load() {
         queue.sink().submit(verdict).unwrap();
     }
     traffic.expect((0..1000).step_by(2)).await;
-    let sends = queue.stats().sends - before.sends;
+    let sends = queue.stats().sent.sends - before.sent.sends;
     assert!(sends < 500, "{sends} sends for a thousand verdicts");
 }
 
@@ -83,7 +83,7 @@ async fn fixed_waits_for_its_batch() {
     }
     // On this one thread nobody else can have sent them meanwhile.
     traffic.expect_nothing();
-    assert_eq!(queue.stats().flushes, 0);
+    assert_eq!(queue.stats().sent.flushes, 0);
     queue.sink().submit(packets.next().unwrap().accept()).unwrap();
     assert_eq!(traffic.delivered().len(), 10);
     for packet in packets {
@@ -117,62 +117,52 @@ async fn cap_is_kept(policy: FlushPolicy, cap: Duration, rounds: u32) {
         traffic.expect([number]).await;
         assert!(given.elapsed() >= cap, "not before");
     }
-    assert_eq!(queue.stats().flushes, u64::from(rounds));
+    assert_eq!(queue.stats().sent.flushes, u64::from(rounds));
 }
 
 /// Sends seven at a time, and notes what it is asked.
-struct Sevens(Arc<Mutex<Vec<Gathered>>>);
-
-impl FlushWhen for Sevens {
-    fn when(&mut self, gathered: &Gathered) -> Flush {
-        self.0.lock().unwrap().push(*gathered);
-        match gathered.occasion {
-            _ if gathered.decided == 7 => Flush::Now,
-            Occasion::Due => Flush::Now,
-            _ => Flush::Within(Duration::from_millis(20)),
+fn sevens(asked: Arc<Mutex<Vec<FlushContext>>>) -> FlushPolicy {
+    FlushPolicy::custom(move |context| {
+        asked.lock().unwrap().push(*context);
+        match context.reason {
+            _ if context.gathered == 7 => FlushDecision::Now,
+            FlushReason::DelayOver => FlushDecision::Now,
+            _ => FlushDecision::Within(Duration::from_millis(20)),
         }
-    }
+    })
 }
 
 async fn a_policy_of_ones_own_is_asked() {
     let asked = Arc::new(Mutex::new(Vec::new()));
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Sevens(Arc::clone(&asked)))));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(sevens(Arc::clone(&asked))));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..17).await {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..17).await;
     let asked = asked.lock().unwrap();
-    for (index, gathered) in asked.iter().filter(|gathered| gathered.occasion == Occasion::Decided).enumerate() {
+    for (index, gathered) in asked.iter().filter(|context| context.reason == FlushReason::Verdict).enumerate() {
         // Unless the machine took longer than the delay over it.
-        if queue.stats().flushes == 3 {
-            assert_fields!(gathered, decided: index % 7 + 1, undecided: 16 - index);
+        if queue.stats().sent.flushes == 3 {
+            assert_fields!(gathered, gathered: index % 7 + 1, undecided: 16 - index);
         }
     }
-    let due: Vec<_> = asked.iter().filter(|gathered| gathered.occasion == Occasion::Due).collect();
-    assert!(due.iter().all(|gathered| gathered.waited >= Duration::from_millis(20) && gathered.decided > 0), "{due:?}");
-    assert!(asked.iter().all(|gathered| gathered.decided > 0), "never asked about nothing");
-}
-
-struct Always(Flush);
-
-impl FlushWhen for Always {
-    fn when(&mut self, _: &Gathered) -> Flush {
-        self.0
-    }
+    let due: Vec<_> = asked.iter().filter(|context| context.reason == FlushReason::DelayOver).collect();
+    assert!(due.iter().all(|context| context.waited >= Duration::from_millis(20) && context.gathered > 0), "{due:?}");
+    assert!(asked.iter().all(|context| context.gathered > 0), "never asked about nothing");
 }
 
 async fn a_policy_that_always_waits_for_the_pass_end() {
-    always(Flush::AtPassEnd).await;
+    always(FlushDecision::AfterReadyTasks).await;
 }
 
 async fn a_policy_that_always_waits_a_little() {
-    always(Flush::Within(Duration::from_micros(300))).await;
+    always(FlushDecision::Within(Duration::from_micros(300))).await;
 }
 
 /// Such a policy keeps no verdict for ever, though it never says now.
-async fn always(answer: Flush) {
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Always(answer))));
+async fn always(answer: FlushDecision) {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(move |_| answer)));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..20).await;
     let owed = packets.pop().unwrap();
@@ -185,19 +175,17 @@ async fn always(answer: Flush) {
 }
 
 /// Panics when asked on an occasion, and is patient otherwise.
-struct Panics(Occasion);
-
-impl FlushWhen for Panics {
-    fn when(&mut self, gathered: &Gathered) -> Flush {
-        if gathered.occasion == self.0 {
+fn panics(reason: FlushReason) -> FlushPolicy {
+    FlushPolicy::custom(move |context| {
+        if context.reason == reason {
             std::panic::resume_unwind(Box::new("as intended"));
         }
-        Flush::Within(Duration::from_micros(100))
-    }
+        FlushDecision::Within(Duration::from_micros(100))
+    })
 }
 
 async fn a_policy_that_panics() {
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Panics(Occasion::Decided))));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics(FlushReason::Verdict)));
     let traffic = Traffic::new(50);
     let sink = queue.sink();
     for packet in hold(&mut queue, &traffic, 0..3).await {
@@ -209,7 +197,7 @@ async fn a_policy_that_panics() {
 }
 
 async fn a_policy_that_panics_in_the_queues_own_task() {
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Panics(Occasion::Due))));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics(FlushReason::DelayOver)));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..3).await {
         queue.sink().submit(packet.accept()).unwrap();
@@ -232,7 +220,7 @@ async fn feeding_gathers_and_flush_sends() {
     }
     soon("the flush", SinkExt::flush(&mut sink)).await.unwrap();
     assert_eq!(traffic.delivered().len(), 20);
-    assert!(queue.stats().flushes <= 3, "gathered: {:?}", queue.stats());
+    assert!(queue.stats().sent.flushes <= 3, "gathered: {:?}", queue.stats());
 }
 
 async fn sending_flushes_each() {
@@ -244,7 +232,7 @@ async fn sending_flushes_each() {
         soon("the send", sink.send(packet.accept())).await.unwrap();
         assert_eq!(traffic.delivered(), [number]);
     }
-    assert_eq!(queue.stats().flushes, 20);
+    assert_eq!(queue.stats().sent.flushes, 20);
 }
 
 async fn forwarding_a_stream_into_a_sink() {
@@ -263,7 +251,7 @@ async fn forwarding_a_stream_into_a_sink() {
     soon("the end", sink.close()).await.unwrap();
     // The stream's end ends the forward.
     soon("the forward's end", forwarding).await.unwrap().unwrap();
-    assert_eq!((sink.stats().accepted, sink.stats().dropped), (500, 500));
+    assert_eq!((sink.stats().decided.accepted, sink.stats().decided.dropped), (500, 500));
 }
 
 async fn a_late_verdict_does_not_end_a_forward() {
@@ -276,14 +264,14 @@ async fn a_late_verdict_does_not_end_a_forward() {
         let sink = waiting.clone();
         async move {
             if number(&packet) == 0 {
-                common::eventually("the deadline", || sink.stats().expired == 1).await;
+                common::eventually("the deadline", || sink.stats().decided.expired == 1).await;
             }
             Ok::<_, Error>(packet.accept())
         }
     });
     let forwarding = tokio::spawn(verdicts.forward(sink.clone()));
     traffic.send([0]);
-    common::eventually("the late verdict", || sink.stats().late == 1).await;
+    common::eventually("the late verdict", || sink.stats().decided.late == 1).await;
     traffic.send([1]);
     traffic.expect([1]).await;
     assert!(!forwarding.is_finished());
@@ -325,6 +313,6 @@ async fn a_flush_of_nothing_is_ready() {
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     // A packet that is still owed does not hold it up.
     soon("the flush", queue.sink().flush()).await.unwrap();
-    assert_eq!(queue.stats().sends, 0);
+    assert_eq!(queue.stats().sent.sends, 0);
     drop(packet);
 }

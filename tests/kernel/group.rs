@@ -36,9 +36,9 @@ async fn refusals_of_all_its_queues_come_together() {
         packets.push(next(&mut group).await);
     }
     let sink = group.sink();
-    let expired = || sink.stats().map(|(_, stats)| stats.expired).sum::<u64>();
+    let expired = || sink.stats().map(|(_, stats)| stats.decided.expired).sum::<u64>();
     eventually("the deadlines", || expired() == 40).await;
-    let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue()).collect();
+    let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue_number()).collect();
     packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
     let mut refusals = sink.refusals();
     for _ in 0..40 {
@@ -68,14 +68,14 @@ async fn balanced_traffic_is_one_stream() {
     let mut seen = BTreeSet::new();
     for _ in 0..100 {
         let packet = next(&mut group).await;
-        seen.insert(packet.queue());
+        seen.insert(packet.queue_number());
         let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
         group.sink().submit(verdict).unwrap();
     }
     soon("the flush", group.sink().flush()).await.unwrap();
     traffic.expect((0..100).step_by(2)).await;
     assert!(seen.len() > 1 && seen.iter().all(|queue| *queue < 4), "{seen:?}");
-    let received: Vec<_> = group.sink().stats().map(|(queue, stats)| (queue, stats.received)).collect();
+    let received: Vec<_> = group.sink().stats().map(|(queue, stats)| (queue, stats.received.packets)).collect();
     assert_eq!(received.iter().map(|(_, received)| received).sum::<u64>(), 100);
     assert!(received.iter().map(|(queue, _)| *queue).eq(0..4));
 }
@@ -91,7 +91,10 @@ async fn a_load_goes_through_a_group() {
         sink.submit(decide(packet)).unwrap();
     }
     load.finish(COUNT).await;
-    assert!(sink.stats().all(|(_, stats)| (stats.lost, stats.gone_at_least, stats.unanswered) == (0, 0, 0)));
+    assert!(
+        sink.stats()
+            .all(|(_, stats)| (stats.lost.packets, stats.sent.gone_at_least, stats.decided.unanswered) == (0, 0, 0))
+    );
 }
 
 async fn no_queue_is_starved() {
@@ -105,7 +108,7 @@ async fn no_queue_is_starved() {
     eventually("all is queued", || account(0).unwrap().waiting == 200 && account(3).unwrap().waiting == 3).await;
     let mut queues = Vec::new();
     for _ in 0..203 {
-        queues.push(next(&mut group).await.queue());
+        queues.push(next(&mut group).await.queue_number());
     }
     let last = queues.iter().rposition(|queue| *queue == 3).unwrap();
     // The runtime may take notice of the one later than of the other, but not by the whole of it.
@@ -136,7 +139,7 @@ async fn a_group_falls_into_queues() {
     let _divert = divert([udp_in().to_queue(2)]);
     let traffic = Traffic::new(100);
     let mut queues = group.into_queues();
-    assert!(queues.iter().map(Queue::number).eq(0..4));
+    assert!(queues.iter().map(Queue::queue_number).eq(0..4));
     for packet in common::hold(&mut queues[2], &traffic, 0..10).await {
         queues[2].sink().submit(packet.accept()).unwrap();
     }
@@ -147,7 +150,7 @@ async fn a_group_falls_into_queues() {
     let packet = next(&mut group).await;
     soon("the answer", group.sink().confirm(packet.accept())).await.unwrap();
     traffic.expect([10]).await;
-    let numbers: Vec<_> = group.sink().queues().iter().map(|sink| sink.queue()).collect();
+    let numbers: Vec<_> = group.sink().queues().iter().map(|sink| sink.queue_number()).collect();
     assert_eq!(numbers, [3, 2, 1, 0, 77]);
 }
 

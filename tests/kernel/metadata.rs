@@ -52,7 +52,7 @@ async fn each_hook_is_told_with_its_interfaces() {
     for (number, (queue, hook)) in (0..).zip(queues.iter_mut().zip(hooks)) {
         let packet = next(queue).await;
         assert_eq!((packet.hook(), packet.family(), packet.hw_protocol()), (hook, Family::Ipv4, 0x0800));
-        assert_eq!((common::number(&packet), packet.id().get(), packet.queue()), (7, 1, number));
+        assert_eq!((common::number(&packet), packet.id().get(), packet.queue_number()), (7, 1, number));
         let local = Ipv4Addr::LOCALHOST.into();
         assert_eq!(packet.addresses(), Some((local, local)));
         assert_eq!((packet.mark(), packet.uid(), packet.gid()), (0, None, None));

@@ -80,7 +80,7 @@ async fn here_and_there_do_not_meet() {
     }
     traffic_here.expect(0..10).await;
     traffic_there.expect(10..20).await;
-    assert_eq!((here.stats().gone_at_least, there.stats().gone_at_least), (0, 0));
+    assert_eq!((here.stats().sent.gone_at_least, there.stats().sent.gone_at_least), (0, 0));
 }
 
 async fn who_owns_the_queue_there_is_found_there() {

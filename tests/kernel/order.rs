@@ -39,7 +39,7 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(MANY);
     let mut packets = hold(&mut queue, &traffic, 0..MANY).await;
-    assert_eq!(queue.stats().in_flight, MANY as usize);
+    assert_eq!(queue.stats().held.in_flight, MANY as usize);
     assert_eq!(common::account(0).unwrap().waiting, u64::from(MANY));
     order(&mut packets);
     for (index, packet) in packets.into_iter().enumerate() {
@@ -52,10 +52,10 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
     traffic.expect((0..MANY).step_by(2)).await;
 
     let stats = queue.stats();
-    assert_fields!(stats, accepted: 500, dropped: 500, in_flight: 0);
+    assert_fields!(stats, decided.accepted: 500, decided.dropped: 500, held.in_flight: 0);
     // Each was decided once.
-    assert_fields!(stats, gone_at_least: 0, refused: 0, late: 0);
-    assert_eq!(stats.most_in_flight, MANY as usize);
+    assert_fields!(stats, sent.gone_at_least: 0, sent.refused: 0, decided.late: 0);
+    assert_eq!(stats.held.most_in_flight, MANY as usize);
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
 
@@ -101,9 +101,9 @@ async fn one_flush_of_every_kind_of_verdict() {
     traffic.expect((0..MANY).filter(|number| !matches!(kind(*number), 2..=4))).await;
 
     let stats = queue.stats();
-    assert!(stats.sends <= 10, "packed: {stats:?}");
-    assert!(stats.messages < u64::from(MANY), "batched: {stats:?}");
-    assert_fields!(stats, gone_at_least: 0, refused: 0, in_flight: 0);
+    assert!(stats.sent.sends <= 10, "packed: {stats:?}");
+    assert!(stats.sent.messages < u64::from(MANY), "batched: {stats:?}");
+    assert_fields!(stats, sent.gone_at_least: 0, sent.refused: 0, held.in_flight: 0);
 }
 
 /// The packet itself, with a UDP checksum of zero: none, in IPv4.
@@ -125,7 +125,7 @@ async fn within_a_flush_packets_are_released_in_the_order_of_their_ids() {
     let delivered = traffic.delivered();
     // Unless a second passed between the first submit and the flush, of which the policy took
     // notice.
-    if queue.stats().flushes == 1 {
+    if queue.stats().sent.flushes == 1 {
         assert_eq!(delivered, Vec::from_iter(0..100));
     }
     assert_eq!(delivered.len(), 100);

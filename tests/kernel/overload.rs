@@ -72,8 +72,8 @@ async fn a_full_receive_buffer_is_counted() {
     }
     traffic.expect(1000..1010).await;
     let stats = queue.stats();
-    assert_fields!(stats, lost: after.socket_full, received: 1010 - after.socket_full);
-    assert!(stats.gaps >= 1 && stats.overrun_episodes >= 1, "{stats:?}");
+    assert_fields!(stats, lost.packets: after.socket_full, received.packets: 1010 - after.socket_full);
+    assert!(stats.lost.gaps >= 1 && stats.lost.overrun_episodes >= 1, "{stats:?}");
     assert_eq!(account(0).unwrap().socket_full, after.socket_full, "nothing was lost afterwards");
 }
 
@@ -94,7 +94,7 @@ async fn a_full_receive_buffer_passes_packets_with_fail_open() {
     }
     queue.sink().flush().await.unwrap();
     traffic.expect_nothing();
-    assert_eq!(queue.stats().lost, 1000 - after.waiting, "what passed unseen");
+    assert_eq!(queue.stats().lost.packets, 1000 - after.waiting, "what passed unseen");
 }
 
 async fn losses_between_reads_are_counted_one_by_one() {
@@ -113,13 +113,13 @@ async fn losses_between_reads_are_counted_one_by_one() {
     held.append(&mut hold(&mut queue, &traffic, [2000]).await);
     assert!(held.is_sorted_by_key(|packet| packet.id().get()));
     let stats = queue.stats();
-    assert_eq!(stats.lost, account(0).unwrap().socket_full);
-    assert_eq!((stats.received + stats.lost, stats.received), (2001, held.len() as u64));
-    assert!(stats.gaps > 1, "{stats:?}");
-    assert_eq!(queue.stats().in_flight, held.len());
+    assert_eq!(stats.lost.packets, account(0).unwrap().socket_full);
+    assert_eq!((stats.received.packets + stats.lost.packets, stats.received.packets), (2001, held.len() as u64));
+    assert!(stats.lost.gaps > 1, "{stats:?}");
+    assert_eq!(queue.stats().held.in_flight, held.len());
     let seen = accept_all(&queue, held).await;
     traffic.expect(seen).await;
-    assert_eq!((queue.stats().gone_at_least, account(0).unwrap().waiting), (0, 0), "gaps owe nothing");
+    assert_eq!((queue.stats().sent.gone_at_least, account(0).unwrap().waiting), (0, 0), "gaps owe nothing");
 }
 
 async fn a_full_queue_drops() {
@@ -138,7 +138,7 @@ async fn a_full_queue_drops() {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(300..340).await;
-    assert_eq!((queue.stats().lost, queue.stats().overrun_episodes), (0, 0), "they took no id");
+    assert_eq!((queue.stats().lost.packets, queue.stats().lost.overrun_episodes), (0, 0), "they took no id");
 }
 
 async fn a_full_queue_passes_packets_with_fail_open() {
@@ -158,7 +158,7 @@ async fn a_full_queue_passes_packets_with_fail_open() {
     queue.sink().flush().await.unwrap();
     traffic.expect_nothing();
     let after = account(0).unwrap();
-    assert_eq!((after.queue_full, after.socket_full, queue.stats().lost), (0, 0, 0));
+    assert_eq!((after.queue_full, after.socket_full, queue.stats().lost.packets), (0, 0, 0));
 }
 
 const FLOOD: u32 = 20_000;
@@ -204,10 +204,10 @@ async fn a_flood_that_is_read_meanwhile_is_counted() {
     traffic.expect([7]).await;
 
     let (stats, after) = (queue.stats(), account(0).unwrap());
-    assert_eq!(stats.received, seen + 1);
-    assert_eq!(stats.lost, after.socket_full);
-    assert_eq!(stats.received + after.socket_full + after.queue_full, u64::from(FLOOD) + 1);
-    assert_fields!(stats, in_flight: 0, gone_at_least: 0, refused: 0, malformed: 0);
+    assert_eq!(stats.received.packets, seen + 1);
+    assert_eq!(stats.lost.packets, after.socket_full);
+    assert_eq!(stats.received.packets + after.socket_full + after.queue_full, u64::from(FLOOD) + 1);
+    assert_fields!(stats, held.in_flight: 0, sent.gone_at_least: 0, sent.refused: 0, received.malformed: 0);
 }
 
 async fn a_flood_with_fail_open_loses_nothing() {
@@ -221,8 +221,8 @@ async fn a_flood_with_fail_open_loses_nothing() {
     // What is passed in a flood may overflow the receiver's own buffer, so it may be less.
     let stats = queue.stats();
     assert!(seen + passed <= FLOOD.into(), "{seen} seen, {passed} passed: none twice");
-    assert!(stats.lost <= u64::from(FLOOD) - seen);
-    assert_eq!(stats.received, seen + 1);
+    assert!(stats.lost.packets <= u64::from(FLOOD) - seen);
+    assert_eq!(stats.received.packets, seen + 1);
     let after = account(0).unwrap();
     // None dropped.
     assert_fields!(after, socket_full: 0, queue_full: 0);
@@ -252,7 +252,7 @@ async fn closing_finds_room_in_a_full_buffer() {
     let sink = queue.sink();
     soon("the end", queue.close()).await.unwrap();
     traffic.expect(0..after.waiting as u32).await;
-    assert_eq!(sink.stats().unanswered, after.waiting);
+    assert_eq!(sink.stats().decided.unanswered, after.waiting);
     assert_eq!(account(0), None);
     drop(divert);
 }
@@ -270,6 +270,6 @@ async fn truncated_copies_need_less_room() {
         for _ in 0..150 {
             assert!(next(&mut queue).await.payload().len() <= 40);
         }
-        assert_eq!((queue.stats().lost, account(0).unwrap().socket_full), (0, 0));
+        assert_eq!((queue.stats().lost.packets, account(0).unwrap().socket_full), (0, 0));
     }
 }

@@ -287,7 +287,7 @@ async fn an_impossible_length_is_refused_and_counts_as_unanswered() {
             Action::Accept => traffic.expect(0..6).await,
             _ => traffic.expect_nothing(),
         }
-        assert_eq!((queue.stats().unanswered, queue.stats().in_flight), (6, 0));
+        assert_eq!((queue.stats().decided.unanswered, queue.stats().held.in_flight), (6, 0));
     }
 }
 
@@ -327,6 +327,6 @@ async fn a_payload_is_refused_in_a_namespace_of_another_user_namespace() {
             Action::Accept => traffic.expect(0..4).await,
             _ => traffic.expect_nothing(),
         }
-        assert_eq!(queue.stats().in_flight, 0);
+        assert_eq!(queue.stats().held.in_flight, 0);
     }
 }

@@ -21,8 +21,7 @@ use rustix::{
 };
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_nfqueue::{
-    Action, ErrorKind, Flush, FlushPolicy, FlushWhen, Gathered, NetworkNamespace, Packet, Queue, Reconfigure, Stats,
-    TryRecvError,
+    Action, ErrorKind, FlushDecision, FlushPolicy, NetworkNamespace, Packet, Queue, Reconfigure, Stats, TryRecvError,
 };
 
 use crate::{
@@ -87,9 +86,9 @@ fn runtime() -> Runtime {
 }
 
 fn adds_up(stats: &Stats) {
-    let taken = stats.accepted + stats.dropped + stats.repeated + stats.requeued;
-    let sum = taken + stats.refused + stats.gone_at_least + stats.in_flight as u64;
-    assert_eq!(stats.received, sum, "{stats:?}");
+    let taken = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
+    let sum = taken + stats.sent.refused + stats.sent.gone_at_least + stats.held.in_flight as u64;
+    assert_eq!(stats.received.packets, sum, "{stats:?}");
 }
 
 const LARGE: usize = 4000;
@@ -145,7 +144,7 @@ async fn large_packets_are_decided_while_eight_threads_change_the_copy_range() {
     assert!(delivered.iter().all(|number| *number < ROUNDS), "a large one was delivered");
     assert_eq!(delivered.len(), ROUNDS as usize * 10);
     let stats = sink.stats();
-    assert_fields!(stats, malformed: 0, dropped: u64::from(ROUNDS) * 10, in_flight: 0);
+    assert_fields!(stats, received.malformed: 0, decided.dropped: u64::from(ROUNDS) * 10, held.in_flight: 0);
     soon("the end", sink.close()).await.unwrap();
     soon("the task", deciding).await.unwrap().unwrap();
 }
@@ -173,7 +172,7 @@ async fn a_change_made_while_the_buffer_is_full_makes_room() {
         packet.accept().submit().unwrap();
     }
     traffic.expect(expected).await;
-    assert_eq!((queue.stats().malformed, account(0).unwrap().waiting), (0, 0));
+    assert_eq!((queue.stats().received.malformed, account(0).unwrap().waiting), (0, 0));
 }
 
 async fn a_refused_drop_never_becomes_an_accept() {
@@ -208,14 +207,14 @@ async fn a_refused_drop_never_becomes_an_accept() {
     assert!(delivered.iter().all(|number| number % 2 == 0), "a dropped one was delivered: {delivered:?}");
     let stats = sink.stats();
     adds_up(&stats);
-    assert_eq!(stats.in_flight, 0);
+    assert_eq!(stats.held.in_flight, 0);
     // Every packet concerned is told. A verdict that another thread has sent along was not refused.
     let mut refusals = sink.refusals();
     let told = std::iter::from_fn(|| refusals.recv().now_or_never().flatten());
     let told = told.filter(|error| error.kind() == ErrorKind::NotPermitted && error.packet_id().is_some()).count();
-    assert_eq!((told as u64, stats.refusals_unread), (stats.refusals, 0));
-    assert!(stats.refusals > 0, "{stats:?}");
-    assert_eq!(stats.dropped + stats.accepted, u64::from(2 * COUNT), "{stats:?}");
+    assert_eq!((told as u64, stats.sent.refusals_unread), (stats.sent.refusals, 0));
+    assert!(stats.sent.refusals > 0, "{stats:?}");
+    assert_eq!(stats.decided.dropped + stats.decided.accepted, u64::from(2 * COUNT), "{stats:?}");
     // The queue goes on, with batches.
     for packet in hold(&mut queue, &traffic, 0..50).await {
         packet.accept().submit().unwrap();
@@ -244,7 +243,7 @@ async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
     }
     let stats = queue.stats();
     adds_up(&stats);
-    assert_fields!(stats, refusals: 20, accepted: 40, dropped: 20, in_flight: 0);
+    assert_fields!(stats, sent.refusals: 20, decided.accepted: 40, decided.dropped: 20, held.in_flight: 0);
 }
 
 fn a_refusal_after_the_runtimes_end_is_made_good() {
@@ -255,9 +254,9 @@ fn a_refusal_after_the_runtimes_end_is_made_good() {
     drop(inside);
     // No task is left that could send the default action, and nobody else gives a verdict.
     thread::spawn(|| without_capabilities(|| packet.drop().submit())).join().unwrap().unwrap();
-    assert_eq!(queue.stats().refusals, 1);
+    assert_eq!(queue.stats().sent.refusals, 1);
     outside.block_on(traffic.expect([0]));
-    assert_eq!(queue.stats().in_flight, 0);
+    assert_eq!(queue.stats().held.in_flight, 0);
 }
 
 async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
@@ -279,7 +278,7 @@ async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
     // The sink keeps the socket open, so it is not its end that unbinds the queue.
     freed(0).await;
     assert!(sink.is_closed());
-    assert_eq!(sink.stats().in_flight, 0);
+    assert_eq!(sink.stats().held.in_flight, 0);
     adds_up(&sink.stats());
     traffic.expect(0..5).await;
 }
@@ -323,7 +322,7 @@ async fn a_program_that_asks_after_everything_survives_refusals() {
             Err(_) => traffic.delivered(),
         };
     }
-    assert!(sink.stats().late >= 10 && sink.stats().refusals >= 1, "{:?}", sink.stats());
+    assert!(sink.stats().decided.late >= 10 && sink.stats().sent.refusals >= 1, "{:?}", sink.stats());
 }
 
 /// The sockets of the netfilter family that were opened in this network namespace.
@@ -381,14 +380,14 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     eventually("nothing is left", || account(0).unwrap().waiting == 0).await;
     let stats = queue.stats();
     adds_up(&stats);
-    assert_fields!(stats, accepted: 400, dropped: 200, refusals: 1);
+    assert_fields!(stats, decided.accepted: 400, decided.dropped: 200, sent.refusals: 1);
     // Batches come back.
-    let before = queue.stats().messages;
+    let before = queue.stats().sent.messages;
     for packet in hold(&mut queue, &traffic, 0..50).await {
         packet.accept().submit().unwrap();
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
-    assert!(queue.stats().messages - before < 50, "{:?}", queue.stats());
+    assert!(queue.stats().sent.messages - before < 50, "{:?}", queue.stats());
     traffic.expect(0..50).await;
 }
 
@@ -475,17 +474,12 @@ fn the_cap_holds_while_the_only_task_works_for_long() {
         }
     });
     let queue = runtime.block_on(soon("the task", task)).unwrap();
-    assert_eq!(queue.stats().accepted, 30);
+    assert_eq!(queue.stats().decided.accepted, 30);
 }
 
 async fn a_delay_of_a_users_policy_is_never_lost() {
-    struct Five;
-    impl FlushWhen for Five {
-        fn when(&mut self, _: &Gathered) -> Flush {
-            Flush::Within(Duration::from_millis(5))
-        }
-    }
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Five)));
+    let five = FlushPolicy::custom(|_| FlushDecision::Within(Duration::from_millis(5)));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(five));
     let traffic = Traffic::new(100);
     for number in 0..60 {
         let packet = hold(&mut queue, &traffic, [number]).await.remove(0);
@@ -513,7 +507,7 @@ fn outside_block_on_verdicts_drops_and_deadlines_take_effect() {
     // The deadlines, of held and of unread packets.
     traffic.send([6, 7]);
     outside.block_on(traffic.expect([3, 4, 5, 6, 7]));
-    assert_eq!((queue.stats().expired, queue.stats().dropped), (5, 1));
+    assert_eq!((queue.stats().decided.expired, queue.stats().decided.dropped), (5, 1));
 }
 
 async fn packets_that_had_gone_are_counted_exactly() {
@@ -534,11 +528,13 @@ async fn packets_that_had_gone_are_counted_exactly() {
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
     traffic.expect([10, 11]).await;
-    eventually("the answers are read", || queue.recv().now_or_never().is_none() && queue.stats().gone_at_least == 10)
-        .await;
+    eventually("the answers are read", || {
+        queue.recv().now_or_never().is_none() && queue.stats().sent.gone_at_least == 10
+    })
+    .await;
     let stats = queue.stats();
     adds_up(&stats);
-    assert_fields!(stats, received: 12, accepted: 2, gone_at_least: 10, in_flight: 0);
+    assert_fields!(stats, received.packets: 12, decided.accepted: 2, sent.gone_at_least: 10, held.in_flight: 0);
 }
 
 async fn the_numbers_add_up() {
@@ -559,7 +555,7 @@ async fn the_numbers_add_up() {
     soon("the flush", sink.flush()).await.unwrap();
     let stats = sink.stats();
     adds_up(&stats);
-    assert_fields!(stats, accepted: 30, dropped: 20, requeued: 10, in_flight: 0);
+    assert_fields!(stats, decided.accepted: 30, decided.dropped: 20, decided.requeued: 10, held.in_flight: 0);
 }
 
 async fn the_default_receive_buffer_holds_a_full_queue() {
@@ -595,8 +591,8 @@ async fn one_held_packet_of_a_hundred_keeps_little_memory() {
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
     let stats = queue.stats();
-    assert_eq!(stats.in_flight, 20);
-    assert!((8 * 1024..=20 * 8 * 1024).contains(&stats.held_bytes), "{} bytes", stats.held_bytes);
+    assert_eq!(stats.held.in_flight, 20);
+    assert!((8 * 1024..=20 * 8 * 1024).contains(&stats.held.bytes), "{} bytes", stats.held.bytes);
 }
 
 async fn statistics_that_cannot_be_read_say_what_is_missing() {
@@ -766,28 +762,26 @@ async fn traced(check: impl FnOnce(&[String])) {
     eventually("the deadline", || late.is_expired()).await;
     late.accept().submit().unwrap();
     soon("the end", queue.close()).await.unwrap();
-    assert_eq!(verdicts.stats().in_flight, 0);
+    assert_eq!(verdicts.stats().held.in_flight, 0);
     *sink.lock().unwrap() = None;
     drop(verdicts);
     check(&events.lock().unwrap());
 }
 
 async fn a_policy_may_call_back() {
-    struct Calls(Arc<Mutex<Option<tokio_nfqueue::VerdictSink>>>, Arc<Mutex<Vec<Packet>>>);
-    impl FlushWhen for Calls {
-        fn when(&mut self, _: &Gathered) -> Flush {
-            if let Some(sink) = &*self.0.lock().unwrap() {
-                let _ = sink.stats();
-            }
-            let another = self.1.lock().unwrap().pop();
-            if let Some(packet) = another {
-                packet.accept().submit().unwrap();
-            }
-            Flush::Within(Duration::from_millis(1))
+    let sink = Arc::new(Mutex::new(None::<tokio_nfqueue::VerdictSink>));
+    let others = Arc::new(Mutex::new(Vec::<Packet>::new()));
+    let (sink_of_policy, others_of_policy) = (Arc::clone(&sink), Arc::clone(&others));
+    let policy = FlushPolicy::custom(move |_| {
+        if let Some(sink) = &*sink_of_policy.lock().unwrap() {
+            let _ = sink.stats();
         }
-    }
-    let (sink, others) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(Vec::new())));
-    let policy = FlushPolicy::custom(Calls(Arc::clone(&sink), Arc::clone(&others)));
+        let another = others_of_policy.lock().unwrap().pop();
+        if let Some(packet) = another {
+            packet.accept().submit().unwrap();
+        }
+        FlushDecision::Within(Duration::from_millis(1))
+    });
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
     let traffic = Traffic::new(40);
     *sink.lock().unwrap() = Some(queue.sink());
@@ -801,13 +795,8 @@ async fn a_policy_may_call_back() {
 }
 
 async fn a_policy_that_panics_loses_no_verdict_and_ends_no_process() {
-    struct Panics;
-    impl FlushWhen for Panics {
-        fn when(&mut self, _: &Gathered) -> Flush {
-            std::panic::resume_unwind(Box::new("as intended"));
-        }
-    }
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(Panics)));
+    let panics = FlushPolicy::custom(|_| std::panic::resume_unwind(Box::new("as intended")));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics));
     let traffic = Traffic::new(20);
     let packets = hold(&mut queue, &traffic, 0..20).await;
     // The task holds other packets, which would be dropped while it unwinds.
@@ -841,7 +830,7 @@ async fn only_the_kernel_is_listened_to() {
         packet.accept().submit().unwrap();
     }
     traffic.expect(0..5).await;
-    assert_eq!((queue.stats().received, queue.stats().refusals), (5, 0));
+    assert_eq!((queue.stats().received.packets, queue.stats().sent.refusals), (5, 0));
 }
 
 async fn the_longest_durations_are_no_panic() {
@@ -919,7 +908,7 @@ fn a_runtime_without_an_io_driver_is_an_error() {
 async fn filled(count: u32) -> Option<(Queue, Divert, Traffic)> {
     let (queue, divert) = start(Queue::builder(0).max_len(count).copy_range(40));
     let traffic = Traffic::new(200);
-    if queue.stats().receive_buffer < count as usize * 832 {
+    if queue.stats().limits.receive_buffer < count as usize * 832 {
         eprintln!("skipped: the system limits the receive buffer");
         return None;
     }
@@ -934,10 +923,10 @@ async fn filled(count: u32) -> Option<(Queue, Divert, Traffic)> {
 async fn confirm_receives_a_little_at_a_time() {
     let Some((mut queue, _divert, _traffic)) = filled(10_000).await else { return };
     let first = next(&mut queue).await;
-    let before = queue.stats().received;
+    let before = queue.stats().received.packets;
     let mut confirm = first.accept().confirm();
     assert!((&mut confirm).now_or_never().is_none(), "its answer lies behind ten thousand packets");
-    let received = queue.stats().received - before;
+    let received = queue.stats().received.packets - before;
     assert!(received <= 256, "{received} packets were received in one go");
     soon("the answer", confirm).await.unwrap();
 }
@@ -947,10 +936,10 @@ async fn reconfigure_receives_a_little_at_a_time() {
     let sink = queue.sink();
     let mut change = Box::pin(sink.reconfigure(&Reconfigure::new().max_len(20_000)));
     assert!(change.as_mut().now_or_never().is_none(), "its answer lies behind ten thousand packets");
-    let received = queue.stats().received;
+    let received = queue.stats().received.packets;
     assert!(received <= 256, "{received} packets were received in one go");
     soon("the answer", change).await.unwrap();
-    assert_eq!(queue.stats().max_len, 20_000);
+    assert_eq!(queue.stats().limits.max_len, 20_000);
 }
 
 fn a_loop_without_a_runtime_receives_by_try_recv() {
@@ -974,7 +963,7 @@ fn a_loop_without_a_runtime_receives_by_try_recv() {
     }
     // At `Empty` what was gathered has been sent.
     assert!(matches!(queue.try_recv(), Err(TryRecvError::Empty)));
-    support::wait_until("nothing is in flight", || queue.stats().in_flight == 0);
+    support::wait_until("nothing is in flight", || queue.stats().held.in_flight == 0);
     outside.block_on(traffic.expect(0..100));
     drop(inside);
     assert!(matches!(queue.try_recv(), Err(TryRecvError::Empty)), "also when the runtime has gone");

@@ -56,7 +56,7 @@ async fn the_copy_range_changes() {
     change(&queue, Reconfigure::new().copy_range(65_531)).await.unwrap();
     traffic.sender.send_to(&[0; 65_000], traffic.to(0)).unwrap();
     assert_eq!(next(&mut queue).await.payload().len(), 65_028);
-    assert_eq!(queue.stats().malformed, 0);
+    assert_eq!(queue.stats().received.malformed, 0);
 }
 
 async fn the_length_changes() {
@@ -65,7 +65,7 @@ async fn the_length_changes() {
     traffic.send(0..20);
     eventually("the queue is full", || account(0).unwrap().queue_full == 10).await;
     change(&queue, Reconfigure::new().max_len(50)).await.unwrap();
-    assert_eq!(queue.stats().max_len, 50);
+    assert_eq!(queue.stats().limits.max_len, 50);
     traffic.send(20..80);
     eventually("the queue is full", || account(0).unwrap().queue_full == 30).await;
     for expected in (0..10).chain(20..60) {
@@ -78,11 +78,11 @@ async fn the_length_changes() {
 
 async fn the_receive_buffer_does_not_shrink() {
     let (queue, _divert) = start(Queue::builder(0));
-    let before = queue.stats().receive_buffer;
+    let before = queue.stats().limits.receive_buffer;
     // Room for whole packets is there already.
     change(&queue, Reconfigure::new().copy_range(100)).await.unwrap();
     change(&queue, Reconfigure::new().max_len(2000)).await.unwrap();
-    assert_eq!(queue.stats().receive_buffer, before);
+    assert_eq!(queue.stats().limits.receive_buffer, before);
 }
 
 async fn what_is_queued_beyond_a_shorter_length_stays() {
@@ -125,7 +125,7 @@ async fn flags_change_one_by_one() {
 async fn no_change_is_no_error() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
     change(&queue, Reconfigure::new()).await.unwrap();
-    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(queue.stats().limits.max_len, 7);
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
@@ -138,7 +138,7 @@ async fn bad_values_change_nothing() {
     ] {
         assert_eq!(change(&queue, bad).await.unwrap_err().kind(), ErrorKind::InvalidInput);
     }
-    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(queue.stats().limits.max_len, 7);
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
@@ -148,7 +148,7 @@ async fn what_the_kernel_lacks_is_named_and_changes_nothing() {
     if let Err(error) = change(&queue, conntrack).await {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("conntrack"), "{error}");
-        assert_eq!(queue.stats().max_len, 7);
+        assert_eq!(queue.stats().limits.max_len, 7);
         assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33, "nothing is half applied");
     }
 }
@@ -177,7 +177,7 @@ async fn a_change_that_comes_too_late_delays_no_verdict() {
     let packets = hold(&mut queue, &traffic, 0..COUNT).await;
     let sink = queue.sink();
     let closing = tokio::spawn(queue.close_within(Duration::MAX));
-    eventually("the end has begun", || sink.stats().max_len == 0).await;
+    eventually("the end has begun", || sink.stats().limits.max_len == 0).await;
     let over = Arc::new(AtomicBool::new(false));
     let changing = std::thread::spawn({
         let (sink, over) = (sink.clone(), Arc::clone(&over));
@@ -203,7 +203,7 @@ async fn changing_needs_the_capability() {
     give_up_capabilities();
     let error = change(&queue, Reconfigure::new().max_len(100).copy_range(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
-    assert_eq!(queue.stats().max_len, 7);
+    assert_eq!(queue.stats().limits.max_len, 7);
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
@@ -225,19 +225,19 @@ async fn nothing_is_lost_by_a_change_under_load() {
     }
     load.finish(COUNT).await;
     let stats = queue.stats();
-    assert_fields!(stats, lost: 0, received: u64::from(COUNT), gone_at_least: 0);
+    assert_fields!(stats, lost.packets: 0, received.packets: u64::from(COUNT), sent.gone_at_least: 0);
     assert_eq!((account(0).unwrap().queue_full, account(0).unwrap().socket_full), (0, 0));
 }
 
 async fn a_receive_buffer_left_to_the_crate_grows() {
     let (queue, _divert) = start(Queue::builder(0).max_len(10).copy_range(100));
-    let before = queue.stats().receive_buffer;
+    let before = queue.stats().limits.receive_buffer;
     change(&queue, Reconfigure::new().max_len(100)).await.unwrap();
     // Eighty thousand bytes and some are within any system's limit.
-    assert!(queue.stats().receive_buffer > before);
+    assert!(queue.stats().limits.receive_buffer > before);
 
     let (queue, _divert) = start(Queue::builder(1).receive_buffer(50_000));
-    let before = queue.stats().receive_buffer;
+    let before = queue.stats().limits.receive_buffer;
     change(&queue, Reconfigure::new().max_len(10_000)).await.unwrap();
-    assert_eq!(queue.stats().receive_buffer, before, "what was asked for stays");
+    assert_eq!(queue.stats().limits.receive_buffer, before, "what was asked for stays");
 }

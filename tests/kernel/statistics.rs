@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use tokio_nfqueue::{Action, Advice, ErrorKind, Fill, Queue};
+use tokio_nfqueue::{Action, Advice, ErrorKind, Queue};
 
 use crate::{
     common::{Traffic, account, eventually, hold, next, soon, start},
@@ -27,7 +27,7 @@ async fn each_verdict_is_counted() {
     let traffic = Traffic::new(100);
     let sink = queue.sink();
     let none = queue.stats();
-    assert_fields!(none, received: 0, sends: 0, fill: Fill::default(), in_flight: 0);
+    assert_fields!(none, received.packets: 0, sent.sends: 0, held.fill: tokio_nfqueue::stats::Fill::default(), held.in_flight: 0);
     for (index, packet) in hold(&mut queue, &traffic, 0..16).await.into_iter().enumerate() {
         match index {
             0..=4 => sink.submit(packet.accept()).unwrap(),
@@ -41,33 +41,36 @@ async fn each_verdict_is_counted() {
     }
     soon("the flush", sink.flush()).await.unwrap();
     let stats = sink.stats();
-    assert_fields!(stats, accepted: 6, dropped: 3 + 3, requeued: 3, repeated: 1);
-    assert_fields!(stats, unanswered: 3, expired: 0, late: 0, in_flight: 0);
-    assert!(stats.messages >= stats.sends && stats.sends >= stats.flushes && stats.flushes > 0, "{stats:?}");
-    assert!(stats.largest_flush >= 1 && stats.largest_flush <= stats.messages);
+    assert_fields!(stats, decided.accepted: 6, decided.dropped: 3 + 3, decided.requeued: 3, decided.repeated: 1);
+    assert_fields!(stats, decided.unanswered: 3, decided.expired: 0, decided.late: 0, held.in_flight: 0);
+    assert!(
+        stats.sent.messages >= stats.sent.sends && stats.sent.sends >= stats.sent.flushes && stats.sent.flushes > 0,
+        "{stats:?}"
+    );
+    assert!(stats.sent.largest_flush >= 1 && stats.sent.largest_flush <= stats.sent.messages);
     // Each carried at least its own 32 bytes.
-    assert!(stats.bytes >= 16 * 32, "{stats:?}");
-    assert_fields!(stats, max_len: 1024, most_in_flight: 16);
+    assert!(stats.received.bytes >= 16 * 32, "{stats:?}");
+    assert_fields!(stats, limits.max_len: 1024, held.most_in_flight: 16);
 }
 
 async fn what_is_held_is_told() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(100);
     let before = Instant::now();
-    assert_eq!((queue.stats().held_bytes, queue.stats().oldest_undecided), (0, None));
+    assert_eq!((queue.stats().held.bytes, queue.stats().held.oldest_undecided), (0, None));
     let mut held = hold(&mut queue, &traffic, 0..10).await;
     let ten = queue.stats();
     // They share a buffer, which counts as a whole.
-    assert_eq!(ten.held_bytes, 8 * 1024);
-    assert_eq!(ten.in_flight, 10);
-    eventually("they grow old", || queue.stats().oldest_undecided > Some(Duration::from_millis(5))).await;
-    let age = queue.stats().oldest_undecided.unwrap();
+    assert_eq!(ten.held.bytes, 8 * 1024);
+    assert_eq!(ten.held.in_flight, 10);
+    eventually("they grow old", || queue.stats().held.oldest_undecided > Some(Duration::from_millis(5))).await;
+    let age = queue.stats().held.oldest_undecided.unwrap();
     assert!(before.elapsed() >= age, "no older than the test");
     held.append(&mut hold(&mut queue, &traffic, 10..100).await);
     let hundred = queue.stats();
-    assert!(hundred.held_bytes > ten.held_bytes);
-    assert!(hundred.fill.max >= 11);
-    assert!(hundred.fill.min <= hundred.fill.mean && hundred.fill.mean <= hundred.fill.max);
+    assert!(hundred.held.bytes > ten.held.bytes);
+    assert!(hundred.held.fill.max >= 11);
+    assert!(hundred.held.fill.min <= hundred.held.fill.mean && hundred.held.fill.mean <= hundred.held.fill.max);
     // One held packet keeps the buffer of its neighbours, and that is told. Detached, it keeps
     // none.
     let last = held.pop().unwrap();
@@ -75,12 +78,12 @@ async fn what_is_held_is_told() {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..99).await;
-    assert_eq!((queue.stats().held_bytes, queue.stats().in_flight), (8 * 1024, 1));
+    assert_eq!((queue.stats().held.bytes, queue.stats().held.in_flight), (8 * 1024, 1));
     let last = last.detach();
-    assert_eq!((queue.stats().held_bytes, queue.stats().in_flight), (0, 1));
+    assert_eq!((queue.stats().held.bytes, queue.stats().held.in_flight), (0, 1));
     queue.sink().submit(last.accept()).unwrap();
     traffic.expect([99]).await;
-    assert_eq!((queue.stats().held_bytes, queue.stats().oldest_undecided), (0, None));
+    assert_eq!((queue.stats().held.bytes, queue.stats().held.oldest_undecided), (0, None));
 }
 
 async fn the_kernels_account_is_told() {
@@ -145,7 +148,7 @@ async fn advice_for_a_full_receive_buffer() {
     drop(hold(&mut queue, &traffic, [0]).await);
     match queue.sink().advice()[..] {
         [Advice::RaiseReceiveBuffer { lost: advised, now, to, .. }] => {
-            assert_eq!((advised, now), (lost, queue.stats().receive_buffer));
+            assert_eq!((advised, now), (lost, queue.stats().limits.receive_buffer));
             assert!(to > now);
         }
         ref other => panic!("{other:?}"),
@@ -161,7 +164,7 @@ async fn watching_ends_with_the_queue() {
     drop(hold(&mut queue, &traffic, 0..10).await);
     let seen = async {
         while let Some(stats) = watch.next().await {
-            if stats.received == 10 {
+            if stats.received.packets == 10 {
                 return;
             }
         }

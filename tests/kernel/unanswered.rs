@@ -47,7 +47,7 @@ async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F)
         traffic.expect_nothing();
         happen(packets).await;
         all_answered(&queue, &traffic, action).await;
-        assert_eq!(queue.stats().unanswered, u64::from(COUNT));
+        assert_eq!(queue.stats().decided.unanswered, u64::from(COUNT));
 
         // And the queue goes on.
         let packet = hold(&mut queue, &traffic, [COUNT]).await.remove(0);
@@ -59,7 +59,7 @@ async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F)
 }
 
 async fn all_answered(queue: &Queue, traffic: &Traffic, action: Action) {
-    eventually("all packets are answered for", || queue.stats().in_flight == 0).await;
+    eventually("all packets are answered for", || queue.stats().held.in_flight == 0).await;
     queue.sink().flush().await.unwrap();
     match action {
         Action::Accept => traffic.expect(0..COUNT).await,
@@ -234,15 +234,15 @@ async fn deadline(action: Action) {
     let traffic = Traffic::new(COUNT);
     let before = Instant::now();
     let packets = hold(&mut queue, &traffic, 0..COUNT).await;
-    eventually("the deadline", || queue.stats().expired > 0).await;
+    eventually("the deadline", || queue.stats().decided.expired > 0).await;
     assert!(before.elapsed() >= DEADLINE, "not before");
     all_answered(&queue, &traffic, action).await;
-    assert_eq!((queue.stats().expired, queue.stats().unanswered), (COUNT.into(), 0));
+    assert_eq!((queue.stats().decided.expired, queue.stats().decided.unanswered), (COUNT.into(), 0));
 
     drop(packets);
     queue.sink().flush().await.unwrap();
     traffic.expect_nothing();
-    assert_eq!(queue.stats().unanswered, 0, "the deadline has answered");
+    assert_eq!(queue.stats().decided.unanswered, 0, "the deadline has answered");
 }
 
 async fn a_deadline_spares_what_was_decided() {
@@ -257,12 +257,12 @@ async fn a_deadline_spares_what_was_decided() {
             let _ = queue.sink().submit(packet.drop());
         }
     }
-    eventually("the deadline", || queue.stats().in_flight == 0).await;
+    eventually("the deadline", || queue.stats().held.in_flight == 0).await;
     queue.sink().flush().await.unwrap();
     let delivered = traffic.delivered();
-    assert_eq!(delivered.len() as u64, queue.stats().expired);
+    assert_eq!(delivered.len() as u64, queue.stats().decided.expired);
     assert!((0..COUNT).step_by(5).all(|number| delivered.contains(&number)), "{delivered:?}");
-    assert_eq!(queue.stats().dropped + queue.stats().expired, u64::from(COUNT));
+    assert_eq!(queue.stats().decided.dropped + queue.stats().decided.expired, u64::from(COUNT));
 }
 
 async fn a_deadline_is_kept_for_packets_of_many_moments() {
@@ -275,7 +275,7 @@ async fn a_deadline_is_kept_for_packets_of_many_moments() {
         tokio::time::sleep(Duration::from_millis(u64::from(index % 3))).await;
     }
     traffic.expect(0..COUNT).await;
-    assert_eq!(queue.stats().expired, u64::from(COUNT));
+    assert_eq!(queue.stats().decided.expired, u64::from(COUNT));
 }
 
 async fn a_deadline_needs_nobody_to_poll_the_queue() {
@@ -287,7 +287,7 @@ async fn a_deadline_needs_nobody_to_poll_the_queue() {
     // Packets that lie unread, for the program has stopped polling, have deadlines too.
     traffic.send(COUNT..COUNT + 100);
     traffic.expect(COUNT..COUNT + 100).await;
-    assert_eq!(queue.stats().expired, u64::from(COUNT) + 100);
+    assert_eq!(queue.stats().decided.expired, u64::from(COUNT) + 100);
     // What has been answered for is not handed out.
     traffic.send([COUNT + 100]);
     let packet = next(&mut queue).await;
@@ -300,7 +300,7 @@ async fn a_late_verdict_is_told() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Drop));
     let traffic = Traffic::new(4);
     let packets = hold(&mut queue, &traffic, 0..4).await;
-    eventually("the deadline", || queue.stats().expired == 4).await;
+    eventually("the deadline", || queue.stats().decided.expired == 4).await;
     let sink = queue.sink();
     let mut refusals = sink.refusals();
     for (index, packet) in packets.into_iter().enumerate() {
@@ -320,5 +320,5 @@ async fn a_late_verdict_is_told() {
     }
     sink.flush().await.unwrap();
     traffic.expect_nothing();
-    assert_eq!((sink.stats().late, sink.stats().gone_at_least, sink.stats().in_flight), (4, 0, 0));
+    assert_eq!((sink.stats().decided.late, sink.stats().sent.gone_at_least, sink.stats().held.in_flight), (4, 0, 0));
 }

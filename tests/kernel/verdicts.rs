@@ -33,8 +33,8 @@ async fn accepted_arrive_and_dropped_do_not() {
     traffic.expect((0..100).step_by(2)).await;
 
     let stats = queue.stats();
-    assert_fields!(stats, received: 100, accepted: 50, dropped: 50, in_flight: 0);
-    assert_fields!(stats, lost: 0, unanswered: 0, gone_at_least: 0, refused: 0, late: 0);
+    assert_fields!(stats, received.packets: 100, decided.accepted: 50, decided.dropped: 50, held.in_flight: 0);
+    assert_fields!(stats, lost.packets: 0, decided.unanswered: 0, sent.gone_at_least: 0, sent.refused: 0, decided.late: 0);
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
 
@@ -92,7 +92,7 @@ async fn repeat_with_a_mark_goes_round_once() {
     }
     queue.sink().flush().await.unwrap();
     traffic.expect(0..50).await;
-    assert_eq!(queue.stats().repeated, 50);
+    assert_eq!(queue.stats().decided.repeated, 50);
     assert_eq!(common::account(0).unwrap().last_id, 50, "none was queued again");
 }
 
@@ -127,7 +127,7 @@ async fn stop_skips_the_later_chains() {
     }
     queue.sink().flush().await.unwrap();
     traffic.expect(0..30).await;
-    assert_eq!(queue.stats().accepted, 60);
+    assert_eq!(queue.stats().decided.accepted, 60);
 }
 
 async fn requeue_hands_over_to_another_queue() {
@@ -148,7 +148,7 @@ async fn requeue_hands_over_to_another_queue() {
     }
     other.sink().flush().await.unwrap();
     traffic.expect(0..30).await;
-    assert_eq!((queue.stats().requeued, other.stats().received), (60, 60));
+    assert_eq!((queue.stats().decided.requeued, other.stats().received.packets), (60, 60));
 }
 
 async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
@@ -160,7 +160,7 @@ async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
     }
     queue.sink().flush().await.unwrap();
     traffic.expect(30..60).await;
-    assert_eq!(queue.stats().requeued, 60);
+    assert_eq!(queue.stats().decided.requeued, 60);
 }
 
 async fn a_ticket_decides_as_its_packet_would() {
@@ -202,13 +202,13 @@ async fn a_verdict_goes_to_its_own_queue_whichever_the_sink() {
     let traffic = Traffic::new(2 * common::ROOM);
     let sinks = [queues[1].sink(), queues[0].sink()];
     for (queue, sink) in queues.iter_mut().zip(&sinks) {
-        let base = u32::from(queue.number()) * common::ROOM;
+        let base = u32::from(queue.queue_number()) * common::ROOM;
         let mut packets = hold(queue, &traffic, base..base + 2).await.into_iter();
         sink.submit(packets.next().unwrap().accept()).unwrap();
         common::soon("the answer", sink.confirm(packets.next().unwrap().accept())).await.unwrap();
     }
     traffic.expect([0, 1, common::ROOM, common::ROOM + 1]).await;
-    assert_eq!(queues.map(|queue| (queue.stats().accepted, queue.stats().late)), [(2, 0); 2]);
+    assert_eq!(queues.map(|queue| (queue.stats().decided.accepted, queue.stats().decided.late)), [(2, 0); 2]);
 }
 
 async fn an_ipv6_packet_is_decided_too() {

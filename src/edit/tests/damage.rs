@@ -1,4 +1,4 @@
-//! Any bytes at all: errors, never a panic.
+//! Malformed packets and arbitrary bytes cause errors, never a panic.
 
 use proptest::{prelude::*, sample::Index};
 
@@ -8,11 +8,11 @@ use super::{
     sample::{Sample, SampleTransport, plain, sample},
 };
 
-/// Everything that can be done to bytes.
+/// Calls every function on `bytes`.
 fn exercise(bytes: &[u8], change: &Change) {
     let _ = complete_checksums(&mut bytes.to_vec());
     if let Ok(view) = PacketView::new(bytes) {
-        let _ = (view.to_string(), view.icmpv4(), view.icmpv6(), view.tcp(), view.udp(), view.payload());
+        let _ = (view.to_string(), view.icmp(), view.tcp(), view.transport_header(), view.ip_header(), view.payload());
     }
     let Ok(mut edit) = Edit::new(bytes) else { return };
     if let Some((source, destination)) = change.addresses {
@@ -30,13 +30,17 @@ fn exercise(bytes: &[u8], change: &Change) {
     let view = edit.view().to_string();
     let packet = edit.finish();
     assert_eq!(PacketView::new(&packet).unwrap().to_string(), view);
-    // What comes out goes in again, and is whole.
+    // The result is a complete packet, and a second edit does not change it.
     assert_eq!(Edit::new(&packet).unwrap().finish(), packet);
 }
 
 proptest! {
     #[test]
-    fn arbitrary_bytes(mut bytes in prop::collection::vec(any::<u8>(), 0..160), version in 0..3_u8, change in change()) {
+    fn arbitrary_bytes_do_not_panic(
+        mut bytes in prop::collection::vec(any::<u8>(), 0..160),
+        version in 0..3_u8,
+        change in change(),
+    ) {
         match (version, bytes.first_mut()) {
             (1, Some(first)) => *first = 0x45 + (*first & 3),
             (2, Some(first)) => *first = 0x60,
@@ -46,7 +50,7 @@ proptest! {
     }
 
     #[test]
-    fn damaged_packets(
+    fn damaged_packets_do_not_panic(
         sample in sample(),
         damage in prop::collection::vec((any::<Index>(), any::<u8>()), 0..4),
         cut in any::<Index>(),
@@ -54,7 +58,7 @@ proptest! {
     ) {
         let mut bytes = sample.bytes();
         exercise(&bytes[..cut.index(bytes.len())], &change);
-        // Most of what can be damaged is in the first bytes.
+        // The headers are in the first bytes.
         let reach = bytes.len().min(80);
         for (place, value) in damage {
             bytes[place.index(reach)] = value;
@@ -64,7 +68,11 @@ proptest! {
     }
 
     #[test]
-    fn damaged_routes(mut route in prop::collection::vec(route_byte(), 8..=40), v6 in any::<bool>(), change in change()) {
+    fn damaged_routes_do_not_panic(
+        mut route in prop::collection::vec(route_byte(), 8..=40),
+        v6 in any::<bool>(),
+        change in change(),
+    ) {
         route.truncate(route.len() / 8 * 8);
         let packet = if v6 {
             extended(43, &route)
@@ -79,7 +87,7 @@ proptest! {
     }
 
     #[test]
-    fn a_part_of_a_packet_is_refused(sample in sample(), cut in any::<Index>()) {
+    fn incomplete_packet_is_refused(sample in sample(), cut in any::<Index>()) {
         let bytes = sample.bytes();
         let cut = &bytes[..cut.index(bytes.len())];
         refusal(Edit::new(cut));
@@ -87,7 +95,7 @@ proptest! {
     }
 }
 
-/// What has a meaning in a route is frequent.
+/// A byte that often has a meaning in a route.
 fn route_byte() -> impl Strategy<Value = u8> {
     prop_oneof![any::<u8>(), prop::sample::select(&[0, 1, 2, 3, 4, 5, 7, 8, 11, 17, 131, 137][..])]
 }
@@ -96,53 +104,53 @@ fn udp(v6: bool) -> Sample {
     plain(v6, SampleTransport::Udp(1, 2), b"hello")
 }
 
-/// What is wrong with an edit of the payload.
+/// The error text of a change of the payload.
 #[track_caller]
 fn obstacle(packet: &[u8]) -> String {
     refusal(Edit::new(packet).unwrap().replace_payload(b"x"))
 }
 
 #[test]
-fn refusals_say_why() {
+fn errors_name_the_reason() {
     let part = &udp(false).bytes()[..30];
-    assert_eq!(refusal(Edit::new(part)), "edit a packet: invalid value: only 30 of its 33 bytes are there");
-    assert!(refusal(Edit::new(&[])).ends_with("no bytes"));
-    assert!(refusal(Edit::new(&[0x50; 60])).ends_with("neither IPv4 nor IPv6"));
+    assert_eq!(refusal(Edit::new(part)), "edit a packet: invalid value: only 30 of its 33 bytes are present");
+    assert!(refusal(Edit::new(&[])).ends_with("the packet has no bytes"));
+    assert!(refusal(Edit::new(&[0x50; 60])).ends_with("the packet is neither IPv4 nor IPv6"));
     let mut edit = Edit::new(&udp(false).bytes()).unwrap();
-    assert!(refusal(edit.set_source_address([1; 16])).contains("for an IPv4 packet"));
-    assert!(refusal(edit.splice_payload(2..6, b"")).ends_with("not within its 5 bytes"));
-    #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
+    assert!(refusal(edit.set_source_address([1; 16])).ends_with("is not an IPv4 address, and the packet is IPv4"));
+    assert!(refusal(edit.splice_payload(2..6, b"")).ends_with("the range is not within the payload of 5 bytes"));
+    #[expect(clippy::reversed_empty_ranges, reason = "the range must be refused")]
     let reversed = 3..2;
-    assert!(refusal(edit.splice_payload(reversed, b"")).ends_with("not within its 5 bytes"));
+    assert!(refusal(edit.splice_payload(reversed, b"")).ends_with("the range is not within the payload of 5 bytes"));
     assert!(
         refusal(edit.splice_payload((std::ops::Bound::Excluded(usize::MAX), std::ops::Bound::Unbounded), b""))
             .contains("range")
     );
     let mut edit = Edit::new(&udp(true).bytes()).unwrap();
-    assert!(refusal(edit.set_destination_address([1; 4])).contains("for an IPv6 packet"));
+    assert!(refusal(edit.set_destination_address([1; 4])).ends_with("is not an IPv6 address, and the packet is IPv6"));
     let mut edit = Edit::new(&plain(false, SampleTransport::Icmp(1, 2), b"hello").bytes()).unwrap();
     assert!(refusal(edit.set_destination_port(1)).ends_with("ICMP has no ports"));
 }
 
 #[test]
-fn protocols_that_cannot_be_edited() {
+fn unsupported_protocols_are_refused() {
     let mut packet = udp(false).bytes();
     for (number, text) in [(50, "encrypted"), (132, "protocol 132"), (58, "protocol 58"), (47, "protocol 47")] {
         packet[9] = number;
         assert!(obstacle(&packet).contains(text));
         assert!(refusal(complete_checksums(&mut packet.clone())).contains(text));
         let set = Edit::new(&packet).unwrap().set_source_address([1, 2, 3, 4]);
-        // SCTP's and GRE's checksums do not cover addresses.
+        // The checksums of SCTP and GRE do not cover the addresses.
         assert_eq!(set.is_ok(), [132, 47].contains(&number));
     }
     let mut packet = udp(true).bytes();
-    for (number, text) in [(50, "encrypted"), (59, "nothing follows"), (135, "protocol 135"), (1, "protocol 1;")] {
+    for (number, text) in [(50, "encrypted"), (59, "nothing follows"), (135, "protocol 135"), (1, "protocol 1 is")] {
         packet[6] = number;
         assert!(obstacle(&packet).contains(text));
     }
 }
 
-/// An IPv6 packet with an extension header of this kind in front of UDP.
+/// An IPv6 packet with an extension header of this kind before the UDP header.
 pub(super) fn extended(kind: u8, header: &[u8]) -> Vec<u8> {
     let mut packet = udp(true).bytes();
     packet[6] = kind;
@@ -152,7 +160,7 @@ pub(super) fn extended(kind: u8, header: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn headers_that_forbid_edits() {
+fn authenticated_and_malformed_packets_are_refused() {
     // Authentication header: next header, length in words less 2, reserved, SPI, sequence, ICV.
     let authentication = [17, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 9, 9, 9, 9];
     let mut v4 = udp(false).bytes();
@@ -166,24 +174,24 @@ fn headers_that_forbid_edits() {
         refusal(edit.set_source_address([1; 4]));
         refusal(edit.set_source_address([1; 16]));
         refusal(edit.splice_ip_payload(..1, b"x"));
-        // The header does not cover these.
+        // The authentication header does not cover these fields.
         edit.set_ttl(9);
         edit.set_tos(8);
-        let behind = packet.len() - edit.view().ip_payload().len();
-        assert_eq!(edit.finish()[behind..], packet[behind..]);
+        let ip_payload = packet.len() - edit.view().ip_payload().len();
+        assert_eq!(edit.finish()[ip_payload..], packet[ip_payload..]);
     }
-    // It says to be longer than the packet.
+    // The stated header length is greater than the packet.
     let packet = extended(60, &[17, 200, 1, 4, 0, 0, 0, 0]);
-    assert!(obstacle(&packet).contains("an extension header is damaged"));
+    assert!(obstacle(&packet).contains("an extension header is malformed"));
 }
 
 #[test]
-fn jumbograms() {
+fn packets_without_a_stated_length_can_only_be_viewed() {
     let mut packet = udp(true).bytes();
     packet[4..6].fill(0);
     assert!(refusal(Edit::new(&packet)).contains("jumbogram"));
-    assert!(PacketView::new(&packet).unwrap().udp().is_some());
-    // As IPv4 super-packets of more than 64 KiB.
+    assert!(PacketView::new(&packet).unwrap().is_udp());
+    // IPv4 super-packets of more than 64 KiB look like this.
     let mut packet = udp(false).bytes();
     packet[2..4].fill(0);
     refusal(Edit::new(&packet));

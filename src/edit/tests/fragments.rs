@@ -1,4 +1,4 @@
-//! Fragments: addresses, and nothing else of the transport's concern.
+//! In fragments, addresses can be changed, and ports and payload cannot.
 
 use proptest::prelude::*;
 
@@ -43,9 +43,14 @@ fn transports() -> impl Strategy<Value = Sample> {
 }
 
 proptest! {
-    /// New addresses in all fragments are as new addresses in the whole.
+    /// New addresses in all fragments give the same datagram as new addresses in the unfragmented
+    /// packet.
     #[test]
-    fn addresses_in_fragments(sample in transports(), source in any::<[u8; 16]>(), destination in any::<[u8; 16]>()) {
+    fn addresses_in_fragments_keep_the_checksum_correct(
+        sample in transports(),
+        source in any::<[u8; 16]>(),
+        destination in any::<[u8; 16]>(),
+    ) {
         let set = |packet: &[u8]| {
             let mut edit = Edit::new(packet).unwrap();
             if sample.is_ipv4() {
@@ -62,7 +67,7 @@ proptest! {
         let mut joined = [body(&parts[0], &sample), body(&parts[1], &sample)].concat();
         let at = sample.checksum_at() - sample.ip.header_len();
         let expected = &whole[sample.ip.header_len()..];
-        // 0 and 0xffff are the same to the receiver, and adjusting a checksum cannot tell which it would have been.
+        // The receiver treats 0 and 0xffff as equal. An updated checksum can be either of them.
         if joined[at..at + 2] == [0, 0] || joined[at..at + 2] == [0xff, 0xff] {
             joined[at..at + 2].copy_from_slice(&expected[at..at + 2]);
         }
@@ -71,7 +76,7 @@ proptest! {
 }
 
 #[test]
-fn other_edits_of_fragments() {
+fn fragments_refuse_transport_changes() {
     for v6 in [false, true] {
         let sample = plain(v6, SampleTransport::Udp(1, 2), &[7; 100]);
         for fragment in cut(&sample, 64) {
@@ -86,7 +91,7 @@ fn other_edits_of_fragments() {
             ] {
                 assert!(text.ends_with("the packet is a fragment"), "{text}");
             }
-            // IP's own fields are its own; the rest stays.
+            // Fields of the IP header can be changed. The rest stays unchanged.
             edit.set_ttl(3);
             edit.set_tos(0xb8);
             assert_eq!(body(&edit.finish(), &sample), body(&fragment, &sample));
@@ -95,7 +100,7 @@ fn other_edits_of_fragments() {
 }
 
 #[test]
-fn a_first_fragment_without_a_whole_header() {
+fn first_fragment_with_an_incomplete_header_is_refused() {
     let tcp = SampleTransport::Tcp(Box::new(etherparse::TcpHeader::new(1, 2, 3, 4)));
     let [first, second] = cut(&plain(false, tcp, b"text"), 16);
     refusal(Edit::new(&first).unwrap().set_source_address([10, 0, 0, 9]));

@@ -1,10 +1,10 @@
-//! Edits against etherparse's own way to make a packet, and against damage.
+//! Compares edited packets with packets that etherparse writes, and tests malformed packets.
 
 mod damage;
 mod fragments;
 mod routes;
 mod sample;
-mod unchanged;
+mod special_cases;
 
 use etherparse::IpDscp;
 use proptest::prelude::*;
@@ -13,7 +13,7 @@ use self::sample::{Sample, SampleTransport, sample};
 use super::{Edit, checksum, complete_checksums, layout::Layout};
 use crate::{Error, ErrorKind};
 
-/// What the tests change.
+/// The changes that a test makes to a packet.
 #[derive(Debug, Clone)]
 struct Change {
     addresses: Option<([u8; 16], [u8; 16])>,
@@ -36,10 +36,10 @@ fn change() -> impl Strategy<Value = Change> {
 }
 
 impl Change {
-    /// By the crate.
+    /// Changes the packet with the crate.
     fn apply(&self, edit: &mut Edit) -> Result<(), Error> {
         if let Some((source, destination)) = self.addresses {
-            if edit.view().ipv4().is_some() {
+            if edit.view().is_ipv4() {
                 edit.set_source_address(first4(source))?;
                 edit.set_destination_address(first4(destination))?;
             } else {
@@ -68,7 +68,7 @@ impl Change {
         Ok(())
     }
 
-    /// By hand, on headers that are yet to be written.
+    /// Makes the same changes to the headers of a sample, before it is written.
     fn apply_to(&self, sample: &mut Sample) {
         if let Some((source, destination)) = self.addresses {
             match &mut sample.ip {
@@ -112,13 +112,17 @@ fn first4(octets: [u8; 16]) -> [u8; 4] {
 }
 
 proptest! {
-    /// An edited packet is, byte for byte, what etherparse writes from headers edited likewise: lengths, checksums, and
-    /// everything that was not to be changed.
+    /// An edited packet equals the packet that etherparse writes from the same changed headers,
+    /// byte for byte: lengths, checksums, and all unchanged fields.
     #[test]
-    fn edits_are_as_if_newly_written(sample in sample(), change in change(), checksums in any::<[u8; 4]>()) {
+    fn edited_packet_equals_newly_written_packet(
+        sample in sample(),
+        change in change(),
+        checksums in any::<[u8; 4]>(),
+    ) {
         let mut packet = sample.bytes();
         sample.spoil_checksums(&mut packet, checksums);
-        // Padding, as short frames have it.
+        // Short frames have such padding.
         packet.extend_from_slice(&[0xee; 3]);
         let mut edit = Edit::new(&packet).unwrap();
         change.apply(&mut edit).unwrap();
@@ -129,9 +133,9 @@ proptest! {
         prop_assert_eq!(edit.finish(), expected.bytes());
     }
 
-    /// Checksums are right, as etherparse's readers see it.
+    /// The checksums are correct when etherparse checks them.
     #[test]
-    fn checksums_are_completed(sample in sample(), checksums in any::<[u8; 4]>()) {
+    fn complete_checksums_are_correct(sample in sample(), checksums in any::<[u8; 4]>()) {
         let expected = sample.bytes();
         let mut packet = expected.clone();
         sample.spoil_checksums(&mut packet, checksums);
@@ -140,9 +144,9 @@ proptest! {
         sample::assert_checksums(&packet);
     }
 
-    /// The sum of the pseudo header is known for what it is.
+    /// The sum of the pseudo header is recognised as an incomplete checksum.
     #[test]
-    fn unfinished_checksums_are_recognised(sample in sample(), with in any::<[u8; 2]>()) {
+    fn incomplete_checksums_are_recognised(sample in sample(), with in any::<[u8; 2]>()) {
         let mut packet = sample.bytes();
         let at = sample.checksum_at();
         let partial = sample.partial_checksum();
@@ -154,9 +158,9 @@ proptest! {
         prop_assert_eq!(checksum::is_partial(&packet, &layout), has_ports && with == partial);
     }
 
-    /// Transport headers can be changed as bytes.
+    /// `splice_ip_payload` can change the bytes of transport headers.
     #[test]
-    fn ip_payload_is_spliced(sample in sample(), window in any::<[u8; 2]>()) {
+    fn ip_payload_can_be_spliced(sample in sample(), window in any::<[u8; 2]>()) {
         let mut edit = Edit::new(&sample.bytes()).unwrap();
         let mut expected = sample.clone();
         match &mut expected.transport {
@@ -165,7 +169,7 @@ proptest! {
                 tcp.window_size = u16::from_be_bytes(window);
             }
             SampleTransport::Udp(..) => {
-                // A shorter datagram, by hand.
+                // The test itself writes the UDP length of the shorter datagram.
                 let length = (8 + 1_u16).to_be_bytes();
                 let new = [&edit.view().ip_payload()[..4], &length, &[0xff, 0xff, window[0]]].concat();
                 edit.splice_ip_payload(.., &new).unwrap();
@@ -180,7 +184,7 @@ proptest! {
     }
 }
 
-/// The error's text, after its kind has been checked.
+/// Checks the kind of the error and returns its text.
 #[track_caller]
 fn refusal<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
     let error = result.expect_err("refused");

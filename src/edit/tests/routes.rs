@@ -1,4 +1,4 @@
-//! Packets that carry a route: the transport checksum covers the final destination.
+//! In packets with a route, the transport checksum covers the final destination.
 
 use etherparse::{IpHeaders, Ipv6RawExtHeader, Ipv6RoutingExtensions, ip_number};
 use proptest::prelude::*;
@@ -9,16 +9,16 @@ use super::{
     sample::{Sample, SampleTransport, assert_checksums, plain, sample},
 };
 
-/// The kinds of routes.
+/// The kinds of routes that the crate knows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kind {
     /// An IPv4 option of this kind.
     Option(u8),
     /// IPv6 routing header type 0.
     Source,
-    /// Type 2, with one address.
+    /// IPv6 routing header type 2, with one address.
     Home,
-    /// Type 4, with or without the first hop in the list.
+    /// IPv6 routing header type 4. If `reduced`, the list omits the first hop.
     Segments { reduced: bool },
 }
 
@@ -37,16 +37,16 @@ impl Kind {
     }
 }
 
-/// The sample on the way along `stops`, when the first `passed` of them are behind it.
-fn on_the_way(sample: &Sample, kind: Kind, stops: &[[u8; 16]], passed: usize) -> Sample {
+/// The sample with a route along `stops`, after it has visited the first `passed` of them.
+fn routed(sample: &Sample, kind: Kind, stops: &[[u8; 16]], passed: usize) -> Sample {
     let (last, left) = (stops.len() - 1, stops.len() - 1 - passed);
-    // A hop leaves an address of its own where it took the next one from.
+    // A hop replaces the address that it has used with its own address.
     let addresses = stops.iter().enumerate().skip(1).map(|(index, stop)| if index > passed { *stop } else { [9; 16] });
     let mut sample = plain(!kind.is_ipv4(), sample.transport.clone(), &sample.payload);
     match &mut sample.ip {
         IpHeaders::Ipv4(header, _) => {
             let Kind::Option(kind) = kind else { unreachable!() };
-            // No operation comes first, for the alignment.
+            // A no-operation option comes first, for alignment.
             let mut options = vec![1, kind, 3 + 4 * last as u8, 4 + 4 * passed as u8];
             options.extend(addresses.flat_map(first4));
             header.options = options[..].try_into().unwrap();
@@ -71,8 +71,8 @@ fn on_the_way(sample: &Sample, kind: Kind, stops: &[[u8; 16]], passed: usize) ->
     sample
 }
 
-/// The sample without a route, as it would go to `destination`.
-fn straight(sample: &Sample, v6: bool, destination: [u8; 16]) -> Vec<u8> {
+/// The sample without a route, sent directly to `destination`.
+fn direct(sample: &Sample, v6: bool, destination: [u8; 16]) -> Vec<u8> {
     let mut sample = plain(v6, sample.transport.clone(), &sample.payload);
     match &mut sample.ip {
         IpHeaders::Ipv4(header, _) => header.destination = first4(destination),
@@ -91,16 +91,16 @@ fn kind() -> impl Strategy<Value = Kind> {
 
 proptest! {
     #[test]
-    fn the_transport_checksum_is_the_same_at_every_hop(
+    fn transport_checksum_is_the_same_at_every_hop(
         sample in sample(),
         kind in kind(),
         stops in prop::collection::vec(any::<[u8; 16]>(), 2..6),
         spoilt in any::<[u8; 4]>(),
     ) {
         let stops = if kind == Kind::Home { &stops[..2] } else { &stops[..] };
-        let expected = straight(&sample, !kind.is_ipv4(), *stops.last().unwrap());
+        let expected = direct(&sample, !kind.is_ipv4(), *stops.last().unwrap());
         for passed in 0..stops.len() {
-            let sample = on_the_way(&sample, kind, stops, passed);
+            let sample = routed(&sample, kind, stops, passed);
             let mut packet = sample.bytes();
             sample.spoil_checksums(&mut packet, spoilt);
             let edited = Edit::new(&packet).unwrap().finish();
@@ -113,18 +113,18 @@ proptest! {
         }
     }
 
-    /// A new source changes the checksum, and a new next hop does not. This holds for a whole
-    /// packet and for a first fragment.
+    /// A new source address changes the checksum, and a new next hop does not. This holds for a
+    /// complete packet and for a first fragment.
     #[test]
-    fn a_new_next_hop_leaves_the_transport_checksum(
+    fn new_next_hop_does_not_change_the_transport_checksum(
         kind in kind(),
         stops in any::<[[u8; 16]; 2]>(),
         source in any::<[u8; 16]>(),
         hop in any::<[u8; 16]>(),
     ) {
-        // Not UDP, whose checksum 0 has a meaning.
+        // Not UDP: its checksum 0 means that there is none.
         let sample = plain(!kind.is_ipv4(), SampleTransport::Tcp(Box::default()), b"hello");
-        let mut packet = on_the_way(&sample, kind, &stops, 0).bytes();
+        let mut packet = routed(&sample, kind, &stops, 0).bytes();
         complete_checksums(&mut packet).unwrap();
         let set = |packet: &[u8], source: Option<[u8; 16]>| {
             let mut edit = Edit::new(packet).unwrap();
@@ -143,7 +143,7 @@ proptest! {
         if kind.is_ipv4() {
             fragment[6] |= 0x20;
         } else {
-            // The fragment header comes behind the routing header.
+            // The fragment header follows the routing header.
             let at = packet.len() - ip_payload(&packet).len();
             fragment[40] = 44;
             fragment[5] += 8;
@@ -155,11 +155,11 @@ proptest! {
 }
 
 #[test]
-fn a_sum_with_the_next_hop_is_unfinished_too() {
+fn sum_with_the_next_hop_is_an_incomplete_checksum() {
     for kind in Kind::ALL {
         let stops = [[7; 16], [8; 16]];
         let sample = plain(!kind.is_ipv4(), SampleTransport::Udp(1, 2), b"hello");
-        let mut packet = on_the_way(&sample, kind, &stops, 0).bytes();
+        let mut packet = routed(&sample, kind, &stops, 0).bytes();
         let at = packet.len() - ip_payload(&packet).len() + 6;
         for (destination, is_partial) in [(stops[0], true), (stops[1], true), ([6; 16], false)] {
             let mut sample = sample.clone();
@@ -174,39 +174,39 @@ fn a_sum_with_the_next_hop_is_unfinished_too() {
 }
 
 #[test]
-fn malformed_options_leave_the_destination_in_the_header() {
+fn checksum_covers_the_header_destination_if_options_are_malformed() {
     const HEADER: [u8; 4] = [10, 0, 0, 2];
     const FINAL: [u8; 4] = [5, 5, 5, 5];
     let cases: [(&[u8], [u8; 4]); 21] = [
         (&[131, 7, 4, 5, 5, 5, 5, 0], FINAL),
-        // Behind other options, and before them.
+        // After other options, and before them.
         (&[7, 7, 4, 0, 0, 0, 0, 1, 137, 7, 4, 5, 5, 5, 5, 0], FINAL),
         (&[137, 7, 4, 5, 5, 5, 5, 1, 7, 7, 4, 0, 0, 0, 0, 0], FINAL),
-        // The pointer is to the last address, and not at a multiple of 4.
+        // The pointer points to the last address, and is not a multiple of 4.
         (&[131, 11, 8, 9, 9, 9, 9, 5, 5, 5, 5, 0], FINAL),
         (&[131, 8, 5, 9, 5, 5, 5, 5], FINAL),
-        // The route is used up, or empty.
+        // The route is completed, or empty.
         (&[131, 7, 8, 5, 5, 5, 5, 0], HEADER),
         (&[131, 7, 255, 5, 5, 5, 5, 0], HEADER),
         (&[131, 3, 4, 0], HEADER),
-        // The pointer is to what precedes the addresses.
+        // The pointer points before the addresses.
         (&[131, 7, 3, 5, 5, 5, 5, 0], HEADER),
         (&[131, 7, 0, 5, 5, 5, 5, 0], HEADER),
-        // Not a whole number of addresses.
+        // The length is not a whole number of addresses.
         (&[131, 8, 4, 5, 5, 5, 5, 5], HEADER),
         (&[131, 7, 6, 5, 5, 5, 5, 0], HEADER),
-        // The option is cut off.
+        // The option is truncated.
         (&[1, 1, 1, 131], HEADER),
         (&[1, 1, 131, 7], HEADER),
         (&[131, 11, 4, 5, 5, 5, 5, 0], HEADER),
-        // An impossible length.
+        // The length is invalid.
         (&[131, 0, 4, 5], HEADER),
         (&[131, 1, 131, 7, 4, 5, 5, 5, 5, 0, 0, 0], HEADER),
         // Two routes.
         (&[131, 7, 4, 5, 5, 5, 5, 137, 7, 4, 5, 5, 5, 5, 0, 0], HEADER),
         // Another option is malformed.
         (&[131, 7, 4, 5, 5, 5, 5, 68, 0, 0, 0, 0], HEADER),
-        // In another option, and behind the end.
+        // The route is inside another option, or after the end of the options.
         (&[68, 10, 131, 7, 4, 5, 5, 5, 5, 0, 0, 0], HEADER),
         (&[0, 131, 7, 4, 5, 5, 5, 5], HEADER),
     ];
@@ -214,7 +214,7 @@ fn malformed_options_leave_the_destination_in_the_header() {
         let mut sample = plain(false, SampleTransport::Udp(1, 2), b"hello");
         let mut destination = [0; 16];
         destination[..4].copy_from_slice(&covered);
-        let expected = straight(&sample, false, destination);
+        let expected = direct(&sample, false, destination);
         let IpHeaders::Ipv4(header, _) = &mut sample.ip else { unreachable!() };
         assert_eq!(header.destination, HEADER);
         header.options = options.try_into().unwrap();
@@ -224,10 +224,10 @@ fn malformed_options_leave_the_destination_in_the_header() {
 }
 
 #[test]
-fn unknown_and_malformed_routing_headers_forbid_edits() {
+fn unknown_and_malformed_routing_headers_are_refused() {
     let list = |addresses: usize| vec![5; 16 * addresses];
-    let header = |kind: u8, left: u8, last_entry: u8, behind: Vec<u8>| {
-        [vec![17, (behind.len() / 8) as u8, kind, left, last_entry, 0, 0, 0], behind].concat()
+    let header = |kind: u8, left: u8, last_entry: u8, rest: Vec<u8>| {
+        [vec![17, (rest.len() / 8) as u8, kind, left, last_entry, 0, 0, 0], rest].concat()
     };
     let padding = vec![5, 6, 0, 0, 0, 0, 0, 0];
     for (header, is_known) in [
@@ -244,12 +244,12 @@ fn unknown_and_malformed_routing_headers_forbid_edits() {
         (header(4, 3, 1, list(2)), false),
         (header(4, 1, 2, list(2)), false),
         (header(4, 1, 0, list(0)), false),
-        // Other things may follow the list.
+        // TLVs may follow the list.
         (header(4, 1, 0, [list(1), padding].concat()), true),
-        // Compressed addresses, and an experiment.
+        // Type 3 has compressed addresses. Type 253 is for experiments.
         (header(3, 1, 0, list(1)), false),
         (header(253, 1, 0, list(1)), false),
-        // Nothing is left.
+        // No segments are left.
         (header(253, 0, 0, list(1)), true),
     ] {
         let packet = super::damage::extended(43, &header);

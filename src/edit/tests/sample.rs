@@ -1,4 +1,4 @@
-//! Packets of all kinds that can be edited, made by etherparse.
+//! Packets of every kind that can be edited, written by etherparse.
 
 use etherparse::{
     IpFragOffset, IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions, Ipv6FragmentHeader, Ipv6Header,
@@ -18,7 +18,7 @@ pub(super) struct Sample {
 pub(super) enum SampleTransport {
     Tcp(Box<TcpHeader>),
     Udp(u16, u16),
-    /// Of the IP header's family.
+    /// ICMP over IPv4, ICMPv6 over IPv6.
     Icmp(u16, u16),
 }
 
@@ -30,7 +30,7 @@ pub(super) fn sample() -> impl Strategy<Value = Sample> {
     })
 }
 
-/// The simplest, for tests of one thing.
+/// The simplest packet, for tests of a single property.
 pub(super) fn plain(v6: bool, transport: SampleTransport, payload: &[u8]) -> Sample {
     let ip = if v6 {
         let header = Ipv6Header { source: [1; 16], destination: [2; 16], hop_limit: 64, ..Default::default() };
@@ -45,7 +45,7 @@ pub(super) fn plain(v6: bool, transport: SampleTransport, payload: &[u8]) -> Sam
 }
 
 impl Sample {
-    /// As etherparse writes it, with its checksums.
+    /// The packet as etherparse writes it, with its checksums.
     pub(super) fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let ip = PacketBuilder::ip(self.ip.clone());
@@ -74,7 +74,7 @@ impl Sample {
         }
     }
 
-    /// Where the transport checksum is.
+    /// The offset of the transport checksum in the packet.
     pub(super) fn checksum_at(&self) -> usize {
         self.ip.header_len()
             + match self.transport {
@@ -96,7 +96,8 @@ impl Sample {
         (!Sum16BitWords::new().add_slice(&words).ones_complement()).to_ne_bytes()
     }
 
-    /// Overwrites the checksums of header and transport. UDP's does not become 0, which has a meaning.
+    /// Overwrites the checksums of IP and transport header. A UDP checksum does not become 0,
+    /// because 0 means that there is none.
     pub(super) fn spoil_checksums(&self, packet: &mut [u8], with: [u8; 4]) {
         let at = self.checksum_at();
         packet[at..at + 2].copy_from_slice(&with[..2]);
@@ -109,7 +110,7 @@ impl Sample {
     }
 }
 
-/// Asserts that a packet's checksums are right.
+/// Asserts that the checksums of a packet are correct.
 #[track_caller]
 pub(super) fn assert_checksums(packet: &[u8]) {
     let headers = PacketHeaders::from_ip_slice(packet).unwrap();
@@ -167,7 +168,8 @@ fn ip() -> impl Strategy<Value = IpHeaders> {
     prop_oneof![v4, v6]
 }
 
-/// Extension headers that forbid nothing: a routing header at its last segment, a fragment header around a whole datagram.
+/// Extension headers that allow all edits, with a completed routing header and a fragment header
+/// before an unfragmented datagram.
 fn extensions() -> impl Strategy<Value = Ipv6Extensions> {
     let raw = |payload: &[u8]| Ipv6RawExtHeader::new_raw(ip_number::UDP, payload).unwrap();
     any::<[bool; 4]>().prop_map(move |[hop_by_hop, destination, routing, fragment]| Ipv6Extensions {

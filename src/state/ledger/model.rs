@@ -1,5 +1,6 @@
-//! The ledger against a model of the kernel's queue (`nfnetlink_queue.c`): whatever the order of arrivals, decisions,
-//! losses, gaps and wraps, every packet ends with exactly the verdict its owner gave, and no packet without one.
+//! The ledger against a model of the kernel's queue (`nfnetlink_queue.c`): for any order of
+//! arrivals, decisions, losses, gaps and wraps, every packet gets exactly the verdict of its owner,
+//! and no packet is left without one.
 
 use std::collections::BTreeMap;
 
@@ -8,61 +9,64 @@ use proptest::prelude::*;
 use super::*;
 use crate::types::Action;
 
-/// The queue as the kernel keeps it: a list, in id order as `nfqnl` counts, of what waits for a verdict.
+/// The queue as the kernel keeps it: the packets that wait for a verdict, in the order of their
+/// ids.
 #[derive(Default)]
 struct Kernel {
     queued: Vec<u32>,
-    verdicts: BTreeMap<u32, (Ruling, Option<u8>)>,
+    verdicts: BTreeMap<u32, (VerdictFields, Option<u8>)>,
 }
 
 impl Kernel {
-    fn apply(&mut self, message: Settlement<u8>) {
+    fn apply(&mut self, message: VerdictMessage<u8>) {
         match message {
-            Settlement::Single { id, decision } => {
+            VerdictMessage::Single { id, decision } => {
                 if let Some(at) = self.queued.iter().position(|queued| *queued == id) {
                     self.queued.remove(at);
-                    self.decided(id, decision.ruling, decision.extra);
+                    self.decided(id, decision.fields, decision.extras);
                 }
             }
-            // nfqnl_recv_verdict_batch: walks from the head while the id is not after max (signed difference).
-            Settlement::Batch { max, ruling, .. } => {
+            // nfqnl_recv_verdict_batch: walks from the head while the id is not after max (signed
+            // difference).
+            VerdictMessage::Batch { max, fields, .. } => {
                 while let Some(&head) = self.queued.first() {
                     if (head.wrapping_sub(max) as i32) > 0 {
                         break;
                     }
                     self.queued.remove(0);
-                    self.decided(head, ruling, None);
+                    self.decided(head, fields, None);
                 }
             }
         }
     }
 
-    fn decided(&mut self, id: u32, ruling: Ruling, extra: Option<u8>) {
-        assert!(self.verdicts.insert(id, (ruling, extra)).is_none(), "packet {id} decided twice");
+    fn decided(&mut self, id: u32, fields: VerdictFields, extras: Option<u8>) {
+        assert!(self.verdicts.insert(id, (fields, extras)).is_none(), "packet {id} decided twice");
     }
 }
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// Packets reach the queue; of each `true` the message is lost to the socket buffer, and the kernel drops the packet.
+    /// Packets are queued. For each `true` the message does not fit into the receive buffer, and
+    /// the kernel drops the packet.
     Arrive(Vec<bool>),
-    /// A loss far wider than the ring.
+    /// A gap that is much wider than the ring.
     Gap(u32),
-    /// The owner of the n-th undecided packet speaks.
+    /// The owner of the n-th undecided packet decides it.
     Decide {
         nth: usize,
         action: Action,
         mark: Option<u32>,
-        extra: Option<u8>,
+        extras: Option<u8>,
     },
     /// A decision for an id that is not undecided must be refused.
     Stale(usize),
-    /// The kernel loses queued packets by itself: an interface went down.
+    /// The kernel drops queued packets: an interface went down.
     DeviceDown(usize),
-    Flush,
-    /// A flush of which only so many messages are sent; the others are given back.
+    FlushDecision,
+    /// A flush of which only this number of messages is sent; the others are returned.
     FailedFlush(usize),
-    /// What is gathered is taken back, and decided anew.
+    /// The gathered decisions are taken back and decided again.
     Refused,
     ForbidBatches,
 }
@@ -71,15 +75,15 @@ fn step() -> impl Strategy<Value = Step> {
     let requeue = Action::Requeue { queue: 7, bypass: false };
     let action = prop_oneof![Just(Action::Accept), Just(Action::Drop), Just(requeue)];
     let mark = prop_oneof![3 => Just(None), 1 => (0u32..2).prop_map(Some)];
-    let extra = prop_oneof![6 => Just(None), 1 => any::<u8>().prop_map(Some)];
+    let extras = prop_oneof![6 => Just(None), 1 => any::<u8>().prop_map(Some)];
     prop_oneof![
         6 => prop::collection::vec(prop::bool::weighted(0.05), 1..20).prop_map(Step::Arrive),
         1 => (SPARE_SPAN as u32 - 2..SPARE_SPAN as u32 + 5).prop_map(Step::Gap),
-        20 => (any::<usize>(), action, mark, extra).prop_map(|(nth, action, mark, extra)| Step::Decide { nth, action, mark, extra }),
-        20 => Just(Step::Decide { nth: 0, action: Action::Accept, mark: None, extra: None }),
+        20 => (any::<usize>(), action, mark, extras).prop_map(|(nth, action, mark, extras)| Step::Decide { nth, action, mark, extras }),
+        20 => Just(Step::Decide { nth: 0, action: Action::Accept, mark: None, extras: None }),
         2 => any::<usize>().prop_map(Step::Stale),
         1 => any::<usize>().prop_map(Step::DeviceDown),
-        8 => Just(Step::Flush),
+        8 => Just(Step::FlushDecision),
         2 => any::<usize>().prop_map(Step::FailedFlush),
         1 => Just(Step::Refused),
         1 => Just(Step::ForbidBatches),
@@ -87,7 +91,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn plain(action: Action) -> Decision<u8> {
-    Decision { ruling: Ruling::plain(action), extra: None, origin: Origin::Owner }
+    Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Owner }
 }
 
 fn run(first: u32, steps: Vec<Step>) {
@@ -98,7 +102,7 @@ fn run(first: u32, steps: Vec<Step>) {
     let mut wanted = BTreeMap::new();
     let mut lost_by_kernel = Vec::new();
     let mut expected_gap = 0;
-    // As if packets had been received seven at a time.
+    // As if packets had been received in rounds of seven.
     let rounds = |next: u32| (0..20).rev().map(move |round| next.wrapping_sub(7 * round));
     let flush = |ledger: &mut Ledger<u8>, kernel: &mut Kernel, next: u32| {
         let mut out = Vec::new();
@@ -127,14 +131,17 @@ fn run(first: u32, steps: Vec<Step>) {
                 next = next.wrapping_add(width);
                 expected_gap += width;
             }
-            Step::Decide { nth, action, mark, extra } => {
+            Step::Decide { nth, action, mark, extras } => {
                 if !owned.is_empty() {
                     let id = owned.remove(nth % owned.len());
-                    let decision =
-                        Decision { ruling: Ruling { action, mark, priority: None }, extra, origin: Origin::Owner };
+                    let decision = Decision {
+                        fields: VerdictFields { action, mark, priority: None },
+                        extras,
+                        origin: Origin::Owner,
+                    };
                     assert!(ledger.is_undecided(id));
                     ledger.decide(id, decision.clone()).unwrap();
-                    wanted.insert(id, (decision.ruling, decision.extra));
+                    wanted.insert(id, (decision.fields, decision.extras));
                 }
             }
             Step::Stale(nth) => {
@@ -148,7 +155,7 @@ fn run(first: u32, steps: Vec<Step>) {
                     lost_by_kernel.push(kernel.queued.remove(nth % kernel.queued.len()));
                 }
             }
-            Step::Flush => flush(&mut ledger, &mut kernel, next),
+            Step::FlushDecision => flush(&mut ledger, &mut kernel, next),
             Step::FailedFlush(sent) => {
                 let mut out = Vec::new();
                 ledger.settle(rounds(next), &mut out);
@@ -158,14 +165,14 @@ fn run(first: u32, steps: Vec<Step>) {
             }
             Step::Refused => {
                 for (id, decision) in ledger.take_back_gathered() {
-                    assert_eq!(wanted.get(&id), Some(&(decision.ruling, decision.extra)));
+                    assert_eq!(wanted.get(&id), Some(&(decision.fields, decision.extras)));
                     ledger.decide(id, plain(Action::Drop)).unwrap();
-                    wanted.insert(id, (Ruling::plain(Action::Drop), None));
+                    wanted.insert(id, (VerdictFields::plain(Action::Drop), None));
                 }
             }
             Step::ForbidBatches => ledger.forbid_batches(),
         }
-        // Nobody is decided whose owner has not spoken, and nobody otherwise than its owner said.
+        // No packet is decided whose owner has not decided it, and none differently.
         for (id, verdict) in &kernel.verdicts {
             assert_eq!(wanted.get(id), Some(verdict), "packet {id}");
         }

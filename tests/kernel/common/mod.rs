@@ -50,15 +50,16 @@ macro_rules! tests {
     };
 }
 
-/// Asserts the values of fields and names those that differ: `assert_fields!(stats, accepted: 2)`.
+/// Asserts the values of fields and names those that differ: `assert_fields!(stats,
+/// decided.accepted: 2)`.
 macro_rules! assert_fields {
-    ($value:expr, $($field:ident: $expected:expr),+ $(,)?) => {{
+    ($value:expr, $($($field:ident).+: $expected:expr),+ $(,)?) => {{
         let value = &$value;
         let mut wrong = Vec::new();
         $(
             let expected = $expected;
-            if value.$field != expected {
-                wrong.push(format!("{} is {:?}, not {expected:?}", stringify!($field), value.$field));
+            if value.$($field).+ != expected {
+                wrong.push(format!("{} is {:?}, not {expected:?}", stringify!($($field).+), value.$($field).+));
             }
         )+
         assert!(wrong.is_empty(), "{}; {value:?}", wrong.join(", "));
@@ -130,7 +131,7 @@ pub fn udp_in() -> Rule {
 /// Binds a queue and sends it all UDP that arrives.
 pub fn start(builder: QueueBuilder) -> (Queue, Divert) {
     let queue = builder.bind().expect("bind the queue");
-    let divert = divert([udp_in().to_queue(queue.number())]);
+    let divert = divert([udp_in().to_queue(queue.queue_number())]);
     (queue, divert)
 }
 
@@ -265,6 +266,7 @@ pub async fn freed(queue: u16) {
 }
 
 /// Random numbers that are the same each time (xorshift64*).
+#[derive(Clone)]
 pub struct Random(u64);
 
 impl Random {

@@ -12,7 +12,7 @@ use std::{
 
 use futures::{FutureExt, SinkExt, StreamExt, executor::block_on};
 use tokio::sync::oneshot;
-use tokio_nfqueue::{Action, Packet, PacketStream, Ticket, TryRecvError, Verdict, VerdictSink};
+use tokio_nfqueue::{Action, DetachedPacket, Packet, PacketStream, TryRecvError, Verdict, VerdictSink};
 
 use super::{
     plan::{Deed, How, NUMBERED, PASS, Plan, What, Who, one_in},
@@ -49,7 +49,7 @@ struct Held {
 
 enum Waiting {
     Packet(Packet),
-    Ticket(Ticket),
+    DetachedPacket(DetachedPacket),
 }
 
 struct Note {
@@ -232,8 +232,8 @@ impl World {
 impl Held {
     fn detach(&mut self) {
         self.what = self.what.take().map(|what| match what {
-            Waiting::Packet(packet) => Waiting::Ticket(packet.detach()),
-            ticket @ Waiting::Ticket(_) => ticket,
+            Waiting::Packet(packet) => Waiting::DetachedPacket(packet.detach()),
+            ticket @ Waiting::DetachedPacket(_) => ticket,
         });
     }
 }
@@ -298,7 +298,7 @@ impl Waiting {
     fn decide(self, action: Action) -> Verdict {
         match self {
             Self::Packet(packet) => packet.decide(action),
-            Self::Ticket(ticket) => ticket.decide(action),
+            Self::DetachedPacket(ticket) => ticket.decide(action),
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tokio_nfqueue::{Action, Flush, FlushPolicy, FlushWhen, Gathered, Hook, Queue, QueueBuilder, Reconfigure};
+use tokio_nfqueue::{Action, FlushDecision, FlushPolicy, Hook, Queue, QueueBuilder, Reconfigure};
 
 use crate::common::Random;
 
@@ -312,9 +312,7 @@ impl Settings {
             Policy::Immediate => FlushPolicy::immediate(),
             Policy::Adaptive(delay) => FlushPolicy::adaptive(delay),
             Policy::Fixed(batch, delay) => FlushPolicy::fixed(batch, delay),
-            Policy::Moody { seed, panics_after } => {
-                FlushPolicy::custom(Moody { random: Random::new(seed), panics_after })
-            }
+            Policy::Moody { seed, panics_after } => moody(Random::new(seed), panics_after),
         };
         let mut builder = Queue::builder(number as u16)
             .flush_policy(policy)
@@ -385,26 +383,21 @@ impl Round {
     }
 }
 
-/// Answers whatever comes to its mind.
-struct Moody {
-    random: Random,
-    panics_after: Option<u32>,
-}
-
-impl FlushWhen for Moody {
-    fn when(&mut self, gathered: &Gathered) -> Flush {
-        match &mut self.panics_after {
+/// A policy that decides at random, and panics when it has been asked often enough.
+fn moody(mut random: Random, mut panics_after: Option<u32>) -> FlushPolicy {
+    FlushPolicy::custom(move |context| {
+        match &mut panics_after {
             Some(0) => std::panic::resume_unwind(Box::new("as intended")),
             Some(left) => *left -= 1,
             None => {}
         }
-        match self.random.below(4) {
-            0 if gathered.decided > 3 => Flush::Now,
-            1 => Flush::AtPassEnd,
-            2 if gathered.waited > Duration::from_millis(1) => Flush::Now,
-            mood => Flush::Within(Duration::from_micros(mood as u64 * 200)),
+        match random.below(4) {
+            0 if context.gathered > 3 => FlushDecision::Now,
+            1 => FlushDecision::AfterReadyTasks,
+            2 if context.waited > Duration::from_millis(1) => FlushDecision::Now,
+            mood => FlushDecision::Within(Duration::from_micros(mood as u64 * 200)),
         }
-    }
+    })
 }
 
 pub(crate) fn one_in(random: &mut Random, times: usize) -> bool {

@@ -482,20 +482,21 @@ impl Records {
             return Mark { tally, stats: *stats, account };
         };
         findings.expect(&name("waiting"), now.waiting, 0);
-        findings.expect(&name("in flight"), stats.in_flight, 0);
+        findings.expect(&name("in flight"), stats.held.in_flight, 0);
         // What is lost after the last packet that is received is not known yet. The other queues'
         // last has been received.
         let unknown = if queue == plan.side() { u64::MAX } else { 0 };
-        let known = stats.received + stats.lost;
+        let known = stats.received.packets + stats.lost.packets;
         findings.expect_between(&name("the last id"), now.last_id, (known, known.saturating_add(unknown)));
         if !settings.fail_open {
-            findings.expect(&name("lost"), now.socket_full - stats.lost, now.last_id - known);
+            findings.expect(&name("lost"), now.socket_full - stats.lost.packets, now.last_id - known);
             if !plan.is_faulty(self.round) {
                 let (full, last) = before.account.map_or((0, 0), |account| (account.queue_full, account.last_id));
                 let found = now.last_id + now.queue_full - last - full;
                 let arrived = (tally.arrived.0 - before.tally.arrived.0, tally.arrived.1 - before.tally.arrived.1);
                 findings.expect_between(&name("arrived"), found, arrived);
-                let unseen = (stats.received - tally.seen) - (before.stats.received - before.tally.seen);
+                let unseen =
+                    (stats.received.packets - tally.seen) - (before.stats.received.packets - before.tally.seen);
                 let delivered = tally.delivered_unseen - before.tally.delivered_unseen;
                 let accepts = settings.deadline.is_some_and(|(_, action)| action == Action::Accept);
                 let least = if accepts && !plan.capless { unseen } else { 0 };
@@ -520,42 +521,42 @@ impl Records {
         if let Some(wrong) = imbalance(stats) {
             findings.sum(&name(&wrong));
         }
-        findings.expect(&name("malformed"), stats.malformed, 0);
-        findings.expect(&name("refusals unread"), stats.refusals_unread, 0);
+        findings.expect(&name("malformed"), stats.received.malformed, 0);
+        findings.expect(&name("refusals unread"), stats.sent.refusals_unread, 0);
         if !self.hopeless {
-            findings.expect(&name("refused"), stats.refused, 0);
-            findings.expect(&name("in flight"), stats.in_flight, 0);
-            findings.expect(&name("held bytes"), stats.held_bytes, 0);
-            findings.expect(&name("oldest undecided"), stats.oldest_undecided, None);
+            findings.expect(&name("refused"), stats.sent.refused, 0);
+            findings.expect(&name("in flight"), stats.held.in_flight, 0);
+            findings.expect(&name("held bytes"), stats.held.bytes, 0);
+            findings.expect(&name("oldest undecided"), stats.held.oldest_undecided, None);
         }
-        if settings.receive_buffer.is_none() && !self.hopeless && tally.vanished > stats.gone_at_least {
-            findings.sum(&name(&format!("{} vanished, but {} gone", tally.vanished, stats.gone_at_least)));
+        if settings.receive_buffer.is_none() && !self.hopeless && tally.vanished > stats.sent.gone_at_least {
+            findings.sum(&name(&format!("{} vanished, but {} gone", tally.vanished, stats.sent.gone_at_least)));
         }
         let late = (tally.late, tally.late + tally.perhaps_late);
-        findings.expect_between(&name("late"), stats.late, late);
+        findings.expect_between(&name("late"), stats.decided.late, late);
         let faulty = (0..plan.rounds.len()).any(|round| plan.is_faulty(round));
         if faulty || plan.capless || self.hopeless {
             return;
         }
-        findings.expect(&name("gone"), stats.gone_at_least, 0);
-        findings.expect(&name("refusals"), stats.refusals, 0);
-        let unseen = stats.received - tally.seen;
+        findings.expect(&name("gone"), stats.sent.gone_at_least, 0);
+        findings.expect(&name("refusals"), stats.sent.refusals, 0);
+        let unseen = stats.received.packets - tally.seen;
         findings.expect(
             &name("unanswered and expired"),
-            stats.unanswered + stats.expired,
-            tally.abandoned + unseen + stats.late,
+            stats.decided.unanswered + stats.decided.expired,
+            tally.abandoned + unseen + stats.decided.late,
         );
         let by = |action| {
-            let unanswered = if settings.unanswered == action { stats.unanswered } else { 0 };
-            let expired = settings.deadline.filter(|(_, other)| *other == action).map_or(0, |_| stats.expired);
+            let unanswered = if settings.unanswered == action { stats.decided.unanswered } else { 0 };
+            let expired = settings.deadline.filter(|(_, other)| *other == action).map_or(0, |_| stats.decided.expired);
             unanswered + expired
         };
-        let unheard = stats.late - tally.late;
+        let unheard = stats.decided.late - tally.late;
         let about = |count: u64| (count.saturating_sub(unheard), count + tally.unconfirmed);
-        findings.expect_between(&name("accepted"), stats.accepted - by(Action::Accept), about(tally.accepted));
-        findings.expect_between(&name("dropped"), stats.dropped - by(Action::Drop), about(tally.dropped));
-        findings.expect_between(&name("repeated"), stats.repeated, about(tally.repeated));
-        findings.expect_between(&name("requeued"), stats.requeued, about(tally.requeued));
+        findings.expect_between(&name("accepted"), stats.decided.accepted - by(Action::Accept), about(tally.accepted));
+        findings.expect_between(&name("dropped"), stats.decided.dropped - by(Action::Drop), about(tally.dropped));
+        findings.expect_between(&name("repeated"), stats.decided.repeated, about(tally.repeated));
+        findings.expect_between(&name("requeued"), stats.decided.requeued, about(tally.requeued));
     }
 
     /// What was never handed out in the last round and not delivered, of a queue whose traffic
@@ -588,7 +589,7 @@ impl Records {
         findings.expect_between(
             &format!("queue {queue}: passing traffic that was lost"),
             missing.count() as u64,
-            (0, stats.lost - before.stats.lost),
+            (0, stats.lost.packets - before.stats.lost.packets),
         );
     }
 
@@ -629,7 +630,8 @@ const OLD: Duration = Duration::from_millis(5);
 
 /// What does not add up in a snapshot.
 pub(crate) fn imbalance(stats: &Stats) -> Option<String> {
-    let settled = stats.accepted + stats.dropped + stats.repeated + stats.requeued;
-    let rest = stats.refused + stats.gone_at_least + stats.in_flight as u64;
-    (stats.received != settled + rest).then(|| format!("the sum is not {} received: {stats:?}", stats.received))
+    let settled = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
+    let rest = stats.sent.refused + stats.sent.gone_at_least + stats.held.in_flight as u64;
+    (stats.received.packets != settled + rest)
+        .then(|| format!("the sum is not {} received: {stats:?}", stats.received.packets))
 }

@@ -519,7 +519,9 @@ impl Watch {
                             return Err(format!("queue {queue}: {wrong}"));
                         }
                         let old = std::mem::replace(&mut before[queue], stats);
-                        if old.received > stats.received || old.gone_at_least > stats.gone_at_least {
+                        if old.received.packets > stats.received.packets
+                            || old.sent.gone_at_least > stats.sent.gone_at_least
+                        {
                             return Err(format!("queue {queue}: counters run backwards: {old:?}, {stats:?}"));
                         }
                     }

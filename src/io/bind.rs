@@ -1,0 +1,167 @@
+//! Binding a queue, and explaining why the kernel refuses.
+
+use std::sync::{Arc, Weak};
+
+use tokio::runtime::Handle;
+
+use rustix::io::Errno;
+
+use super::{
+    busy_poll::BusyPoll,
+    driver,
+    kernel::KernelTable,
+    limits::{limits_of, receive_buffer},
+    receiver::Receiver,
+    shared::{Settings, Shared, SystemClock},
+    socket::{Socket, Unregistered, is_own_port, own_port},
+    sys::{self, Owner},
+    timer::{Timer, TimerTarget},
+};
+use crate::{
+    state::{FixedSettings, Limits, Machine, flush::FlushPolicy},
+    types::{Error, ErrorKind},
+    wire::config::{Config, FLAG_CONNTRACK, FLAG_SECURITY_CONTEXT},
+};
+
+/// Descriptors that belong to the network namespace in which they were opened.
+pub(crate) struct Opened {
+    socket: Result<Unregistered, Error>,
+    table: KernelTable,
+    network_owner: Owner,
+}
+
+impl Opened {
+    /// Opens a socket and the kernel's table of queues in the calling thread's network namespace.
+    pub(crate) fn new(settings: &Settings, config: &Config) -> Self {
+        let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
+        let socket = Unregistered::open(settings.receive_buffer.unwrap_or_else(wanted));
+        Self { socket, table: KernelTable::open(), network_owner: sys::network_owner() }
+    }
+}
+
+/// The limits of a queue that is not bound yet.
+const UNLIMITED: Limits = Limits { max_len: 0, payload: 0 };
+
+impl Shared {
+    /// Returns an error outside of a runtime.
+    pub(crate) fn check_runtime(queue: u16) -> Result<(), Error> {
+        match Handle::try_current() {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::new(ErrorKind::NoRuntime, format!("bind queue {queue}"))),
+        }
+    }
+
+    /// Binds the queue, with everything in one message.
+    pub(crate) fn bind(
+        settings: Settings,
+        config: &Config,
+        policy: FlushPolicy,
+        opened: Opened,
+    ) -> Result<Arc<Self>, Error> {
+        let operation = || format!("bind queue {}", settings.queue);
+        let Opened { socket, table, network_owner } = opened;
+        let limits = limits_of(config, UNLIMITED);
+        let socket = Socket::register(socket?).map_err(|error| error.with_operation(operation()))?;
+        let fixed =
+            FixedSettings { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
+        // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
+        let machine = Machine::new(fixed, policy, limits, 1, SystemClock);
+        let receiver = Receiver::new(limits.payload, BusyPoll::new(settings.busy_poll));
+        let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
+        own_port(shared.socket.port_id());
+        shared.ask_for_the_queue(config)?;
+        let timed: Weak<Self> = Arc::downgrade(&shared);
+        let timer = Timer::new(timed as Weak<dyn TimerTarget>);
+        let _ =
+            shared.timer.set(timer.map_err(|source| Error::os(operation(), source).with_detail("no timer thread"))?);
+        driver::start(&shared);
+        shared.with(|core| core.machine.bound());
+        shared.trace.bound(limits.max_len, shared.socket.receive_buffer());
+        Ok(shared)
+    }
+
+    /// Sends the message that binds the queue. Repeats it if the previous owner may be closing.
+    fn ask_for_the_queue(&self, config: &Config) -> Result<(), Error> {
+        const TRIES: usize = 50;
+        let mut tries = 0;
+        loop {
+            let error = match self.configure("bind queue", config) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            tries += 1;
+            let permitted = || self.is_capable_here() && self.owner().is_none();
+            let going = match error.kind() {
+                ErrorKind::NotPermitted => permitted(),
+                // The port id of a closing socket is released before its queues are, and this
+                // socket has the same port id.
+                _ => error.errno() == Some(Errno::BUSY),
+            };
+            if going && tries < TRIES {
+                std::thread::yield_now();
+                continue;
+            }
+            return Err(self.explain(error, config));
+        }
+    }
+
+    /// Explains a refusal.
+    pub(super) fn explain(&self, error: Error, config: &Config) -> Error {
+        match error.kind() {
+            // nfqnl_recv_config returns EPERM both if another socket owns the queue and if the
+            // caller lacks the capability.
+            ErrorKind::NotPermitted => match self.owner() {
+                Some(owner) => error.with_kind(ErrorKind::AlreadyBound).with_detail(owner),
+                // It is not the capability, so there is an owner, whom the table does not show (any
+                // more).
+                None if self.is_capable_here() => error.with_kind(ErrorKind::AlreadyBound),
+                None => error.with_detail("CAP_NET_ADMIN is needed in the user namespace of the network namespace"),
+            },
+            ErrorKind::Unsupported => match self.refused_flag(config) {
+                Some(name) => error.with_detail(name),
+                None => error,
+            },
+            ErrorKind::Other if error.errno() == Some(Errno::BUSY) => error.with_kind(ErrorKind::AlreadyBound),
+            ErrorKind::Other if error.errno() == Some(Errno::INVAL) => {
+                // nfnetlink_rcv_msg: no subsystem has registered for the message.
+                error.with_kind(ErrorKind::Unsupported).with_detail("nfnetlink_queue is missing")
+            }
+            _ => error,
+        }
+    }
+
+    /// Whether the calling thread has the capability that the kernel checks.
+    fn is_capable_here(&self) -> bool {
+        self.network_owner != Owner::ReadyFd && sys::has_net_admin()
+    }
+
+    /// The other owner of the queue, in words.
+    fn owner(&self) -> Option<String> {
+        let port = self.table.read(self.settings.queue).ok()??.port_id;
+        if port == self.socket.port_id() {
+            return None;
+        }
+        if is_own_port(port) {
+            return Some("it is another queue handle of this process".to_owned());
+        }
+        // The port id of a process's first netlink socket is the process id. Later sockets have ids
+        // that are negative as signed numbers.
+        Some(match port as i32 {
+            process @ 1.. => format!("by process {process}, it seems"),
+            _ => format!("by a netlink socket with port id {port}"),
+        })
+    }
+
+    /// Which flag the kernel does not support. The queue is not bound, so for a supported flag the
+    /// kernel returns ENODEV, after it has checked the flags.
+    fn refused_flag(&self, config: &Config) -> Option<&'static str> {
+        let (_, flags) = config.flags?;
+        let optional = [(FLAG_CONNTRACK, "conntrack"), (FLAG_SECURITY_CONTEXT, "security_context")];
+        optional.into_iter().find_map(|(flag, name)| {
+            let probe = Config { flags: Some((flag, flag)), ..Config::default() };
+            let refused = flags & flag != 0
+                && matches!(self.configure("probe queue", &probe), Err(error) if error.kind() == ErrorKind::Unsupported);
+            refused.then_some(name)
+        })
+    }
+}

@@ -1,0 +1,47 @@
+//! What only a verdict message for a single packet can carry.
+
+use bytes::Bytes;
+use futures::channel::oneshot;
+
+use crate::{
+    state::Carried,
+    types::{Error, Vlan},
+    wire::verdict::Attachments,
+};
+
+#[derive(Debug, Default)]
+pub(crate) struct VerdictExtras {
+    pub(crate) payload: Option<Bytes>,
+    pub(crate) vlan: Option<Vlan>,
+    pub(crate) layer2_header: Option<Bytes>,
+    /// Encoded.
+    pub(crate) conntrack: Option<Vec<u8>>,
+    /// Encoded.
+    pub(crate) expectation: Option<Vec<u8>>,
+    /// Who waits for the kernel's reply.
+    pub(super) confirm: Option<oneshot::Sender<Result<(), Error>>>,
+}
+
+impl VerdictExtras {
+    pub(super) fn attachments(&self) -> Attachments<'_> {
+        Attachments {
+            payload: self.payload.as_deref(),
+            vlan: self.vlan,
+            layer2_header: self.layer2_header.as_deref(),
+            conntrack: self.conntrack.as_deref(),
+            expectation: self.expectation.as_deref(),
+        }
+    }
+}
+
+impl Carried for Box<VerdictExtras> {
+    type Waiter = oneshot::Sender<Result<(), Error>>;
+
+    fn take_waiter(&mut self) -> Option<Self::Waiter> {
+        self.confirm.take()
+    }
+
+    fn put_waiter(&mut self, waiter: Self::Waiter) {
+        self.confirm = Some(waiter);
+    }
+}

@@ -1,0 +1,44 @@
+//! Everything that touches the system: descriptors, locks, wakers, threads and time. It carries out
+//! what [`state`](crate::state) decides.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`shared`] | what the handles of one queue share, and its locks |
+//! | [`bind`], [`reconfigure`], [`close`] | configuration of the queue |
+//! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
+//! | [`sender`], [`send`] | from the ledger to the socket |
+//! | [`driver`], [`timer`] | the task in the runtime, and the timer thread |
+//! | [`socket`], [`buffers`], [`kernel`], [`sys`] | the operating system |
+
+mod bind;
+mod buffers;
+mod busy_poll;
+mod close;
+mod driver;
+mod extras;
+mod guard;
+pub(crate) mod kernel;
+mod limits;
+mod raw_packet;
+mod ready_fd;
+mod receiver;
+mod reconfigure;
+mod recv;
+mod send;
+mod sender;
+mod shared;
+mod socket;
+mod stream;
+pub(crate) mod sys;
+pub(crate) mod timer;
+mod trace;
+
+pub(crate) use self::{
+    bind::Opened,
+    extras::VerdictExtras,
+    guard::VerdictGuard,
+    raw_packet::RawPacket,
+    ready_fd::AnyReadyFd,
+    shared::{Settings, Shared},
+    stream::{Nothing, Received},
+};

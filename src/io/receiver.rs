@@ -1,0 +1,108 @@
+//! From the socket to packets that wait for the stream. What the receive lock protects.
+
+use std::{collections::VecDeque, io};
+
+use super::{
+    buffers::BufferPool,
+    busy_poll::BusyPoll,
+    raw_packet::RawPacket,
+    socket::{Received, Socket},
+};
+use crate::wire::{Message, Messages, PacketMessage, Reply};
+
+/// Datagrams received in one round. The packets of a round wait in this process instead of in the
+/// kernel, so a longer round saves nothing: with 64 verdicts in one send the cost of a packet is
+/// already near its minimum.
+pub(super) const RECEIVE_BATCH: usize = 64;
+
+#[derive(Debug)]
+pub(super) struct Receiver {
+    buffers: BufferPool,
+    /// Received and not yet taken from the stream.
+    pub(super) packets: VecDeque<RawPacket>,
+    /// Packets of a datagram that contains several messages.
+    found: Vec<PacketMessage>,
+    pub(super) busy_poll: BusyPoll,
+}
+
+/// What a round of receiving brought besides packets for the stream.
+#[derive(Default)]
+pub(super) struct Round {
+    datagrams: usize,
+    pub(super) bytes: u64,
+    pub(super) overruns: u64,
+    /// Replies are rare: one for each error, and one for each message that asked for it.
+    pub(super) replies: Vec<Reply>,
+    /// Ids of packets whose messages were malformed, where they could be read.
+    pub(super) malformed: Vec<Option<u32>>,
+    /// Packets that are decided already, to be dropped without a lock.
+    pub(super) decided: VecDeque<RawPacket>,
+}
+
+impl Round {
+    pub(super) fn is_empty(&self) -> bool {
+        self.datagrams == 0 && self.overruns == 0
+    }
+}
+
+impl Receiver {
+    /// For payloads of up to `payload` bytes.
+    pub(super) fn new(payload: usize, busy_poll: BusyPoll) -> Self {
+        Self { buffers: BufferPool::new(payload), packets: VecDeque::new(), found: Vec::new(), busy_poll }
+    }
+
+    /// Makes room for payloads of up to `payload` bytes. It never shrinks: the kernel may still
+    /// send messages of the earlier size.
+    pub(super) fn grow(&mut self, payload: usize) {
+        self.buffers.grow(payload);
+    }
+
+    /// Receives up to `limit` datagrams. Returns true if the socket was found empty.
+    ///
+    /// # Errors
+    /// The socket cannot be used any more.
+    pub(super) fn receive(&mut self, socket: &Socket, limit: usize, round: &mut Round) -> io::Result<bool> {
+        for _ in 0..limit {
+            match socket.receive(&mut self.buffers)? {
+                Received::Empty => return Ok(true),
+                Received::Overrun => round.overruns += 1,
+                Received::Datagram => {
+                    round.datagrams += 1;
+                    round.bytes += self.buffers.received().len() as u64;
+                    self.parse_datagram(round);
+                    if !round.malformed.is_empty() {
+                        // The round ends here, so that the state learns of it after the packets
+                        // before and before the packets behind: a packet without an id lies in the
+                        // next gap of the ids, and no batch may cover it.
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Splits the datagram just received into messages.
+    fn parse_datagram(&mut self, round: &mut Round) {
+        let mut messages = Messages::new(self.buffers.received());
+        while let Some(message) = messages.next() {
+            match message {
+                // The usual case: one packet is one datagram.
+                Message::Packet(packet) if self.found.is_empty() && messages.is_at_end() => {
+                    let (bytes, storage) = self.buffers.take();
+                    self.packets.push_back(RawPacket::new(bytes, &packet, storage));
+                    return;
+                }
+                Message::Packet(packet) => self.found.push(packet),
+                Message::Reply(reply) => round.replies.push(reply),
+                Message::BadPacket(bad) => round.malformed.push(bad.id),
+                Message::Unknown => round.malformed.push(None),
+            }
+        }
+        if !self.found.is_empty() {
+            let (bytes, storage) = self.buffers.take();
+            let packets = self.found.drain(..).map(|packet| RawPacket::new(bytes.clone(), &packet, storage));
+            self.packets.extend(packets);
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Changing settings while the queue runs.
+
+use std::{future::Future, sync::Arc};
+
+use futures::channel::oneshot;
+
+use super::{
+    limits::{limits_of, receive_buffer},
+    send::SETTING_RETRIES,
+    shared::{Shared, lock},
+};
+use crate::{
+    types::{Error, ErrorKind},
+    wire::config::Config,
+};
+
+impl Shared {
+    /// Changes settings in one message, which is sent before this returns. No packet is lost:
+    /// queued packets stay queued, and packets that arrive meanwhile are kept.
+    pub(crate) fn reconfigure(
+        self: &Arc<Self>,
+        config: Result<Config, &'static str>,
+    ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+        let shared = Arc::clone(self);
+        let begun = self.begin_reconfigure(config);
+        async move {
+            let result = match begun {
+                Ok((config, reply)) => shared.finish_reconfigure(config, reply).await,
+                Err(error) => Err(error),
+            };
+            shared.trace.reconfigured(&result);
+            result
+        }
+    }
+
+    fn begin_reconfigure(
+        &self,
+        config: Result<Config, &'static str>,
+    ) -> Result<(Config, oneshot::Receiver<Result<(), Error>>), Error> {
+        let config = config.map_err(|what| {
+            let error = Error::new(ErrorKind::InvalidInput, format!("reconfigure queue {}", self.settings.queue));
+            error.with_detail(what)
+        })?;
+        let limits = limits_of(&config, self.core().machine.limits());
+        // Memory first: longer messages may arrive before the reply. Neither size ever shrinks, so
+        // concurrent changes need no order.
+        lock(&self.receiver).grow(limits.payload);
+        if self.settings.receive_buffer.is_none() {
+            self.socket.grow_receive_buffer(receive_buffer(limits, self.settings.attributes))?;
+        }
+        let reply = self.begin_configure(RECONFIGURE, &config, true)?;
+        Ok((config, reply))
+    }
+
+    async fn finish_reconfigure(
+        &self,
+        config: Config,
+        mut reply: oneshot::Receiver<Result<(), Error>>,
+    ) -> Result<(), Error> {
+        let mut tries = 0;
+        loop {
+            let result = std::future::poll_fn(|cx| self.poll_reply(&mut reply, cx)).await;
+            let result = result.unwrap_or_else(|| Err(Error::new(ErrorKind::Unconfirmed, RECONFIGURE)));
+            match result {
+                Err(error) if error.kind() == ErrorKind::Unconfirmed && tries < SETTING_RETRIES => {
+                    // The reply was lost. Setting the same values again does no harm, and causes
+                    // another reply.
+                    tries += 1;
+                    reply = self.begin_configure(RECONFIGURE, &config, true)?;
+                }
+                result => {
+                    let named = |error: Error| error.with_operation(format!("{RECONFIGURE} {}", self.settings.queue));
+                    return result.map_err(|error| self.explain(named(error), &config));
+                }
+            }
+        }
+    }
+
+    /// The receive buffer that was requested, or that a full queue needs; in bytes.
+    pub(crate) fn wanted_receive_buffer(&self) -> usize {
+        let limits = self.core().machine.limits();
+        self.settings.receive_buffer.unwrap_or_else(|| receive_buffer(limits, self.settings.attributes))
+    }
+}
+
+const RECONFIGURE: &str = "reconfigure queue";

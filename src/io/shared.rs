@@ -1,0 +1,398 @@
+//! What the handles of one queue share: its state, its socket, and the locks around them. Locks are
+//! always taken in this order:
+//!
+//! | lock | held while | by |
+//! |---|---|---|
+//! | `sender` | messages are encoded and sent; within a send the kernel processes the packets, 100 µs for 64 | whoever flushes or configures. A thread that finds it taken by a flush leaves its verdicts to the holder |
+//! | `receiver` | datagrams are received and parsed, about 50 µs at most | the stream, and whoever waits for a reply of the kernel |
+//! | `core` | the state changes, well below 1 µs | everybody |
+//!
+//! Users' code (wakers, subscribers, policies, drops of payloads) runs under none of them. So the
+//! effects that the state asks for are performed after the lock has been released:
+//! [`Shared::with`]. Whoever holds `sender` or `receiver` postpones them until these are released
+//! as well: [`Shared::perform_pending`].
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32},
+    },
+    task::Waker,
+    time::{Duration, Instant},
+};
+
+use futures::channel::oneshot;
+use tokio::sync::Notify;
+
+use super::{
+    extras::VerdictExtras,
+    kernel::{KernelStats, KernelTable},
+    ready_fd::ReadyFd,
+    receiver::Receiver,
+    sender::Sender,
+    socket::{self, Socket},
+    sys::{self, Owner},
+    timer::{Timer, TimerTarget},
+    trace::Trace,
+};
+use crate::{
+    state::{
+        Clock, Decision, Effects, Machine, Notice,
+        flush::{FlushContext, FlushPolicy},
+    },
+    types::{Action, Error, ErrorKind, PacketId, Stats},
+};
+
+#[derive(Debug)]
+pub(super) struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}
+
+/// The settings that are needed after `bind`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub(crate) queue: u16,
+    /// The requested receive buffer in bytes; `None` for one that holds a full queue.
+    pub(crate) receive_buffer: Option<usize>,
+    pub(crate) on_unanswered: Action,
+    pub(crate) deadline: Option<(Duration, Action)>,
+    pub(crate) close_timeout: Duration,
+    /// How long to busy-poll; zero for not at all.
+    pub(crate) busy_poll: Duration,
+    /// Connection tracking entries were requested.
+    #[cfg_attr(not(feature = "conntrack"), expect(dead_code))]
+    pub(crate) conntrack: bool,
+    /// Bytes of optional attributes in a message.
+    pub(crate) attributes: usize,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(super) settings: Settings,
+    pub(super) socket: Socket,
+    pub(super) table: KernelTable,
+    pub(super) sender: Mutex<Sender>,
+    pub(super) receiver: Mutex<Receiver>,
+    core: Mutex<Core>,
+    /// Wakes the driver. In an `Arc` of its own, so that the driver can wait without keeping the
+    /// queue alive.
+    pub(super) signal: Arc<Notify>,
+    /// Set once by `bind`, because the timer refers to this struct.
+    pub(super) timer: OnceLock<Timer>,
+    /// Whether the timer thread has watched the socket before.
+    pub(super) watched: AtomicBool,
+    /// The sequence number of the last message whose send has returned. It is written after the
+    /// send, and read before the socket is found empty: by then the kernel's replies up to this
+    /// number have been received.
+    pub(super) last_sent: AtomicU32,
+    /// For event loops that wait for a descriptor.
+    pub(super) ready_fd: OnceLock<ReadyFd>,
+    pub(super) trace: Trace,
+    /// The owner of the socket's network namespace.
+    pub(super) network_owner: Owner,
+}
+
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) machine: Machine<Box<VerdictExtras>, SystemClock>,
+    pub(super) stream: Option<Waker>,
+    /// Tasks that wait for a flush or for the end of the shutdown.
+    pub(super) waiting: Vec<Waker>,
+    /// Tasks that wait for refusals.
+    pub(super) refusals: Vec<Waker>,
+}
+
+/// What must be delivered to users' code.
+#[derive(Debug, Default)]
+struct Pending {
+    wakers: Vec<Waker>,
+    notices: Vec<Notice<Box<VerdictExtras>>>,
+}
+
+impl Core {
+    /// Wakes a task after the next round of sending, or when the queue is closed. Returns the waker
+    /// if it is registered already, to be dropped without the lock.
+    pub(super) fn wait(&mut self, waker: Waker) -> Option<Waker> {
+        if self.waiting.iter().any(|other| other.will_wake(&waker)) {
+            return Some(waker);
+        }
+        self.waiting.push(waker);
+        None
+    }
+
+    fn pending(&mut self, effects: &Effects) -> Pending {
+        let notices = self.machine.take_notices();
+        let mut wakers = Vec::new();
+        if effects.wake_stream {
+            wakers.extend(self.stream.take());
+        }
+        if effects.wake_waiting {
+            wakers.append(&mut self.waiting);
+        }
+        if effects.wake_refusals {
+            wakers.append(&mut self.refusals);
+        }
+        Pending { wakers, notices }
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        settings: Settings,
+        socket: Socket,
+        table: KernelTable,
+        machine: Machine<Box<VerdictExtras>, SystemClock>,
+        receiver: Receiver,
+        network_owner: Owner,
+    ) -> Self {
+        let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new() };
+        Self {
+            sender: Mutex::new(Sender::new(socket.max_send())),
+            receiver: Mutex::new(receiver),
+            core: Mutex::new(core),
+            signal: Arc::new(Notify::new()),
+            timer: OnceLock::new(),
+            watched: AtomicBool::new(false),
+            last_sent: AtomicU32::new(0),
+            ready_fd: OnceLock::new(),
+            trace: Trace::new(settings.queue),
+            network_owner,
+            settings,
+            socket,
+            table,
+        }
+    }
+
+    /// For callers that hold `sender` or `receiver`, or only read. Others use [`with`](Self::with).
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+        lock(&self.core)
+    }
+
+    /// Runs `body` under the lock, and performs the effects after releasing it. The caller must
+    /// hold no lock.
+    pub(super) fn with<R>(&self, body: impl FnOnce(&mut Core) -> R) -> R {
+        let mut core = self.core();
+        let result = body(&mut core);
+        if !core.machine.has_effects() {
+            return result;
+        }
+        let effects = core.machine.take_effects();
+        let pending = core.pending(&effects);
+        drop(core);
+        self.perform(effects, pending);
+        result
+    }
+
+    /// Performs effects that were postponed. The caller must hold no lock.
+    pub(super) fn perform_pending(&self) {
+        self.with(|_| ());
+    }
+
+    fn perform(&self, effects: Effects, pending: Pending) {
+        let Effects { flush, call_driver, timer, ask, look, watch, unbind, drain, probe, .. } = effects;
+        if let (Some(at), Some(timer)) = (timer, self.timer.get()) {
+            timer.set(at);
+        }
+        if call_driver {
+            self.signal.notify_one();
+        }
+        if probe {
+            self.probe();
+        }
+        if flush {
+            self.flush();
+        }
+        if unbind {
+            self.unbind();
+        }
+        if let Some(action) = drain {
+            self.drain(action);
+        }
+        if look {
+            self.receive_unread();
+        }
+        if watch {
+            self.watch_socket();
+        }
+        if let Some(ask) = ask {
+            self.ask(*ask);
+        }
+        pending.wakers.into_iter().for_each(Waker::wake);
+        for notice in pending.notices {
+            match notice {
+                Notice::Reply(waiter, result) => drop(waiter.send(result)),
+                Notice::Report(report) => self.trace.report(report),
+                Notice::Spent(extras) => drop(extras),
+            }
+        }
+    }
+
+    /// Called after the send lock has been released. Returns true if another round is wanted.
+    pub(super) fn send_lock_released(&self) -> bool {
+        let mut core = self.core();
+        let mut again = core.machine.send_lock_released();
+        let mut effects = core.machine.take_effects();
+        let pending = core.pending(&effects);
+        drop(core);
+        // Returned instead of performed here, to avoid recursion.
+        again |= std::mem::take(&mut effects.flush);
+        self.perform(effects, pending);
+        again
+    }
+
+    /// Checks whether the calling thread has the capability, after it was missing.
+    pub(super) fn probe(&self) {
+        let permitted = sys::has_net_admin();
+        self.with(|core| match permitted {
+            true => core.machine.permitted(),
+            false => core.machine.still_missing(),
+        });
+    }
+
+    /// Calls a custom policy. If it panics, the default policy replaces it.
+    fn ask(&self, (mut policy, context): (FlushPolicy, FlushContext)) {
+        let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| policy.decide(&context)));
+        match asked {
+            Ok(decision) => self.with(|core| core.machine.policy_decided(policy, decision, &context)),
+            Err(panic) => {
+                self.with(|core| core.machine.policy_panicked());
+                // The payload of the panic may panic when it is dropped.
+                std::mem::forget(panic);
+                let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(policy)));
+                std::mem::forget(dropped);
+            }
+        }
+    }
+
+    /// Takes the decision of a packet's owner; the policy says when it is sent. `refusals` reports
+    /// a decision that comes too late.
+    pub(crate) fn decide(&self, id: u32, decision: Decision<Box<VerdictExtras>>) {
+        let late = self.with(|core| {
+            let late = core.machine.decide(id, decision).err();
+            if late.is_some() {
+                core.machine.report_late(id);
+            }
+            late
+        });
+        // Dropping a payload may run users' code.
+        drop(late);
+    }
+
+    /// Takes the decision of a packet's owner and sends it at once. The receiver gets the kernel's
+    /// reply.
+    pub(crate) fn decide_confirmed(
+        &self,
+        id: u32,
+        mut decision: Decision<Box<VerdictExtras>>,
+    ) -> oneshot::Receiver<Result<(), Error>> {
+        let (waiter, reply) = oneshot::channel();
+        decision.extras.get_or_insert_default().confirm = Some(waiter);
+        let late = self.with(|core| {
+            let late = core.machine.decide(id, decision).err();
+            core.machine.flush();
+            late
+        });
+        if let Some(waiter) = late.and_then(|decision| decision.extras?.confirm) {
+            let error = Error::new(ErrorKind::Expired, "confirm verdict").with_packet(PacketId(id));
+            drop(waiter.send(Err(error)));
+        }
+        reply
+    }
+
+    /// The owner of a packet has dropped it.
+    pub(crate) fn abandoned(&self, id: u32) {
+        self.with(|core| core.machine.abandon(id));
+    }
+
+    /// The memory of a packet has been freed.
+    pub(crate) fn detached(&self, id: u32) {
+        self.core().machine.detached(id);
+    }
+
+    pub(crate) fn is_undecided(&self, id: u32) -> bool {
+        self.core().machine.is_undecided(id)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let mut stats = self.core().machine.stats();
+        stats.limits.receive_buffer = self.socket.receive_buffer();
+        stats
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        !self.core().machine.life().is_open()
+    }
+
+    pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
+        self.socket.interface_name(index)
+    }
+
+    /// Whether the queue was bound with connection tracking, which proves that the kernel supports
+    /// it.
+    #[cfg(feature = "conntrack")]
+    pub(crate) fn has_conntrack(&self) -> bool {
+        self.settings.conntrack
+    }
+
+    pub(crate) fn number(&self) -> u16 {
+        self.settings.queue
+    }
+
+    pub(crate) fn on_unanswered(&self) -> Action {
+        self.settings.on_unanswered
+    }
+
+    pub(crate) fn close_timeout(&self) -> Duration {
+        self.settings.close_timeout
+    }
+
+    /// Why the kernel takes no replaced payload in this network namespace, if it takes none.
+    pub(super) fn payload_obstacle(&self) -> Option<&'static str> {
+        super::kernel::payload_obstacle(self.network_owner)
+    }
+
+    /// The kernel's own counters of the queue.
+    pub(crate) fn kernel_stats(&self) -> Result<KernelStats, Error> {
+        self.table.read(self.settings.queue)?.ok_or_else(|| self.closed("read statistics of queue"))
+    }
+
+    /// As [`kernel_stats`](Self::kernel_stats); `None` if the queue is not bound any more.
+    pub(crate) fn bound_kernel_stats(&self) -> Result<Option<KernelStats>, Error> {
+        self.table.read(self.settings.queue)
+    }
+
+    /// The error of an operation on a closed queue.
+    pub(super) fn closed(&self, operation: &'static str) -> Error {
+        Error::new(ErrorKind::Closed, format!("{operation} {}", self.settings.queue))
+    }
+}
+
+impl TimerTarget for Shared {
+    fn fire(self: Arc<Self>) {
+        self.with(|core| core.machine.fire());
+    }
+
+    fn readable(self: Arc<Self>) {
+        self.with(|core| core.machine.readable());
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The last handle and the last packet have been dropped. The gathered verdicts must still
+        // reach the kernel.
+        self.with(|core| core.machine.flush());
+        self.signal.notify_one();
+        socket::forget_port(self.socket.port_id());
+    }
+}
+
+/// Locks even after a panic: only this crate's code runs under these locks.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,197 @@
+//! The netlink socket: readiness, receiving into pooled buffers, sending. It knows nothing of the
+//! content. A kernel in memory could replace it.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use netlink_sys::{Socket as Netlink, SocketAddr, protocols::NETLINK_NETFILTER};
+use rustix::{
+    io::Errno,
+    net::{SendFlags, sockopt},
+};
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+
+use super::{buffers::BufferPool, sys, timer::Timer};
+use crate::types::{Error, ErrorKind};
+
+/// A non-blocking netlink socket of the netfilter family, registered with a runtime.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: AsyncFd<Netlink>,
+    port_id: u32,
+    receive_buffer: AtomicUsize,
+    /// The longest datagram that the kernel takes, in bytes.
+    max_send: usize,
+}
+
+/// The result of receiving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// A datagram is in the buffer, or only its beginning if it was longer than the buffer.
+    Datagram,
+    /// There is no datagram now.
+    Empty,
+    /// The receive buffer had overflowed.
+    Overrun,
+}
+
+/// A netlink socket that is not registered with a runtime.
+#[derive(Debug)]
+pub(crate) struct Unregistered {
+    socket: Netlink,
+    port_id: u32,
+    receive_buffer: usize,
+    max_send: usize,
+}
+
+impl Unregistered {
+    /// Opens a socket in the calling thread's network namespace. `receive_buffer` is in bytes, as
+    /// the kernel accounts them.
+    pub(crate) fn open(receive_buffer: usize) -> Result<Self, Error> {
+        let os = |operation: &'static str| move |source| Error::os(operation, source);
+        let socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
+        socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
+        // A connected socket receives only from the kernel (netlink_getsockbyportid). It gets its
+        // address in the same call, so no other process can have sent anything before.
+        socket.connect(&SocketAddr::new(0, 0)).map_err(os("connect netlink socket"))?;
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address).map_err(os("read the address of the netlink socket"))?;
+        let port_id = address.port_number();
+        // Otherwise the first overflow stops all receiving until the buffer has been read empty
+        // (netlink_overrun).
+        socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
+        // Error messages in words from the kernel. Not supported before 4.12, and not needed.
+        let _ = socket.set_ext_ack(true);
+        let receive_buffer = set_receive_buffer(&socket, receive_buffer)?;
+        let send_buffer =
+            sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
+        // netlink_sendmsg returns EMSGSIZE for a message longer than sk_sndbuf - 32.
+        Ok(Self { socket, port_id, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+    }
+}
+
+/// Port ids of this process's queues, in all network namespaces.
+static OWN_PORTS: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// Remembers the port id of a queue of this process.
+pub(crate) fn own_port(port: u32) {
+    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).push(port);
+}
+
+/// The queue's socket is about to be closed.
+pub(crate) fn forget_port(port: u32) {
+    let mut ports = OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(at) = ports.iter().position(|other| *other == port) {
+        ports.swap_remove(at);
+    }
+}
+
+/// Whether a queue of this process has this port id.
+pub(crate) fn is_own_port(port: u32) -> bool {
+    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).contains(&port)
+}
+
+/// Sets the receive buffer, beyond `net.core.rmem_max` if that is allowed. Returns the resulting
+/// size.
+fn set_receive_buffer(socket: &Netlink, bytes: usize) -> Result<usize, Error> {
+    // The kernel doubles the value to account for its own data; the limit is the doubled value.
+    let half = (bytes / 2).min(i32::MAX as usize / 2);
+    if sockopt::set_socket_recv_buffer_size_force(socket, half).is_err() {
+        sockopt::set_socket_recv_buffer_size(socket, half).map_err(|e| Error::os("set SO_RCVBUF", e.into()))?;
+    }
+    sockopt::socket_recv_buffer_size(socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))
+}
+
+impl Socket {
+    /// Registers a socket with the current runtime.
+    pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
+        let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
+        let fd = match sys::register(socket) {
+            Some(registered) => registered.map_err(|source| Error::os("register netlink socket", source))?,
+            None => return Err(Error::new(ErrorKind::NoRuntime, "register netlink socket")),
+        };
+        Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
+    }
+
+    /// The port id of the socket.
+    pub(crate) fn port_id(&self) -> u32 {
+        self.port_id
+    }
+
+    /// Makes the receive buffer at least this large if the system allows it, in bytes as the kernel
+    /// accounts them.
+    pub(crate) fn grow_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
+        // One call at a time, so that no call reduces what another has increased.
+        static GROWING: Mutex<()> = Mutex::new(());
+        let _one_at_a_time = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes > self.receive_buffer() {
+            let came = set_receive_buffer(self.fd.get_ref(), bytes)?;
+            self.receive_buffer.store(came, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Lets the timer thread report when the socket is readable.
+    pub(crate) fn watch(&self, timer: &Timer, again: bool) -> io::Result<()> {
+        timer.watch(self.fd.get_ref(), again)
+    }
+
+    /// The descriptor.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.get_ref().as_fd()
+    }
+
+    /// The size of the receive buffer in bytes, as the kernel accounts them.
+    pub(crate) fn receive_buffer(&self) -> usize {
+        self.receive_buffer.load(Ordering::Relaxed)
+    }
+
+    /// The longest datagram that can be sent, in bytes.
+    pub(crate) fn max_send(&self) -> usize {
+        self.max_send
+    }
+
+    /// The name of an interface in the socket's network namespace (SIOCGIFNAME uses the socket's
+    /// namespace, not the caller's).
+    pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
+        rustix::net::netdevice::index_to_name(self.fd.get_ref(), index)
+            .map_err(|errno| Error::os(format!("name interface {index}"), errno.into()).with_kind(ErrorKind::Other))
+    }
+
+    /// Ready when the socket may be readable. Keeps only the last waker, so only the stream may use
+    /// it.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<AsyncFdReadyGuard<'_, Netlink>>> {
+        self.fd.poll_read_ready(cx)
+    }
+
+    /// Receives one datagram into `buffers`, if there is one.
+    pub(crate) fn receive(&self, buffers: &mut BufferPool) -> io::Result<Received> {
+        loop {
+            return match buffers.receive(self.fd.get_ref()) {
+                Ok(_) => Ok(Received::Datagram),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Ok(Received::Empty),
+                Err(Errno::NOBUFS) => Ok(Received::Overrun),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
+    /// Sends one datagram to the kernel, which executes it before this returns. It never blocks.
+    pub(crate) fn send(&self, datagram: &[u8]) -> Result<(), Errno> {
+        loop {
+            match rustix::net::send(self.fd.get_ref(), datagram, SendFlags::empty()) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Polling the stream of packets, and waiting for flushes and refusals.
+
+use std::{
+    future::Future,
+    os::fd::BorrowedFd,
+    pin::pin,
+    sync::{Arc, MutexGuard},
+    task::{Context, Poll, Waker},
+    time::Instant,
+};
+
+use tokio::task::coop;
+
+use super::{
+    guard::VerdictGuard,
+    raw_packet::RawPacket,
+    ready_fd::ReadyFd,
+    receiver::{RECEIVE_BATCH, Receiver},
+    shared::{Shared, lock},
+};
+use crate::types::{Error, ErrorKind};
+
+/// A packet for the stream, and the right to decide it.
+pub(crate) struct Received {
+    pub(crate) packet: RawPacket,
+    pub(crate) guard: VerdictGuard,
+}
+
+/// Why there is no packet.
+pub(crate) enum Nothing {
+    Empty,
+    Closed,
+    Failed(Error),
+}
+
+impl Shared {
+    pub(crate) fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Received, Error>>> {
+        let mut looked = false;
+        loop {
+            if let Some(packet) = self.take_packet(&mut lock(&self.receiver)) {
+                return Poll::Ready(Some(Ok(packet)));
+            }
+            match self.end_of_stream(Some(cx.waker())) {
+                None => {}
+                Some(end) => return Poll::Ready(end.map(Err)),
+            }
+            let readable = self.socket.poll_readable(cx);
+            let mut receiver = lock(&self.receiver);
+            if !receiver.packets.is_empty() {
+                // Another task has received packets before the waker was registered.
+                continue;
+            }
+            let ready = match readable {
+                // The task has used its budget: Tokio lets other tasks run.
+                Poll::Pending if !coop::has_budget_remaining() => return Poll::Pending,
+                Poll::Pending => {
+                    if !receiver.busy_poll.empty(Instant::now()) {
+                        return Poll::Pending;
+                    }
+                    if looked {
+                        poll_again(cx);
+                        return Poll::Pending;
+                    }
+                    None
+                }
+                Poll::Ready(Ok(ready)) => Some(ready),
+                Poll::Ready(Err(source)) => {
+                    let error = Error::new(ErrorKind::NoRuntime, "receive packet").with_source(source);
+                    return Poll::Ready(Some(Err(error.fatal())));
+                }
+            };
+            // After a long pause the packet is probably alone. Whether more have come is checked
+            // after it has been decided.
+            let most = if receiver.busy_poll.is_idle(Instant::now()) { 1 } else { RECEIVE_BATCH };
+            let received = self.receive(&mut receiver, most);
+            let none = receiver.packets.is_empty();
+            drop(receiver);
+            match received {
+                Ok(true) => {
+                    if let Some(mut ready) = ready {
+                        ready.clear_ready();
+                    }
+                    self.with(|core| {
+                        if none {
+                            core.machine.stream_empty();
+                        }
+                    });
+                    looked = true;
+                }
+                Ok(false) => self.perform_pending(),
+                Err(source) => return Poll::Ready(Some(Err(Error::os("receive packet", source).fatal()))),
+            }
+        }
+    }
+
+    /// The next received packet that is undecided.
+    fn take_packet(self: &Arc<Self>, receiver: &mut MutexGuard<'_, Receiver>) -> Option<Received> {
+        self.drop_decided(receiver);
+        receiver.packets.pop_front().map(|packet| self.hand_out(packet))
+    }
+
+    fn hand_out(self: &Arc<Self>, packet: RawPacket) -> Received {
+        Received { guard: VerdictGuard::new(Arc::clone(self), &packet), packet }
+    }
+
+    /// Takes up to `limit` packets that have been received already.
+    pub(crate) fn take_packets(self: &Arc<Self>, limit: usize, mut each: impl FnMut(Received)) {
+        let mut receiver = lock(&self.receiver);
+        self.drop_decided(&mut receiver);
+        let count = receiver.packets.len().min(limit);
+        receiver.packets.drain(..count).for_each(|packet| each(self.hand_out(packet)));
+    }
+
+    /// Removes packets from the front that their deadline has decided.
+    fn drop_decided(&self, receiver: &mut Receiver) {
+        if self.settings.deadline.is_some() && !receiver.packets.is_empty() {
+            let core = self.core();
+            while receiver.packets.front().is_some_and(|packet| !core.machine.is_undecided(packet.id)) {
+                receiver.packets.pop_front();
+            }
+        }
+    }
+
+    /// Whether the stream has ended, and with which error. If not, the waker is registered.
+    fn end_of_stream(&self, waker: Option<&Waker>) -> Option<Option<Error>> {
+        let mut core = self.core();
+        if let Some(error) = core.machine.take_failure() {
+            return Some(Some(error));
+        }
+        if !core.machine.life().is_open() {
+            return Some(None);
+        }
+        let waker = waker.filter(|waker| core.stream.as_ref().is_none_or(|old| !old.will_wake(waker)));
+        if let Some(waker) = waker {
+            // Cloning and dropping a waker may run users' code.
+            drop(core);
+            let waker = waker.clone();
+            let old = self.core().stream.replace(waker);
+            drop(old);
+            // Events in between have woken the old waker.
+            let core = self.core();
+            if core.machine.has_failed() || !core.machine.life().is_open() {
+                drop(core);
+                return self.end_of_stream(None);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn try_packet(self: &Arc<Self>) -> Result<Received, Nothing> {
+        if let Some(ready_fd) = self.ready_fd.get() {
+            ready_fd.lower();
+        }
+        loop {
+            let mut receiver = lock(&self.receiver);
+            if let Some(packet) = self.take_packet(&mut receiver) {
+                if let Some(ready_fd) = self.ready_fd.get()
+                    && !receiver.packets.is_empty()
+                {
+                    ready_fd.raise();
+                }
+                return Ok(packet);
+            }
+            match self.end_of_stream(None) {
+                None => {}
+                Some(None) => return Err(Nothing::Closed),
+                Some(Some(error)) => return Err(Nothing::Failed(error)),
+            }
+            let received = self.receive(&mut receiver, RECEIVE_BATCH);
+            let none = receiver.packets.is_empty();
+            drop(receiver);
+            match received {
+                Ok(true) if none => {
+                    self.with(|core| core.machine.flush());
+                    return Err(Nothing::Empty);
+                }
+                Ok(_) => self.perform_pending(),
+                Err(source) => return Err(Nothing::Failed(Error::os("receive packet", source).fatal())),
+            }
+        }
+    }
+
+    pub(crate) fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        if self.ready_fd.get().is_none() {
+            let ready_fd = ReadyFd::new(self.socket.fd()).map_err(|source| Error::os("make a descriptor", source))?;
+            let ready_fd = self.ready_fd.get_or_init(|| ready_fd);
+            if !lock(&self.receiver).packets.is_empty() {
+                ready_fd.raise();
+            }
+        }
+        self.ready_fd.get().map(ReadyFd::fd).ok_or_else(|| self.closed("make a descriptor for queue"))
+    }
+
+    /// Sends all gathered verdicts. `round` belongs to the waiting caller, and is `None` at first.
+    pub(crate) fn poll_flush(&self, round: &mut Option<u64>, cx: &mut Context<'_>) -> Poll<()> {
+        let wanted = match *round {
+            Some(wanted) => Some(wanted),
+            None => self.with(|core| core.machine.flush()),
+        };
+        let Some(wanted) = wanted else { return Poll::Ready(()) };
+        let waker = cx.waker().clone();
+        let mut core = self.core();
+        if core.machine.has_ended(wanted) {
+            *round = None;
+            return Poll::Ready(());
+        }
+        // The thread that is sending wakes the task afterwards.
+        *round = Some(wanted);
+        let spare = core.wait(waker);
+        drop(core);
+        drop(spare);
+        Poll::Pending
+    }
+
+    /// The next unread refusal.
+    pub(crate) fn poll_refusal(&self, cx: &mut Context<'_>) -> Poll<Option<Error>> {
+        let waker = cx.waker().clone();
+        let mut core = self.core();
+        if let Some(error) = core.machine.next_refusal() {
+            return Poll::Ready(Some(error));
+        }
+        if core.machine.life().is_closed() {
+            return Poll::Ready(None);
+        }
+        if !core.refusals.iter().any(|other| other.will_wake(&waker)) {
+            core.refusals.push(waker);
+        }
+        Poll::Pending
+    }
+}
+
+/// Polls the task again after the runtime has run the other ready tasks and checked for I/O. This
+/// is in addition to the registered readiness: the runtime may lose such a wake-up (of a task
+/// within the root future, when `block_on` returns).
+fn poll_again(cx: &mut Context<'_>) {
+    let polled = pin!(tokio::task::yield_now()).poll(cx);
+    debug_assert!(polled.is_pending(), "it yields once");
+}

@@ -1,0 +1,128 @@
+//! All `unsafe` code: the conditions that the crates for system calls leave to the caller.
+
+use std::{
+    ffi::c_void,
+    io,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use bytes::BytesMut;
+use rustix::{
+    ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode},
+    net::{RecvFlags, recv, sockopt::socket_type},
+    thread::{CapabilitySet, capabilities},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Types that own their file descriptor: it is open while they exist, and does not change.
+pub(crate) trait Owning: AsRawFd {}
+
+// It closes its descriptor when it is dropped, and not before. (Its `Clone` copies the number; this
+// crate never clones one.)
+impl Owning for netlink_sys::Socket {}
+
+/// Registers a descriptor with the current runtime, for reading. Returns `None` if the runtime has
+/// no I/O driver.
+#[allow(unsafe_code)]
+pub(crate) fn register<T: Owning>(inner: T) -> Option<io::Result<AsyncFd<T>>> {
+    // Tokio has no function to ask whether there is a driver; it panics.
+    let registered = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: by `Owning`, the descriptor is open and the same until `inner` is dropped, and
+        // the `AsyncFd` owns `inner`.
+        unsafe { AsyncFd::register_with_interest(inner, Interest::READABLE) }
+    }));
+    Some(registered.ok()?.map_err(|error| error.into_parts().1))
+}
+
+/// Whether the calling thread has an effective `CAP_NET_ADMIN` in its own user namespace.
+pub(crate) fn has_net_admin() -> bool {
+    // It never fails for an existing thread. If it did, the kernel's replies would show the truth.
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
+}
+
+/// The user namespace that owns the calling thread's network namespace, as far as the thread can
+/// find out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Initial,
+    /// The thread's own user namespace, or a child of it.
+    Own,
+    /// Another user namespace, in which the thread has no capabilities; or unknown.
+    ReadyFd,
+}
+
+/// The owner of the calling thread's network namespace.
+pub(crate) fn network_owner() -> Owner {
+    // linux/proc_ns.h: PROC_USER_INIT_INO.
+    const INITIAL: u64 = 0xEFFF_FFFD;
+    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return Owner::ReadyFd };
+    // ns_get_owner returns EPERM unless it is the caller's own user namespace or a child.
+    match user_namespace_of(namespace).and_then(rustix::fs::fstat) {
+        Ok(stat) if stat.st_ino == INITIAL => Owner::Initial,
+        Ok(_) => Owner::Own,
+        Err(_) => Owner::ReadyFd,
+    }
+}
+
+/// The user namespace that owns another namespace, which is given by a file in `/proc/*/ns`.
+#[allow(unsafe_code)]
+fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    // linux/nsfs.h: NS_GET_USERNS.
+    const GET_USER_NAMESPACE: Opcode = opcode::none(0xb7, 1);
+    // SAFETY: `ns_ioctl` (fs/nsfs.c) takes no argument and returns a new descriptor.
+    unsafe { ioctl(namespace, NewDescriptor(GET_USER_NAMESPACE)) }
+}
+
+/// A new descriptor of a socket's network namespace. `ENOTSOCK` if `socket` is something else.
+#[allow(unsafe_code)]
+pub(crate) fn network_namespace_of(socket: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    // uapi/linux/sockios.h: SIOCGSKNS.
+    const GET_NETWORK_NAMESPACE: Opcode = 0x894c;
+    // Called once: `as_fd` need not return the same descriptor every time.
+    let socket = socket.as_fd();
+    // Only sockets understand the command. For another file it may mean anything.
+    socket_type(socket)?;
+    // SAFETY: for a socket, `sock_ioctl` (net/socket.c) takes no argument and returns a new
+    // descriptor.
+    unsafe { ioctl(socket, NewDescriptor(GET_NETWORK_NAMESPACE)) }
+}
+
+/// An ioctl that takes no argument and returns a new descriptor. The caller ensures that.
+struct NewDescriptor(Opcode);
+
+// SAFETY: there is no argument, so none is written to, and what is returned belongs to the caller.
+#[allow(unsafe_code)]
+unsafe impl Ioctl for NewDescriptor {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        self.0
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the call has succeeded, and its result is a new descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+}
+
+/// Receives one datagram into `room`, replacing its content, up to its capacity. Returns the full
+/// length of the datagram.
+///
+/// It makes the system call directly: `recv` of the C library is a thread cancellation point, which
+/// costs about 40 ns.
+#[allow(unsafe_code)]
+pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Result<usize> {
+    room.clear();
+    let ((received, _), length) = recv(socket, room.spare_capacity_mut(), RecvFlags::TRUNC)?;
+    let received = received.len();
+    // SAFETY: `room` was empty, so its spare capacity begins where it begins, and `recv` has filled
+    // that much of it.
+    unsafe { room.set_len(received) };
+    Ok(length)
+}

@@ -1,0 +1,309 @@
+//! The timers of all queues, on one thread.
+//!
+//! A promise with a time limit must hold whatever the tasks of a runtime do: a worker may be busy
+//! for long, and a current-thread runtime may be outside of `block_on`, or may have ended. So this
+//! thread does what is due if nobody else has done it by then. There is one thread for the process.
+//! The first queue starts it, and it sleeps while nothing is due.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    num::NonZeroU64,
+    os::fd::{AsFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    thread,
+    time::Instant,
+};
+
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll},
+    time::Timespec,
+};
+
+/// Something with a timer.
+pub(crate) trait TimerTarget: Send + Sync {
+    /// The time has been reached. May be called early.
+    fn fire(self: Arc<Self>);
+    /// The descriptor given to [`Timer::watch`] is readable.
+    fn readable(self: Arc<Self>);
+}
+
+/// One timer.
+#[derive(Debug)]
+pub(crate) struct Timer {
+    timer: Arc<TimerThread>,
+    key: u64,
+}
+
+impl Timer {
+    /// Starts the thread, if this is the first timer.
+    ///
+    /// # Errors
+    /// The system cannot create a thread or a descriptor.
+    pub(crate) fn new(timed: Weak<dyn TimerTarget>) -> io::Result<Self> {
+        let timer = TimerThread::get()?;
+        let mut state = timer.state();
+        let key = state.next_key;
+        state.next_key += 1;
+        state.timers.insert(key, Entry { timed, at: None });
+        drop(state);
+        Ok(Self { timer, key })
+    }
+
+    /// Has [`TimerTarget::fire`] called at this time or before.
+    pub(crate) fn set(&self, at: Instant) {
+        let mut state = self.timer.state();
+        let Some(entry) = state.timers.get_mut(&self.key) else { return };
+        let before = entry.at;
+        if before.is_some_and(|before| before <= at) {
+            return;
+        }
+        entry.at = Some(at);
+        if let Some(before) = before {
+            state.order.remove(&(before, self.key));
+        }
+        state.order.insert((at, self.key));
+        let must_wake = state.sleeping && state.until.is_none_or(|until| at < until);
+        if must_wake {
+            state.sleeping = false;
+        }
+        drop(state);
+        if must_wake {
+            // It fails only if the counter would exceed 2^64 - 2, and then the thread is awake.
+            let _ = rustix::io::write(&self.timer.wake, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Has [`TimerTarget::readable`] called once, as soon as the descriptor is readable. `again` is
+    /// whether this has been requested before.
+    pub(crate) fn watch(&self, fd: impl AsFd, again: bool) -> io::Result<()> {
+        let (data, flags) = (epoll::EventData::new_u64(self.key), epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
+        if again {
+            epoll::modify(&self.timer.epoll, fd, data, flags)?;
+        } else {
+            epoll::add(&self.timer.epoll, fd, data, flags)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let mut state = self.timer.state();
+        let entry = state.timers.remove(&self.key);
+        if let Some(Entry { at: Some(at), .. }) = entry {
+            state.order.remove(&(at, self.key));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct TimerThread {
+    state: Mutex<State>,
+    /// Made readable to wake the thread.
+    wake: OwnedFd,
+    /// The descriptors that are watched.
+    epoll: OwnedFd,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next_key: u64,
+    timers: HashMap<u64, Entry>,
+    order: BTreeSet<(Instant, u64)>,
+    /// The thread sleeps, or is about to, until `until` (`None`: without a limit) or until it is
+    /// woken.
+    sleeping: bool,
+    until: Option<Instant>,
+}
+
+struct Entry {
+    timed: Weak<dyn TimerTarget>,
+    at: Option<Instant>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.at.fmt(f)
+    }
+}
+
+impl TimerThread {
+    fn get() -> io::Result<Arc<Self>> {
+        static KEEPER: Mutex<Option<Arc<TimerThread>>> = Mutex::new(None);
+        let mut timer = KEEPER.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(timer) = &*timer {
+            return Ok(Arc::clone(timer));
+        }
+        let new = Arc::new(Self {
+            state: Mutex::default(),
+            wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+        });
+        let runner = Arc::clone(&new);
+        thread::Builder::new().name("nfqueue-timer".to_owned()).spawn(move || runner.run())?;
+        *timer = Some(Arc::clone(&new));
+        Ok(new)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        // The default slack of 50 µs is half of a short time limit.
+        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
+        loop {
+            while let Some(timed) = self.due() {
+                guard(|| timed.fire());
+            }
+            if let Err(error) = self.sleep() {
+                // The thread must not end: no time limit would hold.
+                tracing::error!(target: "tokio_nfqueue", %error, "the timer thread cannot sleep");
+                thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// The next target whose time has been reached. Its timer is no longer set.
+    fn due(&self) -> Option<Arc<dyn TimerTarget>> {
+        loop {
+            let mut state = self.state();
+            state.sleeping = false;
+            let first = state.order.first().copied();
+            match first {
+                Some((at, key)) if at <= Instant::now() => {
+                    state.order.pop_first();
+                    let entry = state.timers.get_mut(&key)?;
+                    entry.at = None;
+                    let timed = entry.timed.upgrade();
+                    drop(state);
+                    if timed.is_some() {
+                        return timed;
+                    }
+                }
+                next => {
+                    state.sleeping = true;
+                    state.until = next.map(|(at, _)| at);
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn sleep(&self) -> io::Result<()> {
+        let until = {
+            let state = self.state();
+            // The thread has been woken in between: there is something new to check.
+            if !state.sleeping {
+                return self.clear_wake();
+            }
+            state.until
+        };
+        let timeout = until.map(|until| {
+            let left = until.saturating_duration_since(Instant::now());
+            Timespec { tv_sec: left.as_secs() as _, tv_nsec: left.subsec_nanos().into() }
+        });
+        let mut fds = [PollFd::new(&self.wake, PollFlags::IN), PollFd::new(&self.epoll, PollFlags::IN)];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(()),
+            result => result?,
+        };
+        let [wake, watched] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+        if wake {
+            self.clear_wake()?;
+        }
+        if watched {
+            self.tell_readable()?;
+        }
+        Ok(())
+    }
+
+    fn clear_wake(&self) -> io::Result<()> {
+        match rustix::io::read(&self.wake, &mut [0; 8]) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn tell_readable(&self) -> io::Result<()> {
+        let mut events = [const { std::mem::MaybeUninit::uninit() }; 64];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let (events, _) = epoll::wait(&self.epoll, &mut events, Some(&now))?;
+        for event in events {
+            let timed = self.state().timers.get(&event.data.u64()).and_then(|entry| entry.timed.upgrade());
+            if let Some(timed) = timed {
+                guard(|| timed.readable());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Wakers and subscribers are users' code. If it panics, the panic hook has reported that; the
+/// other queues need this thread.
+fn guard(body: impl FnOnce()) {
+    let _ = catch_unwind(AssertUnwindSafe(body));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::{Sender, channel},
+        time::Duration,
+    };
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Probe(Mutex<Sender<&'static str>>);
+
+    impl TimerTarget for Probe {
+        fn fire(self: Arc<Self>) {
+            self.0.lock().unwrap().send("fire").unwrap();
+        }
+
+        fn readable(self: Arc<Self>) {
+            self.0.lock().unwrap().send("readable").unwrap();
+            panic!("a panic of a user's code: the thread goes on");
+        }
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn timers_fire_not_before_their_time_and_again_when_set_again() {
+        let (sender, receiver) = channel();
+        let probe = Arc::new(Probe(Mutex::new(sender)));
+        let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
+        let timer = Timer::new(timed).unwrap();
+        for _ in 0..3 {
+            let at = Instant::now() + Duration::from_micros(300);
+            timer.set(at + Duration::from_secs(1000));
+            timer.set(at);
+            timer.set(at + Duration::from_secs(1));
+            assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+            assert!(Instant::now() >= at);
+        }
+        timer.set(Instant::now() - Duration::from_millis(1));
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+    }
+
+    #[test]
+    fn a_descriptor_is_told_once_for_each_time_it_is_watched() {
+        let (sender, receiver) = channel();
+        let probe = Arc::new(Probe(Mutex::new(sender)));
+        let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
+        let timer = Timer::new(timed).unwrap();
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        timer.watch(&event, false).unwrap();
+        rustix::io::write(&event, &1_u64.to_ne_bytes()).unwrap();
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("readable"));
+        timer.watch(&event, true).unwrap();
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("readable"));
+        // It is not watched any more: the next call is that of the timer itself.
+        timer.set(Instant::now() + Duration::from_millis(20));
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+    }
+}

@@ -1,0 +1,83 @@
+//! Tables for porting programs from other libraries.
+//!
+//! # libnetfilter_queue
+//!
+//! | other library | this crate |
+//! |---|---|
+//! | `nfq_open`, `nfq_open_nfnl`, `nfq_create_queue` | [`Queue::builder`](crate::Queue::builder), [`bind`](crate::QueueBuilder::bind) |
+//! | `nfq_bind_pf`, `nfq_unbind_pf` | not needed: they do nothing since Linux 3.8 |
+//! | `nfq_destroy_queue`, `nfq_close` | [`close`](crate::VerdictSink::close), which drains first; or drop |
+//! | `nfq_set_mode` | [`copy_range`](crate::QueueBuilder::copy_range), [`copy_metadata`](crate::QueueBuilder::copy_metadata) |
+//! | `nfq_set_queue_maxlen` | [`max_len`](crate::QueueBuilder::max_len) |
+//! | `nfq_set_queue_flags` | [`fail_open`](crate::QueueBuilder::fail_open), [`conntrack`](crate::QueueBuilder::conntrack), [`gso`](crate::QueueBuilder::gso), [`uid_gid`](crate::QueueBuilder::uid_gid), [`security_context`](crate::QueueBuilder::security_context) |
+//! | any of these on a bound queue | [`reconfigure`](crate::VerdictSink::reconfigure) |
+//! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets; without Tokio [`readable_fd`](crate::PacketStream::readable_fd) and [`try_recv`](crate::PacketStream::try_recv) |
+//! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
+//! | `NETLINK_NO_ENOBUFS` | always set |
+//! | `nfq_set_verdict` | [`submit`](crate::VerdictSink::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
+//! | `nfq_set_verdict2`, `nfq_set_verdict_mark` | [`Verdict::mark`](crate::Verdict::mark) |
+//! | `nfq_set_verdict_batch`, `nfq_set_verdict_batch2` | automatic: a batch contains only packets that have been decided like this |
+//! | `NF_DROP`, `NF_ACCEPT`, `NF_QUEUE`, `NF_REPEAT`, `NF_STOP` | [`Action`](crate::Action), and a method of [`Packet`](crate::Packet) for each |
+//! | `NF_STOLEN` | the kernel refuses it from programs |
+//! | `nfq_get_msg_packet_hdr` | [`Packet::id`](crate::Packet::id), [`hw_protocol`](crate::Packet::hw_protocol), [`hook`](crate::Packet::hook) |
+//! | `nfq_get_nfmark` | [`Packet::mark`](crate::Packet::mark) |
+//! | `nfq_get_timestamp` | [`Packet::timestamp`](crate::Packet::timestamp) |
+//! | `nfq_get_indev`, `_outdev`, `_physindev`, `_physoutdev` | [`interface_in`](crate::Packet::interface_in), [`interface_out`](crate::Packet::interface_out), [`physical_in`](crate::Packet::physical_in), [`physical_out`](crate::Packet::physical_out) |
+//! | `nfq_get_indev_name` and its like, `nlif_*` | [`Packet::interface_name`](crate::Packet::interface_name) |
+//! | `nfq_get_packet_hw` | [`Packet::hardware_address`](crate::Packet::hardware_address) |
+//! | `nfq_get_skbinfo` | [`is_checksum_ready`](crate::Packet::is_checksum_ready), [`is_gso`](crate::Packet::is_gso), [`is_checksum_unverified`](crate::Packet::is_checksum_unverified) |
+//! | `nfq_get_uid`, `nfq_get_gid` | [`Packet::uid`](crate::Packet::uid), [`Packet::gid`](crate::Packet::gid) |
+//! | `nfq_get_secctx` | [`Packet::security_context`](crate::Packet::security_context) |
+//! | `nfq_get_payload` | [`Packet::payload`](crate::Packet::payload), [`Packet::payload_bytes`](crate::Packet::payload_bytes) |
+//! | `nfq_nlmsg_parse` and the attributes by number | [`Packet::attribute`](crate::Packet::attribute), [`Packet::attributes`](crate::Packet::attributes) |
+//! | `nfq_nlmsg_verdict_put`, `_put_mark`, `_put_pkt` | [`Verdict`](crate::Verdict) |
+//! | `nfq_nlmsg_cfg_put_cmd`, `_params`, `_qmaxlen` | [`QueueBuilder`](crate::QueueBuilder): one message, acknowledged |
+//! | `NFQA_CT` in verdicts | [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`conntrack_timeout`](crate::Verdict::conntrack_timeout) |
+//! | `NFQA_EXP` in verdicts | [`expectation`](crate::Verdict::expectation) |
+//! | `NFQA_VLAN`, `NFQA_L2HDR` | [`Packet::vlan`](crate::Packet::vlan), [`Packet::layer2_header`](crate::Packet::layer2_header), [`Verdict::vlan`](crate::Verdict::vlan), [`Verdict::layer2_header`](crate::Verdict::layer2_header) |
+//! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::Edit), with a table of its own |
+//! | `nfq_snprintf_xml` | none; `Debug` prints one line |
+//! | reading `/proc/net/netfilter/nfnetlink_queue` | [`kernel_stats`](crate::VerdictSink::kernel_stats), [`advice`](crate::VerdictSink::advice) |
+//!
+//! # florianl/go-nfqueue
+//!
+//! | other library | this crate |
+//! |---|---|
+//! | `Config.NfQueue` | [`Queue::builder`](crate::Queue::builder) |
+//! | `Config.MaxQueueLen` | [`max_len`](crate::QueueBuilder::max_len) |
+//! | `Config.MaxPacketLen`, `Config.Copymode` | [`copy_range`](crate::QueueBuilder::copy_range), [`copy_metadata`](crate::QueueBuilder::copy_metadata) |
+//! | `Config.Flags` | a method of [`QueueBuilder`](crate::QueueBuilder) for each |
+//! | `Config.NetNS` | [`namespace`](crate::QueueBuilder::namespace) |
+//! | `Config.AfFamily` | not needed: a queue takes packets of every family |
+//! | `Config.ReadTimeout` | any timeout around [`recv`](crate::PacketStream::recv), which is cancel safe |
+//! | `Config.WriteTimeout` | not needed: a send to the kernel does not wait |
+//! | `Config.Logger` | `tracing` |
+//! | `Register`, `RegisterWithErrorFunc` | the stream; errors of single verdicts: [`refusals`](crate::VerdictSink::refusals) |
+//! | `SetVerdict` | [`submit`](crate::VerdictSink::submit) |
+//! | `SetVerdictWithOption`: `WithMark`, `WithConnMark`, `WithLabel`, `WithAlteredPacket` | [`mark`](crate::Verdict::mark), [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`payload`](crate::Verdict::payload) |
+//! | `SetVerdictBatch` | automatic |
+//! | `Con`, `SetOption` | not needed: `NETLINK_NO_ENOBUFS` and the receive buffer are set |
+//! | `Close` | [`close`](crate::VerdictSink::close) |
+//!
+//! # NetfilterQueue (Python)
+//!
+//! | other library | this crate |
+//! |---|---|
+//! | `bind(queue, callback, max_len, mode, range, sock_len)` | [`Queue::builder`](crate::Queue::builder), [`max_len`](crate::QueueBuilder::max_len), [`copy_range`](crate::QueueBuilder::copy_range), [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
+//! | `run`, `run_socket`, `get_fd` | the stream |
+//! | `unbind` | [`close`](crate::VerdictSink::close) |
+//! | `packet.retain()` | not needed: a packet owns its bytes; [`detach`](crate::Packet::detach) gives them back |
+//! | `set_payload`, `set_mark`, `accept`, `drop`, `repeat` | [`Verdict`](crate::Verdict) and the methods of [`Packet`](crate::Packet) |
+//! | `get_hw`, `indev`, `outdev`, `physindev`, `physoutdev`, `get_timestamp`, `hook`, `hw_protocol`, `id` | as for libnetfilter_queue |
+//!
+//! # Suricata's NFQ mode
+//!
+//! | other library | this crate |
+//! |---|---|
+//! | `mode: accept` | [`Packet::accept`](crate::Packet::accept) |
+//! | `mode: repeat`, `repeat-mark`, `repeat-mask` | [`Packet::repeat_marked`](crate::Packet::repeat_marked) |
+//! | `mode: route`, `route-queue` | [`Packet::requeue`](crate::Packet::requeue), [`Packet::requeue_bypass`](crate::Packet::requeue_bypass) |
+//! | `bypass-mark`, `bypass-mask` | [`Packet::mark_with`](crate::Packet::mark_with) with [`Verdict::mark`](crate::Verdict::mark) and a rule that saves the mark in the connection; or [`Verdict::conntrack_mark`](crate::Verdict::conntrack_mark) |
+//! | `batchcount` | [`FlushPolicy`](crate::FlushPolicy), in all modes |
+//! | `fail-open` | [`fail_open`](crate::QueueBuilder::fail_open) |
+//! | `-q 0 -q 1 ...`, `-q 0:3` | [`QueueGroup`](crate::QueueGroup) |

@@ -1,0 +1,134 @@
+//! The kernel's replies, and the errors that are reported.
+
+use rustix::io::Errno;
+
+use super::{Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, reply_error};
+use crate::{
+    types::{Error, ErrorKind, PacketId},
+    wire::{Refused, Reply},
+};
+
+impl<E: Carried, K: Clock> Machine<E, K> {
+    /// The kernel replied to one of our messages.
+    pub(crate) fn replied(&mut self, reply: Reply) {
+        let first = reply.sequence;
+        if reply.error == Some(Errno::PERM) {
+            if let Some(at) = self.sending.known_refused.iter().position(|known| *known == first) {
+                self.sending.known_refused.remove(at);
+                return;
+            }
+            if let Some((watched, refused)) = &mut self.sending.watched
+                && *watched == first
+            {
+                *refused = true;
+                return;
+            }
+        }
+        let failed = reply.error.map(|errno| reply_error(errno, &reply));
+        match self.awaiting.remove(reply.sequence) {
+            Some(Awaited::Config { change, waiter, operation }) => {
+                if failed.is_none() {
+                    self.limits.max_len = change.max_len.unwrap_or(self.limits.max_len);
+                    self.limits.payload = change.payload.unwrap_or(self.limits.payload);
+                }
+                let result = failed.map_or(Ok(()), |error| Err(error.with_operation(operation)));
+                self.notices.push(Notice::Reply(waiter, result));
+            }
+            Some(Awaited::Verdict { id, waiter }) => {
+                let result = match failed {
+                    None => Ok(()),
+                    Some(error) => {
+                        self.not_taken(&reply, Some(id));
+                        Err(error.with_packet(PacketId(id)))
+                    }
+                };
+                self.notices.push(Notice::Reply(waiter, result));
+            }
+            None => {
+                let Some(error) = failed else { return };
+                if self.not_taken(&reply, None) {
+                    let error = match reply.refused {
+                        Refused::Verdict { id, .. } | Refused::Batch { max: id } => error.with_packet(PacketId(id)),
+                        Refused::Other => error,
+                    };
+                    self.counters.sent.refusals += 1;
+                    self.note(ReportKind::Refused, 1, error.packet_id().map(PacketId::get));
+                    self.tell(error);
+                }
+            }
+        }
+    }
+
+    /// Counts a verdict that the kernel did not take. Returns whether its owner must be told.
+    pub(super) fn not_taken(&mut self, reply: &Reply, confirmed: Option<u32>) -> bool {
+        let (action, count, id) = match reply.refused {
+            Refused::Verdict { id, action } => (action, 1, Some(id)),
+            Refused::Batch { .. } => match self.sending.batches.take(reply.sequence) {
+                Some((action, count)) => (Some(action), count, None),
+                None => (None, 1, None),
+            },
+            Refused::Other => (None, 1, confirmed),
+        };
+        if reply.error == Some(Errno::PERM) {
+            // The thread had the capability shortly after, or the capability has no effect here:
+            // what was executed is not known any more.
+            self.sending.distrust = true;
+            self.ledger.forbid_batches();
+            self.missing_permission();
+            if let (Some(action), Some(id)) = (action, id)
+                && self.ledger.reopen(id, NO_TOKEN)
+            {
+                self.counters.uncount_decided(action, 1);
+                self.decide_again(id);
+            }
+            return true;
+        }
+        if let Some(action) = action {
+            self.counters.uncount_decided(action, count);
+        }
+        if reply.error == Some(Errno::NOENT) {
+            // The interface went down, a hook was unregistered, or the queue was unbound: the
+            // packets left the queue without a verdict.
+            self.counters.sent.gone_at_least += count;
+            return false;
+        }
+        self.counters.sent.refused += count;
+        true
+    }
+
+    pub(super) fn tell(&mut self, error: Error) {
+        if self.refusals.len() == MAX_REFUSALS {
+            self.refusals.pop_front();
+            self.counters.sent.refusals_unread += 1;
+        }
+        self.refusals.push_back(error);
+        self.effects.wake_refusals = true;
+    }
+
+    /// The oldest refusal that nobody has read.
+    pub(crate) fn next_refusal(&mut self) -> Option<Error> {
+        self.refusals.pop_front()
+    }
+
+    /// Reports a verdict for a packet that had already been decided.
+    pub(crate) fn report_late(&mut self, id: u32) {
+        self.tell(Error::new(ErrorKind::Expired, "submit verdict").with_packet(PacketId(id)));
+    }
+
+    /// The queue cannot be used any more.
+    pub(crate) fn fail(&mut self, error: Error) {
+        if self.failure.is_none() && self.life.is_open() {
+            self.note(ReportKind::Failed, 1, None);
+            self.failure = Some(error.fatal());
+            self.effects.wake_stream = true;
+        }
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    pub(crate) fn take_failure(&mut self) -> Option<Error> {
+        self.failure.take()
+    }
+}

@@ -1,0 +1,280 @@
+//! Rounds of sending: what leaves the ledger, and what returns because it was refused or not sent.
+
+use std::time::Instant;
+
+use super::{
+    Awaited, Carried, Change, Clock, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, Notice, Origin, PAUSES, Permission,
+    ReportKind, VerdictMessage, missing_capability, plain,
+};
+use crate::{
+    types::{Error, ErrorKind, PacketId},
+    wire::verdict::VerdictFields,
+};
+
+impl<E: Carried, K: Clock> Machine<E, K> {
+    /// Begins a round of sending: every decision becomes a message, appended to `plan`.
+    pub(crate) fn begin_round(&mut self, plan: &mut Vec<VerdictMessage<E>>) {
+        self.sending.wanted = false;
+        if self.ledger.gathered() == 0 {
+            return;
+        }
+        self.sending.rounds_started += 1;
+        self.sending.under_way = true;
+        self.gathering.oldest = None;
+        self.gathering.due = None;
+        let before = plan.len();
+        self.sending.leaving = self.ledger.gathered();
+        self.ledger.settle(self.arrivals.rounds(), plan);
+        self.counters.sent.flushes += 1;
+        self.counters.sent.largest_flush = self.counters.sent.largest_flush.max((plan.len() - before) as u64);
+    }
+
+    /// Ends the round. The caller still holds the send lock, so no other round has begun.
+    pub(crate) fn end_round(&mut self) {
+        debug_assert_eq!(
+            (self.sending.leaving, self.sending.begun),
+            (0, 0),
+            "every message was sent, refused or given back"
+        );
+        self.sending.under_way = false;
+        self.sending.rounds_ended = self.sending.rounds_started;
+    }
+
+    /// The send lock has been released. Returns whether another thread has requested a round while
+    /// the lock was taken.
+    pub(crate) fn send_lock_released(&mut self) -> bool {
+        if self.sending.wanted {
+            return true;
+        }
+        self.effects.wake_waiting = true;
+        self.look_for_the_end();
+        false
+    }
+
+    /// Whether the capability was missing before, so that the caller must have it to begin a round.
+    pub(crate) fn is_permission_missing(&self) -> bool {
+        self.permission != Permission::Held
+    }
+
+    /// The calling thread has the capability.
+    pub(crate) fn permitted(&mut self) {
+        if self.permission != Permission::Held {
+            self.permission = Permission::Held;
+            if self.ledger.gathered() > 0 {
+                self.request_flush();
+            }
+            self.end_if_permitted();
+        }
+    }
+
+    /// A thread of the runtime, which represents the process, still lacks the capability. If there
+    /// is no such thread, the timer thread reports this.
+    pub(crate) fn still_missing(&mut self) {
+        let now = self.clock.now();
+        if let Permission::Missing { since, calls, confirmed, .. } = &mut self.permission {
+            (*calls, *confirmed) = (0, true);
+            if now.saturating_duration_since(*since) < LASTING {
+                if self.is_overdue() {
+                    self.give_up_draining();
+                    self.look_for_the_end();
+                }
+                return;
+            }
+            self.permission = Permission::Lost;
+            let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
+            self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
+            self.give_up_draining();
+            self.look_for_the_end();
+        }
+    }
+
+    /// Lets the timer thread check for the capability at once, if it is missing.
+    pub(super) fn look_for_permission(&mut self, now: Instant) {
+        if let Permission::Missing { next, confirmed, .. } = &mut self.permission {
+            (*next, *confirmed) = (now, false);
+            self.set_timer(now);
+        }
+    }
+
+    /// A thread without the capability was to send, and the capability had been missing before: the
+    /// decisions of owners are refused.
+    pub(crate) fn refuse_gathered(&mut self) {
+        self.sending.wanted = false;
+        self.sending.rounds_started += 1;
+        self.gathering.oldest = None;
+        self.gathering.due = None;
+        let taken = self.ledger.take_back_gathered();
+        self.missing_permission();
+        for (id, decision) in taken {
+            self.refuse(id, decision.extras, missing_capability());
+        }
+    }
+
+    /// Begins to send a datagram. Returns true if only the replies to it can tell whether it was
+    /// executed.
+    ///
+    /// From now on its packets count as decided, because replies may be received before the send
+    /// has returned.
+    pub(crate) fn begin_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) -> bool {
+        self.sending.watched = Some((first, false));
+        self.sending.begun = messages.len();
+        let mut sequence = first;
+        for message in messages {
+            let (action, count) = (message.fields().action, message.count());
+            self.counters.count_decided(action, count as u64);
+            self.sending.leaving -= count;
+            if let VerdictMessage::Batch { .. } = message {
+                self.sending.batches.push(sequence, action, count as u64, self.counters.received.packets);
+            }
+            if let VerdictMessage::Single { id, decision } = message
+                && let Some(waiter) = decision.extras.as_mut().and_then(E::take_waiter)
+            {
+                self.awaiting.push(sequence, Awaited::Verdict { id: *id, waiter });
+            }
+            sequence = sequence.wrapping_add(1);
+        }
+        self.sending.distrust
+    }
+
+    /// Whether a reply has refused the datagram that is being sent.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.sending.watched.is_some_and(|(_, refused)| refused)
+    }
+
+    /// The datagram was not executed: those who wait for replies are put back into its messages.
+    /// `messages` may include some that were not in the datagram. Returns whether a reply has
+    /// reported the refusal already.
+    pub(super) fn end_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) -> bool {
+        let mut sequence = first;
+        for message in messages.iter_mut().take(std::mem::take(&mut self.sending.begun)) {
+            let (action, count) = (message.fields().action, message.count());
+            self.counters.uncount_decided(action, count as u64);
+            self.sending.leaving += count;
+            if let VerdictMessage::Batch { .. } = message {
+                self.sending.batches.take(sequence);
+            }
+            if let VerdictMessage::Single { decision, .. } = message
+                && let Some(extras) = &mut decision.extras
+                && let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence)
+            {
+                extras.put_waiter(waiter);
+            }
+            sequence = sequence.wrapping_add(1);
+        }
+        self.sending.watched.take().is_some_and(|(_, refused)| refused)
+    }
+
+    /// A configuration message is about to be sent.
+    pub(crate) fn await_config(&mut self, sequence: u32, operation: &'static str, change: Change, waiter: E::Waiter) {
+        self.awaiting.push(sequence, Awaited::Config { change, waiter, operation });
+    }
+
+    /// A datagram has been sent and executed.
+    pub(crate) fn sent(&mut self, messages: &[VerdictMessage<E>]) {
+        self.counters.sent.sends += 1;
+        self.counters.sent.messages += messages.len() as u64;
+        self.sending.retry = None;
+        self.sending.watched = None;
+        self.sending.begun = 0;
+        self.sending.batches.expire(self.counters.received.packets, u64::from(self.limits.max_len));
+    }
+
+    /// The kernel refused a datagram because the capability was missing. Its packets get the
+    /// default action when the capability is back.
+    pub(crate) fn refused(&mut self, mut messages: Vec<VerdictMessage<E>>, first: u32) {
+        let answer_was_read = self.end_send(first, &mut messages);
+        if !answer_was_read {
+            if self.sending.known_refused.len() == MAX_KNOWN_REFUSED {
+                self.sending.known_refused.pop_front();
+            }
+            self.sending.known_refused.push_back(first);
+        }
+        self.counters.sent.sends += 1;
+        self.missing_permission();
+        let by_queue = |origin, fields: &VerdictFields| (origin == Origin::Queue).then_some(fields.action);
+        for message in messages {
+            self.sending.leaving -= message.count();
+            let ids = self.ledger.ids_of(&message);
+            let (mut extras, by_queue) = match message {
+                VerdictMessage::Single { decision, .. } => {
+                    (decision.extras, by_queue(decision.origin, &decision.fields))
+                }
+                VerdictMessage::Batch { fields, origin, .. } => (None, by_queue(origin, &fields)),
+            };
+            for id in ids {
+                self.ledger.reopen(id, NO_TOKEN);
+                match by_queue {
+                    // The queue's own decision stays the same.
+                    Some(action) => drop(self.ledger.decide(id, plain(action))),
+                    None => self.refuse(id, extras.take(), missing_capability()),
+                }
+            }
+        }
+    }
+
+    /// A message can never be sent. Its packet gets the default action.
+    pub(crate) fn impossible(&mut self, mut message: VerdictMessage<E>, first: u32, error: Error) {
+        self.end_send(first, std::slice::from_mut(&mut message));
+        self.sending.leaving -= message.count();
+        let ids = self.ledger.ids_of(&message);
+        if let (VerdictMessage::Single { decision, .. }, [id]) = (message, &ids[..]) {
+            self.ledger.reopen(*id, NO_TOKEN);
+            self.refuse(*id, decision.extras, error);
+        }
+    }
+
+    /// Messages were not sent. Their decisions are gathered again and sent later.
+    pub(crate) fn unsent(&mut self, mut messages: Vec<VerdictMessage<E>>, first: u32) {
+        self.end_send(first, &mut messages);
+        for message in messages {
+            self.sending.leaving -= message.count();
+            self.ledger.unsent(message);
+        }
+    }
+
+    /// A send has failed temporarily. The next attempt follows after a pause.
+    pub(crate) fn send_failed(&mut self) {
+        self.counters.sent.failed_sends += 1;
+        self.note(ReportKind::Unsent, 1, None);
+        let pause = self.sending.retry.map_or(PAUSES.0, |(_, pause)| pause);
+        let at = self.clock.now() + pause;
+        self.sending.retry = Some((at, (pause * 2).min(PAUSES.1)));
+        self.set_timer(at);
+    }
+
+    /// A configuration message was not sent.
+    pub(crate) fn take_config(&mut self, sequence: u32) -> Option<E::Waiter> {
+        match self.awaiting.remove(sequence)? {
+            Awaited::Verdict { waiter, .. } | Awaited::Config { waiter, .. } => Some(waiter),
+        }
+    }
+
+    /// Reports a refused verdict. Its packet gets the default action.
+    pub(super) fn refuse(&mut self, id: u32, mut extras: Option<E>, error: Error) {
+        let waiter = extras.as_mut().and_then(E::take_waiter);
+        self.notices.extend(extras.map(Notice::Spent));
+        let error = error.with_packet(PacketId(id));
+        self.counters.sent.refusals += 1;
+        self.note(ReportKind::Refused, 1, Some(id));
+        match waiter {
+            Some(waiter) => self.notices.push(Notice::Reply(waiter, Err(error))),
+            None => self.tell(error),
+        }
+        self.decide_again(id);
+    }
+
+    pub(super) fn decide_again(&mut self, id: u32) {
+        self.decide_in_place(id, self.settings.on_unanswered);
+    }
+
+    pub(super) fn missing_permission(&mut self) {
+        if self.permission == Permission::Held {
+            let now = self.clock.now();
+            let next = now + PAUSES.0;
+            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2, calls: 0, confirmed: false };
+            self.note(ReportKind::CapabilityMissing, 1, None);
+            self.set_timer(next);
+            self.effects.call_driver = true;
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What is due at a time: flushes, deadlines, retries, the time-out of the shutdown.
+
+use std::time::Instant;
+
+use super::{
+    Carried, Clock, LifeCycle, Machine, Notice, PATIENT_CALLS, PAUSES, Permission, ReportKind, WaitLimit,
+    flush::{FlushPolicy, FlushReason},
+    plain,
+};
+
+impl<E: Carried, K: Clock> Machine<E, K> {
+    /// The timer has fired: does what is due.
+    pub(crate) fn fire(&mut self) {
+        let now = self.clock.now();
+        self.timer = None;
+        let expired = self.expire(now);
+        self.end_wait(now);
+        match self.permission {
+            Permission::Held => {
+                if self.sending.retry.is_some_and(|(at, _)| at <= now) {
+                    self.request_flush();
+                } else if self.gathering.due.is_some_and(|due| due <= now) {
+                    self.gathering.due = None;
+                    self.ask_policy(FlushReason::DelayOver);
+                } else if expired {
+                    self.ask_policy(FlushReason::Verdict);
+                }
+            }
+            Permission::Missing { since, next, pause, calls, confirmed } if next <= now => {
+                let pause_after = (pause * 2).min(PAUSES.1);
+                self.permission = Permission::Missing {
+                    since,
+                    next: now + pause,
+                    pause: pause_after,
+                    calls: calls.saturating_add(1),
+                    confirmed,
+                };
+                self.effects.call_driver = true;
+                self.effects.probe = !self.gathering.driven || calls >= PATIENT_CALLS || self.is_overdue();
+            }
+            Permission::Missing { .. } | Permission::Lost => {}
+        }
+        if let Some((at, receives)) = self.receiving.look
+            && at <= now
+        {
+            self.receiving.look = None;
+            // If somebody has received since then, they handle the rest as well.
+            self.effects.look = receives == self.receiving.receives;
+            self.effects.watch = true;
+        }
+        for report in self.reports.due(now) {
+            self.notices.push(Notice::Report(report));
+        }
+        self.rearm_timer(now);
+    }
+
+    /// Sets the timer for the next time at which something is due.
+    pub(super) fn rearm_timer(&mut self, now: Instant) {
+        let permission = match self.permission {
+            Permission::Missing { next, .. } => Some(next),
+            _ => None,
+        };
+        let limit = match self.life {
+            LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
+            | LifeCycle::Waiting { limit: WaitLimit::At(at), .. } => Some(at),
+            _ => None,
+        };
+        let retry = self.sending.retry.filter(|_| self.permission == Permission::Held).map(|(at, _)| at.max(now));
+        let due = self.gathering.due.filter(|_| self.permission == Permission::Held);
+        // While there is traffic, the timer keeps firing. To wake the timer thread for each new
+        // verdict would cost its sender more.
+        let busy = std::mem::replace(&mut self.sending.rounds_at_timer, self.sending.rounds_started)
+            != self.sending.rounds_started;
+        let linger = self
+            .gathering
+            .policy
+            .as_ref()
+            .filter(|_| busy && self.gathering.driven)
+            .and_then(FlushPolicy::linger)
+            .map(|cap| now + cap);
+        let wishes = [
+            due,
+            linger,
+            permission,
+            limit,
+            retry,
+            self.deadlines.next(),
+            self.receiving.look.map(|(at, _)| at),
+            self.reports.pending(),
+        ];
+        if let Some(at) = wishes.into_iter().flatten().min() {
+            self.set_timer(at);
+        }
+    }
+
+    /// Decides packets whose deadline has been reached. Returns whether there were any.
+    pub(super) fn expire(&mut self, now: Instant) -> bool {
+        let Some((_, action)) = self.settings.deadline else { return false };
+        let before = self.counters.decided.expired;
+        while let Some((first, last)) = self.deadlines.due(now) {
+            for id in self.ledger.undecided_between(first, last) {
+                if let Ok(token) = self.ledger.decide(id, plain(action)) {
+                    self.held.leave(token);
+                    self.counters.decided.expired += 1;
+                    self.note(ReportKind::Expired, 1, Some(id));
+                }
+            }
+        }
+        self.counters.decided.expired > before
+    }
+}

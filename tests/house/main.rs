@@ -1,0 +1,79 @@
+//! The source tree itself: what its modules import, and how wide its prose is.
+
+mod imports;
+mod prose;
+mod rust;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use imports::{Imports, Room};
+
+/// The folders of `src` that import only folders before them. All others may import these.
+const ROOMS: [Room; 4] = [
+    Room { name: "types", imports: &[] },
+    Room { name: "wire", imports: &["types"] },
+    Room { name: "state", imports: &["types", "wire"] },
+    Room { name: "io", imports: &["types", "wire", "state"] },
+];
+
+/// Documents with prose. A published package has only some of them.
+const DOCUMENTS: [&str; 5] = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md"];
+
+#[test]
+fn imports_have_no_circles_and_point_one_way() {
+    let src = root().join("src");
+    let sources = rust_files(&src).into_iter().map(|path| {
+        let name = path.strip_prefix(&src).expect("a file in src").to_str().expect("a name in UTF-8").to_owned();
+        (name, read(&path))
+    });
+    let imports = Imports::of(sources);
+    let mut faults = Vec::new();
+    faults.extend(ROOMS.iter().filter(|room| !imports.has(room.name)).map(|room| format!("no room {}", room.name)));
+    faults.extend(imports.circles().iter().map(|circle| format!("circle: {}", circle.join(" "))));
+    faults.extend(imports.against(&ROOMS));
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn prose_wraps_at_100_columns() {
+    let root = root();
+    let sources = ["src", "tests", "examples", "benches"].iter().flat_map(|folder| rust_files(&root.join(folder)));
+    let documents = DOCUMENTS.iter().map(|name| root.join(name)).filter(|path| path.exists());
+    let long_in = |path: &Path, check: fn(&str) -> Vec<usize>| {
+        let lines = check(&read(path));
+        let name = path.strip_prefix(&root).expect("a file of the package").display().to_string();
+        lines.into_iter().map(move |line| format!("{name}:{line}"))
+    };
+    let mut long = Vec::new();
+    sources.for_each(|path| long.extend(long_in(&path, prose::long_comments)));
+    documents.for_each(|path| long.extend(long_in(&path, prose::long_lines)));
+    assert!(long.is_empty(), "{} lines longer than {}:\n{}", long.len(), prose::WIDTH, long.join("\n"));
+}
+
+fn root() -> PathBuf {
+    // The package may have moved since the build: `cargo test` sets the variable.
+    std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// All Rust files below a folder, in order.
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.expect("an entry of a folder").path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
