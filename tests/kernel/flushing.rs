@@ -20,6 +20,7 @@ tests![
     both a_cap_below_a_millisecond_is_kept,
     both a_cap_is_kept_again_and_again,
     both a_policy_of_ones_own_is_asked,
+    one clones_of_a_builder_have_policies_of_their_own,
     both a_policy_that_always_waits_for_the_pass_end,
     both a_policy_that_always_waits_a_little,
     one a_policy_that_panics,
@@ -150,6 +151,29 @@ async fn a_policy_of_ones_own_is_asked() {
     let due: Vec<_> = asked.iter().filter(|context| context.reason == FlushReason::DelayOver).collect();
     assert!(due.iter().all(|context| context.waited >= Duration::from_millis(20) && context.gathered > 0), "{due:?}");
     assert!(asked.iter().all(|context| context.gathered > 0), "never asked about nothing");
+}
+
+async fn clones_of_a_builder_have_policies_of_their_own() {
+    // Sends every third verdict, by its own count.
+    let mut count = 0;
+    let policy = FlushPolicy::custom(move |context| {
+        count += 1;
+        match (count % 3, context.reason) {
+            (0, _) | (_, FlushReason::DelayOver) => FlushDecision::Now,
+            _ => FlushDecision::Within(Duration::from_secs(1)),
+        }
+    });
+    let builder = Queue::builder(0).flush_policy(policy);
+    for _ in 0..2 {
+        let (mut queue, _divert) = start(builder.clone());
+        let traffic = Traffic::new(10);
+        let packets = hold(&mut queue, &traffic, 0..2).await;
+        packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+        // The first clone's closure has not counted for the second.
+        assert_eq!(queue.stats().held.in_flight, 2);
+        queue.close().await.unwrap();
+        traffic.expect(0..2).await;
+    }
 }
 
 async fn a_policy_that_always_waits_for_the_pass_end() {

@@ -1,9 +1,10 @@
 //! Several queues as one.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
 use futures::{SinkExt, StreamExt, TryStreamExt, stream::FusedStream};
-use tokio_nfqueue::{Action, ErrorKind, Queue, QueueBuilder, QueueGroup};
+use rustix::event::{PollFd, PollFlags, poll};
+use tokio_nfqueue::{Action, ErrorKind, Queue, QueueBuilder, QueueGroup, Reconfigure, TryRecvError};
 
 use crate::{
     common::{self, Load, Traffic, account, divert, eventually, next, number, soon, udp_in},
@@ -23,6 +24,7 @@ tests![
     one dropping_ends_all_its_queues,
     one one_queues_end_is_not_the_groups,
     one a_group_of_none_is_at_its_end,
+    one a_group_has_the_methods_of_a_queue,
 ];
 
 async fn refusals_of_all_its_queues_come_together() {
@@ -216,4 +218,55 @@ async fn a_group_of_none_is_at_its_end() {
     assert!(none.is_terminated());
     assert!(soon("the end", none.recv()).await.is_none());
     soon("the end", none.close()).await.unwrap();
+}
+
+/// What a queue can do, a group can do for all its queues.
+async fn a_group_has_the_methods_of_a_queue() {
+    let mut group = group(|builder| builder);
+    let _divert = divert([udp_in().to_queues(0..=3)]);
+    let change = Reconfigure::new().copy_range(100).max_len(40);
+    soon("the change", group.reconfigure(&change)).await.unwrap();
+    let kernel = group.kernel_stats().unwrap();
+    assert_eq!(
+        kernel.iter().map(|(queue, stats)| (*queue, stats.copy_range)).collect::<Vec<_>>(),
+        [(0, 100), (1, 100), (2, 100), (3, 100)]
+    );
+    assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
+    let traffic = Traffic::new(40);
+    for number in 0..40_u32 {
+        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
+        traffic.send_from(&sender, [number]);
+    }
+    {
+        let mut fds = [PollFd::from_borrowed_fd(group.readable_fd().unwrap(), PollFlags::IN)];
+        assert_eq!(poll(&mut fds, None), Ok(1));
+    }
+    let mut packets = vec![group.try_recv().unwrap()];
+    let mut limit = 10;
+    while packets.len() < 40 {
+        let before = packets.len();
+        let count = soon("packets", group.recv_many(&mut packets, limit)).await.unwrap();
+        assert_eq!(packets.len() - before, count);
+        assert!((1..=limit).contains(&count), "{count}");
+        limit += 1;
+    }
+    // All that was readable has been taken.
+    assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
+    let last = packets.pop().unwrap();
+    packets.into_iter().for_each(|packet| group.submit(packet.accept()).unwrap());
+    soon("the confirmation", group.confirm(last.accept())).await.unwrap();
+    soon("the flush", group.flush()).await.unwrap();
+    assert_eq!(group.stats().map(|(_, stats)| stats.decided.accepted).sum::<u64>(), 40);
+    let mut watch = group.watch(Duration::from_millis(1)).unwrap();
+    let (queue, stats) = soon("statistics", watch.next()).await.unwrap();
+    assert!(queue < 4 && stats.limits.max_len == 40, "{queue} {stats:?}");
+    assert_eq!(group.advice(), []);
+    assert!(!group.is_closed());
+    let sink = group.sink();
+    let wrong = soon("the refusal", sink.close_with(Action::Requeue { queue: 2, bypass: false })).await;
+    assert_eq!(wrong.unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert!(!sink.is_closed(), "an action that one queue refuses closes none");
+    soon("the end", group.close_with(Action::Accept)).await.unwrap();
+    assert!(sink.is_closed());
+    traffic.expect(0..40).await;
 }

@@ -11,6 +11,7 @@ use crate::{
 };
 
 tests![
+    one what_has_happened_between_two_snapshots,
     one each_verdict_is_counted,
     one what_is_held_is_told,
     one the_kernels_account_is_told,
@@ -196,4 +197,21 @@ fn watching_works_in_any_executor() {
     assert!(futures::FutureExt::now_or_never(never.next()).is_none());
     drop(runtime);
     assert!(futures::executor::block_on(watch.next()).is_some());
+}
+
+async fn what_has_happened_between_two_snapshots() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(20);
+    for packet in hold(&mut queue, &traffic, 0..5).await {
+        packet.accept().submit().unwrap();
+    }
+    queue.flush().await.unwrap();
+    let before = queue.stats();
+    let held = hold(&mut queue, &traffic, 5..12).await;
+    let since = queue.stats() - before;
+    assert_fields!(since, received.packets: 7, decided.accepted: 0, held.in_flight: 7, limits.max_len: 1024);
+    let named: std::collections::BTreeMap<_, _> = since.iter().collect();
+    assert_eq!((named["received.packets"], named["held.in_flight"]), (7, 7));
+    assert!(named.contains_key("held.oldest_undecided_us"));
+    drop(held);
 }

@@ -1,6 +1,6 @@
 //! What each kind of verdict does to a packet.
 
-use tokio_nfqueue::{Action, Family, Hook, Queue};
+use tokio_nfqueue::{Action, Changes, Family, Hook, Queue, Vlan};
 
 use crate::{
     common::{self, Divert, Rule, Traffic, divert, hold, next, number, start, udp_in},
@@ -17,7 +17,8 @@ tests![
     one stop_skips_the_later_chains,
     both requeue_hands_over_to_another_queue,
     one requeue_to_nobody_drops_and_with_bypass_accepts,
-    one a_ticket_decides_as_its_packet_would,
+    one a_verdict_returns_all_that_it_changes,
+    one a_detached_packet_decides_like_its_packet,
     one a_verdict_goes_to_its_own_queue_whichever_the_sink,
     one an_ipv6_packet_is_decided_too,
 ];
@@ -36,6 +37,37 @@ async fn accepted_arrive_and_dropped_do_not() {
     assert_fields!(stats, received.packets: 100, decided.accepted: 50, decided.dropped: 50, held.in_flight: 0);
     assert_fields!(stats, lost.packets: 0, decided.unanswered: 0, sent.gone_at_least: 0, sent.refused: 0, decided.late: 0);
     assert_eq!(common::account(0).unwrap().waiting, 0);
+}
+
+/// So that `fn decide(packet: Packet) -> Verdict` can be tested by what it returns.
+async fn a_verdict_returns_all_that_it_changes() {
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(2);
+    let mut packets = hold(&mut queue, &traffic, 0..2).await;
+    let plain = packets.remove(0).drop();
+    assert_eq!((plain.action(), plain.packet_id().get(), plain.queue_number()), (Action::Drop, 1, 0));
+    assert_eq!(plain.changes(), Changes::default());
+    let vlan = Vlan { protocol: 0x8100, control: 7 };
+    let verdict = packets.remove(0).accept().mark(5).priority(6).payload(vec![7; 30]).vlan(vlan);
+    let verdict = verdict.layer2_header(vec![8; 14]);
+    let changes = verdict.changes();
+    assert_fields!(changes, mark: Some(5), priority: Some(6), vlan: Some(vlan));
+    assert_eq!(changes.payload.map(|payload| &payload[..]), Some(&[7; 30][..]));
+    assert_eq!(changes.layer2_header.map(|header| &header[..]), Some(&[8; 14][..]));
+    #[cfg(feature = "conntrack")]
+    {
+        let expectation = tokio_nfqueue::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
+        let verdict = verdict.conntrack_mark(1, 2).conntrack_labels([3; 16], [4; 16]);
+        let timeout = std::time::Duration::from_secs(9);
+        let verdict = verdict.conntrack_timeout(timeout).expectation(expectation.clone());
+        let changes = verdict.changes();
+        assert_fields!(changes, mark: Some(5), conntrack_mark: Some((1, 2)));
+        assert_fields!(changes, conntrack_labels: Some(([3; 16], [4; 16])), conntrack_timeout: Some(timeout));
+        assert_eq!(changes.expectation, Some(&expectation));
+    }
+    // Nothing of this was submitted.
+    drop(plain);
+    assert_fields!(queue.stats(), decided.accepted: 0, decided.unanswered: 1 + u64::from(cfg!(feature = "conntrack")));
 }
 
 async fn a_mark_is_seen_by_a_later_chain() {
@@ -163,7 +195,7 @@ async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
     assert_eq!(queue.stats().decided.requeued, 60);
 }
 
-async fn a_ticket_decides_as_its_packet_would() {
+async fn a_detached_packet_decides_like_its_packet() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let mut other = Queue::builder(1).bind().unwrap();
     let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();

@@ -1,0 +1,72 @@
+//! The public types as their users combine them.
+
+use std::fmt::Debug;
+
+use tokio_nfqueue::{
+    Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlushContext, FlushDecision,
+    FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, KernelStats, NetworkNamespace, Packet, PacketId,
+    PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError, Verdict, VerdictSink,
+    Vlan, stats,
+};
+
+fn send<T: Send + Unpin + 'static>() {}
+fn sync<T: Sync>() {}
+fn clone<T: Clone>() {}
+fn debug<T: Debug>() {}
+
+macro_rules! assert_traits {
+    ($check:ident: $($ty:ty),* $(,)?) => { $($check::<$ty>();)* };
+}
+
+#[test]
+fn every_type_can_be_sent_between_threads() {
+    assert_traits!(send: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, ErrorKind, Family,
+        FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, KernelStats,
+        NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
+        Stats, TryRecvError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
+        stats::QueueLimits, stats::Received, stats::Sent);
+    #[cfg(feature = "conntrack")]
+    assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
+        tokio_nfqueue::Flow, tokio_nfqueue::Expectation);
+    #[cfg(feature = "divert")]
+    assert_traits!(send: tokio_nfqueue::Divert, tokio_nfqueue::DivertBuilder, tokio_nfqueue::Protocol,
+        tokio_nfqueue::Rule);
+    #[cfg(feature = "edit")]
+    assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields);
+}
+
+/// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
+#[test]
+fn what_tasks_share_is_sync() {
+    assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream,
+        KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
+        Stats, TryRecvError, Verdict, VerdictSink);
+    #[cfg(feature = "divert")]
+    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::Rule);
+    #[cfg(feature = "edit")]
+    assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
+}
+
+#[test]
+fn settings_and_sinks_can_be_cloned() {
+    assert_traits!(clone: FlushPolicy, GroupSink, NetworkNamespace, QueueBuilder, Reconfigure, VerdictSink, Stats);
+    #[cfg(feature = "divert")]
+    assert_traits!(clone: tokio_nfqueue::Rule);
+}
+
+#[test]
+fn every_type_can_be_printed() {
+    assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
+        NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
+        TryRecvError, Verdict, VerdictSink);
+}
+
+/// The cause of an error is its source, and `Display` does not repeat it.
+#[test]
+fn the_cause_of_an_error_is_not_repeated() {
+    let error = NetworkNamespace::open("/does/not/exist").unwrap_err();
+    let source = std::error::Error::source(&error).expect("a cause").to_string();
+    assert!(source.contains("No such file"), "{source}");
+    assert!(!error.to_string().contains("No such file"), "{error}");
+    assert_eq!(error.raw_os_error(), Some(2));
+}
