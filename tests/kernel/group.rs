@@ -28,7 +28,7 @@ tests![
 ];
 
 async fn refusals_of_all_its_queues_come_together() {
-    let mut group = group(|builder| builder.deadline(std::time::Duration::from_millis(10), Action::Drop));
+    let mut group = group(|builder| builder.deadline(Duration::from_millis(10), Action::Drop));
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(40);
     let mut packets = Vec::new();
@@ -48,7 +48,7 @@ async fn refusals_of_all_its_queues_come_together() {
         assert_eq!(error.kind(), ErrorKind::Expired);
     }
     assert!(queues.len() > 1);
-    soon("the end", group.close_within(std::time::Duration::from_secs(1))).await.unwrap();
+    soon("the end", group.close_within(Duration::from_secs(1))).await.unwrap();
     assert!(soon("the end", refusals.next()).await.is_none());
     traffic.expect_nothing();
 }

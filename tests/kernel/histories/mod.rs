@@ -27,6 +27,7 @@ mod owners;
 mod plan;
 mod records;
 mod run;
+mod survival;
 
 const SECONDS: &str = "TOKIO_NFQUEUE_HISTORIES_SECONDS";
 const SEED: &str = "TOKIO_NFQUEUE_HISTORIES_SEED";
@@ -40,6 +41,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("histories_without_faults_add_up", Profile::Calm),
         trial("histories_with_faults_lose_nothing_else", Profile::Faulty),
         trial("histories_that_end_under_load", Profile::Ending),
+        support::test_unbounded(
+            &common::test_name(module_path!(), "a_program_with_question_marks_survives_faults"),
+            || support::isolated(|| survival::survives(duration())),
+        ),
     ]
 }
 
@@ -48,7 +53,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 /// # Panics
 /// When one fails.
 fn histories(name: &str, profile: Profile) {
-    let duration = Duration::from_secs(variable(SECONDS).unwrap_or(20));
+    let duration = duration();
     let only = variable(SEED);
     let (begin, mut totals) = (Instant::now(), Totals::default());
     let mut seed = only.unwrap_or(1);
@@ -58,6 +63,10 @@ fn histories(name: &str, profile: Profile) {
         seed += u64::from(only.is_none());
     }
     eprintln!("{name}: 0 wrong, 0 forgotten, 0 twice; {totals:?}");
+}
+
+fn duration() -> Duration {
+    Duration::from_secs(variable(SECONDS).unwrap_or(20))
 }
 
 fn variable(name: &str) -> Option<u64> {
