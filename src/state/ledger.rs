@@ -543,7 +543,9 @@ mod tests {
     #[test]
     fn a_packet_held_for_long_costs_one_entry_and_forbids_batches() {
         let mut ledger = ledger([1]);
-        for id in 2..200_000 {
+        // An interpreter (Miri) takes its time.
+        let end = if cfg!(miri) { 20_000 } else { 200_000 };
+        for id in 2..end {
             ledger.arrive(id, 1);
             ledger.decide(id, plain(ACCEPT)).unwrap();
             if id % 64 == 0 {
@@ -559,7 +561,7 @@ mod tests {
         ledger.decide(1, plain(DROP)).unwrap();
         let out = settled(&mut ledger);
         assert_eq!(out[0], VerdictMessage::Single { id: 1, decision: plain(DROP) });
-        assert!(matches!(out[1], VerdictMessage::Batch { max: 199_999, .. }));
+        assert!(matches!(out[1], VerdictMessage::Batch { max, .. } if max == end - 1));
     }
 
     #[test]

@@ -273,7 +273,7 @@ mod tests {
             udp().source(Ipv6Addr::LOCALHOST.into()),
             udp().translation(false, (Ipv6Addr::LOCALHOST, 1).into()),
             udp().helper(""),
-            udp().helper("a name of 16 byt"),
+            udp().helper("a name of 16 by."),
             udp().function("a\0b"),
             udp().function("f".repeat(256)),
         ] {
