@@ -75,7 +75,8 @@ impl QueueBuilder {
     }
 
     /// How many packets the kernel queues before it drops further packets (with
-    /// [`fail_open`](Self::fail_open): accepts them). Not 0. Default: 1024, like the kernel's.
+    /// [`fail_open`](Self::fail_open): accepts them). Must not be 0. Default: 1024, as in the
+    /// kernel.
     ///
     /// Linux 6.12.117, 6.18 and later queue at most 65 536 packets, whatever the value.
     #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
@@ -91,9 +92,11 @@ impl QueueBuilder {
         self.flag(FLAG_FAIL_OPEN, on)
     }
 
-    /// Receives super-packets unchanged, up to 64 KiB and with unfinished checksums. If off, the
-    /// kernel segments them first, and each segment needs a verdict. Default: on, because it
+    /// Receives super-packets (GSO) unchanged: up to 64 KiB, and with unfinished checksums. If off,
+    /// the kernel segments them first, and each segment needs a verdict. Default: on, because it
     /// multiplies TCP throughput (one stream on Linux 6.18: 17 Gbit/s instead of 4).
+    ///
+    /// Linux 3.10 and later.
     ///
     /// Turn it off to see packets as they are on the wire. Leave it on for a bridge, because the
     /// kernel loses the link-layer headers of the segments (Linux 6.1 and 6.12).
@@ -103,6 +106,8 @@ impl QueueBuilder {
     }
 
     /// Requests the user and group id of the socket that sent a packet. Default: off.
+    ///
+    /// Linux 3.14 and later.
     #[doc(alias = "NFQA_CFG_F_UID_GID")]
     pub fn uid_gid(self, on: bool) -> Self {
         self.flag(FLAG_UID_GID, on)
@@ -110,7 +115,7 @@ impl QueueBuilder {
 
     /// Requests the security context of a packet's sender. Default: off.
     ///
-    /// A kernel without `NETWORK_SECMARK` refuses it.
+    /// Linux 4.3 and later. A kernel without `NETWORK_SECMARK` refuses it.
     #[doc(alias = "NFQA_CFG_F_SECCTX")]
     pub fn security_context(self, on: bool) -> Self {
         self.flag(FLAG_SECURITY_CONTEXT, on)
@@ -125,8 +130,8 @@ impl QueueBuilder {
     }
 
     /// The size of the socket's receive buffer in bytes, as the kernel accounts them (832 for a
-    /// small packet, 2304 for a full-sized one). Not 0. Default: enough for `max_len` packets of
-    /// the copy range, so that `max_len` is reached first.
+    /// small packet, 2304 for one of 1500 bytes). Must not be 0. Default: enough for `max_len`
+    /// packets of the copy range, so that `max_len` is reached first.
     ///
     /// Without `CAP_NET_ADMIN` in the initial user namespace the kernel limits it to
     /// `net.core.rmem_max`. The result is in
@@ -158,9 +163,10 @@ impl QueueBuilder {
         self
     }
 
-    /// Decides a packet with `action` if it is still undecided `after` it was received from the
-    /// kernel, whether or not anybody polls the stream. Default: none. Not zero; [`Action::Repeat`]
-    /// and a requeue to the same queue are refused.
+    /// Decides a packet with `action` if it is still undecided when the time `after` has passed
+    /// since it was received from the kernel, whether or not anybody polls the stream. Default: no
+    /// deadline. `after` must not be zero; [`Action::Repeat`] and a requeue to the same queue are
+    /// refused.
     ///
     /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if nobody
     /// polls the stream). The stream does not return a packet that was decided like this.
@@ -170,22 +176,23 @@ impl QueueBuilder {
         self
     }
 
-    /// How long [`close`](Queue::close) waits for verdicts that tasks still owe. Default: 5 s. A
-    /// time beyond the range of the clock is no limit. [`close_within`](Queue::close_within) has a
-    /// time-out of its own.
+    /// How long [`close`](Queue::close) waits for verdicts that tasks still owe. Default: 5 s.
+    /// [`Duration::MAX`] means no limit. [`close_within`](Queue::close_within) sets another
+    /// time-out for one call.
     pub fn close_timeout(mut self, timeout: Duration) -> Self {
         self.close_timeout = timeout;
         self
     }
 
-    /// How long to busy-poll an empty queue before sleeping. Default: zero, not at all. At most 1
-    /// ms.
+    /// How long to busy-poll an empty queue before sleeping. Default: zero, which means not at all.
+    /// At most 1 ms.
     ///
-    /// It is active only while the average time between packets is shorter. The other tasks of the
-    /// runtime run in between. It is meant for hosts with an idle CPU: there it lowers the median
-    /// latency at 100 000 packets per second from 12 to 6 µs. If the CPUs have other work, it takes
-    /// their time and raises latency: with three busy threads on two CPUs, the 99th percentile at
-    /// 100 000 packets per second rose from 0.3 to 3.6 ms. At saturation it changes nothing.
+    /// It is active only while the average time between packets is shorter than `limit`. The other
+    /// tasks of the runtime run in between. It is meant for hosts with an idle CPU: there it lowers
+    /// the median latency at 100 000 packets per second from 12 to 6 µs. If the CPUs have other
+    /// work, it takes their time and raises latency: with three busy threads on two CPUs, the 99th
+    /// percentile at 100 000 packets per second rose from 0.3 to 3.6 ms. At saturation it changes
+    /// nothing.
     #[doc(alias = "SO_BUSY_POLL")]
     pub fn busy_poll(mut self, limit: Duration) -> Self {
         self.busy_poll = limit;
@@ -217,11 +224,15 @@ impl QueueBuilder {
     /// # Errors
     /// * `InvalidInput`: a value that the kernel would refuse or silently change.
     /// * `AlreadyBound`: another socket owns the queue.
-    /// * `NotPermitted`: no `CAP_NET_ADMIN` in the user namespace that owns the network namespace.
-    /// * `Unsupported`: this kernel lacks nfnetlink_queue, or a setting; the error names it.
+    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the
+    ///   network namespace, or not the capability that [`namespace`](Self::namespace) needs.
+    /// * `Unsupported`: this kernel lacks nfnetlink_queue or does not support a setting. The error
+    ///   names nfnetlink_queue, `conntrack` or `security_context` if that is the reason.
     /// * `NoRuntime`: not called within a Tokio runtime, or in a runtime without an I/O driver. In
     ///   the latter case Tokio's panic message is printed, because Tokio has no other way to find
     ///   out.
+    /// * `Other`: another error of the operating system, for example no free descriptor, or
+    ///   [`namespace`](Self::namespace) is not a network namespace.
     pub fn bind(self) -> Result<Queue, Error> {
         let config = Config {
             command: Some(Command::Bind),

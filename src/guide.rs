@@ -1,4 +1,4 @@
-//! What to know before a queue goes into production: surprises, limits, and what can be observed.
+//! What to know before a queue goes into production: surprises, limits, and observability.
 //!
 //! # Threads and runtimes
 //!
@@ -7,12 +7,13 @@
 //!   `NoRuntime`; [`PacketStream::try_recv`](crate::PacketStream::try_recv) still receives.
 //! - Each process has one thread named `nfqueue-timer`, from the first queue on. It sends gathered
 //!   verdicts when the time limit of the flush policy is reached, keeps deadlines, and ends a
-//!   `close` that takes too long. So these hold while a task works for long without an `await`,
-//!   while a current-thread runtime is outside of `block_on`, and after the runtime has ended. The
-//!   thread sleeps while nothing is due. While there is traffic, it wakes once in each `max_delay`
-//!   of the flush policy.
+//!   `close` at its time-out. So these work while a task is busy for long without an `await`, while
+//!   a current-thread runtime is outside of `block_on`, and after the runtime has ended. The thread
+//!   sleeps while nothing is due. While there is traffic, it wakes once in each `max_delay` of the
+//!   flush policy.
 //! - [`AfterReadyTasks`](crate::FlushDecision::AfterReadyTasks) needs the runtime. If the runtime
-//!   does not get to it, the thread sends after `max_delay`; for a custom policy, after 1 ms.
+//!   does not get to it, the thread asks the policy again after `max_delay`; for a custom policy,
+//!   after 1 ms.
 //! - The time limit is the time until the send begins, provided that the system runs the thread in
 //!   time. A send takes about 1.5 µs for each accepted packet. If all CPUs are busy, the thread
 //!   waits for its turn like any other.
@@ -50,11 +51,11 @@
 //!
 //! # Shutdown
 //!
-//! - Dropping the stream closes the queue. `let (_, verdicts) = queue.split()` drops it at once;
-//!   write `_packets`.
-//! - After that the queue stays bound, with length 0, while a packet is still held: the kernel
-//!   drops new packets (with `on_unanswered(Accept)` it accepts them), and `bypass` in the rule has
-//!   no effect until the queue is unbound.
+//! - Dropping the stream closes the queue. `let (_, verdicts) = queue.split()` drops the stream at
+//!   once; `let (_packets, verdicts)` keeps it.
+//! - A queue whose stream was dropped stays bound, with length 0, while a packet is still held. The
+//!   kernel drops new packets (with `on_unanswered(Accept)` it accepts them), and `bypass` in the
+//!   rule has no effect until the queue is unbound.
 //! - A child process made by `fork` has a copy of the queue's socket. If the child drops the queue,
 //!   it unbinds the parent's.
 //!
@@ -110,3 +111,4 @@
 //! | `flush policy panicked` | ERROR | `count` |
 //! | `deadlines of unread packets are not kept` | ERROR | `error` |
 //! | `queue failed` | ERROR | `count` |
+//! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |

@@ -47,18 +47,18 @@
 //! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |
 //! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
-//! | hold packets for long | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
-//! | answer for packets that nobody decides | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
+//! | hold packets for a long time | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
+//! | say what happens to packets that nobody decides | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
 //! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
 //! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
 //! | change settings while it runs | [`VerdictSink::reconfigure`] |
 //! | test a policy | [`Verdict::action`], [`Verdict::changes`] |
 //! | watch a queue | [`VerdictSink::stats`], [`watch`](VerdictSink::watch), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
-//! | learn of refused verdicts | [`VerdictSink::refusals`] |
+//! | get the errors of refused verdicts | [`VerdictSink::refusals`] |
 //! | log | the events of `tracing` in [`guide`](guide#tracing) |
 //! | use another network namespace | [`QueueBuilder::namespace`], [`NetworkNamespace`] |
-//! | use it without Tokio's loop | [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
+//! | use another event loop than Tokio's | [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
 //! | run it as a service | [`guide`]: threads, privileges, memory, shutdown |
 //! | port a program | `migration` has tables for libnetfilter_queue, go-nfqueue, NetfilterQueue and Suricata |
 //!

@@ -6,17 +6,17 @@
 //! |---|---|
 //! | `nfq_open`, `nfq_open_nfnl`, `nfq_create_queue` | [`Queue::builder`](crate::Queue::builder), [`bind`](crate::QueueBuilder::bind) |
 //! | `nfq_bind_pf`, `nfq_unbind_pf` | not needed: they do nothing since Linux 3.8 |
-//! | `nfq_destroy_queue`, `nfq_close` | [`close`](crate::VerdictSink::close), which drains first; or drop |
+//! | `nfq_destroy_queue`, `nfq_close` | [`close`](crate::VerdictSink::close), a graceful shutdown; or drop it |
 //! | `nfq_set_mode` | [`copy_range`](crate::QueueBuilder::copy_range), [`copy_metadata`](crate::QueueBuilder::copy_metadata) |
 //! | `nfq_set_queue_maxlen` | [`max_len`](crate::QueueBuilder::max_len) |
 //! | `nfq_set_queue_flags` | [`fail_open`](crate::QueueBuilder::fail_open), [`conntrack`](crate::QueueBuilder::conntrack), [`gso`](crate::QueueBuilder::gso), [`uid_gid`](crate::QueueBuilder::uid_gid), [`security_context`](crate::QueueBuilder::security_context) |
-//! | any of these on a bound queue | [`reconfigure`](crate::VerdictSink::reconfigure) |
+//! | any of these settings on a bound queue | [`reconfigure`](crate::VerdictSink::reconfigure) |
 //! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets; without Tokio [`readable_fd`](crate::PacketStream::readable_fd) and [`try_recv`](crate::PacketStream::try_recv) |
 //! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
 //! | `NETLINK_NO_ENOBUFS` | always set |
 //! | `nfq_set_verdict` | [`submit`](crate::VerdictSink::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
 //! | `nfq_set_verdict2`, `nfq_set_verdict_mark` | [`Verdict::mark`](crate::Verdict::mark) |
-//! | `nfq_set_verdict_batch`, `nfq_set_verdict_batch2` | automatic: a batch contains only packets that have been decided like this |
+//! | `nfq_set_verdict_batch`, `nfq_set_verdict_batch2` | automatic: a batch decides only packets that were all given this verdict |
 //! | `NF_DROP`, `NF_ACCEPT`, `NF_QUEUE`, `NF_REPEAT`, `NF_STOP` | [`Action`](crate::Action), and a method of [`Packet`](crate::Packet) for each |
 //! | `NF_STOLEN` | the kernel refuses it from programs |
 //! | `nfq_get_msg_packet_hdr` | [`Packet::id`](crate::Packet::id), [`hw_protocol`](crate::Packet::hw_protocol), [`hook`](crate::Packet::hook) |
@@ -35,7 +35,7 @@
 //! | `NFQA_CT` in verdicts | [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`conntrack_timeout`](crate::Verdict::conntrack_timeout) |
 //! | `NFQA_EXP` in verdicts | [`expectation`](crate::Verdict::expectation) |
 //! | `NFQA_VLAN`, `NFQA_L2HDR` | [`Packet::vlan`](crate::Packet::vlan), [`Packet::layer2_header`](crate::Packet::layer2_header), [`Verdict::vlan`](crate::Verdict::vlan), [`Verdict::layer2_header`](crate::Verdict::layer2_header) |
-//! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::Edit), with a table of its own |
+//! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::Edit), which has a separate table |
 //! | `nfq_snprintf_xml` | none; `Debug` prints one line |
 //! | reading `/proc/net/netfilter/nfnetlink_queue` | [`kernel_stats`](crate::VerdictSink::kernel_stats), [`advice`](crate::VerdictSink::advice) |
 //!
@@ -66,7 +66,7 @@
 //! | `bind(queue, callback, max_len, mode, range, sock_len)` | [`Queue::builder`](crate::Queue::builder), [`max_len`](crate::QueueBuilder::max_len), [`copy_range`](crate::QueueBuilder::copy_range), [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
 //! | `run`, `run_socket`, `get_fd` | the stream |
 //! | `unbind` | [`close`](crate::VerdictSink::close) |
-//! | `packet.retain()` | not needed: a packet owns its bytes; [`detach`](crate::Packet::detach) gives them back |
+//! | `packet.retain()` | not needed: a packet owns its bytes; [`detach`](crate::Packet::detach) frees them |
 //! | `set_payload`, `set_mark`, `accept`, `drop`, `repeat` | [`Verdict`](crate::Verdict) and the methods of [`Packet`](crate::Packet) |
 //! | `get_hw`, `indev`, `outdev`, `physindev`, `physoutdev`, `get_timestamp`, `hook`, `hw_protocol`, `id` | as for libnetfilter_queue |
 //!

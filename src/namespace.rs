@@ -36,7 +36,8 @@ impl NetworkNamespace {
     /// file in `/proc` requires the right to read the process's state (`PTRACE_MODE_READ_FSCREDS`).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|source| failed(&path.display().to_string(), source))?;
+        let file =
+            File::open(path).map_err(|source| failed(&format!("open network namespace {}", path.display()), source))?;
         Ok(Self(Arc::new(file.into())))
     }
 
@@ -47,7 +48,8 @@ impl NetworkNamespace {
     /// slash or NUL.
     pub fn named(name: &str) -> Result<Self, Error> {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("network namespace {name:?}")));
+            let error = Error::new(ErrorKind::InvalidInput, format!("open network namespace {name:?}"));
+            return Err(error.with_detail("a name is not empty, `.` or `..`, and contains no slash or NUL"));
         }
         Self::open(Path::new("/run/netns").join(name))
     }
@@ -74,7 +76,7 @@ impl NetworkNamespace {
     #[doc(alias = "SIOCGSKNS")]
     pub fn of_socket(socket: impl AsFd) -> Result<Self, Error> {
         sys::network_namespace_of(socket).map(Self::from).map_err(|errno| {
-            let error = failed("of a socket", errno.into());
+            let error = failed("find the network namespace of a socket", errno.into());
             match errno {
                 Errno::NOTSOCK => error.with_kind(ErrorKind::InvalidInput).with_detail("not a socket"),
                 Errno::NOTTY => error.with_kind(ErrorKind::Unsupported).with_detail("Linux 4.10 is needed"),
@@ -97,7 +99,7 @@ impl NetworkNamespace {
             }
         })
         .map_err(|source| {
-            let error = failed("enter", source);
+            let error = failed("enter network namespace", source);
             match error.kind() {
                 ErrorKind::NotPermitted => error.with_detail(ENTERING_NEEDS),
                 _ => error,
@@ -113,9 +115,9 @@ const ENTERING_NEEDS: &str =
 /// `sock_ioctl` (net/socket.c).
 const OF_SOCKET_NEEDS: &str = "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace";
 
-fn failed(what: &str, source: io::Error) -> Error {
+fn failed(operation: &str, source: io::Error) -> Error {
     // EINVAL: the file is not a network namespace.
-    Error::os(format!("network namespace: {what}"), source)
+    Error::os(operation.to_owned(), source)
 }
 
 /// From a descriptor of a network namespace, for example one received over a Unix socket.

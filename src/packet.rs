@@ -63,12 +63,12 @@ impl Packet {
     ///
     /// Packets of up to 2 KiB share buffers of 8 KiB, packets of up to 16 KiB share buffers of 32
     /// KiB, and a longer packet has a buffer of its own. These bytes keep the whole buffer alive.
-    /// To keep a few bytes for long, copy them.
+    /// To keep a few bytes for a long time, copy them.
     pub fn payload_bytes(&self) -> Bytes {
         self.raw.payload_bytes()
     }
 
-    /// The length of the packet in bytes, also if less was copied. `None` in
+    /// The length of the packet in bytes, even if fewer were copied. `None` in
     /// [metadata](crate::QueueBuilder::copy_metadata) mode, in which the kernel does not send it.
     #[doc(alias = "NFQA_CAP_LEN")]
     pub fn original_len(&self) -> Option<usize> {

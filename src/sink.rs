@@ -86,7 +86,8 @@ impl VerdictSink {
     /// Errors that concern one verdict or one message and do not end the queue: verdicts that the
     /// kernel refused, verdicts for packets that had already been decided, and malformed messages.
     /// Each has its packet's id, if that is known. The kind is `NotPermitted`, `Expired`,
-    /// `Malformed`, or that of the kernel's error.
+    /// `Malformed`, that of the kernel's error, or `InvalidInput` for a verdict whose message is
+    /// longer than the socket's send buffer allows.
     ///
     /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
@@ -125,7 +126,9 @@ impl VerdictSink {
         self.queue.close(self.queue.on_unanswered(), self.queue.close_timeout()).await
     }
 
-    /// As [`close`](Self::close), but waits for `timeout` at most. With zero it does not wait.
+    /// As [`close`](Self::close), but waits for `timeout` at most instead of
+    /// [`close_timeout`](crate::QueueBuilder::close_timeout). With zero, packets that are still
+    /// undecided get the default action at once.
     ///
     /// # Errors
     /// As [`close`](Self::close).
@@ -166,9 +169,10 @@ impl VerdictSink {
     /// a whole. No packet is lost. If the receive buffer has its default size, it grows with a
     /// longer queue or copy range.
     ///
-    /// The message is sent by this call; the future resolves when the kernel has replied. In the
-    /// socket the reply is behind the packets that wait there; the future receives these too, up to
-    /// 128 each time it is polled. If the reply is lost, the message is sent again.
+    /// The message is sent by this call; the future resolves when the kernel has replied. The reply
+    /// arrives in the socket behind the packets that wait there. The future receives these too, up
+    /// to 128 each time it is polled, and the stream returns them. If the reply is lost, the
+    /// message is sent again.
     ///
     /// # Errors
     /// * `InvalidInput`: a value that the kernel would refuse or silently change.

@@ -140,8 +140,9 @@ impl Verdict {
     /// acknowledged this one.
     ///
     /// The verdict is submitted by this call, not when the future is polled. An acknowledgement
-    /// costs about 800 ns more than a plain verdict. In the socket it is behind the packets that
-    /// wait there; the future receives these too, up to 128 each time it is polled.
+    /// costs about 800 ns more than a plain verdict. It arrives in the socket behind the packets
+    /// that wait there. The future receives these too, up to 128 each time it is polled, and the
+    /// stream returns them.
     ///
     /// # Errors
     /// As [`submit`](Self::submit), and each with the packet's id:
@@ -289,7 +290,7 @@ impl Verdict {
 
     /// What the verdict changes besides deciding the packet.
     ///
-    /// With [`action`](Self::action) this is all that a verdict says, so that a function
+    /// A verdict consists of these changes and its [`action`](Self::action), so a function
     /// `fn decide(packet: Packet) -> Verdict` can be tested by what it returns.
     pub fn changes(&self) -> Changes<'_> {
         let extras = self.extras.as_ref();
@@ -319,7 +320,10 @@ impl Verdict {
         };
         #[cfg(feature = "conntrack")]
         if self.conntrack.is_some() && !self.guard.has_conntrack() {
-            return refuse(ErrorKind::InvalidInput, "a conntrack change in a queue bound without conntrack".into());
+            return refuse(
+                ErrorKind::InvalidInput,
+                "the verdict changes conntrack, but the queue was bound without conntrack(true)".into(),
+            );
         }
         #[cfg(feature = "conntrack")]
         if let Some(Err(detail)) =

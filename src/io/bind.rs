@@ -72,8 +72,9 @@ impl Shared {
         shared.ask_for_the_queue(config)?;
         let timed: Weak<Self> = Arc::downgrade(&shared);
         let timer = Timer::new(timed as Weak<dyn TimerTarget>);
-        let _ =
-            shared.timer.set(timer.map_err(|source| Error::os(operation(), source).with_detail("no timer thread"))?);
+        let _ = shared.timer.set(
+            timer.map_err(|source| Error::os(operation(), source).with_detail("the timer thread cannot be started"))?,
+        );
         driver::start(&shared);
         shared.with(|core| core.machine.bound());
         shared.trace.bound(limits.max_len, shared.socket.receive_buffer());
@@ -115,7 +116,9 @@ impl Shared {
                 // It is not the capability, so there is an owner, whom the table does not show (any
                 // more).
                 None if self.is_capable_here() => error.with_kind(ErrorKind::AlreadyBound),
-                None => error.with_detail("CAP_NET_ADMIN is needed in the user namespace of the network namespace"),
+                None => {
+                    error.with_detail("CAP_NET_ADMIN is needed in the user namespace that owns the network namespace")
+                }
             },
             ErrorKind::Unsupported => match self.refused_flag(config) {
                 Some(name) => error.with_detail(name),
@@ -132,7 +135,7 @@ impl Shared {
 
     /// Whether the calling thread has the capability that the kernel checks.
     fn is_capable_here(&self) -> bool {
-        self.network_owner != Owner::ReadyFd && sys::has_net_admin()
+        self.network_owner != Owner::Foreign && sys::has_net_admin()
     }
 
     /// The other owner of the queue, in words.
@@ -142,13 +145,13 @@ impl Shared {
             return None;
         }
         if is_own_port(port) {
-            return Some("it is another queue handle of this process".to_owned());
+            return Some("the owner is another queue of this process".to_owned());
         }
         // The port id of a process's first netlink socket is the process id. Later sockets have ids
         // that are negative as signed numbers.
         Some(match port as i32 {
-            process @ 1.. => format!("by process {process}, it seems"),
-            _ => format!("by a netlink socket with port id {port}"),
+            process @ 1.. => format!("the owner is probably process {process}"),
+            _ => format!("the owner is a netlink socket with port id {port}"),
         })
     }
 

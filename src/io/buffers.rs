@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_handed_out_stays_as_it_was() {
+    fn received_bytes_do_not_change_when_buffers_are_reused() {
         let mut memory = BufferPool::new(65_531);
         let length = |i: usize| match i % 50 {
             0 => 60_000,
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_held_packet_keeps_alive_is_told() {
+    fn the_memory_of_held_packets_is_reported() {
         let mut memory = BufferPool::new(65_531);
         let mut kept = |length: usize| match receive(&mut memory, &vec![0; length]).1 {
             Storage::Own { bytes } | Storage::Shared { bytes, .. } => bytes as usize,

@@ -1,6 +1,6 @@
 //! The graceful shutdown of a queue.
 //!
-//! 1. The kernel is told to queue no more packets: fail-open is switched on if undecided packets
+//! 1. The kernel is asked to queue no more packets: fail-open is switched on if undecided packets
 //!    are accepted, then the length is set to 0. Both are acknowledged, so everything that was
 //!    queued before is in the socket by then.
 //! 2. Packets that have not been handed out, including those in the socket, get the action.
@@ -27,9 +27,9 @@ use crate::{
 
 impl Shared {
     /// Decides packets that were received and not handed out.
-    fn answer_unread(&self, action: Action) {
+    fn decide_unread(&self, action: Action) {
         let unread = std::mem::take(&mut lock(&self.receiver).packets);
-        self.core().machine.answer_for(unread.iter().map(|packet| packet.id), action);
+        self.core().machine.decide_unread(unread.iter().map(|packet| packet.id), action);
     }
 
     /// Steps 1 and 2.
@@ -41,9 +41,9 @@ impl Shared {
         let fail_open = if action == Action::Accept { FLAG_FAIL_OPEN } else { 0 };
         let flags = Config { flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
         let length = Config { max_len: Some(0), ..Config::default() };
-        let result = [flags, length].iter().try_for_each(|config| self.configure_surely("drain queue", config));
+        let result = [flags, length].iter().try_for_each(|config| self.configure_surely("close queue", config));
         // The reply was behind everything that was queued.
-        self.answer_unread(action);
+        self.decide_unread(action);
         let capable = sys::has_net_admin();
         self.with(|core| core.machine.stopped(result, capable));
     }
@@ -53,7 +53,7 @@ impl Shared {
     async fn drain_gently(&self, action: Action) {
         // If this future is dropped, the shutdown continues.
         let rest = Rest { shared: self, action };
-        self.answer_unread(action);
+        self.decide_unread(action);
         let rounds = self.core().machine.limits().max_len as usize / RECEIVE_BATCH;
         for _ in 0..rounds {
             self.with(|core| core.machine.flush());

@@ -62,7 +62,7 @@ impl VerdictGuard {
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
         match &self.queue {
             Some(queue) => queue.interface_name(index),
-            None => Err(Error::new(ErrorKind::Closed, "name interface")),
+            None => Err(Error::new(ErrorKind::Closed, "find the name of an interface")),
         }
     }
 

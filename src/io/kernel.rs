@@ -25,7 +25,7 @@ pub struct KernelStats {
     /// [`Lost::packets`](crate::stats::Lost::packets). With fail-open they are accepted, and not
     /// counted here.
     pub dropped_socket: u32,
-    /// The last id.
+    /// The last packet id that the kernel has assigned; 0 before the first packet.
     pub last_id: u32,
 }
 
@@ -73,7 +73,7 @@ impl KernelTable {
 /// The file's mode is 0440. It belongs to root of the user namespace that owns the network
 /// namespace.
 const UNREADABLE: &str =
-    "only root may read this file, and whoever has CAP_DAC_READ_SEARCH; it is opened when the queue is bound";
+    "only root and processes with CAP_DAC_READ_SEARCH may read this file; it is opened when the queue is bound";
 
 /// The first two numbers of the running kernel's release.
 fn release() -> (u32, u32) {
@@ -92,13 +92,13 @@ fn release() -> (u32, u32) {
 pub(crate) fn payload_obstacle(owner: Owner) -> Option<&'static str> {
     // If the owner is unknown (no /proc), the verdict is sent.
     (release() >= (7, 1) && owner == Owner::Own).then_some(
-        "Linux 7.1 and later take a replaced payload only where the initial user namespace owns the network namespace",
+        "Linux 7.1 and later take replaced payloads only in network namespaces that the initial user namespace owns",
     )
 }
 
 /// As `payload_obstacle`, for packets of the bridge family (`nfqnl_validate_write`, since 7.2).
 pub(crate) fn bridge_payload_obstacle() -> Option<&'static str> {
-    (release() >= (7, 2)).then_some("Linux 7.2 and later take no replaced payload in the bridge family")
+    (release() >= (7, 2)).then_some("Linux 7.2 and later take no replaced payloads in the bridge family")
 }
 
 /// Queue, port id, queued, copy mode, copy range, dropped by the queue, dropped by the socket, last
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_as_the_kernel_prints_it() {
+    fn a_line_of_the_kernel_is_parsed() {
         let line = "    5 -4096     3 2 65531     7     8       99  1";
         let stats = parse(line, 5).unwrap();
         assert_eq!((stats.port_id, stats.queued, stats.copy_range), (-4096i32 as u32, 3, 65531));

@@ -17,8 +17,8 @@ pub(super) fn limits_of(config: &Config, before: Limits) -> Limits {
 
 /// The receive buffer for a full queue and some replies, in bytes as the kernel accounts them.
 pub(super) fn receive_buffer(limits: Limits, attributes: usize) -> usize {
-    const ANSWERS: usize = 64 * 1024;
-    truesize(limits.payload, attributes).saturating_mul(limits.max_len as usize).saturating_add(ANSWERS)
+    const REPLIES: usize = 64 * 1024;
+    truesize(limits.payload, attributes).saturating_mul(limits.max_len as usize).saturating_add(REPLIES)
 }
 
 /// The most that the kernel accounts for one packet message (`skb->truesize`), in bytes.
@@ -74,7 +74,7 @@ mod tests {
     ];
 
     #[test]
-    fn the_buffer_holds_a_full_queue_of_whatever_packets() {
+    fn the_buffer_holds_a_full_queue_of_any_packets() {
         for (payload, charged) in CHARGED {
             let limits = Limits { max_len: 1024, payload };
             assert!(receive_buffer(limits, 0) >= 1024 * charged, "copy range {payload}");

@@ -110,7 +110,8 @@ impl Shared {
             }
             Outcome::TooLong(source) if end == begin + 1 => {
                 let error = Error::new(ErrorKind::InvalidInput, "send verdict");
-                let detail = format!("its message of {} bytes is longer than the socket sends", sender.datagram.len());
+                let bytes = sender.datagram.len();
+                let detail = format!("the message of {bytes} bytes is longer than the socket's send buffer allows");
                 machine.impossible(plan.remove(begin), first, error.with_detail(detail).with_source(source.into()));
                 self.last_sent.store(sender.sequence, Ordering::Release);
                 return begin;
@@ -174,7 +175,8 @@ impl Shared {
         self.socket.send(datagram)
     }
 
-    /// Sends a configuration message. The receiver gets the reply. The caller must hold no lock.
+    /// Sends a configuration message. The returned receiver gets the reply. The caller must hold no
+    /// lock.
     ///
     /// # Errors
     /// It was not sent.
@@ -269,7 +271,7 @@ impl Shared {
                 Ok(false) => {}
                 // It has come or is lost; or another thread is still sending.
                 Ok(true) => break,
-                Err(source) => return Poll::Ready(Some(Err(Error::os("receive an answer", source)))),
+                Err(source) => return Poll::Ready(Some(Err(Error::os("receive a reply", source)))),
             }
         }
         if let Poll::Ready(result) = reply.poll_unpin(cx) {

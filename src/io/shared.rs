@@ -283,8 +283,8 @@ impl Shared {
         drop(late);
     }
 
-    /// Takes the decision of a packet's owner and sends it at once. The receiver gets the kernel's
-    /// reply.
+    /// Takes the decision of a packet's owner and sends it at once. The returned receiver gets the
+    /// kernel's reply.
     pub(crate) fn decide_confirmed(
         &self,
         id: u32,

@@ -161,8 +161,9 @@ impl Socket {
     /// The name of an interface in the socket's network namespace (SIOCGIFNAME uses the socket's
     /// namespace, not the caller's).
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
-        rustix::net::netdevice::index_to_name(self.fd.get_ref(), index)
-            .map_err(|errno| Error::os(format!("name interface {index}"), errno.into()).with_kind(ErrorKind::Other))
+        rustix::net::netdevice::index_to_name(self.fd.get_ref(), index).map_err(|errno| {
+            Error::os(format!("find the name of interface {index}"), errno.into()).with_kind(ErrorKind::Other)
+        })
     }
 
     /// Ready when the socket may be readable. Keeps only the last waker, so only the stream may use

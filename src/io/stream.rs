@@ -182,13 +182,13 @@ impl Shared {
 
     pub(crate) fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         if self.ready_fd.get().is_none() {
-            let ready_fd = ReadyFd::new(self.socket.fd()).map_err(|source| Error::os("make a descriptor", source))?;
+            let ready_fd = ReadyFd::new(self.socket.fd()).map_err(|source| Error::os("create a descriptor", source))?;
             let ready_fd = self.ready_fd.get_or_init(|| ready_fd);
             if !lock(&self.receiver).packets.is_empty() {
                 ready_fd.raise();
             }
         }
-        self.ready_fd.get().map(ReadyFd::fd).ok_or_else(|| self.closed("make a descriptor for queue"))
+        self.ready_fd.get().map(ReadyFd::fd).ok_or_else(|| self.closed("create a descriptor for queue"))
     }
 
     /// Sends all gathered verdicts. `round` belongs to the waiting caller, and is `None` at first.

@@ -49,19 +49,19 @@ pub(crate) enum Owner {
     /// The thread's own user namespace, or a child of it.
     Own,
     /// Another user namespace, in which the thread has no capabilities; or unknown.
-    ReadyFd,
+    Foreign,
 }
 
 /// The owner of the calling thread's network namespace.
 pub(crate) fn network_owner() -> Owner {
     // linux/proc_ns.h: PROC_USER_INIT_INO.
     const INITIAL: u64 = 0xEFFF_FFFD;
-    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return Owner::ReadyFd };
+    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return Owner::Foreign };
     // ns_get_owner returns EPERM unless it is the caller's own user namespace or a child.
     match user_namespace_of(namespace).and_then(rustix::fs::fstat) {
         Ok(stat) if stat.st_ino == INITIAL => Owner::Initial,
         Ok(_) => Owner::Own,
-        Err(_) => Owner::ReadyFd,
+        Err(_) => Owner::Foreign,
     }
 }
 

@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_is_told_once_for_each_time_it_is_watched() {
+    fn each_watch_reports_a_readable_descriptor_once() {
         let (sender, receiver) = channel();
         let probe = Arc::new(Probe(Mutex::new(sender)));
         let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;

@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_sent_later_is_not_given_up_also_across_the_wrap() {
+    fn later_messages_still_wait_for_their_replies_across_the_wrap() {
         let mut awaiting = Awaiting::default();
         for number in [u32::MAX - 1, u32::MAX, 0, 1] {
             awaiting.push(number, Awaited::Verdict { id: number, waiter: number });
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_are_remembered_as_long_as_their_answers_may_come() {
+    fn batches_are_kept_while_their_replies_may_arrive() {
         let mut batches = SentBatches::default();
         for number in 0..10 {
             batches.push(number, Action::Drop, 5, u64::from(number));

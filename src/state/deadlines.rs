@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn deadlines_come_when_due_and_not_before() {
+    fn deadlines_expire_when_due_and_not_before() {
         let start = Instant::now();
         let after = Duration::from_millis(640);
         let mut deadlines = Deadlines::default();

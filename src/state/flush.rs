@@ -89,7 +89,8 @@ pub enum FlushReason {
     /// The runtime has run every task that was ready, as requested by
     /// [`FlushDecision::AfterReadyTasks`].
     TasksRan,
-    /// The delay requested by [`FlushDecision::Within`] is over.
+    /// The delay requested by [`FlushDecision::Within`] is over, or the runtime has not run the
+    /// ready tasks in time ([`FlushDecision::AfterReadyTasks`]).
     DelayOver,
 }
 
@@ -99,13 +100,14 @@ pub enum FlushReason {
 pub enum FlushDecision {
     /// Send now, on the calling thread.
     Now,
-    /// Ask again when the runtime has run the tasks that are ready now: they may add verdicts. If
-    /// the runtime does not get to it in time, the verdicts are sent regardless: after `max_delay`,
-    /// or after 1 ms for a custom policy.
+    /// Ask again, with [`FlushReason::TasksRan`], when the runtime has run the tasks that are ready
+    /// now: they may add verdicts. If the runtime does not get to it in time, the policy is asked
+    /// with [`FlushReason::DelayOver`]: after `max_delay`, or after 1 ms for a custom policy. For
+    /// these two reasons this decision means [`Now`](Self::Now).
     AfterReadyTasks,
     /// Send when the oldest gathered verdict has waited for this time since it was submitted; at
-    /// most 1 s. Until then the policy is asked for each [`FlushReason`]. The crate's own timer
-    /// thread keeps the time, not Tokio's timer, whose resolution is 1 ms.
+    /// most 1 s. Until then the policy is still asked for each [`FlushReason`]. The crate's own
+    /// timer thread keeps the time, not Tokio's timer, whose resolution is 1 ms.
     Within(Duration),
 }
 
@@ -290,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cap_holds_for_any_counts() {
+    fn the_time_limit_holds_for_any_counts() {
         for mut policy in [FlushPolicy::immediate(), FlushPolicy::adaptive(CAP), FlushPolicy::fixed(1000, CAP)] {
             for undecided in [0, 1, 100_000] {
                 for backlog in [false, true] {

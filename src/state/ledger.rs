@@ -431,8 +431,8 @@ struct Run {
 }
 
 impl Run {
-    /// Whether one message can carry both. Decisions of owners are kept apart, because owners are
-    /// told when they are refused.
+    /// Whether one message can carry both. Decisions of owners are kept apart, because their
+    /// refusal is reported to the owner.
     fn takes<E>(&self, decision: &Decision<E>) -> bool {
         decision.extras.is_none() && self.fields == decision.fields && self.origin == decision.origin
     }
@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_break_where_the_ruling_changes_and_keep_the_order() {
+    fn runs_end_where_the_verdict_changes_and_keep_the_order() {
         let mut ledger = ledger(1..=7);
         for id in 1..=7 {
             let decision = match id {
@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_are_counted_and_owe_nothing() {
+    fn gaps_are_counted_and_need_no_verdict() {
         let mut ledger = Ledger::<u8>::new(1);
         assert_eq!(ledger.arrive(4, 1), 3);
         assert_eq!(ledger.arrive(5, 1), 0);

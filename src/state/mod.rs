@@ -97,7 +97,7 @@ pub(crate) struct Change {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LifeCycle {
     Open,
-    /// No packet is handed out any more. Somebody tells the kernel to queue no more, and receives
+    /// No packet is handed out any more. A thread asks the kernel to queue no more, and receives
     /// what is queued.
     Stopping {
         action: Action,
@@ -317,8 +317,8 @@ struct Sending {
     /// Datagrams that are known to have been refused, by their first messages. The replies to them
     /// bring nothing new.
     known_refused: VecDeque<u32>,
-    /// The kernel refused a datagram although the thread had the capability: only replies tell what
-    /// became of a datagram.
+    /// The kernel refused a datagram although the thread had the capability: only replies show
+    /// whether a datagram was executed.
     distrust: bool,
     /// When to send again after a failure, and the pause after the next failure.
     retry: Option<(Instant, Duration)>,

@@ -62,7 +62,7 @@ impl Random {
 /// What lies in the socket's receive buffer.
 #[derive(Debug)]
 enum Datagram {
-    /// Of one that is cut short, perhaps not even the id can be read.
+    /// `readable` is set for a truncated message: its id, if that can be read.
     Packet {
         id: u32,
         readable: Option<Option<u32>>,
@@ -78,9 +78,9 @@ struct Kernel {
     fail_open: bool,
     socket: VecDeque<Datagram>,
     room: usize,
-    /// What was done with each packet that was decided by a verdict.
-    fates: HashMap<u32, Action>,
-    /// Packets that left the queue, or never came into it, without a verdict.
+    /// The action of each packet that was decided by a verdict.
+    actions: HashMap<u32, Action>,
+    /// Packets that left the queue without a verdict, or were not queued.
     gone: BTreeSet<u32>,
     bound: bool,
 }
@@ -109,7 +109,7 @@ impl Kernel {
         self.queued.insert(id);
     }
 
-    /// `nfnetlink_rcv`: without the capability one answer, and nothing is executed.
+    /// `nfnetlink_rcv`: without the capability there is one reply, and nothing is executed.
     fn send(&mut self, first: u32, messages: Vec<Sent>, capable: bool) {
         if !capable {
             let refused = match messages[0] {
@@ -157,7 +157,7 @@ impl Kernel {
     }
 
     fn decided(&mut self, id: u32, action: Action) {
-        assert!(self.fates.insert(id, action).is_none(), "packet {id} was decided twice");
+        assert!(self.actions.insert(id, action).is_none(), "packet {id} was decided twice");
     }
 
     fn reply(&mut self, sequence: u32, error: Option<Errno>, refused: Refused) {
@@ -167,11 +167,11 @@ impl Kernel {
     }
 }
 
-/// What may happen to a packet, by what was said of it.
+/// Which actions are allowed for a packet.
 #[derive(Debug, Default)]
 struct Said {
     owner: Option<Action>,
-    /// The queue had a reason to decide in the owner's storage.
+    /// The default action is allowed: the packet was abandoned, or its verdict was refused.
     default: bool,
     deadline: bool,
 }
@@ -189,7 +189,7 @@ struct World {
     owned: Vec<u32>,
     said: BTreeMap<u32, Said>,
     received_at: HashMap<u32, Instant>,
-    /// Confirmations awaited, with what must be true when they say yes.
+    /// Confirmations that are awaited, with the packet and the action that they confirm.
     waiters: HashMap<u32, (u32, Action)>,
     next_waiter: u32,
     /// When each decision was given that has not been sent.
@@ -198,14 +198,13 @@ struct World {
     sent: u32,
     alarm: Option<Instant>,
     capable: bool,
-    /// What the sending thread finds when it asks for its capability after the send: the answer may
-    /// be late.
+    /// Some sends fail, because the kernel is out of memory.
     out_of_memory: bool,
     custom: bool,
     stopping: bool,
     unbinding: bool,
-    pass_end_due: bool,
-    driver_comes: bool,
+    tasks_ran_due: bool,
+    driver_runs: bool,
 }
 
 impl World {
@@ -234,7 +233,7 @@ impl World {
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
         let mut machine = Machine::new(settings, policy, limits, first, clock.clone());
         machine.set_driven(!random.one_in(5));
-        let driver_comes = !random.one_in(3);
+        let driver_runs = !random.one_in(3);
         let kernel = Kernel {
             queued: BTreeSet::new(),
             next_id: first,
@@ -242,7 +241,7 @@ impl World {
             fail_open: false,
             socket: VecDeque::new(),
             room,
-            fates: HashMap::new(),
+            actions: HashMap::new(),
             gone: BTreeSet::new(),
             bound: true,
         };
@@ -269,8 +268,8 @@ impl World {
             custom,
             stopping: false,
             unbinding: false,
-            pass_end_due: false,
-            driver_comes,
+            tasks_ran_due: false,
+            driver_runs,
         }
     }
 
@@ -445,7 +444,7 @@ impl World {
         }
     }
 
-    /// To the next alarm, or a moment.
+    /// Advances the clock by a random step, and fires the timer in between.
     fn pass_time(&mut self) {
         let step = Duration::from_micros(1 + self.random.below(3000) as u64);
         let until = self.now() + step;
@@ -456,7 +455,7 @@ impl World {
         }
         self.clock.0.set(until);
         self.check_cap();
-        if std::mem::take(&mut self.pass_end_due) && self.random.one_in(2) {
+        if std::mem::take(&mut self.tasks_ran_due) && self.random.one_in(2) {
             self.machine.tasks_ran();
         }
     }
@@ -475,8 +474,8 @@ impl World {
         self.perform();
     }
 
-    /// A verdict that can be sent has been sent when its cap is over. A user's own policy says when
-    /// by itself.
+    /// A verdict that can be sent has been sent when its time limit is over. A custom policy has no
+    /// limit.
     fn check_cap(&mut self) {
         let now = self.now();
         let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
@@ -498,9 +497,9 @@ impl World {
             if let Some(at) = timer {
                 self.alarm = Some(self.alarm.map_or(at, |other| other.min(at)));
             }
-            self.pass_end_due |= call_driver;
-            // A driver that is there may not come.
-            let comes = self.driver_comes && call_driver;
+            self.tasks_ran_due |= call_driver;
+            // The driver does not always run.
+            let comes = self.driver_runs && call_driver;
             if (comes || probe) && self.machine.is_permission_missing() {
                 match self.capable {
                     true => self.machine.permitted(),
@@ -509,7 +508,7 @@ impl World {
             }
             for event in self.machine.take_notices() {
                 match event {
-                    Notice::Reply(waiter, result) => self.told(waiter, &result),
+                    Notice::Reply(waiter, result) => self.replied(waiter, &result),
                     Notice::Report(_) | Notice::Spent(_) => {}
                 }
             }
@@ -539,21 +538,21 @@ impl World {
                 self.unbind();
             }
         }
-        panic!("no end of things to do");
+        panic!("effects without end");
     }
 
-    fn told(&mut self, waiter: u32, result: &Result<(), Error>) {
-        // The waiters of settings are none of these.
+    fn replied(&mut self, waiter: u32, result: &Result<(), Error>) {
+        // Waiters of configuration messages are not in the map.
         let Some((id, action)) = self.waiters.remove(&waiter) else { return };
         match result {
-            Ok(()) => assert_eq!(self.kernel.fates.get(&id), Some(&action), "packet {id} was confirmed"),
+            Ok(()) => assert_eq!(self.kernel.actions.get(&id), Some(&action), "packet {id} was confirmed"),
             Err(error) if error.kind() == ErrorKind::NotPermitted => self.refused(id),
             Err(_) => {}
         }
     }
 
     fn refused(&mut self, id: u32) {
-        assert!(!self.kernel.fates.contains_key(&id), "packet {id} was not refused");
+        assert!(!self.kernel.actions.contains_key(&id), "packet {id} was not refused");
         self.said.entry(id).or_default().default = true;
     }
 
@@ -627,7 +626,7 @@ impl World {
         end
     }
 
-    /// As `Shared::configure`: until the answer has come or been given up.
+    /// As `Shared::configure`: receives until the reply has arrived or is lost.
     fn configure(&mut self, message: fn(Action) -> Sent, action: Action) -> Result<(), Error> {
         for _ in 0..50 {
             self.receive(64);
@@ -640,10 +639,10 @@ impl World {
             self.sent = sequence;
             loop {
                 let mut result = None;
-                // Not yet told to anybody: events stay until the lock is released.
+                // Notices are not delivered until the lock is released.
                 self.machine.notices.retain(|event| match event {
-                    Notice::Reply(told, answer) if *told == waiter => {
-                        result = Some(match answer {
+                    Notice::Reply(other, reply) if *other == waiter => {
+                        result = Some(match reply {
                             Ok(()) => Ok(()),
                             Err(error) => Err(error.kind()),
                         });
@@ -668,7 +667,7 @@ impl World {
         self.unbinding = self.machine.unbound(result, self.capable);
     }
 
-    /// Begins the end, and does what `Shared::drain` does.
+    /// Begins the shutdown, and does what `Shared::drain` does.
     fn close(&mut self, limit: WaitLimit) {
         let action = if self.random.one_in(2) { Action::Drop } else { Action::Accept };
         if !self.machine.begin_close(action, limit) {
@@ -677,7 +676,7 @@ impl World {
         self.close_action = Some(action);
         let unread: Vec<u32> = self.receiver.drain(..).collect();
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
-        self.machine.answer_for(unread.into_iter(), action);
+        self.machine.decide_unread(unread.into_iter(), action);
         self.stop(action);
         self.perform();
     }
@@ -688,7 +687,7 @@ impl World {
         let result = self.configure(length, action);
         let unread: Vec<u32> = self.receiver.drain(..).collect();
         unread.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
-        self.machine.answer_for(unread.into_iter(), action);
+        self.machine.decide_unread(unread.into_iter(), action);
         self.stopping = true;
         self.machine.stopped(result, self.capable);
     }
@@ -700,9 +699,9 @@ impl World {
         assert_eq!(stats.received.packets, sum, "{stats:?}");
     }
 
-    /// Every packet that was decided was decided by what was said of it.
-    fn check_fates(&self) {
-        for (id, action) in &self.kernel.fates {
+    /// Every decided packet got an allowed action.
+    fn check_actions(&self) {
+        for (id, action) in &self.kernel.actions {
             let said = &self.said[id];
             let default = said.default.then_some(self.on_unanswered);
             let close = self.close_action;
@@ -744,8 +743,8 @@ impl World {
                 break;
             }
             self.capable |= self.random.one_in(5);
-            // Where nothing is to come any more there is no end.
-            let alarm = self.alarm.expect("an alarm until the end has come");
+            // Without a timer the shutdown would never finish.
+            let alarm = self.alarm.expect("a timer until the queue is closed");
             self.clock.0.set(alarm.max(self.now()));
             if let WaitLimit::At(_) = limit {
                 self.owned.iter().for_each(|id| self.said.entry(*id).or_default().default = true);
@@ -753,21 +752,21 @@ impl World {
             self.ring();
             self.check();
         }
-        assert!(self.machine.life().is_closed(), "it has no end: {:?}", self.machine.life());
+        assert!(self.machine.life().is_closed(), "the queue is not closed: {:?}", self.machine.life());
         self.receive(100_000);
         self.perform();
         self.check();
         let stats = self.machine.stats();
         assert_eq!(stats.held.in_flight, 0);
-        self.check_fates();
+        self.check_actions();
         let forgotten: Vec<u32> = self
             .said
             .keys()
             .copied()
-            .filter(|id| !self.kernel.fates.contains_key(id) && !self.kernel.gone.contains(id))
+            .filter(|id| !self.kernel.actions.contains_key(id) && !self.kernel.gone.contains(id))
             .collect();
         assert_eq!(forgotten, [] as [u32; 0], "forgotten");
-        assert_eq!(self.waiters.len(), 0, "confirmations that nobody answers");
+        assert_eq!(self.waiters.len(), 0, "confirmations without a reply");
     }
 }
 
@@ -790,7 +789,7 @@ fn history(seed: u64) {
     for _ in 0..EVENTS {
         world.step();
     }
-    world.check_fates();
+    world.check_actions();
     world.end();
 }
 

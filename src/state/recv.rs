@@ -86,7 +86,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             None => self.receiving.unknown += 1,
         }
-        self.tell(error);
+        self.push_refusal(error);
     }
 
     /// Ends a round of receiving. `bytes` and `overruns` are totals of the round. With `emptied`

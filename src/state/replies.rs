@@ -53,13 +53,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     };
                     self.counters.sent.refusals += 1;
                     self.note(ReportKind::Refused, 1, error.packet_id().map(PacketId::get));
-                    self.tell(error);
+                    self.push_refusal(error);
                 }
             }
         }
     }
 
-    /// Counts a verdict that the kernel did not take. Returns whether its owner must be told.
+    /// Counts a verdict that the kernel did not take. Returns whether to report that to its owner.
     pub(super) fn not_taken(&mut self, reply: &Reply, confirmed: Option<u32>) -> bool {
         let (action, count, id) = match reply.refused {
             Refused::Verdict { id, action } => (action, 1, Some(id)),
@@ -96,7 +96,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         true
     }
 
-    pub(super) fn tell(&mut self, error: Error) {
+    pub(super) fn push_refusal(&mut self, error: Error) {
         if self.refusals.len() == MAX_REFUSALS {
             self.refusals.pop_front();
             self.counters.sent.refusals_unread += 1;
@@ -112,7 +112,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Reports a verdict for a packet that had already been decided.
     pub(crate) fn report_late(&mut self, id: u32) {
-        self.tell(Error::new(ErrorKind::Expired, "submit verdict").with_packet(PacketId(id)));
+        self.push_refusal(Error::new(ErrorKind::Expired, "submit verdict").with_packet(PacketId(id)));
     }
 
     /// The queue cannot be used any more.

@@ -258,7 +258,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.note(ReportKind::Refused, 1, Some(id));
         match waiter {
             Some(waiter) => self.notices.push(Notice::Reply(waiter, Err(error))),
-            None => self.tell(error),
+            None => self.push_refusal(error),
         }
         self.decide_again(id);
     }

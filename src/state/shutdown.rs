@@ -40,7 +40,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         true
     }
 
-    /// The kernel queues no more packets, or could not be told so. All that was queued has been
+    /// The kernel queues no more packets, or the request failed. All that was queued has been
     /// received.
     ///
     /// `capable` is whether the thread that tried has the capability.
@@ -130,9 +130,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.look_for_permission(now);
         let ids = self.ledger.undecided_ids();
         let left = ids.len() + self.ledger.gathered();
-        self.answer_for(ids.into_iter(), action);
+        self.decide_unread(ids.into_iter(), action);
         if left > 0 {
-            let detail = format!("{left} packets were still undecided when the time was over");
+            let detail = format!("{left} packets were still undecided after the time-out");
             let error = Error::new(ErrorKind::TimedOut, format!("close queue {}", self.settings.queue));
             self.close_error.get_or_insert_with(|| error.with_detail(detail));
             self.request_flush();

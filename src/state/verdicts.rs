@@ -53,7 +53,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// Decides packets that nobody will take from the stream.
-    pub(crate) fn answer_for(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
+    pub(crate) fn decide_unread(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
         for id in ids {
             self.decide_in_place(id, action);
         }

@@ -64,8 +64,8 @@ impl PacketId {
 
     /// Whether the kernel gave this id before `other`, in the same queue.
     ///
-    /// Ids wrap at 2³². The answer is right for ids of which fewer than 2³¹ lie in between; those
-    /// of packets that wait at the same time always do. For that reason `PacketId` is not `Ord`.
+    /// Ids wrap at 2³², so the result is right only if the ids are less than 2³¹ apart. The ids of
+    /// packets that wait at the same time always are. For that reason `PacketId` is not `Ord`.
     pub fn is_before(self, other: Self) -> bool {
         (self.0.wrapping_sub(other.0) as i32) < 0
     }

@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn each_number_has_a_name_of_its_own() {
+    fn names_of_numbers_are_unique() {
         let mut stats = Stats::default();
         stats.lost.packets = 3;
         stats.held.oldest_undecided = Some(Duration::from_millis(2));

@@ -1,8 +1,8 @@
-//! Packets of a bridge: VLAN tags, link-layer headers, and what no router would see.
+//! Packets of a bridge: VLAN tags, link-layer headers, and protocols other than IP.
 //!
-//! The bridge family has no way to a queue but nf_tables' own `queue` expression: the xtables
-//! target is not of that family, and is refused. On a kernel without the expression (`NFT_QUEUE`)
-//! these tests see to that refusal, and no more.
+//! In the bridge family, only the `queue` expression of nf_tables sends packets to a queue; the
+//! kernel refuses the xtables target. On a kernel without the expression (`NFT_QUEUE`), these tests
+//! check only that refusal.
 
 use std::{
     io::ErrorKind as IoErrorKind,
@@ -23,28 +23,28 @@ use crate::{
 };
 
 tests![
-    one each_hook_is_told_with_its_ports,
-    both tags_are_told_and_stay,
-    one tags_are_replaced,
-    one an_untagged_frame_gets_a_tag,
-    one of_two_tags_the_outer_is_told_and_replaced,
+    one each_hook_reports_its_ports,
+    both vlan_tags_are_reported_and_kept,
+    one vlan_tags_are_replaced,
+    one a_tag_is_added_to_an_untagged_frame,
+    one the_outer_of_two_tags_is_reported_and_replaced,
     one the_link_layer_header_is_replaced,
     one a_link_layer_header_of_another_length_is_refused,
-    one arp_is_told,
-    one ipv6_is_told,
+    one arp_packets_are_queued,
+    one ipv6_packets_are_queued,
     one a_dropped_frame_does_not_arrive,
-    both each_frame_gets_its_own_tag_in_any_order,
+    both verdicts_in_any_order_set_the_right_tags,
     one payloads_are_replaced,
-    one a_payload_too_long_for_the_port_is_lost,
-    one a_payload_that_the_kernel_refuses_counts_as_unanswered,
-    one all_changes_in_one_verdict,
-    one a_repeated_packet_comes_back_as_changed,
-    one metadata_mode_tells_the_tag,
-    both super_packets_cross_whole,
-    one a_routers_rules_see_the_ports_of_a_bridge,
+    one a_payload_longer_than_the_mtu_of_the_port_is_lost,
+    one an_unsupported_payload_is_refused_and_gets_the_default_action,
+    one all_changes_work_in_one_verdict,
+    one a_repeated_packet_keeps_its_changes,
+    one metadata_mode_reports_the_tag,
+    both super_packets_are_not_segmented,
+    one br_netfilter_reports_the_ports_of_a_bridge,
 ];
 
-/// Set to 1 where the kernel has `NFT_QUEUE`, so that the bridge family must not be left out.
+/// Set to 1 if the kernel has `NFT_QUEUE`, so that these tests must not be skipped.
 const EXPECTED: &str = "TOKIO_NFQUEUE_EXPECT_BRIDGE";
 
 const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -53,8 +53,8 @@ const IPV4: u16 = 0x0800;
 const CUSTOMER: u16 = 0x8100;
 const SERVICE: u16 = 0x88a8;
 
-/// A bridge and a queue for each of these hooks, numbered from 0, that gets all that comes there.
-/// `None` after a look at what a kernel without `NFT_QUEUE` does instead.
+/// A bridge, and a queue for each of these hooks, numbered from 0, which gets all packets of the
+/// hook. `None` on a kernel without `NFT_QUEUE`, after a check that it refuses the rule.
 fn bridge(hooks: &[Hook]) -> Option<(Bridge, Vec<Queue>)> {
     let bridge = Bridge::new();
     let queues = (0..hooks.len() as u16).map(|number| Queue::builder(number).bind().unwrap()).collect();
@@ -74,7 +74,7 @@ fn bridge(hooks: &[Hook]) -> Option<(Bridge, Vec<Queue>)> {
     Some((bridge, queues))
 }
 
-/// As [`bridge`], with one queue for all that crosses.
+/// As [`bridge`], with one queue for all packets that cross the bridge.
 fn crossing() -> Option<(Bridge, Queue)> {
     let (bridge, mut queues) = bridge(&[Hook::Forward])?;
     Some((bridge, queues.remove(0)))
@@ -103,7 +103,7 @@ fn frame(tag: Option<(u16, u16)>, ether_type: u16, body: &[u8]) -> Frame {
     Frame { tag, bytes: [&TO[..], &FROM, &ether_type.to_be_bytes(), body].concat() }
 }
 
-/// A packet of so many bytes, 32 at least, that carries a number.
+/// A packet of `length` bytes (at least 32) that carries a number.
 fn udp(number: u32, length: usize) -> Vec<u8> {
     let mut packet = Vec::new();
     let data = [&vec![0x55; length - 32][..], &number.to_be_bytes()].concat();
@@ -120,10 +120,10 @@ fn vlan((protocol, control): (u16, u16)) -> Vlan {
 }
 
 async fn give(queue: &Queue, verdict: Verdict) {
-    soon("the kernel's answer", queue.sink().confirm(verdict)).await.unwrap();
+    soon("the reply of the kernel", queue.sink().confirm(verdict)).await.unwrap();
 }
 
-/// The next frame, which may still be on its way through the far interface.
+/// The next frame. It may still be on its way through the far interface.
 async fn arrival(socket: &FrameSocket) -> Frame {
     let mut frame = None;
     common::eventually("a frame", || {
@@ -134,7 +134,7 @@ async fn arrival(socket: &FrameSocket) -> Frame {
     frame.unwrap()
 }
 
-/// Sends a frame across, decides it, and sees to it that another one is what arrives.
+/// Sends a frame across the bridge, decides it, and expects the frame `come` at the other end.
 async fn cross(bridge: &Bridge, queue: &mut Queue, sent: &Frame, decide: impl FnOnce(Packet) -> Verdict, come: &Frame) {
     bridge.ends[0].socket.send(sent);
     let packet = next(queue).await;
@@ -142,7 +142,7 @@ async fn cross(bridge: &Bridge, queue: &mut Queue, sent: &Frame, decide: impl Fn
     assert_eq!(arrival(&bridge.ends[1].socket).await, *come);
 }
 
-async fn each_hook_is_told_with_its_ports() {
+async fn each_hook_reports_its_ports() {
     let hooks = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
     let Some((bridge, mut queues)) = bridge(&hooks) else { return };
     let [near, far] = [0, 1].map(|end| Some((index(&bridge.name), index(&bridge.ends[end].port))));
@@ -163,7 +163,7 @@ async fn each_hook_is_told_with_its_ports() {
     pass(&mut queues, Hook::Input, near, None, &to_the_bridge).await;
     assert_eq!(arrival(&own).await, to_the_bridge);
 
-    // To the one port that the bridge has learnt this address from.
+    // Sent to the port from which the bridge has learnt this address.
     let mut from_the_bridge = udp_frame(None, 3);
     from_the_bridge.bytes[..6].copy_from_slice(&FROM);
     from_the_bridge.bytes[6..12].copy_from_slice(&own.address());
@@ -174,7 +174,7 @@ async fn each_hook_is_told_with_its_ports() {
     assert_eq!(bridge.ends[1].socket.arrived(), None);
 }
 
-/// Looks at the packet that has come to a hook, and lets it pass. The ports come with their bridge.
+/// Checks the packet at a hook and accepts it. `from` and `to` are bridge and port.
 async fn pass(queues: &mut [Queue], hook: Hook, from: Option<(u32, u32)>, to: Option<(u32, u32)>, frame: &Frame) {
     let queue = &mut queues[number_of(hook) as usize];
     let packet = next(queue).await;
@@ -184,14 +184,14 @@ async fn pass(queues: &mut [Queue], hook: Hook, from: Option<(u32, u32)>, to: Op
     assert_eq!(packet.vlan(), frame.tag.map(vlan), "{hook:?}");
     assert_eq!(packet.layer2_header(), Some(&frame.bytes[..14]), "{hook:?}");
     assert_eq!(packet.payload(), &frame.bytes[14..], "{hook:?}");
-    // It comes with the interface that a packet came in by.
+    // The kernel sends it only with an input interface.
     assert_eq!(packet.hardware_address(), from.map(|_| &frame.bytes[6..12]), "{hook:?}");
     give(queue, packet.accept()).await;
 }
 
-async fn tags_are_told_and_stay() {
+async fn vlan_tags_are_reported_and_kept() {
     let Some((bridge, mut queue)) = crossing() else { return };
-    // Priority 5 and drop eligible; a priority without a VLAN; none of both.
+    // Priority 5 and drop eligible; a priority without a VLAN; neither of both.
     let tags = [(CUSTOMER, 5), (CUSTOMER, 0xb123), (CUSTOMER, 0xe000), (CUSTOMER, 0), (SERVICE, 0xffff)];
     for (number, tag) in (0..).zip(tags) {
         let sent = udp_frame(Some(tag), number);
@@ -205,7 +205,7 @@ async fn tags_are_told_and_stay() {
     }
 }
 
-async fn tags_are_replaced() {
+async fn vlan_tags_are_replaced() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let changes = [
         ((CUSTOMER, 5), (CUSTOMER, 6)),
@@ -220,7 +220,7 @@ async fn tags_are_replaced() {
     }
 }
 
-async fn an_untagged_frame_gets_a_tag() {
+async fn a_tag_is_added_to_an_untagged_frame() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let sent = udp_frame(None, 1);
     let look = |packet: Packet| {
@@ -234,13 +234,13 @@ async fn an_untagged_frame_gets_a_tag() {
     }
 }
 
-async fn of_two_tags_the_outer_is_told_and_replaced() {
+async fn the_outer_of_two_tags_is_reported_and_replaced() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let inner = [0x30, 7, 8, 0];
     let sent = frame(Some((SERVICE, 5)), CUSTOMER, &[&inner[..], &udp(1, 100)].concat());
     let look = |packet: Packet| {
         assert_eq!((packet.vlan(), packet.hw_protocol()), (Some(vlan((SERVICE, 5))), CUSTOMER));
-        // The inner one is the packet's beginning.
+        // The payload begins with the inner tag.
         assert_eq!((packet.layer2_header(), packet.payload()), (Some(&sent.bytes[..14]), &sent.bytes[14..]));
         assert_eq!(packet.addresses(), None);
         packet.accept().vlan(vlan((SERVICE, 6)))
@@ -268,7 +268,7 @@ async fn a_link_layer_header_of_another_length_is_refused() {
         let packet = next(&mut queue).await;
         let id = packet.id();
         let verdict = packet.accept().layer2_header(vec![2; length]);
-        let error = soon("the answer", queue.sink().confirm(verdict)).await.unwrap_err();
+        let error = soon("the reply", queue.sink().confirm(verdict)).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
         // The packet gets the default action.
         common::eventually("it is dropped", || common::account(0).unwrap().waiting == 0).await;
@@ -277,7 +277,7 @@ async fn a_link_layer_header_of_another_length_is_refused() {
     cross(&bridge, &mut queue, &sent, Packet::accept, &sent).await;
 }
 
-async fn arp_is_told() {
+async fn arp_packets_are_queued() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let addresses = [&FROM[..], &[10, 0, 0, 1], &[0; 6], &[10, 0, 0, 2]].concat();
     let sent = frame(Some((CUSTOMER, 5)), 0x0806, &[&[0, 1, 8, 0, 6, 4, 0, 1][..], &addresses].concat());
@@ -288,7 +288,7 @@ async fn arp_is_told() {
     };
     cross(&bridge, &mut queue, &sent, look, &sent).await;
     if common::replaces_bridge_payloads() {
-        // A reply in place of the question.
+        // The request is replaced by a reply.
         let mut come = sent.clone();
         come.bytes[14 + 7] = 2;
         let body = come.bytes[14..].to_vec();
@@ -296,7 +296,7 @@ async fn arp_is_told() {
     }
 }
 
-async fn ipv6_is_told() {
+async fn ipv6_packets_are_queued() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let (source, destination) = ([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], [0xfd; 16]);
     let mut body = Vec::new();
@@ -315,13 +315,13 @@ async fn a_dropped_frame_does_not_arrive() {
     let Some((bridge, mut queue)) = crossing() else { return };
     bridge.ends[0].socket.send(&udp_frame(Some((CUSTOMER, 5)), 1));
     let packet = next(&mut queue).await;
-    // Nor does it with a change.
+    // A change does not alter that.
     give(&queue, packet.drop().vlan(vlan((CUSTOMER, 6)))).await;
     let sent = udp_frame(Some((CUSTOMER, 5)), 2);
     cross(&bridge, &mut queue, &sent, Packet::accept, &sent).await;
 }
 
-async fn each_frame_gets_its_own_tag_in_any_order() {
+async fn verdicts_in_any_order_set_the_right_tags() {
     const COUNT: u16 = 64;
     let Some((bridge, mut queue)) = crossing() else { return };
     let mut held = Vec::new();
@@ -333,7 +333,7 @@ async fn each_frame_gets_its_own_tag_in_any_order() {
     for packet in held {
         let number = number(&packet) as u16;
         assert_eq!(packet.vlan(), Some(vlan((CUSTOMER, number))));
-        // A third is dropped, a third goes as it came.
+        // A third is dropped, a third is accepted unchanged.
         queue
             .sink()
             .submit(match number % 3 {
@@ -361,7 +361,7 @@ async fn each_frame_gets_its_own_tag_in_any_order() {
     assert_eq!(bridge.ends[1].socket.arrived(), None);
 }
 
-/// Says it if not.
+/// Prints a message if payloads are not replaced here.
 fn replaces_payloads() -> bool {
     let replaces = common::replaces_bridge_payloads();
     if !replaces {
@@ -375,7 +375,7 @@ async fn payloads_are_replaced() {
     if !replaces_payloads() {
         return;
     }
-    // A tagged packet is not made shorter: where the tag arrives as part of the frame's bytes, its
+    // A tagged packet is not shortened: if the tag arrives within the bytes of the frame, its
     // transport header may be 4 bytes before its network header (`skb_vlan_untag`), and
     // `nfqnl_mangle` takes that for a minimum length of 4 GiB. Seen on 6.1.176.
     for (tag, lengths) in [(None, &[100, 200, 1500, 40][..]), (Some((CUSTOMER, 5)), &[100, 200, 1500])] {
@@ -388,24 +388,23 @@ async fn payloads_are_replaced() {
     }
 }
 
-async fn a_payload_too_long_for_the_port_is_lost() {
+async fn a_payload_longer_than_the_mtu_of_the_port_is_lost() {
     let Some((bridge, mut queue)) = crossing() else { return };
     if !replaces_payloads() {
         return;
     }
-    // With a tag, so that `br_netfilter` leaves it alone: that one fragments.
+    // With a tag, so that `br_netfilter`, which would fragment it, ignores the packet.
     let tag = Some((CUSTOMER, 5));
     bridge.ends[0].socket.send(&udp_frame(tag, 1));
     let packet = next(&mut queue).await;
-    // The kernel does not say what becomes of it. Four bytes more than the MTU are let through, tag
-    // or not.
+    // The kernel reports no error. It allows four bytes more than the MTU, with a tag or without.
     give(&queue, packet.accept().payload(udp(1, 1505))).await;
     let (sent, come) = (udp_frame(tag, 2), frame(tag, IPV4, &udp(2, 1504)));
     cross(&bridge, &mut queue, &sent, |packet| packet.accept().payload(udp(2, 1504)), &come).await;
 }
 
-/// The kernel would drop the packet and acknowledge the verdict; so the sink refuses the verdict.
-async fn a_payload_that_the_kernel_refuses_counts_as_unanswered() {
+/// The kernel would drop the packet and acknowledge the verdict, so `submit` refuses the verdict.
+async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
     if common::replaces_bridge_payloads() {
         return untried("a way to replace the payload of a packet of a bridge");
     }
@@ -424,7 +423,7 @@ async fn a_payload_that_the_kernel_refuses_counts_as_unanswered() {
             bridge.ends[0].socket.send(sent);
             let packet = next(&mut queue).await;
             let (id, payload) = (packet.id(), packet.payload().to_vec());
-            // Not even the packet's own bytes, and the other changes are not made either.
+            // Even the unchanged bytes are refused, and then the other changes are not made either.
             let verdict = packet.accept().payload(payload).vlan(vlan((SERVICE, 6)));
             let error = if index % 2 == 0 {
                 queue.sink().submit(verdict).unwrap_err()
@@ -439,13 +438,13 @@ async fn a_payload_that_the_kernel_refuses_counts_as_unanswered() {
         queue.sink().flush().await.unwrap();
         assert_eq!(bridge.ends[1].socket.arrived(), None);
         assert_eq!((queue.stats().decided.unanswered, queue.stats().held.in_flight), (sent.len() as u64, 0));
-        // The queue goes on.
+        // The queue still works.
         let sent = udp_frame(None, 3);
         cross(&bridge, &mut queue, &sent, Packet::accept, &sent).await;
     }
 }
 
-async fn all_changes_in_one_verdict() {
+async fn all_changes_work_in_one_verdict() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let mut second = Queue::builder(1).bind().unwrap();
     let replaces = common::replaces_bridge_payloads();
@@ -466,7 +465,7 @@ async fn all_changes_in_one_verdict() {
     assert_eq!(arrival(&bridge.ends[1].socket).await, come);
 }
 
-async fn a_repeated_packet_comes_back_as_changed() {
+async fn a_repeated_packet_keeps_its_changes() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let sent = udp_frame(None, 1);
     bridge.ends[0].socket.send(&sent);
@@ -478,7 +477,7 @@ async fn a_repeated_packet_comes_back_as_changed() {
     assert_eq!(arrival(&bridge.ends[1].socket).await, Frame { tag: Some((CUSTOMER, 5)), ..sent });
 }
 
-async fn metadata_mode_tells_the_tag() {
+async fn metadata_mode_reports_the_tag() {
     let Some((bridge, queue)) = crossing() else { return };
     drop(queue);
     common::freed(0).await;
@@ -493,7 +492,7 @@ async fn metadata_mode_tells_the_tag() {
     cross(&bridge, &mut queue, &sent, look, &come).await;
 }
 
-async fn super_packets_cross_whole() {
+async fn super_packets_are_not_segmented() {
     let Some((bridge, mut queue)) = crossing() else { return };
     let addresses = [Ipv4Addr::new(10, 7, 0, 1), Ipv4Addr::new(10, 7, 0, 2)];
     for (end, address) in bridge.ends.iter().zip(addresses) {
@@ -524,9 +523,8 @@ async fn super_packets_cross_whole() {
     assert!(longest > 1500, "{longest}");
 }
 
-/// Not the bridge family: where the kernel shows routers' rules what crosses a bridge
-/// (`br_netfilter`).
-async fn a_routers_rules_see_the_ports_of_a_bridge() {
+/// Not the bridge family: `br_netfilter` passes packets that cross a bridge to the rules for IP.
+async fn br_netfilter_reports_the_ports_of_a_bridge() {
     let bridge = Bridge::new();
     if std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables").ok().as_deref() != Some("1\n") {
         return untried("no br_netfilter at work");
@@ -543,7 +541,7 @@ async fn a_routers_rules_see_the_ports_of_a_bridge() {
         );
         assert_eq!([packet.physical_in(), packet.physical_out()], ports);
         assert_eq!((packet.vlan(), packet.layer2_header()), (None, None));
-        // The kernel leaves out what it could only do in the bridge family.
+        // Outside of the bridge family the kernel ignores these changes.
         packet.accept().vlan(vlan((CUSTOMER, 5))).layer2_header(vec![1; 14])
     };
     cross(&bridge, &mut queue, &sent, look, &sent).await;

@@ -1,4 +1,4 @@
-//! Many tasks, many threads, many packets: each is decided once, as its owner said.
+//! Many tasks, threads and packets: each packet is decided once, as its owner decided.
 
 use std::{future::ready, time::Duration};
 
@@ -9,32 +9,32 @@ use tokio_nfqueue::{FlushDecision, FlushPolicy, Packet, Queue, Verdict, VerdictS
 use crate::common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
 
 tests![
-    both eight_sinks_in_eight_tasks,
-    both eight_sinks_under_immediate,
-    both eight_sinks_under_fixed,
-    both eight_sinks_under_a_policy_of_ones_own,
-    both confirmations_from_eight_tasks,
-    multi sinks_in_foreign_threads,
-    both receiving_is_cancel_safe,
-    both receiving_many_is_cancel_safe,
-    both receiving_many_keeps_its_limit,
-    both a_stream_that_stays_awake_lets_others_run,
-    sync a_stream_that_stays_awake_survives_the_end_of_block_on,
+    both eight_tasks_decide_each_packet_once_with_the_default_policy,
+    both eight_tasks_decide_each_packet_once_with_the_immediate_policy,
+    both eight_tasks_decide_each_packet_once_with_a_fixed_policy,
+    both eight_tasks_decide_each_packet_once_with_a_custom_policy,
+    both confirm_resolves_in_eight_tasks,
+    multi sinks_work_in_threads_without_a_runtime,
+    both recv_is_cancel_safe,
+    both recv_many_is_cancel_safe,
+    both recv_many_keeps_its_limit,
+    both a_busy_polling_stream_lets_other_tasks_run,
+    sync a_busy_polling_stream_is_woken_after_block_on_has_returned,
 ];
 
-async fn eight_sinks_in_eight_tasks() {
+async fn eight_tasks_decide_each_packet_once_with_the_default_policy() {
     eight_sinks(FlushPolicy::default(), 20_000).await;
 }
 
-async fn eight_sinks_under_immediate() {
+async fn eight_tasks_decide_each_packet_once_with_the_immediate_policy() {
     eight_sinks(FlushPolicy::immediate(), 5000).await;
 }
 
-async fn eight_sinks_under_fixed() {
+async fn eight_tasks_decide_each_packet_once_with_a_fixed_policy() {
     eight_sinks(FlushPolicy::fixed(20, Duration::from_micros(300)), 5000).await;
 }
 
-async fn eight_sinks_under_a_policy_of_ones_own() {
+async fn eight_tasks_decide_each_packet_once_with_a_custom_policy() {
     let mut random = Random::new(5);
     let moody = FlushPolicy::custom(move |context| match random.below(4) {
         0 if context.gathered > 3 => FlushDecision::Now,
@@ -79,7 +79,7 @@ async fn eight_sinks(policy: FlushPolicy, count: u32) {
     drop(packets);
 }
 
-/// Holds some packets for some time, and decides them in some order.
+/// Holds packets for random times, and decides them in random order.
 async fn decide_at_random(
     mut inbox: mpsc::UnboundedReceiver<Packet>,
     sink: VerdictSink,
@@ -118,7 +118,7 @@ async fn decide_at_random(
     }
 }
 
-async fn confirmations_from_eight_tasks() {
+async fn confirm_resolves_in_eight_tasks() {
     const COUNT: u32 = 3000;
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
@@ -129,7 +129,7 @@ async fn confirmations_from_eight_tasks() {
             let (sink, decide) = (sink.clone(), load.decide());
             let task = tokio::spawn(async move {
                 while let Some(packet) = inbox.recv().await {
-                    soon("the answer", sink.confirm(decide(packet))).await.unwrap();
+                    soon("the reply", sink.confirm(decide(packet))).await.unwrap();
                 }
             });
             (channel, task)
@@ -146,7 +146,7 @@ async fn confirmations_from_eight_tasks() {
     assert_eq!((sink.stats().sent.gone_at_least, sink.stats().held.in_flight), (0, 0));
 }
 
-async fn sinks_in_foreign_threads() {
+async fn sinks_work_in_threads_without_a_runtime() {
     const COUNT: u32 = 5000;
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
@@ -174,7 +174,7 @@ async fn sinks_in_foreign_threads() {
     assert_eq!((sink.stats().sent.gone_at_least, sink.stats().decided.late, sink.stats().lost.packets), (0, 0, 0));
 }
 
-async fn receiving_is_cancel_safe() {
+async fn recv_is_cancel_safe() {
     const COUNT: u32 = 5000;
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
@@ -185,7 +185,7 @@ async fn receiving_is_cancel_safe() {
         tokio::select! {
             packet = queue.recv() => {
                 let packet = packet.unwrap().unwrap();
-                // By its id: packets may overtake each other on their way to the queue.
+                // By id, because packets may overtake each other on their way to the queue.
                 assert_eq!(packet.id().get(), received + 1, "none is missing");
                 received += 1;
                 sink.submit(decide(packet)).unwrap();
@@ -193,7 +193,7 @@ async fn receiving_is_cancel_safe() {
             () = ready(()) => {
                 cancelled += 1;
                 if cancelled % 8 == 0 {
-                    // Or else this task would never let the runtime look for events.
+                    // Otherwise this task would never let the runtime check for I/O.
                     tokio::task::yield_now().await;
                 }
             }
@@ -204,7 +204,7 @@ async fn receiving_is_cancel_safe() {
     assert_eq!((sink.stats().decided.unanswered, sink.stats().lost.packets), (0, 0));
 }
 
-async fn receiving_many_is_cancel_safe() {
+async fn recv_many_is_cancel_safe() {
     const COUNT: u32 = 5000;
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
@@ -233,9 +233,9 @@ async fn receiving_many_is_cancel_safe() {
     assert_eq!(sink.stats().decided.unanswered, 0);
 }
 
-/// Who sends the next packet when the last has arrived, in the same runtime, must not wait for the
-/// stream's busy poll.
-async fn a_stream_that_stays_awake_lets_others_run() {
+/// A task in the same runtime that sends the next packet after the last has arrived must not wait
+/// for the stream's busy polling.
+async fn a_busy_polling_stream_lets_other_tasks_run() {
     const ROUNDS: u32 = 3000;
     let (mut queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
     let there = tokio::net::UdpSocket::bind(("127.0.0.1", 0)).await.unwrap();
@@ -266,21 +266,21 @@ async fn a_stream_that_stays_awake_lets_others_run() {
         }
     };
     soon("the game's end", play).await;
-    // Asleep it would have been polled in vain once for each packet at most.
+    // A sleeping stream would have been polled in vain at most once for each packet.
     let dry = soon("the verdicts", decided).await.unwrap();
     assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
 }
 
-/// A set of streams polls those that have been woken. A wish to be polled again that the runtime
-/// has forgotten must not be all that wakes a stream in such a set.
-fn a_stream_that_stays_awake_survives_the_end_of_block_on() {
+/// A set of streams polls only streams that have been woken. The runtime may lose a request to be
+/// polled again when `block_on` returns, so that request must not be the only wake-up.
+fn a_busy_polling_stream_is_woken_after_block_on_has_returned() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();
     let (queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
     let (sink, mut set) = (queue.sink(), futures::stream::select_all([queue]));
     let traffic = Traffic::new(1);
     for round in 0..100 {
-        // Dry, and at the end of this it is known whether it stays awake.
+        // The queue is empty; after this poll the stream has decided whether it busy-polls.
         runtime.block_on(std::future::poll_fn(|cx| {
             assert!(set.poll_next_unpin(cx).is_pending(), "{round}");
             std::task::Poll::Ready(())
@@ -293,7 +293,7 @@ fn a_stream_that_stays_awake_survives_the_end_of_block_on() {
     }
 }
 
-async fn receiving_many_keeps_its_limit() {
+async fn recv_many_keeps_its_limit() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(200);
     let mut packets = Vec::new();
@@ -306,7 +306,7 @@ async fn receiving_many_keeps_its_limit() {
         assert!((1..=limit).contains(&count));
         assert_eq!(packets.len(), before + count, "appended");
     }
-    // What is there already is given as far as the limit allows.
+    // Packets that have been received are returned up to the limit.
     assert!(packets.len() >= 64);
     while packets.len() < 100 {
         soon("packets", queue.recv_many(&mut packets, 1000)).await.unwrap();
@@ -316,7 +316,7 @@ async fn receiving_many_keeps_its_limit() {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..100).await;
-    // The same mixed with single receives.
+    // The same, mixed with single receives.
     traffic.send(100..110);
     let mut packets = vec![next(&mut queue).await];
     packets.push(queue.next().await.unwrap().unwrap());

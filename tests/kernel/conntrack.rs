@@ -1,8 +1,8 @@
-//! Connection tracking entries beside packets, and changed by verdicts.
+//! Connection tracking entries of packets, and changes to them in verdicts.
 //!
 //! On a kernel without the glue between queues and connection tracking
-//! (`NETFILTER_NETLINK_GLUE_CT`) each of these tests sees to it that such a queue cannot be bound
-//! and that a change is refused, and no more.
+//! (`NETFILTER_NETLINK_GLUE_CT`), each of these tests checks only that such a queue cannot be bound
+//! and that a change is refused.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -24,30 +24,30 @@ use crate::{
 };
 
 tests![
-    both the_first_packet_brings_an_unconfirmed_entry,
-    both answers_change_the_state,
-    one an_entry_of_ipv6,
-    one an_entry_in_a_zone,
-    one an_error_is_related,
+    both the_first_packet_has_an_unconfirmed_entry,
+    both replies_change_the_state,
+    one an_ipv6_entry_is_decoded,
+    one the_zone_of_an_entry_is_decoded,
+    one an_icmp_error_is_related,
     one untracked_packets_have_no_entry,
-    both a_mark_is_seen_on_the_flow,
-    one a_mark_changes_in_the_bits_of_its_mask,
-    one labels_change_in_the_bits_of_their_mask,
-    one labels_that_no_rule_uses_are_not_changed,
-    one a_timeout_holds_until_the_next_packet,
-    one a_very_long_timeout,
-    one all_changes_in_one_verdict,
+    both a_connection_mark_is_seen_in_later_packets,
+    one a_connection_mark_changes_only_within_its_mask,
+    one labels_change_only_within_their_mask,
+    one labels_need_a_rule_that_sets_labels,
+    one a_timeout_lasts_until_the_next_packet,
+    one a_very_long_timeout_is_limited_by_the_kernel,
+    one all_changes_work_in_one_verdict,
     one an_expected_connection_is_related,
-    one an_expectation_is_met_once_or_always,
-    one an_expectation_of_a_connection_without_a_helper,
+    one an_expectation_matches_once_unless_it_is_permanent,
+    one an_expectation_without_a_helper_is_ignored,
     one a_dropped_packet_leaves_no_entry,
-    both a_queue_bound_without_refuses_changes,
+    both a_queue_bound_without_conntrack_refuses_changes,
 ];
 
-/// Set to 1 where the kernel has the glue, so that a queue with conntrack must not be refused.
+/// Set to 1 if the kernel has the glue, so that binding with conntrack must succeed.
 const EXPECTED: &str = "TOKIO_NFQUEUE_EXPECT_CONNTRACK";
 
-/// A queue with conntrack, or `None` after a look at what a kernel without it does instead.
+/// A queue with conntrack, or `None` on a kernel without it, after a check of the refusal.
 async fn with_conntrack(number: u16) -> Option<Queue> {
     match Queue::builder(number).conntrack(true).bind() {
         Ok(queue) => Some(queue),
@@ -62,7 +62,7 @@ async fn with_conntrack(number: u16) -> Option<Queue> {
     }
 }
 
-/// Binds a queue without conntrack, which takes no change.
+/// Binds a queue without conntrack, and checks that it refuses each change.
 async fn refuses_changes(number: u16) {
     let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().unwrap();
     let _divert = divert([udp_out().to_queue(number)]);
@@ -88,16 +88,16 @@ async fn refuses_changes(number: u16) {
         assert!(error.to_string().contains("conntrack"), "{error}");
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
-    // What is refused is unanswered.
+    // Packets with a refused verdict get the default action.
     for index in 0..4 {
         assert_eq!(flow.heard(), index);
     }
 }
 
-/// Where expected connections go to.
+/// The destination of expected connections.
 const LATER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9100);
 
-/// Two sockets that talk over loopback: one asks, one answers.
+/// Two sockets on loopback: the client sends requests, the server replies.
 struct Pair {
     client: UdpSocket,
     server: UdpSocket,
@@ -113,11 +113,11 @@ impl Pair {
         self.client.send_to(&number.to_be_bytes(), self.server.local_addr().unwrap()).unwrap();
     }
 
-    fn answer(&self, number: u32) {
+    fn reply(&self, number: u32) {
         self.server.send_to(&number.to_be_bytes(), self.client.local_addr().unwrap()).unwrap();
     }
 
-    /// What the server hears next.
+    /// The next number that the server receives.
     fn heard(&self) -> u32 {
         let mut datagram = [0; 4];
         self.server.recv(&mut datagram).expect("a question");
@@ -139,7 +139,7 @@ fn assert_flow(flow: Flow, protocol: u8, source: SocketAddr, destination: Socket
     assert_eq!(flow.protocol, Some(protocol));
 }
 
-/// On its way out a packet is seen before its entry is confirmed.
+/// At the output hook a packet is seen before its entry is confirmed.
 fn udp_out() -> Rule {
     Rule::new(Hook::Output).protocol(Protocol::Udp)
 }
@@ -151,17 +151,17 @@ async fn entry(queue: &mut Queue) -> (Packet, Conntrack) {
     (packet, entry)
 }
 
-/// The entry's mark: of one without, some kernels send 0, others nothing.
+/// The entry's mark. For an entry without one, some kernels send 0 and others send nothing.
 fn mark(entry: &Conntrack) -> u32 {
     entry.mark.unwrap_or(0)
 }
 
-/// Gives a verdict, and has the kernel say that it took it.
+/// Submits a verdict and waits until the kernel has acknowledged it.
 async fn give(queue: &Queue, verdict: Verdict) {
-    soon("the kernel's answer", queue.sink().confirm(verdict)).await.unwrap();
+    soon("the reply of the kernel", queue.sink().confirm(verdict)).await.unwrap();
 }
 
-async fn the_first_packet_brings_an_unconfirmed_entry() {
+async fn the_first_packet_has_an_unconfirmed_entry() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -180,7 +180,7 @@ async fn the_first_packet_brings_an_unconfirmed_entry() {
 
     pair.ask(2);
     let (packet, second) = entry(&mut queue).await;
-    // Nobody has answered yet.
+    // The server has not replied yet.
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
     pair.assert_is(&second);
     assert!(second.status.unwrap().is_confirmed());
@@ -190,7 +190,7 @@ async fn the_first_packet_brings_an_unconfirmed_entry() {
     queue.sink().submit(packet.accept()).unwrap();
 }
 
-async fn answers_change_the_state() {
+async fn replies_change_the_state() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -198,10 +198,10 @@ async fn answers_change_the_state() {
     pair.ask(1);
     let (packet, first) = entry(&mut queue).await;
     give(&queue, packet.accept()).await;
-    pair.answer(2);
+    pair.reply(2);
     let (packet, second) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
-    // The entry's directions are the connection's, not the packet's.
+    // The directions of the entry are those of the connection, not of the packet.
     pair.assert_is(&second);
     assert!(second.status.unwrap().has_seen_reply());
     give(&queue, packet.accept()).await;
@@ -211,12 +211,12 @@ async fn answers_change_the_state() {
     pair.assert_is(&third);
     let status = third.status.unwrap();
     assert!(status.has_seen_reply() && status.is_confirmed());
-    // SEEN_REPLY and CONFIRMED among them.
+    // Contains SEEN_REPLY and CONFIRMED.
     assert_eq!(status.bits() & 0b1010, 0b1010);
     assert_eq!((second.id, third.id), (first.id, first.id));
     queue.sink().submit(packet.accept()).unwrap();
 
-    // Another flow, another entry.
+    // Another flow has another entry.
     let other = support::udp("127.0.0.1:0");
     other.send_to(&[0; 4], pair.server.local_addr().unwrap()).unwrap();
     let (packet, fourth) = entry(&mut queue).await;
@@ -226,7 +226,7 @@ async fn answers_change_the_state() {
     queue.sink().submit(packet.accept()).unwrap();
 }
 
-async fn an_entry_of_ipv6() {
+async fn an_ipv6_entry_is_decoded() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -239,7 +239,7 @@ async fn an_entry_of_ipv6() {
     assert_eq!(pair.heard(), 1);
 }
 
-async fn an_entry_in_a_zone() {
+async fn the_zone_of_an_entry_is_decoded() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     install("zoned", Some(BEFORE_TRACKING), vec![immediate(5_u16.to_ne_bytes().to_vec()), ct(SOURCE, ZONE)]);
     let _divert = divert([udp_out().to_queue(0)]);
@@ -251,7 +251,7 @@ async fn an_entry_in_a_zone() {
     give(&queue, packet.accept()).await;
 }
 
-async fn an_error_is_related() {
+async fn an_icmp_error_is_related() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Icmp).to_queue(0)]);
@@ -273,11 +273,11 @@ async fn untracked_packets_have_no_entry() {
         pair.ask(turn);
         let packet = next(&mut queue).await;
         assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None), "{turn}");
-        // It cannot be known beforehand which packets have one, so this is no mistake.
+        // A program cannot know beforehand whether a packet has an entry, so this is no error.
         give(&queue, packet.accept().conntrack_mark(1, 1)).await;
         assert_eq!(pair.heard(), turn);
         if turn == 0 {
-            // First there was no connection tracking, now there is, but not for these.
+            // At first there is no connection tracking. Now there is, but these packets are exempt.
             track();
             let notrack = Expressions::Other { expression_type: "notrack".to_owned(), attributes: Vec::new() };
             install("exempt", Some(BEFORE_TRACKING), vec![notrack]);
@@ -285,7 +285,7 @@ async fn untracked_packets_have_no_entry() {
     }
 }
 
-async fn a_mark_is_seen_on_the_flow() {
+async fn a_connection_mark_is_seen_in_later_packets() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -298,8 +298,8 @@ async fn a_mark_is_seen_on_the_flow() {
     let (packet, marked) = entry(&mut queue).await;
     assert_eq!((number(&packet), marked.mark, packet.mark()), (2, Some(0xdead_beef), 0));
     queue.sink().submit(packet.accept()).unwrap();
-    // It is both directions'.
-    pair.answer(3);
+    // It applies to both directions.
+    pair.reply(3);
     let (packet, marked) = entry(&mut queue).await;
     assert_eq!((packet.conntrack_state(), marked.mark), (Some(ConntrackState::EstablishedReply), Some(0xdead_beef)));
     queue.sink().submit(packet.accept()).unwrap();
@@ -307,7 +307,7 @@ async fn a_mark_is_seen_on_the_flow() {
     let (packet, unmarked) = entry(&mut queue).await;
     assert_eq!(mark(&unmarked), 0);
     queue.sink().submit(packet.accept()).unwrap();
-    // Back to none.
+    // The mark is removed.
     pair.ask(5);
     let packet = next(&mut queue).await;
     give(&queue, packet.accept().conntrack_mark(0, u32::MAX)).await;
@@ -321,7 +321,7 @@ async fn a_mark_is_seen_on_the_flow() {
     }
 }
 
-async fn a_mark_changes_in_the_bits_of_its_mask() {
+async fn a_connection_mark_changes_only_within_its_mask() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -331,7 +331,7 @@ async fn a_mark_changes_in_the_bits_of_its_mask() {
         ((0x0000_0009, 0x0000_000f), 0x1234_5679),
         ((0x0000_ab00, 0x0000_ff00), 0x1234_ab79),
         ((0, 0x0fff_0000), 0x1000_ab79),
-        // Bits outside of the mask do not count.
+        // Bits outside of the mask are ignored.
         ((0xffff_ffff, 0x0000_00ff), 0x1000_abff),
         ((0xffff_ffff, 0), 0x1000_abff),
     ];
@@ -346,7 +346,7 @@ async fn a_mark_changes_in_the_bits_of_its_mask() {
     }
 }
 
-async fn labels_change_in_the_bits_of_their_mask() {
+async fn labels_change_only_within_their_mask() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track_with_labels();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -371,14 +371,14 @@ async fn labels_change_in_the_bits_of_their_mask() {
     }
 }
 
-async fn labels_that_no_rule_uses_are_not_changed() {
+async fn labels_need_a_rule_that_sets_labels() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
     let pair = Pair::new("127.0.0.1");
     pair.ask(0);
     let packet = next(&mut queue).await;
-    // The kernel says nothing of it, and gives up before it comes to the mark.
+    // The kernel reports no error, and ignores the mark as well.
     give(&queue, packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
     pair.ask(0);
     let (packet, entry) = entry(&mut queue).await;
@@ -386,18 +386,18 @@ async fn labels_that_no_rule_uses_are_not_changed() {
     queue.sink().submit(packet.accept()).unwrap();
 }
 
-async fn a_timeout_holds_until_the_next_packet() {
+async fn a_timeout_lasts_until_the_next_packet() {
     let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
     let pair = Pair::new("127.0.0.1");
     for turn in 0..2 {
-        // The first time the entry is not confirmed.
+        // In the first round the entry is not confirmed.
         pair.ask(turn);
         let (packet, before) = entry(&mut queue).await;
         assert!(before.timeout.is_some_and(|timeout| timeout <= Duration::from_secs(30)), "{turn}: {before:?}");
         assert_eq!(before.status.unwrap().is_confirmed(), turn == 1);
-        // Without a way through the stack in between.
+        // The packet does not leave netfilter in between.
         give(&queue, packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
         let (packet, after) = entry(&mut second).await;
         let timeout = after.timeout.unwrap();
@@ -411,7 +411,7 @@ async fn a_timeout_holds_until_the_next_packet() {
     queue.sink().submit(packet.accept()).unwrap();
 }
 
-async fn a_very_long_timeout() {
+async fn a_very_long_timeout_is_limited_by_the_kernel() {
     let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -420,13 +420,13 @@ async fn a_very_long_timeout() {
     let packet = next(&mut queue).await;
     give(&queue, packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
     let (packet, entry) = entry(&mut second).await;
-    // The kernel cuts it to 2³¹ − 1 of its ticks: 24 days where there are 1000 of them in a second.
+    // The kernel limits it to 2³¹ − 1 ticks: 24 days at 1000 ticks per second.
     assert!(entry.timeout.unwrap() > Duration::from_secs(24 * 86_400), "{entry:?}");
     give(&second, packet.accept()).await;
     assert_eq!(pair.heard(), 0);
 }
 
-async fn all_changes_in_one_verdict() {
+async fn all_changes_work_in_one_verdict() {
     let (Some(mut queue), Some(mut second)) = (with_conntrack(0).await, with_conntrack(1).await) else { return };
     track_with_labels();
     let _divert = divert([udp_out().to_queue(0)]);
@@ -449,7 +449,7 @@ async fn all_changes_in_one_verdict() {
     assert_eq!(pair.heard(), 7);
 }
 
-/// Asks a question, and gives its connection an expectation; tells what the connection was.
+/// Sends a request, and adds an expectation to its connection. Returns the entry of the connection.
 async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Conntrack {
     pair.ask(0);
     let (packet, first) = entry(queue).await;
@@ -458,7 +458,7 @@ async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Con
     first
 }
 
-/// The state and the entry of a first packet from somewhere to where it may be expected.
+/// Sends a packet to the expected destination. Returns its state and its entry.
 async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConntrackState, Conntrack) {
     from.send_to(&[0; 4], LATER).unwrap();
     let (packet, entry) = entry(queue).await;
@@ -477,7 +477,7 @@ async fn an_expected_connection_is_related() {
     let (state, entry) = follow(&mut queue, &source).await;
     assert_eq!((state, entry.master), (ConntrackState::New, None), "before");
 
-    // Each wrong one differs in one thing: in the source port, in the source address.
+    // Each of the wrong sources differs in one thing: the source port or the source address.
     let [right, other] = ["127.0.0.1:0"; 2].map(support::udp);
     let port = right.local_addr().unwrap().port();
     let elsewhere = support::udp(("127.0.0.2", port));
@@ -494,7 +494,7 @@ async fn an_expected_connection_is_related() {
     assert!(entry.status.unwrap().is_expected());
 }
 
-async fn an_expectation_is_met_once_or_always() {
+async fn an_expectation_matches_once_unless_it_is_permanent() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     assist();
@@ -506,7 +506,7 @@ async fn an_expectation_is_met_once_or_always() {
     for (expectation, states) in [
         (anyone.clone().inactive(), [New, New]),
         (anyone.clone().permanent(), [Related, Related]),
-        // The helper allows for one, so the last takes the place of the one before it.
+        // The helper allows one expectation, so the new one replaces the one before it.
         (anyone, [Related, New]),
     ] {
         expect(&mut queue, &pair, expectation.clone()).await;
@@ -517,18 +517,18 @@ async fn an_expectation_is_met_once_or_always() {
     }
 }
 
-async fn an_expectation_of_a_connection_without_a_helper() {
+async fn an_expectation_without_a_helper_is_ignored() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
     let _divert = divert([udp_out().to_queue(0)]);
     let _later = support::udp(LATER);
     let first = expect(&mut queue, &Pair::new("127.0.0.1"), Expectation::udp(LATER)).await;
     assert_eq!(first.helper, None);
-    // The kernel says nothing of it.
+    // The kernel reports no error.
     let (state, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
     assert_eq!(state, ConntrackState::New);
 
-    // What it would ignore, and can be known beforehand, is refused.
+    // An expectation that the kernel would ignore is refused if that is known beforehand.
     let source = support::udp("127.0.0.1:0");
     source.send_to(&[0; 4], LATER).unwrap();
     let verdict = next(&mut queue).await.accept();
@@ -551,11 +551,11 @@ async fn a_dropped_packet_leaves_no_entry() {
     }
 }
 
-async fn a_queue_bound_without_refuses_changes() {
+async fn a_queue_bound_without_conntrack_refuses_changes() {
     refuses_changes(0).await;
 }
 
-// Rules that `Divert` has no words for.
+// Rules that `Divert` does not support.
 
 /// enum nft_ct_attributes
 const DESTINATION: u16 = 1;
@@ -569,22 +569,21 @@ const ZONE: u32 = 17;
 const BEFORE_TRACKING: i32 = -300;
 const AFTER_TRACKING: i32 = -150;
 
-/// Has connections tracked in this network namespace: it is enough that some rule asks for their
-/// state.
+/// Turns on connection tracking in this network namespace: one rule that reads the state suffices.
 fn track() {
     install("tracking", None, vec![ct(DESTINATION, STATE)]);
 }
 
-/// As [`track`], with room for labels in each entry, which is made when some rule sets labels.
+/// As [`track`], with space for labels in each entry. The kernel reserves it if a rule sets labels.
 fn track_with_labels() {
     install("labelling", None, vec![immediate(vec![0; 16]), ct(SOURCE, LABELS)]);
     track();
 }
 
-/// A helper for UDP that takes no interest in packets as short as these.
+/// A helper for UDP that ignores packets as short as these.
 const HELPER: &str = "tftp";
 
-/// Gives new connections the helper, right after they have got their entry.
+/// Assigns the helper to new connections, right after their entries have been created.
 fn assist() {
     let string = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
     // NFT_OBJECT_CT_HELPER, as the attributes NFTA_OBJ_TYPE and NFTA_OBJREF_IMM_TYPE.
@@ -610,7 +609,7 @@ fn ct(direction: u16, key: u32) -> Expressions {
     Expressions::Other { expression_type: "ct".to_owned(), attributes }
 }
 
-/// A constant to register 1.
+/// Loads a constant into register 1.
 fn immediate(value: Vec<u8>) -> Expressions {
     Expressions::Immediate(vec![
         Immediate::DestinationRegister(Register::Reg1),
@@ -618,7 +617,8 @@ fn immediate(value: Vec<u8>) -> Expressions {
     ])
 }
 
-/// A table of one chain, with a priority at the output hook or without a hook, and one rule.
+/// Installs a table with one rule and one chain, which has a priority at the output hook or no
+/// hook.
 fn install(name: &str, priority: Option<i32>, expressions: Vec<Expressions>) {
     // NF_INET_LOCAL_OUT
     let place = priority.map(|priority| Place { hook: 3, priority });

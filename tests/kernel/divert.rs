@@ -1,4 +1,4 @@
-//! Rules against the kernel: what they match, where they send it, and how they go.
+//! Rules on a real kernel: what they match, where they send packets, and how they are removed.
 
 use std::{
     fs,
@@ -23,38 +23,38 @@ use tokio_nfqueue::{Divert, ErrorKind, Hook, NetworkNamespace, Protocol, Rule};
 
 use crate::support::{self, Namespace, PATIENCE, RawPacket, RawQueue, VethOptions, udp, udp_marked, wait_until};
 
-/// Set for the child process that [`gone_when_killed`] kills.
+/// Set for the child process that [`a_killed_process_leaves_no_table`] kills.
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_DIVERT_CHILD";
 const CHILD_TABLE: &str = "killed";
 
 tests![
-    sync destination_port,
-    sync source_port,
-    sync protocols,
-    sync interfaces,
-    sync families,
-    sync addresses,
-    sync marks,
-    sync accept_and_drop_in_order,
-    sync priorities,
-    sync local_hooks,
-    sync forward,
-    sync balanced_queues,
-    sync fanout,
-    sync bypass,
-    sync gone_when_dropped,
-    sync gone_when_killed,
-    sync removed_rules_leave_the_queue_alone,
-    sync rules_in_another_namespace_act_there_alone,
-    sync two_at_once_one_gone,
-    sync a_name_clash_harms_nobody,
-    sync without_the_capability,
-    sync many_rules,
-    sync errors_before_the_kernel,
-    multi from_a_task,
+    sync destination_ports_match,
+    sync source_ports_match,
+    sync protocols_match,
+    sync interfaces_match,
+    sync families_match,
+    sync address_prefixes_match,
+    sync marks_match,
+    sync rules_apply_in_order,
+    sync lower_priorities_come_first,
+    sync rules_work_at_all_local_hooks,
+    sync rules_work_at_the_forward_hook,
+    sync balanced_queues_keep_pairs_of_addresses_together,
+    sync fanout_selects_the_queue_by_cpu,
+    sync bypass_accepts_packets_while_no_queue_is_bound,
+    sync dropping_removes_the_table,
+    sync a_killed_process_leaves_no_table,
+    sync removing_rules_drops_no_queued_packet,
+    sync rules_in_another_namespace_act_only_there,
+    sync closing_one_of_two_drops_queued_packets_and_keeps_the_other,
+    sync an_existing_table_name_is_refused,
+    sync install_and_remove_need_the_capability,
+    sync many_rules_are_installed_or_refused,
+    sync invalid_rules_are_refused,
+    multi divert_works_in_a_task,
 ];
 
-/// A receiver and a sender on loopback, and what they say to each other.
+/// A receiver and a sender on loopback.
 struct Loopback {
     to: UdpSocket,
     from: UdpSocket,
@@ -70,7 +70,7 @@ impl Loopback {
         Self { to: udp(address), from: udp_marked(address, mark) }
     }
 
-    /// Where the receiver is.
+    /// The receiver's port.
     fn port(&self) -> u16 {
         self.to.local_addr().unwrap().port()
     }
@@ -84,14 +84,14 @@ impl Loopback {
         expect(&self.to, text);
     }
 
-    /// Asserts that a datagram goes its way without anybody's help.
+    /// Asserts that a datagram is delivered without being queued.
     #[track_caller]
     fn passes(&self, text: &str) {
         self.send(text);
         self.expect(text);
     }
 
-    /// Asserts that a datagram goes to the queue, and on when accepted.
+    /// Asserts that a datagram is queued, and is delivered when it is accepted.
     #[track_caller]
     fn queued(&self, queue: &RawQueue, text: &str) -> RawPacket {
         self.send(text);
@@ -108,7 +108,7 @@ fn expect(socket: &UdpSocket, text: &str) {
     assert_eq!(String::from_utf8_lossy(&buffer[..length]), text);
 }
 
-/// The next packet must be this one.
+/// Takes the next packet, which must be this one.
 #[track_caller]
 fn hold(queue: &RawQueue, text: &str) -> RawPacket {
     let packet = queue.next(PATIENCE).unwrap_or_else(|| panic!("{text:?} did not come to the queue"));
@@ -147,15 +147,15 @@ fn netlink_message(family: NetfilterProtoFamily, flags: u16, inner: impl Into<Ne
     bytes
 }
 
-/// Sends messages, and gives back the error that is answered first, 0 for none.
+/// Sends messages, and returns the error of the first reply, 0 for none.
 fn exchange(messages: &[u8]) -> i32 {
     let socket = Socket::new(NETLINK_NETFILTER).unwrap();
     socket.send_to(messages, &NetlinkAddr::new(0, 0), 0).unwrap();
-    let mut answer = Vec::with_capacity(4096);
-    socket.recv(&mut answer, 0).unwrap();
-    let answer = NetlinkBuffer::new_checked(&answer[..]).unwrap();
-    match answer.message_type() {
-        NLMSG_ERROR => -i32::from_ne_bytes(*answer.payload().first_chunk().unwrap()),
+    let mut reply = Vec::with_capacity(4096);
+    socket.recv(&mut reply, 0).unwrap();
+    let reply = NetlinkBuffer::new_checked(&reply[..]).unwrap();
+    match reply.message_type() {
+        NLMSG_ERROR => -i32::from_ne_bytes(*reply.payload().first_chunk().unwrap()),
         _ => 0,
     }
 }
@@ -164,7 +164,7 @@ fn table(name: &str) -> TableMessage {
     TableMessage { attributes: vec![TableAttribute::Name(name.to_owned())] }
 }
 
-/// Whether nf_tables has a table of family inet and this name.
+/// Whether nf_tables has a table with this name in family inet.
 fn table_exists(name: &str) -> bool {
     match exchange(&netlink_message(NetfilterProtoFamily::Inet, NLM_F_ACK, NfTablesMessage::GetTable(table(name)))) {
         0 => true,
@@ -175,7 +175,7 @@ fn table_exists(name: &str) -> bool {
     }
 }
 
-/// Makes a table that belongs to nobody, as `nft` does.
+/// Creates a table without an owner, as `nft` does.
 fn make_table(name: &str) {
     let (unspec, inet) = (NetfilterProtoFamily::Unspec, NetfilterProtoFamily::Inet);
     let batch = [
@@ -186,7 +186,7 @@ fn make_table(name: &str) {
     assert_eq!(exchange(&batch.concat()), 0);
 }
 
-fn destination_port() {
+fn destination_ports_match() {
     let (lo, other) = (Loopback::new(), Loopback::new());
     let queue = RawQueue::bind(5).unwrap();
     let divert = install([udp_out().destination_port(lo.port()).to_queue(5)]);
@@ -196,7 +196,7 @@ fn destination_port() {
     let packet = lo.queued(&queue, "this port");
     assert_eq!(packet.hook, 3);
 
-    // The same port of another protocol.
+    // The same port of another protocol does not match.
     let listener = TcpListener::bind(lo.to.local_addr().unwrap()).unwrap();
     TcpStream::connect_timeout(&listener.local_addr().unwrap(), PATIENCE).unwrap();
     assert_eq!(support::queue_line(5).unwrap()[7], 1, "one packet in all");
@@ -204,7 +204,7 @@ fn destination_port() {
     lo.passes("no rule");
 }
 
-fn source_port() {
+fn source_ports_match() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let queue = RawQueue::bind(6).unwrap();
@@ -213,8 +213,8 @@ fn source_port() {
 
     let client = thread::scope(|scope| {
         let client = scope.spawn(|| TcpStream::connect_timeout(&address, PATIENCE));
-        // Only what the server says is queued: the first is its SYN-ACK.
-        let packet = queue.next(PATIENCE).expect("the server's answer");
+        // Only packets of the server are queued: the first is its SYN-ACK.
+        let packet = queue.next(PATIENCE).expect("the server's SYN-ACK");
         assert_eq!(packet.hook, 1);
         assert_eq!(packet.payload[20..22], address.port().to_be_bytes());
         assert_eq!(packet.payload[33] & 0x12, 0x12, "SYN and ACK");
@@ -224,7 +224,7 @@ fn source_port() {
     drop(client);
 }
 
-fn protocols() {
+fn protocols_match() {
     let queue = RawQueue::bind(0).unwrap();
     let pinged = |rule: Rule, to: IpAddr, kinds: [u8; 2]| {
         let divert = install([rule.to_queue(0)]);
@@ -255,7 +255,7 @@ fn protocols() {
     lo.queued(&queue, "this source");
 }
 
-fn interfaces() {
+fn interfaces_match() {
     let peer = support::veth();
     let lo = Loopback::new();
     let (here, there) = (udp((peer.near_v4, 0)), peer.run(|| udp((peer.far_v4, 0))));
@@ -283,13 +283,13 @@ fn interfaces() {
         expect(&here, "in");
         divert.close().unwrap();
     }
-    // The beginning of a name is not the name; a name need not be an interface's yet.
+    // A prefix of a name does not match; a name need not belong to an interface yet.
     let _divert = through(Rule::new(Hook::Output), "vet");
     here.send_to(b"out", there_at).unwrap();
     expect(&there, "out");
 }
 
-fn families() {
+fn families_match() {
     let (v4, v6) = (Loopback::new(), Loopback::at(Ipv6Addr::LOCALHOST, 0));
     let queue = RawQueue::bind(2).unwrap();
 
@@ -308,7 +308,7 @@ fn families() {
     v6.queued(&queue, "six");
 }
 
-fn addresses() {
+fn address_prefixes_match() {
     let (v4, v6) = (Loopback::new(), Loopback::at(Ipv6Addr::LOCALHOST, 0));
     let other = Loopback::at(Ipv4Addr::new(127, 1, 2, 3), 0);
     let queue = RawQueue::bind(7).unwrap();
@@ -333,7 +333,7 @@ fn addresses() {
     v6.queued(&queue, "these addresses");
 }
 
-fn marks() {
+fn marks_match() {
     let plain = Loopback::new();
     let [low, high, both] = [0x0000_0012, 0x8000_0000, 0x8000_0012].map(|mark| Loopback::at(Ipv4Addr::LOCALHOST, mark));
     let queue = RawQueue::bind(3).unwrap();
@@ -357,7 +357,7 @@ fn marks() {
     low.queued(&queue, "both conditions");
 }
 
-fn accept_and_drop_in_order() {
+fn rules_apply_in_order() {
     let (lo, marked) = (Loopback::new(), Loopback::at(Ipv4Addr::LOCALHOST, 7));
     let queue = RawQueue::bind(4).unwrap();
     let _divert = install([
@@ -367,13 +367,13 @@ fn accept_and_drop_in_order() {
     ]);
     marked.passes("accepted first");
     lo.queued(&queue, "then queued");
-    // At OUTPUT a drop is told to the sender.
+    // At the output hook, the sender gets an error for a dropped packet.
     let other = Loopback::new();
     let error = other.from.send_to(b"dropped", other.to.local_addr().unwrap()).unwrap_err();
     assert_eq!(error.kind(), IoErrorKind::PermissionDenied);
 }
 
-fn priorities() {
+fn lower_priorities_come_first() {
     let lo = Loopback::new();
     let [first, second] = [1, 2].map(|number| RawQueue::bind(number).unwrap());
     let at = |priority, queue| Divert::builder().priority(priority).rule(udp_out().to_queue(queue)).install().unwrap();
@@ -385,11 +385,11 @@ fn priorities() {
     lo.expect("twice");
 }
 
-fn local_hooks() {
+fn rules_work_at_all_local_hooks() {
     let lo = Loopback::new();
     let queue = RawQueue::bind(0).unwrap();
     let hooks = [(Hook::Output, 3), (Hook::Postrouting, 4), (Hook::Prerouting, 0), (Hook::Input, 1)];
-    // All in one table: the packet passes them in this order.
+    // All rules are in one table; the packet traverses the hooks in this order.
     let _divert = install(hooks.map(|(hook, _)| Rule::new(hook).protocol(Protocol::Udp).to_queue(0)));
     lo.send("four times");
     for (hook, number) in hooks {
@@ -398,7 +398,7 @@ fn local_hooks() {
     lo.expect("four times");
 }
 
-fn forward() {
+fn rules_work_at_the_forward_hook() {
     let [left, right] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
     support::forwarding();
     left.route_through_near();
@@ -413,24 +413,24 @@ fn forward() {
         from.send_to(b"through", to.local_addr().unwrap()).unwrap();
         assert_eq!(accept(&queue, "through").hook, 2);
         expect(&to, "through");
-        // It comes in by another interface.
+        // Its input interface is another one.
         to.send_to(b"back", from.local_addr().unwrap()).unwrap();
         expect(&from, "back");
     }
 }
 
-fn balanced_queues() {
+fn balanced_queues_keep_pairs_of_addresses_together() {
     const PAIRS: u8 = 64;
     let to = udp("127.0.0.1:0");
     let queues = [10, 11, 12, 13].map(|number| RawQueue::bind(number).unwrap());
     let _divert = install([udp_out().to_queues(10..=13)]);
-    // The kernel's hash is over the addresses; the ports are of no account.
+    // The kernel's hash covers the addresses but not the ports.
     for host in (0..PAIRS).chain(0..PAIRS) {
         udp((Ipv4Addr::new(127, 0, 1, host), 0)).send_to(b"one of many", to.local_addr().unwrap()).unwrap();
     }
     let counts = [10, 11, 12, 13].map(outstanding);
     assert_eq!(counts.iter().sum::<u64>(), 2 * u64::from(PAIRS));
-    // That one of four stays empty has the probability 4 * 0.75^64.
+    // The probability that one of four stays empty is 4 * 0.75^64.
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
     for (queue, count) in queues.iter().zip(counts) {
         let mut sources: Vec<u8> = (0..count).map(|_| accept(queue, "one of many").payload[15]).collect();
@@ -440,7 +440,7 @@ fn balanced_queues() {
     (0..2 * PAIRS).for_each(|_| expect(&to, "one of many"));
 }
 
-fn fanout() {
+fn fanout_selects_the_queue_by_cpu() {
     let lo = Loopback::new();
     let queues = [20, 21].map(|number| RawQueue::bind(number).unwrap());
     let _divert = install([udp_out().to_queues(20..=21).fanout(true)]);
@@ -453,13 +453,13 @@ fn fanout() {
     }
 }
 
-fn bypass() {
+fn bypass_accepts_packets_while_no_queue_is_bound() {
     let lo = Loopback::new();
     let divert = install([udp_out().to_queue(30)]);
     lo.send("lost");
     divert.close().unwrap();
 
-    // The rule that is bypassed still ends the packet's way through its chain.
+    // A bypassed rule still ends the traversal of its chain.
     let divert = install([udp_out().to_queue(30).bypass(true), udp_out().drop()]);
     lo.passes("nobody listens");
     {
@@ -473,7 +473,7 @@ fn bypass() {
     lo.passes("nobody listens to any");
 }
 
-fn gone_when_dropped() {
+fn dropping_removes_the_table() {
     let lo = Loopback::new();
     let divert = install([udp_out().drop()]);
     let name = divert.table().to_owned();
@@ -490,8 +490,8 @@ fn gone_when_dropped() {
     assert!(!table_exists("a name of its own"));
 }
 
-/// The whole `main` of the process that [`gone_when_killed`] kills, and `None` in all others. It
-/// makes a table, says so, and waits for its end.
+/// The `main` of the process that [`a_killed_process_leaves_no_table`] kills; `None` in all other
+/// processes. It creates a table, reports that, and waits until it is killed.
 pub(crate) fn child() -> Option<ExitCode> {
     std::env::var_os(CHILD)?;
     let installed = Divert::builder().table(CHILD_TABLE).rule(udp_out().drop()).install();
@@ -501,8 +501,8 @@ pub(crate) fn child() -> Option<ExitCode> {
     Some(ExitCode::FAILURE)
 }
 
-/// The rules go with the process, not with a thread: the owner is a process of its own.
-fn gone_when_killed() {
+/// The rules belong to the process, not to a thread, so the owner is a separate process.
+fn a_killed_process_leaves_no_table() {
     let lo = Loopback::new();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .env(CHILD, "1")
@@ -521,7 +521,7 @@ fn gone_when_killed() {
     lo.passes("after the kill");
 }
 
-fn removed_rules_leave_the_queue_alone() {
+fn removing_rules_drops_no_queued_packet() {
     let lo = Loopback::new();
     let queue = RawQueue::bind(40).unwrap();
     let divert = install([udp_out().to_queue(40), Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(40)]);
@@ -542,7 +542,7 @@ fn removed_rules_leave_the_queue_alone() {
     divert.close().unwrap();
 }
 
-fn rules_in_another_namespace_act_there_alone() {
+fn rules_in_another_namespace_act_only_there() {
     let there = Namespace::new();
     let handle = there.run(|| NetworkNamespace::current().unwrap());
     let here = present();
@@ -562,13 +562,13 @@ fn rules_in_another_namespace_act_there_alone() {
     drop(divert_here);
     assert_eq!(exists(), (false, true));
 
-    // From here, rules are removed there.
+    // This thread can remove rules in the other namespace.
     divert.remove_rules().unwrap();
     lo_there.passes("no rule is there any more");
     drop(divert);
     assert_eq!(exists(), (false, false));
 
-    // A dropped value takes its rules along.
+    // Dropping the value removes its rules.
     let divert = builder.namespace(handle).install().unwrap();
     lo_there.queued(&queue_there, "a rule is there again");
     drop(divert);
@@ -581,19 +581,19 @@ fn present() -> PathBuf {
     fs::read_link("/proc/thread-self/ns/net").unwrap()
 }
 
-fn two_at_once_one_gone() {
+fn closing_one_of_two_drops_queued_packets_and_keeps_the_other() {
     let lo = Loopback::new();
     let queue = RawQueue::bind(50).unwrap();
     let first = install([udp_out().to_queue(50)]);
     lo.send("before");
-    // Neither the trial of the rules nor the chains drop what is queued.
+    // Neither the trial transaction nor the new chains drop queued packets.
     let second = install([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(51)]);
     assert_ne!(first.table(), second.table());
     assert_eq!(outstanding(50), 1);
     accept(&queue, "before");
     lo.expect("before");
 
-    // As the documentation warns: a table that goes takes everybody's queued packets along.
+    // As the documentation warns, removing a table drops the queued packets of all queues.
     lo.send("lost");
     let lost = hold(&queue, "lost");
     assert_eq!(outstanding(50), 1);
@@ -605,7 +605,7 @@ fn two_at_once_one_gone() {
     first.close().unwrap();
 }
 
-fn a_name_clash_harms_nobody() {
+fn an_existing_table_name_is_refused() {
     let lo = Loopback::new();
     let queue = RawQueue::bind(60).unwrap();
     let builder = Divert::builder().table("taken").rule(udp_out().to_queue(60));
@@ -627,7 +627,7 @@ fn a_name_clash_harms_nobody() {
     lo.expect("queued");
 }
 
-fn without_the_capability() {
+fn install_and_remove_need_the_capability() {
     let divert = install([udp_out().accept()]);
     let drop_capability = || {
         let mut sets = rustix::thread::capabilities(None).unwrap();
@@ -646,7 +646,7 @@ fn without_the_capability() {
         thread.join().unwrap();
     });
     divert.remove_rules().unwrap();
-    // The table goes even so: closing a socket needs no capability.
+    // The table is removed regardless: closing a socket needs no capability.
     let name = divert.table().to_owned();
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -658,8 +658,8 @@ fn without_the_capability() {
     assert!(!table_exists(&name));
 }
 
-fn many_rules() {
-    // 1500 rules are more than a default send buffer holds.
+fn many_rules_are_installed_or_refused() {
+    // 1500 rules do not fit into a default send buffer.
     let lo = Loopback::new();
     let queue = RawQueue::bind(1).unwrap();
     let others = (0..1500).map(|port| udp_out().mark(1, 1).destination_port(port).to_queue(2));
@@ -667,14 +667,14 @@ fn many_rules() {
     match Divert::builder().rules(others).rule(last).install() {
         Ok(_divert) => drop(lo.queued(&queue, "the last of many")),
         Err(error) => {
-            // The buffer can be enlarged only with the capability in the first user namespace.
+            // The buffer can be enlarged only with the capability in the initial user namespace.
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
             assert!(error.to_string().contains("too many rules"), "{error}");
         }
     }
 }
 
-fn errors_before_the_kernel() {
+fn invalid_rules_are_refused() {
     let refused = |builder: tokio_nfqueue::DivertBuilder, text: &str| {
         let error = builder.install().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
@@ -690,7 +690,7 @@ fn errors_before_the_kernel() {
     longest.close().unwrap();
 }
 
-async fn from_a_task() {
+async fn divert_works_in_a_task() {
     let divert = tokio::spawn(async { install([udp_out().drop()]) }).await.unwrap();
     let lo = Loopback::new();
     assert!(lo.from.send_to(b"dropped", lo.to.local_addr().unwrap()).is_err());
@@ -699,7 +699,7 @@ async fn from_a_task() {
     assert!(!table_exists(&name));
 }
 
-/// A `Divert` may be kept and closed anywhere.
+/// A `Divert` can be sent to and closed in any thread.
 const _: fn() = || {
     fn anywhere<T: Send + Sync + 'static>() {}
     anywhere::<Divert>();

@@ -1,24 +1,24 @@
-//! What becomes of a queue whose handles are dropped.
+//! What happens to a queue whose handles are dropped.
 
 use tokio_nfqueue::{Action, Packet, Queue};
 
 use crate::common::{Traffic, account, eventually, hold, start};
 
 tests![
-    both a_dropped_queue_lives_on_until_its_packets_are_decided,
-    both a_dropped_stream_ends_the_queue,
-    one a_dropped_stream_lets_traffic_pass_or_not,
-    both the_stream_goes_on_without_a_sink,
-    sync everything_dropped_outside_of_a_runtime,
+    both a_dropped_queue_stays_bound_until_its_packets_are_decided,
+    both dropping_the_stream_closes_the_queue,
+    one new_packets_after_the_stream_is_dropped_are_accepted_or_dropped,
+    both the_stream_works_without_a_sink,
+    sync handles_may_be_dropped_outside_of_a_runtime,
 ];
 
-async fn a_dropped_queue_lives_on_until_its_packets_are_decided() {
+async fn a_dropped_queue_stays_bound_until_its_packets_are_decided() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..10).await;
     traffic.send(10..20);
     let sink = queue.sink();
-    // Decided, and perhaps not sent.
+    // Decided, but perhaps not sent.
     sink.submit(packets.remove(0).accept()).unwrap();
     drop(queue);
     traffic.expect([0]).await;
@@ -31,31 +31,31 @@ async fn a_dropped_queue_lives_on_until_its_packets_are_decided() {
     assert!(account(0).is_some(), "one is still owed");
     sink.submit(last.accept()).unwrap();
     traffic.expect([9]).await;
-    eventually("the end", || account(0).is_none()).await;
+    eventually("the queue is unbound", || account(0).is_none()).await;
     assert_eq!((sink.stats().held.in_flight, sink.stats().sent.gone_at_least), (0, 0));
 }
 
-async fn a_dropped_stream_ends_the_queue() {
+async fn dropping_the_stream_closes_the_queue() {
     let (queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let (mut packets, sink) = queue.split();
     let held = hold(&mut packets, &traffic, 0..10).await;
     drop(packets);
     assert!(sink.is_closed());
-    // The packets alone keep what is needed.
-    let tickets: Vec<_> = held.into_iter().map(Packet::detach).collect();
+    // Detached packets alone keep the queue bound.
+    let detached: Vec<_> = held.into_iter().map(Packet::detach).collect();
     let other = Queue::builder(1).bind().unwrap();
     drop(sink);
-    for ticket in tickets {
+    for packet in detached {
         assert!(account(0).is_some());
-        // Any sink will do.
-        other.sink().submit(ticket.accept()).unwrap();
+        // The sink of any queue can be used.
+        other.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..10).await;
-    eventually("the end", || account(0).is_none()).await;
+    eventually("the queue is unbound", || account(0).is_none()).await;
 }
 
-async fn a_dropped_stream_lets_traffic_pass_or_not() {
+async fn new_packets_after_the_stream_is_dropped_are_accepted_or_dropped() {
     for (action, delivered) in [(Action::Accept, 0..60), (Action::Drop, 0..10)] {
         let (queue, _divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(60);
@@ -68,11 +68,11 @@ async fn a_dropped_stream_lets_traffic_pass_or_not() {
             sink.submit(packet.accept()).unwrap();
         }
         traffic.expect(delivered).await;
-        eventually("the end", || account(0).is_none()).await;
+        eventually("the queue is unbound", || account(0).is_none()).await;
     }
 }
 
-async fn the_stream_goes_on_without_a_sink() {
+async fn the_stream_works_without_a_sink() {
     let (queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
     let traffic = Traffic::new(60);
     let (mut packets, sink) = queue.split();
@@ -84,7 +84,7 @@ async fn the_stream_goes_on_without_a_sink() {
     traffic.expect(0..50).await;
 }
 
-fn everything_dropped_outside_of_a_runtime() {
+fn handles_may_be_dropped_outside_of_a_runtime() {
     for order in 0..3 {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (queue, divert, traffic, packets) = runtime.block_on(async {
@@ -99,7 +99,7 @@ fn everything_dropped_outside_of_a_runtime() {
         match order {
             0 => drop((queue, sink, verdict)),
             1 => drop((verdict, sink, queue)),
-            // The runtime is there no more.
+            // The runtime has ended.
             _ => {
                 let outside = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 drop(runtime);
@@ -112,10 +112,10 @@ fn everything_dropped_outside_of_a_runtime() {
                 continue;
             }
         }
-        // The queue's own task has a share in the end, so it goes on with the runtime.
+        // The driver task takes part in the shutdown, so the runtime must run.
         runtime.block_on(async {
             traffic.expect(0..20).await;
-            eventually("the end", || account(0).is_none()).await;
+            eventually("the queue is unbound", || account(0).is_none()).await;
         });
         drop(divert);
     }

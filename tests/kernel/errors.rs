@@ -1,4 +1,4 @@
-//! What is refused, by whom, and how it is told.
+//! Refusals by the crate and by the kernel, and how they are reported.
 
 use std::time::Duration;
 
@@ -14,25 +14,25 @@ use crate::{
 };
 
 tests![
-    one bad_values_are_refused,
-    sync outside_a_runtime_is_an_error,
-    both a_queue_is_bound_once,
-    one a_queue_of_another_program_is_not_taken,
-    one a_number_is_free_again_after_the_end,
-    both namespaces_number_their_queues_apart,
-    one binding_needs_the_capability,
-    one verdicts_without_the_capability_are_refused_with_their_packets,
-    one confirmations_without_the_capability_are_refused,
-    one closing_without_the_capability_is_an_error_and_an_end,
-    both closing_is_not_given_up_for_a_thread_without_the_capability,
-    one dropping_without_the_capability_is_harmless,
-    both packets_of_an_interface_that_went_down_are_gone,
-    both packets_whose_rules_went_are_gone,
-    both the_kernel_confirms,
-    one what_the_kernel_lacks_is_named,
+    one invalid_values_are_refused,
+    sync bind_outside_a_runtime_is_an_error,
+    both a_queue_is_bound_only_once,
+    one a_queue_of_another_socket_is_already_bound,
+    one a_queue_number_is_free_after_close,
+    both namespaces_have_separate_queue_numbers,
+    one bind_needs_the_capability,
+    one verdicts_without_the_capability_are_refused_with_the_ids_of_their_packets,
+    one confirm_without_the_capability_is_an_error,
+    one close_without_the_capability_is_an_error_and_ends_the_stream,
+    both a_thread_without_the_capability_does_not_stop_close,
+    one dropping_without_the_capability_frees_the_queue,
+    both packets_of_an_interface_that_went_down_are_counted_as_gone,
+    both packets_whose_hook_was_unregistered_are_counted_as_gone,
+    both confirm_resolves_when_the_kernel_has_acknowledged,
+    one an_unsupported_setting_is_named,
 ];
 
-async fn bad_values_are_refused() {
+async fn invalid_values_are_refused() {
     let builder = || Queue::builder(3);
     for (builder, name) in [
         (builder().copy_range(0), "copy range"),
@@ -55,35 +55,35 @@ async fn bad_values_are_refused() {
     assert!(!queue.sink().is_closed());
 }
 
-fn outside_a_runtime_is_an_error() {
+fn bind_outside_a_runtime_is_an_error() {
     assert_eq!(Queue::builder(0).bind().unwrap_err().kind(), ErrorKind::NoRuntime);
     assert_eq!(account(0), None);
 }
 
-async fn a_queue_is_bound_once() {
+async fn a_queue_is_bound_only_once() {
     let (mut queue, _divert) = start(Queue::builder(7));
     let error = Queue::builder(7).bind().unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::AlreadyBound, None));
     let text = error.to_string();
     assert!(text.starts_with("bind queue 7: already bound by another socket"), "{text}");
-    // The first owner takes no notice.
+    // The first owner is not affected.
     let traffic = Traffic::new(10);
     for packet in hold(&mut queue, &traffic, 0..10).await {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..10).await;
-    // And other numbers are free.
+    // Other numbers are free.
     Queue::builder(8).bind().unwrap();
 }
 
-async fn a_queue_of_another_program_is_not_taken() {
+async fn a_queue_of_another_socket_is_already_bound() {
     let other = support::RawQueue::bind(7).unwrap();
     assert_eq!(Queue::builder(7).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
     drop(other);
     Queue::builder(7).bind().unwrap();
 }
 
-async fn a_number_is_free_again_after_the_end() {
+async fn a_queue_number_is_free_after_close() {
     for round in 0..20 {
         let (mut queue, divert) = start(Queue::builder(7));
         let traffic = Traffic::new(1);
@@ -93,14 +93,14 @@ async fn a_number_is_free_again_after_the_end() {
         traffic.expect([0]).await;
         drop(divert);
         if round % 2 == 0 {
-            soon("the end", queue.close()).await.unwrap();
+            soon("the shutdown", queue.close()).await.unwrap();
         } else {
             drop(queue);
         }
     }
 }
 
-async fn namespaces_number_their_queues_apart() {
+async fn namespaces_have_separate_queue_numbers() {
     let namespace = support::Namespace::new();
     let (mut here, _divert) = start(Queue::builder(0));
     let runtime = Handle::current();
@@ -120,23 +120,23 @@ async fn namespaces_number_their_queues_apart() {
     traffic_there.expect(10..20).await;
 }
 
-async fn binding_needs_the_capability() {
+async fn bind_needs_the_capability() {
     give_up_capabilities();
     let error = Queue::builder(7).bind().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
     assert!(error.to_string().contains("bind queue 7") && error.to_string().contains("CAP_NET_ADMIN"), "{error}");
 }
 
-async fn verdicts_without_the_capability_are_refused_with_their_packets() {
+async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packets() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(20);
     let mut packets = hold(&mut queue, &traffic, 0..20).await.into_iter();
     let good = packets.next().unwrap();
-    soon("the answer", queue.sink().confirm(good.accept())).await.unwrap();
+    soon("the reply", queue.sink().confirm(good.accept())).await.unwrap();
     give_up_capabilities();
 
-    // One by one, then several in one send, of which the kernel answers the first alone: each is
-    // told.
+    // One by one, then several in one send, of which the kernel refuses only the first with a
+    // reply: each refusal is reported.
     let mut refusals = queue.sink().refusals();
     for together in [1, 1, 5] {
         let portion: Vec<Packet> = packets.by_ref().take(together).collect();
@@ -155,34 +155,34 @@ async fn verdicts_without_the_capability_are_refused_with_their_packets() {
     let stats = queue.stats();
     assert_fields!(stats, sent.refusals: 7, decided.accepted: 1, held.in_flight: 19);
 
-    // Packets are received all the same, until it is clear that the capability does not come back.
+    // Packets are still received until the capability counts as lost permanently.
     let packet = hold(&mut queue, &traffic, [20]).await.remove(0);
     assert_eq!(number(&packet), 20);
-    let error = soon("the end", queue.recv()).await.unwrap().unwrap_err();
+    let error = soon("the end of the stream", queue.recv()).await.unwrap().unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, None), "{error}");
     assert!(error.to_string().contains("CAP_NET_ADMIN has been lost"), "{error}");
-    assert!(soon("the end", queue.recv()).await.is_none(), "it is the last item");
+    assert!(soon("the end of the stream", queue.recv()).await.is_none(), "it is the last item");
 }
 
-async fn confirmations_without_the_capability_are_refused() {
+async fn confirm_without_the_capability_is_an_error() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(5);
     let packets = hold(&mut queue, &traffic, 0..5).await;
     give_up_capabilities();
     for packet in packets {
         let id = packet.id();
-        let error = soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        let error = soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)), "{error}");
     }
     traffic.expect_nothing();
 }
 
-async fn closing_without_the_capability_is_an_error_and_an_end() {
+async fn close_without_the_capability_is_an_error_and_ends_the_stream() {
     for still_held in [0, 2] {
         let (mut queue, divert) = start(Queue::builder(still_held).close_timeout(Duration::from_millis(50)));
         let traffic = Traffic::new(5);
         let mut packets = hold(&mut queue, &traffic, 0..5).await;
-        // Its own thread, for a capability cannot be had back.
+        // In a separate thread, because a capability cannot be regained.
         let runtime = Handle::current();
         let sink = queue.sink();
         let closing = std::thread::spawn(move || {
@@ -190,23 +190,23 @@ async fn closing_without_the_capability_is_an_error_and_an_end() {
             for packet in packets.drain(usize::from(still_held)..) {
                 sink.submit(packet.accept()).unwrap();
             }
-            let error = runtime.block_on(soon("the end", sink.close())).unwrap_err();
+            let error = runtime.block_on(soon("the shutdown", sink.close())).unwrap_err();
             (error, packets)
         });
-        eventually("the end", || closing.is_finished()).await;
+        eventually("the queue is unbound", || closing.is_finished()).await;
         let (error, packets) = closing.join().unwrap();
         let timed_out = still_held > 0 && error.kind() == ErrorKind::TimedOut;
         assert!(error.kind() == ErrorKind::NotPermitted || timed_out, "{error}");
         drop(packets);
-        assert!(soon("the end", queue.recv()).await.is_none());
+        assert!(soon("the end of the stream", queue.recv()).await.is_none());
         drop((queue, divert));
-        // The last handle takes the queue along; that may be the timer's.
+        // The last handle unbinds the queue; the timer thread may have it.
         freed(still_held).await;
     }
 }
 
-/// The runtime has it, and whatever a verdict or the default action says, every packet is accepted.
-async fn closing_is_not_given_up_for_a_thread_without_the_capability() {
+/// The runtime has the capability, and both the verdicts and the default action accept.
+async fn a_thread_without_the_capability_does_not_stop_close() {
     const COUNT: u32 = 20;
     for round in 0..100 {
         let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
@@ -217,7 +217,7 @@ async fn closing_is_not_given_up_for_a_thread_without_the_capability() {
         let deciding = std::thread::spawn(|| {
             without_net_admin(|| packets.into_iter().for_each(|packet| packet.accept().submit().unwrap()));
         });
-        let result = soon("the end", closing).await.unwrap();
+        let result = soon("the shutdown", closing).await.unwrap();
         assert!(result.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::TimedOut), "{result:?}");
         assert_eq!(account(0), None, "unbound in round {round}: {:?}", sink.stats());
         eventually("the thread's end", || deciding.is_finished()).await;
@@ -227,7 +227,7 @@ async fn closing_is_not_given_up_for_a_thread_without_the_capability() {
     }
 }
 
-async fn dropping_without_the_capability_is_harmless() {
+async fn dropping_without_the_capability_frees_the_queue() {
     let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
     let traffic = Traffic::new(5);
     let mut packets = hold(&mut queue, &traffic, 0..5).await;
@@ -238,13 +238,13 @@ async fn dropping_without_the_capability_is_harmless() {
     drop(queue);
     drop(packets);
     freed(0).await;
-    // What was gathered may have been sent by a thread that has the capability, or be dropped with
-    // the socket.
+    // Gathered verdicts may have been sent by a thread with the capability, or are lost with the
+    // socket.
     assert!(traffic.delivered().iter().all(|number| *number < 10));
     drop(divert);
 }
 
-async fn packets_of_an_interface_that_went_down_are_gone() {
+async fn packets_of_an_interface_that_went_down_are_counted_as_gone() {
     let peer = support::veth();
     let (mut queue, _divert) = start(Queue::builder(0));
     let sender = peer.run(|| support::udp((peer.far_v4, 0)));
@@ -253,7 +253,7 @@ async fn packets_of_an_interface_that_went_down_are_gone() {
         sender.send_to(&number.to_be_bytes(), (peer.near_v4, 9000)).unwrap();
         packets.push(next(&mut queue).await);
     }
-    // Another interface's.
+    // A packet of another interface.
     let traffic = Traffic::new(20);
     let other = hold(&mut queue, &traffic, [0]).await.remove(0);
 
@@ -265,7 +265,7 @@ async fn packets_of_an_interface_that_went_down_are_gone() {
         queue.sink().submit(if index % 3 == 0 { packet.drop() } else { packet.accept() }).unwrap();
     }
     queue.sink().flush().await.unwrap();
-    let error = soon("the answer", queue.sink().confirm(confirmed.accept())).await.unwrap_err();
+    let error = soon("the reply", queue.sink().confirm(confirmed.accept())).await.unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)), "{error}");
 
     // No error on the stream: the next item is a packet.
@@ -278,7 +278,7 @@ async fn packets_of_an_interface_that_went_down_are_gone() {
     assert_fields!(stats, sent.refused: 0, held.in_flight: 0);
 }
 
-async fn packets_whose_rules_went_are_gone() {
+async fn packets_whose_hook_was_unregistered_are_counted_as_gone() {
     let (mut queue, divert) = start(Queue::builder(0));
     let traffic = Traffic::new(30);
     let packets = hold(&mut queue, &traffic, 0..10).await;
@@ -286,7 +286,7 @@ async fn packets_whose_rules_went_are_gone() {
     eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
     for packet in packets {
         let id = packet.id();
-        let error = soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        let error = soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)));
     }
     let _divert = common::divert([udp_in().to_queue(0)]);
@@ -297,33 +297,33 @@ async fn packets_whose_rules_went_are_gone() {
     assert_eq!((queue.stats().sent.gone_at_least, queue.stats().sent.refused), (10, 0));
 }
 
-async fn the_kernel_confirms() {
-    // A policy that would keep plain verdicts for long.
+async fn confirm_resolves_when_the_kernel_has_acknowledged() {
+    // A policy that would keep plain verdicts for a second.
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::fixed(1000, Duration::from_secs(1))));
     let traffic = Traffic::new(50);
     let sink = queue.sink();
     let mut packets = hold(&mut queue, &traffic, 0..50).await;
-    // It takes what was gathered along.
+    // It sends the gathered verdicts too.
     for packet in packets.drain(..10) {
         sink.submit(packet.accept()).unwrap();
     }
-    soon("the answer", sink.confirm(packets.remove(0).accept())).await.unwrap();
+    soon("the reply", sink.confirm(packets.remove(0).accept())).await.unwrap();
     assert_eq!(traffic.delivered().len(), 11);
-    // The verdict is given when the call is made; nobody need await it.
-    let answer = sink.confirm(packets.remove(0).accept());
+    // The call submits the verdict; the future need not be awaited.
+    let confirmation = sink.confirm(packets.remove(0).accept());
     traffic.expect([11]).await;
-    drop(answer);
-    // Many at a time, from tasks.
-    let answers: Vec<_> = packets.drain(..).map(|packet| tokio::spawn(sink.confirm(packet.accept()))).collect();
-    for answer in answers {
-        soon("the answer", answer).await.unwrap().unwrap();
+    drop(confirmation);
+    // Many at the same time, from tasks.
+    let confirmations: Vec<_> = packets.drain(..).map(|packet| tokio::spawn(sink.confirm(packet.accept()))).collect();
+    for confirmation in confirmations {
+        soon("the reply", confirmation).await.unwrap().unwrap();
     }
     traffic.expect(12..50).await;
     assert_eq!((sink.stats().sent.gone_at_least, sink.stats().sent.refused, sink.stats().held.in_flight), (0, 0, 0));
 }
 
-async fn what_the_kernel_lacks_is_named() {
-    // A kernel has the glue for connection tracking or has not.
+async fn an_unsupported_setting_is_named() {
+    // The kernel may or may not have the glue for connection tracking.
     if let Err(error) = Queue::builder(0).conntrack(true).bind() {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("conntrack"), "{error}");

@@ -1,4 +1,4 @@
-//! The example programs, by their command lines, on the real kernel.
+//! The example programs, with their command lines, on a real kernel.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -16,22 +16,22 @@ use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 use crate::support;
 
 tests![
-    sync accept_all_ends_on_sigterm,
-    sync accept_all_ends_on_sigint,
+    sync accept_all_stops_on_sigterm,
+    sync accept_all_stops_on_sigint,
     sync out_of_order_accepts_everything,
-    sync nf_queue_counts_and_ends_when_it_is_quiet,
-    sync nf_queue_hands_packets_on,
-    sync bad_command_lines_are_refused,
-    sync without_the_capability_there_is_one_clear_sentence,
+    sync nf_queue_counts_packets_and_stops_after_its_timeout,
+    sync nf_queue_requeues_packets,
+    sync invalid_command_lines_are_refused,
+    sync without_the_capability_one_line_is_printed,
 ];
 
 const PORT: u16 = 9000;
 
-fn accept_all_ends_on_sigterm() {
+fn accept_all_stops_on_sigterm() {
     accept_all(Signal::SIGTERM, &[]);
 }
 
-fn accept_all_ends_on_sigint() {
+fn accept_all_stops_on_sigint() {
     let options = ["--max-len", "2048", "--copy-range", "64", "--no-gso", "--fail-open", "--threads", "2"];
     accept_all(Signal::SIGINT, &options);
 }
@@ -62,7 +62,7 @@ fn out_of_order_accepts_everything() {
     assert!(output.starts_with("received 1000 accepted 1000 lost 0"), "{output}");
 }
 
-fn nf_queue_counts_and_ends_when_it_is_quiet() {
+fn nf_queue_counts_packets_and_stops_after_its_timeout() {
     for options in
         [&["-c", "-t", "1"][..], &["-c", "-t1", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "1", "-d", "1"]]
     {
@@ -83,7 +83,7 @@ fn nf_queue_counts_and_ends_when_it_is_quiet() {
     }
 }
 
-fn nf_queue_hands_packets_on() {
+fn nf_queue_requeues_packets() {
     let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "1"]);
     let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "1"]);
     support::wait_until("both queues are bound", || [1, 2].iter().all(|queue| support::queue_line(*queue).is_some()));
@@ -96,7 +96,7 @@ fn nf_queue_hands_packets_on() {
     assert_eq!(first, second);
 }
 
-fn bad_command_lines_are_refused() {
+fn invalid_command_lines_are_refused() {
     for (program, arguments) in [
         ("accept_all", &["--queue", "70000"][..]),
         ("accept_all", &["--threads", "0"]),
@@ -112,13 +112,13 @@ fn bad_command_lines_are_refused() {
     }
 }
 
-fn without_the_capability_there_is_one_clear_sentence() {
+fn without_the_capability_one_line_is_printed() {
     use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
-    // An own thread, for capabilities belong to threads.
+    // In a separate thread, because capabilities belong to threads.
     let status = std::thread::spawn(|| {
         let none = CapabilitySet::empty();
-        // Root would get its capabilities back with the exec.
+        // Root would regain its capabilities in `exec`.
         rustix::thread::remove_capability_from_bounding_set(CapabilitySet::NET_ADMIN).unwrap();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
         let output = Command::new(path("accept_all")).output().unwrap();
@@ -130,8 +130,8 @@ fn without_the_capability_there_is_one_clear_sentence() {
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
 }
 
-/// Sends so many datagrams to ourselves, through the queue; tells how many arrive, each with what
-/// was sent.
+/// Sends `datagrams` datagrams through the queue to this process; returns how many were delivered
+/// with the right content.
 fn delivered(datagrams: u32) -> u32 {
     let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -183,7 +183,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Where a test has failed in between.
+        // If a test has failed before.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -12,39 +12,39 @@ use tokio_nfqueue::{Error, ErrorKind, FlushContext, FlushDecision, FlushPolicy, 
 use crate::common::{self, Traffic, account, hold, next, number, soon, start};
 
 tests![
-    one immediate_sends_each_verdict_by_itself,
+    one immediate_sends_each_verdict_in_its_own_message,
     one adaptive_sends_at_once_when_idle,
     both adaptive_gathers_under_load,
     one fixed_waits_for_its_batch,
-    both fixed_keeps_its_cap_though_nobody_polls,
-    both a_cap_below_a_millisecond_is_kept,
-    both a_cap_is_kept_again_and_again,
-    both a_policy_of_ones_own_is_asked,
-    one clones_of_a_builder_have_policies_of_their_own,
-    both a_policy_that_always_waits_for_the_pass_end,
-    both a_policy_that_always_waits_a_little,
-    one a_policy_that_panics,
-    both a_policy_that_panics_in_the_queues_own_task,
-    both feeding_gathers_and_flush_sends,
-    one sending_flushes_each,
-    both forwarding_a_stream_into_a_sink,
-    one a_late_verdict_does_not_end_a_forward,
-    both closing_one_sink_leaves_the_others,
-    both a_flush_of_nothing_is_ready,
+    both fixed_keeps_its_time_limit_when_nobody_polls,
+    both a_time_limit_below_a_millisecond_is_kept,
+    both a_time_limit_is_kept_repeatedly,
+    both a_custom_policy_is_asked_after_each_verdict,
+    one clones_of_a_builder_have_separate_policies,
+    both a_policy_that_always_waits_for_tasks_delays_no_verdict_for_ever,
+    both a_policy_that_always_delays_delays_no_verdict_for_ever,
+    one verdicts_are_sent_after_a_policy_has_panicked,
+    both verdicts_are_sent_after_a_policy_has_panicked_on_the_timer_thread,
+    both feed_gathers_and_flush_sends,
+    one sink_send_flushes_each_verdict,
+    both a_stream_can_be_forwarded_into_a_sink,
+    one a_late_verdict_does_not_end_forward,
+    both closing_one_sink_leaves_the_others_open,
+    both flush_without_verdicts_is_ready,
 ];
 
-/// Nothing is sent before its time, unless asked for.
+/// Sends nothing before a second has passed, except on request.
 fn patient() -> FlushPolicy {
     FlushPolicy::fixed(1_000_000, Duration::from_secs(1))
 }
 
-async fn immediate_sends_each_verdict_by_itself() {
+async fn immediate_sends_each_verdict_in_its_own_message() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..50).await {
         let number = number(&packet);
         queue.sink().submit(packet.accept()).unwrap();
-        // Within the call: nothing was awaited.
+        // It was sent within the call: nothing was awaited.
         assert_eq!(traffic.delivered(), [number]);
     }
     let stats = queue.stats();
@@ -82,7 +82,7 @@ async fn fixed_waits_for_its_batch() {
     for _ in 0..9 {
         queue.sink().submit(packets.next().unwrap().accept()).unwrap();
     }
-    // On this one thread nobody else can have sent them meanwhile.
+    // There is only this thread, so nobody else can have sent them meanwhile.
     traffic.expect_nothing();
     assert_eq!(queue.stats().sent.flushes, 0);
     queue.sink().submit(packets.next().unwrap().accept()).unwrap();
@@ -94,15 +94,15 @@ async fn fixed_waits_for_its_batch() {
     traffic.expect(10..15).await;
 }
 
-async fn fixed_keeps_its_cap_though_nobody_polls() {
+async fn fixed_keeps_its_time_limit_when_nobody_polls() {
     cap_is_kept(FlushPolicy::fixed(1000, Duration::from_millis(2)), Duration::from_millis(2), 20).await;
 }
 
-async fn a_cap_below_a_millisecond_is_kept() {
+async fn a_time_limit_below_a_millisecond_is_kept() {
     cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(200)), Duration::from_micros(200), 20).await;
 }
 
-async fn a_cap_is_kept_again_and_again() {
+async fn a_time_limit_is_kept_repeatedly() {
     cap_is_kept(FlushPolicy::fixed(1000, Duration::from_micros(50)), Duration::from_micros(50), 200).await;
 }
 
@@ -114,14 +114,14 @@ async fn cap_is_kept(policy: FlushPolicy, cap: Duration, rounds: u32) {
         let number = number(&packet);
         let given = Instant::now();
         queue.sink().submit(packet.accept()).unwrap();
-        // The receiver alone is looked at, never the queue.
+        // Only the receiver is polled, not the queue.
         traffic.expect([number]).await;
         assert!(given.elapsed() >= cap, "not before");
     }
     assert_eq!(queue.stats().sent.flushes, u64::from(rounds));
 }
 
-/// Sends seven at a time, and notes what it is asked.
+/// Sends seven verdicts at a time, and records each context.
 fn sevens(asked: Arc<Mutex<Vec<FlushContext>>>) -> FlushPolicy {
     FlushPolicy::custom(move |context| {
         asked.lock().unwrap().push(*context);
@@ -133,7 +133,7 @@ fn sevens(asked: Arc<Mutex<Vec<FlushContext>>>) -> FlushPolicy {
     })
 }
 
-async fn a_policy_of_ones_own_is_asked() {
+async fn a_custom_policy_is_asked_after_each_verdict() {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(sevens(Arc::clone(&asked))));
     let traffic = Traffic::new(50);
@@ -143,7 +143,7 @@ async fn a_policy_of_ones_own_is_asked() {
     traffic.expect(0..17).await;
     let asked = asked.lock().unwrap();
     for (index, gathered) in asked.iter().filter(|context| context.reason == FlushReason::Verdict).enumerate() {
-        // Unless the machine took longer than the delay over it.
+        // Not checked if the delay was over in between, on a slow machine.
         if queue.stats().sent.flushes == 3 {
             assert_fields!(gathered, gathered: index % 7 + 1, undecided: 16 - index);
         }
@@ -153,8 +153,8 @@ async fn a_policy_of_ones_own_is_asked() {
     assert!(asked.iter().all(|context| context.gathered > 0), "never asked about nothing");
 }
 
-async fn clones_of_a_builder_have_policies_of_their_own() {
-    // Sends every third verdict, by its own count.
+async fn clones_of_a_builder_have_separate_policies() {
+    // Sends every third verdict, by counting.
     let mut count = 0;
     let policy = FlushPolicy::custom(move |context| {
         count += 1;
@@ -169,24 +169,24 @@ async fn clones_of_a_builder_have_policies_of_their_own() {
         let traffic = Traffic::new(10);
         let packets = hold(&mut queue, &traffic, 0..2).await;
         packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
-        // The first clone's closure has not counted for the second.
+        // The closure of the second clone has its own count.
         assert_eq!(queue.stats().held.in_flight, 2);
         queue.close().await.unwrap();
         traffic.expect(0..2).await;
     }
 }
 
-async fn a_policy_that_always_waits_for_the_pass_end() {
+async fn a_policy_that_always_waits_for_tasks_delays_no_verdict_for_ever() {
     always(FlushDecision::AfterReadyTasks).await;
 }
 
-async fn a_policy_that_always_waits_a_little() {
+async fn a_policy_that_always_delays_delays_no_verdict_for_ever() {
     always(FlushDecision::Within(Duration::from_micros(300))).await;
 }
 
-/// Such a policy keeps no verdict for ever, though it never says now.
-async fn always(answer: FlushDecision) {
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(move |_| answer)));
+/// Such a policy keeps no verdict for ever, although it never returns `Now`.
+async fn always(decision: FlushDecision) {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(move |_| decision)));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..20).await;
     let owed = packets.pop().unwrap();
@@ -198,7 +198,7 @@ async fn always(answer: FlushDecision) {
     traffic.expect([19]).await;
 }
 
-/// Panics when asked on an occasion, and is patient otherwise.
+/// Panics for one reason, and delays otherwise.
 fn panics(reason: FlushReason) -> FlushPolicy {
     FlushPolicy::custom(move |context| {
         if context.reason == reason {
@@ -208,34 +208,34 @@ fn panics(reason: FlushReason) -> FlushPolicy {
     })
 }
 
-async fn a_policy_that_panics() {
+async fn verdicts_are_sent_after_a_policy_has_panicked() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics(FlushReason::Verdict)));
     let traffic = Traffic::new(50);
     let sink = queue.sink();
     for packet in hold(&mut queue, &traffic, 0..3).await {
         sink.submit(packet.accept()).unwrap();
     }
-    // The verdicts were taken, and the default policy sends them.
+    // The verdicts were stored, and the default policy sends them.
     soon("the flush", sink.flush()).await.unwrap();
     traffic.expect(0..3).await;
 }
 
-async fn a_policy_that_panics_in_the_queues_own_task() {
+async fn verdicts_are_sent_after_a_policy_has_panicked_on_the_timer_thread() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics(FlushReason::DelayOver)));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..3).await {
         queue.sink().submit(packet.accept()).unwrap();
     }
-    // The task is no more; verdicts go out all the same.
+    // The policy has panicked; verdicts are sent regardless.
     traffic.expect(0..3).await;
     for packet in hold(&mut queue, &traffic, 3..6).await {
         queue.sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(3..6).await;
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
 }
 
-async fn feeding_gathers_and_flush_sends() {
+async fn feed_gathers_and_flush_sends() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
     let traffic = Traffic::new(50);
     let mut sink = queue.sink();
@@ -247,7 +247,7 @@ async fn feeding_gathers_and_flush_sends() {
     assert!(queue.stats().sent.flushes <= 3, "gathered: {:?}", queue.stats());
 }
 
-async fn sending_flushes_each() {
+async fn sink_send_flushes_each_verdict() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
     let traffic = Traffic::new(50);
     let mut sink = queue.sink();
@@ -259,7 +259,7 @@ async fn sending_flushes_each() {
     assert_eq!(queue.stats().sent.flushes, 20);
 }
 
-async fn forwarding_a_stream_into_a_sink() {
+async fn a_stream_can_be_forwarded_into_a_sink() {
     let (queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1000);
     let (packets, sink) = queue.split();
@@ -272,13 +272,13 @@ async fn forwarding_a_stream_into_a_sink() {
         traffic.send(numbers.clone());
         traffic.expect(numbers.step_by(2)).await;
     }
-    soon("the end", sink.close()).await.unwrap();
-    // The stream's end ends the forward.
+    soon("the shutdown", sink.close()).await.unwrap();
+    // The end of the stream completes the forward.
     soon("the forward's end", forwarding).await.unwrap().unwrap();
     assert_eq!((sink.stats().decided.accepted, sink.stats().decided.dropped), (500, 500));
 }
 
-async fn a_late_verdict_does_not_end_a_forward() {
+async fn a_late_verdict_does_not_end_forward() {
     let deadline = Duration::from_millis(20);
     let (queue, _divert) = start(Queue::builder(0).deadline(deadline, tokio_nfqueue::Action::Drop));
     let traffic = Traffic::new(50);
@@ -299,11 +299,11 @@ async fn a_late_verdict_does_not_end_a_forward() {
     traffic.send([1]);
     traffic.expect([1]).await;
     assert!(!forwarding.is_finished());
-    soon("the end", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
     soon("the forward's end", forwarding).await.unwrap().unwrap();
 }
 
-async fn closing_one_sink_leaves_the_others() {
+async fn closing_one_sink_leaves_the_others_open() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(patient()));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..5).await.into_iter();
@@ -320,22 +320,22 @@ async fn closing_one_sink_leaves_the_others() {
     let error = Pin::new(&mut first).start_send(packet.accept()).unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Closed, Some(id)));
 
-    // Those two were dropped unanswered; the queue and its other sinks go on.
-    soon("the answer", second.confirm(packets.next().unwrap().accept())).await.unwrap();
+    // Those two packets got the default action; the queue and its other sinks still work.
+    soon("the reply", second.confirm(packets.next().unwrap().accept())).await.unwrap();
     traffic.expect([3]).await;
     assert!(account(0).is_some());
     traffic.send([5]);
     let packet = next(&mut queue).await;
-    soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap();
+    soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap();
     traffic.expect([5]).await;
 }
 
-async fn a_flush_of_nothing_is_ready() {
+async fn flush_without_verdicts_is_ready() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     soon("the flush", queue.sink().flush()).await.unwrap();
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
-    // A packet that is still owed does not hold it up.
+    // A packet that is still undecided does not delay it.
     soon("the flush", queue.sink().flush()).await.unwrap();
     assert_eq!(queue.stats().sent.sends, 0);
     drop(packet);

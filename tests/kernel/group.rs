@@ -12,22 +12,22 @@ use crate::{
 };
 
 tests![
-    both balanced_traffic_is_one_stream,
-    both a_load_goes_through_a_group,
+    both balanced_traffic_arrives_in_one_stream,
+    both a_group_under_load_decides_each_packet_once,
     one no_queue_is_starved,
-    one all_are_bound_or_none,
+    one all_queues_are_bound_or_none,
     sync an_empty_range_is_refused,
-    one a_group_falls_into_queues,
-    both closing_ends_all_its_queues,
-    one refusals_of_all_its_queues_come_together,
-    both a_forward_ends_with_the_group,
-    one dropping_ends_all_its_queues,
-    one one_queues_end_is_not_the_groups,
-    one a_group_of_none_is_at_its_end,
+    one a_group_can_be_split_into_queues_and_collected_again,
+    both close_closes_all_queues,
+    one refusals_of_all_queues_are_one_stream,
+    both forward_ends_when_the_group_is_closed,
+    one dropping_a_group_closes_all_queues,
+    one a_group_continues_after_one_of_its_queues_is_closed,
+    one the_stream_of_an_empty_group_has_ended,
     one a_group_has_the_methods_of_a_queue,
 ];
 
-async fn refusals_of_all_its_queues_come_together() {
+async fn refusals_of_all_queues_are_one_stream() {
     let mut group = group(|builder| builder.deadline(Duration::from_millis(10), Action::Drop));
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(40);
@@ -48,8 +48,8 @@ async fn refusals_of_all_its_queues_come_together() {
         assert_eq!(error.kind(), ErrorKind::Expired);
     }
     assert!(queues.len() > 1);
-    soon("the end", group.close_within(Duration::from_secs(1))).await.unwrap();
-    assert!(soon("the end", refusals.next()).await.is_none());
+    soon("the shutdown", group.close_within(Duration::from_secs(1))).await.unwrap();
+    assert!(soon("the shutdown", refusals.next()).await.is_none());
     traffic.expect_nothing();
 }
 
@@ -57,12 +57,12 @@ fn group(builder: impl Fn(QueueBuilder) -> QueueBuilder) -> QueueGroup {
     QueueGroup::bind(0..=3, builder).unwrap()
 }
 
-async fn balanced_traffic_is_one_stream() {
+async fn balanced_traffic_arrives_in_one_stream() {
     let mut group = group(|builder| builder);
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
-    // The hash is over addresses. Its seed is the kernel's own, so many are needed to be sure of
-    // two queues.
+    // The hash covers the addresses, and its seed is random, so many addresses are needed to reach
+    // two queues for sure.
     for number in 0..100_u32 {
         let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
         traffic.send_from(&sender, [number]);
@@ -82,7 +82,7 @@ async fn balanced_traffic_is_one_stream() {
     assert!(received.iter().map(|(queue, _)| *queue).eq(0..4));
 }
 
-async fn a_load_goes_through_a_group() {
+async fn a_group_under_load_decides_each_packet_once() {
     const COUNT: u32 = 5000;
     let (mut packets, sink) = group(|builder| builder).split();
     let _divert = divert([udp_in().to_queues(0..=3)]);
@@ -104,7 +104,7 @@ async fn no_queue_is_starved() {
     let port = |queue: u16| udp_in().destination_port(common::PORT + queue).to_queue(queue);
     let _divert = divert((0..4).map(port));
     let traffic = Traffic::new(4 * common::ROOM);
-    // One has much, another little; both have it before anything is read.
+    // One queue has many packets and another few, all before any is read.
     traffic.send(0..200);
     traffic.send([600, 601, 602]);
     eventually("all is queued", || account(0).unwrap().waiting == 200 && account(3).unwrap().waiting == 3).await;
@@ -113,11 +113,11 @@ async fn no_queue_is_starved() {
         queues.push(next(&mut group).await.queue_number());
     }
     let last = queues.iter().rposition(|queue| *queue == 3).unwrap();
-    // The runtime may take notice of the one later than of the other, but not by the whole of it.
+    // The runtime may notice one queue later than the other, but not after all its packets.
     assert!(last < 202, "the short queue came last: {queues:?}");
 }
 
-async fn all_are_bound_or_none() {
+async fn all_queues_are_bound_or_none() {
     let taken = support::RawQueue::bind(2).unwrap();
     let error = QueueGroup::bind(0..=3, |builder| builder).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound);
@@ -130,13 +130,13 @@ async fn all_are_bound_or_none() {
 fn an_empty_range_is_refused() {
     #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
     let empty = 3..=2;
-    // This comes before all else: there is no runtime here.
+    // This is checked first: there is no runtime here.
     let error = QueueGroup::bind(empty, |_| panic!("settings of no queue")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert_eq!(error.to_string(), "bind queue group 3..=2: invalid value: the range is empty");
 }
 
-async fn a_group_falls_into_queues() {
+async fn a_group_can_be_split_into_queues_and_collected_again() {
     let group = group(|builder| builder);
     let _divert = divert([udp_in().to_queue(2)]);
     let traffic = Traffic::new(100);
@@ -146,17 +146,17 @@ async fn a_group_falls_into_queues() {
         queues[2].sink().submit(packet.accept()).unwrap();
     }
     traffic.expect(0..10).await;
-    // And of queues a group is made again, of any numbers in any order.
+    // Queues of any numbers, in any order, can be collected into a group.
     let mut group: QueueGroup = queues.into_iter().rev().chain([Queue::builder(77).bind().unwrap()]).collect();
     traffic.send([10]);
     let packet = next(&mut group).await;
-    soon("the answer", group.sink().confirm(packet.accept())).await.unwrap();
+    soon("the reply", group.sink().confirm(packet.accept())).await.unwrap();
     traffic.expect([10]).await;
     let numbers: Vec<_> = group.sink().queues().iter().map(|sink| sink.queue_number()).collect();
     assert_eq!(numbers, [3, 2, 1, 0, 77]);
 }
 
-async fn closing_ends_all_its_queues() {
+async fn close_closes_all_queues() {
     let (mut packets, sink) = group(|builder| builder.on_unanswered(Action::Accept)).split();
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
@@ -166,29 +166,29 @@ async fn closing_ends_all_its_queues() {
         let sink = sink.clone();
         async move { sink.close().await }
     });
-    eventually("the end has begun", || sink.queues().iter().all(|sink| sink.is_closed())).await;
+    eventually("the shutdown has begun", || sink.queues().iter().all(|sink| sink.is_closed())).await;
     sink.submit(held.accept()).unwrap();
-    soon("the end", closing).await.unwrap().unwrap();
+    soon("the shutdown", closing).await.unwrap().unwrap();
     assert!((0..4).all(|queue| account(queue).is_none()));
-    assert!(soon("the end", packets.recv()).await.is_none() && packets.is_terminated());
+    assert!(soon("the end of the stream", packets.recv()).await.is_none() && packets.is_terminated());
     traffic.expect(0..20).await;
 }
 
-async fn a_forward_ends_with_the_group() {
+async fn forward_ends_when_the_group_is_closed() {
     let (packets, sink) = group(|builder| builder).split();
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
     let forwarding = tokio::spawn(packets.map_ok(tokio_nfqueue::Packet::accept).forward(sink.clone()));
     traffic.send(0..50);
     traffic.expect(0..50).await;
-    soon("the end", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
     soon("the forward's end", forwarding).await.unwrap().unwrap();
 
     let mut closed = sink.clone();
     soon("the close", SinkExt::close(&mut closed)).await.unwrap();
 }
 
-async fn dropping_ends_all_its_queues() {
+async fn dropping_a_group_closes_all_queues() {
     let mut group = group(|builder| builder.on_unanswered(Action::Accept));
     let divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
@@ -197,30 +197,30 @@ async fn dropping_ends_all_its_queues() {
     drop(group);
     drop(held);
     traffic.expect(0..20).await;
-    eventually("the end", || (0..4).all(|queue| account(queue).is_none())).await;
+    eventually("the queue is unbound", || (0..4).all(|queue| account(queue).is_none())).await;
     drop(divert);
 }
 
-async fn one_queues_end_is_not_the_groups() {
+async fn a_group_continues_after_one_of_its_queues_is_closed() {
     let (mut packets, sink) = group(|builder| builder).split();
     let _divert = divert([udp_in().to_queue(1)]);
     let traffic = Traffic::new(100);
     soon("the end of one", sink.queues()[0].close()).await.unwrap();
     traffic.send([0]);
     let packet = next(&mut packets).await;
-    soon("the answer", sink.confirm(packet.accept())).await.unwrap();
+    soon("the reply", sink.confirm(packet.accept())).await.unwrap();
     traffic.expect([0]).await;
     assert!(!packets.is_terminated());
 }
 
-async fn a_group_of_none_is_at_its_end() {
+async fn the_stream_of_an_empty_group_has_ended() {
     let mut none: QueueGroup = std::iter::empty().collect();
     assert!(none.is_terminated());
-    assert!(soon("the end", none.recv()).await.is_none());
-    soon("the end", none.close()).await.unwrap();
+    assert!(soon("the end of the stream", none.recv()).await.is_none());
+    soon("the shutdown", none.close()).await.unwrap();
 }
 
-/// What a queue can do, a group can do for all its queues.
+/// Each method of a queue works for all queues of a group.
 async fn a_group_has_the_methods_of_a_queue() {
     let mut group = group(|builder| builder);
     let _divert = divert([udp_in().to_queues(0..=3)]);
@@ -250,7 +250,7 @@ async fn a_group_has_the_methods_of_a_queue() {
         assert!((1..=limit).contains(&count), "{count}");
         limit += 1;
     }
-    // All that was readable has been taken.
+    // All queued packets have been received.
     assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
     let last = packets.pop().unwrap();
     packets.into_iter().for_each(|packet| group.submit(packet.accept()).unwrap());
@@ -266,7 +266,7 @@ async fn a_group_has_the_methods_of_a_queue() {
     let wrong = soon("the refusal", sink.close_with(Action::Requeue { queue: 2, bypass: false })).await;
     assert_eq!(wrong.unwrap_err().kind(), ErrorKind::InvalidInput);
     assert!(!sink.is_closed(), "an action that one queue refuses closes none");
-    soon("the end", group.close_with(Action::Accept)).await.unwrap();
+    soon("the shutdown", group.close_with(Action::Accept)).await.unwrap();
     assert!(sink.is_closed());
     traffic.expect(0..40).await;
 }

@@ -1,4 +1,4 @@
-//! The tests' own tools: namespaces, pairs of interfaces, deadlines.
+//! The tools of the tests: namespaces, pairs of interfaces, time limits.
 
 use std::{fs, net::Ipv4Addr, panic, thread, time::Duration};
 
@@ -6,12 +6,12 @@ use crate::support::{self, Namespace, RawQueue, VethOptions, isolated, udp, udp_
 
 tests![
     sync threads_inherit_the_namespace,
-    both a_runtimes_threads_are_in_the_namespace,
-    sync panics_come_through,
-    sync pairs_of_interfaces,
+    both runtime_threads_are_in_the_namespace,
+    sync panics_are_propagated,
+    sync pairs_of_interfaces_carry_traffic,
     sync links_go_down_and_up,
     sync queues_are_listed,
-    sync raw_packets,
+    sync raw_packets_are_delivered,
 ];
 
 fn namespace() -> String {
@@ -30,7 +30,7 @@ fn threads_inherit_the_namespace() {
     assert_eq!(namespace(), here);
 }
 
-async fn a_runtimes_threads_are_in_the_namespace() {
+async fn runtime_threads_are_in_the_namespace() {
     let here = namespace();
     // `block_on` runs on the test's own thread; workers and blocking threads are others.
     assert_eq!(tokio::spawn(async { namespace() }).await.unwrap(), here);
@@ -39,19 +39,19 @@ async fn a_runtimes_threads_are_in_the_namespace() {
     tokio::time::sleep(Duration::from_millis(1)).await;
 }
 
-fn panics_come_through() {
+fn panics_are_propagated() {
     // Unlike `panic!`, this one prints nothing.
     let caught = panic::catch_unwind(|| isolated(|| panic::resume_unwind(Box::new("it was I"))));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&"it was I"));
 }
 
-fn pairs_of_interfaces() {
+fn pairs_of_interfaces_carry_traffic() {
     for (index, offloads) in [(1, true), (2, false)] {
         let peer = support::veth_with(&VethOptions { index, mtu: 9000, offloads });
         assert!(support::ping(peer.far_v4.into(), Duration::from_secs(10)));
         assert!(support::ping(peer.far_v6.into(), Duration::from_secs(10)));
         peer.route_through_near();
-        // There is a route back from anywhere on this side.
+        // The peer has a route back to every address on this side.
         assert!(peer.run(|| support::ping(peer.near_v4.into(), Duration::from_secs(10))));
 
         let (from, to) = (udp((peer.near_v4, 0)), peer.run(|| udp((peer.far_v4, 0))));
@@ -69,7 +69,7 @@ fn links_go_down_and_up() {
     support::link_down(&peer.near);
     assert!(!support::link_flags(&peer.near).contains(nix::net::if_::InterfaceFlags::IFF_UP));
     support::link_up(&peer.near);
-    wait_until("the peer answers again", || support::ping(peer.far_v4.into(), Duration::from_millis(100)));
+    wait_until("the peer replies again", || support::ping(peer.far_v4.into(), Duration::from_millis(100)));
 }
 
 fn queues_are_listed() {
@@ -84,7 +84,7 @@ fn queues_are_listed() {
     drop(second);
 }
 
-fn raw_packets() {
+fn raw_packets_are_delivered() {
     let to = udp_marked("127.0.0.1:0", 3);
     let port = to.local_addr().unwrap().port().to_be_bytes();
     // IPv4 header, then UDP without a checksum.

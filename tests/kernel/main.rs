@@ -1,13 +1,13 @@
 //! The tests that need a kernel: a module for each subject.
 //!
-//! They are one binary, which links once. The name of a test begins with its module:
-//! `cargo test ending::` runs the tests of a module, and `cargo test NAME` those with this text in
-//! their names. The suffix `::two_workers` stands for a runtime of two worker threads.
+//! They are one binary, so that linking is done once. The name of a test begins with its module:
+//! `cargo test close::` runs the tests of a module, and `cargo test NAME` runs the tests whose
+//! names contain this text. The suffix `::two_workers` means a runtime with two worker threads.
 //!
-//! Each test has a thread and a network namespace of its own; two tests run at the same time. All
-//! share the process. So a test changes only what belongs to its threads: capabilities, processors,
-//! mounts, namespaces and the subscriber of traces. A test that needs another process starts one:
-//! this binary ([`divert::child`], `support::UserNamespace`) or an example.
+//! Each test has its own thread and network namespace; two tests run at the same time. All tests
+//! share the process, so a test changes only what belongs to its threads: capabilities, CPU
+//! affinity, mounts, namespaces and the `tracing` subscriber. A test that needs another process
+//! starts one: this binary ([`divert::child`], `support::UserNamespace`) or an example.
 
 #[macro_use]
 mod common;
@@ -15,6 +15,7 @@ mod common;
 mod support;
 
 mod bridge;
+mod close;
 mod concurrency;
 #[cfg(feature = "conntrack")]
 mod conntrack;
@@ -22,7 +23,6 @@ mod divert;
 mod dropping;
 #[cfg(feature = "edit")]
 mod edit;
-mod ending;
 mod errors;
 mod examples;
 mod flushing;
@@ -48,13 +48,13 @@ use libtest_mimic::Trial;
 
 /// The modules in the order in which they run.
 const MODULES: &[fn() -> Vec<Trial>] = &[
-    // The tools of all others.
+    // Tests of the tools that all others use.
     isolation::tests,
     verdicts::tests,
     order::tests,
     unanswered::tests,
     dropping::tests,
-    ending::tests,
+    close::tests,
     errors::tests,
     flushing::tests,
     concurrency::tests,
@@ -75,7 +75,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     overload::tests,
     promises::tests,
     examples::tests,
-    // These keep the processors busy, which would delay others with short deadlines.
+    // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
 ];
 

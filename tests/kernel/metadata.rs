@@ -1,4 +1,4 @@
-//! What a packet tells about itself.
+//! The metadata of packets.
 
 use std::{
     fs, io,
@@ -20,20 +20,20 @@ use crate::{
 };
 
 tests![
-    one each_hook_is_told_with_its_interfaces,
+    one each_hook_reports_its_interfaces,
     one a_forwarded_packet_has_two_interfaces,
-    one ipv6_is_told,
-    one the_senders_mark_is_told,
-    one a_time_of_arrival_is_told_where_there_is_one,
-    one user_and_group_are_told_on_demand,
-    one a_control_groups_class_is_told,
+    one ipv6_metadata_is_reported,
+    one the_mark_of_the_sender_is_reported,
+    one a_timestamp_is_reported_if_the_kernel_took_one,
+    one user_and_group_ids_are_reported_on_request,
+    one the_class_of_a_control_group_is_reported,
     one a_short_copy_range_truncates,
     one metadata_mode_has_no_payload,
-    one unfinished_checksums_are_told,
+    one unfinished_checksums_are_reported,
     one a_payload_outlives_its_packet,
-    both super_packets_are_sent_whole,
-    both super_packets_are_received_whole,
-    one super_packets_are_told_on_loopback,
+    both sent_super_packets_are_not_segmented,
+    both received_super_packets_are_not_segmented,
+    one super_packets_are_reported_on_loopback,
     both without_gso_no_packet_is_longer_than_the_mtu,
 ];
 
@@ -41,7 +41,7 @@ fn index(name: &str) -> u32 {
     if_nametoindex(name).unwrap()
 }
 
-async fn each_hook_is_told_with_its_interfaces() {
+async fn each_hook_reports_its_interfaces() {
     let hooks = [Hook::Output, Hook::Postrouting, Hook::Prerouting, Hook::Input];
     let mut queues: Vec<Queue> = (0..4).map(|number| Queue::builder(number).bind().unwrap()).collect();
     let rule = |(number, hook)| Rule::new(hook).protocol(Protocol::Udp).to_queue(number);
@@ -92,7 +92,7 @@ async fn a_forwarded_packet_has_two_interfaces() {
     assert_eq!(receiver.recv(&mut [0; 8]).unwrap(), 4);
 }
 
-async fn ipv6_is_told() {
+async fn ipv6_metadata_is_reported() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let receiver = support::udp("[::1]:9000");
     receiver.send_to(b"it", "[::1]:9000").unwrap();
@@ -104,7 +104,7 @@ async fn ipv6_is_told() {
     queue.sink().submit(packet.accept()).unwrap();
 }
 
-async fn the_senders_mark_is_told() {
+async fn the_mark_of_the_sender_is_reported() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     support::set_mark(&traffic.sender, 0xdead_beef);
@@ -118,12 +118,11 @@ async fn the_senders_mark_is_told() {
     assert_eq!(packet.attribute(999), None);
 }
 
-async fn a_time_of_arrival_is_told_where_there_is_one() {
+async fn a_timestamp_is_reported_if_the_kernel_took_one() {
     const TOLERANCE: Duration = Duration::from_secs(3600);
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
-    // As long as somebody asks for time stamps, the kernel takes them. It begins when it comes to
-    // it.
+    // The kernel takes timestamps while a socket requests them, and starts with a delay.
     let socket = support::udp("127.0.0.1:0");
     setsockopt(&socket, sockopt::ReceiveTimestamp, &true).unwrap();
     let stamped = async {
@@ -139,19 +138,19 @@ async fn a_time_of_arrival_is_told_where_there_is_one() {
     assert!(time > now - TOLERANCE && time < now + TOLERANCE, "{time:?} is not about {now:?}");
 }
 
-async fn user_and_group_are_told_on_demand() {
+async fn user_and_group_ids_are_reported_on_request() {
     for on in [true, false] {
         let mut queue = Queue::builder(0).uid_gid(on).bind().unwrap();
         let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
         let traffic = Traffic::new(1);
         let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
-        // The kernel tells the ids outside of all user namespaces.
+        // The kernel sends the ids of the initial user namespace.
         let expected = on.then(|| (common::outer_id("uid_map"), common::outer_id("gid_map")));
         assert_eq!(packet.uid().zip(packet.gid()), expected);
     }
 }
 
-async fn a_control_groups_class_is_told() {
+async fn the_class_of_a_control_group_is_reported() {
     const CLASS: u32 = 0x0010_0002;
     let mut queue = Queue::builder(0).bind().unwrap();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
@@ -159,7 +158,7 @@ async fn a_control_groups_class_is_told() {
     let classified = match std::thread::spawn(|| classified(CLASS)).join().unwrap() {
         Ok(socket) => socket,
         Err(error) => {
-            // As root, whose kernel has the controller, there is no excuse.
+            // Root on a kernel with the controller must be able to create the group.
             let possible = nix::unistd::geteuid().is_root()
                 && common::outer_id("uid_map") == 0
                 && fs::read_to_string("/proc/cgroups").is_ok_and(|text| text.contains("net_cls\t0"));
@@ -169,16 +168,16 @@ async fn a_control_groups_class_is_told() {
         }
     };
     traffic.send_from(&classified, [0]);
-    let told = next(&mut queue).await.cgroup_class_id();
-    // Linux 6.1 has not got the attribute.
-    let expected = (common::kernel_release() >= (6, 12) || told.is_some()).then_some(CLASS);
-    assert_eq!(told, expected);
+    let class = next(&mut queue).await.cgroup_class_id();
+    // Linux 6.1 does not have the attribute.
+    let expected = (common::kernel_release() >= (6, 12) || class.is_some()).then_some(CLASS);
+    assert_eq!(class, expected);
     traffic.send([1]);
     assert_eq!(next(&mut queue).await.cgroup_class_id(), None);
 }
 
-/// A socket of a thread that belongs to a class of the control group `net_cls`, which is mounted
-/// for that thread alone. The calling thread's mounts are changed.
+/// A socket of a thread in a class of the control group `net_cls`, which is mounted only for that
+/// thread. The mounts of the calling thread change.
 fn classified(class: u32) -> io::Result<UdpSocket> {
     const PLACE: &str = "/tmp";
     unshare(CloneFlags::CLONE_NEWNS)?;
@@ -187,7 +186,7 @@ fn classified(class: u32) -> io::Result<UdpSocket> {
     let group = format!("{PLACE}/nfqueue-{}", std::process::id());
     fs::create_dir(&group)?;
     fs::write(format!("{group}/net_cls.classid"), class.to_string())?;
-    // This thread, and back.
+    // Moves this thread into the group and back.
     fs::write(format!("{group}/tasks"), "0")?;
     let socket = support::udp((Ipv4Addr::LOCALHOST, 0));
     fs::write(format!("{PLACE}/tasks"), "0")?;
@@ -220,9 +219,9 @@ async fn metadata_mode_has_no_payload() {
     traffic.expect([5]).await;
 }
 
-async fn unfinished_checksums_are_told() {
-    // A local sender leaves the checksum to the interface; without GSO the kernel finishes it
-    // before it is seen.
+async fn unfinished_checksums_are_reported() {
+    // A local sender leaves the checksum to the interface. Without GSO, the kernel finishes it
+    // before it queues the packet.
     for gso in [true, false] {
         let mut queue = Queue::builder(0).gso(gso).bind().unwrap();
         let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
@@ -254,8 +253,7 @@ async fn a_payload_outlives_its_packet() {
     }
 }
 
-/// Sends a megabyte from one to the other while all of it goes through a queue; gives what `look`
-/// said of each packet.
+/// Sends a megabyte over TCP through a queue; returns the results of `look` for all packets.
 async fn transfer<T>(
     mut queue: Queue,
     listener: TcpListener,
@@ -278,7 +276,7 @@ async fn transfer<T>(
         () = common::eventually("the transfer", || receiver.is_finished()) => {}
     }
     receiver.join().unwrap();
-    // The end of the connection is of no interest, and may be held up by a queue that nobody reads.
+    // The closing handshake does not matter, and may be delayed by a queue that nobody reads.
     drop(queue);
     common::freed(0).await;
     sender.join().unwrap();
@@ -298,7 +296,7 @@ async fn sent(builder: QueueBuilder) -> Vec<(bool, usize)> {
 }
 
 async fn received(builder: QueueBuilder) -> Vec<(bool, usize)> {
-    // The other one's interface need not be gone yet.
+    // The interface of the other call may not have been removed yet.
     let peer = support::veth_with(&support::VethOptions { index: 1, ..Default::default() });
     let queue = builder.bind().unwrap();
     let _divert = divert([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(0)]);
@@ -308,17 +306,17 @@ async fn received(builder: QueueBuilder) -> Vec<(bool, usize)> {
     transfer(queue, listener, connect, gso_and_length).await
 }
 
-async fn super_packets_are_sent_whole() {
+async fn sent_super_packets_are_not_segmented() {
     let seen = sent(Queue::builder(0)).await;
     assert!(seen.iter().any(|(gso, length)| *gso && *length > 1500), "{seen:?}");
 }
 
-async fn super_packets_are_received_whole() {
+async fn received_super_packets_are_not_segmented() {
     let seen = received(Queue::builder(0).gso(true)).await;
     assert!(seen.iter().any(|(gso, length)| *gso && *length > 1500), "{seen:?}");
 }
 
-async fn super_packets_are_told_on_loopback() {
+async fn super_packets_are_reported_on_loopback() {
     support::set_mtu("lo", 1500);
     let (queue, listener) = (Queue::builder(0).bind().unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
     let _divert = divert([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(0)]);

@@ -1,14 +1,14 @@
-//! Helpers for the modes that other programs know by name.
+//! Methods for the modes of other programs.
 
 use tokio_nfqueue::{Action, Queue};
 
 use crate::common::{Traffic, next, soon, start};
 
-tests![both repeating_with_a_mark_never_loops];
+tests![both repeat_marked_never_loops];
 
-async fn repeating_with_a_mark_never_loops() {
-    // The rule does not look at the mark, so without the helper's own look the packet would come
-    // back for ever.
+async fn repeat_marked_never_loops() {
+    // The rule does not match on the mark, so without the check in `repeat_marked` the packet would
+    // be queued for ever.
     let (mut queue, _rules) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     traffic.send([0]);

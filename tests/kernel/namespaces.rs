@@ -1,4 +1,4 @@
-//! Queues of other network namespaces.
+//! Queues in other network namespaces.
 
 use std::{fs, path::PathBuf};
 
@@ -11,17 +11,17 @@ use crate::{
 };
 
 tests![
-    both a_queue_is_bound_elsewhere,
-    one here_and_there_do_not_meet,
-    one who_owns_the_queue_there_is_found_there,
-    one a_namespace_is_found_by_path_and_outlives_its_threads,
+    both a_queue_is_bound_in_another_namespace,
+    one queues_of_one_number_in_two_namespaces_are_separate,
+    one already_bound_is_detected_in_another_namespace,
+    one a_namespace_opened_by_path_outlives_its_threads,
     one the_namespace_of_a_socket_is_where_it_was_opened,
-    one the_namespace_of_a_socket_needs_the_capability,
-    one what_is_no_socket_has_no_namespace,
-    one bad_names_are_refused,
-    one what_is_no_namespace_is_refused,
-    one without_cap_sys_admin_the_error_names_it_alone,
-    one a_file_that_may_not_be_opened_names_no_capability,
+    one of_socket_needs_the_capability,
+    one of_socket_refuses_other_files,
+    one invalid_names_are_refused,
+    one files_that_are_not_network_namespaces_are_refused,
+    one without_cap_sys_admin_the_error_names_only_this_capability,
+    one the_error_of_an_unreadable_file_names_no_capability,
 ];
 
 fn elsewhere() -> (support::Namespace, NetworkNamespace) {
@@ -34,7 +34,7 @@ fn present() -> PathBuf {
     fs::read_link("/proc/thread-self/ns/net").unwrap()
 }
 
-/// Rules and traffic of a namespace, for sockets are where they were opened.
+/// Rules and traffic in a namespace: sockets belong to the namespace in which they were opened.
 fn traffic_in(namespace: &support::Namespace) -> (Divert, Traffic) {
     let runtime = Handle::current();
     namespace.run(|| {
@@ -43,7 +43,7 @@ fn traffic_in(namespace: &support::Namespace) -> (Divert, Traffic) {
     })
 }
 
-async fn a_queue_is_bound_elsewhere() {
+async fn a_queue_is_bound_in_another_namespace() {
     let (namespace, handle) = elsewhere();
     let before = present();
     let mut queue = Queue::builder(0).namespace(handle).bind().unwrap();
@@ -59,11 +59,11 @@ async fn a_queue_is_bound_elsewhere() {
     }
     traffic.expect(0..20).await;
     assert_eq!(queue.sink().kernel_stats().unwrap().last_id, 20);
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     assert_eq!(namespace.run(|| account(0)), None);
 }
 
-async fn here_and_there_do_not_meet() {
+async fn queues_of_one_number_in_two_namespaces_are_separate() {
     let (namespace, handle) = elsewhere();
     let (mut here, _divert_here) = start(Queue::builder(0));
     let mut there = Queue::builder(0).namespace(handle).bind().unwrap();
@@ -71,7 +71,7 @@ async fn here_and_there_do_not_meet() {
     let traffic_here = Traffic::new(100);
     let held_here = hold(&mut here, &traffic_here, 0..10).await;
     let held_there = hold(&mut there, &traffic_there, 10..20).await;
-    // A verdict finds its own queue, whichever the sink.
+    // A verdict reaches its own queue through any sink.
     for packet in held_here {
         there.sink().submit(packet.accept()).unwrap();
     }
@@ -83,7 +83,7 @@ async fn here_and_there_do_not_meet() {
     assert_eq!((here.stats().sent.gone_at_least, there.stats().sent.gone_at_least), (0, 0));
 }
 
-async fn who_owns_the_queue_there_is_found_there() {
+async fn already_bound_is_detected_in_another_namespace() {
     let (_namespace, handle) = elsewhere();
     let _first = Queue::builder(7).namespace(handle.clone()).bind().unwrap();
     let error = Queue::builder(7).namespace(handle).bind().unwrap_err();
@@ -91,7 +91,7 @@ async fn who_owns_the_queue_there_is_found_there() {
     Queue::builder(7).bind().unwrap();
 }
 
-async fn a_namespace_is_found_by_path_and_outlives_its_threads() {
+async fn a_namespace_opened_by_path_outlives_its_threads() {
     let (ready, path) = std::sync::mpsc::channel();
     let (done, wait) = std::sync::mpsc::channel::<()>();
     let thread = support::Namespace::new().spawn(move || {
@@ -122,7 +122,7 @@ async fn the_namespace_of_a_socket_is_where_it_was_opened() {
     assert!(account(0).is_some());
 }
 
-async fn the_namespace_of_a_socket_needs_the_capability() {
+async fn of_socket_needs_the_capability() {
     let socket = support::udp("127.0.0.1:0");
     give_up_capabilities();
     let error = NetworkNamespace::of_socket(socket).unwrap_err();
@@ -131,15 +131,15 @@ async fn the_namespace_of_a_socket_needs_the_capability() {
     assert!(text.contains("CAP_NET_ADMIN is needed in") && !text.contains("CAP_SYS_ADMIN"), "{text}");
 }
 
-async fn what_is_no_socket_has_no_namespace() {
+async fn of_socket_refuses_other_files() {
     for path in ["/dev/null", "/proc/self/ns/net", "/proc/self/status"] {
         let error = NetworkNamespace::of_socket(fs::File::open(path).unwrap()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
-        assert_eq!(error.to_string(), "network namespace: of a socket: invalid value: not a socket");
+        assert_eq!(error.to_string(), "find the network namespace of a socket: invalid value: not a socket");
     }
 }
 
-async fn bad_names_are_refused() {
+async fn invalid_names_are_refused() {
     for name in ["", ".", "..", "a/b", "/etc/passwd", "a\0b"] {
         assert_eq!(NetworkNamespace::named(name).unwrap_err().kind(), ErrorKind::InvalidInput, "{name:?}");
     }
@@ -148,7 +148,7 @@ async fn bad_names_are_refused() {
     assert!(error.to_string().contains("no namespace has this name"), "{error}");
 }
 
-async fn what_is_no_namespace_is_refused() {
+async fn files_that_are_not_network_namespaces_are_refused() {
     for path in ["/proc/self/status", "/proc/self/ns/uts"] {
         let handle = NetworkNamespace::open(path).unwrap();
         let before = present();
@@ -163,7 +163,7 @@ async fn what_is_no_namespace_is_refused() {
     }
 }
 
-async fn without_cap_sys_admin_the_error_names_it_alone() {
+async fn without_cap_sys_admin_the_error_names_only_this_capability() {
     let (_namespace, handle) = elsewhere();
     give_up_capabilities();
     for error in [
@@ -176,7 +176,7 @@ async fn without_cap_sys_admin_the_error_names_it_alone() {
     }
 }
 
-async fn a_file_that_may_not_be_opened_names_no_capability() {
+async fn the_error_of_an_unreadable_file_names_no_capability() {
     give_up_capabilities();
     // Process 1 has capabilities, so its state may not be read.
     let error = NetworkNamespace::open("/proc/1/ns/net").unwrap_err();

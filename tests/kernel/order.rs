@@ -1,4 +1,4 @@
-//! Many packets at once, decided in any order and in any mixture.
+//! Many packets at once, decided in any order and with any mixture of verdicts.
 
 use std::time::Duration;
 
@@ -7,34 +7,34 @@ use tokio_nfqueue::{FlushPolicy, Packet, Queue, Verdict};
 use crate::common::{self, Divert, Random, Traffic, hold, next, number, start, udp_in};
 
 tests![
-    both in_order,
-    both in_reverse_order,
-    both in_random_order,
-    both in_random_order_in_portions,
-    both one_flush_of_every_kind_of_verdict,
-    one within_a_flush_packets_are_released_in_the_order_of_their_ids,
-    one one_held_packet_outlives_thousands,
+    both each_packet_is_decided_once_in_order,
+    both each_packet_is_decided_once_in_reverse_order,
+    both each_packet_is_decided_once_in_random_order,
+    both each_packet_is_decided_once_in_random_order_and_several_flushes,
+    both one_flush_sends_every_kind_of_verdict,
+    one one_flush_releases_packets_in_the_order_of_their_ids,
+    one no_batch_decides_a_held_packet,
 ];
 
 const MANY: u32 = 1000;
 
-async fn in_order() {
+async fn each_packet_is_decided_once_in_order() {
     thousand(|_| {}, usize::MAX).await;
 }
 
-async fn in_reverse_order() {
+async fn each_packet_is_decided_once_in_reverse_order() {
     thousand(<[Packet]>::reverse, usize::MAX).await;
 }
 
-async fn in_random_order() {
+async fn each_packet_is_decided_once_in_random_order() {
     thousand(|packets| Random::new(1).shuffle(packets), usize::MAX).await;
 }
 
-async fn in_random_order_in_portions() {
+async fn each_packet_is_decided_once_in_random_order_and_several_flushes() {
     thousand(|packets| Random::new(2).shuffle(packets), 13).await;
 }
 
-/// A thousand outstanding packets, put in some order, and flushed after every `portion`.
+/// Decides a thousand held packets in the given order, and flushes after every `portion`.
 async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(MANY);
@@ -53,7 +53,7 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
 
     let stats = queue.stats();
     assert_fields!(stats, decided.accepted: 500, decided.dropped: 500, held.in_flight: 0);
-    // Each was decided once.
+    // Each packet was decided once.
     assert_fields!(stats, sent.gone_at_least: 0, sent.refused: 0, decided.late: 0);
     assert_eq!(stats.held.most_in_flight, MANY as usize);
     assert_eq!(common::account(0).unwrap().waiting, 0);
@@ -63,14 +63,14 @@ fn accept_the_even(packet: Packet) -> Verdict {
     if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() }
 }
 
-async fn one_flush_of_every_kind_of_verdict() {
+async fn one_flush_sends_every_kind_of_verdict() {
     let (mut queue, _divert) =
         start(Queue::builder(0).flush_policy(FlushPolicy::fixed(100_000, Duration::from_secs(1))));
     let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
     let mut other = Queue::builder(1).bind().unwrap();
     let traffic = Traffic::new(MANY);
     let mut packets = hold(&mut queue, &traffic, 0..MANY).await;
-    // Runs of several lengths, in the kernel's order, for the ledger to join.
+    // Runs of several lengths in the order of the ids, which the ledger sends as batches.
     let kind = |number: u32| (number / 3) % 7;
     let replaces = common::replaces_payloads();
     Random::new(3).shuffle(&mut packets);
@@ -81,8 +81,7 @@ async fn one_flush_of_every_kind_of_verdict() {
             3 => packet.accept().mark(9),
             4 => packet.requeue(1),
             5 if replaces => {
-                // Unchanged; at the input hook its checksums are complete, or never will be looked
-                // at.
+                // Unchanged. At the input hook its checksums are complete, or are not checked.
                 let payload = whole(&packet);
                 packet.accept().payload(payload)
             }
@@ -106,14 +105,14 @@ async fn one_flush_of_every_kind_of_verdict() {
     assert_fields!(stats, sent.gone_at_least: 0, sent.refused: 0, held.in_flight: 0);
 }
 
-/// The packet itself, with a UDP checksum of zero: none, in IPv4.
+/// The packet itself, with a UDP checksum of zero, which means none in IPv4.
 fn whole(packet: &Packet) -> Vec<u8> {
     let mut payload = packet.payload().to_vec();
     payload[26..28].fill(0);
     payload
 }
 
-async fn within_a_flush_packets_are_released_in_the_order_of_their_ids() {
+async fn one_flush_releases_packets_in_the_order_of_their_ids() {
     let (mut queue, _divert) =
         start(Queue::builder(0).flush_policy(FlushPolicy::fixed(100_000, Duration::from_secs(1))));
     let traffic = Traffic::new(100);
@@ -123,15 +122,15 @@ async fn within_a_flush_packets_are_released_in_the_order_of_their_ids() {
     }
     queue.sink().flush().await.unwrap();
     let delivered = traffic.delivered();
-    // Unless a second passed between the first submit and the flush, of which the policy took
-    // notice.
+    // Not checked if a second passed between the first submit and the flush, so that the policy has
+    // sent some verdicts.
     if queue.stats().sent.flushes == 1 {
         assert_eq!(delivered, Vec::from_iter(0..100));
     }
     assert_eq!(delivered.len(), 100);
 }
 
-async fn one_held_packet_outlives_thousands() {
+async fn no_batch_decides_a_held_packet() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     let mut held = hold(&mut queue, &traffic, [70_000]).await;

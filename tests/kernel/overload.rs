@@ -1,4 +1,4 @@
-//! More packets than there is room for: counted exactly, never an error, and soon forgotten.
+//! More packets than the queue or the receive buffer can hold: counted exactly, and never an error.
 
 use std::{net::Ipv4Addr, sync::mpsc::TryRecvError};
 
@@ -10,34 +10,34 @@ use crate::{
 };
 
 tests![
-    both a_full_receive_buffer_is_counted,
-    both a_full_receive_buffer_passes_packets_with_fail_open,
-    one losses_between_reads_are_counted_one_by_one,
-    both a_full_queue_drops,
-    both a_full_queue_passes_packets_with_fail_open,
-    both a_flood_that_is_read_meanwhile_is_counted,
-    both a_flood_with_fail_open_loses_nothing,
-    one a_confirmation_finds_room_in_a_full_buffer,
-    both closing_finds_room_in_a_full_buffer,
-    one truncated_copies_need_less_room,
+    both packets_lost_to_a_full_receive_buffer_are_counted,
+    both a_full_receive_buffer_accepts_packets_with_fail_open,
+    one losses_between_reads_are_counted_exactly,
+    both a_full_queue_drops_packets,
+    both a_full_queue_accepts_packets_with_fail_open,
+    both losses_of_a_flood_are_counted_exactly,
+    both a_flood_with_fail_open_drops_nothing,
+    one confirm_works_with_a_full_receive_buffer,
+    both close_works_with_a_full_receive_buffer,
+    one short_copies_need_less_receive_buffer,
 ];
 
-/// Room for some fifty small packets.
+/// Space for about fifty small packets.
 const SMALL: usize = 40_000;
 
 fn small() -> QueueBuilder {
     Queue::builder(0).receive_buffer(SMALL).max_len(5000)
 }
 
-/// Sends more than there is room for, and waits until the kernel has dealt with it all, which takes
-/// `ids` ids.
+/// Sends more packets than fit, and waits until the kernel has processed all, which takes `ids`
+/// ids.
 async fn flood(traffic: &Traffic, numbers: impl Iterator<Item = u32>, ids: u64) -> Account {
     traffic.send(numbers);
     eventually("the kernel has seen all packets", || account(0).unwrap().last_id == ids).await;
     account(0).unwrap()
 }
 
-/// Takes all packets that the kernel has for us, besides those held already.
+/// Takes all packets that the kernel has queued, besides those that are held already.
 async fn take_all(queue: &mut Queue, held: &mut Vec<Packet>) {
     while (held.len() as u64) < account(0).unwrap().waiting {
         held.push(next(queue).await);
@@ -53,7 +53,7 @@ async fn accept_all(queue: &Queue, held: Vec<Packet>) -> Vec<u32> {
     numbers
 }
 
-async fn a_full_receive_buffer_is_counted() {
+async fn packets_lost_to_a_full_receive_buffer_are_counted() {
     let (mut queue, _divert) = start(small());
     let traffic = Traffic::new(1000);
     let after = flood(&traffic, 0..1000, 1000).await;
@@ -66,7 +66,7 @@ async fn a_full_receive_buffer_is_counted() {
     let seen = accept_all(&queue, held).await;
     traffic.expect(seen).await;
 
-    // The last loss shows when the next packet comes.
+    // The last loss is found when the next packet is received.
     for packet in hold(&mut queue, &traffic, 1000..1010).await {
         queue.sink().submit(packet.accept()).unwrap();
     }
@@ -77,7 +77,7 @@ async fn a_full_receive_buffer_is_counted() {
     assert_eq!(account(0).unwrap().socket_full, after.socket_full, "nothing was lost afterwards");
 }
 
-async fn a_full_receive_buffer_passes_packets_with_fail_open() {
+async fn a_full_receive_buffer_accepts_packets_with_fail_open() {
     let (mut queue, _divert) = start(small().fail_open(true));
     let traffic = Traffic::new(1000);
     let after = flood(&traffic, 0..1000, 1000).await;
@@ -97,14 +97,14 @@ async fn a_full_receive_buffer_passes_packets_with_fail_open() {
     assert_eq!(queue.stats().lost.packets, 1000 - after.waiting, "what passed unseen");
 }
 
-async fn losses_between_reads_are_counted_one_by_one() {
+async fn losses_between_reads_are_counted_exactly() {
     let (mut queue, _divert) = start(small());
     let traffic = Traffic::new(2000);
     let mut held = Vec::new();
     for round in 0..10 {
         let numbers = round * 200..(round + 1) * 200;
         flood(&traffic, numbers, (u64::from(round) + 1) * 200).await;
-        // Not all: so the next round finds some room and not much.
+        // Only some, so that the next round finds little space.
         for _ in 0..10 {
             held.push(next(&mut queue).await);
         }
@@ -122,7 +122,7 @@ async fn losses_between_reads_are_counted_one_by_one() {
     assert_eq!((queue.stats().sent.gone_at_least, account(0).unwrap().waiting), (0, 0), "gaps owe nothing");
 }
 
-async fn a_full_queue_drops() {
+async fn a_full_queue_drops_packets() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(50));
     let traffic = Traffic::new(300);
     let after = flood(&traffic, 0..300, 50).await;
@@ -141,7 +141,7 @@ async fn a_full_queue_drops() {
     assert_eq!((queue.stats().lost.packets, queue.stats().lost.overrun_episodes), (0, 0), "they took no id");
 }
 
-async fn a_full_queue_passes_packets_with_fail_open() {
+async fn a_full_queue_accepts_packets_with_fail_open() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(50).fail_open(true));
     let traffic = Traffic::new(300);
     traffic.send(0..300);
@@ -163,7 +163,7 @@ async fn a_full_queue_passes_packets_with_fail_open() {
 
 const FLOOD: u32 = 20_000;
 
-/// A thread that sends as fast as it can; the receiver's buffer is of no concern.
+/// A thread that sends as fast as it can, without regard to the receiver's buffer.
 fn flooder() -> std::sync::mpsc::Receiver<()> {
     let (done, end) = std::sync::mpsc::channel();
     let sender = support::udp((Ipv4Addr::LOCALHOST, 0));
@@ -176,7 +176,7 @@ fn flooder() -> std::sync::mpsc::Receiver<()> {
     end
 }
 
-/// Reads while a flood lasts, and drops all packets; gives the number of those seen.
+/// Receives during a flood, and drops all packets; returns their number.
 async fn survive(queue: &mut Queue, end: std::sync::mpsc::Receiver<()>) -> u64 {
     let mut seen = 0;
     loop {
@@ -184,7 +184,7 @@ async fn survive(queue: &mut Queue, end: std::sync::mpsc::Receiver<()>) -> u64 {
         if over && account(0).unwrap().waiting == 0 {
             return seen;
         }
-        // It also ends without a packet: the last ones may have been lost.
+        // The loop also ends without a packet: the last ones may have been lost.
         let packet = tokio::time::timeout(std::time::Duration::from_millis(1), queue.recv()).await;
         if let Ok(packet) = packet {
             let packet = packet.expect("the stream goes on").expect("no error");
@@ -194,7 +194,7 @@ async fn survive(queue: &mut Queue, end: std::sync::mpsc::Receiver<()>) -> u64 {
     }
 }
 
-async fn a_flood_that_is_read_meanwhile_is_counted() {
+async fn losses_of_a_flood_are_counted_exactly() {
     let (mut queue, _divert) = start(Queue::builder(0).receive_buffer(SMALL).max_len(60));
     let traffic = Traffic::new(1);
     let seen = survive(&mut queue, flooder()).await;
@@ -210,7 +210,7 @@ async fn a_flood_that_is_read_meanwhile_is_counted() {
     assert_fields!(stats, held.in_flight: 0, sent.gone_at_least: 0, sent.refused: 0, received.malformed: 0);
 }
 
-async fn a_flood_with_fail_open_loses_nothing() {
+async fn a_flood_with_fail_open_drops_nothing() {
     let (mut queue, _divert) = start(Queue::builder(0).receive_buffer(SMALL).max_len(60).fail_open(true));
     let traffic = Traffic::new(1);
     let seen = survive(&mut queue, flooder()).await;
@@ -218,25 +218,26 @@ async fn a_flood_with_fail_open_loses_nothing() {
     let packet = hold(&mut queue, &traffic, [7]).await.remove(0);
     queue.sink().submit(packet.accept()).unwrap();
     traffic.expect([7]).await;
-    // What is passed in a flood may overflow the receiver's own buffer, so it may be less.
+    // Packets accepted during the flood may overflow the receiver's own buffer, so fewer may
+    // arrive.
     let stats = queue.stats();
     assert!(seen + passed <= FLOOD.into(), "{seen} seen, {passed} passed: none twice");
     assert!(stats.lost.packets <= u64::from(FLOOD) - seen);
     assert_eq!(stats.received.packets, seen + 1);
     let after = account(0).unwrap();
-    // None dropped.
+    // The kernel has dropped none.
     assert_fields!(after, socket_full: 0, queue_full: 0);
 }
 
-async fn a_confirmation_finds_room_in_a_full_buffer() {
+async fn confirm_works_with_a_full_receive_buffer() {
     let (mut queue, _divert) = start(small());
     let traffic = Traffic::new(1000);
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let after = flood(&traffic, 1..1000, 1000).await;
     assert!(after.socket_full > 0, "an overload: {after:?}");
-    soon("the answer", queue.sink().confirm(packet.accept())).await.unwrap();
+    soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap();
     traffic.expect([0]).await;
-    // What was received for it is still there for the stream.
+    // Packets that `confirm` has received are returned by the stream.
     let mut held = Vec::new();
     take_all(&mut queue, &mut held).await;
     assert_eq!(held.len() as u64, 999 - after.socket_full);
@@ -244,21 +245,21 @@ async fn a_confirmation_finds_room_in_a_full_buffer() {
     traffic.expect(seen).await;
 }
 
-async fn closing_finds_room_in_a_full_buffer() {
+async fn close_works_with_a_full_receive_buffer() {
     let (queue, divert) = start(small().on_unanswered(Action::Accept));
     let traffic = Traffic::new(1000);
     let after = flood(&traffic, 0..1000, 1000).await;
     assert!(after.socket_full > 0, "an overload: {after:?}");
     let sink = queue.sink();
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     traffic.expect(0..after.waiting as u32).await;
     assert_eq!(sink.stats().decided.unanswered, after.waiting);
     assert_eq!(account(0), None);
     drop(divert);
 }
 
-async fn truncated_copies_need_less_room() {
-    // By its own reckoning the queue has room for as many packets as it may hold.
+async fn short_copies_need_less_receive_buffer() {
+    // By default, the receive buffer holds `max_len` packets.
     for builder in [Queue::builder(0).copy_range(40), Queue::builder(0).copy_metadata()] {
         let (mut queue, _divert) = start(builder.max_len(150).gso(false));
         let traffic = Traffic::new(1);

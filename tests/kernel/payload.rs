@@ -14,59 +14,59 @@ use crate::{
 };
 
 tests![
-    one udp_over_ipv4_loopback,
-    one udp_over_ipv6_loopback,
-    both udp_over_ipv4_between_namespaces,
-    one udp_over_ipv6_between_namespaces,
-    both tcp_over_ipv4_loopback,
-    one tcp_over_ipv6_loopback,
-    one tcp_over_ipv4_between_namespaces,
-    one tcp_over_ipv6_between_namespaces,
-    one a_replaced_payload_arrives_at_the_input_hook_too,
-    one the_longest_payload_arrives,
-    one payload_mark_and_action_go_together,
-    one a_wrong_checksum_is_noticed_by_the_receiver,
-    one an_impossible_length_is_refused_and_counts_as_unanswered,
-    one a_payload_is_refused_in_a_namespace_of_another_user_namespace,
+    one udp_payloads_are_replaced_over_ipv4_loopback,
+    one udp_payloads_are_replaced_over_ipv6_loopback,
+    both udp_payloads_are_replaced_over_ipv4_between_namespaces,
+    one udp_payloads_are_replaced_over_ipv6_between_namespaces,
+    both tcp_payloads_are_replaced_over_ipv4_loopback,
+    one tcp_payloads_are_replaced_over_ipv6_loopback,
+    one tcp_payloads_are_replaced_over_ipv4_between_namespaces,
+    one tcp_payloads_are_replaced_over_ipv6_between_namespaces,
+    one payloads_are_replaced_at_the_input_hook,
+    one the_longest_payload_is_delivered,
+    one payload_and_mark_and_requeue_work_in_one_verdict,
+    one a_packet_with_a_wrong_checksum_is_not_delivered,
+    one an_invalid_length_is_refused_and_gets_the_default_action,
+    one payloads_are_refused_in_a_namespace_of_another_user_namespace,
 ];
 
 const SENT: &[u8] = b"as it was sent";
 const SHORTER: &[u8] = b"short";
 const LONGER: &[u8] = b"much longer than what the sender believes to have sent, by an odd number of bytes";
 
-async fn udp_over_ipv4_loopback() {
+async fn udp_payloads_are_replaced_over_ipv4_loopback() {
     udp(local(Ipv4Addr::LOCALHOST.into())).await;
 }
 
-async fn udp_over_ipv6_loopback() {
+async fn udp_payloads_are_replaced_over_ipv6_loopback() {
     udp(local(Ipv6Addr::LOCALHOST.into())).await;
 }
 
-async fn udp_over_ipv4_between_namespaces() {
+async fn udp_payloads_are_replaced_over_ipv4_between_namespaces() {
     udp(remote(|peer| peer.far_v4.into())).await;
 }
 
-async fn udp_over_ipv6_between_namespaces() {
+async fn udp_payloads_are_replaced_over_ipv6_between_namespaces() {
     udp(remote(|peer| peer.far_v6.into())).await;
 }
 
-async fn tcp_over_ipv4_loopback() {
+async fn tcp_payloads_are_replaced_over_ipv4_loopback() {
     tcp(local(Ipv4Addr::LOCALHOST.into())).await;
 }
 
-async fn tcp_over_ipv6_loopback() {
+async fn tcp_payloads_are_replaced_over_ipv6_loopback() {
     tcp(local(Ipv6Addr::LOCALHOST.into())).await;
 }
 
-async fn tcp_over_ipv4_between_namespaces() {
+async fn tcp_payloads_are_replaced_over_ipv4_between_namespaces() {
     tcp(remote(|peer| peer.far_v4.into())).await;
 }
 
-async fn tcp_over_ipv6_between_namespaces() {
+async fn tcp_payloads_are_replaced_over_ipv6_between_namespaces() {
     tcp(remote(|peer| peer.far_v6.into())).await;
 }
 
-/// Where the receiver is: in this namespace or in another.
+/// The receiver: in this namespace or in another.
 struct Place {
     peer: Option<support::Peer>,
     address: SocketAddr,
@@ -90,7 +90,7 @@ impl Place {
     }
 }
 
-/// Queues what goes to the place, where checksums may be unfinished yet.
+/// Queues packets to the receiver at the output hook, where checksums may be unfinished.
 fn queue_to(protocol: Protocol) -> (Queue, common::Divert) {
     let queue = Queue::builder(0).bind().unwrap();
     let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(9000).to_queue(0);
@@ -143,7 +143,7 @@ async fn tcp(place: Place) {
         let serve = async {
             loop {
                 let packet = next(&mut queue).await;
-                // Once: the sender will send again what it believes to be missing.
+                // Only once: the sender retransmits data that was not acknowledged.
                 let replace = replaced == 0 && packet.payload().ends_with(SENT);
                 let verdict = if replace {
                     replaced += 1;
@@ -166,7 +166,7 @@ async fn tcp(place: Place) {
     }
 }
 
-/// The packet with other data, its lengths and checksums right.
+/// The packet with other data, and with correct lengths and checksums.
 fn rebuilt(packet: &[u8], data: &[u8]) -> Vec<u8> {
     let (mut ip, payload) = IpHeaders::from_slice(packet).unwrap();
     let mut transport = match payload.ip_number {
@@ -193,7 +193,7 @@ fn renumbered(packet: &Packet, number: u32) -> Vec<u8> {
     rebuilt(packet.payload(), &number.to_be_bytes())
 }
 
-async fn a_replaced_payload_arrives_at_the_input_hook_too() {
+async fn payloads_are_replaced_at_the_input_hook() {
     if !common::replaces_payloads() {
         return;
     }
@@ -207,7 +207,7 @@ async fn a_replaced_payload_arrives_at_the_input_hook_too() {
     traffic.expect(50..100).await;
 }
 
-async fn the_longest_payload_arrives() {
+async fn the_longest_payload_is_delivered() {
     if !common::replaces_payloads() {
         return;
     }
@@ -219,13 +219,13 @@ async fn the_longest_payload_arrives() {
     let data: Vec<u8> = (0..65_531 - 28).map(|index| (index % 251) as u8).collect();
     let payload = rebuilt(packet.payload(), &data);
     assert_eq!(payload.len(), 65_531);
-    soon("the answer", queue.sink().confirm(packet.accept().payload(payload))).await.unwrap();
+    soon("the reply", queue.sink().confirm(packet.accept().payload(payload))).await.unwrap();
     let mut datagram = vec![0; 65_536];
     let length = receiver.recv(&mut datagram).unwrap();
     assert!(datagram[..length] == data, "{length} bytes");
 }
 
-async fn payload_mark_and_action_go_together() {
+async fn payload_and_mark_and_requeue_work_in_one_verdict() {
     if !common::replaces_payloads() {
         return;
     }
@@ -246,8 +246,8 @@ async fn payload_mark_and_action_go_together() {
     traffic.expect(50..60).await;
 }
 
-/// Without this the other tests here would not tell right checksums from wrong ones.
-async fn a_wrong_checksum_is_noticed_by_the_receiver() {
+/// Shows that the other tests here would detect a wrong checksum.
+async fn a_packet_with_a_wrong_checksum_is_not_delivered() {
     if !common::replaces_payloads() {
         return;
     }
@@ -264,7 +264,7 @@ async fn a_wrong_checksum_is_noticed_by_the_receiver() {
     traffic.expect(55..60).await;
 }
 
-async fn an_impossible_length_is_refused_and_counts_as_unanswered() {
+async fn an_invalid_length_is_refused_and_gets_the_default_action() {
     for action in [Action::Accept, Action::Drop] {
         let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(8);
@@ -291,9 +291,9 @@ async fn an_impossible_length_is_refused_and_counts_as_unanswered() {
     }
 }
 
-/// By kernels from 7.1 on. The owner of the network namespace counts: this process may be in the
-/// initial user namespace.
-async fn a_payload_is_refused_in_a_namespace_of_another_user_namespace() {
+/// Linux 7.1 and later refuse them. The owner of the network namespace counts: this process may be
+/// in the initial user namespace.
+async fn payloads_are_refused_in_a_namespace_of_another_user_namespace() {
     let other = support::UserNamespace::new();
     let network = other.network();
     network.run(|| support::link_up("lo"));
@@ -312,7 +312,7 @@ async fn a_payload_is_refused_in_a_namespace_of_another_user_namespace() {
             let result = if index % 2 == 0 {
                 queue.sink().submit(verdict)
             } else {
-                soon("the answer", queue.sink().confirm(verdict)).await
+                soon("the reply", queue.sink().confirm(verdict)).await
             };
             if common::kernel_release() >= (7, 1) {
                 let error = result.unwrap_err();

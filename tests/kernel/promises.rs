@@ -1,5 +1,5 @@
-//! What must hold at the edges: refusals, lost answers, busy threads, runtimes that are gone,
-//! users' code that calls back.
+//! The promises in unusual situations: refusals, lost replies, busy threads, runtimes that have
+//! ended, and users' code that calls the queue.
 
 use std::{
     io,
@@ -34,40 +34,40 @@ use crate::{
 
 tests![
     multi large_packets_are_decided_while_eight_threads_change_the_copy_range,
-    both a_change_made_while_the_buffer_is_full_makes_room,
+    both reconfigure_works_with_a_full_receive_buffer,
     multi a_refused_drop_never_becomes_an_accept,
-    one a_moment_without_the_capability_costs_no_packet_its_verdict,
-    sync a_refusal_after_the_runtimes_end_is_made_good,
-    one the_end_goes_on_when_the_last_thread_has_no_capability,
-    one a_program_that_asks_after_everything_survives_refusals,
+    one a_briefly_missing_capability_leaves_no_packet_undecided,
+    sync a_packet_refused_after_the_runtime_has_ended_gets_the_default_action,
+    one the_shutdown_continues_when_the_last_thread_has_no_capability,
+    one refusals_do_not_end_a_program_that_uses_the_question_mark,
     one a_datagram_longer_than_the_send_buffer_is_split,
-    sync close_ends_when_the_runtime_of_the_queue_ends_during_the_drain,
-    sync close_ends_when_the_runtime_of_the_queue_is_not_driven,
-    sync close_ends_after_the_runtime_has_gone_and_the_stream_was_dropped,
-    both close_within_waits_no_longer,
-    sync the_cap_holds_while_the_only_task_works_for_long,
-    both a_delay_of_a_users_policy_is_never_lost,
-    sync outside_block_on_verdicts_drops_and_deadlines_take_effect,
-    both packets_that_had_gone_are_counted_exactly,
-    both the_numbers_add_up,
+    sync close_returns_when_the_runtime_of_the_queue_ends_meanwhile,
+    sync close_returns_when_the_runtime_of_the_queue_is_not_driven,
+    sync close_returns_after_the_runtime_has_ended_and_the_stream_was_dropped,
+    both close_within_shortens_the_time_out_of_close,
+    sync the_time_limit_holds_while_the_only_task_is_busy,
+    both a_delay_of_a_custom_policy_is_never_lost,
+    sync verdicts_drops_and_deadlines_take_effect_outside_block_on,
+    both gone_packets_are_counted_exactly,
+    both the_statistics_add_up,
     one the_default_receive_buffer_holds_a_full_queue,
-    one one_held_packet_of_a_hundred_keeps_little_memory,
-    one statistics_that_cannot_be_read_say_what_is_missing,
-    sync wakers_may_call_back,
-    one subscribers_may_call_back,
-    both a_policy_may_call_back,
-    one a_policy_that_panics_loses_no_verdict_and_ends_no_process,
-    one only_the_kernel_is_listened_to,
-    both the_longest_durations_are_no_panic,
-    one an_action_that_goes_round_for_ever_is_refused,
-    one a_bind_that_races_the_last_owners_end_succeeds,
-    one a_queue_of_this_process_is_named_as_such,
+    one one_held_packet_of_a_hundred_keeps_one_small_buffer,
+    one unreadable_kernel_counters_name_the_capability,
+    sync wakers_may_call_the_queue,
+    one subscribers_may_call_the_queue,
+    both a_policy_may_call_the_queue,
+    one a_panicking_policy_loses_no_verdict,
+    one messages_of_other_processes_are_not_received,
+    both the_longest_durations_do_not_panic,
+    one a_default_action_that_requeues_for_ever_is_refused,
+    one bind_works_while_the_last_owner_closes,
+    one already_bound_names_this_process,
     sync a_runtime_without_an_io_driver_is_an_error,
-    one confirm_receives_a_little_at_a_time,
-    one reconfigure_receives_a_little_at_a_time,
-    sync a_loop_without_a_runtime_receives_by_try_recv,
-    sync a_loop_that_polls_a_descriptor_misses_no_packet,
-    one the_life_of_a_queue_is_traced,
+    one each_poll_of_confirm_receives_few_packets,
+    one each_poll_of_reconfigure_receives_few_packets,
+    sync try_recv_works_without_a_runtime,
+    sync readable_fd_reports_every_packet,
+    one events_have_their_documented_names,
 ];
 
 /// Runs `body` while the calling thread has no capability in effect.
@@ -115,7 +115,7 @@ async fn large_packets_are_decided_while_eight_threads_change_the_copy_range() {
             })
         })
         .collect();
-    // Everything large is dropped, everything small accepted.
+    // Large packets are dropped, small ones are accepted.
     let mut packets = queue;
     let deciding = tokio::spawn(async move {
         while let Some(packet) = packets.try_next().await? {
@@ -145,24 +145,24 @@ async fn large_packets_are_decided_while_eight_threads_change_the_copy_range() {
     assert_eq!(delivered.len(), ROUNDS as usize * 10);
     let stats = sink.stats();
     assert_fields!(stats, received.malformed: 0, decided.dropped: u64::from(ROUNDS) * 10, held.in_flight: 0);
-    soon("the end", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
     soon("the task", deciding).await.unwrap().unwrap();
 }
 
-async fn a_change_made_while_the_buffer_is_full_makes_room() {
-    // Some 30 small packets fill it.
+async fn reconfigure_works_with_a_full_receive_buffer() {
+    // About 30 small packets fill it.
     let (mut queue, _divert) = start(Queue::builder(0).copy_range(100).receive_buffer(30_000).max_len(1000));
     let traffic = Traffic::new(100);
     traffic.send(0..100);
     eventually("the buffer is full", || account(0).unwrap().socket_full > 0).await;
-    soon("the answer", queue.sink().reconfigure(&Reconfigure::new().copy_range(65_531))).await.unwrap();
-    soon("the answer", queue.sink().reconfigure(&Reconfigure::new().max_len(500))).await.unwrap();
+    soon("the reply", queue.sink().reconfigure(&Reconfigure::new().copy_range(65_531))).await.unwrap();
+    soon("the reply", queue.sink().reconfigure(&Reconfigure::new().max_len(500))).await.unwrap();
     let held = account(0).unwrap().waiting;
     let mut packets = Vec::new();
     for _ in 0..held {
         packets.push(next(&mut queue).await);
     }
-    // A large one comes whole.
+    // A large packet is received completely.
     traffic.sender.send_to(&[7; 20_000], traffic.to(0)).unwrap();
     let large = next(&mut queue).await;
     assert_eq!(large.payload().len(), 20_028);
@@ -183,7 +183,7 @@ async fn a_refused_drop_never_becomes_an_accept() {
     let odd: Vec<Packet> = packets.extract_if(.., |packet| number(packet) % 2 == 1).collect();
     let sink = queue.sink();
     // A thread without the capability drops every second packet, first alone and then while this
-    // one accepts the others.
+    // thread accepts the others.
     let half_done = Arc::new(AtomicBool::new(false));
     let dropping = thread::spawn({
         let half_done = Arc::clone(&half_done);
@@ -208,22 +208,24 @@ async fn a_refused_drop_never_becomes_an_accept() {
     let stats = sink.stats();
     adds_up(&stats);
     assert_eq!(stats.held.in_flight, 0);
-    // Every packet concerned is told. A verdict that another thread has sent along was not refused.
+    // Each refusal is reported with its packet. A verdict that another thread has sent was not
+    // refused.
     let mut refusals = sink.refusals();
-    let told = std::iter::from_fn(|| refusals.recv().now_or_never().flatten());
-    let told = told.filter(|error| error.kind() == ErrorKind::NotPermitted && error.packet_id().is_some()).count();
-    assert_eq!((told as u64, stats.sent.refusals_unread), (stats.sent.refusals, 0));
+    let reported = std::iter::from_fn(|| refusals.recv().now_or_never().flatten());
+    let reported =
+        reported.filter(|error| error.kind() == ErrorKind::NotPermitted && error.packet_id().is_some()).count();
+    assert_eq!((reported as u64, stats.sent.refusals_unread), (stats.sent.refusals, 0));
     assert!(stats.sent.refusals > 0, "{stats:?}");
     assert_eq!(stats.decided.dropped + stats.decided.accepted, u64::from(2 * COUNT), "{stats:?}");
-    // The queue goes on, with batches.
+    // The queue still works, with batches.
     for packet in hold(&mut queue, &traffic, 0..50).await {
         packet.accept().submit().unwrap();
     }
     traffic.expect(0..50).await;
 }
 
-async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
-    // So that it is this thread that sends, and not the timer's.
+async fn a_briefly_missing_capability_leaves_no_packet_undecided() {
+    // With this policy this thread sends, not the timer thread.
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
     let traffic = Traffic::new(100);
     let mut refusals = queue.sink().refusals();
@@ -237,7 +239,7 @@ async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
         soon("the flush", queue.sink().flush()).await.unwrap();
         let error = soon("the refusal", refusals.recv()).await.unwrap();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)));
-        // The refused one got the default action, by itself.
+        // The refused packet got the default action.
         traffic.expect([3 * round, 3 * round + 2]).await;
         eventually("nothing is left", || account(0).unwrap().waiting == 0).await;
     }
@@ -246,36 +248,36 @@ async fn a_moment_without_the_capability_costs_no_packet_its_verdict() {
     assert_fields!(stats, sent.refusals: 20, decided.accepted: 40, decided.dropped: 20, held.in_flight: 0);
 }
 
-fn a_refusal_after_the_runtimes_end_is_made_good() {
+fn a_packet_refused_after_the_runtime_has_ended_gets_the_default_action() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(1) });
     let (mut queue, _divert) = inside.block_on(async { start(Queue::builder(0).on_unanswered(Action::Accept)) });
     let packet = inside.block_on(hold(&mut queue, &traffic, [0])).remove(0);
     drop(inside);
-    // No task is left that could send the default action, and nobody else gives a verdict.
+    // No task can send the default action any more, and no other verdict is submitted.
     thread::spawn(|| without_capabilities(|| packet.drop().submit())).join().unwrap().unwrap();
     assert_eq!(queue.stats().sent.refusals, 1);
     outside.block_on(traffic.expect([0]));
     assert_eq!(queue.stats().held.in_flight, 0);
 }
 
-async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
+async fn the_shutdown_continues_when_the_last_thread_has_no_capability() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(20);
     let mut packets = hold(&mut queue, &traffic, 0..10).await;
     let sink = queue.sink();
     let last = packets.split_off(5);
-    // The stream is dropped by such a thread, and by another the last packets are decided.
+    // A thread without the capability drops the stream, and another one drops the last packets.
     thread::spawn(move || without_capabilities(|| drop(queue))).join().unwrap();
     for packet in packets {
         packet.accept().submit().unwrap();
     }
-    // By this thread, which has it: whoever flushes sends the verdicts of others along, or has them
-    // refused.
+    // This thread has the capability. A thread that flushes also sends the verdicts of others, or
+    // gets them refused.
     soon("the flush", sink.flush()).await.unwrap();
     traffic.send(10..20);
     thread::spawn(move || without_capabilities(|| drop(last))).join().unwrap();
-    // The sink keeps the socket open, so it is not its end that unbinds the queue.
+    // The sink keeps the socket open, so the queue is not unbound by closing the socket.
     freed(0).await;
     assert!(sink.is_closed());
     assert_eq!(sink.stats().held.in_flight, 0);
@@ -283,7 +285,7 @@ async fn the_end_goes_on_when_the_last_thread_has_no_capability() {
     traffic.expect(0..5).await;
 }
 
-async fn a_program_that_asks_after_everything_survives_refusals() {
+async fn refusals_do_not_end_a_program_that_uses_the_question_mark() {
     async fn program(mut queue: Queue) -> Result<u64, tokio_nfqueue::Error> {
         let sink = queue.sink();
         let mut seen = 0;
@@ -292,7 +294,7 @@ async fn a_program_that_asks_after_everything_survives_refusals() {
             match seen % 4 {
                 0 => without_capabilities(|| packet.accept().submit())?,
                 1 => {
-                    // Too late.
+                    // After the deadline.
                     let id = packet.id();
                     eventually("the deadline", || packet.is_expired()).await;
                     assert_eq!(packet.id(), id);
@@ -325,7 +327,7 @@ async fn a_program_that_asks_after_everything_survives_refusals() {
     assert!(sink.stats().decided.late >= 10 && sink.stats().sent.refusals >= 1, "{:?}", sink.stats());
 }
 
-/// The sockets of the netfilter family that were opened in this network namespace.
+/// Sets the send buffers of all netfilter sockets of this network namespace.
 fn send_buffers(bytes: usize) {
     let table = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
     // sk, Eth (12: netfilter), ..., inode
@@ -355,13 +357,13 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
     let traffic = Traffic::new(600);
     let packets = hold(&mut queue, &traffic, 0..600).await;
-    // The kernel makes 4608 of it; 600 plain verdicts take 19 200 bytes.
+    // The kernel sets it to 4608; 600 plain verdicts take 19 200 bytes.
     send_buffers(1);
     let mut refusals = queue.sink().refusals();
     let mut long = None;
     for packet in packets {
         match number(&packet) {
-            // One that no split makes short enough.
+            // A message that is too long even alone.
             300 => {
                 long = Some(packet.id());
                 let payload = packet.payload().to_vec();
@@ -381,7 +383,7 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     let stats = queue.stats();
     adds_up(&stats);
     assert_fields!(stats, decided.accepted: 400, decided.dropped: 200, sent.refusals: 1);
-    // Batches come back.
+    // Batches are sent again.
     let before = queue.stats().sent.messages;
     for packet in hold(&mut queue, &traffic, 0..50).await {
         packet.accept().submit().unwrap();
@@ -391,7 +393,7 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     traffic.expect(0..50).await;
 }
 
-/// A queue bound in `inside` with ten packets held, and the stream.
+/// A queue that was bound in `inside`, with ten held packets.
 fn held_in(inside: &Runtime, outside: &Runtime, timeout: Duration) -> (Queue, Divert, Vec<Packet>, Traffic) {
     let traffic = outside.block_on(async { Traffic::new(10) });
     let (mut queue, divert) = inside.block_on(async { start(Queue::builder(0).close_timeout(timeout)) });
@@ -401,7 +403,7 @@ fn held_in(inside: &Runtime, outside: &Runtime, timeout: Duration) -> (Queue, Di
 
 const SHORT: Duration = Duration::from_millis(50);
 
-fn close_ends_when_the_runtime_of_the_queue_ends_during_the_drain() {
+fn close_returns_when_the_runtime_of_the_queue_ends_meanwhile() {
     let (inside, outside) = (runtime(), runtime());
     let (queue, divert, packets, _traffic) = held_in(&inside, &outside, SHORT);
     let sink = queue.sink();
@@ -414,7 +416,7 @@ fn close_ends_when_the_runtime_of_the_queue_ends_during_the_drain() {
     drop((packets, queue, divert));
 }
 
-fn close_ends_when_the_runtime_of_the_queue_is_not_driven() {
+fn close_returns_when_the_runtime_of_the_queue_is_not_driven() {
     let (inside, outside) = (runtime(), runtime());
     let (queue, divert, packets, _traffic) = held_in(&inside, &outside, SHORT);
     let error = outside.block_on(soon("close", queue.close())).unwrap_err();
@@ -423,7 +425,7 @@ fn close_ends_when_the_runtime_of_the_queue_is_not_driven() {
     drop((packets, divert, inside));
 }
 
-fn close_ends_after_the_runtime_has_gone_and_the_stream_was_dropped() {
+fn close_returns_after_the_runtime_has_ended_and_the_stream_was_dropped() {
     let (inside, outside) = (runtime(), runtime());
     let (queue, divert, packets, traffic) = held_in(&inside, &outside, SHORT);
     let (stream, sink) = queue.split();
@@ -437,16 +439,16 @@ fn close_ends_after_the_runtime_has_gone_and_the_stream_was_dropped() {
     drop(divert);
 }
 
-async fn close_within_waits_no_longer() {
+async fn close_within_shortens_the_time_out_of_close() {
     let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept).close_timeout(Duration::MAX));
     let traffic = Traffic::new(10);
     let packets = hold(&mut queue, &traffic, 0..10).await;
     let sink = queue.sink();
     let patient = tokio::spawn(queue.close());
-    eventually("the end has begun", || sink.is_closed()).await;
-    let hurried = soon("the end", sink.close_within(Duration::ZERO)).await;
-    let patient = soon("the end", patient).await.unwrap();
-    // The error is for the first who waits.
+    eventually("the shutdown has begun", || sink.is_closed()).await;
+    let hurried = soon("the shutdown", sink.close_within(Duration::ZERO)).await;
+    let patient = soon("the shutdown", patient).await.unwrap();
+    // Only the first caller gets the error.
     let errors: Vec<_> = [hurried, patient].into_iter().filter_map(Result::err).collect();
     assert_eq!(errors.len(), 1, "{errors:?}");
     assert_eq!(errors[0].kind(), ErrorKind::TimedOut);
@@ -455,7 +457,7 @@ async fn close_within_waits_no_longer() {
     drop(packets);
 }
 
-fn the_cap_holds_while_the_only_task_works_for_long() {
+fn the_time_limit_holds_while_the_only_task_is_busy() {
     let runtime = Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
     let traffic = runtime.block_on(async { Traffic::new(30) });
     let (mut queue, _divert) = runtime.block_on(async { start(Queue::builder(0)) });
@@ -467,7 +469,7 @@ fn the_cap_holds_while_the_only_task_works_for_long() {
             for packet in packets {
                 let number = number(&packet);
                 packet.accept().submit().unwrap();
-                // Work that does not come back to the runtime before the verdict has taken effect.
+                // Busy without an `await` until the verdict has taken effect.
                 support::wait_until("the verdict takes effect", || traffic.delivered() == [number]);
             }
             queue
@@ -477,7 +479,7 @@ fn the_cap_holds_while_the_only_task_works_for_long() {
     assert_eq!(queue.stats().decided.accepted, 30);
 }
 
-async fn a_delay_of_a_users_policy_is_never_lost() {
+async fn a_delay_of_a_custom_policy_is_never_lost() {
     let five = FlushPolicy::custom(|_| FlushDecision::Within(Duration::from_millis(5)));
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(five));
     let traffic = Traffic::new(100);
@@ -485,32 +487,32 @@ async fn a_delay_of_a_users_policy_is_never_lost() {
         let packet = hold(&mut queue, &traffic, [number]).await.remove(0);
         packet.accept().submit().unwrap();
         if number % 3 == 0 {
-            // A flush in between leaves an alarm that has lapsed.
+            // A flush leaves a timer for which nothing is due.
             soon("the flush", queue.sink().flush()).await.unwrap();
         }
         traffic.expect([number]).await;
     }
 }
 
-fn outside_block_on_verdicts_drops_and_deadlines_take_effect() {
+fn verdicts_drops_and_deadlines_take_effect_outside_block_on() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(10) });
     let builder = Queue::builder(0).on_unanswered(Action::Accept).deadline(Duration::from_millis(200), Action::Accept);
     let (mut queue, _divert) = inside.block_on(async { start(builder) });
     let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..6));
-    // Nobody drives the runtime from here on.
+    // From here on nobody drives the runtime.
     packets.remove(0).accept().submit().unwrap();
     outside.block_on(traffic.expect([0]));
     drop(packets.remove(0));
     outside.block_on(traffic.expect([1]));
     packets.remove(0).drop().submit().unwrap();
-    // The deadlines, of held and of unread packets.
+    // Deadlines of held and of unread packets.
     traffic.send([6, 7]);
     outside.block_on(traffic.expect([3, 4, 5, 6, 7]));
     assert_eq!((queue.stats().decided.expired, queue.stats().decided.dropped), (5, 1));
 }
 
-async fn packets_that_had_gone_are_counted_exactly() {
+async fn gone_packets_are_counted_exactly() {
     let (mut queue, _divert) = start(Queue::builder(0));
     // Of another program: a base chain at the same hook.
     let other = Divert::builder()
@@ -528,7 +530,7 @@ async fn packets_that_had_gone_are_counted_exactly() {
     }
     soon("the flush", queue.sink().flush()).await.unwrap();
     traffic.expect([10, 11]).await;
-    eventually("the answers are read", || {
+    eventually("the replies are read", || {
         queue.recv().now_or_never().is_none() && queue.stats().sent.gone_at_least == 10
     })
     .await;
@@ -537,7 +539,7 @@ async fn packets_that_had_gone_are_counted_exactly() {
     assert_fields!(stats, received.packets: 12, decided.accepted: 2, sent.gone_at_least: 10, held.in_flight: 0);
 }
 
-async fn the_numbers_add_up() {
+async fn the_statistics_add_up() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(200);
     let sink = queue.sink();
@@ -548,7 +550,7 @@ async fn the_numbers_add_up() {
             1 => packet.drop().submit().unwrap(),
             2 => drop(packet),
             3 => packet.requeue(9).submit().unwrap(),
-            4 => soon("the answer", packet.stop().confirm()).await.unwrap(),
+            4 => soon("the reply", packet.stop().confirm()).await.unwrap(),
             _ => packet.accept().mark(3).submit().unwrap(),
         }
     }
@@ -563,7 +565,7 @@ async fn the_default_receive_buffer_holds_a_full_queue() {
         eprintln!("skipped: the system limits the receive buffer");
         return;
     }
-    // Datagrams that arrive in fragments are put together in the kernel's most wasteful way.
+    // Datagrams that arrive in fragments take the most memory in the kernel.
     let peer = support::veth();
     let sender = peer.run(|| support::udp((peer.far_v4, 0)));
     for (range, length) in [(2000, 2500), (16_000, 16_500), (65_531, 40_000)] {
@@ -580,7 +582,7 @@ async fn the_default_receive_buffer_holds_a_full_queue() {
     }
 }
 
-async fn one_held_packet_of_a_hundred_keeps_little_memory() {
+async fn one_held_packet_of_a_hundred_keeps_one_small_buffer() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(2000);
     let mut held = Vec::new();
@@ -595,8 +597,8 @@ async fn one_held_packet_of_a_hundred_keeps_little_memory() {
     assert!((8 * 1024..=20 * 8 * 1024).contains(&stats.held.bytes), "{} bytes", stats.held.bytes);
 }
 
-async fn statistics_that_cannot_be_read_say_what_is_missing() {
-    // On a thread of its own: root gives up its user, and keeps one capability.
+async fn unreadable_kernel_counters_name_the_capability() {
+    // In a separate thread: root changes to another user and keeps one capability.
     let runtime = Handle::current();
     let result = thread::spawn(move || {
         use rustix::thread::{Gid, Uid, set_keep_capabilities, set_thread_res_gid, set_thread_res_uid};
@@ -626,7 +628,7 @@ async fn statistics_that_cannot_be_read_say_what_is_missing() {
     assert!(advice[0].to_string().contains("CAP_DAC_READ_SEARCH"), "{}", advice[0]);
 }
 
-/// A waker that looks at the queue.
+/// A waker that calls the queue.
 struct Looks {
     sink: tokio_nfqueue::VerdictSink,
     woken: AtomicUsize,
@@ -640,7 +642,7 @@ impl Wake for Looks {
     }
 }
 
-fn wakers_may_call_back() {
+fn wakers_may_call_the_queue() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(10) });
     let immediate = FlushPolicy::immediate();
@@ -650,7 +652,7 @@ fn wakers_may_call_back() {
     let waker = Waker::from(Arc::clone(&looks));
     let mut cx = Context::from_waker(&waker);
 
-    // A stream that waits, a confirmation, a refusal and the end.
+    // A waiting stream, a confirmation, a refusal and the shutdown.
     let _entered = inside.enter();
     assert!(matches!(std::pin::Pin::new(&mut queue).poll_next(&mut cx), Poll::Pending));
     let mut confirm = packets.remove(0).accept().confirm();
@@ -659,16 +661,16 @@ fn wakers_may_call_back() {
     assert!(refusals.poll_next_unpin(&mut cx).is_pending());
     without_capabilities(|| packets.remove(0).accept().submit().unwrap());
     outside.block_on(async {
-        soon("the answer", &mut confirm).await.unwrap();
+        soon("the reply", &mut confirm).await.unwrap();
         soon("the refusal", refusals.recv()).await.unwrap();
     });
     let mut close = Box::pin(sink.close_within(SHORT));
     assert!(close.as_mut().poll_unpin(&mut cx).is_pending());
-    outside.block_on(soon("the end", close)).unwrap_err();
+    outside.block_on(soon("the shutdown", close)).unwrap_err();
     support::wait_until("the wakers have been called", || looks.woken.load(SeqCst) >= 2);
 }
 
-/// A subscriber that looks at the queue at each event, and notes the events' names.
+/// A subscriber that calls the queue for each event, and records the names of events.
 struct Subscriber {
     sink: Arc<Mutex<Option<tokio_nfqueue::VerdictSink>>>,
     events: Arc<Mutex<Vec<String>>>,
@@ -718,11 +720,11 @@ impl Subscriber {
     }
 }
 
-async fn subscribers_may_call_back() {
+async fn subscribers_may_call_the_queue() {
     traced(|_| ()).await;
 }
 
-async fn the_life_of_a_queue_is_traced() {
+async fn events_have_their_documented_names() {
     traced(|events| {
         for name in [
             "nfqueue",
@@ -737,7 +739,7 @@ async fn the_life_of_a_queue_is_traced() {
         ] {
             assert!(events.iter().any(|event| event == name), "no event {name:?} in {events:?}");
         }
-        // A flood of them is one line in a second.
+        // Frequent events are reported once a second.
         assert!(events.iter().filter(|event| *event == "default action").count() <= 3, "{events:?}");
     })
     .await;
@@ -747,28 +749,27 @@ async fn traced(check: impl FnOnce(&[String])) {
     let (sink, events) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(Vec::new())));
     let subscriber = Subscriber { sink: Arc::clone(&sink), events: Arc::clone(&events) };
     let _default = tracing::subscriber::set_default(subscriber);
-    // Long enough for all before it on a slow machine, and what comes of it is the same if it is
-    // not.
+    // Long enough for the steps before it, also on a slow machine. If not, the result is the same.
     let builder = Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop);
     let (mut queue, _divert) = start(builder.flush_policy(FlushPolicy::immediate()));
     *sink.lock().unwrap() = Some(queue.sink());
     let traffic = Traffic::new(100);
     let mut packets = hold(&mut queue, &traffic, 0..100).await;
-    soon("the answer", queue.sink().reconfigure(&Reconfigure::new().max_len(77))).await.unwrap();
+    soon("the reply", queue.sink().reconfigure(&Reconfigure::new().max_len(77))).await.unwrap();
     let late = packets.remove(0);
     without_capabilities(|| packets.remove(0).accept().submit().unwrap());
     drop(packets);
     let verdicts = queue.sink();
     eventually("the deadline", || late.is_expired()).await;
     late.accept().submit().unwrap();
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     assert_eq!(verdicts.stats().held.in_flight, 0);
     *sink.lock().unwrap() = None;
     drop(verdicts);
     check(&events.lock().unwrap());
 }
 
-async fn a_policy_may_call_back() {
+async fn a_policy_may_call_the_queue() {
     let sink = Arc::new(Mutex::new(None::<tokio_nfqueue::VerdictSink>));
     let others = Arc::new(Mutex::new(Vec::<Packet>::new()));
     let (sink_of_policy, others_of_policy) = (Arc::clone(&sink), Arc::clone(&others));
@@ -794,12 +795,12 @@ async fn a_policy_may_call_back() {
     *sink.lock().unwrap() = None;
 }
 
-async fn a_policy_that_panics_loses_no_verdict_and_ends_no_process() {
+async fn a_panicking_policy_loses_no_verdict() {
     let panics = FlushPolicy::custom(|_| std::panic::resume_unwind(Box::new("as intended")));
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics));
     let traffic = Traffic::new(20);
     let packets = hold(&mut queue, &traffic, 0..20).await;
-    // The task holds other packets, which would be dropped while it unwinds.
+    // The task holds other packets, which would be dropped by unwinding.
     let result = catch_unwind(AssertUnwindSafe(|| {
         for packet in packets {
             packet.accept().submit().unwrap();
@@ -809,20 +810,20 @@ async fn a_policy_that_panics_loses_no_verdict_and_ends_no_process() {
     traffic.expect(0..20).await;
 }
 
-async fn only_the_kernel_is_listened_to() {
+async fn messages_of_other_processes_are_not_received() {
     let (mut queue, _divert) = start(Queue::builder(7));
     let traffic = Traffic::new(10);
     let port = queue.sink().kernel_stats().unwrap().port_id;
     let mut forger = netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_NETFILTER).unwrap();
     forger.bind_auto().unwrap();
-    // A packet message with the id 1, and an answer of EPERM to the first message.
+    // A packet message with id 1, and an EPERM reply to the first message.
     let packet: &[u8] =
         &[32, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 7, 11, 0, 1, 0, 0, 0, 0, 1, 8, 0, 1, 0];
-    let answer: &[u8] = &[
+    let reply: &[u8] = &[
         36, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 16, 0, 0, 0, 1, 3, 1, 0, 1, 0, 0, 0, 0, 0,
         0, 0,
     ];
-    for message in [packet, answer] {
+    for message in [packet, reply] {
         let error = forger.send_to(message, &netlink_sys::SocketAddr::new(port, 0), 0).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
     }
@@ -833,7 +834,7 @@ async fn only_the_kernel_is_listened_to() {
     assert_eq!((queue.stats().received.packets, queue.stats().sent.refusals), (5, 0));
 }
 
-async fn the_longest_durations_are_no_panic() {
+async fn the_longest_durations_do_not_panic() {
     let builder = Queue::builder(0).deadline(Duration::MAX, Action::Accept).close_timeout(Duration::MAX);
     let (mut queue, _divert) = start(builder);
     let traffic = Traffic::new(10);
@@ -844,10 +845,10 @@ async fn the_longest_durations_are_no_panic() {
         packet.accept().submit().unwrap();
     }
     traffic.expect(0..5).await;
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
 }
 
-async fn an_action_that_goes_round_for_ever_is_refused() {
+async fn a_default_action_that_requeues_for_ever_is_refused() {
     let own = Action::Requeue { queue: 5, bypass: true };
     for (builder, name) in [
         (Queue::builder(5).on_unanswered(own), "on_unanswered"),
@@ -858,13 +859,13 @@ async fn an_action_that_goes_round_for_ever_is_refused() {
         assert!(error.to_string().contains(name) && error.to_string().contains("same queue"), "{error}");
     }
     let queue = Queue::builder(5).on_unanswered(Action::Requeue { queue: 6, bypass: true }).bind().unwrap();
-    let error = soon("the answer", queue.sink().close_with(own)).await.unwrap_err();
+    let error = soon("the reply", queue.sink().close_with(own)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(!queue.sink().is_closed());
 }
 
-async fn a_bind_that_races_the_last_owners_end_succeeds() {
-    // It must never be taken for a missing capability.
+async fn bind_works_while_the_last_owner_closes() {
+    // The error must not be `NotPermitted`.
     let namespace = NetworkNamespace::current().unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let other = thread::spawn({
@@ -889,7 +890,7 @@ async fn a_bind_that_races_the_last_owners_end_succeeds() {
     other.join().unwrap();
 }
 
-async fn a_queue_of_this_process_is_named_as_such() {
+async fn already_bound_names_this_process() {
     let _queue = Queue::builder(7).bind().unwrap();
     let error = Queue::builder(7).bind().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound);
@@ -904,7 +905,7 @@ fn a_runtime_without_an_io_driver_is_an_error() {
     assert_eq!(account(0), None);
 }
 
-/// A queue with so many packets unread, if the system lets it have the buffer.
+/// A queue with `count` unread packets. `None` if the system limits the receive buffer.
 async fn filled(count: u32) -> Option<(Queue, Divert, Traffic)> {
     let (queue, divert) = start(Queue::builder(0).max_len(count).copy_range(40));
     let traffic = Traffic::new(200);
@@ -920,29 +921,29 @@ async fn filled(count: u32) -> Option<(Queue, Divert, Traffic)> {
     Some((queue, divert, traffic))
 }
 
-async fn confirm_receives_a_little_at_a_time() {
+async fn each_poll_of_confirm_receives_few_packets() {
     let Some((mut queue, _divert, _traffic)) = filled(10_000).await else { return };
     let first = next(&mut queue).await;
     let before = queue.stats().received.packets;
     let mut confirm = first.accept().confirm();
-    assert!((&mut confirm).now_or_never().is_none(), "its answer lies behind ten thousand packets");
+    assert!((&mut confirm).now_or_never().is_none(), "its reply is behind ten thousand packets");
     let received = queue.stats().received.packets - before;
     assert!(received <= 256, "{received} packets were received in one go");
-    soon("the answer", confirm).await.unwrap();
+    soon("the reply", confirm).await.unwrap();
 }
 
-async fn reconfigure_receives_a_little_at_a_time() {
+async fn each_poll_of_reconfigure_receives_few_packets() {
     let Some((queue, _divert, _traffic)) = filled(10_000).await else { return };
     let sink = queue.sink();
     let mut change = Box::pin(sink.reconfigure(&Reconfigure::new().max_len(20_000)));
-    assert!(change.as_mut().now_or_never().is_none(), "its answer lies behind ten thousand packets");
+    assert!(change.as_mut().now_or_never().is_none(), "its reply is behind ten thousand packets");
     let received = queue.stats().received.packets;
     assert!(received <= 256, "{received} packets were received in one go");
-    soon("the answer", change).await.unwrap();
+    soon("the reply", change).await.unwrap();
     assert_eq!(queue.stats().limits.max_len, 20_000);
 }
 
-fn a_loop_without_a_runtime_receives_by_try_recv() {
+fn try_recv_works_without_a_runtime() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(100) });
     let (mut queue, _divert) = inside.block_on(async { start(Queue::builder(0)) });
@@ -961,18 +962,18 @@ fn a_loop_without_a_runtime_receives_by_try_recv() {
             Err(error) => panic!("{error}"),
         }
     }
-    // At `Empty` what was gathered has been sent.
+    // When `Empty` is returned, gathered verdicts have been sent.
     assert!(matches!(queue.try_recv(), Err(TryRecvError::Empty)));
     support::wait_until("nothing is in flight", || queue.stats().held.in_flight == 0);
     outside.block_on(traffic.expect(0..100));
     drop(inside);
     assert!(matches!(queue.try_recv(), Err(TryRecvError::Empty)), "also when the runtime has gone");
     let sink = queue.sink();
-    outside.block_on(soon("the end", sink.close())).unwrap();
+    outside.block_on(soon("the shutdown", sink.close())).unwrap();
     assert!(matches!(queue.try_recv(), Err(TryRecvError::Closed)));
 }
 
-fn a_loop_that_polls_a_descriptor_misses_no_packet() {
+fn readable_fd_reports_every_packet() {
     const COUNT: u32 = 500;
     let (inside, outside) = (runtime(), runtime());
     let (mut stream, sink, _divert) = {
@@ -986,14 +987,14 @@ fn a_loop_that_polls_a_descriptor_misses_no_packet() {
     let mut sent = 0;
     let mut numbers = Vec::new();
     while numbers.len() < COUNT as usize {
-        // Never more at a time than the receivers have room for.
+        // At most as many as fit into the receivers' buffers.
         if sent < COUNT {
             traffic.send(sent..sent + 5);
             sent += 5;
         }
-        // Somebody else receives: the answer lies behind the packets.
+        // `reconfigure` receives packets too: its reply is behind them.
         if sent % 50 == 0 {
-            outside.block_on(soon("the answer", sink.reconfigure(&Reconfigure::new().max_len(1000 + sent)))).unwrap();
+            outside.block_on(soon("the reply", sink.reconfigure(&Reconfigure::new().max_len(1000 + sent)))).unwrap();
         }
         let fd = stream.readable_fd().unwrap();
         let mut fds = [PollFd::new(&fd, PollFlags::IN)];

@@ -1,4 +1,4 @@
-//! Settings changed while the queue runs.
+//! Changes to settings while the queue runs.
 
 use std::{
     sync::{
@@ -15,22 +15,22 @@ use crate::common::{Load, Traffic, account, eventually, give_up_capabilities, ho
 
 tests![
     one the_copy_range_changes,
-    one the_length_changes,
+    one max_len_changes,
     one the_receive_buffer_does_not_shrink,
-    one what_is_queued_beyond_a_shorter_length_stays,
-    one flags_change_one_by_one,
-    one no_change_is_no_error,
-    one bad_values_change_nothing,
-    one what_the_kernel_lacks_is_named_and_changes_nothing,
+    one packets_beyond_a_shorter_max_len_stay_queued,
+    one flags_change_independently,
+    one an_empty_change_is_no_error,
+    one invalid_values_change_nothing,
+    one an_unsupported_setting_is_named_and_changes_nothing,
     one a_closed_queue_cannot_be_changed,
-    one changing_needs_the_capability,
-    both nothing_is_lost_by_a_change_under_load,
-    multi a_change_that_comes_too_late_delays_no_verdict,
-    one a_receive_buffer_left_to_the_crate_grows,
+    one reconfigure_needs_the_capability,
+    both a_change_under_load_loses_no_packet,
+    multi a_change_during_close_delays_no_verdict,
+    one a_receive_buffer_of_default_size_grows,
 ];
 
 async fn change(queue: &Queue, change: Reconfigure) -> Result<(), Error> {
-    soon("the answer", queue.sink().reconfigure(&change)).await
+    soon("the reply", queue.sink().reconfigure(&change)).await
 }
 
 /// The copied length of a packet of 128 bytes.
@@ -52,14 +52,14 @@ async fn the_copy_range_changes() {
         change(&queue, to).await.unwrap();
         assert_eq!(copied(&mut queue, &traffic).await, length);
     }
-    // The longest there are find room as well.
+    // The longest packets are received completely as well.
     change(&queue, Reconfigure::new().copy_range(65_531)).await.unwrap();
     traffic.sender.send_to(&[0; 65_000], traffic.to(0)).unwrap();
     assert_eq!(next(&mut queue).await.payload().len(), 65_028);
     assert_eq!(queue.stats().received.malformed, 0);
 }
 
-async fn the_length_changes() {
+async fn max_len_changes() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(10));
     let traffic = Traffic::new(200);
     traffic.send(0..20);
@@ -79,13 +79,13 @@ async fn the_length_changes() {
 async fn the_receive_buffer_does_not_shrink() {
     let (queue, _divert) = start(Queue::builder(0));
     let before = queue.stats().limits.receive_buffer;
-    // Room for whole packets is there already.
+    // The buffer is already large enough for whole packets.
     change(&queue, Reconfigure::new().copy_range(100)).await.unwrap();
     change(&queue, Reconfigure::new().max_len(2000)).await.unwrap();
     assert_eq!(queue.stats().limits.receive_buffer, before);
 }
 
-async fn what_is_queued_beyond_a_shorter_length_stays() {
+async fn packets_beyond_a_shorter_max_len_stay_queued() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(200);
     let held = hold(&mut queue, &traffic, 0..50).await;
@@ -102,14 +102,14 @@ async fn what_is_queued_beyond_a_shorter_length_stays() {
     traffic.expect(60..65).await;
 }
 
-async fn flags_change_one_by_one() {
+async fn flags_change_independently() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(1));
     let traffic = Traffic::new(100);
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     change(&queue, Reconfigure::new().fail_open(true)).await.unwrap();
     traffic.send(1..10);
     traffic.expect(1..10).await;
-    // Another flag leaves it as it is.
+    // A change of another flag leaves it on.
     change(&queue, Reconfigure::new().uid_gid(true)).await.unwrap();
     change(&queue, Reconfigure::new().gso(false)).await.unwrap();
     traffic.send(10..20);
@@ -122,14 +122,14 @@ async fn flags_change_one_by_one() {
     traffic.expect_nothing();
 }
 
-async fn no_change_is_no_error() {
+async fn an_empty_change_is_no_error() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
     change(&queue, Reconfigure::new()).await.unwrap();
     assert_eq!(queue.stats().limits.max_len, 7);
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
-async fn bad_values_change_nothing() {
+async fn invalid_values_change_nothing() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
     for bad in [
         Reconfigure::new().max_len(0).copy_range(100),
@@ -142,7 +142,7 @@ async fn bad_values_change_nothing() {
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
-async fn what_the_kernel_lacks_is_named_and_changes_nothing() {
+async fn an_unsupported_setting_is_named_and_changes_nothing() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
     let conntrack = Reconfigure::new().conntrack(true).max_len(100).copy_range(100);
     if let Err(error) = change(&queue, conntrack).await {
@@ -159,25 +159,26 @@ async fn a_closed_queue_cannot_be_changed() {
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let sink = queue.sink();
     let closing = tokio::spawn(queue.close());
-    eventually("the end has begun", || sink.is_closed()).await;
-    // Longer now, it would take in packets that nobody will read.
+    eventually("the shutdown has begun", || sink.is_closed()).await;
+    // A longer queue would queue packets that nobody reads.
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
     sink.submit(packet.accept()).unwrap();
-    soon("the end", closing).await.unwrap().unwrap();
+    soon("the shutdown", closing).await.unwrap().unwrap();
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
 }
 
-/// It holds the send lock for a moment. Whoever gives a verdict then leaves it to the holder.
-async fn a_change_that_comes_too_late_delays_no_verdict() {
+/// A change holds the send lock for a short time. A thread that submits meanwhile leaves its
+/// verdict to the holder.
+async fn a_change_during_close_delays_no_verdict() {
     const COUNT: u32 = 2000;
     let (mut queue, _divert) = start(Queue::builder(0).max_len(COUNT).flush_policy(FlushPolicy::immediate()));
     let traffic = Traffic::new(COUNT);
     let packets = hold(&mut queue, &traffic, 0..COUNT).await;
     let sink = queue.sink();
     let closing = tokio::spawn(queue.close_within(Duration::MAX));
-    eventually("the end has begun", || sink.stats().limits.max_len == 0).await;
+    eventually("the shutdown has begun", || sink.stats().limits.max_len == 0).await;
     let over = Arc::new(AtomicBool::new(false));
     let changing = std::thread::spawn({
         let (sink, over) = (sink.clone(), Arc::clone(&over));
@@ -193,12 +194,12 @@ async fn a_change_that_comes_too_late_delays_no_verdict() {
         packet.accept().submit().unwrap();
         traffic.expect([number]).await;
     }
-    soon("the end", closing).await.unwrap().unwrap();
+    soon("the shutdown", closing).await.unwrap().unwrap();
     over.store(true, SeqCst);
     changing.join().unwrap();
 }
 
-async fn changing_needs_the_capability() {
+async fn reconfigure_needs_the_capability() {
     let (mut queue, _divert) = start(Queue::builder(0).max_len(7).copy_range(33));
     give_up_capabilities();
     let error = change(&queue, Reconfigure::new().max_len(100).copy_range(100)).await.unwrap_err();
@@ -207,15 +208,14 @@ async fn changing_needs_the_capability() {
     assert_eq!(copied(&mut queue, &Traffic::new(1)).await, 33);
 }
 
-async fn nothing_is_lost_by_a_change_under_load() {
+async fn a_change_under_load_loses_no_packet() {
     const COUNT: u32 = 5000;
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let (decide, sink) = (load.decide(), queue.sink());
     for index in 0..COUNT {
         let packet = next(&mut queue).await;
-        // By its id: a sender that moves to another processor may overtake its own packets on their
-        // way here.
+        // By id: a sender that moves to another CPU may overtake its own packets.
         assert_eq!(packet.id().get(), index + 1, "{:?}", sink.stats());
         sink.submit(decide(packet)).unwrap();
         if index % 10 == 0 {
@@ -229,11 +229,11 @@ async fn nothing_is_lost_by_a_change_under_load() {
     assert_eq!((account(0).unwrap().queue_full, account(0).unwrap().socket_full), (0, 0));
 }
 
-async fn a_receive_buffer_left_to_the_crate_grows() {
+async fn a_receive_buffer_of_default_size_grows() {
     let (queue, _divert) = start(Queue::builder(0).max_len(10).copy_range(100));
     let before = queue.stats().limits.receive_buffer;
     change(&queue, Reconfigure::new().max_len(100)).await.unwrap();
-    // Eighty thousand bytes and some are within any system's limit.
+    // About 80 000 bytes are within the limit of any system.
     assert!(queue.stats().limits.receive_buffer > before);
 
     let (queue, _divert) = start(Queue::builder(1).receive_buffer(50_000));

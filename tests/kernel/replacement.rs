@@ -1,7 +1,8 @@
-//! Which replaced payloads the kernel takes (`nfqnl_mangle`), shown with verdicts made by hand.
+//! Which replaced payloads the kernel takes (`nfqnl_mangle`), tested with raw verdict messages.
 //!
-//! When the kernel refuses a replaced payload it drops the packet and acknowledges the verdict. So
-//! each verdict here sends its packet to a second queue, where it arrives at once or never.
+//! If the kernel does not take a replaced payload, it drops the packet and acknowledges the
+//! verdict. So each verdict here sends its packet to a second queue, where it arrives at once or
+//! never.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
@@ -20,23 +21,23 @@ use crate::{
 };
 
 tests![
-    sync ipv4,
-    sync other_protocols,
-    sync tcp_over_ipv4,
-    sync ipv4_with_options,
-    sync fragments_of_ipv4,
-    sync ipv4_tracked,
-    sync an_icmp_error_that_belongs_to_a_tracked_connection,
-    sync ipv6,
-    sync ipv6_with_extension_headers,
-    sync fragments_of_ipv6,
-    sync ipv6_with_no_next_header,
-    sync ipv6_tracked,
-    sync bridge,
-    sync a_namespace_of_another_user_namespace,
+    sync ipv4_replacements_are_taken_as_documented,
+    sync replacements_of_other_protocols_are_taken_as_documented,
+    sync tcp_replacements_are_taken_as_documented,
+    sync replacements_with_ipv4_options_are_taken_as_documented,
+    sync replacements_of_ipv4_fragments_are_taken_as_documented,
+    sync replacements_of_tracked_ipv4_are_taken_as_documented,
+    sync replacements_of_icmp_errors_of_tracked_connections_are_taken_as_documented,
+    sync ipv6_replacements_are_taken_as_documented,
+    sync replacements_with_extension_headers_are_taken_as_documented,
+    sync replacements_of_ipv6_fragments_are_taken_as_documented,
+    sync replacements_without_a_next_header_are_taken_as_documented,
+    sync replacements_of_tracked_ipv6_are_taken_as_documented,
+    sync replacements_of_bridged_packets_are_taken_as_documented,
+    sync replacements_in_another_user_namespace_are_taken_as_documented,
 ];
 
-/// Which kernels refuse a replacement: none, those from a release on, or all.
+/// Which kernels do not take a replacement: none, those from a release on, or all.
 #[derive(Debug, Clone, Copy)]
 enum Refused {
     Never,
@@ -47,7 +48,7 @@ use Refused::{Always, Never};
 
 /// `nfqnl_validate_write`: headers whose length or kind would change, and all packets of a bridge.
 const FROM_7_2: Refused = Refused::From(7, 2);
-/// `nfqnl_validate_l4`: the transport header must be there, and be of the connection's protocol.
+/// `nfqnl_validate_l4`: the transport header must be complete, and of the connection's protocol.
 const FROM_7_3: Refused = Refused::From(7, 3);
 
 impl Refused {
@@ -60,7 +61,7 @@ impl Refused {
     }
 }
 
-/// A peer whose packets come to queue 0 before they are routed.
+/// A peer whose packets are sent to queue 0 before they are routed.
 struct Path {
     peer: Peer,
     socket: FrameSocket,
@@ -121,7 +122,7 @@ impl Path {
     }
 }
 
-/// As [`Path::takes`], for a packet that is on its way.
+/// As [`Path::takes`], for a packet that has been sent already.
 fn taken(first: &RawQueue, second: &RawQueue, sent: &[u8], replacement: &[u8]) -> bool {
     const TO_QUEUE_1: u32 = 1 << 16 | 3;
     loop {
@@ -147,7 +148,7 @@ const TO_V6: Ipv6Addr = Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, 0x78);
 fn udp(length: usize) -> Vec<u8> {
     let mut packet = Vec::new();
     PacketBuilder::ipv4(FROM.octets(), TO.octets(), 64).udp(1000, 2000).write(&mut packet, &vec![7; length]).unwrap();
-    // Not "do not fragment", which the builder sets.
+    // Clears "do not fragment", which the builder sets.
     packet[6] = 0;
     sum(packet)
 }
@@ -161,7 +162,7 @@ fn tcp(length: usize) -> Vec<u8> {
     sum(packet)
 }
 
-/// With the right header checksum.
+/// With a correct header checksum.
 fn sum(mut packet: Vec<u8>) -> Vec<u8> {
     let header = usize::from(packet[0] & 15) * 4;
     packet[10..12].fill(0);
@@ -170,13 +171,13 @@ fn sum(mut packet: Vec<u8>) -> Vec<u8> {
     packet
 }
 
-/// Of an even number of bytes.
+/// The Internet checksum of an even number of bytes.
 fn checksum(bytes: &[u8]) -> [u8; 2] {
     let sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     (!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes()
 }
 
-/// With the right total length, IPv4 or IPv6.
+/// With a correct total length, IPv4 or IPv6.
 fn sized(mut packet: Vec<u8>) -> Vec<u8> {
     let length = packet.len() as u16;
     if packet[0] >> 4 == 4 {
@@ -193,12 +194,12 @@ fn with(packet: &[u8], at: usize, bytes: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// With bytes put in.
+/// With bytes inserted.
 fn inserted(packet: &[u8], at: usize, bytes: &[u8]) -> Vec<u8> {
     [&packet[..at], bytes, &packet[at..]].concat()
 }
 
-fn ipv4() {
+fn ipv4_replacements_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = udp(12);
     path.check(
@@ -249,8 +250,8 @@ fn ipv4() {
     );
 }
 
-/// Of each protocol a whole header, as far as the kernel knows it, must be there.
-fn other_protocols() {
+/// For each protocol that the kernel knows, a complete header is needed.
+fn replacements_of_other_protocols_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = udp(12);
     // ICMP, GRE, ESP, AH, ICMPv6, SCTP
@@ -261,7 +262,7 @@ fn other_protocols() {
     }
 }
 
-fn tcp_over_ipv4() {
+fn tcp_replacements_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = tcp(20);
     path.check(
@@ -278,9 +279,9 @@ fn tcp_over_ipv4() {
     );
 }
 
-fn ipv4_with_options() {
+fn replacements_with_ipv4_options_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
-    // No operation thrice, end of options.
+    // Three times no operation, end of options.
     let sent = sum(sized(with(&inserted(&udp(12), 20, &[1, 1, 1, 0]), 0, &[0x46])));
     path.check(
         &sent,
@@ -294,7 +295,7 @@ fn ipv4_with_options() {
     );
 }
 
-fn fragments_of_ipv4() {
+fn replacements_of_ipv4_fragments_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let (first, later) = (sum(with(&udp(12), 6, &[0x20])), sum(with(&udp(12), 7, &[3])));
     path.check(
@@ -317,7 +318,7 @@ fn fragments_of_ipv4() {
     );
 }
 
-fn ipv4_tracked() {
+fn replacements_of_tracked_ipv4_are_taken_as_documented() {
     track(NetfilterProtoFamily::IPv4);
     let Some(path) = Path::new() else { return };
     let sent = udp(12);
@@ -334,12 +335,12 @@ fn ipv4_tracked() {
     );
 }
 
-/// Such an error is of another protocol than its connection.
-fn an_icmp_error_that_belongs_to_a_tracked_connection() {
+/// The protocol of an ICMP error differs from that of its connection.
+fn replacements_of_icmp_errors_of_tracked_connections_are_taken_as_documented() {
     track(NetfilterProtoFamily::IPv4);
     let Some(path) = Path::new() else { return };
     let near = path.peer.near_v4.octets();
-    // With a wrong checksum the packet would not be tracked; 0 means that there is none.
+    // A packet with a wrong checksum would not be tracked; 0 means no checksum.
     let sent = sum(with(&with(&udp(12), 16, &near), 26, &[0, 0]));
     path.deliver(&sent);
     // "Port unreachable", about a reply to that packet.
@@ -360,19 +361,19 @@ fn udp_v6(length: usize) -> Vec<u8> {
     packet
 }
 
-/// With an extension header put before what follows the IPv6 header.
+/// With an extension header inserted after the IPv6 header.
 fn extended(packet: &[u8], kind: u8, body: &[u8; 6]) -> Vec<u8> {
     let header = [&[packet[6], 0][..], body].concat();
     sized(with(&inserted(packet, 40, &header), 6, &[kind]))
 }
 
-/// An unknown destination option of four bytes, to be skipped by who does not know it.
+/// An unknown destination option of four bytes, which nodes that do not know it skip.
 const SKIPPED: [u8; 6] = [0x1e, 4, 1, 2, 3, 4];
 const DESTINATION: u8 = 60;
 const FRAGMENT: u8 = 44;
 const NO_NEXT: u8 = 59;
 
-fn ipv6() {
+fn ipv6_replacements_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = udp_v6(12);
     path.check(
@@ -404,7 +405,7 @@ fn ipv6() {
     );
 }
 
-fn ipv6_with_extension_headers() {
+fn replacements_with_extension_headers_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = extended(&udp_v6(12), DESTINATION, &SKIPPED);
     path.check(
@@ -422,9 +423,9 @@ fn ipv6_with_extension_headers() {
     );
 }
 
-fn fragments_of_ipv6() {
+fn replacements_of_ipv6_fragments_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
-    // The first one, and more follow.
+    // The first fragment; more follow.
     let sent = extended(&udp_v6(12), FRAGMENT, &[0, 1, 0, 0, 0, 1]);
     path.check(
         &sent,
@@ -439,7 +440,7 @@ fn fragments_of_ipv6() {
     );
 }
 
-fn ipv6_with_no_next_header() {
+fn replacements_without_a_next_header_are_taken_as_documented() {
     let Some(path) = Path::new() else { return };
     let sent = with(&udp_v6(12), 6, &[NO_NEXT]);
     path.check(
@@ -452,7 +453,7 @@ fn ipv6_with_no_next_header() {
     );
 }
 
-fn ipv6_tracked() {
+fn replacements_of_tracked_ipv6_are_taken_as_documented() {
     track(NetfilterProtoFamily::IPv6);
     let Some(path) = Path::new() else { return };
     let sent = udp_v6(12);
@@ -464,13 +465,13 @@ fn ipv6_tracked() {
     );
 }
 
-fn bridge() {
+fn replacements_of_bridged_packets_are_taken_as_documented() {
     let bridge = Bridge::new();
     let (first, second) = (RawQueue::bind(0).unwrap(), RawQueue::bind(1).unwrap());
     // NF_BR_FORWARD, NF_BR_PRI_FILTER_BRIDGED
     let place = Place { hook: 2, priority: -200 };
     if rules::install_queue(NetfilterProtoFamily::Bridge, "bridge", place, 0).is_err() {
-        // A kernel without `NFT_QUEUE`; `tests/bridge.rs` sees to it that the others are tested.
+        // A kernel without `NFT_QUEUE`. The module `bridge` has a variable that forbids this.
         return;
     }
     let (v4, v6, other) = (udp(12), udp_v6(12), [7; 50]);
@@ -481,9 +482,9 @@ fn bridge() {
     }
 }
 
-/// The owner of the network namespace counts, and not who sends the verdict: here the test's own
-/// process does, which may be root.
-fn a_namespace_of_another_user_namespace() {
+/// The owner of the network namespace counts, not the sender of the verdict: here the test's own
+/// process, which may be root.
+fn replacements_in_another_user_namespace_are_taken_as_documented() {
     let other = UserNamespace::new();
     other.network().run(|| {
         let path = Path::anywhere();
@@ -494,7 +495,7 @@ fn a_namespace_of_another_user_namespace() {
     });
 }
 
-/// Has connections tracked in this network namespace: one rule that asks for their state suffices.
+/// Turns on connection tracking in this network namespace: one rule that reads the state suffices.
 fn track(family: NetfilterProtoFamily) {
     // NFTA_CT_DREG, NFTA_CT_KEY: NFT_CT_STATE
     let attributes = [(1, 1_u32), (2, 0)].map(|(kind, number)| DefaultNla::new(kind, number.to_be_bytes().to_vec()));

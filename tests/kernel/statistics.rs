@@ -1,4 +1,4 @@
-//! What a queue and the kernel tell of its past.
+//! The statistics of a queue and of the kernel.
 
 use std::time::{Duration, Instant};
 
@@ -11,16 +11,16 @@ use crate::{
 };
 
 tests![
-    one what_has_happened_between_two_snapshots,
+    one a_difference_counts_what_happened_between_two_snapshots,
     one each_verdict_is_counted,
-    one what_is_held_is_told,
-    one the_kernels_account_is_told,
-    one the_kernels_account_is_the_queues_own_wherever_it_is_asked,
-    one advice_for_a_full_queue,
-    one advice_for_a_full_receive_buffer,
-    both watching_ends_with_the_queue,
-    both watching_keeps_no_queue_open,
-    sync watching_works_in_any_executor,
+    one held_packets_are_reported,
+    one kernel_stats_reports_the_counters_of_the_kernel,
+    one kernel_stats_reads_the_namespace_of_the_queue,
+    one a_full_queue_gives_advice,
+    one a_full_receive_buffer_gives_advice,
+    both watch_ends_with_the_queue,
+    both watch_does_not_keep_the_queue_open,
+    sync watch_works_in_any_executor,
 ];
 
 async fn each_verdict_is_counted() {
@@ -49,19 +49,19 @@ async fn each_verdict_is_counted() {
         "{stats:?}"
     );
     assert!(stats.sent.largest_flush >= 1 && stats.sent.largest_flush <= stats.sent.messages);
-    // Each carried at least its own 32 bytes.
+    // Each message had at least the 32 bytes of the packet.
     assert!(stats.received.bytes >= 16 * 32, "{stats:?}");
     assert_fields!(stats, limits.max_len: 1024, held.most_in_flight: 16);
 }
 
-async fn what_is_held_is_told() {
+async fn held_packets_are_reported() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(100);
     let before = Instant::now();
     assert_eq!((queue.stats().held.bytes, queue.stats().held.oldest_undecided), (0, None));
     let mut held = hold(&mut queue, &traffic, 0..10).await;
     let ten = queue.stats();
-    // They share a buffer, which counts as a whole.
+    // They share a buffer, which is counted as a whole.
     assert_eq!(ten.held.bytes, 8 * 1024);
     assert_eq!(ten.held.in_flight, 10);
     eventually("they grow old", || queue.stats().held.oldest_undecided > Some(Duration::from_millis(5))).await;
@@ -72,8 +72,7 @@ async fn what_is_held_is_told() {
     assert!(hundred.held.bytes > ten.held.bytes);
     assert!(hundred.held.fill.max >= 11);
     assert!(hundred.held.fill.min <= hundred.held.fill.mean && hundred.held.fill.mean <= hundred.held.fill.max);
-    // One held packet keeps the buffer of its neighbours, and that is told. Detached, it keeps
-    // none.
+    // One held packet keeps the whole buffer. A detached packet keeps none.
     let last = held.pop().unwrap();
     for packet in held {
         queue.sink().submit(packet.accept()).unwrap();
@@ -87,7 +86,7 @@ async fn what_is_held_is_told() {
     assert_eq!((queue.stats().held.bytes, queue.stats().held.oldest_undecided), (0, None));
 }
 
-async fn the_kernels_account_is_told() {
+async fn kernel_stats_reports_the_counters_of_the_kernel() {
     let (mut queue, _divert) = start(Queue::builder(5).copy_range(77).max_len(10));
     let traffic = Traffic::new(100);
     traffic.send(0..15);
@@ -104,11 +103,11 @@ async fn the_kernels_account_is_told() {
     traffic.expect(0..10).await;
     let sink = queue.sink();
     assert_eq!(sink.kernel_stats().unwrap().queued, 0);
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     assert_eq!(sink.kernel_stats().unwrap_err().kind(), ErrorKind::Closed);
 }
 
-async fn the_kernels_account_is_the_queues_own_wherever_it_is_asked() {
+async fn kernel_stats_reads_the_namespace_of_the_queue() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(100);
     let packets = hold(&mut queue, &traffic, 0..3).await;
@@ -122,7 +121,7 @@ async fn the_kernels_account_is_the_queues_own_wherever_it_is_asked() {
     drop(packets);
 }
 
-async fn advice_for_a_full_queue() {
+async fn a_full_queue_gives_advice() {
     let (queue, _divert) = start(Queue::builder(0).max_len(10));
     let traffic = Traffic::new(100);
     assert_eq!(queue.sink().advice(), []);
@@ -134,7 +133,7 @@ async fn advice_for_a_full_queue() {
     assert_eq!(queue.sink().advice(), [Advice::RaiseMaxLen { dropped: 5, now: 10, to: 20 }]);
 }
 
-async fn advice_for_a_full_receive_buffer() {
+async fn a_full_receive_buffer_gives_advice() {
     let (mut queue, _divert) = start(Queue::builder(0).receive_buffer(40_000).max_len(5000));
     let traffic = Traffic::new(1);
     for number in 0..200_u32 {
@@ -145,7 +144,7 @@ async fn advice_for_a_full_receive_buffer() {
     for _ in 0..200 - lost {
         drop(next(&mut queue).await);
     }
-    // The next one shows the gap.
+    // The next packet shows the gap.
     drop(hold(&mut queue, &traffic, [0]).await);
     match queue.sink().advice()[..] {
         [Advice::RaiseReceiveBuffer { lost: advised, now, to, .. }] => {
@@ -156,7 +155,7 @@ async fn advice_for_a_full_receive_buffer() {
     }
 }
 
-async fn watching_ends_with_the_queue() {
+async fn watch_ends_with_the_queue() {
     let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
     let traffic = Traffic::new(100);
     let sink = queue.sink();
@@ -172,34 +171,34 @@ async fn watching_ends_with_the_queue() {
         panic!("the watch has ended too early");
     };
     soon("the right number", seen).await;
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
 }
 
-async fn watching_keeps_no_queue_open() {
+async fn watch_does_not_keep_the_queue_open() {
     let (queue, _divert) = start(Queue::builder(0));
     let mut watch = queue.sink().watch(Duration::from_millis(2)).unwrap();
     assert!(soon("an item", watch.next()).await.is_some());
     drop(queue);
-    eventually("the end", || account(0).is_none()).await;
+    eventually("the queue is unbound", || account(0).is_none()).await;
     soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
 }
 
-fn watching_works_in_any_executor() {
+fn watch_works_in_any_executor() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let queue = runtime.block_on(async { Queue::builder(0).bind().unwrap() });
     let mut watch = queue.sink().watch(Duration::from_millis(1)).unwrap();
     for _ in 0..3 {
         assert!(futures::executor::block_on(watch.next()).is_some());
     }
-    // A time that the clock does not reach is no panic.
+    // A time beyond the range of the clock does not panic.
     let mut never = queue.sink().watch(Duration::MAX).unwrap();
     assert!(futures::FutureExt::now_or_never(never.next()).is_none());
     drop(runtime);
     assert!(futures::executor::block_on(watch.next()).is_some());
 }
 
-async fn what_has_happened_between_two_snapshots() {
+async fn a_difference_counts_what_happened_between_two_snapshots() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(20);
     for packet in hold(&mut queue, &traffic, 0..5).await {

@@ -1,4 +1,4 @@
-//! No packet is forgotten: whatever becomes of its owner, it is answered for.
+//! No packet is forgotten: whatever happens to its owner, it gets a verdict.
 
 use std::{
     future::{Future, pending},
@@ -13,32 +13,31 @@ use tokio_nfqueue::{Action, ErrorKind, Packet, Queue};
 use crate::common::{self, Traffic, eventually, hold, next, number, soon, start};
 
 tests![
-    both dropped_packets,
-    both dropped_verdicts,
-    both dropped_tickets,
-    both packets_of_a_panicking_task,
-    both packets_of_an_aborted_task,
-    both packets_dropped_in_a_foreign_thread,
-    one packets_unwound_in_a_foreign_thread,
-    one unanswered_may_go_to_another_queue,
-    sync tasks_of_a_runtime_that_shuts_down,
-    sync tasks_of_a_multi_thread_runtime_that_shuts_down,
-    sync packets_that_outlive_the_runtime,
-    both a_deadline_accepts,
-    both a_deadline_drops,
-    one a_deadline_spares_what_was_decided,
-    one a_deadline_is_kept_for_packets_of_many_moments,
-    both a_deadline_needs_nobody_to_poll_the_queue,
-    one a_late_verdict_is_told,
+    both dropped_packets_get_the_default_action,
+    both packets_of_dropped_verdicts_get_the_default_action,
+    both dropped_detached_packets_get_the_default_action,
+    both packets_of_a_panicking_task_get_the_default_action,
+    both packets_of_an_aborted_task_get_the_default_action,
+    both packets_dropped_in_another_thread_get_the_default_action,
+    one packets_of_a_panicking_thread_get_the_default_action,
+    one the_default_action_may_be_a_requeue,
+    sync packets_of_a_runtime_that_shuts_down_get_the_default_action,
+    sync packets_of_a_multi_thread_runtime_that_shuts_down_get_the_default_action,
+    sync packets_that_outlive_the_runtime_can_be_decided,
+    both a_deadline_accepts_packets,
+    both a_deadline_drops_packets,
+    one a_deadline_does_not_change_earlier_verdicts,
+    one a_deadline_is_kept_for_packets_that_arrived_at_different_times,
+    both a_deadline_is_kept_when_nobody_polls,
+    one a_late_verdict_is_reported,
 ];
 
 const COUNT: u32 = 50;
 
-/// Takes packets, has something happen to them, and looks whether they were all answered for as the
-/// queue was told.
-async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F) {
+/// Holds packets, calls `happen` with them, and checks that all have got the default action.
+async fn check_default_action<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F) {
     for action in [Action::Accept, Action::Drop] {
-        // Closed is the default.
+        // `Drop` is the default.
         let builder = Queue::builder(0);
         let builder = if action == Action::Accept { builder.on_unanswered(action) } else { builder };
         let (mut queue, _divert) = start(builder);
@@ -46,10 +45,10 @@ async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F)
         let packets = hold(&mut queue, &traffic, 0..COUNT).await;
         traffic.expect_nothing();
         happen(packets).await;
-        all_answered(&queue, &traffic, action).await;
+        all_decided(&queue, &traffic, action).await;
         assert_eq!(queue.stats().decided.unanswered, u64::from(COUNT));
 
-        // And the queue goes on.
+        // The queue still works.
         let packet = hold(&mut queue, &traffic, [COUNT]).await.remove(0);
         queue.sink().submit(packet.accept()).unwrap();
         traffic.expect([COUNT]).await;
@@ -58,8 +57,8 @@ async fn answered_for<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet>) -> F)
     }
 }
 
-async fn all_answered(queue: &Queue, traffic: &Traffic, action: Action) {
-    eventually("all packets are answered for", || queue.stats().held.in_flight == 0).await;
+async fn all_decided(queue: &Queue, traffic: &Traffic, action: Action) {
+    eventually("all packets are decided", || queue.stats().held.in_flight == 0).await;
     queue.sink().flush().await.unwrap();
     match action {
         Action::Accept => traffic.expect(0..COUNT).await,
@@ -68,22 +67,22 @@ async fn all_answered(queue: &Queue, traffic: &Traffic, action: Action) {
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
 
-async fn dropped_packets() {
-    answered_for(async |packets| drop(packets)).await;
+async fn dropped_packets_get_the_default_action() {
+    check_default_action(async |packets| drop(packets)).await;
 }
 
-async fn dropped_verdicts() {
-    // The verdicts' own actions must not count.
+async fn packets_of_dropped_verdicts_get_the_default_action() {
+    // The actions of dropped verdicts do not count.
     let decide = |(index, packet): (usize, Packet)| if index % 2 == 0 { packet.accept() } else { packet.drop() };
-    answered_for(async |packets| drop(packets.into_iter().enumerate().map(decide).collect::<Vec<_>>())).await;
+    check_default_action(async |packets| drop(packets.into_iter().enumerate().map(decide).collect::<Vec<_>>())).await;
 }
 
-async fn dropped_tickets() {
-    answered_for(async |packets| drop(packets.into_iter().map(Packet::detach).collect::<Vec<_>>())).await;
+async fn dropped_detached_packets_get_the_default_action() {
+    check_default_action(async |packets| drop(packets.into_iter().map(Packet::detach).collect::<Vec<_>>())).await;
 }
 
-async fn packets_of_a_panicking_task() {
-    answered_for(async |packets| {
+async fn packets_of_a_panicking_task_get_the_default_action() {
+    check_default_action(async |packets| {
         let task = tokio::spawn(async move {
             tokio::task::yield_now().await;
             let _packets = packets;
@@ -94,8 +93,8 @@ async fn packets_of_a_panicking_task() {
     .await;
 }
 
-async fn packets_of_an_aborted_task() {
-    answered_for(async |packets| {
+async fn packets_of_an_aborted_task_get_the_default_action() {
+    check_default_action(async |packets| {
         let (started, running) = tokio::sync::oneshot::channel();
         let task = tokio::spawn(async move {
             let _packets = packets;
@@ -109,12 +108,12 @@ async fn packets_of_an_aborted_task() {
     .await;
 }
 
-async fn packets_dropped_in_a_foreign_thread() {
-    answered_for(async |packets| std::thread::spawn(move || drop(packets)).join().unwrap()).await;
+async fn packets_dropped_in_another_thread_get_the_default_action() {
+    check_default_action(async |packets| std::thread::spawn(move || drop(packets)).join().unwrap()).await;
 }
 
-async fn packets_unwound_in_a_foreign_thread() {
-    answered_for(async |packets| {
+async fn packets_of_a_panicking_thread_get_the_default_action() {
+    check_default_action(async |packets| {
         let unwound = move || {
             let _packets = packets;
             quiet_panic();
@@ -124,12 +123,12 @@ async fn packets_unwound_in_a_foreign_thread() {
     .await;
 }
 
-/// Unwinds without a message among the test's output.
+/// Unwinds without printing a message.
 fn quiet_panic() {
     std::panic::resume_unwind(Box::new("as intended"));
 }
 
-async fn unanswered_may_go_to_another_queue() {
+async fn the_default_action_may_be_a_requeue() {
     let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Requeue { queue: 1, bypass: false }));
     let mut other = Queue::builder(1).bind().unwrap();
     let traffic = Traffic::new(COUNT);
@@ -142,15 +141,15 @@ async fn unanswered_may_go_to_another_queue() {
     traffic.expect(0..COUNT).await;
 }
 
-fn tasks_of_a_runtime_that_shuts_down() {
+fn packets_of_a_runtime_that_shuts_down_get_the_default_action() {
     shut_down(|| Builder::new_current_thread().enable_all().build().unwrap());
 }
 
-fn tasks_of_a_multi_thread_runtime_that_shuts_down() {
+fn packets_of_a_multi_thread_runtime_that_shuts_down_get_the_default_action() {
     shut_down(|| Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap());
 }
 
-/// The receivers belong to another runtime than the one that ends, and the rules to none.
+/// The receivers belong to another runtime than the one that ends; the rules belong to none.
 fn shut_down(runtime: impl Fn() -> Runtime) {
     let outside = Builder::new_current_thread().enable_all().build().unwrap();
     for action in [Action::Accept, Action::Drop] {
@@ -174,7 +173,7 @@ fn shut_down(runtime: impl Fn() -> Runtime) {
             };
             eventually("all tasks run", &mut all_run).await;
         });
-        // A task owns the stream too.
+        // A task owns the stream as well.
         inside.spawn(async move {
             let _queue = queue;
             pending::<()>().await;
@@ -189,7 +188,7 @@ fn shut_down(runtime: impl Fn() -> Runtime) {
     }
 }
 
-fn packets_that_outlive_the_runtime() {
+fn packets_that_outlive_the_runtime_can_be_decided() {
     let outside = Builder::new_current_thread().enable_all().build().unwrap();
     let traffic = outside.block_on(async { Traffic::new(COUNT) });
     let inside = Builder::new_current_thread().enable_all().build().unwrap();
@@ -197,19 +196,19 @@ fn packets_that_outlive_the_runtime() {
     let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..COUNT));
     drop(inside);
 
-    // Without a driver verdicts go out at once.
+    // Without a driver task, verdicts are sent at once.
     let sink = queue.sink();
     sink.submit(packets.remove(0).accept()).unwrap();
     outside.block_on(traffic.expect([0]));
     sink.submit(packets.remove(0).drop()).unwrap();
-    outside.block_on(soon("the kernel's answer", sink.confirm(packets.remove(0).accept()))).unwrap();
+    outside.block_on(soon("the reply of the kernel", sink.confirm(packets.remove(0).accept()))).unwrap();
     outside.block_on(traffic.expect([2]));
     drop(packets.split_off(20));
     outside.block_on(traffic.expect(23..COUNT));
 
-    let error = outside.block_on(soon("the end", queue.recv())).unwrap().unwrap_err();
+    let error = outside.block_on(soon("the end of the stream", queue.recv())).unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoRuntime);
-    assert!(outside.block_on(soon("the end", queue.recv())).is_none());
+    assert!(outside.block_on(soon("the end of the stream", queue.recv())).is_none());
     drop((queue, sink));
     assert!(common::account(0).is_some(), "packets keep the queue");
     drop(packets);
@@ -220,11 +219,11 @@ fn packets_that_outlive_the_runtime() {
 
 const DEADLINE: Duration = Duration::from_millis(50);
 
-async fn a_deadline_accepts() {
+async fn a_deadline_accepts_packets() {
     deadline(Action::Accept).await;
 }
 
-async fn a_deadline_drops() {
+async fn a_deadline_drops_packets() {
     deadline(Action::Drop).await;
 }
 
@@ -236,16 +235,16 @@ async fn deadline(action: Action) {
     let packets = hold(&mut queue, &traffic, 0..COUNT).await;
     eventually("the deadline", || queue.stats().decided.expired > 0).await;
     assert!(before.elapsed() >= DEADLINE, "not before");
-    all_answered(&queue, &traffic, action).await;
+    all_decided(&queue, &traffic, action).await;
     assert_eq!((queue.stats().decided.expired, queue.stats().decided.unanswered), (COUNT.into(), 0));
 
     drop(packets);
     queue.sink().flush().await.unwrap();
     traffic.expect_nothing();
-    assert_eq!(queue.stats().decided.unanswered, 0, "the deadline has answered");
+    assert_eq!(queue.stats().decided.unanswered, 0, "the deadline has decided them");
 }
 
-async fn a_deadline_spares_what_was_decided() {
+async fn a_deadline_does_not_change_earlier_verdicts() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
     let traffic = Traffic::new(COUNT);
     let mut late = Vec::new();
@@ -253,7 +252,7 @@ async fn a_deadline_spares_what_was_decided() {
         if number(&packet).is_multiple_of(5) {
             late.push(packet);
         } else {
-            // On a slow machine some of these may come too late as well.
+            // On a slow machine some of these may be late as well.
             let _ = queue.sink().submit(packet.drop());
         }
     }
@@ -265,30 +264,30 @@ async fn a_deadline_spares_what_was_decided() {
     assert_eq!(queue.stats().decided.dropped + queue.stats().decided.expired, u64::from(COUNT));
 }
 
-async fn a_deadline_is_kept_for_packets_of_many_moments() {
+async fn a_deadline_is_kept_for_packets_that_arrived_at_different_times() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
     let traffic = Traffic::new(COUNT);
     let mut packets = Vec::new();
     for index in 0..COUNT {
         packets.append(&mut hold(&mut queue, &traffic, [index]).await);
-        // Some share a moment, some do not.
+        // Some arrive together, some do not.
         tokio::time::sleep(Duration::from_millis(u64::from(index % 3))).await;
     }
     traffic.expect(0..COUNT).await;
     assert_eq!(queue.stats().decided.expired, u64::from(COUNT));
 }
 
-async fn a_deadline_needs_nobody_to_poll_the_queue() {
+async fn a_deadline_is_kept_when_nobody_polls() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Accept));
     let traffic = Traffic::new(COUNT + 101);
     let first = hold(&mut queue, &traffic, 0..COUNT).await;
     traffic.expect(0..COUNT).await;
     drop(first);
-    // Packets that lie unread, for the program has stopped polling, have deadlines too.
+    // Unread packets have deadlines too: the program has stopped polling.
     traffic.send(COUNT..COUNT + 100);
     traffic.expect(COUNT..COUNT + 100).await;
     assert_eq!(queue.stats().decided.expired, u64::from(COUNT) + 100);
-    // What has been answered for is not handed out.
+    // Packets that a deadline has decided are not handed out.
     traffic.send([COUNT + 100]);
     let packet = next(&mut queue).await;
     assert_eq!(number(&packet), COUNT + 100);
@@ -296,7 +295,7 @@ async fn a_deadline_needs_nobody_to_poll_the_queue() {
     eventually("the deadline", || packet.is_expired()).await;
 }
 
-async fn a_late_verdict_is_told() {
+async fn a_late_verdict_is_reported() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Drop));
     let traffic = Traffic::new(4);
     let packets = hold(&mut queue, &traffic, 0..4).await;
@@ -306,13 +305,13 @@ async fn a_late_verdict_is_told() {
     for (index, packet) in packets.into_iter().enumerate() {
         let id = packet.id();
         assert!(packet.is_expired());
-        let told = match index {
+        let result = match index {
             0 => sink.submit(packet.accept()),
-            1 => Err(soon("the answer", sink.confirm(packet.accept())).await.unwrap_err()),
+            1 => Err(soon("the reply", sink.confirm(packet.accept())).await.unwrap_err()),
             2 => sink.submit(packet.detach().accept()),
             _ => sink.submit(packet.accept().mark(1)),
         };
-        let error = match told {
+        let error = match result {
             Ok(()) => soon("the refusal", refusals.recv()).await.unwrap(),
             Err(error) => error,
         };

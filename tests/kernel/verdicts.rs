@@ -8,22 +8,22 @@ use crate::{
 };
 
 tests![
-    both accepted_arrive_and_dropped_do_not,
+    both accepted_packets_arrive_and_dropped_packets_do_not,
     both a_mark_is_seen_by_a_later_chain,
     one a_mark_is_kept_unless_the_verdict_sets_one,
     one mark_and_priority_are_seen_at_a_later_hook,
-    both repeat_with_a_mark_goes_round_once,
-    one repeat_without_a_mark_comes_back,
+    both repeat_with_a_mark_is_not_queued_again,
+    one repeat_without_a_mark_is_queued_again,
     one stop_skips_the_later_chains,
-    both requeue_hands_over_to_another_queue,
-    one requeue_to_nobody_drops_and_with_bypass_accepts,
+    both requeue_sends_the_packet_to_another_queue,
+    one requeue_to_an_unbound_queue_drops_or_with_bypass_accepts,
     one a_verdict_returns_all_that_it_changes,
-    one a_detached_packet_decides_like_its_packet,
-    one a_verdict_goes_to_its_own_queue_whichever_the_sink,
-    one an_ipv6_packet_is_decided_too,
+    one a_detached_packet_can_be_decided_like_a_packet,
+    one a_verdict_reaches_its_own_queue_through_any_sink,
+    one ipv6_packets_are_decided,
 ];
 
-async fn accepted_arrive_and_dropped_do_not() {
+async fn accepted_packets_arrive_and_dropped_packets_do_not() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(100);
     for packet in hold(&mut queue, &traffic, 0..100).await {
@@ -39,7 +39,7 @@ async fn accepted_arrive_and_dropped_do_not() {
     assert_eq!(common::account(0).unwrap().waiting, 0);
 }
 
-/// So that `fn decide(packet: Packet) -> Verdict` can be tested by what it returns.
+/// So a function `fn decide(packet: Packet) -> Verdict` can be tested by what it returns.
 async fn a_verdict_returns_all_that_it_changes() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(2);
@@ -65,7 +65,7 @@ async fn a_verdict_returns_all_that_it_changes() {
         assert_fields!(changes, conntrack_labels: Some(([3; 16], [4; 16])), conntrack_timeout: Some(timeout));
         assert_eq!(changes.expectation, Some(&expectation));
     }
-    // Nothing of this was submitted.
+    // None of these was submitted.
     drop(plain);
     assert_fields!(queue.stats(), decided.accepted: 0, decided.unanswered: 1 + u64::from(cfg!(feature = "conntrack")));
 }
@@ -115,7 +115,7 @@ async fn mark_and_priority_are_seen_at_a_later_hook() {
     traffic.expect([7]).await;
 }
 
-async fn repeat_with_a_mark_goes_round_once() {
+async fn repeat_with_a_mark_is_not_queued_again() {
     let mut queue = Queue::builder(0).bind().unwrap();
     let _divert = divert([udp_in().unless_mark(1, 1).to_queue(0)]);
     let traffic = Traffic::new(50);
@@ -128,7 +128,7 @@ async fn repeat_with_a_mark_goes_round_once() {
     assert_eq!(common::account(0).unwrap().last_id, 50, "none was queued again");
 }
 
-async fn repeat_without_a_mark_comes_back() {
+async fn repeat_without_a_mark_is_queued_again() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let first = hold(&mut queue, &traffic, 0..50).await;
@@ -162,8 +162,8 @@ async fn stop_skips_the_later_chains() {
     assert_eq!(queue.stats().decided.accepted, 60);
 }
 
-async fn requeue_hands_over_to_another_queue() {
-    // The number's high byte and bits that a careless encoding would take for flags.
+async fn requeue_sends_the_packet_to_another_queue() {
+    // The high byte of the number has bits that a wrong encoding would take for flags.
     const OTHER: u16 = 0x8305;
     let (mut queue, _divert) = start(Queue::builder(0));
     let mut other = Queue::builder(OTHER).bind().unwrap();
@@ -183,7 +183,7 @@ async fn requeue_hands_over_to_another_queue() {
     assert_eq!((queue.stats().decided.requeued, other.stats().received.packets), (60, 60));
 }
 
-async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
+async fn requeue_to_an_unbound_queue_drops_or_with_bypass_accepts() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(60);
     for packet in hold(&mut queue, &traffic, 0..60).await {
@@ -195,24 +195,24 @@ async fn requeue_to_nobody_drops_and_with_bypass_accepts() {
     assert_eq!(queue.stats().decided.requeued, 60);
 }
 
-async fn a_detached_packet_decides_like_its_packet() {
+async fn a_detached_packet_can_be_decided_like_a_packet() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let mut other = Queue::builder(1).bind().unwrap();
     let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
     let traffic = Traffic::new(8);
     for (index, packet) in hold(&mut queue, &traffic, 0..8).await.into_iter().enumerate() {
         let id = packet.id();
-        let ticket = packet.detach();
-        assert_eq!(ticket.id(), id);
+        let detached = packet.detach();
+        assert_eq!(detached.id(), id);
         let verdict = match index {
-            0 => ticket.accept(),
-            1 => ticket.drop(),
-            2 => ticket.stop().mark(9),
-            3 => ticket.requeue(1),
-            4 => ticket.requeue(77),
-            5 => ticket.requeue_bypass(77),
-            6 => ticket.decide(Action::Accept),
-            _ => ticket.repeat(),
+            0 => detached.accept(),
+            1 => detached.drop(),
+            2 => detached.stop().mark(9),
+            3 => detached.requeue(1),
+            4 => detached.requeue(77),
+            5 => detached.requeue_bypass(77),
+            6 => detached.decide(Action::Accept),
+            _ => detached.repeat(),
         };
         assert_eq!(verdict.packet_id(), id);
         queue.sink().submit(verdict).unwrap();
@@ -225,7 +225,7 @@ async fn a_detached_packet_decides_like_its_packet() {
     assert_eq!((number(&packet), packet.id().get()), (7, 9));
 }
 
-async fn a_verdict_goes_to_its_own_queue_whichever_the_sink() {
+async fn a_verdict_reaches_its_own_queue_through_any_sink() {
     let mut queues = [0, 1].map(|number| Queue::builder(number).bind().unwrap());
     let _divert = divert([
         udp_in().destination_port(common::PORT).to_queue(0),
@@ -237,13 +237,13 @@ async fn a_verdict_goes_to_its_own_queue_whichever_the_sink() {
         let base = u32::from(queue.queue_number()) * common::ROOM;
         let mut packets = hold(queue, &traffic, base..base + 2).await.into_iter();
         sink.submit(packets.next().unwrap().accept()).unwrap();
-        common::soon("the answer", sink.confirm(packets.next().unwrap().accept())).await.unwrap();
+        common::soon("the reply", sink.confirm(packets.next().unwrap().accept())).await.unwrap();
     }
     traffic.expect([0, 1, common::ROOM, common::ROOM + 1]).await;
     assert_eq!(queues.map(|queue| (queue.stats().decided.accepted, queue.stats().decided.late)), [(2, 0); 2]);
 }
 
-async fn an_ipv6_packet_is_decided_too() {
+async fn ipv6_packets_are_decided() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let receiver = tokio::net::UdpSocket::bind("[::1]:9000").await.unwrap();
     let sender = tokio::net::UdpSocket::bind("[::1]:0").await.unwrap();
@@ -254,7 +254,7 @@ async fn an_ipv6_packet_is_decided_too() {
         let packet = next(&mut queue).await;
         assert_eq!((number(&packet), packet.family()), (expected, Family::Ipv6));
         let verdict = if expected == 1 { packet.drop() } else { packet.accept() };
-        common::soon("the answer", queue.sink().confirm(verdict)).await.unwrap();
+        common::soon("the reply", queue.sink().confirm(verdict)).await.unwrap();
     }
     let mut datagram = [0; 4];
     for expected in [0_u32, 2] {

@@ -31,10 +31,10 @@ use super::{
     sockets::wait_until,
 };
 
-/// A bridge of two ports in the calling thread's network namespace, which knows no VLANs: it passes
-/// tags on.
+/// A bridge with two ports in the calling thread's network namespace. It does not filter VLANs and
+/// forwards tags unchanged.
 ///
-/// No interface has an address: nothing crosses it but what a test sends.
+/// No interface has an address, so only the frames of a test cross it.
 #[derive(Debug)]
 pub struct Bridge {
     /// The bridge's interface.
@@ -137,10 +137,10 @@ pub struct FrameSocket {
 setsockopt_impl!(AuxiliaryData, libc::SOL_PACKET, libc::PACKET_AUXDATA, bool, SetBool);
 setsockopt_impl!(IgnoreOutgoing, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, bool, SetBool);
 
-/// Makes the kernel tell the tags that it takes off.
+/// Makes the kernel report removed tags.
 #[derive(Debug, Clone, Copy)]
 struct AuxiliaryData;
-/// Not to see what others, and this socket, send.
+/// Ignores outgoing frames, including those of this socket.
 #[derive(Debug, Clone, Copy)]
 struct IgnoreOutgoing;
 

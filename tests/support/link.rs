@@ -70,7 +70,7 @@ impl Peer {
         self.namespace.spawn(body)
     }
 
-    /// Makes this side the second namespace's way to everywhere.
+    /// Makes this side the default route of the second namespace.
     pub fn route_through_near(&self) {
         self.run(|| {
             default_route(self.near_v4.into());
@@ -255,7 +255,7 @@ pub(super) fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()
     exchange(message, flags).map(drop)
 }
 
-/// One request and the answer to it, `None` if that is but an acknowledgement.
+/// One request and its reply; `None` if that is only an acknowledgement.
 pub(super) fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;

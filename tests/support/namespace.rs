@@ -19,8 +19,8 @@ use rustix::thread::CapabilitySet;
 /// Makes it possible to create network namespaces. Call it first thing in `main`, while there is
 /// one thread.
 ///
-/// With the capabilities (root) it does nothing. Without, the process moves into a user namespace
-/// of its own, in which it is root. Later calls answer what the first one did.
+/// With the capabilities (root) it does nothing. Otherwise the process moves into its own user
+/// namespace, in which it is root. Later calls return the result of the first one.
 pub fn enter() -> Result<(), String> {
     static ENTERED: OnceLock<Result<(), String>> = OnceLock::new();
     ENTERED.get_or_init(enter_once).clone()
@@ -53,10 +53,10 @@ fn enter_once() -> Result<(), String> {
     Ok(())
 }
 
-/// Runs `body` on a thread of its own in a fresh network namespace whose loopback is up, and gives
-/// back what it returns. A panic in it goes on in the caller. Threads that `body` starts, a Tokio
-/// runtime's workers among them, are in the same namespace, which lives as long as any of them, or
-/// any socket made in it.
+/// Runs `body` on a separate thread in a new network namespace whose loopback interface is up, and
+/// returns its result. A panic is propagated to the caller. Threads that `body` starts, including
+/// workers of a Tokio runtime, are in the same namespace, which exists as long as any of them, or
+/// any socket that was opened in it.
 ///
 /// # Panics
 ///
@@ -83,7 +83,7 @@ impl Namespace {
         Self(File::open(THREAD).expect("open the thread's network namespace"))
     }
 
-    /// Runs `body` in this namespace, on a thread of its own; as [`isolated`] otherwise.
+    /// Runs `body` in this namespace, on a separate thread; otherwise like [`isolated`].
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         on_thread(|| {
             self.join();

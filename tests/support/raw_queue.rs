@@ -1,4 +1,4 @@
-//! NFQUEUE by hand: the least that can bind a queue and answer it, to test against.
+//! A minimal NFQUEUE implementation, independent of the crate, to test against.
 
 use std::{
     io,
@@ -49,7 +49,7 @@ impl RawQueue {
         match queue.receive(Duration::from_secs(5))? {
             Some(Received::Answer(0)) => Ok(queue),
             Some(Received::Answer(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            // No rule can send packets here yet, unless the test wants it so.
+            // Before the reply, no rule sends packets here.
             _ => Err(io::Error::other("a packet before the answer to the bind")),
         }
     }
@@ -69,18 +69,18 @@ impl RawQueue {
         }
     }
 
-    /// Lets a packet go on.
+    /// Accepts a packet.
     pub fn accept(&self, packet: &RawPacket) {
         self.verdict(packet.id, 1);
     }
 
-    /// Gives the kernel a verdict by its number.
+    /// Sends a verdict by its number.
     pub fn verdict(&self, id: u32, verdict: u32) {
         let header = [verdict.to_be_bytes(), id.to_be_bytes()].concat();
         self.send(NFQNL_MSG_VERDICT, 0, &attribute(2, &header)).expect("send a verdict");
     }
 
-    /// Gives a verdict and waits for the kernel's answer: 0, or the error's number.
+    /// Sends a verdict and waits for the kernel's reply: 0, or the error number.
     pub fn confirmed_verdict(&self, id: u32, verdict: u32) -> i32 {
         let header = [verdict.to_be_bytes(), id.to_be_bytes()].concat();
         self.confirmed(&attribute(2, &header))

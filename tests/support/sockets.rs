@@ -93,8 +93,7 @@ pub fn send_raw_ipv4(socket: &OwnedFd, packet: &[u8], to: std::net::Ipv4Addr) ->
 
 /// Sends one echo request and waits for the reply; says whether it came in time.
 pub fn ping(to: IpAddr, patience: Duration) -> bool {
-    // Neighbours in these namespaces have but one process that pings, so the identifier tells it
-    // all.
+    // Only one process sends echo requests in these namespaces, so the identifier suffices.
     const IDENTIFIER: [u8; 2] = *b"nf";
     let (family, protocol, request, reply) = match to {
         IpAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8, 0),

@@ -1,4 +1,4 @@
-//! Tests: each on a thread of its own in a network namespace of its own, with a deadline.
+//! Tests: each on its own thread in its own network namespace, with a time limit.
 
 use std::{
     any::Any,
@@ -30,7 +30,7 @@ const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
 const DEADLINE: Duration = Duration::from_secs(120 * SLOWNESS);
 /// How long a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(30 * SLOWNESS);
-/// So many times as long, where the tests are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`,
+/// A factor for these times, for tests that are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`,
 /// read by the compiler.
 const SLOWNESS: u64 = match option_env!("TOKIO_NFQUEUE_PATIENCE") {
     None => 1,
@@ -62,13 +62,13 @@ impl<E: Debug> Report for Result<(), E> {
 
 /// The body of `main` of a test binary: must be its first statement.
 ///
-/// Takes the arguments of the standard harness; runs two tests at a time unless told otherwise. A
-/// filter that ends in `::` selects the tests of a module: those whose names begin with it.
+/// Takes the arguments of the standard harness; runs two tests at a time by default. A filter that
+/// ends in `::` selects the tests of a module: those whose names begin with it.
 pub fn run(mut tests: Vec<Trial>) -> ExitCode {
     if let Some(code) = child() {
         return code;
     }
-    // Whoever asks for a list needs no kernel; the tests tell what is wrong.
+    // A list needs no kernel; the tests report problems.
     let _ = enter();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
@@ -134,7 +134,7 @@ fn trial(name: &str, body: impl FnOnce() -> Result<(), Failed> + Send + 'static)
             fresh();
             body()
         })?;
-        // Nothing is ever sent: the channel closes when the thread ends, however it does.
+        // Nothing is sent: the channel closes when the thread ends for any reason.
         match ended.recv_timeout(DEADLINE + GRACE) {
             Err(RecvTimeoutError::Timeout) => Err(format!("hangs: not done after {:?}", DEADLINE + GRACE).into()),
             _ => thread.join().unwrap_or_else(|panic| Err(message(&*panic).into())),

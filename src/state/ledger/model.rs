@@ -198,12 +198,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_packet_ends_with_its_owners_verdict(steps in prop::collection::vec(step(), 0..200)) {
+    fn every_packet_gets_the_verdict_of_its_owner(steps in prop::collection::vec(step(), 0..200)) {
         run(1, steps);
     }
 
     #[test]
-    fn also_across_the_wrap(before in 0u32..300, steps in prop::collection::vec(step(), 0..200)) {
+    fn every_packet_gets_the_verdict_of_its_owner_across_the_wrap(before in 0u32..300, steps in prop::collection::vec(step(), 0..200)) {
         run(0u32.wrapping_sub(before), steps);
     }
 }

@@ -1,4 +1,4 @@
-//! A steady load of numbered datagrams, as much as the buffers can bear.
+//! A steady load of numbered datagrams, limited by the buffers.
 
 use std::{
     net::Ipv4Addr,
@@ -14,12 +14,12 @@ use tokio_nfqueue::{Packet, Verdict};
 
 use super::{PATIENCE, PORT, number, support};
 
-/// How long a sender waits before it looks again whether there is room.
+/// How long the sender sleeps before it checks again whether it may send.
 const PAUSE: Duration = Duration::from_micros(50);
-/// Packets on their way at most: what fits in every buffer, and is more than all tasks hold.
+/// The largest number of packets under way: fits in every buffer, and is more than all tasks hold.
 const WINDOW: u32 = 300;
 
-/// Sends numbers, never too many at a time, and collects what is delivered.
+/// Sends numbers with a limited number under way, and collects what is delivered.
 pub struct Load {
     done: Arc<AtomicU32>,
     sender: JoinHandle<()>,
@@ -27,7 +27,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Every third packet is expected to be dropped, and each such to be counted in `done`.
+    /// Every third packet is expected to be dropped, and then to be counted in `done`.
     pub fn start(count: u32) -> Self {
         let done = Arc::new(AtomicU32::new(0));
         let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
@@ -51,7 +51,7 @@ impl Load {
                 let mut numbers = Vec::new();
                 let mut datagram = [0; 4];
                 let expected = accepted(count).count();
-                // A timeout ends it, and the numbers tell what is missing.
+                // It ends after a timeout, and the numbers show what is missing.
                 while numbers.len() < expected && to.recv(&mut datagram).is_ok() {
                     numbers.push(u32::from_be_bytes(datagram));
                     done.fetch_add(1, SeqCst);
@@ -74,9 +74,10 @@ impl Load {
         }
     }
 
-    /// Waits for the end, and sees to it that exactly the right ones were delivered.
+    /// Waits until all datagrams are processed, and checks that exactly the right ones were
+    /// delivered.
     pub async fn finish(self, count: u32) {
-        // Both end by themselves when there is no progress for a while.
+        // Both threads end by themselves if there is no progress for some time.
         while !self.sender.is_finished() || !self.receiver.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

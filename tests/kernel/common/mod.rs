@@ -1,9 +1,9 @@
-//! What the tests of a queue share: numbered datagrams over loopback, patience, and the kernel's
-//! own account.
+//! Tools for the tests of queues: numbered datagrams over loopback, time limits, and the kernel's
+//! own counters.
 //!
 //! Most tests queue at the input hook. There a packet no longer counts against its sender's buffer,
-//! and what is accepted is in the receiver's buffer when the send of the verdict returns: after
-//! `VerdictSink::flush` "not delivered" is a fact.
+//! and an accepted packet is in the receiver's buffer when the send of the verdict returns. So
+//! after `VerdictSink::flush` a packet that was not delivered will not be delivered.
 
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
@@ -35,7 +35,7 @@ pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// The receivers' first port.
 pub const PORT: u16 = 9000;
-/// So many small datagrams find room in one receiver's buffer, however low the system's limit.
+/// This number of small datagrams fits in one receiver's buffer, whatever the system's limit.
 pub const ROOM: u32 = 200;
 
 /// Lists a module's tests: `tests![both accept, one drop]`; see [`both`], [`one`], [`multi`] and
@@ -66,35 +66,34 @@ macro_rules! assert_fields {
     }};
 }
 
-/// The name of a test in the module with this path: `ending::close_within_waits_no_longer`. The
-/// name begins with the module directly below the crate, in its submodules too.
+/// The name of a test in the module with this path: `close::close_times_out`. In submodules too,
+/// the name begins with the module directly below the crate.
 pub fn test_name(module_path: &str, name: &str) -> String {
     let module = module_path.split("::").nth(1).expect("a module below the crate");
     format!("{module}::{name}")
 }
 
-/// A test in each of the runtimes.
+/// A test in a current-thread and in a multi-thread runtime.
 pub fn both<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Copy + Send + 'static) -> Vec<Trial> {
     vec![support::test(name, body), support::test_multi(&format!("{name}::two_workers"), body)]
 }
 
-/// A test in a runtime of one thread, where the runtime makes no difference or the thread is what
-/// matters.
+/// A test in a current-thread runtime, if the runtime makes no difference or the thread matters.
 pub fn one<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Vec<Trial> {
     vec![support::test(name, body)]
 }
 
-/// A test that needs threads.
+/// A test in a multi-thread runtime.
 pub fn multi<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Vec<Trial> {
     vec![support::test_multi(name, body)]
 }
 
-/// A test that makes its own runtimes.
+/// A test that creates its own runtimes.
 pub fn sync(name: &str, body: impl FnOnce() + Send + 'static) -> Vec<Trial> {
     vec![support::test_sync(name, body)]
 }
 
-/// Waits for what must come.
+/// Awaits a future that must complete.
 ///
 /// # Panics
 /// After [`PATIENCE`].
@@ -105,7 +104,7 @@ pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
     }
 }
 
-/// Waits until `condition` holds, and lets the runtime work meanwhile.
+/// Waits until `condition` holds, while the runtime runs other tasks.
 ///
 /// # Panics
 /// After [`PATIENCE`].
@@ -123,12 +122,12 @@ pub fn divert(rules: impl IntoIterator<Item = Rule>) -> Divert {
     Divert::builder().rules(rules).install().expect("install rules")
 }
 
-/// What the usual rule matches: UDP that arrives.
+/// The condition of the usual rule: UDP at the input hook.
 pub fn udp_in() -> Rule {
     Rule::new(Hook::Input).protocol(Protocol::Udp)
 }
 
-/// Binds a queue and sends it all UDP that arrives.
+/// Binds a queue and sends all received UDP to it.
 pub fn start(builder: QueueBuilder) -> (Queue, Divert) {
     let queue = builder.bind().expect("bind the queue");
     let divert = divert([udp_in().to_queue(queue.queue_number())]);
@@ -170,7 +169,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// With receivers that have room for the numbers from 0 to `count`.
+    /// With receivers whose buffers hold the numbers from 0 to `count`.
     pub fn new(count: u32) -> Self {
         let receivers = (0..count.div_ceil(ROOM).max(1) as u16).map(|index| {
             let socket = support::udp((Ipv4Addr::LOCALHOST, PORT + index));
@@ -180,7 +179,7 @@ impl Traffic {
         Self { receivers: receivers.collect(), sender: support::udp((Ipv4Addr::LOCALHOST, 0)) }
     }
 
-    /// Where a number goes.
+    /// The receiver of a number.
     pub fn to(&self, number: u32) -> SocketAddr {
         let index = (number / ROOM) as usize % self.receivers.len();
         (Ipv4Addr::LOCALHOST, PORT + index as u16).into()
@@ -196,11 +195,11 @@ impl Traffic {
         }
     }
 
-    /// What has been delivered and not been taken yet, without waiting.
+    /// What has been delivered and not yet taken. Does not wait.
     pub fn delivered(&self) -> Vec<u32> {
         let mut numbers = Vec::new();
         for receiver in &self.receivers {
-            // Not `try_recv`, which trusts the runtime to know already that there is something.
+            // Not `try_recv`, which returns nothing before the runtime has noticed the datagram.
             let receiver = rustix::fd::AsFd::as_fd(receiver);
             let mut datagram = [0; 4];
             while rustix::net::recv(receiver, &mut datagram, rustix::net::RecvFlags::DONTWAIT).is_ok() {
@@ -210,7 +209,8 @@ impl Traffic {
         numbers
     }
 
-    /// Waits for these numbers, in any order, and sees to it that no others have come until then.
+    /// Waits for these numbers, in any order, and checks that no others have been delivered by
+    /// then.
     pub async fn expect(&self, numbers: impl IntoIterator<Item = u32>) {
         let mut balance = BTreeMap::<u32, i32>::new();
         let mut missing = 0;
@@ -234,33 +234,33 @@ impl Traffic {
         assert!(balance.is_empty(), "wrongly delivered (-1: not at all): {balance:?}");
     }
 
-    /// Sees to it that nothing has come.
+    /// Checks that nothing has been delivered.
     #[track_caller]
     pub fn expect_nothing(&self) {
         assert_eq!(self.delivered(), [] as [u32; 0], "nothing should have been delivered");
     }
 }
 
-/// What the kernel says about a queue in `/proc`.
+/// The kernel's counters of a queue in `/proc`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {
     /// Packets in the queue.
     pub waiting: u64,
     /// Dropped because the queue was full.
     pub queue_full: u64,
-    /// Dropped because the socket's buffer was.
+    /// Dropped because the receive buffer was full.
     pub socket_full: u64,
     /// The last packet's id.
     pub last_id: u64,
 }
 
-/// The kernel's account of a queue, if somebody has it bound.
+/// The kernel's counters of a queue; `None` if it is not bound.
 pub fn account(queue: u16) -> Option<Account> {
     let [_, _, waiting, _, _, queue_full, socket_full, last_id, _] = support::queue_line(queue)?;
     Some(Account { waiting, queue_full, socket_full, last_id })
 }
 
-/// Waits until nobody has the queue bound. A dropped queue's end may be another thread's to finish.
+/// Waits until the queue is not bound. Another thread may have to unbind a dropped queue.
 pub async fn freed(queue: u16) {
     eventually("the queue is free", || account(queue).is_none()).await;
 }
@@ -288,14 +288,14 @@ impl Random {
     }
 }
 
-/// Takes all capabilities from the calling thread, for good.
+/// Takes all capabilities from the calling thread, permanently.
 pub fn give_up_capabilities() {
     let none = CapabilitySet::empty();
     let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
     rustix::thread::set_capabilities(None, none).expect("give capabilities up");
 }
 
-/// Runs `body` while the calling thread's `CAP_NET_ADMIN` is not in effect.
+/// Runs `body` while the calling thread has no effective `CAP_NET_ADMIN`.
 pub fn without_net_admin<T>(body: impl FnOnce() -> T) -> T {
     struct Restore(CapabilitySets);
     impl Drop for Restore {
@@ -310,13 +310,15 @@ pub fn without_net_admin<T>(body: impl FnOnce() -> T) -> T {
     body()
 }
 
-/// Whether the kernel takes replaced payloads here: from 7.1 on only in network namespaces that the
-/// initial user namespace owns (`nfqnl_mangle`). Those of the tests belong to the process's.
+/// Whether the kernel takes replaced payloads here: Linux 7.1 and later only in network namespaces
+/// that the initial user namespace owns (`nfqnl_mangle`). The user namespace of this process owns
+/// those of the tests.
 pub fn replaces_payloads() -> bool {
     kernel_release() < (7, 1) || in_the_initial_user_namespace()
 }
 
-/// Whether it takes those of a bridge's packets: from 7.2 on none (`nfqnl_validate_write`).
+/// Whether it takes replaced payloads in the bridge family: Linux 7.2 and later do not
+/// (`nfqnl_validate_write`).
 pub fn replaces_bridge_payloads() -> bool {
     kernel_release() < (7, 2) && replaces_payloads()
 }
@@ -334,7 +336,7 @@ pub fn kernel_release() -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// What this process's root is outside of its user namespace.
+/// The id of this process's root in the parent user namespace.
 pub fn outer_id(map: &str) -> u32 {
     let map = fs::read_to_string(format!("/proc/self/{map}")).expect("the map of the user namespace");
     let outer = map.split_ascii_whitespace().nth(1).expect("an outer id");

@@ -1,4 +1,4 @@
-//! nf_tables rules that `Divert` has no words for.
+//! nf_tables rules that `Divert` does not support.
 
 use std::io;
 
@@ -18,15 +18,15 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 pub use netlink_packet_netfilter::{NetfilterProtoFamily, nftables::Expressions};
 
-/// Where a base chain is: the hook's number in its family, and the priority there.
+/// The place of a base chain: the number of its hook in the family, and its priority.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
     pub hook: u32,
     pub priority: i32,
 }
 
-/// Adds a rule, in a table and a chain of this name that are made if need be. The chain has a
-/// place, or no packet passes it. All goes with the network namespace.
+/// Adds a rule to a chain of this name in a table of this name, which are created if necessary.
+/// Without a place, no packet traverses the chain. All of it is removed with the network namespace.
 pub fn install(
     family: NetfilterProtoFamily,
     name: &str,
@@ -53,7 +53,7 @@ pub fn install(
     )
 }
 
-/// Adds a base chain that accepts everything, as [`install`] does: a hook is registered.
+/// Adds a base chain that accepts everything, as [`install`] does. This registers a hook.
 pub fn install_hook(family: NetfilterProtoFamily, name: &str, place: Place) -> io::Result<()> {
     let chain = vec![
         ChainAttribute::Table(name.to_owned()),
@@ -71,7 +71,7 @@ pub fn install_hook(family: NetfilterProtoFamily, name: &str, place: Place) -> i
     )
 }
 
-/// Removes a table with all that is in it. If it has a base chain, a hook is unregistered, and the
+/// Removes a table with its content. If it has a base chain, this unregisters a hook, and the
 /// kernel drops every packet that is queued in the network namespace.
 pub fn remove(family: NetfilterProtoFamily, name: &str) -> io::Result<()> {
     let table = vec![TableAttribute::Name(name.to_owned())];
@@ -84,8 +84,8 @@ fn hook_attribute(Place { hook, priority }: Place) -> ChainAttribute {
     ChainAttribute::Hook(vec![number, HookAttribute::Priority(priority.cast_unsigned())])
 }
 
-/// Makes an object, in a table of this name that is made if need be; `attributes` tell its table
-/// too.
+/// Creates an object in this table, which is created if necessary. `attributes` contain the table
+/// as well.
 pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec<DefaultNla>) -> io::Result<()> {
     let table = vec![TableAttribute::Name(table.to_owned())];
     transact(
@@ -98,7 +98,7 @@ pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec
 }
 
 /// As [`install`], with a rule that sends everything to a queue: by the `queue` expression
-/// (`NFT_QUEUE`), or where the kernel lacks that by the xtables target (`NFT_COMPAT`).
+/// (`NFT_QUEUE`), or by the xtables target (`NFT_COMPAT`) if the kernel lacks the expression.
 pub fn install_queue(family: NetfilterProtoFamily, name: &str, place: Place, queue: u16) -> io::Result<()> {
     match install(family, name, Some(place), vec![queue_expression(queue)]) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -122,11 +122,11 @@ fn queue_target(queue: u16) -> Expressions {
     Expressions::Other { expression_type: "target".to_owned(), attributes }
 }
 
-/// Sends messages as a batch; the last asks for an answer, which comes after the first error if
-/// there is one.
+/// Sends messages as a batch. The last one requests an acknowledgement, which follows the first
+/// error if there is one.
 fn transact(family: NetfilterProtoFamily, messages: Vec<(NfTablesMessage, u16)>) -> io::Result<()> {
     let control = |message| {
-        // Of nf_tables, 10.
+        // The subsystem nf_tables is 10.
         let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, 10);
         (NetfilterMessage::new::<NetfilterMessageInner>(header, ControlMessage::into(message)), 0)
     };
@@ -148,11 +148,11 @@ fn transact(family: NetfilterProtoFamily, messages: Vec<(NfTablesMessage, u16)>)
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
     socket.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
-    let mut answer = Vec::with_capacity(4096);
-    socket.recv(&mut answer, 0)?;
-    let answer = NetlinkBuffer::new(&answer);
-    assert_eq!(answer.message_type(), NLMSG_ERROR);
-    match i32::from_ne_bytes(*answer.payload().first_chunk().expect("an error has a number")) {
+    let mut reply = Vec::with_capacity(4096);
+    socket.recv(&mut reply, 0)?;
+    let reply = NetlinkBuffer::new(&reply);
+    assert_eq!(reply.message_type(), NLMSG_ERROR);
+    match i32::from_ne_bytes(*reply.payload().first_chunk().expect("an error has a number")) {
         0 => Ok(()),
         code => Err(io::Error::from_raw_os_error(-code)),
     }

@@ -1,4 +1,4 @@
-//! A megabyte over TCP, which must arrive as it was sent.
+//! A megabyte over TCP, which must arrive unchanged.
 
 use std::{
     io::{Read, Write},
@@ -15,13 +15,13 @@ fn data() -> Vec<u8> {
     (0..AMOUNT).map(|index| (index % 251) as u8).collect()
 }
 
-/// Sends one.
+/// Sends a transfer.
 pub fn send_transfer(mut stream: TcpStream) {
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(&data()).unwrap();
 }
 
-/// Receives one, on a thread of its own.
+/// Receives a transfer in a separate thread.
 pub fn receive_transfer(listener: TcpListener) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();

@@ -1,7 +1,7 @@
-//! Edited packets between two namespaces: the receiver's kernel verifies what comes.
+//! Edited packets between two namespaces: the kernel of the receiver verifies them.
 //!
-//! Every test runs with the interfaces' offloads on and off, with super-packets and without, over
-//! IPv4 and IPv6.
+//! Every test runs with the offloads of the interfaces on and off, with and without super-packets,
+//! over IPv4 and IPv6.
 
 mod route;
 mod setup;
@@ -27,35 +27,35 @@ use crate::common;
 
 pub(crate) fn tests() -> Vec<Trial> {
     let mut tests = Vec::new();
-    tests.extend(each_case("udp_payload_of_another_length", udp::other_length));
-    tests.extend(each_case("udp_redirected_and_the_answer_back", udp::redirected));
-    tests.extend(each_case("udp_super_packets", udp::super_packets));
-    tests.extend(each_case("udp_super_packets_forwarded", udp::forwarded));
-    tests.extend(each_case("udp_fragments_to_another_address", udp::fragments));
-    tests.extend(each_case("udp_with_a_route_to_go", udp::routed));
+    tests.extend(each_case("a_udp_payload_may_change_its_length", udp::other_length));
+    tests.extend(each_case("udp_and_its_replies_can_be_redirected", udp::redirected));
+    tests.extend(each_case("udp_super_packets_can_be_edited", udp::super_packets));
+    tests.extend(each_case("forwarded_udp_super_packets_can_be_edited", udp::forwarded));
+    tests.extend(each_case("udp_fragments_can_be_redirected", udp::fragments));
+    tests.extend(each_case("udp_with_a_source_route_can_be_edited", udp::routed));
     tests.extend(each_case("udp_with_a_wrong_checksum_is_not_delivered", udp::wrong_checksum));
-    tests.extend(each_case("tcp_substituted_on_the_way_out", tcp::substituted_out));
-    tests.extend(each_case("tcp_substituted_on_the_way_in", tcp::substituted_in));
-    tests.extend(each_case("tcp_redirected", tcp::redirected));
-    tests.extend(each_case("tcp_with_a_route_to_go", tcp::routed));
-    tests.extend(each_case("echo_payload", echo));
-    tests.extend(each_case("ttl_and_tos", ttl_and_tos));
-    tests.extend(each_case("a_packet_in_part", in_part));
+    tests.extend(each_case("tcp_can_be_edited_at_the_output_hook", tcp::substituted_out));
+    tests.extend(each_case("tcp_can_be_edited_at_the_input_hook", tcp::substituted_in));
+    tests.extend(each_case("tcp_can_be_redirected", tcp::redirected));
+    tests.extend(each_case("tcp_with_a_source_route_can_be_edited", tcp::routed));
+    tests.extend(each_case("an_echo_payload_can_be_replaced", echo));
+    tests.extend(each_case("ttl_and_tos_can_be_set", ttl_and_tos));
+    tests.extend(each_case("a_truncated_packet_cannot_be_edited", in_part));
     tests
 }
 
-/// The echoing kernel answers with what it received, if the checksum was right.
+/// The kernel replies with the data that it has received, if the checksum was correct.
 async fn echo(case: Case) {
     let path = Path::new(case);
     let (protocol, request, reply) = if case.v6 { (Protocol::Icmpv6, 128, 129) } else { (Protocol::Icmp, 8, 0) };
     let new = b"what the neighbour gets to see, of an odd length";
     let editor = Editor::start(case, [Rule::new(Hook::Output).protocol(protocol)], move |edit| {
-        // Other ICMPv6 messages keep the network running.
+        // Other ICMPv6 messages are needed by the network.
         if edit.view().ip_payload().first() == Some(&request) { edit.replace_payload(new) } else { Ok(()) }
     });
     let socket = raw_icmp(case);
     for sequence in 0..10 {
-        // The kernel adds the checksum for IPv6; for IPv4 the edit does.
+        // The kernel computes the checksum for IPv6, the edit computes it for IPv4.
         let mut message = vec![request, 0, 0, 0, 0x12, 0x34, 0, sequence];
         message.extend_from_slice(b"as it was");
         let to = SockaddrStorage::from(std::net::SocketAddr::new(path.far, 0));
@@ -64,7 +64,7 @@ async fn echo(case: Case) {
         loop {
             let mut buffer = [0; 256];
             let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).expect("the reply");
-            // IPv4 raw sockets see the IP header.
+            // IPv4 raw sockets receive the IP header.
             let received = &buffer[if case.v6 { 0 } else { 20 }..length];
             if received[0] == reply && received[4..8] == message[4..8] {
                 assert_eq!(&received[8..], new);
@@ -136,7 +136,7 @@ async fn in_part(case: Case) {
     queue.sink().submit(packet.drop()).unwrap();
 }
 
-/// The other address of the far side.
+/// The second address of the far side.
 fn second(far: IpAddr) -> IpAddr {
     match far {
         IpAddr::V4(address) => {

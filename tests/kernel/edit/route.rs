@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-// The macros name `libc` as if it was a dependency.
+// The macros refer to `libc` as a dependency.
 use nix::{
     libc,
     sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, socket},
@@ -15,7 +15,7 @@ use nix::{setsockopt_impl, sockopt_impl};
 sockopt_impl!(Options, SetOnly, libc::IPPROTO_IP, libc::IP_OPTIONS, [u8; 8]);
 sockopt_impl!(RoutingHeader, SetOnly, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, [u8; 40]);
 
-/// Sends what a socket sends through `hop`, by IPv4 or IPv6 as `hop` is.
+/// Sends the packets of a socket through `hop`, which is an IPv4 or IPv6 address.
 pub(crate) fn set(socket: &impl AsFd, hop: IpAddr) {
     match hop {
         IpAddr::V4(hop) => {

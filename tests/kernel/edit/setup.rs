@@ -1,4 +1,4 @@
-//! The cases, the path that packets take in them, and the queue that edits.
+//! The cases, the path of the packets, and the queue that edits them.
 
 use std::{
     fmt, fs,
@@ -16,21 +16,21 @@ use crate::{
     support::{self, Peer, VethOptions},
 };
 
-/// Where receivers listen.
+/// The port of the receivers.
 pub(crate) const PORT: u16 = 9000;
 
-/// What the tests are run with.
+/// The parameters of a test.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Case {
     pub(crate) v6: bool,
-    /// Of both interfaces.
+    /// Whether the offloads of both interfaces are on.
     pub(crate) offloads: bool,
     /// Whether the queue takes super-packets.
     pub(crate) gso: bool,
 }
 
 impl Case {
-    /// Of one address.
+    /// The prefix length of a single address.
     pub(crate) fn prefix(self) -> u8 {
         if self.v6 { 128 } else { 32 }
     }
@@ -43,7 +43,7 @@ impl fmt::Display for Case {
     }
 }
 
-/// A test in all cases.
+/// A test with all parameters.
 pub(crate) fn each_case<F: Future<Output = ()> + 'static>(name: &str, body: fn(Case) -> F) -> Vec<Trial> {
     (0..8)
         .map(|bits| Case { v6: bits & 4 != 0, offloads: bits & 2 != 0, gso: bits & 1 != 0 })
@@ -60,7 +60,7 @@ pub(crate) fn each_case<F: Future<Output = ()> + 'static>(name: &str, body: fn(C
         .collect()
 }
 
-/// This namespace and another, and an address of each.
+/// This namespace and another, with an address of each.
 pub(crate) struct Path {
     pub(crate) peer: Peer,
     pub(crate) near: IpAddr,
@@ -72,7 +72,7 @@ impl Path {
         Self::with_index(case, 0)
     }
 
-    /// To a third namespace.
+    /// A path to a third namespace.
     pub(crate) fn beside(case: Case) -> Self {
         Self::with_index(case, 1)
     }
@@ -86,7 +86,7 @@ impl Path {
         Self { peer, near, far }
     }
 
-    /// Gives one side another address.
+    /// Adds an address to one side.
     pub(crate) fn add_address(&self, near: bool, address: IpAddr) {
         let prefix = if address.is_ipv4() { 24 } else { 64 };
         if near {
@@ -96,8 +96,8 @@ impl Path {
         }
     }
 
-    /// Gives one side a second address, and lets it be a hop on the way there. Answers with the
-    /// address.
+    /// Adds a second address to one side, whose first address becomes a hop of routes to it.
+    /// Returns the second address.
     pub(crate) fn accept_routes(&self, near: bool) -> IpAddr {
         let (first, interface) = if near { (self.near, &self.peer.near) } else { (self.far, &self.peer.far) };
         let last = second(first);
@@ -130,15 +130,15 @@ impl Path {
         Rule::new(hook).protocol(Protocol::Udp).destination_port(port)
     }
 
-    /// Asserts that neither side's kernel has met a wrong checksum.
+    /// Asserts that the kernel has found no wrong checksum on either side.
     #[track_caller]
     pub(crate) fn assert_checksums(&self) {
         assert_eq!((checksum_errors(), self.peer.run(checksum_errors)), (0, 0), "wrong checksums, near and far");
     }
 }
 
-/// How many wrong checksums the kernel has met in this thread's namespace: of TCP, UDP, ICMP and
-/// ICMPv6, and IPv4 headers.
+/// The number of wrong checksums that the kernel has found in this thread's namespace: of TCP, UDP,
+/// ICMP and ICMPv6, and of IPv4 headers.
 pub(crate) fn checksum_errors() -> u64 {
     let v4 = fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
     let v4: Vec<_> = v4.lines().map(|line| line.split_ascii_whitespace()).collect();
@@ -150,24 +150,24 @@ pub(crate) fn checksum_errors() -> u64 {
     counters.map(|(_, number)| number.trim().parse::<u64>().unwrap()).sum()
 }
 
-/// A queue whose packets are all edited.
+/// A queue that edits all its packets.
 pub(crate) struct Editor {
     divert: Divert,
     sink: VerdictSink,
     task: JoinHandle<Seen>,
 }
 
-/// What came to an [`Editor`].
+/// The packets that an [`Editor`] has received.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) packets: u32,
     pub(crate) super_packets: u32,
-    /// Whose checksum was not ready.
+    /// Packets with an unfinished checksum.
     pub(crate) unfinished: u32,
 }
 
 impl Editor {
-    /// Edits the packets that the rules match.
+    /// Starts to edit the packets that the rules match.
     pub(crate) fn start(
         case: Case,
         rules: impl IntoIterator<Item = Rule>,
@@ -193,7 +193,7 @@ impl Editor {
         Self { divert, sink, task }
     }
 
-    /// Ends the queue, and tells what came. Fails if an edit did.
+    /// Closes the queue, and returns the numbers of its packets. Fails if an edit has failed.
     pub(crate) async fn stop(self) -> Seen {
         self.divert.remove_rules().unwrap();
         self.sink.close().await.unwrap();

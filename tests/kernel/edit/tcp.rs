@@ -1,4 +1,4 @@
-//! TCP: as many bytes as there were, other ones.
+//! TCP: other bytes of the same number.
 
 use std::{
     io::{Read, Write},
@@ -27,13 +27,13 @@ fn substitute(edit: &mut Edit) -> Result<(), Error> {
     Ok(())
 }
 
-/// From the client to the server, or back.
+/// The direction of a transfer.
 enum Direction {
     ToServer,
     ToClient,
 }
 
-/// Sends many bytes over a connection, and asserts that they arrive substituted.
+/// Sends many bytes over a connection, and asserts that they arrive edited.
 fn transfer(path: &Path, listen: SocketAddr, connect: SocketAddr, direction: &Direction) {
     transfer_through(path, listen, || TcpStream::connect(connect).unwrap(), direction);
 }
@@ -71,13 +71,12 @@ pub(crate) async fn substituted_out(case: Case) {
     transfer(&path, server, server, &Direction::ToServer);
     let seen = editor.stop().await;
     assert_super_packets(&seen, case.gso);
-    // With GSO off the kernel finishes checksums before it queues.
+    // Without GSO, the kernel finishes checksums before it queues.
     assert_eq!(seen.unfinished > 0, case.gso, "{seen:?}");
     path.assert_checksums();
 }
 
-/// What arrives with offloads is a super-packet with an unfinished checksum, and is delivered as
-/// such.
+/// With offloads, super-packets with unfinished checksums arrive and are delivered as such.
 pub(crate) async fn substituted_in(case: Case) {
     let path = Path::new(case);
     let rule = Rule::new(Hook::Input).protocol(Protocol::Tcp).source_port(PORT);
@@ -88,11 +87,11 @@ pub(crate) async fn substituted_in(case: Case) {
     path.assert_checksums();
 }
 
-/// To another address and port, both ways through the queue, and substituted.
+/// To another address and port; both directions are queued and edited.
 pub(crate) async fn redirected(case: Case) {
     let path = Path::new(case);
-    let (asked, answering) = (path.far, second(path.far));
-    path.add_address(false, answering);
+    let (asked, server_address) = (path.far, second(path.far));
+    path.add_address(false, server_address);
     let rules = [
         Rule::new(Hook::Output).protocol(Protocol::Tcp).destination_port(PORT),
         Rule::new(Hook::Prerouting).protocol(Protocol::Tcp).source_port(OTHER_PORT),
@@ -100,19 +99,19 @@ pub(crate) async fn redirected(case: Case) {
     let editor = Editor::start(case, rules, move |edit| {
         substitute(edit)?;
         if edit.view().destination_port() == Some(PORT) {
-            edit.set_destination_address(answering)?;
+            edit.set_destination_address(server_address)?;
             edit.set_destination_port(OTHER_PORT)
         } else {
             edit.set_source_address(asked)?;
             edit.set_source_port(PORT)
         }
     });
-    transfer(&path, (answering, OTHER_PORT).into(), (asked, PORT).into(), &Direction::ToServer);
+    transfer(&path, (server_address, OTHER_PORT).into(), (asked, PORT).into(), &Direction::ToServer);
     assert_super_packets(&editor.stop().await, case.gso);
     path.assert_checksums();
 }
 
-/// To the far side's second address, through its first one.
+/// To the second address of the far side, through its first one.
 pub(crate) async fn routed(case: Case) {
     let path = Path::new(case);
     let server = SocketAddr::from((path.accept_routes(false), PORT));
@@ -126,7 +125,8 @@ pub(crate) async fn routed(case: Case) {
     path.assert_checksums();
 }
 
-/// The kernel would make the segments' checksums with the next hop. So an edit is refused.
+/// The kernel would compute the checksums of the segments with the next hop, so the edit is
+/// refused.
 async fn routed_super_packets(path: &Path, server: SocketAddr, rule: Rule) {
     let _listener = path.peer.run(|| TcpListener::bind(server).unwrap());
     let mut queue = Queue::builder(0).gso(true).bind().unwrap();
@@ -144,7 +144,7 @@ async fn routed_super_packets(path: &Path, server: SocketAddr, rule: Rule) {
             break;
         }
     }
-    // What else is sent passes.
+    // The remaining packets are not queued.
     drop(divert);
     client.await.unwrap().unwrap();
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{common, support};
 
-const ANSWER_PORT: u16 = 9001;
+const REPLY_PORT: u16 = 9001;
 
 #[track_caller]
 fn expect(socket: &UdpSocket, expected: &[u8]) {
@@ -21,56 +21,54 @@ fn expect(socket: &UdpSocket, expected: &[u8]) {
     assert!(datagram[..length] == *expected, "{length} bytes instead of {}, or others", expected.len());
 }
 
-/// In both directions: where packets leave, with checksums yet unfinished, and where they arrive.
+/// In both directions: at the output hook with unfinished checksums, and at the input hook.
 pub(crate) async fn other_length(case: Case) {
     let path = Path::new(case);
-    // With two bytes more, the last is as long as the MTU allows over IPv6.
+    // With two bytes more, the last one is as long as the MTU allows over IPv6.
     let texts: [&'static [u8]; 6] = [b"", b"x", b"shorter", &[7; 999], &[8; 1400], &[9; 1450]];
-    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Input, ANSWER_PORT)];
+    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Input, REPLY_PORT)];
     let mut next = texts.into_iter().flat_map(|text| [text, text]);
     let editor = Editor::start(case, rules, move |edit| {
         edit.replace_payload(next.next().expect("no more packets than texts"))?;
-        // In parts and at the ends.
+        // In parts, and at both ends.
         edit.splice_payload(..0, b"<")?;
         let end = edit.view().payload().map_or(0, <[u8]>::len);
         edit.splice_payload(end.., b"..>")?;
         edit.splice_payload(end..end + 2, b"")
     });
-    let near = support::udp((path.near, ANSWER_PORT));
+    let near = support::udp((path.near, REPLY_PORT));
     let far = path.far_udp(PORT);
     for text in texts {
         let expected = [b"<", text, b">"].concat();
         near.send_to(b"as it was sent", (path.far, PORT)).unwrap();
         expect(&far, &expected);
-        far.send_to(b"as it was answered", (path.near, ANSWER_PORT)).unwrap();
+        far.send_to(b"as it was replied", (path.near, REPLY_PORT)).unwrap();
         expect(&near, &expected);
     }
     assert_eq!(editor.stop().await.packets, 2 * texts.len() as u32);
     path.assert_checksums();
 }
 
-/// The client talks to an address and port where nobody is, and does not notice.
+/// The client sends to an address and port without a receiver, and gets replies from there.
 pub(crate) async fn redirected(case: Case) {
     let path = Path::new(case);
-    let (asked, answering) = (path.far, second(path.far));
-    path.add_address(false, answering);
-    let server = path.peer.run(|| support::udp((answering, ANSWER_PORT)));
-    let rules = [
-        Path::udp_to(Hook::Output, PORT),
-        Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_port(ANSWER_PORT),
-    ];
+    let (asked, server_address) = (path.far, second(path.far));
+    path.add_address(false, server_address);
+    let server = path.peer.run(|| support::udp((server_address, REPLY_PORT)));
+    let rules =
+        [Path::udp_to(Hook::Output, PORT), Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_port(REPLY_PORT)];
     let editor = Editor::start(case, rules, move |edit| {
         if edit.view().destination_port() == Some(PORT) {
-            edit.set_destination_address(answering)?;
-            edit.set_destination_port(ANSWER_PORT)
+            edit.set_destination_address(server_address)?;
+            edit.set_destination_port(REPLY_PORT)
         } else {
-            assert_eq!((edit.view().source(), edit.view().source_port()), (answering, Some(ANSWER_PORT)));
+            assert_eq!((edit.view().source(), edit.view().source_port()), (server_address, Some(REPLY_PORT)));
             edit.set_source_address(asked)?;
             edit.set_source_port(PORT)
         }
     });
     let client = path.near_udp();
-    // Takes answers from there alone.
+    // Receives only from this address.
     client.connect((asked, PORT)).unwrap();
     for number in 0..20_u8 {
         client.send(&[number; 100]).unwrap();
@@ -84,8 +82,8 @@ pub(crate) async fn redirected(case: Case) {
     path.assert_checksums();
 }
 
-/// Whether the case's super-packets can be edited. Before Linux 6.11 they cannot be sent where an
-/// interface cannot make checksums, and where one can they are refused, as is seen to here.
+/// Whether super-packets can be edited in this case. Before Linux 6.11 they cannot: without
+/// checksum offload they cannot be sent, and with it an edit is refused, which is checked here.
 async fn editable(case: Case, path: &Path) -> bool {
     const SEGMENT: usize = 1000;
     if common::kernel_release() >= (6, 11) || (case.offloads && !case.gso) {
@@ -108,15 +106,15 @@ async fn editable(case: Case, path: &Path) -> bool {
     false
 }
 
-/// Several datagrams in one, which the kernel cuts later: they go elsewhere with other bytes in
-/// them. Before local delivery they are refused.
+/// Super-packets of several datagrams, which the kernel segments later, are edited and redirected.
+/// Before local delivery an edit is refused.
 pub(crate) async fn super_packets(case: Case) {
     const SEGMENT: usize = 1000;
     let path = Path::new(case);
     if !editable(case, &path).await {
         return;
     }
-    let far = path.far_udp(ANSWER_PORT);
+    let far = path.far_udp(REPLY_PORT);
     let near = path.near_udp();
     setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
     let editor = Editor::start(case, [Path::udp_to(Hook::Output, PORT)], move |edit| {
@@ -126,7 +124,7 @@ pub(crate) async fn super_packets(case: Case) {
             let error = edit.splice_payload(..1, b"").unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
         }
-        edit.set_destination_port(ANSWER_PORT)
+        edit.set_destination_port(REPLY_PORT)
     });
     for _ in 0..10 {
         near.send_to(&[7; 5 * SEGMENT - 1], (path.far, PORT)).unwrap();
@@ -138,7 +136,7 @@ pub(crate) async fn super_packets(case: Case) {
     assert_eq!((seen.packets, seen.super_packets), expected);
     path.assert_checksums();
 
-    // The other way they come whole where interfaces can do so.
+    // In the other direction they arrive unsegmented if the interfaces support that.
     let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
     let _divert = common::divert([Path::udp_to(Hook::Input, PORT).to_queue(0)]);
     let receiver = support::udp((path.near, PORT));
@@ -161,7 +159,7 @@ pub(crate) async fn super_packets(case: Case) {
     }
 }
 
-/// As super-packets on the way through.
+/// Super-packets at the forward and postrouting hooks.
 pub(crate) async fn forwarded(case: Case) {
     const SEGMENT: usize = 1000;
     let from = Path::new(case);
@@ -185,7 +183,7 @@ pub(crate) async fn forwarded(case: Case) {
             (0..4).for_each(|_| expect(&receiver, &[8; SEGMENT]));
             expect(&receiver, &[8; SEGMENT - 1]);
         }
-        // An interface without offloads lets none through.
+        // An interface without offloads receives none.
         let expected = if case.gso && case.offloads { 5 } else { 0 };
         assert_eq!(editor.stop().await.super_packets, expected);
     }
@@ -193,21 +191,22 @@ pub(crate) async fn forwarded(case: Case) {
     to.assert_checksums();
 }
 
-/// All fragments go to another address; the first one's checksum must fit the whole.
+/// All fragments are sent to another address; the checksum in the first one must be correct for the
+/// whole datagram.
 pub(crate) async fn fragments(case: Case) {
     let path = Path::new(case);
     let other = second(path.near);
     path.add_address(true, other);
     let receiver = support::udp((other, PORT));
     let far = path.far_udp(0);
-    // Without this, the sender would rather refuse to send.
+    // Otherwise the sender would return an error instead of fragmenting.
     if case.v6 {
         set_ipv6_mtu_discover(&far, Ipv6PathMtuDiscovery::DONT).unwrap();
     } else {
         set_ip_mtu_discover(&far, Ipv4PathMtuDiscovery::DONT).unwrap();
     }
-    // No port: later fragments have none. Nothing here asks for connection tracking, which would
-    // join them first.
+    // Without a port, because later fragments have none. Nothing here turns on connection tracking,
+    // which would reassemble the fragments first.
     let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).destination_address(path.near, case.prefix());
     let editor = Editor::start(case, [rule], move |edit| {
         assert!(edit.view().is_fragment());
@@ -221,24 +220,24 @@ pub(crate) async fn fragments(case: Case) {
     path.assert_checksums();
 }
 
-/// Through one address of a side to another one, in both directions: where packets leave, and where
-/// they arrive.
+/// Through one address of a side to its other one, in both directions: at the output and at the
+/// prerouting hook.
 pub(crate) async fn routed(case: Case) {
     let path = Path::new(case);
     let (far_last, near_last) = (path.accept_routes(false), path.accept_routes(true));
-    // At the input hook the next hop is no longer in the packet. Linux covers it with UDP's
-    // unfinished checksum.
-    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Prerouting, ANSWER_PORT)];
+    // At the input hook the packet no longer contains the next hop, which Linux has included in the
+    // unfinished UDP checksum.
+    let rules = [Path::udp_to(Hook::Output, PORT), Path::udp_to(Hook::Prerouting, REPLY_PORT)];
     let editor = Editor::start(case, rules, |edit| edit.replace_payload(b"not what was sent"));
     let (near, far) = (path.near_udp(), path.far_udp(0));
     route::set(&near, path.far);
     route::set(&far, path.near);
     let far_receiver = path.peer.run(|| support::udp((far_last, PORT)));
-    let near_receiver = support::udp((near_last, ANSWER_PORT));
+    let near_receiver = support::udp((near_last, REPLY_PORT));
     for _ in 0..5 {
         near.send_to(b"hello", (far_last, PORT)).unwrap();
         expect(&far_receiver, b"not what was sent");
-        far.send_to(b"hello", (near_last, ANSWER_PORT)).unwrap();
+        far.send_to(b"hello", (near_last, REPLY_PORT)).unwrap();
         expect(&near_receiver, b"not what was sent");
     }
     assert_eq!(editor.stop().await.packets, 10);
@@ -252,7 +251,7 @@ pub(crate) async fn routed(case: Case) {
         });
         let sent = near.send_to(&[7; 3 * SEGMENT], (far_last, PORT));
         let expected = if case.v6 && common::kernel_release() < (6, 11) {
-            // Seen on 6.1: with an extension header the sender's own socket refuses.
+            // Seen on 6.1: the sender's own socket refuses a super-packet with an extension header.
             assert_eq!(sent.unwrap_err().raw_os_error(), Some(nix::errno::Errno::EIO as i32));
             (0, 0)
         } else {
@@ -266,7 +265,7 @@ pub(crate) async fn routed(case: Case) {
     path.assert_checksums();
 }
 
-/// Without this the other tests would not tell right checksums from wrong ones.
+/// Shows that the other tests would detect a wrong checksum.
 pub(crate) async fn wrong_checksum(case: Case) {
     let path = Path::new(case);
     let far = path.far_udp(PORT);

@@ -1,10 +1,10 @@
-//! Random histories: queues of random settings, packets decided in every way there is, faults,
-//! ends. Each datagram has a number, and whatever happens it may have but the fates that follow
-//! from what was decided for it.
+//! Random histories: queues with random settings, packets that are decided in every possible way,
+//! faults, and shutdowns. Each datagram has a number. What happens to it must follow from what was
+//! decided for it.
 //!
-//! A history follows from its seed, apart from the order in which threads run.
-//! `TOKIO_NFQUEUE_HISTORIES_SECONDS` says for how long each test goes on (20);
-//! `TOKIO_NFQUEUE_HISTORIES_SEED` has one seed's history repeated all that time.
+//! A history is determined by its seed, except for the order in which threads run.
+//! `TOKIO_NFQUEUE_HISTORIES_SECONDS` is the time for each test (20); with
+//! `TOKIO_NFQUEUE_HISTORIES_SEED`, the history of one seed is repeated all that time.
 
 use std::{
     sync::mpsc::{self, RecvTimeoutError},
@@ -39,16 +39,16 @@ pub(crate) fn tests() -> Vec<Trial> {
     };
     vec![
         trial("histories_without_faults_add_up", Profile::Calm),
-        trial("histories_with_faults_lose_nothing_else", Profile::Faulty),
-        trial("histories_that_end_under_load", Profile::Ending),
+        trial("histories_with_faults_lose_only_packets_of_the_faults", Profile::Faulty),
+        trial("histories_closed_under_load_add_up", Profile::Closing),
         support::test_unbounded(
-            &common::test_name(module_path!(), "a_program_with_question_marks_survives_faults"),
+            &common::test_name(module_path!(), "a_program_that_uses_the_question_mark_survives_faults"),
             || support::isolated(|| survival::survives(duration())),
         ),
     ]
 }
 
-/// Goes through histories until the time is over.
+/// Runs histories until the time is over.
 ///
 /// # Panics
 /// When one fails.
@@ -74,7 +74,7 @@ fn variable(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
 }
 
-/// One history, in a network namespace of its own.
+/// Runs one history, in its own network namespace.
 fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
     let (alive, ended) = mpsc::channel::<()>();
     let thread = thread::Builder::new().name(format!("{name} {seed}")).spawn(move || {
@@ -82,7 +82,7 @@ fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
         support::isolated(|| run::live(Plan::new(profile, seed)))
     });
     let thread = thread.map_err(|error| error.to_string())?;
-    // Nothing is ever sent: the channel closes when the thread ends, however it does.
+    // Nothing is sent: the channel closes when the thread ends for any reason.
     match ended.recv_timeout(PATIENCE * 6) {
         Err(RecvTimeoutError::Timeout) => Err("hangs".to_owned()),
         _ => thread.join().unwrap_or_else(|panic| {

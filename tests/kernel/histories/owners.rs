@@ -1,4 +1,4 @@
-//! Who holds packets and decides them: the readers, tasks, threads.
+//! The owners of packets: the readers, tasks and threads that decide them.
 
 use std::{
     sync::{
@@ -16,33 +16,33 @@ use tokio_nfqueue::{Action, DetachedPacket, Packet, PacketStream, TryRecvError, 
 
 use super::{
     plan::{Deed, How, NUMBERED, PASS, Plan, What, Who, one_in},
-    records::{Answer, Done, Records},
+    records::{Done, Records, Response},
 };
 use crate::common::{Random, without_net_admin};
 
-/// What the threads and tasks of a history share.
+/// The state that the threads and tasks of a history share.
 pub(crate) struct World {
     pub(crate) plan: Plan,
     pub(crate) sinks: Vec<VerdictSink>,
     records: Mutex<Records>,
-    /// Packets that the program holds.
+    /// The number of packets that the program holds.
     held: AtomicUsize,
-    /// Packets held until the end has begun; `None` from then on.
+    /// Packets that are held until the shutdown begins; `None` from then on.
     kept: Mutex<Option<Vec<Job>>>,
     threads: Mutex<Option<[mpsc::Sender<Job>; 2]>>,
-    /// What must not happen and has.
+    /// Errors that must not happen.
     errors: Mutex<Vec<String>>,
 }
 
-/// A packet and what is to be done about it.
+/// A packet and what to do with it.
 pub(crate) struct Job {
     packet: Held,
     deed: Deed,
 }
 
-/// A packet in somebody's hands. Dropped, it is noted as abandoned.
+/// A held packet. If it is dropped, it is recorded as abandoned.
 struct Held {
-    // Dropped in this order: what is noted has happened.
+    // Dropped in this order, so that the record is made after the event.
     what: Option<Waiting>,
     note: Note,
 }
@@ -109,24 +109,24 @@ impl World {
         lock(&self.errors).clone()
     }
 
-    /// How many packets the program holds, the kept ones apart.
+    /// The number of packets that the program holds, without the kept ones.
     pub(crate) fn held(&self) -> usize {
         self.held.load(SeqCst) - lock(&self.kept).as_ref().map_or(0, Vec::len)
     }
 
-    /// Lets the threads end when they have done what they were given.
+    /// Lets the threads end when they have finished their jobs.
     pub(crate) fn dismiss_threads(&self) {
         lock(&self.threads).take();
     }
 
-    /// Takes what `refusals` has to tell by now.
+    /// Reads all refusals that are available.
     pub(crate) fn collect_refusals(&self) {
         for queue in 0..self.sinks.len() {
             self.is_closed(queue);
         }
     }
 
-    /// Whether a queue is closed, as `refusals` tells, which ends then and not before.
+    /// Whether a queue is closed: its `refusals` stream ends then and not before.
     pub(crate) fn is_closed(&self, queue: usize) -> bool {
         let mut refusals = self.sinks[queue].refusals();
         loop {
@@ -139,18 +139,19 @@ impl World {
 
     pub(crate) fn refusal(&self, queue: usize, error: &tokio_nfqueue::Error) {
         match error.packet_id() {
-            Some(id) => self.records().tell(queue, id.get(), error.kind()),
+            Some(id) => self.records().report(queue, id.get(), error.kind()),
             None => self.error(format!("queue {queue}: a refusal without a packet: {error}")),
         }
     }
 
-    /// Gives out what was kept for the end. Without a runtime, threads do what tasks should.
+    /// Distributes the kept packets at the shutdown. Without a runtime, threads do the work of
+    /// tasks.
     pub(crate) fn release(self: &Arc<Self>, runtime: bool) {
         let kept = lock(&self.kept).take().unwrap_or_default();
         for Job { packet, mut deed } in kept {
             if !runtime {
                 deed.who = match deed.who {
-                    Who::CaplessThread | Who::CaplessMoment => Who::CaplessThread,
+                    Who::CaplessThread | Who::CaplessForAWhile => Who::CaplessThread,
                     _ => Who::Thread,
                 };
             }
@@ -158,7 +159,7 @@ impl World {
         }
     }
 
-    /// A packet has come out of a stream.
+    /// A packet was received from a stream.
     fn take(self: &Arc<Self>, queue: usize, packet: Packet) {
         let Some(serial) = serial(&packet) else {
             return self.error(format!("queue {queue}: a packet without a number: {packet:?}"));
@@ -200,7 +201,7 @@ impl World {
                 pause(deed.delay).await;
                 give(packet, deed).await;
             })),
-            Who::CaplessMoment => drop(tokio::spawn(async move {
+            Who::CaplessForAWhile => drop(tokio::spawn(async move {
                 pause(deed.delay).await;
                 without_net_admin(|| give(packet, deed).now_or_never()).expect("it is done in one go");
             })),
@@ -253,7 +254,7 @@ fn at_once(how: How) -> How {
     }
 }
 
-/// Does what is to be done about a packet, and notes it.
+/// Does the job, and records it.
 async fn give(mut held: Held, deed: Deed) {
     let Some(what) = held.what.take() else { return };
     let Note { world, serial, queue, time } = &held.note;
@@ -268,24 +269,24 @@ async fn give(mut held: Held, deed: Deed) {
     };
     let action = verdict.action();
     let at = Instant::now();
-    let note = |answer| world.records().set(*serial, *time, Done::Gave(action, answer, at));
-    note(Answer::ToldElsewhere);
+    let note = |response| world.records().set(*serial, *time, Done::Gave(action, response, at));
+    note(Response::InRefusals);
     let mut sink = world.sinks[*queue].clone();
     let result = match deed.how {
         How::Submit => verdict.submit(),
         How::SubmitToSink => sink.submit(verdict),
         How::Feed => sink.feed(verdict).await,
         How::Send => sink.send(verdict).await,
-        How::ConfirmUnheard => {
-            note(Answer::Unheard);
+        How::ConfirmNotAwaited => {
+            note(Response::NotAwaited);
             drop(verdict.confirm());
             Ok(())
         }
         How::Confirm => {
-            // Until it is known.
-            note(Answer::Unheard);
-            let answer = verdict.confirm().await;
-            note(Answer::Confirmed(answer.map_err(|error| error.kind())));
+            // Until the result is known.
+            note(Response::NotAwaited);
+            let response = verdict.confirm().await;
+            note(Response::Confirmed(response.map_err(|error| error.kind())));
             Ok(())
         }
     };
@@ -303,7 +304,7 @@ impl Waiting {
     }
 }
 
-/// Reads a stream in all the ways there are, until it ends or is to be dropped.
+/// Reads a stream in every possible way, until it ends or is to be dropped.
 pub(crate) async fn read(world: Arc<World>, queue: usize, mut stream: PacketStream, mut stop: oneshot::Receiver<()>) {
     let mut random = world.plan.random(1000 + queue as u64);
     let mut packets = Vec::new();
@@ -333,7 +334,7 @@ pub(crate) async fn read(world: Arc<World>, queue: usize, mut stream: PacketStre
     }
 }
 
-/// False when the queue is closed.
+/// Returns false when the queue is closed.
 async fn receive(
     stream: &mut PacketStream,
     packets: &mut Vec<Packet>,
@@ -358,7 +359,7 @@ async fn receive(
     Ok(goes_on)
 }
 
-/// The number of a packet: in its payload, or where that was not copied, its mark.
+/// The number of a packet: in its payload, or in its mark if the payload was not copied.
 fn serial(packet: &Packet) -> Option<u32> {
     let payload = packet.payload();
     if payload.is_empty() {
@@ -372,7 +373,7 @@ pub(crate) fn mark_of(serial: u32) -> u32 {
     serial | NUMBERED_MARK
 }
 
-/// Tells a mark that is a number.
+/// Marks with this bit contain a number.
 const NUMBERED_MARK: u32 = 1 << 24;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,5 +1,5 @@
-//! What a history consists of: all of it drawn from its seed, so that the same seed gives the same
-//! history, whatever the order in which threads run.
+//! The plan of a history. It is drawn from a seed, so the same seed gives the same plan, whatever
+//! the order in which threads run.
 
 use std::time::Duration;
 
@@ -7,37 +7,37 @@ use tokio_nfqueue::{Action, FlushDecision, FlushPolicy, Hook, Queue, QueueBuilde
 
 use crate::common::Random;
 
-/// What kinds of faults a trial's histories have.
+/// The kinds of faults in the histories of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Profile {
-    /// None: every number adds up exactly.
+    /// No faults: every number adds up exactly.
     Calm,
-    /// Threads and moments without the capability, hooks that are unregistered, interfaces that go
-    /// down.
+    /// Threads without the capability or with a temporarily missing one, unregistered hooks,
+    /// interfaces that go down.
     Faulty,
-    /// As either, short, and ended under load.
-    Ending,
+    /// As either of these, but short and closed under load.
+    Closing,
 }
 
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) seed: u64,
-    /// Of a multi-thread runtime; 0 for a runtime of one thread.
+    /// The worker threads of a multi-thread runtime; 0 for a current-thread runtime.
     pub(crate) workers: usize,
-    /// Datagrams come from another namespace, over a pair of interfaces; else over loopback.
+    /// Whether datagrams come from another namespace over a pair of interfaces, or over loopback.
     pub(crate) veth: bool,
     pub(crate) hook: Hook,
-    /// Whether the rules pass traffic while a queue is not bound.
+    /// Whether the rules accept packets while a queue is not bound.
     pub(crate) bypass: bool,
-    /// The last takes what the others requeue, the others each a port's traffic.
+    /// Each queue but the last gets the traffic of a port. The last gets requeued packets.
     pub(crate) queues: Vec<Settings>,
     pub(crate) rounds: Vec<Round>,
     pub(crate) end: End,
-    /// Some verdicts are given without `CAP_NET_ADMIN`.
+    /// Some verdicts are submitted without `CAP_NET_ADMIN`.
     pub(crate) capless: bool,
-    /// Streams are left unpolled for a while now and then.
+    /// Streams are sometimes not polled for a while.
     pub(crate) pauses: bool,
-    /// Refusals are read all the time, not only when they are judged.
+    /// Refusals are read continuously, not only before a comparison.
     pub(crate) reads_refusals: bool,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Settings {
     pub(crate) policy: Policy,
     pub(crate) unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
-    /// `None` for metadata alone.
+    /// `None` for metadata mode.
     pub(crate) copy_range: Option<u32>,
     pub(crate) max_len: Option<u32>,
     pub(crate) receive_buffer: Option<usize>,
@@ -59,7 +59,7 @@ pub(crate) enum Policy {
     Immediate,
     Adaptive(Duration),
     Fixed(usize, Duration),
-    /// One of the user's own, which may panic once.
+    /// A custom policy, which may panic once.
     Moody {
         seed: u64,
         panics_after: Option<u32>,
@@ -70,25 +70,25 @@ pub(crate) enum Policy {
 pub(crate) struct Round {
     /// Numbered datagrams for each receiver.
     pub(crate) packets: u32,
-    /// So many are sent before the sender pauses.
+    /// The number of datagrams between two pauses of the sender.
     pub(crate) burst: usize,
     pub(crate) fault: Option<Fault>,
     /// Threads that change settings.
     pub(crate) reconfigurers: usize,
 }
 
-/// What happens to packets without their owners' doing.
+/// Events that affect packets without their owners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another program's base chain, at a hook that the packets do not pass, comes and goes: all
-    /// that is queued is dropped.
+    /// Another program's base chain is added and removed at a hook that the packets do not
+    /// traverse. All queued packets are dropped.
     UnusedHook,
-    /// The same at the queue's own hook, behind the rules.
+    /// The same at the queue's own hook, after the rules.
     HookBehind,
-    /// The same before the rules: what is held when the chain comes is queued once more when it is
-    /// accepted.
+    /// The same before the rules: packets that are held when the chain is added are queued again
+    /// after they have been accepted.
     HookBefore,
-    /// The receiving interface goes down and comes back.
+    /// The receiving interface goes down and up again.
     Flap,
 }
 
@@ -104,16 +104,16 @@ pub(crate) enum End {
     CloseWithoutCapability(Duration),
 }
 
-/// What is done about one packet.
+/// What is done with one packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Deed {
     pub(crate) who: Who,
-    /// How long it is held.
+    /// How long the packet is held.
     pub(crate) delay: Duration,
     pub(crate) detach: bool,
     pub(crate) what: What,
     pub(crate) how: How,
-    /// In the last round: held until the end has begun.
+    /// In the last round: the packet is held until the shutdown begins.
     pub(crate) keep: bool,
 }
 
@@ -121,8 +121,8 @@ pub(crate) struct Deed {
 pub(crate) enum Who {
     Reader,
     Task,
-    /// A task that lowers its thread's capability for the moment.
-    CaplessMoment,
+    /// A task that temporarily lowers its thread's capability.
+    CaplessForAWhile,
     Thread,
     CaplessThread,
     /// A task that panics.
@@ -149,20 +149,20 @@ pub(crate) enum How {
     Feed,
     Send,
     Confirm,
-    /// Nobody awaits the confirmation.
-    ConfirmUnheard,
+    /// The confirmation is not awaited.
+    ConfirmNotAwaited,
 }
 
 impl How {
-    /// Whether it is done in one go, without an await.
+    /// Whether it completes without an await.
     fn at_once(self) -> bool {
-        matches!(self, Self::Submit | Self::SubmitToSink | Self::Feed | Self::ConfirmUnheard)
+        matches!(self, Self::Submit | Self::SubmitToSink | Self::Feed | Self::ConfirmNotAwaited)
     }
 }
 
-/// The mark that the rules except.
+/// The mark that the rules do not queue.
 pub(crate) const PASS: u32 = 1 << 31;
-/// The length of the headers and the number: what a copy range must hold.
+/// The length of the headers and the number, which a copy range must include.
 pub(crate) const NUMBERED: u32 = 32;
 
 impl Plan {
@@ -171,7 +171,7 @@ impl Plan {
         let faulty = match profile {
             Profile::Calm => false,
             Profile::Faulty => true,
-            Profile::Ending => random.below(2) == 0,
+            Profile::Closing => random.below(2) == 0,
         };
         let veth = one_in(random, 4);
         let hook = match random.below(8) {
@@ -183,7 +183,7 @@ impl Plan {
         let bypass = one_in(random, 2);
         let fronts = 1 + random.below(3);
         let queues = (0..=fronts).map(|_| Settings::draw(random, veth)).collect();
-        let rounds = if profile == Profile::Ending { 1 } else { 1 + random.below(4) };
+        let rounds = if profile == Profile::Closing { 1 } else { 1 + random.below(4) };
         let rounds = (0..rounds).map(|_| Round::draw(random, faulty, veth)).collect();
         let end = match random.below(if faulty { 18 } else { 16 }) {
             0..4 => End::Close,
@@ -207,17 +207,17 @@ impl Plan {
         }
     }
 
-    /// How many queues have traffic of their own.
+    /// The number of queues with traffic.
     pub(crate) fn fronts(&self) -> usize {
         self.queues.len() - 1
     }
 
-    /// The queue that takes what others requeue.
+    /// The queue for requeued packets.
     pub(crate) fn side(&self) -> usize {
         self.queues.len() - 1
     }
 
-    /// The queue of a number's traffic.
+    /// The queue that gets the datagram with this number.
     pub(crate) fn front(&self, serial: u32) -> usize {
         serial as usize % self.fronts()
     }
@@ -237,20 +237,20 @@ impl Plan {
         Random::new(mix(self.seed, purpose, 3))
     }
 
-    /// What is done about a packet that is handed out for the `time`-th time.
+    /// What is done with a packet that is handed out for the `time`-th time.
     pub(crate) fn deed(&self, serial: u32, queue: usize, time: usize) -> Deed {
         let random = &mut Random::new(mix(self.seed, u64::from(serial), 100 + time as u64));
         let capless = self.capless && one_in(random, 3);
         let who = match random.below(20) {
             0..6 => Who::Reader,
-            6..12 if capless => Who::CaplessMoment,
+            6..12 if capless => Who::CaplessForAWhile,
             6..12 => Who::Task,
             12..18 if capless => Who::CaplessThread,
             12..18 => Who::Thread,
             18 => Who::Panic,
             _ => Who::Abort,
         };
-        // What comes back does so once.
+        // A packet returns only once.
         let returns = queue != self.side() && time == 0;
         let what = match random.below(20) {
             0..7 => What::Accept,
@@ -268,9 +268,9 @@ impl Plan {
             5 => How::Feed,
             6 => How::Send,
             7 | 8 => How::Confirm,
-            _ => How::ConfirmUnheard,
+            _ => How::ConfirmNotAwaited,
         };
-        let how = if who == Who::CaplessMoment && !how.at_once() { How::Submit } else { how };
+        let how = if who == Who::CaplessForAWhile && !how.at_once() { How::Submit } else { how };
         let delay = match random.below(6) {
             0..3 => 0,
             3 | 4 => random.below(1000) as u64,
@@ -336,7 +336,7 @@ impl Settings {
     }
 }
 
-/// `None` for metadata alone, by which a packet is known where it keeps its mark.
+/// A copy range, or `None` for metadata mode, in which the mark contains the number.
 fn copy_range(random: &mut Random, veth: bool) -> Option<u32> {
     match random.below(6) {
         0 if !veth => None,
@@ -347,7 +347,7 @@ fn copy_range(random: &mut Random, veth: bool) -> Option<u32> {
     }
 }
 
-/// A random change of settings under which packets keep their numbers.
+/// A random change of settings under which packets can still be identified.
 pub(crate) fn change(random: &mut Random, veth: bool) -> Reconfigure {
     let mut change = Reconfigure::new();
     if one_in(random, 2) {
@@ -383,7 +383,7 @@ impl Round {
     }
 }
 
-/// A policy that decides at random, and panics when it has been asked often enough.
+/// A policy that decides at random, and panics after some calls.
 fn moody(mut random: Random, mut panics_after: Option<u32>) -> FlushPolicy {
     FlushPolicy::custom(move |context| {
         match &mut panics_after {
@@ -404,7 +404,7 @@ pub(crate) fn one_in(random: &mut Random, times: usize) -> bool {
     random.below(times) == 0
 }
 
-/// One number of several (splitmix64).
+/// Mixes three numbers into one (splitmix64).
 fn mix(one: u64, two: u64, three: u64) -> u64 {
     [two, three].into_iter().fold(one, |state, next| {
         let mut z = (state ^ next.rotate_left(32)).wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -1,5 +1,5 @@
-//! What became of every datagram, as the program, the receivers and the library tell, and whether
-//! that was allowed.
+//! Records of every datagram, as the program, the receivers and the library report it, and the
+//! check whether that was allowed.
 
 use std::{
     collections::HashMap,
@@ -16,28 +16,28 @@ use crate::common::Account;
 #[derive(Debug)]
 pub(crate) struct Records {
     pub(crate) datagrams: Vec<Datagram>,
-    /// What `refusals` told, by queue and packet id.
-    told: HashMap<(usize, u32), Vec<ErrorKind>>,
-    /// The number of the round that is under way.
+    /// The kinds of reported refusals, by queue and packet id.
+    reported: HashMap<(usize, u32), Vec<ErrorKind>>,
+    /// The number of the current round.
     pub(crate) round: usize,
-    /// The end has begun.
-    pub(crate) ending: bool,
-    /// Where nothing may be sent any more, for the end came without the capability.
+    /// The shutdown has begun.
+    pub(crate) shutting_down: bool,
+    /// Nothing can be sent any more, because the shutdown was begun without the capability.
     pub(crate) hopeless: bool,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Datagram {
     round: usize,
-    /// Sent while no queue was in its way.
+    /// Sent while no queue was in the way.
     direct: bool,
-    /// The sender was told that it was not sent.
+    /// The send has failed.
     pub(crate) unsent: bool,
     handed_out: Vec<HandedOut>,
     delivered: u32,
 }
 
-/// One time that a packet was handed out.
+/// One time at which a packet was handed out.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HandedOut {
     queue: usize,
@@ -46,26 +46,26 @@ pub(crate) struct HandedOut {
     pub(crate) done: Done,
 }
 
-/// What its owner did.
+/// What the owner of the packet did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Done {
     /// Nothing yet.
     Held,
     Abandoned,
-    Gave(Action, Answer, Instant),
+    Gave(Action, Response, Instant),
 }
 
-/// What the owner knows of its verdict.
+/// What the owner knows about its verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Answer {
-    /// `refusals` tells if it was refused.
-    ToldElsewhere,
-    /// It was confirmed, and nobody heard the answer.
-    Unheard,
+pub(crate) enum Response {
+    /// `refusals` reports it if it was refused.
+    InRefusals,
+    /// `confirm` was called, and its result was not read.
+    NotAwaited,
     Confirmed(Result<(), ErrorKind>),
 }
 
-/// How things ended, summed up.
+/// The sums of all results.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Totals {
     pub(crate) histories: u64,
@@ -75,15 +75,15 @@ pub(crate) struct Totals {
     pub(crate) dropped: u64,
     pub(crate) repeated: u64,
     pub(crate) requeued: u64,
-    /// Of those handed out, the ones that nobody decided.
+    /// Handed out, and not decided by the owner.
     pub(crate) abandoned: u64,
     /// Verdicts that came too late.
     pub(crate) late: u64,
-    /// Verdicts refused for want of the capability.
+    /// Verdicts refused because the capability was missing.
     pub(crate) refused: u64,
-    /// Verdicts of which it is known that they found no packet.
+    /// Verdicts that are known to have found no packet.
     pub(crate) gone: u64,
-    /// Accepted, and gone with a hook or an interface as far as can be told.
+    /// Accepted, and probably gone with a hook or an interface.
     pub(crate) excused: u64,
     /// Never handed out.
     pub(crate) unseen: u64,
@@ -106,15 +106,15 @@ impl AddAssign for Totals {
     }
 }
 
-/// What may have become of a packet.
+/// Which results are allowed for a packet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Fates {
+struct Allowed {
     delivered: bool,
     lost: bool,
     requeued: bool,
 }
 
-impl Fates {
+impl Allowed {
     const LOST: Self = Self { delivered: false, lost: true, requeued: false };
 
     fn of(action: Action) -> Self {
@@ -142,9 +142,9 @@ impl Fates {
 /// What is wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
-    /// Delivered, which it must not be.
+    /// Delivered, but must not be.
     pub(crate) wrong: usize,
-    /// Not delivered, which it must be.
+    /// Not delivered, but must be.
     pub(crate) forgotten: usize,
     /// Delivered more than once.
     pub(crate) twice: usize,
@@ -176,10 +176,10 @@ impl Findings {
     }
 }
 
-/// What a queue's numbers should be, by what the program did.
+/// The expected numbers of a queue, by what the program did.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Tally {
-    /// Packets that were sent its way: at least, and at most.
+    /// Packets that were sent to the queue: minimum and maximum.
     arrived: (u64, u64),
     /// Handed out.
     seen: u64,
@@ -188,19 +188,19 @@ pub(crate) struct Tally {
     dropped: u64,
     repeated: u64,
     requeued: u64,
-    /// Told to be late.
+    /// Reported as late.
     late: u64,
     /// Verdicts that may have been late.
     perhaps_late: u64,
-    /// Verdicts of which nobody knows whether they were taken.
+    /// Verdicts of which it is unknown whether the kernel has taken them.
     unconfirmed: u64,
     /// Delivered, and never handed out.
     delivered_unseen: u64,
-    /// Accepted long after they were handed out, known to nobody as gone, and not delivered.
+    /// Accepted long after they were handed out, not reported as gone, and not delivered.
     vanished: u64,
 }
 
-/// Where the numbers of a queue stood when a round ended.
+/// The numbers of a queue at the end of a round.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Mark {
     tally: Tally,
@@ -210,16 +210,16 @@ pub(crate) struct Mark {
 
 impl Records {
     pub(crate) fn new() -> Self {
-        Self { datagrams: Vec::new(), told: HashMap::new(), round: 0, ending: false, hopeless: false }
+        Self { datagrams: Vec::new(), reported: HashMap::new(), round: 0, shutting_down: false, hopeless: false }
     }
 
-    /// A number for a datagram that is about to be sent.
+    /// A number for the next datagram.
     pub(crate) fn next(&mut self, direct: bool) -> u32 {
         self.datagrams.push(Datagram { round: self.round, direct, ..Datagram::default() });
         self.datagrams.len() as u32 - 1
     }
 
-    /// A packet has been handed out; tells for the how many-th time.
+    /// A packet has been handed out. Returns how often this packet was handed out before.
     pub(crate) fn handed_out(&mut self, serial: u32, queue: usize, id: u32) -> Option<usize> {
         let datagram = self.datagrams.get_mut(serial as usize)?;
         datagram.handed_out.push(HandedOut { queue, id, at: Instant::now(), done: Done::Held });
@@ -247,113 +247,115 @@ impl Records {
         datagram.map(|datagram| datagram.delivered += 1).is_some()
     }
 
-    pub(crate) fn tell(&mut self, queue: usize, id: u32, kind: ErrorKind) {
-        self.told.entry((queue, id)).or_default().push(kind);
+    pub(crate) fn report(&mut self, queue: usize, id: u32, kind: ErrorKind) {
+        self.reported.entry((queue, id)).or_default().push(kind);
     }
 
-    fn told(&self, time: &HandedOut, kind: ErrorKind) -> bool {
-        self.told.get(&(time.queue, time.id)).is_some_and(|kinds| kinds.contains(&kind))
+    fn was_reported(&self, time: &HandedOut, kind: ErrorKind) -> bool {
+        self.reported.get(&(time.queue, time.id)).is_some_and(|kinds| kinds.contains(&kind))
     }
 
-    /// What a verdict came to, as its owner was told: `Ok` if nothing was.
-    fn outcome(&self, time: &HandedOut, answer: Answer) -> Result<(), ErrorKind> {
-        match answer {
-            Answer::Confirmed(result) => result,
-            Answer::ToldElsewhere | Answer::Unheard => match self.told.get(&(time.queue, time.id)) {
+    /// The result of a verdict as its owner knows it: `Ok` if no error was reported.
+    fn outcome(&self, time: &HandedOut, response: Response) -> Result<(), ErrorKind> {
+        match response {
+            Response::Confirmed(result) => result,
+            Response::InRefusals | Response::NotAwaited => match self.reported.get(&(time.queue, time.id)) {
                 Some(kinds) => Err(kinds[0]),
                 None => Ok(()),
             },
         }
     }
 
-    /// What may have become of a packet when its owner had done this.
-    fn fates(&self, plan: &Plan, datagram: &Datagram, time: &HandedOut) -> Result<Fates, String> {
+    /// Which results are allowed after what the owner did.
+    fn allowed(&self, plan: &Plan, datagram: &Datagram, time: &HandedOut) -> Result<Allowed, String> {
         let settings = &plan.queues[time.queue];
-        let closing = self.ending && datagram.round == self.round;
+        let closing = self.shutting_down && datagram.round == self.round;
         let faulty = plan.is_faulty(datagram.round);
         let hopeless = self.hopeless && closing;
         let gone = faulty || hopeless;
-        let unanswered = Fates::of(settings.unanswered);
+        let unanswered = Allowed::of(settings.unanswered);
         let expired = match settings.deadline {
-            // Its own verdict may have been refused.
-            Some((_, action)) => Fates::of(action).or_if(plan.capless || hopeless, unanswered),
-            None => Fates::default(),
+            // The verdict of the deadline may have been refused.
+            Some((_, action)) => Allowed::of(action).or_if(plan.capless || hopeless, unanswered),
+            None => Allowed::default(),
         };
-        let answered_for = expired.or_if(closing, unanswered);
-        let fates = match time.done {
+        let decided_by_queue = expired.or_if(closing, unanswered);
+        let allowed = match time.done {
             Done::Held => return Err("still held".to_owned()),
-            Done::Abandoned => unanswered.or(expired).or_if(gone, Fates::LOST),
-            Done::Gave(action, answer, _) => match (answer, self.outcome(time, answer)) {
-                (Answer::Unheard, _) => Fates::of(action)
-                    .or(answered_for)
+            Done::Abandoned => unanswered.or(expired).or_if(gone, Allowed::LOST),
+            Done::Gave(action, response, _) => match (response, self.outcome(time, response)) {
+                (Response::NotAwaited, _) => Allowed::of(action)
+                    .or(decided_by_queue)
                     .or_if(plan.capless || hopeless, unanswered)
-                    .or_if(gone, Fates::LOST),
-                // Where a hook comes before the rules it is queued once more, and perhaps in vain.
-                (Answer::Confirmed(_), Ok(())) => {
-                    Fates::of(action).or_if(plan.queues_again(datagram.round), Fates::LOST)
+                    .or_if(gone, Allowed::LOST),
+                // If a hook is added before the rules, the packet is queued once more, and may be
+                // lost there.
+                (Response::Confirmed(_), Ok(())) => {
+                    Allowed::of(action).or_if(plan.queues_again(datagram.round), Allowed::LOST)
                 }
-                (_, Ok(())) => Fates::of(action).or_if(gone, Fates::LOST),
-                (_, Err(ErrorKind::NotPermitted)) if plan.capless || hopeless => unanswered.or_if(gone, Fates::LOST),
-                (_, Err(ErrorKind::Expired)) if answered_for != Fates::default() => {
-                    answered_for.or_if(gone, Fates::LOST)
+                (_, Ok(())) => Allowed::of(action).or_if(gone, Allowed::LOST),
+                (_, Err(ErrorKind::NotPermitted)) if plan.capless || hopeless => unanswered.or_if(gone, Allowed::LOST),
+                (_, Err(ErrorKind::Expired)) if decided_by_queue != Allowed::default() => {
+                    decided_by_queue.or_if(gone, Allowed::LOST)
                 }
-                (_, Err(ErrorKind::PacketGone)) if gone => Fates::LOST,
+                (_, Err(ErrorKind::PacketGone)) if gone => Allowed::LOST,
                 (_, Err(ErrorKind::Unconfirmed)) if settings.receive_buffer.is_some() => {
-                    Fates::of(action).or_if(plan.capless, unanswered).or_if(gone, Fates::LOST)
+                    Allowed::of(action).or_if(plan.capless, unanswered).or_if(gone, Allowed::LOST)
                 }
                 (_, Err(kind)) => return Err(format!("unexpectedly {kind:?}")),
             },
         };
-        Ok(fates)
+        Ok(allowed)
     }
 
-    /// What may have become of a packet that was never handed out.
-    fn unseen(&self, plan: &Plan, datagram: &Datagram, queue: usize, bypass: bool) -> Fates {
+    /// Which results are allowed for a packet that was never handed out.
+    fn unseen(&self, plan: &Plan, datagram: &Datagram, queue: usize, bypass: bool) -> Allowed {
         let settings = &plan.queues[queue];
-        let closing = self.ending && datagram.round == self.round;
+        let closing = self.shutting_down && datagram.round == self.round;
         let expired = settings.deadline.is_some_and(|(_, action)| {
             action == Action::Accept || plan.capless && settings.unanswered == Action::Accept
         });
         let passes = settings.fail_open || expired || closing && (settings.unanswered == Action::Accept || bypass);
-        Fates { delivered: passes, lost: true, requeued: false }
+        Allowed { delivered: passes, lost: true, requeued: false }
     }
 
-    fn fates_of(&self, plan: &Plan, serial: u32) -> Result<Fates, String> {
+    fn allowed_for(&self, plan: &Plan, serial: u32) -> Result<Allowed, String> {
         let datagram = &self.datagrams[serial as usize];
         if datagram.direct {
-            return Ok(Fates { delivered: true, ..Fates::default() });
+            return Ok(Allowed { delivered: true, ..Allowed::default() });
         }
         let Some(last) = datagram.handed_out.last() else {
             return Ok(self.unseen(plan, datagram, plan.front(serial), plan.bypass));
         };
-        // What came before must have been something after which a packet can come again.
+        // Before that, something must have happened after which a packet can be queued again.
         let before = &datagram.handed_out[..datagram.handed_out.len() - 1];
         for (time, next) in before.iter().zip(&datagram.handed_out[1..]) {
-            let fates = self.fates(plan, datagram, time)?;
-            let again = plan.is_faulty(datagram.round) && fates.delivered;
-            if !again && !fates.requeued {
+            let allowed = self.allowed(plan, datagram, time)?;
+            let again = plan.is_faulty(datagram.round) && allowed.delivered;
+            if !again && !allowed.requeued {
                 return Err(format!("came again as {next:?}"));
             }
         }
-        let fates = self.fates(plan, datagram, last)?;
-        if !fates.requeued {
-            return Ok(fates);
+        let allowed = self.allowed(plan, datagram, last)?;
+        if !allowed.requeued {
+            return Ok(allowed);
         }
         let bypass = matches!(last.done, Done::Gave(Action::Requeue { bypass: true, .. }, ..));
         let there = self.unseen(plan, datagram, plan.side(), bypass);
-        Ok(Fates { requeued: false, ..fates }.or(there))
+        Ok(Allowed { requeued: false, ..allowed }.or(there))
     }
 
     /// Compares what was delivered with what was decided.
     pub(crate) fn judge(&self, plan: &Plan) -> Findings {
         let mut findings = Findings::default();
         for (serial, datagram) in self.datagrams.iter().enumerate() {
-            let fates = self.fates_of(plan, serial as u32);
-            let twice = |time: &HandedOut| self.told.get(&(time.queue, time.id)).is_some_and(|kinds| kinds.len() > 1);
-            let what = match (&fates, datagram.delivered) {
+            let allowed = self.allowed_for(plan, serial as u32);
+            let twice =
+                |time: &HandedOut| self.reported.get(&(time.queue, time.id)).is_some_and(|kinds| kinds.len() > 1);
+            let what = match (&allowed, datagram.delivered) {
                 _ if datagram.handed_out.iter().any(twice) => {
                     findings.sums += 1;
-                    "told twice"
+                    "reported twice"
                 }
                 (_, 2..) => {
                     findings.twice += 1;
@@ -363,20 +365,20 @@ impl Records {
                     findings.wrong += 1;
                     what
                 }
-                (Ok(Fates { delivered: false, .. }), 1) => {
+                (Ok(Allowed { delivered: false, .. }), 1) => {
                     findings.wrong += 1;
                     "wrongly delivered"
                 }
-                (Ok(Fates { lost: false, .. }), 0) if !datagram.unsent => {
+                (Ok(Allowed { lost: false, .. }), 0) if !datagram.unsent => {
                     findings.forgotten += 1;
                     "forgotten"
                 }
                 _ => continue,
             };
             if findings.wrong + findings.forgotten + findings.twice <= 10 {
-                let told: Vec<_> =
-                    datagram.handed_out.iter().filter_map(|time| self.told.get(&(time.queue, time.id))).collect();
-                let _ = writeln!(findings.text, "  number {serial}: {what}: {datagram:?}, told {told:?}");
+                let reported: Vec<_> =
+                    datagram.handed_out.iter().filter_map(|time| self.reported.get(&(time.queue, time.id))).collect();
+                let _ = writeln!(findings.text, "  number {serial}: {what}: {datagram:?}, reported {reported:?}");
             }
         }
         findings
@@ -396,9 +398,9 @@ impl Records {
             }
             if queue == plan.side() {
                 for time in &datagram.handed_out {
-                    match self.fates(plan, datagram, time) {
-                        Ok(Fates { requeued: true, delivered: false, lost: false }) => arrive(true),
-                        Ok(Fates { requeued: true, .. }) => arrive(false),
+                    match self.allowed(plan, datagram, time) {
+                        Ok(Allowed { requeued: true, delivered: false, lost: false }) => arrive(true),
+                        Ok(Allowed { requeued: true, .. }) => arrive(false),
                         _ => {}
                     }
                 }
@@ -408,7 +410,7 @@ impl Records {
             let unseen_at = match datagram.handed_out.last() {
                 None => Some(plan.front(serial as u32)),
                 Some(last) => {
-                    let requeued = self.fates(plan, datagram, last).is_ok_and(|fates| fates.requeued);
+                    let requeued = self.allowed(plan, datagram, last).is_ok_and(|allowed| allowed.requeued);
                     requeued.then_some(plan.side())
                 }
             };
@@ -424,16 +426,16 @@ impl Records {
 
     fn count(&self, plan: &Plan, datagram: &Datagram, time: &HandedOut, tally: &mut Tally) {
         tally.seen += 1;
-        let (action, answer, at) = match time.done {
+        let (action, response, at) = match time.done {
             Done::Held => return,
             Done::Abandoned => {
                 tally.abandoned += 1;
                 return;
             }
-            Done::Gave(action, answer, at) => (action, answer, at),
+            Done::Gave(action, response, at) => (action, response, at),
         };
-        tally.perhaps_late += u64::from(answer == Answer::Unheard);
-        match self.outcome(time, answer) {
+        tally.perhaps_late += u64::from(response == Response::NotAwaited);
+        match self.outcome(time, response) {
             Ok(()) => {}
             Err(ErrorKind::Expired) => {
                 tally.late += 1;
@@ -457,14 +459,13 @@ impl Records {
                     && last
                     && !plan.queues_again(datagram.round)
                     && datagram.delivered == 0
-                    && answer == Answer::ToldElsewhere;
+                    && response == Response::InRefusals;
                 tally.vanished += u64::from(vanished);
             }
         }
     }
 
-    /// Looks whether the numbers of a round without faults add up, after its last datagram has come
-    /// through.
+    /// Checks that the numbers of a round add up, after its last datagram has arrived.
     pub(crate) fn check_round(
         &self,
         plan: &Plan,
@@ -483,8 +484,8 @@ impl Records {
         };
         findings.expect(&name("waiting"), now.waiting, 0);
         findings.expect(&name("in flight"), stats.held.in_flight, 0);
-        // What is lost after the last packet that is received is not known yet. The other queues'
-        // last has been received.
+        // Losses after the last received packet are not known yet. The last packets of the other
+        // queues have been received.
         let unknown = if queue == plan.side() { u64::MAX } else { 0 };
         let known = stats.received.packets + stats.lost.packets;
         findings.expect_between(&name("the last id"), now.last_id, (known, known.saturating_add(unknown)));
@@ -501,7 +502,7 @@ impl Records {
                 let accepts = settings.deadline.is_some_and(|(_, action)| action == Action::Accept);
                 let least = if accepts && !plan.capless { unseen } else { 0 };
                 let most = if accepts || plan.capless { unseen } else { 0 };
-                // A packet with an unheard verdict to be requeued may have been decided otherwise.
+                // A packet whose requeue was not confirmed may have been decided otherwise.
                 let other = if queue == plan.side() { tally.arrived.1 - tally.arrived.0 } else { 0 };
                 findings.expect_between(
                     &name("delivered unseen"),
@@ -513,7 +514,7 @@ impl Records {
         Mark { tally, stats: *stats, account }
     }
 
-    /// Looks whether a queue's numbers add up at the end.
+    /// Checks that the numbers of a queue add up at the end.
     pub(crate) fn check_end(&self, plan: &Plan, queue: usize, stats: &Stats, findings: &mut Findings) {
         let tally = self.tally(plan, queue);
         let settings = &plan.queues[queue];
@@ -559,8 +560,8 @@ impl Records {
         findings.expect_between(&name("requeued"), stats.decided.requeued, about(tally.requeued));
     }
 
-    /// What was never handed out in the last round and not delivered, of a queue whose traffic
-    /// should have passed.
+    /// Checks the packets of the last round that were neither handed out nor delivered, for a queue
+    /// whose traffic should have been accepted.
     pub(crate) fn check_passing(
         &self,
         plan: &Plan,
@@ -573,7 +574,7 @@ impl Records {
         let drops = settings.unanswered != Action::Accept
             || settings.deadline.is_some_and(|(_, action)| action == Action::Drop)
             || settings.max_len.is_some()
-            // What is lost after the last packet that is received is counted by nobody.
+            // Losses after the last received packet are not counted.
             || settings.receive_buffer.is_some()
             || !plan.bypass
             || plan.rounds.iter().any(|round| round.reconfigurers > 0);
@@ -602,7 +603,7 @@ impl Records {
                 match time.done {
                     Done::Held => {}
                     Done::Abandoned => totals.abandoned += 1,
-                    Done::Gave(action, answer, _) => match (self.outcome(time, answer), action) {
+                    Done::Gave(action, response, _) => match (self.outcome(time, response), action) {
                         (Ok(()), Action::Drop) => totals.dropped += 1,
                         (Ok(()), Action::Repeat) => totals.repeated += 1,
                         (Ok(()), Action::Requeue { .. }) => totals.requeued += 1,
@@ -614,8 +615,8 @@ impl Records {
                 }
             }
             let accepted = datagram.handed_out.last().is_some_and(|last| {
-                let Done::Gave(Action::Accept | Action::Repeat, answer, _) = last.done else { return false };
-                self.outcome(last, answer).is_ok() && !self.told(last, ErrorKind::NotPermitted)
+                let Done::Gave(Action::Accept | Action::Repeat, response, _) = last.done else { return false };
+                self.outcome(last, response).is_ok() && !self.was_reported(last, ErrorKind::NotPermitted)
             });
             let faulty = plan.is_faulty(datagram.round) || self.hopeless;
             totals.excused += u64::from(accepted && faulty && datagram.delivered == 0);
@@ -624,11 +625,11 @@ impl Records {
     }
 }
 
-/// Longer ago than this a packet gets a verdict of its own, of which the kernel tells whether it
+/// After this time a packet gets a verdict in its own message, and the kernel reports whether it
 /// found the packet.
 const OLD: Duration = Duration::from_millis(5);
 
-/// What does not add up in a snapshot.
+/// Describes a snapshot that does not add up.
 pub(crate) fn imbalance(stats: &Stats) -> Option<String> {
     let settled = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
     let rest = stats.sent.refused + stats.sent.gone_at_least + stats.held.in_flight as u64;

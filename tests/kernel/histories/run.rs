@@ -1,5 +1,5 @@
-//! One history: traffic, faults, an end; and the comparison of what was delivered with what was
-//! decided.
+//! Runs one history: traffic, faults, a shutdown, and the comparison of delivered datagrams with
+//! the decisions.
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
@@ -34,7 +34,7 @@ use crate::{
     support::{self, Peer},
 };
 
-/// Lives it through.
+/// Runs the history of a plan.
 ///
 /// # Errors
 /// What was wrong.
@@ -65,7 +65,7 @@ struct History {
     divert: Option<Divert>,
     receivers: Vec<UdpSocket>,
     sender: Sender,
-    /// Dropped or told, the readers drop their streams.
+    /// Signals that make the readers drop their streams.
     stops: Vec<oneshot::Sender<()>>,
     marks: Vec<Mark>,
     watch: Watch,
@@ -108,7 +108,7 @@ impl History {
         Self { world, threads, peer, divert: None, receivers, sender, stops, marks, watch }
     }
 
-    /// Installs the rules, when a first datagram has found its way.
+    /// Installs the rules after a first datagram has been delivered.
     async fn divert(&mut self) -> Result<(), String> {
         self.barrier(true).await?;
         let plan = &self.world.plan;
@@ -121,7 +121,7 @@ impl History {
         Ok(())
     }
 
-    /// Sends a round's datagrams, has happen what is to happen, waits until all is decided, and
+    /// Sends the datagrams of a round, causes its faults, waits until everything is decided, and
     /// compares.
     async fn round(&mut self, number: usize) -> Result<(), String> {
         self.begin_round(number);
@@ -165,7 +165,7 @@ impl History {
             let left = round.packets as usize * world.plan.fronts() - burst * round.burst;
             let pause = Duration::from_micros(if one_in(&mut random, 3) { random.below(3000) as u64 } else { 0 });
             let datagrams = (0..left.min(round.burst)).map(|_| {
-                // At most 1280 bytes of buffer each: a round finds room in a receiver's.
+                // At most 1280 bytes of buffer each, so that a round fits in a receiver's buffer.
                 let length = if one_in(&mut random, 4) { 4 + random.below(400) } else { 4 };
                 (world.records().next(false), length)
             });
@@ -191,9 +191,9 @@ impl History {
         threads
     }
 
-    /// Sends one more datagram each way, again and again until it has come through: what was sent
-    /// before has arrived at the queues by then, for it was sent by the same thread, on the same
-    /// processor. With `direct`, no queue is in the way any more.
+    /// Sends one more datagram to each queue, repeatedly, until it has arrived. What the same
+    /// thread has sent before on the same CPU has then arrived at the queues. With `direct`, no
+    /// queue is in the way.
     async fn barrier(&self, direct: bool) -> Result<(), String> {
         const PAUSE: Duration = Duration::from_millis(20);
         let fronts = self.world.plan.fronts();
@@ -207,8 +207,8 @@ impl History {
                 let through = |serials: &Vec<u32>| {
                     serials.last().is_some_and(|serial| match direct {
                         true => records.was_delivered(*serial),
-                        // With fail-open it may be delivered and tell the queue nothing of what was
-                        // lost before it.
+                        // With fail-open it may be delivered without being queued, and then the
+                        // queue does not know what was lost before it.
                         false => records.was_handed_out(*serial),
                     })
                 };
@@ -221,7 +221,7 @@ impl History {
                 return Err(format!("nothing comes through the queues {missing:?}; {}", self.state()));
             }
             if Instant::now() >= next && self.sender.is_idle() {
-                // One for each, so that every port's number is a new one.
+                // One for each port, so that all ports get new numbers.
                 for _ in 0..fronts {
                     let serial = self.world.records().next(direct);
                     sent[self.world.plan.front(serial)].push(serial);
@@ -233,7 +233,7 @@ impl History {
         }
     }
 
-    /// Waits until there is nothing to object to.
+    /// Waits until the comparison finds nothing wrong.
     async fn compare(&mut self, check: impl Fn(&mut Self, &mut Findings)) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -258,7 +258,7 @@ impl History {
         }
     }
 
-    /// Takes what was delivered.
+    /// Reads the delivered datagrams.
     fn receive(&self) {
         let mut datagram = [0; 512];
         for receiver in &self.receivers {
@@ -302,7 +302,7 @@ impl History {
         text
     }
 
-    /// The last round, the end in the middle of it, and the last comparison.
+    /// The last round, the shutdown in the middle of it, and the last comparison.
     fn end(mut self, runtime: Runtime) -> Result<Totals, String> {
         let number = self.world.plan.rounds.len() - 1;
         self.begin_round(number);
@@ -314,7 +314,7 @@ impl History {
         runtime.block_on(async {
             self.until("the end's time has come", || self.sender.sent() >= begin || self.sender.is_idle()).await
         })?;
-        self.world.records().ending = true;
+        self.world.records().shutting_down = true;
         let fronts = self.world.plan.fronts();
         let outside = Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
         let mut runtime = Some(runtime);
@@ -338,7 +338,7 @@ impl History {
                 })?;
             }
         }
-        // A runtime of one thread runs its tasks only while it is driven.
+        // A current-thread runtime runs its tasks only while it is driven.
         let driver = runtime.as_ref().unwrap_or(&outside);
         driver.block_on(async {
             self.until("the round's traffic and faults are over", || {
@@ -371,7 +371,7 @@ impl History {
         self.conclude(outside)
     }
 
-    /// Begins the end of some queues.
+    /// Begins the shutdown of some queues.
     fn begin_end(&mut self, end: End, queues: std::ops::Range<usize>) {
         for queue in queues.clone() {
             let (world, sink) = (Arc::clone(&self.world), self.world.sinks[queue].clone());
@@ -398,7 +398,7 @@ impl History {
             }
         }
         if end == End::Drop {
-            // The readers of the first queues come first.
+            // The readers of the first queues are first.
             let count = queues.len();
             for stop in self.stops.drain(..count) {
                 let _ = stop.send(());
@@ -406,7 +406,7 @@ impl History {
         }
     }
 
-    /// Lets go of everything, and looks that nothing is left.
+    /// Drops everything, and checks that nothing is left.
     fn conclude(self, outside: Runtime) -> Result<Totals, String> {
         let Self { world, threads, divert, watch, .. } = self;
         watch.stop()?;
@@ -443,7 +443,7 @@ impl History {
     }
 }
 
-/// Has a fault happen.
+/// Causes a fault.
 fn cause(fault: Fault, hook: Hook, peer: Option<&Peer>, random: &mut Random) {
     const OTHER: &str = "other";
     let number = match hook {
@@ -469,7 +469,7 @@ fn cause(fault: Fault, hook: Hook, peer: Option<&Peer>, random: &mut Random) {
     remove(NetfilterProtoFamily::Inet, OTHER).expect("remove a table");
 }
 
-/// Changes settings now and then, now and then without the capability.
+/// Changes settings at random times, sometimes without the capability.
 fn reconfigure(world: &World, random: &mut Random) {
     for _ in 0..1 + random.below(10) {
         thread::sleep(Duration::from_micros(random.below(3000) as u64));
@@ -486,7 +486,7 @@ fn reconfigure(world: &World, random: &mut Random) {
             }
             Err(error) => {
                 let allowed = match error.kind() {
-                    ErrorKind::Closed => world.records().ending,
+                    ErrorKind::Closed => world.records().shutting_down,
                     ErrorKind::NotPermitted => capless,
                     ErrorKind::Unconfirmed => world.plan.queues[queue].receive_buffer.is_some(),
                     _ => false,
@@ -499,7 +499,7 @@ fn reconfigure(world: &World, random: &mut Random) {
     }
 }
 
-/// Looks at the statistics all the time: they add up in every snapshot.
+/// Reads the statistics continuously: they add up in every snapshot.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<(), String>>,
@@ -545,10 +545,10 @@ struct Burst {
     pause: Duration,
 }
 
-/// A thread that sends datagrams in the order in which it is told to.
+/// A thread that sends datagrams in the given order.
 struct Sender {
     bursts: mpsc::Sender<Burst>,
-    told: AtomicU32,
+    requested: AtomicU32,
     sent: Arc<AtomicU32>,
     failed: Failed,
 }
@@ -592,11 +592,11 @@ impl Sender {
             None => drop(thread::spawn(body)),
         }
         let failed = Failed(std::sync::Mutex::new(failed));
-        Self { bursts, told: AtomicU32::new(0), sent, failed }
+        Self { bursts, requested: AtomicU32::new(0), sent, failed }
     }
 
     fn send(&self, burst: Burst) {
-        self.told.fetch_add(burst.datagrams.len() as u32, SeqCst);
+        self.requested.fetch_add(burst.datagrams.len() as u32, SeqCst);
         self.bursts.send(burst).expect("the sender lives as long as its channel");
     }
 
@@ -605,12 +605,12 @@ impl Sender {
     }
 
     fn is_idle(&self) -> bool {
-        self.sent() == self.told.load(SeqCst)
+        self.sent() == self.requested.load(SeqCst)
     }
 }
 
-/// What one thread sends on one processor stays in order: the queue of a processor's arriving
-/// packets is one.
+/// What one thread sends on one CPU stays in order, because each CPU has one queue of arriving
+/// packets.
 fn stay_on_this_processor() {
     let allowed = sched_getaffinity(None).expect("read the processors of a thread");
     let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).expect("a processor");
@@ -619,7 +619,7 @@ fn stay_on_this_processor() {
     sched_setaffinity(None, &one).expect("bind a thread to a processor");
 }
 
-/// Datagrams that found no room at their receivers, in this network namespace.
+/// The number of datagrams that did not fit in their receivers' buffers, in this network namespace.
 fn receive_errors() -> u64 {
     let text = std::fs::read_to_string("/proc/thread-self/net/snmp").expect("the counters of UDP");
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp:"));

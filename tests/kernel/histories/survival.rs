@@ -87,7 +87,7 @@ pub(super) fn survives(duration: Duration) {
             support::link_down(&peer.near);
             tokio::time::sleep(Duration::from_millis(1)).await;
             support::link_up(&peer.near);
-            // The program looks whether it is to stop once for each packet.
+            // The program checks for the stop at each packet.
             let _ = local.send_to(&[1], (Ipv4Addr::LOCALHOST, PORT));
         }
         stop.store(true, SeqCst);
@@ -102,7 +102,7 @@ pub(super) fn survives(duration: Duration) {
     flood.join().unwrap();
     eprintln!("a program with question marks: {stats:?}");
     assert!(begin.elapsed() >= duration, "it ended early");
-    // Each kind of trouble has happened.
+    // Each kind of fault has occurred.
     assert!(stats.sent.refusals > 0, "refusals");
     assert!(stats.decided.expired > 0 && stats.decided.late > 0, "deadlines");
     assert!(stats.decided.unanswered > 0, "drops");

@@ -1,4 +1,4 @@
-//! How a queue is closed.
+//! The graceful shutdown of a queue.
 
 use std::{
     net::Ipv4Addr,
@@ -18,25 +18,25 @@ use crate::{
 };
 
 tests![
-    both closing_under_load_loses_nothing,
-    both closing_shut_keeps_a_firewall_shut,
-    both closing_waits_for_owed_verdicts,
-    both closing_does_not_wait_for_ever,
-    both closing_goes_on_when_nobody_awaits_it,
-    one unread_packets_get_the_answer_for_the_unanswered,
-    both close_with_says_what_unread_packets_get,
+    both close_under_load_loses_no_packet,
+    both new_packets_are_dropped_during_close,
+    both close_waits_for_owed_verdicts,
+    both close_times_out,
+    both close_continues_when_nobody_awaits_it,
+    one unread_packets_get_the_default_action,
+    both close_with_decides_unread_packets,
     both the_stream_ends_after_close,
     both a_waiting_stream_is_woken_by_close,
-    both closing_twice_and_together,
-    one verdicts_after_the_end,
-    sync closing_in_another_runtime,
+    both close_may_be_called_several_times,
+    one verdicts_after_close_are_late,
+    sync close_works_in_another_runtime,
 ];
 
-/// How long the sender waits before it looks again whether there is room.
+/// How long the sender sleeps before it checks again whether it may send.
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// Sends numbers until told to stop, each after the receiver has got nearly all before it; gives
-/// how many there were.
+/// Sends numbers until it is stopped, at most 100 ahead of the receiver. Returns how many it has
+/// sent.
 struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU32>,
@@ -55,7 +55,7 @@ impl Stream {
             move || {
                 let mut numbers = Vec::new();
                 let mut datagram = [0; 4];
-                // An error is the timeout: then something was lost, and the numbers tell what.
+                // An error is the timeout: a datagram was lost, and the numbers show which.
                 while to.recv(&mut datagram).is_ok() && datagram != last {
                     numbers.push(u32::from_be_bytes(datagram));
                     received.fetch_add(1, SeqCst);
@@ -87,7 +87,7 @@ impl Stream {
         Self { stop, sent, sender, receiver }
     }
 
-    /// Waits for so many more.
+    /// Waits until `count` more datagrams have been sent.
     async fn more(&self, count: u32) {
         let until = self.sent.load(SeqCst) + count;
         eventually("traffic flows", || self.sent.load(SeqCst) >= until).await;
@@ -95,7 +95,7 @@ impl Stream {
 
     async fn finish(self) -> (u32, Vec<u32>) {
         self.stop.store(true, SeqCst);
-        // Both end by themselves, also when something is missing.
+        // Both threads end by themselves, even if datagrams are missing.
         while !self.sender.is_finished() || !self.receiver.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -103,11 +103,12 @@ impl Stream {
     }
 }
 
-async fn closing_under_load_loses_nothing() {
+async fn close_under_load_loses_no_packet() {
     let stream = Stream::start();
     let mut dropped = 0;
     for round in 0..5 {
-        // Bound before the rule, closed after it: no other order is without loss.
+        // The queue is bound before the rule is installed and closed while the rule is installed:
+        // no other order is without loss.
         let queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
         let divert = divert([udp_in().to_queue(0).bypass(true)]);
         let (mut packets, sink) = queue.split();
@@ -121,7 +122,7 @@ async fn closing_under_load_loses_nothing() {
                         sink.submit(held.swap_remove(held.len() / 2).accept()).unwrap();
                     }
                 }
-                // Still owed, while the queue drains.
+                // These verdicts are still owed while the queue drains.
                 let last = held.pop().unwrap();
                 for packet in held {
                     tokio::task::yield_now().await;
@@ -133,10 +134,10 @@ async fn closing_under_load_loses_nothing() {
             }
         });
         stream.more(500 + 7 * round).await;
-        soon("the end", sink.close()).await.unwrap();
+        soon("the shutdown", sink.close()).await.unwrap();
         assert_eq!(account(0), None);
         dropped += soon("the task's end", decide).await.unwrap();
-        // Unbound, with the rule in place.
+        // The queue is unbound, and the rule is still installed.
         stream.more(50).await;
         divert.remove_rules().unwrap();
         stream.more(50).await;
@@ -157,7 +158,7 @@ async fn closing_under_load_loses_nothing() {
     );
 }
 
-async fn closing_shut_keeps_a_firewall_shut() {
+async fn new_packets_are_dropped_during_close() {
     let (mut queue, divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..10).await;
@@ -167,33 +168,33 @@ async fn closing_shut_keeps_a_firewall_shut() {
         sink.submit(packet.accept()).unwrap();
     }
     let closing = tokio::spawn(queue.close());
-    eventually("the end has begun", || sink.is_closed()).await;
+    eventually("the shutdown has begun", || sink.is_closed()).await;
     traffic.send(10..20);
-    // Whatever the kernel still queued of these has been answered for when the end is there.
+    // If the kernel has still queued some of these, they are decided before the close completes.
     for packet in owed {
         sink.submit(packet.accept()).unwrap();
     }
-    soon("the end", closing).await.unwrap().unwrap();
+    soon("the shutdown", closing).await.unwrap().unwrap();
     traffic.send(20..30);
     divert.remove_rules().unwrap();
     traffic.send(30..40);
     traffic.expect((0..10).chain(30..40)).await;
 }
 
-async fn closing_waits_for_owed_verdicts() {
+async fn close_waits_for_owed_verdicts() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let packets = hold(&mut queue, &traffic, 0..10).await;
     let sink = queue.sink();
     let closing = tokio::spawn(queue.close());
-    eventually("the end has begun", || sink.is_closed()).await;
+    eventually("the shutdown has begun", || sink.is_closed()).await;
     for packet in packets {
         assert!(!closing.is_finished(), "verdicts are still owed");
         assert!(account(0).is_some());
         let verdict = if number(&packet) < 5 { packet.accept() } else { packet.drop() };
         sink.submit(verdict).unwrap();
     }
-    soon("the end", closing).await.unwrap().unwrap();
+    soon("the shutdown", closing).await.unwrap().unwrap();
     assert_eq!(account(0), None);
     traffic.expect(0..5).await;
     assert_eq!(
@@ -202,7 +203,7 @@ async fn closing_waits_for_owed_verdicts() {
     );
 }
 
-async fn closing_does_not_wait_for_ever() {
+async fn close_times_out() {
     const TIMEOUT: Duration = Duration::from_millis(50);
     for (action, delivered) in [(Action::Accept, 10), (Action::Drop, 0)] {
         let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action).close_timeout(TIMEOUT));
@@ -210,7 +211,7 @@ async fn closing_does_not_wait_for_ever() {
         let mut packets = hold(&mut queue, &traffic, 0..10).await;
         let sink = queue.sink();
         let begun = std::time::Instant::now();
-        let error = soon("the end", queue.close()).await.unwrap_err();
+        let error = soon("the shutdown", queue.close()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
         assert!(begun.elapsed() >= TIMEOUT, "not before");
         assert_eq!(account(0), None);
@@ -222,14 +223,14 @@ async fn closing_does_not_wait_for_ever() {
         sink.submit(late.accept()).unwrap();
         let error = soon("the refusal", sink.refusals().recv()).await.unwrap();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)));
-        let error = soon("the answer", sink.confirm(packets.remove(0).drop())).await.unwrap_err();
+        let error = soon("the reply", sink.confirm(packets.remove(0).drop())).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Expired);
         drop(packets);
         traffic.expect_nothing();
     }
 }
 
-async fn closing_goes_on_when_nobody_awaits_it() {
+async fn close_continues_when_nobody_awaits_it() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let packets = hold(&mut queue, &traffic, 0..10).await;
@@ -238,16 +239,16 @@ async fn closing_goes_on_when_nobody_awaits_it() {
     for packet in packets {
         sink.submit(packet.accept()).unwrap();
     }
-    eventually("the end", || account(0).is_none()).await;
+    eventually("the queue is unbound", || account(0).is_none()).await;
     traffic.expect(0..10).await;
 }
 
-async fn unread_packets_get_the_answer_for_the_unanswered() {
+async fn unread_packets_get_the_default_action() {
     for (action, delivered) in [(Action::Accept, 50), (Action::Drop, 0)] {
         for drop_it in [false, true] {
             let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
             let traffic = Traffic::new(60);
-            // One is taken, so that others have been received beside it; the rest is still in the
+            // One is taken, so that others have been received with it; the rest is still in the
             // socket.
             traffic.send(0..25);
             let first = next(&mut queue).await;
@@ -257,7 +258,7 @@ async fn unread_packets_get_the_answer_for_the_unanswered() {
             if drop_it {
                 drop(queue);
             } else {
-                soon("the end", queue.close()).await.unwrap();
+                soon("the shutdown", queue.close()).await.unwrap();
             }
             assert_eq!(account(0), None);
             traffic.expect(0..delivered).await;
@@ -266,7 +267,7 @@ async fn unread_packets_get_the_answer_for_the_unanswered() {
     }
 }
 
-async fn close_with_says_what_unread_packets_get() {
+async fn close_with_decides_unread_packets() {
     for (action, other, delivered) in [(Action::Accept, Action::Drop, 0), (Action::Drop, Action::Accept, 50)] {
         let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(60);
@@ -274,9 +275,9 @@ async fn close_with_says_what_unread_packets_get() {
         let last = next(&mut queue).await;
         let sink = queue.sink();
         let closing = tokio::spawn(queue.close_with(other));
-        eventually("the end has begun", || sink.is_closed()).await;
+        eventually("the shutdown has begun", || sink.is_closed()).await;
         sink.submit(last.decide(other)).unwrap();
-        soon("the end", closing).await.unwrap().unwrap();
+        soon("the shutdown", closing).await.unwrap().unwrap();
         traffic.expect(0..delivered).await;
     }
 }
@@ -288,10 +289,10 @@ async fn the_stream_ends_after_close() {
     let packet = next(&mut queue).await;
     let (mut packets, sink) = queue.split();
     sink.submit(packet.accept()).unwrap();
-    soon("the end", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
     for _ in 0..3 {
-        assert!(soon("the end", packets.recv()).await.is_none());
-        assert_eq!(soon("the end", packets.recv_many(&mut Vec::new(), 10)).await.unwrap(), 0);
+        assert!(soon("the end of the stream", packets.recv()).await.is_none());
+        assert_eq!(soon("the end of the stream", packets.recv_many(&mut Vec::new(), 10)).await.unwrap(), 0);
     }
     assert!(futures::stream::FusedStream::is_terminated(&packets));
     traffic.expect([0]).await;
@@ -304,36 +305,36 @@ async fn a_waiting_stream_is_woken_by_close() {
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
-    soon("the end", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
     assert!(soon("the stream's end", waiting).await.unwrap());
 }
 
-async fn closing_twice_and_together() {
+async fn close_may_be_called_several_times() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let sink = queue.sink();
     let closings: Vec<_> =
         (0..4).map(|_| sink.clone()).map(|sink| tokio::spawn(async move { sink.close().await })).collect();
-    eventually("the end has begun", || sink.is_closed()).await;
+    eventually("the shutdown has begun", || sink.is_closed()).await;
     sink.submit(packet.accept()).unwrap();
     for closing in closings {
-        soon("the end", closing).await.unwrap().unwrap();
+        soon("the shutdown", closing).await.unwrap().unwrap();
     }
-    soon("the end", sink.close()).await.unwrap();
-    soon("the end", sink.close_with(Action::Accept)).await.unwrap();
-    soon("the end", queue.close()).await.unwrap();
+    soon("the shutdown", sink.close()).await.unwrap();
+    soon("the shutdown", sink.close_with(Action::Accept)).await.unwrap();
+    soon("the shutdown", queue.close()).await.unwrap();
     assert!(sink.is_closed());
     soon("a flush", sink.flush()).await.unwrap();
     traffic.expect([0]).await;
 }
 
-async fn verdicts_after_the_end() {
+async fn verdicts_after_close_are_late() {
     let (mut queue, _divert) = start(Queue::builder(0).close_timeout(Duration::from_millis(1)));
     let traffic = Traffic::new(4);
     let packets = hold(&mut queue, &traffic, 0..4).await;
     let sink = queue.sink();
-    soon("the end", queue.close()).await.unwrap_err();
+    soon("the shutdown", queue.close()).await.unwrap_err();
     let mut refusals = sink.refusals();
     for packet in packets {
         let error = match number(&packet) {
@@ -345,14 +346,14 @@ async fn verdicts_after_the_end() {
                 sink.submit(packet.detach().drop()).unwrap();
                 soon("the refusal", refusals.recv()).await.unwrap()
             }
-            2 => soon("the answer", sink.confirm(packet.accept())).await.unwrap_err(),
+            2 => soon("the reply", sink.confirm(packet.accept())).await.unwrap_err(),
             _ => return drop((packet, sink)),
         };
         assert_eq!(error.kind(), ErrorKind::Expired, "{error}");
     }
 }
 
-fn closing_in_another_runtime() {
+fn close_works_in_another_runtime() {
     let other = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let own = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for own_is_gone in [false, true] {
@@ -368,7 +369,7 @@ fn closing_in_another_runtime() {
         }
         let sink = queue.sink();
         sink.submit(packet.accept()).unwrap();
-        other.block_on(soon("the end", queue.close())).unwrap();
+        other.block_on(soon("the shutdown", queue.close())).unwrap();
         assert_eq!(account(0), None);
         own.block_on(traffic.expect([0]));
         drop(divert);
