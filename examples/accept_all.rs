@@ -95,7 +95,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("accept_all: {error}");
+            eprintln!("accept_all: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -136,7 +136,7 @@ fn options() -> Result<Option<Options>, lexopt::Error> {
                 options.threads = arguments.value()?.parse_with(|text| match text.parse() {
                     Ok(0) => Err("at least one thread is needed".to_owned()),
                     Ok(threads) => Ok(threads),
-                    Err(error) => Err(format!("{error}")),
+                    Err(error) => Err(format!("{error:#}")),
                 })?;
             }
             Short('h') | Long("help") => return Ok(None),

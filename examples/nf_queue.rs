@@ -62,7 +62,7 @@ async fn decide(held: &mut Vec<Packet>, verdicts: &VerdictSink, options: &Option
             None => packet.accept(),
         };
         if let Err(error) = verdicts.submit(verdict) {
-            eprintln!("nf_queue: {error}");
+            eprintln!("nf_queue: {error:#}");
         }
         if options.out_of_order {
             // Within one flush the verdicts reach the kernel in the packets' order.
@@ -205,7 +205,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nf_queue: {error}");
+            eprintln!("nf_queue: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -129,7 +129,7 @@ async fn main() -> ExitCode {
     match run(options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("out_of_order: {error}");
+            eprintln!("out_of_order: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -173,7 +173,7 @@ fn options() -> Result<Option<Options>, lexopt::Error> {
                 options.tasks = arguments.value()?.parse_with(|text| match text.parse() {
                     Ok(0) => Err("at least one task is needed".to_owned()),
                     Ok(tasks) => Ok(tasks),
-                    Err(error) => Err(format!("{error}")),
+                    Err(error) => Err(format!("{error:#}")),
                 })?;
             }
             Long("hold-us") => options.hold_us = arguments.value()?.parse::<u32>()?.into(),

@@ -414,7 +414,8 @@ impl fmt::Display for TryRecvError {
 impl std::error::Error for TryRecvError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Failed(error) => Some(error),
+            // `Display` is that of the error itself.
+            Self::Failed(error) => error.source(),
             Self::Empty | Self::Closed => None,
         }
     }

@@ -87,7 +87,10 @@ impl VerdictSink {
     /// kernel refused, verdicts for packets that had already been decided, and malformed messages.
     /// Each has its packet's id, if that is known. The kind is `NotPermitted`, `Expired`,
     /// `Malformed`, that of the kernel's error, or `InvalidInput` for a verdict whose message is
-    /// longer than the socket's send buffer allows.
+    /// longer than the socket's send buffer allows. A packet that had already left the queue is not
+    /// an error: it is counted in
+    /// [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least), and
+    /// [`confirm`](Self::confirm) reports it as `PacketGone`.
     ///
     /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and

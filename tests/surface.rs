@@ -70,3 +70,12 @@ fn the_cause_of_an_error_is_not_repeated() {
     assert!(!error.to_string().contains("No such file"), "{error}");
     assert_eq!(error.raw_os_error(), Some(2));
 }
+
+#[test]
+fn one_line_can_have_the_cause() {
+    let error = NetworkNamespace::open("/does/not/exist").unwrap_err();
+    assert!(format!("{error:#}").contains("No such file"), "{error:#}");
+    let failed = TryRecvError::Failed(error);
+    let source = std::error::Error::source(&failed).expect("a cause").to_string();
+    assert!(source.contains("No such file") && !failed.to_string().contains("No such file"), "{failed}: {source}");
+}

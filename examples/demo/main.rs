@@ -70,7 +70,7 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
                 Some(Flow::Rewritten) => match rewrite::rewritten(&packet) {
                     Ok(payload) => packet.accept().payload(payload),
                     Err(error) => {
-                        eprintln!("demo: {error}");
+                        eprintln!("demo: {error:#}");
                         packet.drop()
                     }
                 },
@@ -78,7 +78,7 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
             };
             counts.decided(flow, &verdict);
             if let Err(error) = verdicts.submit(verdict) {
-                eprintln!("demo: {error}");
+                eprintln!("demo: {error:#}");
             }
         }
     });

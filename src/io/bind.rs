@@ -20,7 +20,7 @@ use super::{
 use crate::{
     state::{FixedSettings, Limits, Machine, flush::FlushPolicy},
     types::{Error, ErrorKind},
-    wire::config::{Config, FLAG_CONNTRACK, FLAG_SECURITY_CONTEXT},
+    wire::config::{Config, FLAG_CONNTRACK, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
 };
 
 /// Descriptors that belong to the network namespace in which they were opened.
@@ -159,7 +159,12 @@ impl Shared {
     /// kernel returns ENODEV, after it has checked the flags.
     fn refused_flag(&self, config: &Config) -> Option<&'static str> {
         let (_, flags) = config.flags?;
-        let optional = [(FLAG_CONNTRACK, "conntrack"), (FLAG_SECURITY_CONTEXT, "security_context")];
+        let optional = [
+            (FLAG_CONNTRACK, "conntrack"),
+            (FLAG_SECURITY_CONTEXT, "security_context"),
+            (FLAG_GSO, "gso"),
+            (FLAG_UID_GID, "uid_gid"),
+        ];
         optional.into_iter().find_map(|(flag, name)| {
             let probe = Config { flags: Some((flag, flag)), ..Config::default() };
             let refused = flags & flag != 0

@@ -9,8 +9,8 @@ use super::PacketId;
 /// An error: which operation failed and why, and the packet that it concerns.
 ///
 /// `Display` starts with the operation: `bind queue 7: already bound by another socket`. The error
-/// of the operating system, if there is one, is the
-/// [`source`](std::error::Error::source) and is not repeated.
+/// of the operating system, if there is one, is the [`source`](std::error::Error::source) and is
+/// not repeated. `{error:#}` appends it, for programs that print one line.
 pub struct Error(Box<Repr>);
 
 struct Repr {
@@ -161,7 +161,7 @@ impl fmt::Display for ErrorKind {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Repr { kind, operation, detail, packet, source: _, fatal: _ } = &*self.0;
+        let Repr { kind, operation, detail, packet, source, fatal: _ } = &*self.0;
         f.write_str(operation)?;
         if let Some(packet) = packet {
             write!(f, " (packet {packet})")?;
@@ -170,7 +170,10 @@ impl fmt::Display for Error {
         if let Some(detail) = detail {
             write!(f, ": {detail}")?;
         }
-        Ok(())
+        match source {
+            Some(source) if f.alternate() => write!(f, ": {source}"),
+            _ => Ok(()),
+        }
     }
 }
 
