@@ -30,8 +30,10 @@ use crate::{
 
 mod awaiting;
 mod deadlines;
+mod effects;
 pub(crate) mod flush;
 pub(crate) mod ledger;
+mod life_cycle;
 mod memory;
 #[cfg(test)]
 mod model;
@@ -46,13 +48,15 @@ mod verdicts;
 use self::{
     awaiting::{Awaited, Awaiting, SentBatches},
     deadlines::{Arrivals, Deadlines},
-    flush::{FlushContext, FlushPolicy, FlushReason},
+    flush::{FlushPolicy, FlushReason},
     ledger::{Ledger, NO_TOKEN},
     memory::HeldMemory,
     reports::Reports,
 };
 pub(crate) use self::{
+    effects::{Effects, Notice},
     ledger::{Decision, Origin, VerdictMessage},
+    life_cycle::{LifeCycle, WaitLimit},
     memory::Storage,
     reports::{Report, ReportKind},
 };
@@ -93,66 +97,6 @@ pub(crate) struct Change {
     pub(crate) payload: Option<usize>,
 }
 
-/// Where a queue is between `bind` and the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum LifeCycle {
-    Open,
-    /// No packet is handed out any more. A thread asks the kernel to queue no more, and receives
-    /// what is queued.
-    Stopping {
-        action: Action,
-        limit: WaitLimit,
-        /// The capability was missing; it is tried again.
-        failed: bool,
-    },
-    /// Nothing can be queued any more, and everything has been received. The verdicts that are owed
-    /// are awaited.
-    Waiting {
-        action: Action,
-        limit: WaitLimit,
-    },
-    /// Every packet is decided; somebody unbinds the queue.
-    Unbinding {
-        action: Action,
-        limit: WaitLimit,
-    },
-    Closed {
-        /// The capability was missing; unbinding is tried again.
-        still_bound: bool,
-    },
-}
-
-impl LifeCycle {
-    pub(crate) fn is_open(self) -> bool {
-        self == Self::Open
-    }
-
-    pub(crate) fn is_closed(self) -> bool {
-        matches!(self, Self::Closed { .. })
-    }
-}
-
-/// How long the verdicts that are owed are awaited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum WaitLimit {
-    /// No limit: the queue was dropped while packets are still held.
-    Never,
-    At(Instant),
-    /// The time is over: every packet has been decided.
-    Over,
-}
-
-impl WaitLimit {
-    /// The earlier of the two.
-    fn tighten(self, other: Self) -> Self {
-        match (self, other) {
-            (Self::Over, _) | (_, Self::Over) => Self::Over,
-            (Self::Never, limit) | (limit, Self::Never) => limit,
-            (Self::At(one), Self::At(another)) => Self::At(one.min(another)),
-        }
-    }
-}
-
 /// Whether this process has the capability to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Permission {
@@ -171,70 +115,6 @@ enum Permission {
     },
     /// It has been missing for `LASTING`, and the stream has ended with an error.
     Lost,
-}
-
-/// What the caller must do once it has released the lock.
-#[derive(Debug)]
-pub(crate) struct Effects {
-    /// Send all gathered verdicts.
-    pub(crate) flush: bool,
-    /// Wake the driver task.
-    pub(crate) call_driver: bool,
-    /// Have [`Machine::fire`] called at this time or before.
-    pub(crate) timer: Option<Instant>,
-    /// Call a custom policy and return it by [`Machine::policy_decided`].
-    pub(crate) ask: Option<Box<(FlushPolicy, FlushContext)>>,
-    /// Receive: packets may have been unread for some time.
-    pub(crate) look: bool,
-    /// Have [`Machine::readable`] called when the socket is readable.
-    pub(crate) watch: bool,
-    /// Unbind the queue.
-    pub(crate) unbind: bool,
-    /// Stop the queue again, with this action: the capability was missing before.
-    pub(crate) drain: Option<Action>,
-    /// Check whether the calling thread has the capability. Otherwise the driver does that: there
-    /// is none, or it does not run.
-    pub(crate) probe: bool,
-    pub(crate) wake_stream: bool,
-    /// Tasks that wait for a flush or for the end of the shutdown.
-    pub(crate) wake_waiting: bool,
-    pub(crate) wake_refusals: bool,
-}
-
-impl Effects {
-    const NOTHING: Self = Self {
-        flush: false,
-        call_driver: false,
-        timer: None,
-        ask: None,
-        look: false,
-        watch: false,
-        unbind: false,
-        drain: None,
-        probe: false,
-        wake_stream: false,
-        wake_waiting: false,
-        wake_refusals: false,
-    };
-
-    fn is_nothing(&self) -> bool {
-        let flags = [self.flush, self.call_driver, self.look, self.watch, self.unbind, self.probe];
-        let wakes = [self.wake_stream, self.wake_waiting, self.wake_refusals];
-        !flags.contains(&true)
-            && !wakes.contains(&true)
-            && self.timer.is_none()
-            && self.ask.is_none()
-            && self.drain.is_none()
-    }
-}
-
-/// What the caller must deliver once it has released the lock.
-#[derive(Debug)]
-pub(crate) enum Notice<E: Carried> {
-    Reply(E::Waiter, Result<(), Error>),
-    Report(Report),
-    /// It is not needed any more. Dropping it may run users' code.
-    Spent(E),
 }
 
 /// One received packet.

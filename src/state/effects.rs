@@ -1,0 +1,74 @@
+//! What the machine asks for.
+
+use std::time::Instant;
+
+use super::{
+    Carried,
+    flush::{FlushContext, FlushPolicy},
+    reports::Report,
+};
+use crate::types::{Action, Error};
+
+/// What the caller must do once it has released the lock.
+#[derive(Debug)]
+pub(crate) struct Effects {
+    /// Send all gathered verdicts.
+    pub(crate) flush: bool,
+    /// Wake the driver task.
+    pub(crate) call_driver: bool,
+    /// Have [`Machine::fire`] called at this time or before.
+    pub(crate) timer: Option<Instant>,
+    /// Call a custom policy and return it by [`Machine::policy_decided`].
+    pub(crate) ask: Option<Box<(FlushPolicy, FlushContext)>>,
+    /// Receive: packets may have been unread for some time.
+    pub(crate) look: bool,
+    /// Have [`Machine::readable`] called when the socket is readable.
+    pub(crate) watch: bool,
+    /// Unbind the queue.
+    pub(crate) unbind: bool,
+    /// Stop the queue again, with this action: the capability was missing before.
+    pub(crate) drain: Option<Action>,
+    /// Check whether the calling thread has the capability. Otherwise the driver does that: there
+    /// is none, or it does not run.
+    pub(crate) probe: bool,
+    pub(crate) wake_stream: bool,
+    /// Tasks that wait for a flush or for the end of the shutdown.
+    pub(crate) wake_waiting: bool,
+    pub(crate) wake_refusals: bool,
+}
+
+impl Effects {
+    pub(super) const NOTHING: Self = Self {
+        flush: false,
+        call_driver: false,
+        timer: None,
+        ask: None,
+        look: false,
+        watch: false,
+        unbind: false,
+        drain: None,
+        probe: false,
+        wake_stream: false,
+        wake_waiting: false,
+        wake_refusals: false,
+    };
+
+    pub(super) fn is_nothing(&self) -> bool {
+        let flags = [self.flush, self.call_driver, self.look, self.watch, self.unbind, self.probe];
+        let wakes = [self.wake_stream, self.wake_waiting, self.wake_refusals];
+        !flags.contains(&true)
+            && !wakes.contains(&true)
+            && self.timer.is_none()
+            && self.ask.is_none()
+            && self.drain.is_none()
+    }
+}
+
+/// What the caller must deliver once it has released the lock.
+#[derive(Debug)]
+pub(crate) enum Notice<E: Carried> {
+    Reply(E::Waiter, Result<(), Error>),
+    Report(Report),
+    /// It is not needed any more. Dropping it may run users' code.
+    Spent(E),
+}
