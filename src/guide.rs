@@ -1,4 +1,5 @@
 //! What to know before a queue goes into production: surprises, limits, and observability.
+//! The page [`replies`] describes how to reply to packets.
 //!
 //! # Threads and runtimes
 //!
@@ -112,3 +113,5 @@
 //! | `deadlines of unread packets are not kept` | ERROR | `error` |
 //! | `queue failed` | ERROR | `count` |
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
+
+pub mod replies;

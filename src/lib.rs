@@ -45,6 +45,8 @@
 //! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
 //! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
 //! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |
+//! | reply to a packet, or refuse it | [`Edit::turn_around`], [`Edit::tcp_reset`], [`Edit::icmp_unreachable`]; [`guide::replies`] |
+//! | send packets of one's own | [`Injector`] |
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |
 //! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
 //! | hold packets for a long time | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
@@ -94,6 +96,7 @@ mod divert;
 mod edit;
 mod group;
 pub mod guide;
+mod injector;
 mod io;
 #[cfg(all(doc, feature = "conntrack", feature = "edit"))]
 pub mod migration;
@@ -117,8 +120,9 @@ pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
 pub use divert::{Divert, DivertBuilder, Protocol, Rule};
 #[cfg(feature = "edit")]
-pub use edit::{Edit, PacketView, TcpFields, complete_checksums};
+pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
 pub use group::{GroupSink, GroupStream, QueueGroup};
+pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;
 pub use packet::{DetachedPacket, Packet};

@@ -4,9 +4,9 @@ use std::fmt::Debug;
 
 use tokio_nfqueue::{
     Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlushContext, FlushDecision,
-    FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, KernelStats, NetworkNamespace, Packet, PacketId,
-    PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError, Verdict, VerdictSink,
-    Vlan, stats,
+    FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace,
+    Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError,
+    TrySendError, Verdict, VerdictSink, Vlan, stats,
 };
 
 fn send<T: Send + Unpin + 'static>() {}
@@ -21,9 +21,9 @@ macro_rules! assert_traits {
 #[test]
 fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, ErrorKind, Family,
-        FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, KernelStats,
-        NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
-        Stats, TryRecvError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
+        FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder,
+        KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
+        Stats, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
     #[cfg(feature = "conntrack")]
     assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
@@ -32,15 +32,16 @@ fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: tokio_nfqueue::Divert, tokio_nfqueue::DivertBuilder, tokio_nfqueue::Protocol,
         tokio_nfqueue::Rule);
     #[cfg(feature = "edit")]
-    assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields);
+    assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
+        tokio_nfqueue::Unreachable);
 }
 
 /// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
 #[test]
 fn what_tasks_share_is_sync() {
     assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream,
-        KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
-        Stats, TryRecvError, Verdict, VerdictSink);
+        Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
+        Stats, TryRecvError, TrySendError, Verdict, VerdictSink);
     #[cfg(feature = "divert")]
     assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::Rule);
     #[cfg(feature = "edit")]
@@ -49,7 +50,8 @@ fn what_tasks_share_is_sync() {
 
 #[test]
 fn settings_and_sinks_can_be_cloned() {
-    assert_traits!(clone: FlushPolicy, GroupSink, NetworkNamespace, QueueBuilder, Reconfigure, VerdictSink, Stats);
+    assert_traits!(clone: FlushPolicy, GroupSink, Injector, InjectorBuilder, NetworkNamespace, QueueBuilder, Reconfigure,
+        VerdictSink, Stats);
     #[cfg(feature = "divert")]
     assert_traits!(clone: tokio_nfqueue::Rule);
 }
@@ -57,8 +59,8 @@ fn settings_and_sinks_can_be_cloned() {
 #[test]
 fn every_type_can_be_printed() {
     assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
-        NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
-        TryRecvError, Verdict, VerdictSink);
+        Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
+        TryRecvError, TrySendError, Verdict, VerdictSink);
 }
 
 /// The cause of an error is its source, and `Display` does not repeat it.

@@ -3,6 +3,7 @@
 mod checksum;
 mod fields;
 mod layout;
+mod reply;
 mod route;
 mod splice;
 #[cfg(test)]
@@ -18,7 +19,10 @@ use crate::{
     wire::MAX_PAYLOAD,
 };
 
-pub use self::view::{PacketView, TcpFields};
+pub use self::{
+    reply::Unreachable,
+    view::{PacketView, TcpFields},
+};
 
 /// A copy of a packet that can be changed: addresses, ports, TTL, TOS and the transport payload.
 ///
@@ -30,6 +34,9 @@ pub use self::view::{PacketView, TcpFields};
 ///
 /// [`Packet::edit`] makes an `Edit` from a received packet. [`Edit::new`] makes one from other
 /// bytes.
+///
+/// [`turn_around`](Self::turn_around), [`tcp_reset`](Self::tcp_reset) and
+/// [`icmp_unreachable`](Self::icmp_unreachable) make a reply to the packet's sender.
 ///
 /// ```
 /// use std::net::Ipv4Addr;
@@ -90,7 +97,42 @@ pub use self::view::{PacketView, TcpFields};
 /// * TCP super-packets are refused if they have an IPv4 source route that is not completed, or an
 ///   IPv6 routing header with segments left. The kernel would give the segments wrong checksums.
 ///
-/// To edit without these limits, use `gso(false)`.
+/// To edit without these limits, use `gso(false)`. GSO gains most for TCP, and the limits concern
+/// mostly UDP. So a program that edits both binds two queues:
+///
+/// ```no_run
+/// use futures::{TryStreamExt, stream};
+/// use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};
+///
+/// # async fn example() -> Result<(), tokio_nfqueue::Error> {
+/// let tcp = Queue::builder(0).gso(true).bind()?;
+/// let udp = Queue::builder(1).gso(false).bind()?;
+/// let rule = Rule::new(Hook::Forward);
+/// let _divert = Divert::builder()
+///     .rule(rule.clone().protocol(Protocol::Tcp).to_queue(0))
+///     .rule(rule.protocol(Protocol::Udp).to_queue(1))
+///     .install()?;
+/// let mut packets = stream::select(tcp, udp);
+/// while let Some(packet) = packets.try_next().await? {
+///     let mut edit = packet.edit()?;
+///     edit.set_tos(0);
+///     // The verdict goes to the queue of its packet.
+///     packet.accept().payload(edit.finish()).submit()?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Fragments
+///
+/// Packets are fragments only where the kernel does not reassemble them before: it does so for
+/// local delivery, before the input hook, and for connection tracking, at prerouting and output.
+///
+/// * [`PacketView::source_port`] and [`PacketView::destination_port`] return the ports of a first
+///   fragment. Later fragments have none. To find their ports, remember those of the first fragment
+///   by addresses, protocol and identification.
+/// * TTL, TOS and addresses can be changed in every fragment. Ports and payload can be changed in
+///   none, because the checksum covers the whole datagram.
 ///
 #[doc = include_str!("pktbuff.md")]
 pub struct Edit {

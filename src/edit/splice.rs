@@ -146,7 +146,7 @@ impl Edit {
         Ok(())
     }
 
-    fn write_ip_len(&mut self) {
+    pub(super) fn write_ip_len(&mut self) {
         self.layout.stated_len = Some(self.layout.end);
         match self.layout.version {
             Version::V4 => self.write_u16(2, self.layout.end),

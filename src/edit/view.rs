@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice, TcpSlice, UdpHeaderSlice, ip_number};
+use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice, TcpSlice, ip_number};
 
 use super::layout::{Layout, Obstacle, Transport, Version};
 use crate::{
@@ -193,20 +193,21 @@ impl<'a> PacketView<'a> {
         self.is_tcp().then(|| TcpSlice::from_slice(self.ip_payload()).ok()).flatten()
     }
 
-    fn udp_slice(&self) -> Option<UdpHeaderSlice<'a>> {
-        self.is_udp().then(|| UdpHeaderSlice::from_slice(self.ip_payload()).ok()).flatten()
-    }
-
-    /// The source port of TCP or UDP.
+    /// The source port of TCP or UDP. Only its bytes must be present, so a first fragment and a
+    /// part of a packet have it as well. Later fragments have no ports.
     pub fn source_port(&self) -> Option<u16> {
-        let tcp = self.tcp_slice().map(|tcp| tcp.source_port());
-        tcp.or_else(|| self.udp_slice().map(|udp| udp.source_port()))
+        self.port(0)
     }
 
-    /// The destination port of TCP or UDP.
+    /// The destination port of TCP or UDP, as [`source_port`](Self::source_port).
     pub fn destination_port(&self) -> Option<u16> {
-        let tcp = self.tcp_slice().map(|tcp| tcp.destination_port());
-        tcp.or_else(|| self.udp_slice().map(|udp| udp.destination_port()))
+        self.port(2)
+    }
+
+    fn port(&self, at: usize) -> Option<u16> {
+        let has_ports = !self.layout.headerless && matches!(self.layout.protocol, ip_number::TCP | ip_number::UDP);
+        let port = self.ip_payload().get(at..)?.first_chunk()?;
+        has_ports.then(|| u16::from_be_bytes(*port))
     }
 
     /// The transport payload: the bytes after the header of TCP or UDP, or after the first 8 bytes

@@ -9,6 +9,7 @@
 //! | [`sender`], [`send`] | from the ledger to the socket |
 //! | [`driver`], [`timer`] | the task in the runtime, and the timer thread |
 //! | [`socket`], [`buffers`], [`kernel`], [`sys`] | the operating system |
+//! | [`raw_sockets`] | raw sockets for packets outside of a queue |
 
 mod bind;
 mod buffers;
@@ -20,6 +21,7 @@ mod guard;
 pub(crate) mod kernel;
 mod limits;
 mod raw_packet;
+pub(crate) mod raw_sockets;
 mod ready_fd;
 mod receiver;
 mod reconfigure;

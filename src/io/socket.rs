@@ -16,7 +16,10 @@ use rustix::{
     io::Errno,
     net::{SendFlags, sockopt},
 };
-use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::io::{
+    Interest,
+    unix::{AsyncFd, AsyncFdReadyGuard},
+};
 
 use super::{buffers::BufferPool, sys, timer::Timer};
 use crate::types::{Error, ErrorKind};
@@ -113,7 +116,7 @@ impl Socket {
     /// Registers a socket with the current runtime.
     pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
         let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
-        let fd = match sys::register(socket) {
+        let fd = match sys::register(socket, Interest::READABLE) {
             Some(registered) => registered.map_err(|source| Error::os("register netlink socket", source))?,
             None => return Err(Error::new(ErrorKind::NoRuntime, "register netlink socket")),
         };

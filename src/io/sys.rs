@@ -22,15 +22,18 @@ pub(crate) trait Owning: AsRawFd {}
 // crate never clones one.)
 impl Owning for netlink_sys::Socket {}
 
-/// Registers a descriptor with the current runtime, for reading. Returns `None` if the runtime has
-/// no I/O driver.
+// It contains an `OwnedFd` that it gives away only by value.
+impl Owning for socket2::Socket {}
+
+/// Registers a descriptor with the current runtime. Returns `None` if the runtime has no I/O
+/// driver.
 #[allow(unsafe_code)]
-pub(crate) fn register<T: Owning>(inner: T) -> Option<io::Result<AsyncFd<T>>> {
+pub(crate) fn register<T: Owning>(inner: T, interest: Interest) -> Option<io::Result<AsyncFd<T>>> {
     // Tokio has no function to ask whether there is a driver; it panics.
     let registered = catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: by `Owning`, the descriptor is open and the same until `inner` is dropped, and
         // the `AsyncFd` owns `inner`.
-        unsafe { AsyncFd::register_with_interest(inner, Interest::READABLE) }
+        unsafe { AsyncFd::register_with_interest(inner, interest) }
     }));
     Some(registered.ok()?.map_err(|error| error.into_parts().1))
 }

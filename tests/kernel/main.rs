@@ -28,6 +28,7 @@ mod examples;
 mod flushing;
 mod group;
 mod histories;
+mod injector;
 mod isolation;
 mod metadata;
 mod modes;
@@ -64,6 +65,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     replacement::tests,
     #[cfg(feature = "edit")]
     edit::tests,
+    injector::tests,
     #[cfg(feature = "conntrack")]
     conntrack::tests,
     bridge::tests,

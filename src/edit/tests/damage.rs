@@ -3,9 +3,9 @@
 use proptest::{prelude::*, sample::Index};
 
 use super::{
-    super::{Edit, PacketView, complete_checksums},
+    super::{Edit, PacketView, Unreachable, complete_checksums},
     Change, change, refusal,
-    sample::{Sample, SampleTransport, plain, sample},
+    sample::{Sample, SampleTransport, assert_checksums, plain, sample},
 };
 
 /// Calls every function on `bytes`.
@@ -14,6 +14,7 @@ fn exercise(bytes: &[u8], change: &Change) {
     if let Ok(view) = PacketView::new(bytes) {
         let _ = (view.to_string(), view.icmp(), view.tcp(), view.transport_header(), view.ip_header(), view.payload());
     }
+    reply(bytes);
     let Ok(mut edit) = Edit::new(bytes) else { return };
     if let Some((source, destination)) = change.addresses {
         let _ = edit.set_source_address(source);
@@ -32,6 +33,27 @@ fn exercise(bytes: &[u8], change: &Change) {
     assert_eq!(PacketView::new(&packet).unwrap().to_string(), view);
     // The result is a complete packet, and a second edit does not change it.
     assert_eq!(Edit::new(&packet).unwrap().finish(), packet);
+}
+
+/// Makes every reply to `bytes`. A packet that gets none is unchanged; a reply is complete, and an
+/// error has correct checksums.
+fn reply(bytes: &[u8]) {
+    for make in [Edit::turn_around, Edit::tcp_reset, |edit: &mut Edit| edit.icmp_unreachable(Unreachable::Port)] {
+        let Ok(mut edit) = Edit::new(bytes) else { return };
+        let packet = edit.packet.clone();
+        let (result, source) = (make(&mut edit), edit.view().source());
+        if result.is_err() {
+            assert_eq!(edit.packet, packet);
+            continue;
+        }
+        assert_eq!((source, edit.view().ttl()), (PacketView::new(bytes).unwrap().destination(), 64));
+        let is_error = edit.packet[..] != packet[..] && matches!(edit.view().icmp(), Some((1 | 3, _)));
+        let reply = edit.finish();
+        assert_eq!(Edit::new(&reply).unwrap().finish(), reply);
+        if is_error {
+            assert_checksums(&reply);
+        }
+    }
 }
 
 proptest! {

@@ -2,6 +2,7 @@
 
 mod damage;
 mod fragments;
+mod replies;
 mod routes;
 mod sample;
 mod special_cases;

@@ -3,6 +3,8 @@
 //! Every test runs with the offloads of the interfaces on and off, with and without super-packets,
 //! over IPv4 and IPv6.
 
+mod arrival;
+mod replies;
 mod route;
 mod setup;
 mod tcp;
@@ -41,6 +43,25 @@ pub(crate) fn tests() -> Vec<Trial> {
     tests.extend(each_case("an_echo_payload_can_be_replaced", echo));
     tests.extend(each_case("ttl_and_tos_can_be_set", ttl_and_tos));
     tests.extend(each_case("a_truncated_packet_cannot_be_edited", in_part));
+    tests.extend(each_case("two_queues_take_tcp_with_gso_and_udp_without", udp::beside_tcp_with_gso));
+    tests.extend(each_case("a_verdict_can_reply_to_a_query", replies::query_by_verdict));
+    tests.extend(each_case("an_injector_can_reply_to_a_query", replies::query_by_injector));
+    tests.extend(each_case("an_echo_request_can_be_replied_to", replies::echo));
+    tests.extend(each_case("a_reset_refuses_a_connection", replies::connection_refused));
+    tests.extend(each_case("a_reset_ends_a_connection", replies::connection_ended));
+    tests.extend(each_case("an_icmp_error_reaches_the_sender", replies::unreachable));
+    tests.extend(each_case("only_the_first_fragment_has_ports", replies::first_fragment));
+    for v6 in [false, true] {
+        let name = |name: &str| common::test_name(module_path!(), &format!("{name}: IPv{}", if v6 { 6 } else { 4 }));
+        for (host, hook) in arrival::PLACES {
+            let name = name(&format!("replies_arrive_as_documented, {host:?} {hook:?}"));
+            tests.extend(common::sync(&name, move || arrival::arrive(v6, (host, hook))));
+        }
+        let resets = move || arrival::resets_and_stateful_rules(v6);
+        tests.extend(common::multi(&name("a_stateful_rule_drops_only_resets_of_unknown_connections"), resets));
+        let errors = move || arrival::errors_and_stateful_rules(v6);
+        tests.extend(common::multi(&name("a_stateful_rule_drops_only_icmp_errors_of_unknown_connections"), errors));
+    }
     tests
 }
 

@@ -1,7 +1,11 @@
 //! UDP: lengths, addresses, ports, super-packets, fragments.
 
-use std::net::UdpSocket;
+use std::{
+    io::Write,
+    net::{TcpListener, TcpStream, UdpSocket},
+};
 
+use futures::{TryStreamExt, stream};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 use tokio_nfqueue::{ErrorKind, Hook, Protocol, Queue, Rule};
@@ -283,4 +287,54 @@ pub(crate) async fn wrong_checksum(case: Case) {
     }
     expect(&far, b"right");
     assert_eq!(path.peer.run(checksum_errors), 1);
+}
+
+/// Of TCP come super-packets; of UDP comes each datagram, whose length can be changed.
+pub(crate) async fn beside_tcp_with_gso(case: Case) {
+    const SEGMENT: usize = 1000;
+    let path = Path::new(case);
+    let with = Queue::builder(0).gso(true).bind().unwrap();
+    let without = Queue::builder(1).gso(false).bind().unwrap();
+    let sinks = [with.sink(), without.sink()];
+    let divert = common::divert([
+        Rule::new(Hook::Output).protocol(Protocol::Tcp).destination_port(PORT).to_queue(0),
+        Path::udp_to(Hook::Output, PORT).to_queue(1),
+    ]);
+    let task = tokio::spawn(async move {
+        let mut super_packets = 0;
+        let mut packets = stream::select(with, without);
+        while let Some(packet) = packets.try_next().await.unwrap() {
+            let mut edit = packet.edit().unwrap();
+            if packet.is_gso() {
+                assert_eq!(packet.queue_number(), 0);
+                super_packets += 1;
+            }
+            if edit.view().is_udp() {
+                edit.replace_payload(b"another length").unwrap();
+            }
+            packet.accept().payload(edit.finish()).submit().unwrap();
+        }
+        super_packets
+    });
+    let listener = path.peer.run(|| TcpListener::bind((path.far, PORT)).unwrap());
+    let mut client = TcpStream::connect((path.far, PORT)).unwrap();
+    let mut server = listener.accept().unwrap().0;
+    client.write_all(&[7; 100_000]).unwrap();
+    drop(client);
+    assert_eq!(std::io::copy(&mut server, &mut std::io::sink()).unwrap(), 100_000);
+
+    let (near, far) = (path.near_udp(), path.far_udp(PORT));
+    // Before Linux 6.11 an interface without offloads sends none.
+    if case.offloads {
+        setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
+    }
+    let datagrams = if case.offloads { 3 } else { 1 };
+    near.send_to(&vec![7; datagrams * SEGMENT], (path.far, PORT)).unwrap();
+    (0..datagrams).for_each(|_| expect(&far, b"another length"));
+    divert.remove_rules().unwrap();
+    for sink in sinks {
+        sink.close().await.unwrap();
+    }
+    assert!(task.await.unwrap() > 0);
+    path.assert_checksums();
 }
