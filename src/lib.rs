@@ -118,7 +118,10 @@ pub mod stats {
 pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
-pub use divert::{Divert, DivertBuilder, Protocol, Rule};
+pub use divert::{
+    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, Match, NamedSet, PacketField, PortRange, Priority,
+    Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
+};
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
 pub use group::{GroupSink, GroupStream, QueueGroup};

@@ -29,8 +29,11 @@ fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
         tokio_nfqueue::Flow, tokio_nfqueue::Expectation);
     #[cfg(feature = "divert")]
-    assert_traits!(send: tokio_nfqueue::Divert, tokio_nfqueue::DivertBuilder, tokio_nfqueue::Protocol,
-        tokio_nfqueue::Rule);
+    assert_traits!(send: tokio_nfqueue::ConnectionState, tokio_nfqueue::Direction, tokio_nfqueue::Divert,
+        tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
+        tokio_nfqueue::PacketField, tokio_nfqueue::PortRange, tokio_nfqueue::Priority, tokio_nfqueue::Protocol,
+        tokio_nfqueue::Rate, tokio_nfqueue::Rule, tokio_nfqueue::RuleCounter, tokio_nfqueue::SetElement,
+        tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
     #[cfg(feature = "edit")]
     assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
         tokio_nfqueue::Unreachable);
@@ -43,7 +46,8 @@ fn what_tasks_share_is_sync() {
         Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
         Stats, TryRecvError, TrySendError, Verdict, VerdictSink);
     #[cfg(feature = "divert")]
-    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::Rule);
+    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match,
+        tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
     #[cfg(feature = "edit")]
     assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
 }
@@ -53,7 +57,8 @@ fn settings_and_sinks_can_be_cloned() {
     assert_traits!(clone: FlushPolicy, GroupSink, Injector, InjectorBuilder, NetworkNamespace, QueueBuilder, Reconfigure,
         VerdictSink, Stats);
     #[cfg(feature = "divert")]
-    assert_traits!(clone: tokio_nfqueue::Rule);
+    assert_traits!(clone: tokio_nfqueue::DivertBuilder, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
+        tokio_nfqueue::Rule, tokio_nfqueue::SetElement);
 }
 
 #[test]

@@ -1,33 +1,52 @@
 //! nf_tables rules that send packets to a queue. The kernel removes them when the process ends.
 
-mod expression;
+mod action;
+mod builder;
+mod checked;
+mod dump;
+mod elements;
+mod encoder;
+mod facts;
+mod failure;
+mod family;
+mod matching;
 mod nft;
+mod priority;
 mod rule;
+mod script;
+mod set;
 mod socket;
 
 use std::{
-    fmt, io,
+    fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::io::Errno;
-
 use self::{
-    expression::QueueMethod,
-    nft::{ChainKind, Command, Subject},
-    rule::RuleAction,
-    socket::{Connection, Outcome, Refusal},
+    builder::Hooks,
+    checked::{KernelRule, Place, Surroundings},
+    encoder::{Encoding, QueueMethod},
+    failure::refused,
+    nft::{Batch, ChainKind, chain_name},
+    socket::{Connection, Outcome},
 };
-use crate::{
-    namespace::NetworkNamespace,
-    types::{Error, ErrorKind},
-};
+use crate::types::{Error, ErrorKind};
 
-pub use self::rule::{Protocol, Rule};
+pub use self::{
+    builder::DivertBuilder,
+    dump::RuleCounter,
+    elements::DivertSet,
+    family::TableFamily,
+    matching::{ConnectionState, Direction, Match, PacketField, PortRange, Protocol, Rate, TcpFlags},
+    priority::Priority,
+    rule::Rule,
+    set::{NamedSet, SetElement, SetField, SetValue},
+};
 
 /// nf_tables rules that send packets to queues. The rules exist until this value is dropped.
 ///
-/// The rules are in a separate table of family `inet`. A netlink socket in this value owns the
+/// The rules are in a separate table, of family `inet` unless
+/// [`family`](DivertBuilder::family) says otherwise. A netlink socket in this value owns the
 /// table (Linux 5.12 and later). Other programs can read the table but cannot change it, and `nft
 /// flush ruleset` skips it. The kernel removes it when this value is dropped, or when the process
 /// ends for any reason, including a signal.
@@ -51,6 +70,12 @@ pub use self::rule::{Protocol, Rule};
 /// # }
 /// ```
 ///
+/// # Changes while it is installed
+///
+/// [`replace_rules`](Self::replace_rules) replaces all rules in one step. [`set`](Self::set)
+/// changes the elements of named sets, which rules match with [`Match::in_set`].
+/// [`counters`](Self::counters) reads how many packets each rule has matched.
+///
 /// # Removing a table drops queued packets
 ///
 /// Removing a table also removes its base chains, and so unregisters their hooks. When a hook is
@@ -71,22 +96,111 @@ pub use self::rule::{Protocol, Rule};
 /// are lost. The kernel replies with `ENOENT` to a verdict for such a packet.
 ///
 /// Other queues in the namespace lose packets each time a `Divert` is closed. Therefore keep one
-/// `Divert`, and do not create and close many. [`install`](DivertBuilder::install) drops no queued
+/// `Divert`, and do not create and close many; change its rules with
+/// [`replace_rules`](Self::replace_rules). [`install`](DivertBuilder::install) drops no queued
 /// packet, even if it fails.
+///
+/// # Installing a table can queue packets again
+///
+/// A packet continues behind the hook at which it was queued, and the kernel finds that hook by its
+/// position (`nf_reinject`). If a hook is registered at the same point, at a priority before or
+/// equal to that of the queueing chain, a packet that is queued there at this time comes to the
+/// queue a second time when it is accepted, with a new id. This concerns the base chains of the
+/// table and, if no other rule has needed them before, the hooks of connection tracking (priority
+/// −200) and of defragmentation (−400), at `Prerouting` and `Output`. So install a table before
+/// packets are queued, and declare what later rules need:
+/// [`DivertBuilder::chain`], [`DivertBuilder::track_connections`], [`DivertBuilder::defragment`].
 pub struct Divert {
     table: String,
-    connection: Mutex<Connection>,
+    family: TableFamily,
+    /// The priority of rules without one of their own.
+    priority: i32,
+    sets: Vec<NamedSet>,
+    state: Mutex<State>,
+}
+
+/// What changes while the table is installed.
+struct State {
+    connection: Connection,
+    method: QueueMethod,
+    /// The base chains of the table.
+    places: Vec<Place>,
+    hooks: Hooks,
+    rules: Vec<Rule>,
+    /// The chain of each rule of the kernel, and the index of its [`Rule`], in the order of the
+    /// kernel's rules.
+    installed: Vec<(String, usize)>,
 }
 
 impl Divert {
     /// Returns a builder with no rule, a unique table name and priority 0.
     pub fn builder() -> DivertBuilder {
-        DivertBuilder { table: None, priority: 0, namespace: None, rules: Vec::new() }
+        DivertBuilder::new()
     }
 
     /// The name of the table. `nft list table inet NAME` lists the table.
     pub fn table(&self) -> &str {
         &self.table
+    }
+
+    /// Replaces all rules in one step.
+    ///
+    /// The kernel changes from the old rules to the new ones in one transaction: at each hook, a
+    /// packet meets either the old or the new rules. Queued packets stay in their queues, and are
+    /// not queued again. The base chains and the elements of named sets stay. The counters begin at
+    /// 0, and the token buckets of rates are full.
+    ///
+    /// If the new rules need a hook, connection tracking or defragmentation that the table does not
+    /// have yet, the transaction adds them: see [the effect on queued
+    /// packets](Self#installing-a-table-can-queue-packets-again). What the table has, it keeps
+    /// until it is removed.
+    ///
+    /// Blocks the thread as [`install`](DivertBuilder::install) does.
+    ///
+    /// # Errors
+    ///
+    /// As `install`; the old rules then stay installed. No rule is not an error.
+    pub fn replace_rules(&self, rules: impl IntoIterator<Item = Rule>) -> Result<(), Error> {
+        let rules: Vec<Rule> = rules.into_iter().collect();
+        let operation = || format!("replace the rules of table {}", self.table);
+        let surroundings = Surroundings { family: self.family, sets: &self.sets, priority: self.priority };
+        let checked = check_rules(&rules, surroundings)
+            .map_err(|reason| Error::new(ErrorKind::InvalidInput, operation()).with_detail(reason))?;
+
+        let mut state = self.lock();
+        let state = &mut *state;
+        let mut added: Vec<Place> = checked.iter().map(|rule| rule.place).collect();
+        added.sort();
+        added.dedup();
+        added.retain(|place| !state.places.contains(place));
+        let hooks = Hooks::needed(&checked, &mut state.connection, state.hooks);
+
+        let encode = |trial: bool| {
+            let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial });
+            let (tracking, defragment) = hooks.beyond(state.hooks);
+            batch.create_holder(self.family, tracking, defragment);
+            let kind = if trial { ChainKind::Regular } else { ChainKind::Base };
+            added.iter().for_each(|place| batch.create_chain(&chain_name(*place, self.priority), *place, kind));
+            state.places.iter().for_each(|place| batch.delete_rules(&chain_name(*place, self.priority)));
+            checked.iter().for_each(|rule| batch.add_rule(&chain_name(rule.place, self.priority), rule));
+            batch.commands
+        };
+        if !added.is_empty() || hooks != state.hooks {
+            // If the kernel refused the transaction, it would unregister the new hooks.
+            let trial = encode(true);
+            let result = state.connection.transact(&trial, Outcome::Abort);
+            result.map_err(|refusal| refused(operation(), &trial, &checked, refusal))?;
+        }
+        let commands = encode(false);
+        let result = state.connection.transact(&commands, Outcome::Commit);
+        result.map_err(|refusal| refused(operation(), &commands, &checked, refusal))?;
+        state.installed = installed(&checked, self.priority);
+        drop(checked);
+        state.places.extend(added);
+        state.places.sort();
+        state.hooks = hooks;
+        state.rules = rules;
+        Ok(())
     }
 
     /// Removes the rules, but not the table and its base chains.
@@ -101,10 +215,63 @@ impl Divert {
     /// [`NotPermitted`](ErrorKind::NotPermitted) if the thread has lost `CAP_NET_ADMIN`. The rules
     /// then stay installed.
     pub fn remove_rules(&self) -> Result<(), Error> {
-        let commands = nft::delete_rules(&self.table);
-        self.lock()
+        let mut state = self.lock();
+        let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
+        state.places.iter().for_each(|place| batch.delete_rules(&chain_name(*place, self.priority)));
+        let commands = batch.commands;
+        state
+            .connection
             .transact(&commands, Outcome::Commit)
-            .map_err(|refusal| refused(format!("remove the rules of table {}", self.table), &commands, refusal))
+            .map_err(|refusal| refused(format!("remove the rules of table {}", self.table), &commands, &[], refusal))?;
+        state.rules.clear();
+        state.installed.clear();
+        Ok(())
+    }
+
+    /// How many packets each rule has matched since it was installed, in the order of the rules.
+    ///
+    /// # Errors
+    ///
+    /// [`Other`](ErrorKind::Other) if other programs change nf_tables all the time, so that the
+    /// kernel cannot list the rules, or if the kernel returns another error.
+    pub fn counters(&self) -> Result<Vec<RuleCounter>, Error> {
+        let mut state = self.lock();
+        let objects = state
+            .connection
+            .dump(&nft::get_rules(&self.table))
+            .map_err(|error| Error::os(format!("read the counters of table {}", self.table), error))?;
+        let found: Vec<(String, RuleCounter)> = objects.iter().filter_map(|rule| dump::counter(rule)).collect();
+        let mut counters = vec![RuleCounter::default(); state.rules.len()];
+        for place in &state.places {
+            let chain = chain_name(*place, self.priority);
+            let indices = state.installed.iter().filter(|(name, _)| *name == chain).map(|(_, index)| *index);
+            let of_chain = found.iter().filter(|(name, _)| *name == chain).map(|(_, counter)| counter);
+            for (index, counter) in indices.zip(of_chain) {
+                if let Some(sum) = counters.get_mut(index) {
+                    sum.packets = sum.packets.saturating_add(counter.packets);
+                    sum.bytes = sum.bytes.saturating_add(counter.bytes);
+                }
+            }
+        }
+        Ok(counters)
+    }
+
+    /// The named set with this name.
+    ///
+    /// Its operations return an error if the [`DivertBuilder::set`] has not declared it.
+    pub fn set(&self, name: impl Into<String>) -> DivertSet<'_> {
+        DivertSet::new(self, name.into())
+    }
+
+    /// The table with its present rules, as a script for `nft -f`. See [`DivertBuilder::to_nft`].
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](ErrorKind::InvalidInput) if `nft` cannot read the table's name.
+    pub fn to_nft(&self) -> Result<String, Error> {
+        let state = self.lock();
+        let surroundings = Surroundings { family: self.family, sets: &self.sets, priority: self.priority };
+        builder::print(&self.table, surroundings, &state.rules, &state.places)
     }
 
     /// Removes the rules, and then the table.
@@ -121,15 +288,19 @@ impl Divert {
     /// As `remove_rules`. The socket is closed even then, and the kernel removes the table with it.
     pub fn close(self) -> Result<(), Error> {
         self.remove_rules()?;
-        let commands = nft::delete_table(&self.table);
-        self.lock()
+        let mut state = self.lock();
+        let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
+        batch.delete_table();
+        let commands = batch.commands;
+        state
+            .connection
             .transact(&commands, Outcome::Commit)
-            .map_err(|refusal| refused(format!("remove table {}", self.table), &commands, refusal))
+            .map_err(|refusal| refused(format!("remove table {}", self.table), &commands, &[], refusal))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Connection> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // A panic cannot leave the connection in an inconsistent state.
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -139,209 +310,16 @@ impl fmt::Debug for Divert {
     }
 }
 
-/// The rules and settings of a [`Divert`], from [`Divert::builder`].
-#[derive(Debug, Clone)]
-#[must_use = "no packet is sent to a queue until `install` is called"]
-pub struct DivertBuilder {
-    table: Option<String>,
-    priority: i32,
-    namespace: Option<NetworkNamespace>,
-    rules: Vec<Rule>,
+/// Checks rules. The reason for a refusal begins with the rule.
+fn check_rules<'a>(rules: &'a [Rule], surroundings: Surroundings<'a>) -> Result<Vec<KernelRule<'a>>, String> {
+    let mut checked = Vec::with_capacity(rules.len());
+    for (index, rule) in rules.iter().enumerate() {
+        let of_kernel = rule.check(index, surroundings).map_err(|reason| format!("rule {index}: {reason}"))?;
+        checked.extend(of_kernel);
+    }
+    Ok(checked)
 }
 
-impl DivertBuilder {
-    /// Sets the name of the table, 1 to 255 bytes without NUL. Default: `tokio_nfqueue_` and a
-    /// number that is unique in the network namespace (the netlink port id).
-    pub fn table(mut self, name: impl Into<String>) -> Self {
-        self.table = Some(name.into());
-        self
-    }
-
-    /// Sets the priority of the base chains. At each hook, the kernel calls chains with lower
-    /// numbers first. Default: 0, the priority of `filter`.
-    ///
-    /// Other priorities are −400 for defragmentation, −200 for connection tracking, −150 for
-    /// `mangle`, −100 for destination NAT and 100 for source NAT. Chains with a priority below −400
-    /// see fragments that are not yet reassembled. Later chains see reassembled packets only if
-    /// connection tracking or another module reassembles them.
-    pub fn priority(mut self, priority: i32) -> Self {
-        self.priority = priority;
-        self
-    }
-
-    /// Installs the rules in another network namespace. Default: the calling thread's.
-    ///
-    /// The calling thread stays in its namespace. A temporary thread opens the nf_tables socket,
-    /// which stays in the other namespace. Interface names in the rules are names in the other
-    /// namespace.
-    ///
-    /// Entering another namespace needs `CAP_SYS_ADMIN` in the caller's user namespace and in the
-    /// user namespace that owns the network namespace.
-    pub fn namespace(mut self, namespace: NetworkNamespace) -> Self {
-        self.namespace = Some(namespace);
-        self
-    }
-
-    /// Adds a rule.
-    ///
-    /// The kernel checks the rules of a hook in the order in which they were added. The first
-    /// matching rule decides what happens to the packet. A packet that no rule matches is accepted
-    /// by this table and continues to other chains.
-    pub fn rule(mut self, rule: Rule) -> Self {
-        self.rules.push(rule);
-        self
-    }
-
-    /// Adds several rules.
-    pub fn rules(mut self, rules: impl IntoIterator<Item = Rule>) -> Self {
-        self.rules.extend(rules);
-        self
-    }
-
-    /// Creates the table, a base chain for each used hook, and the rules.
-    ///
-    /// One transaction creates everything. If the kernel refuses a part, it creates nothing. Before
-    /// that, a trial transaction without base chains checks the rules, so that an error drops no
-    /// queued packet.
-    ///
-    /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
-    /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
-    /// `NETFILTER_XT_TARGET_NFQUEUE`).
-    ///
-    /// Blocks the thread for some tens of milliseconds (46 ms measured on Linux 6.18 with two
-    /// cores), because the kernel waits until no CPU uses the old rules. From an async task, call
-    /// it in `spawn_blocking`.
-    ///
-    /// # Errors
-    ///
-    /// * [`InvalidInput`](ErrorKind::InvalidInput): there is no rule; the table name is invalid; a
-    ///   rule is invalid (no action, ports without a protocol that has ports, or an invalid hook,
-    ///   address, interface name, mark or range of queues); or the rules do not fit into one
-    ///   transaction. The error names the invalid rule by its index, from 0. One transaction can
-    ///   carry some hundreds of rules. There is no limit if the thread has `CAP_NET_ADMIN` in the
-    ///   initial user namespace (`SO_SNDBUFFORCE`).
-    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
-    ///   namespace that owns the network namespace, or a capability that
-    ///   [`namespace`](Self::namespace) needs.
-    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, no tables with
-    ///   owners (before Linux 5.12), or neither the `queue` expression nor the `NFQUEUE` target.
-    /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
-    /// * [`Other`](ErrorKind::Other): a table of this name exists (`EEXIST`, or `EPERM` if another
-    ///   socket owns it), [`namespace`](Self::namespace) is not a network namespace, or the kernel
-    ///   returns another error.
-    pub fn install(&self) -> Result<Divert, Error> {
-        let rules = self.checked()?;
-        let failed = |error| Error::os("open a netlink socket for nf_tables", error);
-        let opened = match &self.namespace {
-            None => Connection::open(),
-            Some(namespace) => namespace.run(Connection::open)?,
-        };
-        let mut connection = opened.map_err(failed)?;
-        let table = match &self.table {
-            Some(name) => name.clone(),
-            None => format!("tokio_nfqueue_{}", connection.port()),
-        };
-
-        // The trial must not contain base chains: to abort it, the kernel would unregister their
-        // hooks, which drops all queued packets.
-        let mut method = QueueMethod::Expression;
-        let mut trial = nft::create(&table, ChainKind::Regular, method, &rules);
-        let mut result = connection.transact(&trial, Outcome::Abort);
-        if result.as_ref().is_err_and(|refusal| lacks_queue(refusal, &trial, &rules)) {
-            method = QueueMethod::Target;
-            trial = nft::create(&table, ChainKind::Regular, method, &rules);
-            result = connection.transact(&trial, Outcome::Abort);
-        }
-        let operation = || format!("install table {table}");
-        result.map_err(|refusal| {
-            let lacking = lacks_queue(&refusal, &trial, &rules);
-            let error = refused(operation(), &trial, refusal);
-            if lacking {
-                error
-                    .with_kind(ErrorKind::Unsupported)
-                    .with_detail("the kernel has neither NFT_QUEUE nor NFT_COMPAT with the NFQUEUE target")
-            } else {
-                error
-            }
-        })?;
-
-        let commands = nft::create(&table, ChainKind::Base(self.priority), method, &rules);
-        connection.transact(&commands, Outcome::Commit).map_err(|refusal| refused(operation(), &commands, refusal))?;
-        Ok(Divert { table, connection: Mutex::new(connection) })
-    }
-
-    fn checked(&self) -> Result<Vec<(&Rule, RuleAction)>, Error> {
-        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
-        if let Some(name) = &self.table
-            && (name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0'))
-        {
-            return Err(invalid(format!("the table name must have 1 to {LONGEST_NAME} bytes and no NUL")));
-        }
-        if self.rules.is_empty() {
-            return Err(invalid("there is no rule; add one with rule()".to_owned()));
-        }
-        let check = |(index, rule): (usize, _)| match Rule::check(rule) {
-            Ok(action) => Ok((rule, action)),
-            Err(reason) => Err(invalid(format!("rule {index}: {reason}"))),
-        };
-        self.rules.iter().enumerate().map(check).collect()
-    }
+fn installed(rules: &[KernelRule<'_>], priority: i32) -> Vec<(String, usize)> {
+    rules.iter().map(|rule| (chain_name(rule.place, priority), rule.index)).collect()
 }
-
-/// Whether the kernel lacks the expression or the target that sends packets to a queue. For a rule
-/// with the action queue, `ENOENT` has no other cause.
-fn lacks_queue(refusal: &Refusal, commands: &[Command], rules: &[(&Rule, RuleAction)]) -> bool {
-    let rule = match subject(refusal, commands) {
-        Some(Subject::Rule(index)) => rules.get(index),
-        _ => None,
-    };
-    errno(&refusal.error) == Some(Errno::NOENT) && matches!(rule, Some((_, RuleAction::Queue(..))))
-}
-
-fn subject(refusal: &Refusal, commands: &[Command]) -> Option<Subject> {
-    Some(commands.get(refusal.command?)?.subject)
-}
-
-fn errno(error: &io::Error) -> Option<Errno> {
-    error.raw_os_error().map(Errno::from_raw_os_error)
-}
-
-/// Builds the error for a failed transaction, with the refused table, chain or rule and the reason,
-/// if they are known.
-fn refused(operation: String, commands: &[Command], refusal: Refusal) -> Error {
-    let subject = subject(&refusal, commands);
-    let operation = match subject {
-        Some(Subject::Rule(index)) => format!("{operation}, rule {index}"),
-        Some(Subject::Chain(hook)) => format!("{operation}, chain {}", nft::chain_name(hook)),
-        Some(Subject::Table) | None => operation,
-    };
-    let (kind, hint) = match (errno(&refusal.error), subject) {
-        // The kernel checks the capability once for the whole batch, and replies to its first
-        // message.
-        (Some(Errno::PERM), None) => (
-            ErrorKind::NotPermitted,
-            Some("CAP_NET_ADMIN is needed in the user namespace that owns the network namespace"),
-        ),
-        (Some(Errno::PERM), Some(Subject::Table)) => {
-            (ErrorKind::Other, Some("another socket owns a table of this name"))
-        }
-        (Some(Errno::EXIST), Some(Subject::Table)) => (ErrorKind::Other, Some("a table of this name exists")),
-        (Some(Errno::OPNOTSUPP), None) => (ErrorKind::Unsupported, Some("the kernel has no nf_tables")),
-        (Some(Errno::OPNOTSUPP | Errno::INVAL), Some(Subject::Table)) => {
-            (ErrorKind::Unsupported, Some("tables with an owner need Linux 5.12 or later"))
-        }
-        (Some(Errno::OPNOTSUPP | Errno::AFNOSUPPORT), _) => (ErrorKind::Unsupported, None),
-        (Some(Errno::MSGSIZE), None) => (ErrorKind::InvalidInput, Some("too many rules for one transaction")),
-        (Some(Errno::AGAIN), None) => (ErrorKind::TimedOut, Some("the kernel did not reply")),
-        _ => (ErrorKind::Other, None),
-    };
-    let error = Error::new(kind, operation).with_source(refusal.error);
-    match (refusal.text, hint) {
-        (Some(text), _) => error.with_detail(text),
-        (None, Some(hint)) => error.with_detail(hint),
-        (None, None) => error,
-    }
-}
-
-/// `NFT_NAME_MAXLEN` of the kernel, without the NUL.
-const LONGEST_NAME: usize = 255;

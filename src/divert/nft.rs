@@ -1,16 +1,21 @@
-//! Encodes tables, chains and rules as nf_tables messages. This module uses no socket.
+//! Encodes tables, chains, sets and rules as nf_tables messages. This module uses no socket.
+
+use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, Hook as HookAttribute, HookNumber, InetHookNumber, NfTablesMessage, RuleAttribute,
-    RuleMessage, TableAttribute, TableFlags, TableMessage,
+    ChainAttribute, ChainMessage, DataAttribute, Hook as HookAttribute, HookNumber, InetHookNumber, ListAttribute,
+    NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription, SetElementAttribute, SetElementFlags,
+    SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableFlags, TableMessage,
 };
 
 use crate::types::Hook;
 
 use super::{
-    expression::{QueueMethod, expressions},
-    rule::{Rule, RuleAction},
+    checked::{KernelRule, Place},
+    encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, number},
+    family::TableFamily,
+    set::NamedSet,
 };
 
 /// The kind of the chains to create.
@@ -18,16 +23,19 @@ use super::{
 pub(super) enum ChainKind {
     /// Regular chains. No packet reaches them. For a trial.
     Regular,
-    /// Base chains with this priority.
-    Base(i32),
+    /// Base chains.
+    Base,
 }
 
 /// What a message of a transaction creates or deletes, for error texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Subject {
     Table,
-    Chain(Hook),
+    Chain(String),
     Rule(usize),
+    Set(String),
+    /// The rules that keep connection tracking or defragmentation registered.
+    Hooks(&'static str),
 }
 
 /// A message, its flags in addition to `NLM_F_REQUEST`, and its subject.
@@ -38,144 +46,282 @@ pub(super) struct Command {
     pub(super) message: NfTablesMessage,
 }
 
-/// Creates a table that the socket owns, one chain for each used hook, and the rules in their
-/// order.
-///
-/// [`Rule::check`] must have returned the [`RuleAction`] of each rule.
-pub(super) fn create(
-    table: &str,
-    chains: ChainKind,
-    method: QueueMethod,
-    rules: &[(&Rule, RuleAction)],
-) -> Vec<Command> {
-    let mut hooks: Vec<Hook> = rules.iter().map(|(rule, _)| rule.hook).collect();
-    hooks.sort();
-    hooks.dedup();
+/// The messages of a transaction on one table.
+pub(super) struct Batch<'a> {
+    table: &'a str,
+    encoding: Encoding,
+    next_set: u32,
+    pub(super) commands: Vec<Command>,
+}
 
-    let owned = vec![TableAttribute::Name(table.to_owned()), TableAttribute::Flags(TableFlags::Owner)];
-    let mut commands = vec![Command {
-        subject: Subject::Table,
-        flags: NLM_F_CREATE | NLM_F_EXCL,
-        message: NfTablesMessage::NewTable(TableMessage { attributes: owned }),
-    }];
-    commands.extend(hooks.into_iter().map(|hook| Command {
-        subject: Subject::Chain(hook),
-        flags: NLM_F_CREATE | NLM_F_EXCL,
-        message: NfTablesMessage::NewChain(ChainMessage { attributes: chain(table, hook, chains) }),
-    }));
-    commands.extend(rules.iter().enumerate().map(|(index, (rule, action))| Command {
-        subject: Subject::Rule(index),
-        flags: NLM_F_CREATE | NLM_F_APPEND,
-        message: NfTablesMessage::NewRule(RuleMessage {
+/// An element of a named set as the kernel wants it, and its time-out.
+pub(super) type Element = (Vec<u8>, Option<Duration>);
+
+impl<'a> Batch<'a> {
+    pub(super) fn new(table: &'a str, encoding: Encoding) -> Self {
+        Self { table, encoding, next_set: 1, commands: Vec::new() }
+    }
+
+    fn push(&mut self, subject: Subject, flags: u16, message: NfTablesMessage) {
+        self.commands.push(Command { subject, flags, message });
+    }
+
+    /// Creates the table. The socket owns it.
+    pub(super) fn create_table(&mut self) {
+        let attributes = vec![TableAttribute::Name(self.table.to_owned()), TableAttribute::Flags(TableFlags::Owner)];
+        self.push(Subject::Table, NLM_F_CREATE | NLM_F_EXCL, NfTablesMessage::NewTable(TableMessage { attributes }));
+    }
+
+    /// Removes the table with all that it contains.
+    pub(super) fn delete_table(&mut self) {
+        let attributes = vec![TableAttribute::Name(self.table.to_owned())];
+        self.push(Subject::Table, 0, NfTablesMessage::DeleteTable(TableMessage { attributes }));
+    }
+
+    pub(super) fn create_chain(&mut self, name: &str, place: Place, kind: ChainKind) {
+        let mut attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(name.to_owned())];
+        if kind == ChainKind::Base {
+            let number = InetHookNumber::from(u32::from(place.hook.number()));
+            attributes.push(ChainAttribute::Hook(vec![
+                HookAttribute::Number(HookNumber::Inet(number)),
+                // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
+                HookAttribute::Priority(place.priority.cast_unsigned()),
+            ]));
+            attributes.push(ChainAttribute::Type("filter".to_owned()));
+        }
+        let message = NfTablesMessage::NewChain(ChainMessage { attributes });
+        self.push(Subject::Chain(name.to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
+    }
+
+    /// Creates a chain that no packet reaches. Its rules keep connection tracking, and with it
+    /// defragmentation, or defragmentation alone registered while the table exists.
+    pub(super) fn create_holder(&mut self, family: TableFamily, tracking: bool, defragment: bool) {
+        if !tracking && !defragment {
+            return;
+        }
+        let attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(HOLDER.to_owned())];
+        let message = NfTablesMessage::NewChain(ChainMessage { attributes });
+        self.push(Subject::Chain(HOLDER.to_owned()), NLM_F_CREATE, message);
+        if tracking {
+            let mut encoder = Encoder::new(self.encoding, 0);
+            encoder.connection(CT_STATE);
+            self.create_rule(Subject::Hooks("connection tracking"), HOLDER, encoder);
+        }
+        if defragment && !self.encoding.trial {
+            let mut encoder = Encoder::new(self.encoding, 0);
+            // A table for both versions leaves the version open (`nft_tproxy_init`).
+            let version = match family {
+                TableFamily::Ip => NFPROTO_IPV4,
+                TableFamily::Ip6 => NFPROTO_IPV6,
+                TableFamily::Inet | TableFamily::Bridge => NFPROTO_UNSPEC,
+            };
+            encoder.value(PORT.bytes(1));
+            encoder.other("tproxy", vec![number(NFTA_TPROXY_FAMILY, version), number(NFTA_TPROXY_REG_PORT, REG_1)]);
+            self.create_rule(Subject::Hooks("defragmentation"), HOLDER, encoder);
+        }
+    }
+
+    /// A rule that the kernel refuses: with `ENOENT` if it lacks the expression, else with another
+    /// error.
+    pub(super) fn probe(&mut self, expression: &str) {
+        let attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(HOLDER.to_owned())];
+        let message = NfTablesMessage::NewChain(ChainMessage { attributes });
+        self.push(Subject::Chain(HOLDER.to_owned()), NLM_F_CREATE, message);
+        let mut encoder = Encoder::new(self.encoding, 0);
+        encoder.other(expression, Vec::new());
+        self.create_rule(Subject::Hooks("probe"), HOLDER, encoder);
+    }
+
+    /// Adds a rule to the end of a chain.
+    pub(super) fn add_rule(&mut self, chain: &str, rule: &KernelRule<'_>) {
+        let (expressions, sets) = rule.expressions(self.encoding, self.next_set);
+        self.next_set += sets.len() as u32;
+        for set in &sets {
+            self.create_anonymous_set(rule.index, set);
+        }
+        let mut attributes = vec![
+            RuleAttribute::Table(self.table.to_owned()),
+            RuleAttribute::Chain(chain.to_owned()),
+            RuleAttribute::Expressions(expressions),
+        ];
+        attributes.extend(rule.comment.map(|text| RuleAttribute::UserData(comment(text))));
+        let message = NfTablesMessage::NewRule(RuleMessage { attributes });
+        self.push(Subject::Rule(rule.index), NLM_F_CREATE | NLM_F_APPEND, message);
+    }
+
+    fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {
+        let (expressions, _) = encoder.finish();
+        let attributes = vec![
+            RuleAttribute::Table(self.table.to_owned()),
+            RuleAttribute::Chain(chain.to_owned()),
+            RuleAttribute::Expressions(expressions),
+        ];
+        self.push(subject, NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }));
+    }
+
+    /// Removes all rules of a chain (`nf_tables_delrule` without a handle).
+    pub(super) fn delete_rules(&mut self, chain: &str) {
+        let attributes = vec![RuleAttribute::Table(self.table.to_owned()), RuleAttribute::Chain(chain.to_owned())];
+        let message = NfTablesMessage::DeleteRule(RuleMessage { attributes });
+        self.push(Subject::Chain(chain.to_owned()), 0, message);
+    }
+
+    pub(super) fn create_set(&mut self, set: &NamedSet) {
+        let mut attributes = vec![
+            SetAttribute::Table(self.table.to_owned()),
+            SetAttribute::Name(set.name().to_owned()),
+            SetAttribute::Flags(SetFlags::Timeout),
+            SetAttribute::KeyType(set.key_type()),
+            SetAttribute::KeyLen(set.key_length() as u32),
+            SetAttribute::Id(self.next_set),
+            SetAttribute::Description(vec![SetDescription::Size(set.size())]),
+        ];
+        attributes.extend(set.default_timeout().map(|timeout| SetAttribute::Timeout(milliseconds(timeout))));
+        self.next_set += 1;
+        let message = NfTablesMessage::NewSet(SetMessage { attributes });
+        self.push(Subject::Set(set.name().to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
+    }
+
+    fn create_anonymous_set(&mut self, rule: usize, set: &AnonymousSet) {
+        let interval = set.ranges.iter().any(|(first, last)| first != last);
+        let mut flags = SetFlags::Anonymous | SetFlags::Constant;
+        flags.set(SetFlags::Interval, interval);
+        let attributes = vec![
+            SetAttribute::Table(self.table.to_owned()),
+            SetAttribute::Name(ANONYMOUS.to_owned()),
+            SetAttribute::Flags(flags),
+            SetAttribute::KeyType(set.value_type.number),
+            SetAttribute::KeyLen(set.value_type.length as u32),
+            SetAttribute::Id(set.id),
+        ];
+        self.push(Subject::Rule(rule), NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
+
+        let element = |value, end: bool| {
+            let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(set.value_type.bytes(value)))];
+            if end {
+                attributes.push(SetElementAttribute::Flags(SetElementFlags::IntervalEnd));
+            }
+            ListAttribute::Element(attributes)
+        };
+        let mut elements = Vec::new();
+        // As `nft` does, the values before the first range are marked as outside.
+        if interval && set.ranges.first().is_some_and(|(first, _)| *first != 0) {
+            elements.push(element(0, true));
+        }
+        for (first, last) in &set.ranges {
+            elements.push(element(*first, false));
+            if interval && *last < set.value_type.highest() {
+                elements.push(element(last + 1, true));
+            }
+        }
+        for part in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            let attributes = vec![
+                SetElementList::Table(self.table.to_owned()),
+                SetElementList::Set(ANONYMOUS.to_owned()),
+                SetElementList::SetId(set.id),
+                SetElementList::Elements(part.to_vec()),
+            ];
+            let message = NfTablesMessage::NewSetElement(SetElementMessage { attributes });
+            self.push(Subject::Rule(rule), NLM_F_CREATE, message);
+        }
+    }
+
+    /// Adds elements to a named set. With `exclusive`, the kernel refuses an element that exists.
+    pub(super) fn insert_elements(&mut self, set: &str, elements: &[Element], exclusive: bool) {
+        let flags = NLM_F_CREATE | if exclusive { NLM_F_EXCL } else { 0 };
+        for part in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            let message = NfTablesMessage::NewSetElement(self.element_list(set, part));
+            self.push(Subject::Set(set.to_owned()), flags, message);
+        }
+    }
+
+    pub(super) fn delete_elements(&mut self, set: &str, elements: &[Element]) {
+        for part in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            let keys: Vec<Element> = part.iter().map(|(key, _)| (key.clone(), None)).collect();
+            let message = NfTablesMessage::DeleteSetElement(self.element_list(set, &keys));
+            self.push(Subject::Set(set.to_owned()), 0, message);
+        }
+    }
+
+    /// Removes all elements of a named set (`nf_tables_delsetelem` without elements).
+    pub(super) fn clear_set(&mut self, set: &str) {
+        let attributes = vec![SetElementList::Table(self.table.to_owned()), SetElementList::Set(set.to_owned())];
+        let message = NfTablesMessage::DeleteSetElement(SetElementMessage { attributes });
+        self.push(Subject::Set(set.to_owned()), 0, message);
+    }
+
+    fn element_list(&self, set: &str, elements: &[Element]) -> SetElementMessage {
+        let element = |(key, timeout): &Element| {
+            let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(key.clone()))];
+            attributes.extend(timeout.map(|timeout| SetElementAttribute::Timeout(milliseconds(timeout))));
+            ListAttribute::Element(attributes)
+        };
+        SetElementMessage {
             attributes: vec![
-                RuleAttribute::Table(table.to_owned()),
-                RuleAttribute::Chain(chain_name(rule.hook).to_owned()),
-                RuleAttribute::Expressions(expressions(rule, *action, method)),
+                SetElementList::Table(self.table.to_owned()),
+                SetElementList::Set(set.to_owned()),
+                SetElementList::Elements(elements.iter().map(element).collect()),
             ],
-        }),
-    }));
-    commands
+        }
+    }
 }
 
-/// Removes all rules of the table, but not its chains (`nf_tables_delrule` without a chain).
-pub(super) fn delete_rules(table: &str) -> Vec<Command> {
-    let attributes = vec![RuleAttribute::Table(table.to_owned())];
-    let message = NfTablesMessage::DeleteRule(RuleMessage { attributes });
-    vec![Command { subject: Subject::Table, flags: 0, message }]
+/// A request for all rules of a table.
+pub(super) fn get_rules(table: &str) -> NfTablesMessage {
+    NfTablesMessage::GetRule(RuleMessage { attributes: vec![RuleAttribute::Table(table.to_owned())] })
 }
 
-/// Removes the table, its chains and its rules.
-pub(super) fn delete_table(table: &str) -> Vec<Command> {
-    let attributes = vec![TableAttribute::Name(table.to_owned())];
-    let message = NfTablesMessage::DeleteTable(TableMessage { attributes });
-    vec![Command { subject: Subject::Table, flags: 0, message }]
+/// A request for all elements of a set.
+pub(super) fn get_elements(table: &str, set: &str) -> NfTablesMessage {
+    let attributes = vec![SetElementList::Table(table.to_owned()), SetElementList::Set(set.to_owned())];
+    NfTablesMessage::GetSetElement(SetElementMessage { attributes })
 }
 
-pub(super) fn chain_name(hook: Hook) -> &'static str {
-    match hook {
+/// The name of a base chain. It is that of the hook if the priority is the table's.
+pub(super) fn chain_name(place: Place, default_priority: i32) -> String {
+    let hook = match place.hook {
         Hook::Prerouting => "prerouting",
         Hook::Input => "input",
         Hook::Forward => "forward",
         Hook::Output => "output",
         Hook::Postrouting => "postrouting",
         Hook::Other(_) => "other",
+    };
+    let Place { priority, .. } = place;
+    match priority {
+        _ if priority == default_priority => hook.to_owned(),
+        ..0 => format!("{hook}_before_{}", priority.unsigned_abs()),
+        _ => format!("{hook}_{priority}"),
     }
 }
 
-fn chain(table: &str, hook: Hook, chains: ChainKind) -> Vec<ChainAttribute> {
-    let mut attributes =
-        vec![ChainAttribute::Table(table.to_owned()), ChainAttribute::Name(chain_name(hook).to_owned())];
-    if let ChainKind::Base(priority) = chains {
-        let number = InetHookNumber::from(u32::from(hook.number()));
-        attributes.push(ChainAttribute::Hook(vec![
-            HookAttribute::Number(HookNumber::Inet(number)),
-            // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
-            HookAttribute::Priority(priority.cast_unsigned()),
-        ]));
-        attributes.push(ChainAttribute::Type("filter".to_owned()));
-    }
-    attributes
+/// User data of a rule: a record with type, length and text, as `nft` writes it.
+fn comment(text: &str) -> Vec<u8> {
+    let mut bytes = vec![UDATA_RULE_COMMENT, text.len() as u8 + 1];
+    bytes.extend_from_slice(text.as_bytes());
+    bytes.push(0);
+    bytes
 }
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The chain of [`Batch::create_holder`].
+const HOLDER: &str = "holder";
+/// An element with the longest key, four IPv6 addresses, takes less than 120 bytes, and the list
+/// must be shorter than 65 536 bytes.
+const ELEMENTS_PER_MESSAGE: usize = 500;
+/// The type of a comment in the user data of a rule.
+const UDATA_RULE_COMMENT: u8 = 0;
+// uapi/linux/netfilter/nf_tables.h
+const CT_STATE: u32 = 0;
+const NFTA_TPROXY_FAMILY: u16 = 1;
+const NFTA_TPROXY_REG_PORT: u16 = 3;
+// uapi/linux/netfilter.h
+const NFPROTO_UNSPEC: u32 = 0;
+const NFPROTO_IPV4: u32 = 2;
+const NFPROTO_IPV6: u32 = 10;
 
 #[cfg(test)]
-mod tests {
-    use netlink_packet_core::{Emitable, NLA_F_NESTED};
-
-    use super::*;
-
-    /// An attribute in the format of the kernel, with padding.
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = [(4 + value.len() as u16).to_ne_bytes(), kind.to_ne_bytes()].concat();
-        bytes.extend_from_slice(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
-
-    fn nested(kind: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
-        attribute(kind | NLA_F_NESTED, &attributes.concat())
-    }
-
-    #[test]
-    fn each_hook_gets_one_chain_and_rules_keep_their_order() {
-        let rules = [
-            Rule::new(Hook::Output).to_queue(1),
-            Rule::new(Hook::Prerouting).to_queue(2),
-            Rule::new(Hook::Output).accept(),
-        ];
-        let rules: Vec<_> = rules.iter().map(|rule| (rule, rule.check().unwrap())).collect();
-        let commands = create("t", ChainKind::Base(-150), QueueMethod::Expression, &rules);
-        let subjects: Vec<_> = commands.iter().map(|command| command.subject).collect();
-        assert_eq!(
-            subjects,
-            [
-                Subject::Table,
-                Subject::Chain(Hook::Prerouting),
-                Subject::Chain(Hook::Output),
-                Subject::Rule(0),
-                Subject::Rule(1),
-                Subject::Rule(2),
-            ]
-        );
-
-        let bytes = |message: &NfTablesMessage| {
-            let mut bytes = vec![0; message.buffer_len()];
-            message.emit(&mut bytes);
-            bytes
-        };
-        // NFTA_TABLE_NAME, NFTA_TABLE_FLAGS
-        assert_eq!(bytes(&commands[0].message), [attribute(1, b"t\0"), attribute(2, &[0, 0, 0, 2])].concat());
-        // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK { HOOKNUM, PRIORITY }, NFTA_CHAIN_TYPE
-        let name = [attribute(1, b"t\0"), attribute(3, b"output\0")].concat();
-        let hook = nested(4, &[attribute(1, &[0, 0, 0, 3]), attribute(2, &(-150_i32).to_be_bytes())]);
-        let hooked = [name.clone(), hook, attribute(7, b"filter\0")].concat();
-        assert_eq!(bytes(&commands[2].message), hooked);
-        let trial = create("t", ChainKind::Regular, QueueMethod::Expression, &rules);
-        assert_eq!(bytes(&trial[2].message), name);
-        let encoded = expressions(rules[1].0, rules[1].1, QueueMethod::Expression);
-        let mut list = vec![0; encoded.as_slice().buffer_len()];
-        encoded.as_slice().emit(&mut list);
-        // NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS
-        let expected = [attribute(1, b"t\0"), attribute(2, b"prerouting\0"), attribute(4 | NLA_F_NESTED, &list)];
-        assert_eq!(bytes(&commands[4].message), expected.concat());
-    }
-}
+mod tests;

@@ -3,12 +3,12 @@
 use std::{io, os::fd::AsFd, time::Duration};
 
 use netlink_packet_core::{
-    ErrorBuffer, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_REQUEST, NLMSG_ALIGNTO, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload, NlasIterator,
+    ErrorBuffer, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ALIGNTO, NLMSG_DONE,
+    NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, NlasIterator,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
-    none::ControlMessage,
+    nftables::NfTablesMessage, none::ControlMessage,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::net::{
@@ -16,11 +16,13 @@ use rustix::net::{
     sockopt::{Timeout, set_socket_send_buffer_size, set_socket_send_buffer_size_force, set_socket_timeout},
 };
 
-use super::nft::Command;
+use super::{family::TableFamily, nft::Command};
 
 /// A netlink socket to netfilter, with its port id and its last sequence number.
 pub(super) struct Connection {
     socket: Socket,
+    /// The family of the table.
+    family: TableFamily,
     port: u32,
     sequence: u32,
 }
@@ -53,7 +55,7 @@ impl From<io::Error> for Refusal {
 
 impl Connection {
     /// Opens a socket in the network namespace of the calling thread.
-    pub(super) fn open() -> io::Result<Self> {
+    pub(super) fn open(family: TableFamily) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         let port = socket.bind_auto()?.port_number();
         set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(REPLY_TIMEOUT))?;
@@ -63,7 +65,7 @@ impl Connection {
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_no_enobufs(true);
-        Ok(Self { socket, port, sequence: 0 })
+        Ok(Self { socket, family, port, sequence: 0 })
     }
 
     /// The netlink port id of the socket. It is unique in the network namespace while the socket is
@@ -76,17 +78,67 @@ impl Connection {
     pub(super) fn transact(&mut self, commands: &[Command], outcome: Outcome) -> Result<(), Refusal> {
         self.discard_old_replies();
         let begin = self.sequence.wrapping_add(1);
-        let batch = encode(commands, begin, outcome);
+        let batch = encode(commands, self.family, begin, outcome);
         self.sequence = begin.wrapping_add(commands.len() as u32).wrapping_add(1);
         self.enlarge_send_buffer(batch.len());
-        loop {
-            match self.socket.send_to(&batch, &SocketAddr::new(0, 0), 0) {
-                Ok(_) => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+        self.send(&batch)?;
+        self.wait_for_reply(begin, commands.len())
+    }
+
+    /// Requests objects, and returns the attributes of each.
+    ///
+    /// If a transaction changes them meanwhile, the request is repeated a few times.
+    pub(super) fn dump(&mut self, request: &NfTablesMessage) -> io::Result<Vec<Vec<u8>>> {
+        const TRIES: u32 = 10;
+        for _ in 0..TRIES {
+            self.discard_old_replies();
+            self.sequence = self.sequence.wrapping_add(1);
+            let header = NetfilterHeader::new(protocol_family(self.family), 0, 0);
+            let mut bytes = Vec::new();
+            append(&mut bytes, NetfilterMessage::new(header, request.clone()), self.sequence, NLM_F_DUMP);
+            self.send(&bytes)?;
+            if let Some(objects) = self.wait_for_objects()? {
+                return Ok(objects);
             }
         }
-        self.wait_for_reply(begin, commands.len())
+        Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        loop {
+            match self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// `None` if a transaction has changed the objects meanwhile.
+    fn wait_for_objects(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
+        let mut objects = Vec::new();
+        let mut interrupted = false;
+        loop {
+            let mut buffer = Vec::with_capacity(DUMP_LENGTH);
+            match self.socket.recv_from(&mut buffer, 0) {
+                Ok((_, sender)) if sender.port_number() == 0 => {}
+                Ok(_) => continue,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            for message in messages(&buffer).filter(|message| message.sequence_number() == self.sequence) {
+                interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
+                match message.message_type() {
+                    NLMSG_DONE => return Ok((!interrupted).then_some(objects)),
+                    NLMSG_ERROR => {
+                        let errno = ErrorBuffer::new_checked(message.payload()).ok().and_then(|error| error.code());
+                        let errno = errno.map_or(0, |code| code.get().saturating_neg());
+                        return Err(io::Error::from_raw_os_error(errno));
+                    }
+                    _ => objects.push(message.payload().get(NFGENMSG_LENGTH..).unwrap_or_default().to_vec()),
+                }
+            }
+        }
     }
 
     /// Reads replies until the first error, or until the acknowledgement of the last command. Only
@@ -138,7 +190,7 @@ impl Connection {
 
 /// Encodes a batch: the begin message with sequence number `begin`, the commands with the following
 /// numbers, and the end message.
-fn encode(commands: &[Command], begin: u32, outcome: Outcome) -> Vec<u8> {
+fn encode(commands: &[Command], family: TableFamily, begin: u32, outcome: Outcome) -> Vec<u8> {
     let control = |message| {
         let header =
             NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, u8::from(NetfilterSubsystem::NfTables).into());
@@ -149,7 +201,7 @@ fn encode(commands: &[Command], begin: u32, outcome: Outcome) -> Vec<u8> {
     append(&mut batch, control(ControlMessage::BatchBegin), sequence, 0);
     for (index, command) in commands.iter().enumerate() {
         sequence = sequence.wrapping_add(1);
-        let header = NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0);
+        let header = NetfilterHeader::new(protocol_family(family), 0, 0);
         let message = NetfilterMessage::new(header, command.message.clone());
         let acknowledge = if index + 1 == commands.len() { NLM_F_ACK } else { 0 };
         append(&mut batch, message, sequence, command.flags | acknowledge);
@@ -179,10 +231,29 @@ struct Reply {
     text: Option<String>,
 }
 
+fn protocol_family(family: TableFamily) -> NetfilterProtoFamily {
+    match family {
+        TableFamily::Inet => NetfilterProtoFamily::Inet,
+        TableFamily::Ip => NetfilterProtoFamily::IPv4,
+        TableFamily::Ip6 => NetfilterProtoFamily::IPv6,
+        TableFamily::Bridge => NetfilterProtoFamily::Bridge,
+    }
+}
+
+/// The messages in a datagram.
+fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
+    std::iter::from_fn(move || {
+        let message = NetlinkBuffer::new_checked(datagram).ok()?;
+        let length = (message.length() as usize).next_multiple_of(usize::from(NLMSG_ALIGNTO));
+        datagram = datagram.get(length..).unwrap_or_default();
+        Some(message)
+    })
+}
+
 /// The acknowledgements and errors in a datagram. Other messages are skipped.
-fn replies(mut datagram: &[u8]) -> Vec<Reply> {
+fn replies(datagram: &[u8]) -> Vec<Reply> {
     let mut found = Vec::new();
-    while let Ok(message) = NetlinkBuffer::new_checked(datagram) {
+    for message in messages(datagram) {
         if message.message_type() == NLMSG_ERROR
             && let Ok(error) = ErrorBuffer::new_checked(message.payload())
         {
@@ -191,8 +262,6 @@ fn replies(mut datagram: &[u8]) -> Vec<Reply> {
             let text = if has_attributes { text(error.payload()) } else { None };
             found.push(Reply { sequence: message.sequence_number(), errno, text });
         }
-        let length = (message.length() as usize).next_multiple_of(usize::from(NLMSG_ALIGNTO));
-        datagram = datagram.get(length..).unwrap_or_default();
     }
     found
 }
@@ -213,6 +282,10 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of the receive buffer in bytes. A reply has a header, an error number, the header of
 /// the refused message and a line of text.
 const REPLY_LENGTH: usize = 4096;
+/// The kernel fills datagrams of up to 32 KiB with the objects of a dump (`netlink_dump`).
+const DUMP_LENGTH: usize = 32 * 1024;
+/// `struct nfgenmsg` precedes the attributes.
+const NFGENMSG_LENGTH: usize = 4;
 /// The longest batch in bytes that fits in the default send buffer (212 992 bytes). A longer one
 /// needs a larger send buffer.
 const DEFAULT_SEND_BUFFER: usize = 212_992 - 32;
@@ -222,7 +295,13 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 
 #[cfg(test)]
 mod tests {
-    use super::{super::nft, *};
+    use super::{
+        super::{
+            encoder::{Encoding, QueueMethod},
+            nft::Batch,
+        },
+        *,
+    };
 
     const BEGIN: u16 = 16;
     const END: u16 = 17;
@@ -242,19 +321,23 @@ mod tests {
 
     #[test]
     fn batch_has_begin_and_end_and_requests_one_acknowledgement() {
-        let commands = [nft::delete_rules("odd"), nft::delete_table("odd")].concat();
+        let encoding = Encoding { method: QueueMethod::Expression, trial: false };
+        let mut batch = Batch::new("odd", encoding);
+        batch.delete_rules("output");
+        batch.delete_table();
+        let commands = batch.commands;
         let expected = [
             (BEGIN, NLM_F_REQUEST, u32::MAX - 1),
             (DELETE_RULE, NLM_F_REQUEST, u32::MAX),
             (DELETE_TABLE, NLM_F_REQUEST | NLM_F_ACK, 0),
             (END, NLM_F_REQUEST, 1),
         ];
-        let batch = encode(&commands, u32::MAX - 1, Outcome::Commit);
+        let batch = encode(&commands, TableFamily::Inet, u32::MAX - 1, Outcome::Commit);
         assert_eq!(headers(&batch), expected);
         // Family, version, and the subsystem of the batch in network byte order.
         assert_eq!(batch[16..20], [0, 0, 0, 10]);
         assert_eq!(batch[36..40], [1, 0, 0, 0]);
-        assert_eq!(headers(&encode(&commands, u32::MAX - 1, Outcome::Abort)), expected[..3]);
+        assert_eq!(headers(&encode(&commands, TableFamily::Inet, u32::MAX - 1, Outcome::Abort)), expected[..3]);
     }
 
     fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {

@@ -683,7 +683,10 @@ fn invalid_rules_are_refused() {
     let builder = Divert::builder;
     refused(builder(), "no rule");
     refused(builder().rule(udp_out().accept()).rule(udp_out()), "rule 1");
-    refused(builder().rule(Rule::new(Hook::Output).destination_port(1).accept()), "rule 0: a port needs a protocol");
+    refused(
+        builder().rule(Rule::new(Hook::Output).destination_port(1).accept()),
+        "rule 0: destination port: a port needs a protocol",
+    );
     refused(builder().table("").rule(udp_out().accept()), "table");
     refused(builder().table("n".repeat(256)).rule(udp_out().accept()), "table");
     let longest = builder().table("n".repeat(255)).rule(udp_out().accept()).install().unwrap();

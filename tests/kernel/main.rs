@@ -39,6 +39,7 @@ mod payload;
 mod promises;
 mod reconfigure;
 mod replacement;
+mod rules;
 mod statistics;
 mod unanswered;
 mod verdicts;
@@ -70,6 +71,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     conntrack::tests,
     bridge::tests,
     divert::tests,
+    rules::tests,
     namespaces::tests,
     group::tests,
     reconfigure::tests,

@@ -1,0 +1,198 @@
+//! What rules do with packets that match.
+
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::MetaKey;
+
+use super::{
+    encoder::{Encoder, QueueMethod, number},
+    facts::Facts,
+    family::{IpVersion, TableFamily},
+};
+
+/// The last expression of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    Queue(Queues),
+    Accept,
+    Drop,
+    /// Drop the packet and answer it with a TCP segment that has RST set.
+    ResetTcp,
+    /// Drop the packet and answer it with an ICMP or ICMPv6 error: port unreachable.
+    Unreachable,
+    /// Continue with the next rule.
+    Continue,
+}
+
+/// The queues of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Queues {
+    pub(super) first: u16,
+    pub(super) last: u16,
+    pub(super) fanout: bool,
+    pub(super) bypass: bool,
+}
+
+/// `mark = mark & !mask | value`, for the packet or its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MarkChange {
+    pub(super) value: u32,
+    pub(super) mask: u32,
+    pub(super) of_connection: bool,
+}
+
+impl MarkChange {
+    pub(super) fn encode(self, encoder: &mut Encoder) {
+        let [keep, value] = [!self.mask, self.value].map(|bits| bits.to_ne_bytes().to_vec());
+        if self.of_connection {
+            encoder.connection(CT_MARK);
+            encoder.bitwise(keep, value);
+            encoder.set_connection(CT_MARK);
+        } else {
+            encoder.meta(MetaKey::Mark);
+            encoder.bitwise(keep, value);
+            encoder.set_mark();
+        }
+    }
+
+    pub(super) fn nft(self) -> String {
+        let field = if self.of_connection { "ct mark" } else { "meta mark" };
+        if self.mask == u32::MAX {
+            return format!("{field} set {:#x}", self.value);
+        }
+        format!("{field} set {field} & {:#010x} | {:#x}", !self.mask, self.value)
+    }
+
+    pub(super) fn iptables(self) -> String {
+        let target = if self.of_connection { "CONNMARK" } else { "MARK" };
+        format!("-j {target} --set-xmark {:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+impl Action {
+    pub(super) fn encode(self, facts: &Facts<'_>, encoder: &mut Encoder) {
+        match self {
+            Self::Drop => encoder.verdict(NF_DROP),
+            Self::Accept => encoder.verdict(NF_ACCEPT),
+            Self::Queue(queues) => match encoder.encoding.method {
+                QueueMethod::Expression => queue_expression(queues, encoder),
+                QueueMethod::Target => queue_target(queues, encoder),
+            },
+            Self::ResetTcp => reject(NFT_REJECT_TCP_RST, 0, encoder),
+            Self::Unreachable => match facts.table {
+                TableFamily::Inet | TableFamily::Bridge => {
+                    reject(NFT_REJECT_ICMPX_UNREACH, ICMPX_PORT_UNREACH, encoder)
+                }
+                TableFamily::Ip => reject(NFT_REJECT_ICMP_UNREACH, ICMP_PORT_UNREACH, encoder),
+                TableFamily::Ip6 => reject(NFT_REJECT_ICMP_UNREACH, ICMPV6_PORT_UNREACH, encoder),
+            },
+            Self::Continue => {}
+        }
+    }
+
+    /// The action in the language of nft.
+    pub(super) fn nft(self, facts: &Facts<'_>) -> String {
+        match self {
+            Self::Accept => "accept".to_owned(),
+            Self::Drop => "drop".to_owned(),
+            Self::Continue => String::new(),
+            Self::ResetTcp => "reject with tcp reset".to_owned(),
+            Self::Unreachable => match facts.table {
+                TableFamily::Inet | TableFamily::Bridge => "reject with icmpx type port-unreachable",
+                TableFamily::Ip => "reject with icmp type port-unreachable",
+                TableFamily::Ip6 => "reject with icmpv6 type port-unreachable",
+            }
+            .to_owned(),
+            Self::Queue(Queues { first, last, fanout, bypass }) => {
+                let range = if first == last { first.to_string() } else { format!("{first}-{last}") };
+                let flags: Vec<&str> = [(bypass, "bypass"), (fanout, "fanout")]
+                    .iter()
+                    .filter(|(on, _)| *on)
+                    .map(|(_, name)| *name)
+                    .collect();
+                format!("queue num {range} {}", flags.join(",")).trim_end().to_owned()
+            }
+        }
+    }
+
+    /// The target of iptables, if the action has one.
+    pub(super) fn iptables(self, facts: &Facts<'_>) -> Option<String> {
+        Some(match self {
+            Self::Accept => "-j ACCEPT".to_owned(),
+            Self::Drop => "-j DROP".to_owned(),
+            Self::ResetTcp => "-j REJECT --reject-with tcp-reset".to_owned(),
+            Self::Unreachable if facts.version == Some(IpVersion::V6) => {
+                "-j REJECT --reject-with icmp6-port-unreachable".to_owned()
+            }
+            Self::Unreachable => "-j REJECT --reject-with icmp-port-unreachable".to_owned(),
+            Self::Continue => return None,
+            Self::Queue(Queues { first, last, fanout, bypass }) => {
+                let mut text = if first == last {
+                    format!("-j NFQUEUE --queue-num {first}")
+                } else {
+                    format!("-j NFQUEUE --queue-balance {first}:{last}")
+                };
+                text.push_str(if bypass { " --queue-bypass" } else { "" });
+                text.push_str(if fanout { " --queue-cpu-fanout" } else { "" });
+                text
+            }
+        })
+    }
+}
+
+fn queue_expression(queues: Queues, encoder: &mut Encoder) {
+    let attributes =
+        [(NFTA_QUEUE_NUM, queues.first), (NFTA_QUEUE_TOTAL, total(queues)), (NFTA_QUEUE_FLAGS, flags(queues))]
+            .map(|(kind, value)| DefaultNla::new(kind, value.to_be_bytes().to_vec()));
+    encoder.other("queue", attributes.to_vec());
+}
+
+/// `struct xt_NFQ_info_v3 { u16 queuenum, queues_total, flags; }` in host byte order, padded as
+/// `XT_ALIGN` requires.
+fn queue_target(queues: Queues, encoder: &mut Encoder) {
+    let info = [queues.first, total(queues), flags(queues), 0].into_iter().flat_map(u16::to_ne_bytes).collect();
+    let attributes = vec![
+        DefaultNla::new(NFTA_TARGET_NAME, b"NFQUEUE\0".to_vec()),
+        number(NFTA_TARGET_REV, 3),
+        DefaultNla::new(NFTA_TARGET_INFO, info),
+    ];
+    encoder.other("target", attributes);
+}
+
+fn total(queues: Queues) -> u16 {
+    queues.last.saturating_sub(queues.first).saturating_add(1)
+}
+
+/// The flags of the target have the same values.
+fn flags(queues: Queues) -> u16 {
+    let flag = |on, bit| if on { bit } else { 0 };
+    flag(queues.bypass, NFT_QUEUE_FLAG_BYPASS) | flag(queues.fanout, NFT_QUEUE_FLAG_CPU_FANOUT)
+}
+
+fn reject(kind: u32, code: u8, encoder: &mut Encoder) {
+    encoder.other("reject", vec![number(NFTA_REJECT_TYPE, kind), DefaultNla::new(NFTA_REJECT_ICMP_CODE, vec![code])]);
+}
+
+// uapi/linux/netfilter/nf_tables.h
+const NFTA_QUEUE_NUM: u16 = 1;
+const NFTA_QUEUE_TOTAL: u16 = 2;
+const NFTA_QUEUE_FLAGS: u16 = 3;
+const NFT_QUEUE_FLAG_BYPASS: u16 = 1;
+const NFT_QUEUE_FLAG_CPU_FANOUT: u16 = 2;
+const NFTA_REJECT_TYPE: u16 = 1;
+const NFTA_REJECT_ICMP_CODE: u16 = 2;
+const NFT_REJECT_ICMP_UNREACH: u32 = 0;
+const NFT_REJECT_TCP_RST: u32 = 1;
+const NFT_REJECT_ICMPX_UNREACH: u32 = 2;
+const ICMPX_PORT_UNREACH: u8 = 1;
+/// enum nft_ct_keys
+const CT_MARK: u32 = 3;
+// uapi/linux/icmp.h, uapi/linux/icmpv6.h
+const ICMP_PORT_UNREACH: u8 = 3;
+const ICMPV6_PORT_UNREACH: u8 = 4;
+// uapi/linux/netfilter/nf_tables_compat.h
+const NFTA_TARGET_NAME: u16 = 1;
+const NFTA_TARGET_REV: u16 = 2;
+const NFTA_TARGET_INFO: u16 = 3;
+// uapi/linux/netfilter.h
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;

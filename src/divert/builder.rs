@@ -1,0 +1,376 @@
+//! The rules and settings of a table.
+
+use std::sync::Mutex;
+
+use rustix::io::Errno;
+
+use super::{
+    Divert, State, check_rules,
+    checked::{KernelRule, Place, Surroundings},
+    encoder::{Encoding, QueueMethod},
+    failure::{lacks_queue, refused, subject},
+    family::TableFamily,
+    installed,
+    nft::{Batch, ChainKind, Subject, chain_name},
+    priority::Priority,
+    rule::Rule,
+    script::script,
+    set::{NamedSet, name_problem},
+    socket::{Connection, Outcome},
+};
+use crate::{
+    namespace::NetworkNamespace,
+    types::{Error, ErrorKind, Hook},
+};
+
+/// The rules and settings of a [`Divert`], from [`Divert::builder`].
+#[derive(Debug, Clone)]
+#[must_use = "no packet is sent to a queue until `install` is called"]
+pub struct DivertBuilder {
+    table: Option<String>,
+    family: TableFamily,
+    priority: Priority,
+    namespace: Option<NetworkNamespace>,
+    sets: Vec<NamedSet>,
+    chains: Vec<(Hook, Option<Priority>)>,
+    track: bool,
+    /// `None`: if a rule needs it.
+    defragment: Option<bool>,
+    rules: Vec<Rule>,
+}
+
+impl DivertBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            table: None,
+            family: TableFamily::Inet,
+            priority: Priority::FILTER,
+            namespace: None,
+            sets: Vec::new(),
+            chains: Vec::new(),
+            track: false,
+            defragment: None,
+            rules: Vec::new(),
+        }
+    }
+
+    /// Sets the name of the table, 1 to 255 bytes without NUL. Default: `tokio_nfqueue_` and a
+    /// number that is unique in the network namespace (the netlink port id).
+    pub fn table(mut self, name: impl Into<String>) -> Self {
+        self.table = Some(name.into());
+        self
+    }
+
+    /// Sets the family of the table. Default: [`Inet`](TableFamily::Inet), IPv4 and IPv6.
+    ///
+    /// In the family [`Bridge`](TableFamily::Bridge), rules can send packets to a queue only if the
+    /// kernel has the `queue` expression (kernel option `NFT_QUEUE`), and can reject only if it has
+    /// `NFT_BRIDGE_REJECT`.
+    pub fn family(mut self, family: TableFamily) -> Self {
+        self.family = family;
+        self
+    }
+
+    /// Sets the priority of rules that have [none of their own](Rule::priority): a [`Priority`], or
+    /// its number. Default: 0, the priority of `filter`.
+    ///
+    /// Chains with a priority below −400 see fragments that are not yet reassembled. Later chains
+    /// see reassembled packets only if connection tracking or another module reassembles them; see
+    /// [`defragment`](Self::defragment).
+    pub fn priority(mut self, priority: impl Into<Priority>) -> Self {
+        self.priority = priority.into();
+        self
+    }
+
+    /// Adds a named set, whose elements rules match with [`Match::in_set`](super::Match::in_set).
+    pub fn set(mut self, set: NamedSet) -> Self {
+        self.sets.push(set);
+        self
+    }
+
+    /// Creates a base chain even if no rule needs it yet, so that
+    /// [`replace_rules`](Divert::replace_rules) need not register a hook for later rules. `None` is
+    /// the priority of rules without one of their own.
+    pub fn chain(mut self, hook: Hook, priority: impl Into<Option<Priority>>) -> Self {
+        self.chains.push((hook, priority.into()));
+        self
+    }
+
+    /// Switches connection tracking on while the table exists, even if no rule needs it. Default:
+    /// only if a rule needs it.
+    ///
+    /// Conditions on the connection need connection tracking, which costs time for every packet of
+    /// the network namespace. A rule sees the connection at a priority above −200
+    /// ([`Priority::CONNECTION_TRACKING`]).
+    pub fn track_connections(mut self) -> Self {
+        self.track = true;
+        self
+    }
+
+    /// Whether the kernel reassembles fragments before the rules see them. Default: if a rule
+    /// compares fields of the transport header (ports, TCP flags, ICMP types) at a hook where
+    /// fragments can arrive.
+    ///
+    /// Only a first fragment has a transport header, so that the rules would not match the others.
+    /// Reassembly costs little for packets that are not fragments. The kernel does it without
+    /// connection tracking if it has the `tproxy` expression (`NFT_TPROXY`), and otherwise with it.
+    /// If it has neither, it does not reassemble, which is an error only for
+    /// `defragment(true)`. It does not concern the family [`Bridge`](TableFamily::Bridge).
+    pub fn defragment(mut self, on: bool) -> Self {
+        self.defragment = Some(on);
+        self
+    }
+
+    /// Installs the rules in another network namespace. Default: the calling thread's.
+    ///
+    /// The calling thread stays in its namespace. A temporary thread opens the nf_tables socket,
+    /// which stays in the other namespace. Interface names in the rules are names in the other
+    /// namespace.
+    ///
+    /// Entering another namespace needs `CAP_SYS_ADMIN` in the caller's user namespace and in the
+    /// user namespace that owns the network namespace.
+    pub fn namespace(mut self, namespace: NetworkNamespace) -> Self {
+        self.namespace = Some(namespace);
+        self
+    }
+
+    /// Adds a rule.
+    ///
+    /// The kernel checks the rules of a hook in the order in which they were added. The first
+    /// matching rule decides what happens to the packet. A packet that no rule matches is accepted
+    /// by this table and continues to other chains.
+    pub fn rule(mut self, rule: Rule) -> Self {
+        self.rules.push(rule);
+        self
+    }
+
+    /// Adds several rules.
+    pub fn rules(mut self, rules: impl IntoIterator<Item = Rule>) -> Self {
+        self.rules.extend(rules);
+        self
+    }
+
+    /// Creates the table, a base chain for each used hook, and the rules.
+    ///
+    /// One transaction creates everything. If the kernel refuses a part, it creates nothing. Before
+    /// that, a trial transaction without base chains checks the rules, so that an error drops no
+    /// queued packet.
+    ///
+    /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
+    /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
+    /// `NETFILTER_XT_TARGET_NFQUEUE`).
+    ///
+    /// Blocks the thread for some tens of milliseconds (46 ms measured on Linux 6.18 with two
+    /// cores), because the kernel waits until no CPU uses the old rules. From an async task, call
+    /// it in `spawn_blocking`.
+    ///
+    /// # Errors
+    ///
+    /// * [`InvalidInput`](ErrorKind::InvalidInput): there is no rule, set or chain; the table name
+    ///   is invalid; a set or a rule is invalid; or the rules do not fit into one transaction. The
+    ///   error names the set, or the rule by its index, from 0, and the field. Rules that can never
+    ///   match are invalid. One transaction can carry some hundreds of rules. There is no limit if
+    ///   the thread has `CAP_NET_ADMIN` in the initial user namespace (`SO_SNDBUFFORCE`).
+    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
+    ///   namespace that owns the network namespace, or a capability that
+    ///   [`namespace`](Self::namespace) needs.
+    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, no tables with
+    ///   owners (before Linux 5.12), neither the `queue` expression nor the `NFQUEUE` target, or
+    ///   lacks another expression that a rule needs.
+    /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
+    /// * [`Other`](ErrorKind::Other): a table of this name exists (`EEXIST`, or `EPERM` if another
+    ///   socket owns it), [`namespace`](Self::namespace) is not a network namespace, or the kernel
+    ///   returns another error.
+    pub fn install(&self) -> Result<Divert, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
+        let surroundings = self.check().map_err(invalid)?;
+        let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
+        let places = self.places(&rules);
+
+        let failed = |error| Error::os("open a netlink socket for nf_tables", error);
+        let open = || Connection::open(self.family);
+        let opened = match &self.namespace {
+            None => open(),
+            Some(namespace) => namespace.run(open)?,
+        };
+        let mut connection = opened.map_err(failed)?;
+        let table = match &self.table {
+            Some(name) => name.clone(),
+            None => format!("tokio_nfqueue_{}", connection.port()),
+        };
+        let priority = surroundings.priority;
+        let none = Hooks::default();
+        let encode = |encoding: Encoding, hooks: Hooks| {
+            let mut batch = Batch::new(&table, encoding);
+            batch.create_table();
+            let (tracking, defragment) = hooks.beyond(none);
+            batch.create_holder(self.family, tracking, defragment);
+            self.sets.iter().for_each(|set| batch.create_set(set));
+            let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
+            places.iter().for_each(|place| batch.create_chain(&chain_name(*place, priority), *place, kind));
+            rules.iter().for_each(|rule| batch.add_rule(&chain_name(rule.place, priority), rule));
+            batch.commands
+        };
+
+        // The trial must not contain base chains: to abort it, the kernel would unregister their
+        // hooks, which drops all queued packets.
+        let mut method = QueueMethod::Expression;
+        let mut trial = encode(Encoding { method, trial: true }, none);
+        let mut result = connection.transact(&trial, Outcome::Abort);
+        if result.as_ref().is_err_and(|refusal| lacks_queue(refusal, &trial, &rules)) {
+            method = QueueMethod::Target;
+            trial = encode(Encoding { method, trial: true }, none);
+            result = connection.transact(&trial, Outcome::Abort);
+        }
+        let operation = || format!("install table {table}");
+        result.map_err(|refusal| refused(operation(), &trial, &rules, refusal))?;
+
+        let hooks = self.hooks(&rules, &mut connection).map_err(|error| error.with_operation(operation()))?;
+        let commands = encode(Encoding { method, trial: false }, hooks);
+        let result = connection.transact(&commands, Outcome::Commit);
+        result.map_err(|refusal| refused(operation(), &commands, &rules, refusal))?;
+        let installed = installed(&rules, priority);
+        let rules = self.rules.clone();
+        let state = State { connection, method, places, hooks, rules, installed };
+        Ok(Divert { table, family: self.family, priority, sets: self.sets.clone(), state: Mutex::new(state) })
+    }
+
+    /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
+    ///
+    /// The script makes an ordinary table, which no process owns. Above each rule that iptables has
+    /// too, a comment contains its command; for rules for both IPv4 and IPv6 it is that of
+    /// `iptables`. Without a [table name](Self::table), the table is called `tokio_nfqueue`.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](ErrorKind::InvalidInput) for what [`install`](Self::install) refuses
+    /// without the kernel, and if `nft` cannot read the table's name: it has letters, digits and
+    /// `_`, and begins with a letter.
+    pub fn to_nft(&self) -> Result<String, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "print rules").with_detail(detail);
+        let surroundings = self.check().map_err(invalid)?;
+        let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
+        let table = self.table.as_deref().unwrap_or("tokio_nfqueue");
+        print(table, surroundings, &self.rules, &self.places(&rules))
+    }
+
+    fn check(&self) -> Result<Surroundings<'_>, String> {
+        if let Some(name) = &self.table
+            && (name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0'))
+        {
+            return Err(format!("the table name must have 1 to {LONGEST_NAME} bytes and no NUL"));
+        }
+        if self.rules.is_empty() && self.sets.is_empty() && self.chains.is_empty() {
+            return Err("there is no rule; add one with rule()".to_owned());
+        }
+        for (index, set) in self.sets.iter().enumerate() {
+            set.check().map_err(|reason| format!("set {:?}: {reason}", set.name()))?;
+            if self.sets[..index].iter().any(|other| other.name() == set.name()) {
+                return Err(format!("set {:?}: name: there is another set of this name", set.name()));
+            }
+        }
+        if self.chains.iter().any(|(hook, _)| matches!(hook, Hook::Other(_))) {
+            return Err("chain: the hook must be prerouting, input, forward, output or postrouting".to_owned());
+        }
+        Ok(Surroundings { family: self.family, sets: &self.sets, priority: self.priority.number() })
+    }
+
+    fn places(&self, rules: &[KernelRule<'_>]) -> Vec<Place> {
+        let declared = self
+            .chains
+            .iter()
+            .map(|(hook, priority)| Place { hook: *hook, priority: priority.unwrap_or(self.priority).number() });
+        let mut places: Vec<Place> = declared.chain(rules.iter().map(|rule| rule.place)).collect();
+        places.sort();
+        places.dedup();
+        places
+    }
+
+    fn hooks(&self, rules: &[KernelRule<'_>], connection: &mut Connection) -> Result<Hooks, Error> {
+        let tracking = self.track || rules.iter().any(KernelRule::tracks);
+        let defragment = self.defragment.unwrap_or_else(|| rules.iter().any(KernelRule::needs_reassembly));
+        let given = Hooks { tracking, allowed: self.defragment != Some(false), ..Hooks::default() };
+        if !defragment || self.family == TableFamily::Bridge {
+            return Ok(given);
+        }
+        let hooks = given.with_reassembly(connection);
+        if self.defragment == Some(true) && !hooks.reassembles() {
+            return Err(
+                Error::new(ErrorKind::Unsupported, "").with_detail("the kernel has neither NFT_TPROXY nor NFT_CT")
+            );
+        }
+        Ok(hooks)
+    }
+}
+
+/// Which hooks beside the base chains the table keeps registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Hooks {
+    /// Connection tracking, and with it defragmentation.
+    tracking: bool,
+    /// Defragmentation alone.
+    defragment: bool,
+    /// Whether a rule may switch defragmentation on.
+    allowed: bool,
+}
+
+impl Hooks {
+    /// With what these rules need in addition.
+    pub(super) fn needed(rules: &[KernelRule<'_>], connection: &mut Connection, present: Self) -> Self {
+        let tracking = present.tracking || rules.iter().any(KernelRule::tracks);
+        let hooks = Self { tracking, ..present };
+        if hooks.allowed && rules.iter().any(KernelRule::needs_reassembly) {
+            return hooks.with_reassembly(connection);
+        }
+        hooks
+    }
+
+    /// What a table with `present` must add: connection tracking, defragmentation.
+    pub(super) fn beyond(self, present: Self) -> (bool, bool) {
+        (self.tracking && !present.tracking, self.defragment && !present.defragment)
+    }
+
+    fn reassembles(self) -> bool {
+        self.tracking || self.defragment
+    }
+
+    fn with_reassembly(self, connection: &mut Connection) -> Self {
+        if self.reassembles() {
+            self
+        } else if has_expression(connection, "tproxy") {
+            Self { defragment: true, ..self }
+        } else {
+            Self { tracking: has_expression(connection, "ct"), ..self }
+        }
+    }
+}
+
+/// Whether the kernel has an expression. A rule with an incomplete one is refused, but not with
+/// `ENOENT` if the kernel has it.
+fn has_expression(connection: &mut Connection, name: &str) -> bool {
+    let table = format!("tokio_nfqueue_{}_probe", connection.port());
+    let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
+    batch.create_table();
+    batch.probe(name);
+    let refusal = connection.transact(&batch.commands, Outcome::Abort).err();
+    let refused = refusal.filter(|refusal| matches!(subject(refusal, &batch.commands), Some(Subject::Hooks(_))));
+    refused.is_some_and(|refusal| refusal.error.raw_os_error() == Some(Errno::INVAL.raw_os_error()))
+}
+
+/// The table in the language of nft.
+pub(super) fn print(
+    table: &str,
+    surroundings: Surroundings<'_>,
+    rules: &[Rule],
+    places: &[Place],
+) -> Result<String, Error> {
+    let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "print rules").with_detail(detail);
+    if let Some(problem) = name_problem(table) {
+        return Err(invalid(format!("nft cannot read the table name: {problem}")));
+    }
+    let rules = check_rules(rules, surroundings).map_err(invalid)?;
+    Ok(script(table, surroundings, places, &rules))
+}
+
+/// `NFT_NAME_MAXLEN` of the kernel, without the NUL.
+const LONGEST_NAME: usize = 255;

@@ -1,0 +1,399 @@
+//! Checks rules, and turns them into rules of the kernel.
+
+use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, MetaKey};
+
+use crate::types::Hook;
+
+use super::{
+    action::{Action, MarkChange, Queues},
+    encoder::{AnonymousSet, Encoder, Encoding, Range, merge},
+    facts::{Facts, has_ports},
+    family::{IpVersion, TableFamily},
+    matching::{Condition, Match, Protocol, ProtocolNeed, Values},
+    rule::{Rule, RuleAction},
+    set::NamedSet,
+};
+
+/// A rule of the kernel: a checked [`Rule`], or one of the two that it becomes.
+#[derive(Debug, Clone)]
+pub(super) struct KernelRule<'a> {
+    /// The index of the [`Rule`].
+    pub(super) index: usize,
+    pub(super) place: Place,
+    pub(super) comment: Option<&'a str>,
+    facts: Facts<'a>,
+    conditions: Vec<(Match, bool)>,
+    mark_changes: &'a [MarkChange],
+    action: Action,
+}
+
+/// The base chain of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) hook: Hook,
+    pub(super) priority: i32,
+}
+
+/// What a rule may refer to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Surroundings<'a> {
+    pub(super) family: TableFamily,
+    pub(super) sets: &'a [NamedSet],
+    /// The priority of rules without one of their own.
+    pub(super) priority: i32,
+}
+
+impl KernelRule<'_> {
+    /// The conditions, a counter and the action. If a comparison fails, the kernel skips the rest
+    /// of the rule.
+    pub(super) fn expressions(
+        &self,
+        encoding: Encoding,
+        next_set: u32,
+    ) -> (Vec<ListAttribute<ExpressionAttribute>>, Vec<AnonymousSet>) {
+        let mut encoder = Encoder::new(encoding, next_set);
+        // The version comes first, because the offsets of the addresses depend on it.
+        if let Some(version) = self.version_condition() {
+            encode_version(version, self.facts.table, &mut encoder);
+        }
+        for (condition, negated) in &self.conditions {
+            condition.condition().encode(&self.facts, *negated, &mut encoder);
+        }
+        encoder.other("counter", Vec::new());
+        self.mark_changes.iter().for_each(|change| change.encode(&mut encoder));
+        self.action.encode(&self.facts, &mut encoder);
+        encoder.finish()
+    }
+
+    /// The rule in the language of nft.
+    pub(super) fn nft(&self) -> String {
+        let version = self.version_condition().map(|version| match (self.facts.table, version) {
+            (TableFamily::Bridge, IpVersion::V4) => "meta protocol ip",
+            (TableFamily::Bridge, IpVersion::V6) => "meta protocol ip6",
+            (_, IpVersion::V4) => "meta nfproto ipv4",
+            (_, IpVersion::V6) => "meta nfproto ipv6",
+        });
+        let mut parts: Vec<String> = version.into_iter().map(str::to_owned).collect();
+        parts.extend(
+            self.conditions.iter().map(|(condition, negated)| condition.condition().nft(&self.facts, *negated)),
+        );
+        parts.push("counter".to_owned());
+        parts.extend(self.mark_changes.iter().map(|change| change.nft()));
+        parts.push(self.action.nft(&self.facts));
+        parts.extend(self.comment.map(|text| format!("comment \"{text}\"")));
+        parts.retain(|part| !part.is_empty());
+        parts.join(" ")
+    }
+
+    /// The same as a command of iptables or ip6tables, if that has all of it.
+    pub(super) fn iptables(&self) -> Option<String> {
+        let program = match (self.facts.table, self.facts.version) {
+            (TableFamily::Bridge, _) => return None,
+            (_, Some(IpVersion::V6)) => "ip6tables",
+            _ => "iptables",
+        };
+        let rejects = matches!(self.action, Action::ResetTcp | Action::Unreachable);
+        let (table, chain) = match self.place.hook {
+            Hook::Prerouting | Hook::Postrouting if rejects => return None,
+            Hook::Prerouting => ("mangle", "PREROUTING"),
+            Hook::Postrouting => ("mangle", "POSTROUTING"),
+            Hook::Input => ("filter", "INPUT"),
+            Hook::Forward => ("filter", "FORWARD"),
+            Hook::Output => ("filter", "OUTPUT"),
+            Hook::Other(_) => return None,
+        };
+        let (table, target) = match (self.mark_changes, self.action) {
+            ([], action) => (table, action.iptables(&self.facts)?),
+            ([change], Action::Continue) => ("mangle", change.iptables()),
+            _ => return None,
+        };
+        let mut parts = vec![format!("{program} -t {table} -A {chain}")];
+        for (condition, negated) in &self.conditions {
+            parts.push(condition.condition().iptables(&self.facts, *negated)?);
+        }
+        parts.extend(self.comment.map(|text| format!("-m comment --comment \"{text}\"")));
+        parts.push(target);
+        Some(parts.join(" "))
+    }
+
+    pub(super) fn queues(&self) -> bool {
+        matches!(self.action, Action::Queue(_))
+    }
+
+    pub(super) fn rejects(&self) -> bool {
+        matches!(self.action, Action::ResetTcp | Action::Unreachable)
+    }
+
+    /// Whether the rule needs connection tracking.
+    pub(super) fn tracks(&self) -> bool {
+        self.conditions.iter().any(|(condition, _)| condition.condition().needs().tracking)
+            || self.mark_changes.iter().any(|change| change.of_connection)
+    }
+
+    /// Whether fragments can come to the rule, and lack what its conditions compare.
+    pub(super) fn needs_reassembly(&self) -> bool {
+        let whole_packets = self.conditions.iter().any(|(condition, _)| condition.condition().needs().whole_packets);
+        let fragments = match self.place.hook {
+            Hook::Prerouting | Hook::Forward | Hook::Postrouting => true,
+            // IPv4 reassembles before this hook (`ip_local_deliver`), IPv6 after it.
+            Hook::Input => self.facts.version != Some(IpVersion::V4),
+            _ => false,
+        };
+        whole_packets && fragments && self.facts.table != TableFamily::Bridge
+    }
+
+    /// The version that a condition must check.
+    fn version_condition(&self) -> Option<IpVersion> {
+        self.facts.version.filter(|_| self.facts.table.version().is_none())
+    }
+}
+
+fn encode_version(version: IpVersion, table: TableFamily, encoder: &mut Encoder) {
+    if table == TableFamily::Bridge {
+        encoder.meta(MetaKey::EtherTypeProtocol);
+        let protocol: u16 = match version {
+            IpVersion::V4 => 0x0800,
+            IpVersion::V6 => 0x86dd,
+        };
+        encoder.equal(protocol.to_be_bytes().to_vec(), false);
+    } else {
+        encoder.meta(MetaKey::Nfproto);
+        let number = match version {
+            IpVersion::V4 => NFPROTO_IPV4,
+            IpVersion::V6 => NFPROTO_IPV6,
+        };
+        encoder.equal(vec![number], false);
+    }
+}
+
+impl Rule {
+    /// Returns the rules of the kernel that do what this rule says, or the reason why it is
+    /// invalid, beginning with the field.
+    pub(super) fn check<'a>(
+        &'a self,
+        index: usize,
+        surroundings: Surroundings<'a>,
+    ) -> Result<Vec<KernelRule<'a>>, String> {
+        if let Hook::Other(_) = self.hook {
+            return Err("hook: it must be prerouting, input, forward, output or postrouting".to_owned());
+        }
+        let mut conditions = self.conditions.clone();
+        for need in self.conditions.iter().map(|(condition, _)| condition.condition().needs().protocol) {
+            let has_one = |conditions: &[(Match, bool)]| {
+                conditions.iter().any(|(condition, negated)| !negated && condition.condition().field() == "protocol")
+            };
+            if let ProtocolNeed::Exactly(number) = need
+                && !has_one(&conditions)
+            {
+                conditions.push((Match::protocol(Protocol::Other(number)), false));
+            }
+        }
+        conditions.sort_by_key(|(condition, _)| condition.condition().order());
+
+        let facts = Facts {
+            table: surroundings.family,
+            hook: self.hook,
+            version: surroundings.family.version(),
+            protocols: None,
+            sets: surroundings.sets,
+        };
+        let version = self.check_version(&conditions, &facts)?;
+        let facts = Facts { version, ..facts };
+        for (condition, negated) in &conditions {
+            let condition = condition.condition();
+            condition.check(&facts, *negated).map_err(|reason| in_field(condition, &reason))?;
+        }
+        let facts = Facts { protocols: check_values(&conditions)?, ..facts };
+        for (condition, _) in &conditions {
+            let condition = condition.condition();
+            check_protocol(condition.needs().protocol, &facts).map_err(|reason| in_field(condition, &reason))?;
+        }
+        if self.mark_changes.iter().any(|change| change.value & !change.mask != 0) {
+            return Err("set mark: the value of the mark has bits outside the mask".to_owned());
+        }
+        if let Some(text) = &self.comment {
+            check_comment(text)?;
+        }
+        let priority = self.priority.map_or(surroundings.priority, |priority| priority.number());
+        let rule = |conditions, action| KernelRule {
+            index,
+            place: Place { hook: self.hook, priority },
+            comment: self.comment.as_deref(),
+            facts: facts.clone(),
+            conditions,
+            mark_changes: &self.mark_changes,
+            action,
+        };
+        let actions = self.actions(&facts, &conditions)?;
+        if let [action] = actions.as_slice() {
+            return Ok(vec![rule(conditions, *action)]);
+        }
+        // TCP is rejected in another way than all else.
+        let with_tcp = |negated| {
+            let mut conditions = conditions.clone();
+            conditions.push((Match::protocol(Protocol::Tcp), negated));
+            conditions.sort_by_key(|(condition, _)| condition.condition().order());
+            conditions
+        };
+        Ok(vec![rule(with_tcp(false), Action::ResetTcp), rule(with_tcp(true), Action::Unreachable)])
+    }
+
+    /// The IP version that all conditions require.
+    fn check_version(&self, conditions: &[(Match, bool)], facts: &Facts<'_>) -> Result<Option<IpVersion>, String> {
+        let mut version = facts.version;
+        let of_conditions = conditions
+            .iter()
+            .map(|(condition, _)| (condition.condition().field(), condition.condition().version(facts)));
+        for (field, needed) in [("IP version", self.version)].into_iter().chain(of_conditions) {
+            match (version, needed) {
+                (Some(version), Some(needed)) if version != needed => {
+                    return Err(format!(
+                        "{field}: the rule can never match: it requires both {} and {}",
+                        version.name(),
+                        needed.name()
+                    ));
+                }
+                (None, needed) => version = needed,
+                _ => {}
+            }
+        }
+        Ok(version)
+    }
+
+    /// One action, or two for a rule that rejects both TCP and other protocols.
+    fn actions(&self, facts: &Facts<'_>, conditions: &[(Match, bool)]) -> Result<Vec<Action>, String> {
+        let queue = matches!(self.action, Some(RuleAction::Queue(..)));
+        if (self.bypass || self.fanout) && !queue {
+            return Err("action: bypass and fanout need to_queue() or to_queues()".to_owned());
+        }
+        let action = match self.action {
+            None if self.mark_changes.is_empty() => {
+                return Err(
+                    "action: there is none; set it with to_queue(), to_queues(), accept(), drop(), reject() or count()"
+                        .to_owned(),
+                );
+            }
+            None | Some(RuleAction::Count) => Action::Continue,
+            Some(RuleAction::Queue(first, last)) if first > last => {
+                return Err(format!("queues: the range {first}-{last} is reversed"));
+            }
+            Some(RuleAction::Queue(0, u16::MAX)) => {
+                return Err("queues: the range is too large; it can contain at most 65535 queues".to_owned());
+            }
+            Some(RuleAction::Queue(first, last)) => {
+                Action::Queue(Queues { first, last, fanout: self.fanout, bypass: self.bypass })
+            }
+            Some(RuleAction::Accept) => Action::Accept,
+            Some(RuleAction::Drop) => Action::Drop,
+            Some(RuleAction::Reject) => return self.reject_actions(facts, conditions),
+        };
+        Ok(vec![action])
+    }
+
+    fn reject_actions(&self, facts: &Facts<'_>, conditions: &[(Match, bool)]) -> Result<Vec<Action>, String> {
+        let possible = match facts.table {
+            TableFamily::Bridge => matches!(self.hook, Hook::Prerouting | Hook::Input),
+            _ => self.hook != Hook::Postrouting,
+        };
+        if !possible {
+            return Err("action: the kernel cannot reject packets at this hook".to_owned());
+        }
+        let no_tcp = conditions.iter().any(|(condition, negated)| {
+            let condition = condition.condition();
+            let tcp = condition.values().is_some_and(|values| contains(&values.ranges, 6));
+            *negated && condition.field() == "protocol" && tcp
+        });
+        Ok(match &facts.protocols {
+            Some(protocols) if protocols.iter().all(|protocol| *protocol == 6) => vec![Action::ResetTcp],
+            Some(protocols) if !protocols.contains(&6) => vec![Action::Unreachable],
+            None if no_tcp => vec![Action::Unreachable],
+            _ => vec![Action::ResetTcp, Action::Unreachable],
+        })
+    }
+}
+
+fn in_field(condition: &dyn Condition, reason: &str) -> String {
+    format!("{}: {reason}", condition.field())
+}
+
+/// Refuses conditions that no value meets. Returns the protocols that are possible, if the rule is
+/// limited to some.
+fn check_values(conditions: &[(Match, bool)]) -> Result<Option<Vec<u8>>, String> {
+    let mut protocols = None;
+    for (condition, _) in conditions {
+        let field = condition.condition().field();
+        let same: Vec<(Values, bool)> = conditions
+            .iter()
+            .filter(|(other, _)| other.condition().field() == field)
+            .filter_map(|(other, negated)| Some((other.condition().values()?, *negated)))
+            .collect();
+        let Some((first, _)) = same.first() else { continue };
+        let mut possible = vec![(0, first.highest)];
+        for (values, negated) in &same {
+            let others = if *negated { complement(&values.ranges, values.highest) } else { values.ranges.clone() };
+            possible = intersection(&possible, &others);
+        }
+        if possible.is_empty() {
+            return Err(format!("{field}: the rule can never match: the conditions exclude every value"));
+        }
+        if field == "protocol" && same.iter().any(|(_, negated)| !negated) {
+            protocols = Some(possible.iter().flat_map(|(first, last)| *first as u8..=*last as u8).collect());
+        }
+    }
+    Ok(protocols)
+}
+
+fn check_protocol(need: ProtocolNeed, facts: &Facts<'_>) -> Result<(), String> {
+    match (need, &facts.protocols) {
+        (ProtocolNeed::Any, _) => Ok(()),
+        (ProtocolNeed::WithPorts, None) => Err("a port needs a protocol; set it with protocol()".to_owned()),
+        (ProtocolNeed::WithPorts, Some(protocols)) => match protocols.iter().find(|protocol| !has_ports(**protocol)) {
+            Some(protocol) => Err(format!("protocol {protocol} has no ports")),
+            None => Ok(()),
+        },
+        (ProtocolNeed::Exactly(number), Some(protocols)) if protocols.iter().any(|other| *other != number) => {
+            Err(format!("the protocol must be {number}"))
+        }
+        (ProtocolNeed::Exactly(_), _) => Ok(()),
+    }
+}
+
+fn check_comment(text: &str) -> Result<(), String> {
+    if text.len() > 127 {
+        return Err("comment: it is longer than 127 bytes".to_owned());
+    }
+    if text.chars().any(|c| c.is_control() || c == '"') {
+        return Err("comment: it contains '\"' or a control character".to_owned());
+    }
+    Ok(())
+}
+
+fn contains(ranges: &[Range], value: u128) -> bool {
+    ranges.iter().any(|(first, last)| (first..=last).contains(&&value))
+}
+
+fn intersection(one: &[Range], other: &[Range]) -> Vec<Range> {
+    let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a.0.max(b.0), a.1.min(b.1))));
+    merge(pairs.filter(|(first, last)| first <= last))
+}
+
+/// The values in none of the [merged](merge) ranges.
+fn complement(ranges: &[Range], highest: u128) -> Vec<Range> {
+    let mut rest = Vec::new();
+    let mut next = Some(0);
+    for (first, last) in ranges {
+        if let Some(next) = next.filter(|next| next < first) {
+            rest.push((next, first - 1));
+        }
+        next = last.checked_add(1);
+    }
+    rest.extend(next.filter(|next| *next <= highest).map(|next| (next, highest)));
+    rest
+}
+
+// uapi/linux/netfilter.h
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,309 @@
+//! Encodes the expressions of a rule. This module uses no socket.
+
+use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED};
+use netlink_packet_netfilter::nftables::{
+    Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
+    Operator, Payload, Register, Verdict, VerdictAttribute,
+};
+
+use super::family::IpVersion;
+
+/// How a rule sends packets to a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum QueueMethod {
+    /// The `queue` expression of nf_tables (`NFT_QUEUE`).
+    Expression,
+    /// The `NFQUEUE` target of xtables, revision 3 (`NFT_COMPAT`, `NETFILTER_XT_TARGET_NFQUEUE`).
+    Target,
+}
+
+/// How the expressions of a transaction are encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Encoding {
+    pub(super) method: QueueMethod,
+    /// Leaves out what registers hooks: expressions of connection tracking. To abort a trial, the
+    /// kernel would unregister these hooks, which drops all queued packets.
+    pub(super) trial: bool,
+}
+
+/// Collects the expressions of a rule, and the anonymous sets that they look up.
+#[derive(Debug)]
+pub(super) struct Encoder {
+    pub(super) encoding: Encoding,
+    list: Vec<Expressions>,
+    sets: Vec<AnonymousSet>,
+    /// The id of the next set. It is unique in a transaction.
+    next_set: u32,
+}
+
+/// A set that belongs to one rule and is removed with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct AnonymousSet {
+    pub(super) id: u32,
+    pub(super) value_type: ValueType,
+    /// Ascending ranges that do not touch.
+    pub(super) ranges: Vec<Range>,
+}
+
+/// The first and the last value. Addresses and ports are numbers in host byte order.
+pub(super) type Range = (u128, u128);
+
+/// A type of nft's values: its number, its length in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ValueType {
+    pub(super) number: u32,
+    pub(super) length: usize,
+}
+
+impl ValueType {
+    /// In network byte order.
+    pub(super) fn bytes(self, value: u128) -> Vec<u8> {
+        let bytes = value.to_be_bytes();
+        bytes[bytes.len() - self.length..].to_vec()
+    }
+
+    pub(super) fn highest(self) -> u128 {
+        u128::MAX >> (128 - 8 * self.length)
+    }
+}
+
+// The kernel only stores the numbers; `nft` uses them to print the elements of a set.
+pub(super) const IPV4_ADDRESS: ValueType = ValueType { number: 7, length: 4 };
+pub(super) const IPV6_ADDRESS: ValueType = ValueType { number: 8, length: 16 };
+pub(super) const PROTOCOL: ValueType = ValueType { number: 12, length: 1 };
+pub(super) const PORT: ValueType = ValueType { number: 13, length: 2 };
+
+impl Encoder {
+    /// `next_set` is the id of the first anonymous set.
+    pub(super) fn new(encoding: Encoding, next_set: u32) -> Self {
+        Self { encoding, list: Vec::new(), sets: Vec::new(), next_set }
+    }
+
+    pub(super) fn finish(self) -> (Vec<ListAttribute<ExpressionAttribute>>, Vec<AnonymousSet>) {
+        (self.list.into_iter().map(Into::into).collect(), self.sets)
+    }
+
+    /// Loads metadata of the packet into the first register.
+    pub(super) fn meta(&mut self, key: MetaKey) {
+        self.meta_into(key, REG_1);
+    }
+
+    pub(super) fn meta_into(&mut self, key: MetaKey, register: u32) {
+        self.list.push(Expressions::Meta(vec![Meta::DestinationRegister(Register::Other(register)), Meta::Key(key)]));
+    }
+
+    /// Stores the first register in the packet's mark.
+    pub(super) fn set_mark(&mut self) {
+        self.list.push(Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(Register::Other(REG_1))]));
+    }
+
+    /// Loads a field of the connection into the first register.
+    pub(super) fn connection(&mut self, key: u32) {
+        if self.encoding.trial {
+            return self.meta(MetaKey::Mark);
+        }
+        self.other("ct", vec![number(NFTA_CT_DREG, REG_1), number(NFTA_CT_KEY, key)]);
+    }
+
+    /// Stores the first register in a field of the connection.
+    pub(super) fn set_connection(&mut self, key: u32) {
+        if !self.encoding.trial {
+            self.other("ct", vec![number(NFTA_CT_KEY, key), number(NFTA_CT_SREG, REG_1)]);
+        }
+    }
+
+    /// Loads the source or the destination address into a register.
+    pub(super) fn address(&mut self, version: IpVersion, end: Endpoint, register: u32) {
+        let (offset, length) = match (version, end) {
+            (IpVersion::V4, Endpoint::Source) => (12, 4),
+            (IpVersion::V4, Endpoint::Destination) => (16, 4),
+            (IpVersion::V6, Endpoint::Source) => (8, 16),
+            (IpVersion::V6, Endpoint::Destination) => (24, 16),
+        };
+        self.payload(NFT_PAYLOAD_NETWORK_HEADER, offset, length, register);
+    }
+
+    /// Loads the source or the destination port into a register.
+    pub(super) fn port(&mut self, end: Endpoint, register: u32) {
+        let offset = match end {
+            Endpoint::Source => 0,
+            Endpoint::Destination => 2,
+        };
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 2, register);
+    }
+
+    /// Loads a byte of the transport header into the first register.
+    pub(super) fn transport_byte(&mut self, offset: u32) {
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 1, REG_1);
+    }
+
+    fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
+        self.list.push(Expressions::Payload(vec![
+            Payload::DestinationRegister(Register::Other(register)),
+            Payload::Base(base),
+            Payload::Offset(offset),
+            Payload::Len(length),
+        ]));
+    }
+
+    /// Continues with the rule if the first register has this value, or if `negated` and it has
+    /// not.
+    pub(super) fn equal(&mut self, value: Vec<u8>, negated: bool) {
+        let operator = if negated { Operator::NotEqual } else { Operator::Equal };
+        self.list.push(Expressions::Cmp(vec![
+            Cmp::SourceRegister(Register::Reg1),
+            Cmp::Op(operator),
+            Cmp::Data(DataAttribute::Value(value)),
+        ]));
+    }
+
+    /// `register = register & mask ^ change`, for the first register.
+    pub(super) fn bitwise(&mut self, mask: Vec<u8>, change: Vec<u8>) {
+        self.list.push(Expressions::Bitwise(vec![
+            Bitwise::SourceRegister(Register::Reg1),
+            Bitwise::DestinationRegister(Register::Reg1),
+            Bitwise::Length(mask.len() as u32),
+            Bitwise::Xor(DataAttribute::Value(change)),
+            Bitwise::Mask(DataAttribute::Value(mask)),
+        ]));
+    }
+
+    pub(super) fn mask(&mut self, mask: Vec<u8>) {
+        let zeros = vec![0; mask.len()];
+        self.bitwise(mask, zeros);
+    }
+
+    /// Continues with the rule if the first register is in one of the ranges, or if `negated` and
+    /// it is in none. The ranges are [merged](merge).
+    pub(super) fn one_of(&mut self, value_type: ValueType, ranges: &[Range], negated: bool) {
+        match ranges {
+            [(first, last)] if first == last => self.equal(value_type.bytes(*first), negated),
+            [(first, last)] => {
+                let data = |kind, value| {
+                    let value = DefaultNla::new(NFTA_DATA_VALUE, value_type.bytes(value));
+                    nested(kind, &[value])
+                };
+                let attributes = vec![
+                    number(NFTA_RANGE_SREG, REG_1),
+                    number(NFTA_RANGE_OP, u32::from(negated)),
+                    data(NFTA_RANGE_FROM_DATA, *first),
+                    data(NFTA_RANGE_TO_DATA, *last),
+                ];
+                self.other("range", attributes);
+            }
+            _ => {
+                let id = self.next_set;
+                self.next_set += 1;
+                self.sets.push(AnonymousSet { id, value_type, ranges: ranges.to_vec() });
+                self.list.push(Expressions::Lookup(vec![
+                    Lookup::Set(ANONYMOUS.to_owned()),
+                    Lookup::SourceRegister(Register::Reg1),
+                    Lookup::Other(number(NFTA_LOOKUP_SET_ID, id)),
+                    Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
+                ]));
+            }
+        }
+    }
+
+    /// Looks the registers from the first on up in a named set.
+    pub(super) fn named_set(&mut self, name: &str, negated: bool) {
+        self.list.push(Expressions::Lookup(vec![
+            Lookup::Set(name.to_owned()),
+            Lookup::SourceRegister(Register::Reg1),
+            Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
+        ]));
+    }
+
+    pub(super) fn verdict(&mut self, code: u32) {
+        self.list.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Verdict),
+            Immediate::Data(DataAttribute::Verdict(vec![VerdictAttribute::Code(Verdict::Other(code))])),
+        ]));
+    }
+
+    /// Loads bytes into the first register.
+    pub(super) fn value(&mut self, value: Vec<u8>) {
+        self.list.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Reg1),
+            Immediate::Data(DataAttribute::Value(value)),
+        ]));
+    }
+
+    /// An expression that netlink-packet-netfilter has no type for.
+    pub(super) fn other(&mut self, name: &str, attributes: Vec<DefaultNla>) {
+        self.list.push(Expressions::Other { expression_type: name.to_owned(), attributes });
+    }
+}
+
+/// Selects the source or the destination of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Endpoint {
+    Source,
+    Destination,
+}
+
+/// An attribute with a number of 32 bits in network byte order.
+pub(super) fn number(kind: u16, value: u32) -> DefaultNla {
+    DefaultNla::new(kind, value.to_be_bytes().to_vec())
+}
+
+/// An attribute that contains attributes.
+pub(super) fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
+    let mut bytes = vec![0; attributes.buffer_len()];
+    attributes.emit(&mut bytes);
+    DefaultNla::new(kind | NLA_F_NESTED, bytes)
+}
+
+/// Sorts ranges, and merges those that overlap or touch.
+pub(super) fn merge(ranges: impl IntoIterator<Item = Range>) -> Vec<Range> {
+    let mut sorted: Vec<Range> = ranges.into_iter().collect();
+    sorted.sort_unstable();
+    let mut merged: Vec<Range> = Vec::new();
+    for (first, last) in sorted {
+        match merged.last_mut() {
+            Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}
+
+/// The kernel replaces `%d` by a number.
+pub(super) const ANONYMOUS: &str = "__set%d";
+
+// uapi/linux/netfilter/nf_tables.h
+/// The first register of 16 bytes. Its parts of 4 bytes are the registers from `REG32_00` on.
+pub(super) const REG_1: u32 = 1;
+pub(super) const REG32_00: u32 = 8;
+pub(super) const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_CT_DREG: u16 = 1;
+const NFTA_CT_KEY: u16 = 2;
+const NFTA_CT_SREG: u16 = 4;
+const NFTA_RANGE_SREG: u16 = 1;
+const NFTA_RANGE_OP: u16 = 2;
+const NFTA_RANGE_FROM_DATA: u16 = 3;
+const NFTA_RANGE_TO_DATA: u16 = 4;
+const NFTA_LOOKUP_SET_ID: u16 = 4;
+const NFTA_LOOKUP_FLAGS: u16 = 5;
+const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
+const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_merged_if_they_overlap_or_touch() {
+        assert_eq!(merge([(5, 7), (1, 2), (3, 4), (6, 9), (11, 11)]), [(1, 9), (11, 11)]);
+        assert_eq!(merge([(0, u128::MAX), (3, 4)]), [(0, u128::MAX)]);
+        assert!(merge([]).is_empty());
+    }
+
+    #[test]
+    fn values_are_in_network_byte_order() {
+        assert_eq!(PORT.bytes(0x1234), [0x12, 0x34]);
+        assert_eq!(IPV4_ADDRESS.bytes(0x0a00_0001), [10, 0, 0, 1]);
+        assert_eq!(PORT.highest(), 65535);
+        assert_eq!(IPV6_ADDRESS.highest(), u128::MAX);
+    }
+}
