@@ -6,7 +6,7 @@ use crate::types::Hook;
 
 use super::{
     action::{Action, MarkChange, Queues},
-    encoder::{AnonymousSet, Encoder, Encoding, Range, merge},
+    encoder::{AnonymousSet, Encoder, Encoding, Range, complement, merge},
     facts::{Facts, has_ports},
     family::{IpVersion, TableFamily},
     matching::{Condition, Match, Protocol, ProtocolNeed, Values},
@@ -375,20 +375,6 @@ fn contains(ranges: &[Range], value: u128) -> bool {
 fn intersection(one: &[Range], other: &[Range]) -> Vec<Range> {
     let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a.0.max(b.0), a.1.min(b.1))));
     merge(pairs.filter(|(first, last)| first <= last))
-}
-
-/// The values in none of the [merged](merge) ranges.
-fn complement(ranges: &[Range], highest: u128) -> Vec<Range> {
-    let mut rest = Vec::new();
-    let mut next = Some(0);
-    for (first, last) in ranges {
-        if let Some(next) = next.filter(|next| next < first) {
-            rest.push((next, first - 1));
-        }
-        next = last.checked_add(1);
-    }
-    rest.extend(next.filter(|next| *next <= highest).map(|next| (next, highest)));
-    rest
 }
 
 // uapi/linux/netfilter.h

@@ -150,10 +150,11 @@ impl Divert {
     /// not queued again. The base chains and the elements of named sets stay. The counters begin at
     /// 0, and the token buckets of rates are full.
     ///
-    /// A rule with a set of several ports, networks or values is an exception for packets that the
-    /// kernel evaluates at this very time: the kernel looks up the set in the new state while it
-    /// still evaluates the old rule, so that such a packet may match neither the old nor the new
-    /// rule (seen on Linux 6.18). Where this matters, write one rule for each value.
+    /// A condition on more than 16 ranges of ports, or on more than about 16 networks, is an
+    /// exception: the kernel holds the ranges in a tree, and a packet that it evaluates at this
+    /// very time may find neither the old nor the new tree, so that the rule does not match it
+    /// (seen on Linux 6.18). Fewer ranges, any number of single ports, and named sets are not
+    /// concerned.
     ///
     /// If the new rules need a hook, connection tracking or defragmentation that the table does not
     /// have yet, the transaction adds them: see [the effect on queued

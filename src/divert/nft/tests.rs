@@ -48,7 +48,7 @@ fn tables_and_chains_are_encoded() {
 fn rule_comes_after_its_sets_and_has_a_comment() {
     let rule = Rule::new(Hook::Prerouting)
         .protocol(Protocol::Tcp)
-        .when(Match::destination_ports([80..=80, 1000..=1999]))
+        .when(Match::destination_ports((1..=20_u16).map(|number| 100 * number..=100 * number + 9)))
         .unless(Match::source_ports([1_u16, 3]))
         .comment("web")
         .accept();
@@ -76,7 +76,8 @@ fn rule_comes_after_its_sets_and_has_a_comment() {
     let list = |id, elements: &[Vec<u8>]| {
         [table.clone(), attribute(2, b"__set%d\0"), attribute(4, &[0, 0, 0, id]), nested(3, elements)].concat()
     };
-    let ranges = [element(0, true), element(80, false), element(81, true), element(1000, false), element(2000, true)];
+    let of_range = |number: u16| [element(100 * number, false), element(100 * number + 10, true)];
+    let ranges: Vec<_> = std::iter::once(element(0, true)).chain((1..=20).flat_map(of_range)).collect();
     assert_eq!(bytes(&first_elements.message), list(1, &ranges));
     assert_eq!(bytes(&second_elements.message), list(2, &[element(1, false), element(3, false)]));
     let NfTablesMessage::NewRule(rule) = &rule.message else { panic!("{rule:?}") };

@@ -115,10 +115,14 @@ fn traffic_with_held_packets_is_not_lost_nor_queued_twice() {
     const REPLACEMENTS: u32 = 50;
     let (to, from) = (receiver(Ipv4Addr::LOCALHOST), receiver(Ipv4Addr::LOCALHOST));
     let queue = RawQueue::bind(8).unwrap();
-    // Without sets: see the documentation of `replace_rules`.
+    // One port, several ports and several ranges in turn, each compared in another way.
     let rules = |number: u32| {
-        let queued = udp_out().destination_port(port(&to)).set_mark(number, u32::MAX).to_queue(8);
-        [queued, udp_out().drop()]
+        let ports = match number % 3 {
+            0 => Match::destination_port(port(&to)),
+            1 => Match::destination_ports([port(&to), 1, 3]),
+            _ => Match::destination_ports([port(&to)..=port(&to), 1..=u16::try_from(number).unwrap()]),
+        };
+        [udp_out().when(ports).set_mark(number, u32::MAX).to_queue(8), udp_out().drop()]
     };
     let divert = install(rules(0));
     let address = to.local_addr().unwrap();
