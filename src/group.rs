@@ -22,10 +22,10 @@ use crate::{
     builder::QueueBuilder,
     io::{AnyReadyFd, kernel::KernelStats},
     packet::Packet,
-    queue::{PacketStream, Queue, TryRecvError},
+    queue::{PacketStream, Queue},
     reconfigure::Reconfigure,
     sink::VerdictSink,
-    types::{Action, Error, ErrorKind, Stats},
+    types::{Action, Error, ErrorKind, Stats, TryRecvError},
     verdict::{Confirm, Verdict},
 };
 

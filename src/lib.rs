@@ -129,11 +129,11 @@ pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;
 pub use packet::{DetachedPacket, Packet};
-pub use queue::{PacketStream, Queue, TryRecvError};
+pub use queue::{PacketStream, Queue};
 pub use reconfigure::Reconfigure;
 pub use sink::{Refusals, VerdictSink};
 pub use state::flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason};
-pub use types::{Action, Error, ErrorKind, Family, Hook, PacketId, Stats, Vlan};
+pub use types::{Action, Error, ErrorKind, Family, Hook, PacketId, Stats, TryRecvError, Vlan};
 pub use verdict::{Changes, Confirm, Verdict};
 #[cfg(feature = "conntrack")]
 pub use wire::{

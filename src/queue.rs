@@ -15,11 +15,11 @@ use tokio::task::coop;
 
 use crate::{
     advice::Advice,
-    io::{Nothing, Received, Shared, kernel::KernelStats},
+    io::{Received, Shared, kernel::KernelStats},
     packet::Packet,
     reconfigure::Reconfigure,
     sink::{Refusals, VerdictSink},
-    types::{Action, Error, Stats},
+    types::{Action, Error, Stats, TryRecvError},
     verdict::{Confirm, Verdict},
 };
 
@@ -302,11 +302,7 @@ impl PacketStream {
         if self.ended {
             return Err(TryRecvError::Closed);
         }
-        let result = self.shared.try_packet().map(handed_out).map_err(|nothing| match nothing {
-            Nothing::Empty => TryRecvError::Empty,
-            Nothing::Closed => TryRecvError::Closed,
-            Nothing::Failed(error) => TryRecvError::Failed(error),
-        });
+        let result = self.shared.try_packet().map(handed_out);
         self.ended = matches!(result, Err(TryRecvError::Closed | TryRecvError::Failed(_)));
         result
     }
@@ -387,36 +383,5 @@ impl Drop for PacketStream {
 impl fmt::Debug for PacketStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PacketStream").field("queue", &self.shared.number()).finish_non_exhaustive()
-    }
-}
-
-/// Why [`PacketStream::try_recv`] has no packet.
-#[derive(Debug)]
-pub enum TryRecvError {
-    /// There is no packet now.
-    Empty,
-    /// The queue is closed.
-    Closed,
-    /// The queue cannot be used any more.
-    Failed(Error),
-}
-
-impl fmt::Display for TryRecvError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Empty => f.write_str("there is no packet"),
-            Self::Closed => f.write_str("the queue is closed"),
-            Self::Failed(error) => error.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for TryRecvError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            // `Display` is that of the error itself.
-            Self::Failed(error) => error.source(),
-            Self::Empty | Self::Closed => None,
-        }
     }
 }

@@ -98,7 +98,9 @@ pub use self::{
 /// Other queues in the namespace lose packets each time a `Divert` is closed. Therefore keep one
 /// `Divert`, and do not create and close many; change its rules with
 /// [`replace_rules`](Self::replace_rules). [`install`](DivertBuilder::install) drops no queued
-/// packet, even if it fails.
+/// packet, with one exception: if the kernel refuses nothing but connection tracking or
+/// defragmentation, which `install` cannot try out beforehand, the failed `install` removes its
+/// hooks again.
 ///
 /// # Installing a table can queue packets again
 ///

@@ -42,5 +42,5 @@ pub(crate) use self::{
     raw_packet::RawPacket,
     ready_fd::AnyReadyFd,
     shared::{Settings, Shared},
-    stream::{Nothing, Received},
+    stream::Received,
 };

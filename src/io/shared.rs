@@ -358,7 +358,7 @@ impl Shared {
 
     /// The kernel's own counters of the queue.
     pub(crate) fn kernel_stats(&self) -> Result<KernelStats, Error> {
-        self.table.read(self.settings.queue)?.ok_or_else(|| self.closed("read statistics of queue"))
+        self.bound_kernel_stats()?.ok_or_else(|| self.closed("read statistics of queue"))
     }
 
     /// As [`kernel_stats`](Self::kernel_stats); `None` if the queue is not bound any more.

@@ -18,19 +18,12 @@ use super::{
     receiver::{RECEIVE_BATCH, Receiver},
     shared::{Shared, lock},
 };
-use crate::types::{Error, ErrorKind};
+use crate::types::{Error, ErrorKind, TryRecvError};
 
 /// A packet for the stream, and the right to decide it.
 pub(crate) struct Received {
     pub(crate) packet: RawPacket,
     pub(crate) guard: VerdictGuard,
-}
-
-/// Why there is no packet.
-pub(crate) enum Nothing {
-    Empty,
-    Closed,
-    Failed(Error),
 }
 
 impl Shared {
@@ -147,7 +140,7 @@ impl Shared {
         None
     }
 
-    pub(crate) fn try_packet(self: &Arc<Self>) -> Result<Received, Nothing> {
+    pub(crate) fn try_packet(self: &Arc<Self>) -> Result<Received, TryRecvError> {
         if let Some(ready_fd) = self.ready_fd.get() {
             ready_fd.lower();
         }
@@ -163,8 +156,8 @@ impl Shared {
             }
             match self.end_of_stream(None) {
                 None => {}
-                Some(None) => return Err(Nothing::Closed),
-                Some(Some(error)) => return Err(Nothing::Failed(error)),
+                Some(None) => return Err(TryRecvError::Closed),
+                Some(Some(error)) => return Err(TryRecvError::Failed(error)),
             }
             let received = self.receive(&mut receiver, RECEIVE_BATCH);
             let none = receiver.packets.is_empty();
@@ -172,10 +165,10 @@ impl Shared {
             match received {
                 Ok(true) if none => {
                     self.with(|core| core.machine.flush());
-                    return Err(Nothing::Empty);
+                    return Err(TryRecvError::Empty);
                 }
                 Ok(_) => self.perform_pending(),
-                Err(source) => return Err(Nothing::Failed(Error::os("receive packet", source).fatal())),
+                Err(source) => return Err(TryRecvError::Failed(Error::os("receive packet", source).fatal())),
             }
         }
     }

@@ -211,3 +211,34 @@ impl From<Error> for io::Error {
         Self::new(kind, error)
     }
 }
+
+/// Why [`PacketStream::try_recv`](crate::PacketStream::try_recv) has no packet.
+#[derive(Debug)]
+pub enum TryRecvError {
+    /// There is no packet now.
+    Empty,
+    /// The queue is closed.
+    Closed,
+    /// The queue cannot be used any more.
+    Failed(Error),
+}
+
+impl fmt::Display for TryRecvError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("there is no packet"),
+            Self::Closed => f.write_str("the queue is closed"),
+            Self::Failed(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for TryRecvError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            // `Display` is that of the error itself.
+            Self::Failed(error) => error.source(),
+            Self::Empty | Self::Closed => None,
+        }
+    }
+}

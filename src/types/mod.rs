@@ -7,7 +7,7 @@ mod hook;
 pub(crate) mod stats;
 
 pub use self::{
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, TryRecvError},
     hook::Hook,
     stats::Stats,
 };
