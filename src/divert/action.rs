@@ -15,9 +15,9 @@ pub(super) enum Action {
     Queue(Queues),
     Accept,
     Drop,
-    /// Drop the packet and answer it with a TCP segment that has RST set.
+    /// Drop the packet and reply with a TCP segment that has RST set.
     ResetTcp,
-    /// Drop the packet and answer it with an ICMP or ICMPv6 error: port unreachable.
+    /// Drop the packet and reply with an ICMP or ICMPv6 error: port unreachable.
     Unreachable,
     /// Continue with the next rule.
     Continue,

@@ -308,7 +308,7 @@ impl DivertBuilder {
 pub(super) struct Hooks {
     /// Connection tracking, and with it defragmentation.
     tracking: bool,
-    /// Defragmentation alone.
+    /// Only defragmentation.
     defragment: bool,
     /// Whether a rule may switch defragmentation on.
     allowed: bool,

@@ -236,12 +236,12 @@ impl Rule {
         self
     }
 
-    /// Drops matching packets, and lets the kernel answer them: TCP with a reset, other protocols
+    /// Drops matching packets, and the kernel replies: to TCP with a reset, to other protocols
     /// with the error "port unreachable" of ICMP or ICMPv6.
     ///
     /// The hook must be `Prerouting`, `Input`, `Forward` or `Output`; in the family
     /// [`Bridge`](super::TableFamily::Bridge), `Prerouting` or `Input`. The kernel limits the rate
-    /// of ICMP errors. The answer is a packet of this host: it traverses `Output` and
+    /// of ICMP errors. The reply is a packet of this host: it traverses `Output` and
     /// `Postrouting`, and on the loopback interface `Prerouting` and `Input` as well. If the rule
     /// matches both TCP and other protocols, it becomes two rules of the kernel.
     pub fn reject(mut self) -> Self {
