@@ -7,7 +7,7 @@ use crate::{
     namespace::NetworkNamespace,
     queue::Queue,
     state::flush::FlushPolicy,
-    types::{Action, Error, ErrorKind},
+    types::{Action, Error, ErrorKind, FlowMarks},
     wire::{
         MAX_PAYLOAD,
         config::{
@@ -33,6 +33,7 @@ pub struct QueueBuilder {
     close_timeout: Duration,
     busy_poll: Duration,
     namespace: Option<NetworkNamespace>,
+    flow_marks: Option<FlowMarks>,
 }
 
 impl Queue {
@@ -50,6 +51,7 @@ impl Queue {
             close_timeout: Duration::from_secs(5),
             busy_poll: Duration::ZERO,
             namespace: None,
+            flow_marks: None,
         }
     }
 }
@@ -209,6 +211,18 @@ impl QueueBuilder {
         self
     }
 
+    /// Allows verdicts for whole connections, and verdicts that reject packets. Default: none.
+    ///
+    /// The rules that queue the packets must have the same flow marks: those of a
+    /// `DivertBuilder::flow_marks`, or your own. See [`guide::flows`](crate::guide::flows).
+    ///
+    /// [`Packet::mark`](crate::Packet::mark) then returns the mark without these bits, and
+    /// [`Verdict::mark`](crate::Verdict::mark) must not set them.
+    pub fn flow_marks(mut self, marks: FlowMarks) -> Self {
+        self.flow_marks = Some(marks);
+        self
+    }
+
     fn flag(mut self, flag: u32, on: bool) -> Self {
         self.flags = if on { self.flags | flag } else { self.flags & !flag };
         self
@@ -253,6 +267,7 @@ impl QueueBuilder {
             busy_poll: self.busy_poll,
             conntrack: self.flags & FLAG_CONNTRACK != 0,
             attributes: attributes(self.flags),
+            flow_marks: self.flow_marks,
         };
         let open = || Opened::new(&settings, &config);
         let opened = match &self.namespace {
@@ -268,6 +283,9 @@ impl QueueBuilder {
             return Err("receive buffer is 0".into());
         }
         self.on_unanswered.check_default(self.queue).map_err(|what| format!("on_unanswered: {what}"))?;
+        if let Some(marks) = self.flow_marks {
+            marks.check()?;
+        }
         if self.busy_poll > MAX_BUSY_POLL {
             return Err("busy_poll is more than 1 ms".into());
         }
@@ -308,6 +326,7 @@ mod tests {
             (builder().deadline(Duration::ZERO, Action::Drop), "deadline"),
             (builder().deadline(Duration::from_secs(1), Action::Repeat), "deadline"),
             (builder().busy_poll(Duration::from_millis(2)), "busy_poll"),
+            (builder().flow_marks(FlowMarks::new(3)), "flow marks"),
             (builder().flush_policy(FlushPolicy::fixed(0, Duration::ZERO)), "flush policy"),
         ] {
             let error = builder.bind().expect_err(name);

@@ -1,5 +1,6 @@
 //! What to know before a queue goes into production: surprises, limits, and observability.
-//! The page [`replies`] describes how to reply to packets.
+//! The page [`replies`] describes how to reply to packets, and [`flows`] how to decide whole
+//! connections.
 //!
 //! # Threads and runtimes
 //!
@@ -114,4 +115,5 @@
 //! | `queue failed` | ERROR | `count` |
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
 
+pub mod flows;
 pub mod replies;

@@ -43,9 +43,11 @@
 //! | send traffic to the queue | your own rule, or [`Divert`] |
 //! | receive packets | [`Queue`] or [`PacketStream`] as a stream; [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many) |
 //! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
+//! | decide a whole connection by one packet | [`Verdict::for_flow`]; [`guide::flows`] |
+//! | reject a packet | [`Packet::reject`] |
 //! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
 //! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |
-//! | reply to a packet, or refuse it | [`Edit::turn_around`], [`Edit::tcp_reset`], [`Edit::icmp_unreachable`]; [`guide::replies`] |
+//! | reply to a packet | [`Edit::turn_around`], [`Edit::tcp_reset`], [`Edit::icmp_unreachable`]; [`guide::replies`] |
 //! | send packets of one's own | [`Injector`] |
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |
 //! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
@@ -119,8 +121,8 @@ pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
 pub use divert::{
-    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, Match, NamedSet, PacketField, PortRange, Priority,
-    Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
+    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, FlowTuple, Match, NamedSet, PacketField, PortRange,
+    Priority, Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
 };
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
@@ -133,7 +135,7 @@ pub use queue::{PacketStream, Queue};
 pub use reconfigure::Reconfigure;
 pub use sink::{Refusals, VerdictSink};
 pub use state::flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason};
-pub use types::{Action, Error, ErrorKind, Family, Hook, PacketId, Stats, TryRecvError, Vlan};
+pub use types::{Action, Error, ErrorKind, Family, FlowMarks, Hook, PacketId, Stats, TryRecvError, Vlan};
 pub use verdict::{Changes, Confirm, Verdict};
 #[cfg(feature = "conntrack")]
 pub use wire::{

@@ -97,10 +97,12 @@ impl Packet {
         self.raw.hw_protocol
     }
 
-    /// The packet's mark. It is 0 if none is set.
+    /// The packet's mark. It is 0 if none is set. The bits of the queue's
+    /// [`flow_marks`](crate::QueueBuilder::flow_marks) are 0.
     #[doc(alias = "NFQA_MARK")]
     pub fn mark(&self) -> u32 {
-        self.raw.be32(attribute::MARK).unwrap_or(0)
+        let reserved = self.guard.flow_marks().map_or(0, |(marks, _)| marks.mask());
+        self.raw.be32(attribute::MARK).unwrap_or(0) & !reserved
     }
 
     /// The packet's priority (`skb->priority`, a traffic control class). It is 0 if none is set.
@@ -307,6 +309,22 @@ impl Packet {
         self.decide(Action::Drop)
     }
 
+    /// Rejects the packet: the kernel drops it and replies, to TCP with a reset, to other protocols
+    /// with the error "port unreachable" of ICMP or ICMPv6.
+    ///
+    /// It needs flow marks: see [`QueueBuilder::flow_marks`](crate::QueueBuilder::flow_marks). The
+    /// kernel sends the reply as for [`Rule::reject`](crate::Rule::reject). The verdict's
+    /// [`action`](Verdict::action) is [`Action::Drop`]. Rejecting at `Postrouting` is refused,
+    /// because the kernel cannot. If a rule queues the reply, it comes to the queue too, unless the
+    /// verdict is [for the connection](Verdict::for_flow).
+    ///
+    /// [`Edit::tcp_reset`](crate::Edit::tcp_reset) and
+    /// [`Edit::icmp_unreachable`](crate::Edit::icmp_unreachable) make replies without flow marks.
+    #[doc(alias = "REJECT")]
+    pub fn reject(self) -> Verdict {
+        self.decide(Action::Drop).rejecting()
+    }
+
     /// Sends the packet through the hook again, from its first rule on. If a rule queues it again,
     /// it gets a new id.
     ///
@@ -396,6 +414,11 @@ impl DetachedPacket {
     /// Drops the packet.
     pub fn drop(self) -> Verdict {
         self.decide(Action::Drop)
+    }
+
+    /// Rejects the packet: see [`Packet::reject`].
+    pub fn reject(self) -> Verdict {
+        self.decide(Action::Drop).rejecting()
     }
 
     /// Sends the packet through the hook again: see [`Packet::repeat`].

@@ -21,7 +21,7 @@ use crate::wire::{conntrack::encode_changes, expectation::Expectation};
 use crate::{
     io::{Shared, VerdictExtras, VerdictGuard},
     state::{Decision, Origin},
-    types::{Action, Error, ErrorKind, PacketId, Vlan},
+    types::{Action, Error, ErrorKind, Hook, PacketId, Vlan},
     wire::{MAX_PAYLOAD, verdict::VerdictFields},
 };
 
@@ -37,6 +37,10 @@ pub struct Verdict {
     action: Action,
     mark: Option<u32>,
     priority: Option<u32>,
+    /// The packet is rejected; `action` is `Drop`.
+    reject: bool,
+    /// The verdict holds for the connection.
+    for_flow: bool,
     extras: Option<Box<VerdictExtras>>,
     #[cfg(feature = "conntrack")]
     conntrack: Option<Box<ConntrackChange>>,
@@ -51,6 +55,10 @@ pub struct Changes<'a> {
     pub mark: Option<u32>,
     /// The packet's new priority: [`Verdict::priority`].
     pub priority: Option<u32>,
+    /// The packet is rejected: [`Packet::reject`](crate::Packet::reject).
+    pub reject: bool,
+    /// The verdict holds for the connection: [`Verdict::for_flow`].
+    pub for_flow: bool,
     /// The packet's new bytes: [`Verdict::payload`].
     pub payload: Option<&'a Bytes>,
     /// The packet's new VLAN tag: [`Verdict::vlan`].
@@ -88,6 +96,8 @@ impl Verdict {
             action,
             mark: None,
             priority: None,
+            reject: false,
+            for_flow: false,
             extras: None,
             #[cfg(feature = "conntrack")]
             conntrack: None,
@@ -124,7 +134,9 @@ impl Verdict {
     /// # Errors
     /// The verdict is invalid and was not submitted. The packet gets the default action.
     /// * `InvalidInput`: a payload or link-layer header of an invalid length, a conntrack change in
-    ///   a queue that was bound without conntrack, or an invalid expectation.
+    ///   a queue that was bound without conntrack, an invalid expectation, a mark with bits of the
+    ///   flow marks, or what [`for_flow`](Self::for_flow) and
+    ///   [`Packet::reject`](crate::Packet::reject) refuse.
     /// * `Unsupported`: the kernel does not take the replaced payload: see
     ///   [`payload`](Self::payload).
     pub fn submit(self) -> Result<(), Error> {
@@ -170,6 +182,31 @@ impl Verdict {
             }
         };
         Confirm { id, state }
+    }
+
+    /// Lets the verdict hold for this packet and for every later packet of its connection, in both
+    /// directions. The kernel then accepts, drops or rejects these by itself, and they do not come
+    /// to the queue. See [`guide::flows`](crate::guide::flows).
+    ///
+    /// Packets that are queued already still need their own verdicts. Other bits of the marks of
+    /// packet and connection stay as they are.
+    ///
+    /// # Errors
+    /// [`submit`](Self::submit) and [`confirm`](Self::confirm) refuse the verdict as
+    /// `InvalidInput`, and the packet gets the default action, if
+    /// * the queue was bound without [`flow_marks`](crate::QueueBuilder::flow_marks);
+    /// * the packet was not queued by a rule with these flow marks, so that the kernel would not
+    ///   apply the verdict;
+    /// * the action is not accept, drop or reject.
+    #[doc(alias = "bypass")]
+    pub fn for_flow(mut self) -> Self {
+        self.for_flow = true;
+        self
+    }
+
+    pub(crate) fn rejecting(mut self) -> Self {
+        self.reject = true;
+        self
     }
 
     /// Sets the packet's mark, all 32 bits. Without this the packet keeps its mark.
@@ -299,6 +336,8 @@ impl Verdict {
         Changes {
             mark: self.mark,
             priority: self.priority,
+            reject: self.reject,
+            for_flow: self.for_flow,
             payload: extras.and_then(|extras| extras.payload.as_ref()),
             vlan: extras.and_then(|extras| extras.vlan),
             layer2_header: extras.and_then(|extras| extras.layer2_header.as_ref()),
@@ -331,6 +370,9 @@ impl Verdict {
         {
             return refuse(ErrorKind::InvalidInput, detail.into());
         }
+        if let Err(detail) = self.check_flow() {
+            return refuse(ErrorKind::InvalidInput, detail.into());
+        }
         let Some(extras) = &self.extras else { return Ok(()) };
         if extras.layer2_header.as_ref().is_some_and(|header| header.is_empty() || header.len() > MAX_LAYER2) {
             return refuse(ErrorKind::InvalidInput, "a link-layer header of an invalid length".into());
@@ -357,8 +399,56 @@ impl Verdict {
         }
     }
 
+    /// Refuses what no rule would carry out.
+    fn check_flow(&self) -> Result<(), &'static str> {
+        let wanted = self.for_flow || self.reject;
+        let Some((marks, mark)) = self.guard.flow_marks() else {
+            return if wanted { Err("the queue was bound without flow_marks") } else { Ok(()) };
+        };
+        if self.mark.is_some_and(|mark| mark & marks.mask() != 0) {
+            return Err("mark: it has bits of the queue's flow marks");
+        }
+        #[cfg(feature = "conntrack")]
+        if let Some((_, mask)) = self.conntrack.as_ref().and_then(|change| change.mark)
+            && mask & marks.mask() != 0
+        {
+            return Err("conntrack_mark: the mask has bits of the queue's flow marks");
+        }
+        if !wanted {
+            return Ok(());
+        }
+        if !matches!(self.action, Action::Accept | Action::Drop) {
+            return Err("for_flow: the action must be accept, drop or reject");
+        }
+        if self.reject && self.guard.hook() == Hook::Postrouting {
+            return Err("the kernel cannot reject packets at Postrouting");
+        }
+        if mark & marks.mask() != marks.queued() {
+            return Err("the packet was not queued by a rule with these flow marks; see DivertBuilder::flow_marks");
+        }
+        Ok(())
+    }
+
+    /// The action and the mark that the kernel gets. Verdicts of rules behind the queue are bits of
+    /// the mark of an accepted packet.
+    fn action_and_mark(&self) -> (Action, Option<u32>) {
+        match self.guard.flow_marks() {
+            Some((marks, mark)) if self.for_flow || self.reject => {
+                let bits = match (self.reject, self.action, self.for_flow) {
+                    (true, _, true) => marks.rejected(),
+                    (true, _, false) => marks.rejected_packet(),
+                    (false, Action::Drop, _) => marks.dropped(),
+                    _ => marks.accepted(),
+                };
+                (Action::Accept, Some(self.mark.unwrap_or(mark) & !marks.mask() | bits))
+            }
+            _ => (self.action, self.mark),
+        }
+    }
+
     pub(crate) fn into_parts(self) -> (VerdictGuard, Decision<Box<VerdictExtras>>) {
-        let fields = VerdictFields { action: self.action, mark: self.mark, priority: self.priority };
+        let (action, mark) = self.action_and_mark();
+        let fields = VerdictFields { action, mark, priority: self.priority };
         #[cfg_attr(not(feature = "conntrack"), expect(unused_mut))]
         let mut extras = self.extras;
         #[cfg(feature = "conntrack")]
@@ -417,6 +507,8 @@ impl fmt::Debug for Verdict {
             .field("action", &self.action)
             .field("mark", &self.mark)
             .field("priority", &self.priority)
+            .field("reject", &self.reject)
+            .field("for_flow", &self.for_flow)
             .field("payload_len", &self.extras.as_ref().and_then(|extras| extras.payload.as_ref()).map(Bytes::len))
             .finish_non_exhaustive()
     }

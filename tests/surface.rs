@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use tokio_nfqueue::{
-    Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlushContext, FlushDecision,
+    Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushContext, FlushDecision,
     FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace,
     Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError,
     TrySendError, Verdict, VerdictSink, Vlan, stats,
@@ -21,7 +21,7 @@ macro_rules! assert_traits {
 #[test]
 fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, ErrorKind, Family,
-        FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder,
+        FlowMarks, FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder,
         KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
         Stats, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
@@ -33,7 +33,7 @@ fn every_type_can_be_sent_between_threads() {
         tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
         tokio_nfqueue::PacketField, tokio_nfqueue::PortRange, tokio_nfqueue::Priority, tokio_nfqueue::Protocol,
         tokio_nfqueue::Rate, tokio_nfqueue::Rule, tokio_nfqueue::RuleCounter, tokio_nfqueue::SetElement,
-        tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
+        tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::FlowTuple, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
     #[cfg(feature = "edit")]
     assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
         tokio_nfqueue::Unreachable);

@@ -21,6 +21,42 @@ pub(super) enum Action {
     Unreachable,
     /// Continue with the next rule.
     Continue,
+    /// Continue in another chain, and not come back.
+    Goto(Target),
+    /// Continue in another chain, and come back at its end.
+    Jump(Target),
+}
+
+/// A chain to which rules lead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Sends packets to queues, except those of accepted connections.
+    Queues(Queues),
+    /// Denies packets of denied connections. At `Postrouting` the kernel cannot reject.
+    Denied { can_reject: bool },
+    /// Rejects packets.
+    Rejected { can_reject: bool },
+    /// Denies packets of new connections that are remembered as denied.
+    New { can_reject: bool },
+}
+
+impl Target {
+    /// The name of the chain.
+    pub(super) fn name(self) -> String {
+        let behind = |name: &str, can_reject| if can_reject { name.to_owned() } else { format!("{name}_postrouting") };
+        match self {
+            Self::Queues(Queues { first, last, fanout, bypass }) => {
+                let mut name = format!("to_queue_{first}");
+                name.push_str(&if first == last { String::new() } else { format!("_{last}") });
+                name.push_str(if fanout { "_fanout" } else { "" });
+                name.push_str(if bypass { "_bypass" } else { "" });
+                name
+            }
+            Self::Denied { can_reject } => behind("flow_denied", can_reject),
+            Self::Rejected { can_reject } => behind("flow_rejected", can_reject),
+            Self::New { can_reject } => behind("flow_new", can_reject),
+        }
+    }
 }
 
 /// The queues of a rule.
@@ -86,6 +122,8 @@ impl Action {
                 TableFamily::Ip6 => reject(NFT_REJECT_ICMP_UNREACH, ICMPV6_PORT_UNREACH, encoder),
             },
             Self::Continue => {}
+            Self::Goto(target) => encoder.chain(NFT_GOTO, target.name()),
+            Self::Jump(target) => encoder.chain(NFT_JUMP, target.name()),
         }
     }
 
@@ -95,6 +133,8 @@ impl Action {
             Self::Accept => "accept".to_owned(),
             Self::Drop => "drop".to_owned(),
             Self::Continue => String::new(),
+            Self::Goto(target) => format!("goto {}", target.name()),
+            Self::Jump(target) => format!("jump {}", target.name()),
             Self::ResetTcp => "reject with tcp reset".to_owned(),
             Self::Unreachable => match facts.table {
                 TableFamily::Inet | TableFamily::Bridge => "reject with icmpx type port-unreachable",
@@ -124,7 +164,7 @@ impl Action {
                 "-j REJECT --reject-with icmp6-port-unreachable".to_owned()
             }
             Self::Unreachable => "-j REJECT --reject-with icmp-port-unreachable".to_owned(),
-            Self::Continue => return None,
+            Self::Continue | Self::Goto(_) | Self::Jump(_) => return None,
             Self::Queue(Queues { first, last, fanout, bypass }) => {
                 let mut text = if first == last {
                     format!("-j NFQUEUE --queue-num {first}")
@@ -173,6 +213,8 @@ fn reject(kind: u32, code: u8, encoder: &mut Encoder) {
 }
 
 // uapi/linux/netfilter/nf_tables.h
+const NFT_JUMP: i32 = -3;
+const NFT_GOTO: i32 = -4;
 const NFTA_QUEUE_NUM: u16 = 1;
 const NFTA_QUEUE_TOTAL: u16 = 2;
 const NFTA_QUEUE_FLAGS: u16 = 3;

@@ -1,17 +1,21 @@
 //! The rules and settings of a table.
 
-use std::sync::Mutex;
+use std::{sync::Mutex, time::Duration};
 
 use rustix::io::Errno;
 
 use super::{
-    Divert, State, check_rules,
-    checked::{KernelRule, Place, Surroundings},
+    Divert, State,
+    chain::Place,
+    check_rules,
+    checked::{KernelRule, Surroundings},
+    denied::{DeniedSet, FlowTable},
     encoder::{Encoding, QueueMethod},
     failure::{lacks_queue, refused, subject},
     family::TableFamily,
-    installed,
-    nft::{Batch, ChainKind, Subject, chain_name},
+    forget::forget_marks,
+    layout::Layout,
+    nft::{Batch, ChainKind, Subject},
     priority::Priority,
     rule::Rule,
     script::script,
@@ -20,7 +24,7 @@ use super::{
 };
 use crate::{
     namespace::NetworkNamespace,
-    types::{Error, ErrorKind, Hook},
+    types::{Error, ErrorKind, FlowMarks, Hook},
 };
 
 /// The rules and settings of a [`Divert`], from [`Divert::builder`].
@@ -36,6 +40,9 @@ pub struct DivertBuilder {
     track: bool,
     /// `None`: if a rule needs it.
     defragment: Option<bool>,
+    flow_marks: Option<FlowMarks>,
+    /// Capacity and time-out of the sets of denied connections.
+    denied: (u32, Duration),
     rules: Vec<Rule>,
 }
 
@@ -50,6 +57,8 @@ impl DivertBuilder {
             chains: Vec::new(),
             track: false,
             defragment: None,
+            flow_marks: None,
+            denied: (65_535, Duration::from_secs(120)),
             rules: Vec::new(),
         }
     }
@@ -121,6 +130,31 @@ impl DivertBuilder {
         self
     }
 
+    /// Makes verdicts for whole connections possible
+    /// ([`Verdict::for_flow`](crate::Verdict::for_flow)), and verdicts that reject packets.
+    /// Default: off.
+    ///
+    /// Give the same marks to [`QueueBuilder::flow_marks`](crate::QueueBuilder::flow_marks). The
+    /// table gets chains that carry out these verdicts, and needs connection tracking; see
+    /// [`guide::flows`](crate::guide::flows). Connections that were marked before are treated as
+    /// new: [`install`](Self::install) removes their marks.
+    pub fn flow_marks(mut self, marks: FlowMarks) -> Self {
+        self.flow_marks = Some(marks);
+        self
+    }
+
+    /// How many connections that were dropped or rejected by their first packet the table
+    /// remembers, and for how long after their last packet. Default: 65 535, and two minutes.
+    ///
+    /// The numbers hold for each IP version, and for dropped and rejected connections. If there is
+    /// no room, the connection's next packet comes to the queue. Other connections are remembered
+    /// by their mark, as long as connection tracking knows them. Only with
+    /// [`flow_marks`](Self::flow_marks).
+    pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
+        self.denied = (capacity, timeout);
+        self
+    }
+
     /// Installs the rules in another network namespace. Default: the calling thread's.
     ///
     /// The calling thread stays in its namespace. A temporary thread opens the nf_tables socket,
@@ -161,8 +195,9 @@ impl DivertBuilder {
     /// `NETFILTER_XT_TARGET_NFQUEUE`).
     ///
     /// Blocks the thread for some tens of milliseconds (46 ms measured on Linux 6.18 with two
-    /// cores), because the kernel waits until no CPU uses the old rules. From an async task, call
-    /// it in `spawn_blocking`.
+    /// cores), because the kernel waits until no CPU uses the old rules. With
+    /// [`flow_marks`](Self::flow_marks), it also takes as long as
+    /// [`forget_flows`](Divert::forget_flows). From an async task, call it in `spawn_blocking`.
     ///
     /// # Errors
     ///
@@ -174,9 +209,9 @@ impl DivertBuilder {
     /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
     ///   namespace that owns the network namespace, or a capability that
     ///   [`namespace`](Self::namespace) needs.
-    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, no tables with
-    ///   owners (before Linux 5.12), neither the `queue` expression nor the `NFQUEUE` target, or
-    ///   lacks another expression that a rule needs.
+    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, with flow marks no
+    ///   `NF_CT_NETLINK`, no tables with owners (before Linux 5.12), neither the `queue` expression
+    ///   nor the `NFQUEUE` target, or lacks another expression that a rule needs.
     /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
     /// * [`Other`](ErrorKind::Other): a table of this name exists (`EEXIST`, or `EPERM` if another
     ///   socket owns it), [`namespace`](Self::namespace) is not a network namespace, or the kernel
@@ -186,6 +221,8 @@ impl DivertBuilder {
         let surroundings = self.check().map_err(invalid)?;
         let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
         let places = self.places(&rules);
+        let layout = Layout::new(rules, &places, surroundings);
+        let rules = &layout.rules;
 
         let failed = |error| Error::os("open a netlink socket for nf_tables", error);
         let open = || Connection::open(self.family);
@@ -198,7 +235,6 @@ impl DivertBuilder {
             Some(name) => name.clone(),
             None => format!("tokio_nfqueue_{}", connection.port()),
         };
-        let priority = surroundings.priority;
         let none = Hooks::default();
         let encode = |encoding: Encoding, hooks: Hooks| {
             let mut batch = Batch::new(&table, encoding);
@@ -206,9 +242,12 @@ impl DivertBuilder {
             let (tracking, defragment) = hooks.beyond(none);
             batch.create_holder(self.family, tracking, defragment);
             self.sets.iter().for_each(|set| batch.create_set(set));
+            if let Some(flows) = surroundings.flows {
+                DeniedSet::all(self.family).for_each(|set| batch.create_denied_set(set, flows));
+            }
             let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
-            places.iter().for_each(|place| batch.create_chain(&chain_name(*place, priority), *place, kind));
-            rules.iter().for_each(|rule| batch.add_rule(&chain_name(rule.place, priority), rule));
+            layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind));
+            rules.iter().for_each(|rule| batch.add_rule(rule));
             batch.commands
         };
 
@@ -217,29 +256,35 @@ impl DivertBuilder {
         let mut method = QueueMethod::Expression;
         let mut trial = encode(Encoding { method, trial: true }, none);
         let mut result = connection.transact(&trial, Outcome::Abort);
-        if result.as_ref().is_err_and(|refusal| lacks_queue(refusal, &trial, &rules)) {
+        if result.as_ref().is_err_and(|refusal| lacks_queue(refusal, &trial, rules)) {
             method = QueueMethod::Target;
             trial = encode(Encoding { method, trial: true }, none);
             result = connection.transact(&trial, Outcome::Abort);
         }
         let operation = || format!("install table {table}");
-        result.map_err(|refusal| refused(operation(), &trial, &rules, refusal))?;
+        result.map_err(|refusal| refused(operation(), &trial, rules, refusal))?;
 
-        let hooks = self.hooks(&rules, &mut connection).map_err(|error| error.with_operation(operation()))?;
+        if let Some(flows) = surroundings.flows {
+            // The marks of a table that was here before, perhaps of a process that was killed.
+            forget_marks(&mut connection, flows.marks).map_err(|error| error.with_operation(operation()))?;
+        }
+        let hooks = self.hooks(rules, &mut connection).map_err(|error| error.with_operation(operation()))?;
         let commands = encode(Encoding { method, trial: false }, hooks);
         let result = connection.transact(&commands, Outcome::Commit);
-        result.map_err(|refusal| refused(operation(), &commands, &rules, refusal))?;
-        let installed = installed(&rules, priority);
+        result.map_err(|refusal| refused(operation(), &commands, rules, refusal))?;
         let rules = self.rules.clone();
-        let state = State { connection, method, places, hooks, rules, installed };
-        Ok(Divert { table, family: self.family, priority, sets: self.sets.clone(), state: Mutex::new(state) })
+        let Surroundings { priority, flows, .. } = surroundings;
+        let state = State { connection, method, places, hooks, rules, chains: layout.chains };
+        Ok(Divert { table, family: self.family, priority, flows, sets: self.sets.clone(), state: Mutex::new(state) })
     }
 
     /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
     ///
     /// The script makes an ordinary table, which no process owns. Above each rule that iptables has
     /// too, a comment contains its command; for rules for both IPv4 and IPv6 it is that of
-    /// `iptables`. Without a [table name](Self::table), the table is called `tokio_nfqueue`.
+    /// `iptables`. With [`flow_marks`](Self::flow_marks), the script names denied connections by
+    /// addresses and ports of the packet, where the installed rules use those of the connection.
+    /// Without a [table name](Self::table), the table is called `tokio_nfqueue`.
     ///
     /// # Errors
     ///
@@ -272,7 +317,20 @@ impl DivertBuilder {
         if self.chains.iter().any(|(hook, _)| matches!(hook, Hook::Other(_))) {
             return Err("chain: the hook must be prerouting, input, forward, output or postrouting".to_owned());
         }
-        Ok(Surroundings { family: self.family, sets: &self.sets, priority: self.priority.number() })
+        let flows = self.flow_marks.map(|marks| FlowTable { marks, capacity: self.denied.0, timeout: self.denied.1 });
+        if let Some(flows) = flows {
+            flows.check(self.family)?;
+            for (hook, priority) in &self.chains {
+                let place = Place { hook: *hook, priority: priority.unwrap_or(self.priority).number() };
+                flows.check_place(place).map_err(|reason| format!("chain: {reason}"))?;
+            }
+            if let Some(set) =
+                DeniedSet::all(self.family).find(|set| self.sets.iter().any(|other| other.name() == set.name()))
+            {
+                return Err(format!("set {:?}: name: flow marks need a set of this name", set.name()));
+            }
+        }
+        Ok(Surroundings { family: self.family, sets: &self.sets, priority: self.priority.number(), flows })
     }
 
     fn places(&self, rules: &[KernelRule<'_>]) -> Vec<Place> {
@@ -369,7 +427,7 @@ pub(super) fn print(
         return Err(invalid(format!("nft cannot read the table name: {problem}")));
     }
     let rules = check_rules(rules, surroundings).map_err(invalid)?;
-    Ok(script(table, surroundings, places, &rules))
+    Ok(script(table, surroundings, &Layout::new(rules, places, surroundings)))
 }
 
 /// `NFT_NAME_MAXLEN` of the kernel, without the NUL.

@@ -5,33 +5,33 @@ use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, Met
 use crate::types::Hook;
 
 use super::{
-    action::{Action, MarkChange, Queues},
-    encoder::{AnonymousSet, Encoder, Encoding, Range, complement, merge},
+    action::{Action, MarkChange, Queues, Target},
+    chain::{Place, chain_name},
+    denied::{DeniedSet, FlowTable},
+    encoder::{AnonymousSet, Encoder, Encoding, REG32_00, Range, complement, merge},
     facts::{Facts, has_ports},
     family::{IpVersion, TableFamily},
     matching::{Condition, Match, Protocol, ProtocolNeed, Values},
     rule::{Rule, RuleAction},
     set::NamedSet,
+    tuple,
 };
 
 /// A rule of the kernel: a checked [`Rule`], or one of the two that it becomes.
 #[derive(Debug, Clone)]
 pub(super) struct KernelRule<'a> {
-    /// The index of the [`Rule`].
-    pub(super) index: usize,
+    /// The index of the [`Rule`]. `None` for a rule that carries out verdicts for connections.
+    pub(super) index: Option<usize>,
+    /// The name of its chain.
+    pub(super) chain: String,
     pub(super) place: Place,
     pub(super) comment: Option<&'a str>,
-    facts: Facts<'a>,
-    conditions: Vec<(Match, bool)>,
-    mark_changes: &'a [MarkChange],
-    action: Action,
-}
-
-/// The base chain of a rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
-    pub(super) hook: Hook,
-    pub(super) priority: i32,
+    pub(super) facts: Facts<'a>,
+    pub(super) conditions: Vec<(Match, bool)>,
+    pub(super) mark_changes: Vec<MarkChange>,
+    /// Where the rule adds the connection.
+    pub(super) remember: Option<DeniedSet>,
+    pub(super) action: Action,
 }
 
 /// What a rule may refer to.
@@ -41,6 +41,7 @@ pub(super) struct Surroundings<'a> {
     pub(super) sets: &'a [NamedSet],
     /// The priority of rules without one of their own.
     pub(super) priority: i32,
+    pub(super) flows: Option<FlowTable>,
 }
 
 impl KernelRule<'_> {
@@ -61,6 +62,12 @@ impl KernelRule<'_> {
         }
         encoder.other("counter", Vec::new());
         self.mark_changes.iter().for_each(|change| change.encode(&mut encoder));
+        if let Some(set) = self.remember
+            && !encoding.trial
+        {
+            tuple::load(set.version, false, REG32_00, &mut encoder);
+            encoder.update_set(set.name());
+        }
         self.action.encode(&self.facts, &mut encoder);
         encoder.finish()
     }
@@ -79,6 +86,9 @@ impl KernelRule<'_> {
         );
         parts.push("counter".to_owned());
         parts.extend(self.mark_changes.iter().map(|change| change.nft()));
+        parts.extend(
+            self.remember.map(|set| format!("update @{} {{ {} }}", set.name(), tuple::nft(set.version, false))),
+        );
         parts.push(self.action.nft(&self.facts));
         parts.extend(self.comment.map(|text| format!("comment \"{text}\"")));
         parts.retain(|part| !part.is_empty());
@@ -102,7 +112,7 @@ impl KernelRule<'_> {
             Hook::Output => ("filter", "OUTPUT"),
             Hook::Other(_) => return None,
         };
-        let (table, target) = match (self.mark_changes, self.action) {
+        let (table, target) = match (self.mark_changes.as_slice(), self.action) {
             ([], action) => (table, action.iptables(&self.facts)?),
             ([change], Action::Continue) => ("mangle", change.iptables()),
             _ => return None,
@@ -117,7 +127,7 @@ impl KernelRule<'_> {
     }
 
     pub(super) fn queues(&self) -> bool {
-        matches!(self.action, Action::Queue(_))
+        matches!(self.action, Action::Queue(_) | Action::Goto(Target::Queues(_)))
     }
 
     pub(super) fn rejects(&self) -> bool {
@@ -128,6 +138,7 @@ impl KernelRule<'_> {
     pub(super) fn tracks(&self) -> bool {
         self.conditions.iter().any(|(condition, _)| condition.condition().needs().tracking)
             || self.mark_changes.iter().any(|change| change.of_connection)
+            || self.remember.is_some()
     }
 
     /// Whether fragments can come to the rule, and lack what its conditions compare.
@@ -215,14 +226,29 @@ impl Rule {
             check_comment(text)?;
         }
         let priority = self.priority.map_or(surroundings.priority, |priority| priority.number());
+        let place = Place { hook: self.hook, priority };
+        if let Some(flows) = surroundings.flows {
+            flows.check_place(place)?;
+            if self.mark_changes.iter().any(|change| change.mask & flows.marks.mask() != 0) {
+                return Err("set mark: the mask overlaps the flow marks of the table".to_owned());
+            }
+            if conditions.iter().any(|(condition, _)| condition.condition().mark_bits() & flows.marks.mask() != 0) {
+                return Err("mark: the mask overlaps the flow marks of the table".to_owned());
+            }
+        }
         let rule = |conditions, action| KernelRule {
-            index,
-            place: Place { hook: self.hook, priority },
+            index: Some(index),
+            chain: chain_name(place, surroundings.priority),
+            place,
             comment: self.comment.as_deref(),
             facts: facts.clone(),
             conditions,
-            mark_changes: &self.mark_changes,
-            action,
+            mark_changes: self.mark_changes.clone(),
+            remember: None,
+            action: match action {
+                Action::Queue(queues) if surroundings.flows.is_some() => Action::Goto(Target::Queues(queues)),
+                action => action,
+            },
         };
         let actions = self.actions(&facts, &conditions)?;
         if let [action] = actions.as_slice() {

@@ -73,6 +73,11 @@ pub(super) const IPV6_ADDRESS: ValueType = ValueType { number: 8, length: 16 };
 pub(super) const PROTOCOL: ValueType = ValueType { number: 12, length: 1 };
 pub(super) const PORT: ValueType = ValueType { number: 13, length: 2 };
 
+/// The type of the elements of a set with several fields, for `nft`: 6 bits for each field.
+pub(super) fn concatenated(fields: impl IntoIterator<Item = ValueType>) -> u32 {
+    fields.into_iter().fold(0, |number, field| number << 6 | field.number)
+}
+
 impl Encoder {
     /// `next_set` is the id of the first anonymous set.
     pub(super) fn new(encoding: Encoding, next_set: u32) -> Self {
@@ -245,6 +250,28 @@ impl Encoder {
         ]));
     }
 
+    /// Continues in another chain.
+    pub(super) fn chain(&mut self, code: i32, chain: String) {
+        self.list.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Verdict),
+            Immediate::Data(DataAttribute::Verdict(vec![
+                VerdictAttribute::Code(Verdict::Other(code.cast_unsigned())),
+                VerdictAttribute::Chain(chain),
+            ])),
+        ]));
+    }
+
+    /// Adds the registers from the first on to a named set, or lets the time-out of the element
+    /// begin anew. If the set is full, the rest of the rule is skipped.
+    pub(super) fn update_set(&mut self, name: &str) {
+        let attributes = vec![
+            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+            number(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
+            number(NFTA_DYNSET_SREG_KEY, REG_1),
+        ];
+        self.other("dynset", attributes);
+    }
+
     /// Loads bytes into the first register.
     pub(super) fn value(&mut self, value: Vec<u8>) {
         self.list.push(Expressions::Immediate(vec![
@@ -324,6 +351,10 @@ const NFTA_RANGE_SREG: u16 = 1;
 const NFTA_RANGE_OP: u16 = 2;
 const NFTA_RANGE_FROM_DATA: u16 = 3;
 const NFTA_RANGE_TO_DATA: u16 = 4;
+const NFTA_DYNSET_SET_NAME: u16 = 1;
+const NFTA_DYNSET_OP: u16 = 3;
+const NFTA_DYNSET_SREG_KEY: u16 = 4;
+const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;
 const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;

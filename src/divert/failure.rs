@@ -24,7 +24,8 @@ fn lacks_expression<'a, 'b>(
 ) -> Option<&'b KernelRule<'a>> {
     let Some(Subject::Rule(index)) = subject(refusal, commands) else { return None };
     let lacking = errno(refusal) == Some(Errno::NOENT);
-    rules.iter().find(|rule| rule.index == *index).filter(|_| lacking)
+    // Of the rules of the kernel that a rule becomes, rather the one that sends to a queue.
+    rules.iter().filter(|rule| lacking && rule.index == Some(*index)).max_by_key(|rule| rule.queues())
 }
 
 pub(super) fn subject<'a>(refusal: &Refusal, commands: &'a [Command]) -> Option<&'a Subject> {
@@ -44,6 +45,7 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         Some(Subject::Chain(name)) => format!("{operation}, chain {name}"),
         Some(Subject::Set(name)) => format!("{operation}, set {name}"),
         Some(Subject::Hooks(name)) => format!("{operation}, {name}"),
+        Some(Subject::Flows) => format!("{operation}, flow marks"),
         Some(Subject::Table) | None => operation,
     };
     let lacking = lacks_expression(&refusal, commands, rules);
@@ -63,7 +65,7 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         (Some(Errno::OPNOTSUPP | Errno::INVAL), Some(Subject::Table)) => {
             (ErrorKind::Unsupported, Some("tables with an owner need Linux 5.12 or later"))
         }
-        (Some(Errno::NOENT), Some(Subject::Hooks(_))) => (ErrorKind::Unsupported, None),
+        (Some(Errno::NOENT), Some(Subject::Hooks(_) | Subject::Flows)) => (ErrorKind::Unsupported, None),
         (Some(Errno::OPNOTSUPP | Errno::AFNOSUPPORT), _) => (ErrorKind::Unsupported, None),
         (Some(Errno::MSGSIZE), None) => (ErrorKind::InvalidInput, Some("too many rules for one transaction")),
         (Some(Errno::AGAIN), None) => (ErrorKind::TimedOut, Some("the kernel did not reply")),

@@ -2,13 +2,18 @@
 
 mod action;
 mod builder;
+mod chain;
 mod checked;
+mod denied;
 mod dump;
 mod elements;
 mod encoder;
 mod facts;
 mod failure;
 mod family;
+mod flows;
+mod forget;
+mod layout;
 mod matching;
 mod nft;
 mod priority;
@@ -16,6 +21,7 @@ mod rule;
 mod script;
 mod set;
 mod socket;
+mod tuple;
 
 use std::{
     fmt,
@@ -24,12 +30,18 @@ use std::{
 
 use self::{
     builder::Hooks,
-    checked::{KernelRule, Place, Surroundings},
+    chain::{Chain, Place, chain_name},
+    checked::{KernelRule, Surroundings},
+    denied::{DeniedSet, FlowTable},
     encoder::{Encoding, QueueMethod},
     failure::refused,
-    nft::{Batch, ChainKind, chain_name},
+    forget::{forget_mark, forget_marks},
+    layout::Layout,
+    nft::{Batch, ChainKind},
     socket::{Connection, Outcome},
 };
+use rustix::io::Errno;
+
 use crate::types::{Error, ErrorKind};
 
 pub use self::{
@@ -41,6 +53,7 @@ pub use self::{
     priority::Priority,
     rule::Rule,
     set::{NamedSet, SetElement, SetField, SetValue},
+    tuple::FlowTuple,
 };
 
 /// nf_tables rules that send packets to queues. The rules exist until this value is dropped.
@@ -117,6 +130,7 @@ pub struct Divert {
     family: TableFamily,
     /// The priority of rules without one of their own.
     priority: i32,
+    flows: Option<FlowTable>,
     sets: Vec<NamedSet>,
     state: Mutex<State>,
 }
@@ -125,13 +139,12 @@ pub struct Divert {
 struct State {
     connection: Connection,
     method: QueueMethod,
-    /// The base chains of the table.
+    /// The base chains of rules.
     places: Vec<Place>,
     hooks: Hooks,
     rules: Vec<Rule>,
-    /// The chain of each rule of the kernel, and the index of its [`Rule`], in the order of the
-    /// kernel's rules.
-    installed: Vec<(String, usize)>,
+    /// All chains that exist, also those that no rule needs any more.
+    chains: Vec<Chain>,
 }
 
 impl Divert {
@@ -171,44 +184,112 @@ impl Divert {
     pub fn replace_rules(&self, rules: impl IntoIterator<Item = Rule>) -> Result<(), Error> {
         let rules: Vec<Rule> = rules.into_iter().collect();
         let operation = || format!("replace the rules of table {}", self.table);
-        let surroundings = Surroundings { family: self.family, sets: &self.sets, priority: self.priority };
-        let checked = check_rules(&rules, surroundings)
-            .map_err(|reason| Error::new(ErrorKind::InvalidInput, operation()).with_detail(reason))?;
+        let surroundings = self.surroundings();
+        let invalid = |reason| Error::new(ErrorKind::InvalidInput, operation()).with_detail(reason);
+        let checked = check_rules(&rules, surroundings).map_err(invalid)?;
 
         let mut state = self.lock();
         let state = &mut *state;
-        let mut added: Vec<Place> = checked.iter().map(|rule| rule.place).collect();
-        added.sort();
-        added.dedup();
-        added.retain(|place| !state.places.contains(place));
-        let hooks = Hooks::needed(&checked, &mut state.connection, state.hooks);
+        let mut places: Vec<Place> =
+            checked.iter().map(|rule| rule.place).chain(state.places.iter().copied()).collect();
+        places.sort();
+        places.dedup();
+        let layout = Layout::new(checked, &places, surroundings);
+        let checked = &layout.rules;
+        let added: Vec<&Chain> = layout.chains.iter().filter(|chain| !state.chains.contains(chain)).collect();
+        let kept = |rule: &KernelRule<'_>| state.chains.iter().any(|chain| chain.fixed && chain.name == rule.chain);
+        let new_hooks = added.iter().any(|chain| chain.base.is_some());
+        let hooks = Hooks::needed(checked, &mut state.connection, state.hooks);
 
         let encode = |trial: bool| {
             let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial });
             let (tracking, defragment) = hooks.beyond(state.hooks);
             batch.create_holder(self.family, tracking, defragment);
             let kind = if trial { ChainKind::Regular } else { ChainKind::Base };
-            added.iter().for_each(|place| batch.create_chain(&chain_name(*place, self.priority), *place, kind));
-            state.places.iter().for_each(|place| batch.delete_rules(&chain_name(*place, self.priority)));
-            checked.iter().for_each(|rule| batch.add_rule(&chain_name(rule.place, self.priority), rule));
+            added.iter().for_each(|chain| batch.create_chain(chain, kind));
+            state.chains.iter().filter(|chain| !chain.fixed).for_each(|chain| batch.delete_rules(&chain.name));
+            checked.iter().filter(|rule| !kept(rule)).for_each(|rule| batch.add_rule(rule));
             batch.commands
         };
-        if !added.is_empty() || hooks != state.hooks {
+        if new_hooks || hooks != state.hooks {
             // If the kernel refused the transaction, it would unregister the new hooks.
             let trial = encode(true);
             let result = state.connection.transact(&trial, Outcome::Abort);
-            result.map_err(|refusal| refused(operation(), &trial, &checked, refusal))?;
+            result.map_err(|refusal| refused(operation(), &trial, checked, refusal))?;
         }
         let commands = encode(false);
         let result = state.connection.transact(&commands, Outcome::Commit);
-        result.map_err(|refusal| refused(operation(), &commands, &checked, refusal))?;
-        state.installed = installed(&checked, self.priority);
-        drop(checked);
-        state.places.extend(added);
-        state.places.sort();
+        result.map_err(|refusal| refused(operation(), &commands, checked, refusal))?;
+        let added: Vec<Chain> = added.into_iter().cloned().collect();
+        drop(layout);
+        state.chains.extend(added);
+        state.places = places;
         state.hooks = hooks;
         state.rules = rules;
         Ok(())
+    }
+
+    /// Forgets all verdicts for connections ([`Verdict::for_flow`](crate::Verdict::for_flow)): the
+    /// next packet of each connection comes to the queue again.
+    ///
+    /// A verdict that is sent while this runs may be forgotten or not. It walks all entries of
+    /// connection tracking in the network namespace.
+    ///
+    /// Blocks the thread meanwhile; from an async task, call it in `spawn_blocking`.
+    ///
+    /// # Errors
+    ///
+    /// * [`InvalidInput`](ErrorKind::InvalidInput): the table has no
+    ///   [flow marks](DivertBuilder::flow_marks).
+    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread has lost `CAP_NET_ADMIN`.
+    /// * [`Other`](ErrorKind::Other): the kernel returns another error. Some verdicts may be
+    ///   forgotten then.
+    pub fn forget_flows(&self) -> Result<(), Error> {
+        let operation = || format!("forget the flows of table {}", self.table);
+        let flows = self.flows(operation)?;
+        let mut state = self.lock();
+        let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
+        DeniedSet::all(self.family).for_each(|set| batch.clear_set(set.name()));
+        let commands = batch.commands;
+        let result = state.connection.transact(&commands, Outcome::Commit);
+        result.map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
+        forget_marks(&mut state.connection, flows.marks).map_err(|error| error.with_operation(operation()))
+    }
+
+    /// Forgets the verdict for one connection. Either direction of the connection will do. Returns
+    /// whether there was a verdict.
+    ///
+    /// # Errors
+    ///
+    /// As [`forget_flows`](Self::forget_flows); [`InvalidInput`](ErrorKind::InvalidInput) also if
+    /// the addresses are of different IP versions.
+    pub fn forget_flow(&self, flow: FlowTuple) -> Result<bool, Error> {
+        let operation = || format!("forget a flow of table {}", self.table);
+        let flows = self.flows(operation)?;
+        let Some(version) = flow.version() else {
+            let error = Error::new(ErrorKind::InvalidInput, operation());
+            return Err(error.with_detail("the addresses are of different IP versions"));
+        };
+        let mut state = self.lock();
+        let mut found = false;
+        for tuple in [flow, flow.reversed()] {
+            for set in DeniedSet::all(self.family).filter(|set| set.version == version) {
+                let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
+                batch.delete_elements(set.name(), &[(tuple.key(), None)]);
+                match state.connection.transact(&batch.commands, Outcome::Commit) {
+                    Ok(()) => found = true,
+                    Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
+                    Err(refusal) => return Err(refused(operation(), &batch.commands, &[], refusal)),
+                }
+            }
+        }
+        let marked = forget_mark(&mut state.connection, flows.marks, flow);
+        Ok(found | marked.map_err(|error| error.with_operation(operation()))?)
+    }
+
+    fn flows(&self, operation: impl Fn() -> String) -> Result<FlowTable, Error> {
+        let missing = || Error::new(ErrorKind::InvalidInput, operation()).with_detail("the table has no flow marks");
+        self.flows.ok_or_else(missing)
     }
 
     /// Removes the rules, but not the table and its base chains.
@@ -224,15 +305,15 @@ impl Divert {
     /// then stay installed.
     pub fn remove_rules(&self) -> Result<(), Error> {
         let mut state = self.lock();
+        let operation = || format!("remove the rules of table {}", self.table);
         let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
-        state.places.iter().for_each(|place| batch.delete_rules(&chain_name(*place, self.priority)));
+        state.chains.iter().filter(|chain| !chain.fixed).for_each(|chain| batch.delete_rules(&chain.name));
         let commands = batch.commands;
         state
             .connection
             .transact(&commands, Outcome::Commit)
-            .map_err(|refusal| refused(format!("remove the rules of table {}", self.table), &commands, &[], refusal))?;
+            .map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
         state.rules.clear();
-        state.installed.clear();
         Ok(())
     }
 
@@ -250,12 +331,13 @@ impl Divert {
             .map_err(|error| Error::os(format!("read the counters of table {}", self.table), error))?;
         let found: Vec<(String, RuleCounter)> = objects.iter().filter_map(|rule| dump::counter(rule)).collect();
         let mut counters = vec![RuleCounter::default(); state.rules.len()];
+        let layout = self.layout(&state).map_err(|reason| Error::new(ErrorKind::Other, reason))?;
         for place in &state.places {
-            let chain = chain_name(*place, self.priority);
-            let indices = state.installed.iter().filter(|(name, _)| *name == chain).map(|(_, index)| *index);
-            let of_chain = found.iter().filter(|(name, _)| *name == chain).map(|(_, counter)| counter);
-            for (index, counter) in indices.zip(of_chain) {
-                if let Some(sum) = counters.get_mut(index) {
+            let name = chain_name(*place, self.priority);
+            let rules = layout.rules.iter().filter(|rule| rule.chain == name);
+            let of_chain = found.iter().filter(|(chain, _)| *chain == name).map(|(_, counter)| counter);
+            for (rule, counter) in rules.zip(of_chain) {
+                if let Some(sum) = rule.index.and_then(|index| counters.get_mut(index)) {
                     sum.packets = sum.packets.saturating_add(counter.packets);
                     sum.bytes = sum.bytes.saturating_add(counter.bytes);
                 }
@@ -278,8 +360,7 @@ impl Divert {
     /// [`InvalidInput`](ErrorKind::InvalidInput) if `nft` cannot read the table's name.
     pub fn to_nft(&self) -> Result<String, Error> {
         let state = self.lock();
-        let surroundings = Surroundings { family: self.family, sets: &self.sets, priority: self.priority };
-        builder::print(&self.table, surroundings, &state.rules, &state.places)
+        builder::print(&self.table, self.surroundings(), &state.rules, &state.places)
     }
 
     /// Removes the rules, and then the table.
@@ -306,6 +387,16 @@ impl Divert {
             .map_err(|refusal| refused(format!("remove table {}", self.table), &commands, &[], refusal))
     }
 
+    fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { family: self.family, sets: &self.sets, priority: self.priority, flows: self.flows }
+    }
+
+    /// The chains and rules of the table.
+    fn layout<'a>(&'a self, state: &'a State) -> Result<Layout<'a>, String> {
+        let surroundings = self.surroundings();
+        Ok(Layout::new(check_rules(&state.rules, surroundings)?, &state.places, surroundings))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic cannot leave the connection in an inconsistent state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -326,8 +417,4 @@ fn check_rules<'a>(rules: &'a [Rule], surroundings: Surroundings<'a>) -> Result<
         checked.extend(of_kernel);
     }
     Ok(checked)
-}
-
-fn installed(rules: &[KernelRule<'_>], priority: i32) -> Vec<(String, usize)> {
-    rules.iter().map(|rule| (chain_name(rule.place, priority), rule.index)).collect()
 }

@@ -9,13 +9,14 @@ use netlink_packet_netfilter::nftables::{
     SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableFlags, TableMessage,
 };
 
-use crate::types::Hook;
-
 use super::{
-    checked::{KernelRule, Place},
+    chain::Chain,
+    checked::KernelRule,
+    denied::{DeniedSet, FlowTable},
     encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, number},
     family::TableFamily,
     set::NamedSet,
+    tuple,
 };
 
 /// The kind of the chains to create.
@@ -36,6 +37,8 @@ pub(super) enum Subject {
     Set(String),
     /// The rules that keep connection tracking or defragmentation registered.
     Hooks(&'static str),
+    /// What carries out verdicts for connections.
+    Flows,
 }
 
 /// A message, its flags in addition to `NLM_F_REQUEST`, and its subject.
@@ -78,19 +81,20 @@ impl<'a> Batch<'a> {
         self.push(Subject::Table, 0, NfTablesMessage::DeleteTable(TableMessage { attributes }));
     }
 
-    pub(super) fn create_chain(&mut self, name: &str, place: Place, kind: ChainKind) {
-        let mut attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(name.to_owned())];
-        if kind == ChainKind::Base {
+    pub(super) fn create_chain(&mut self, chain: &Chain, kind: ChainKind) {
+        let Chain { name, base, .. } = chain;
+        let mut attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(name.clone())];
+        if let (Some((place, chain_type)), ChainKind::Base) = (base, kind) {
             let number = InetHookNumber::from(u32::from(place.hook.number()));
             attributes.push(ChainAttribute::Hook(vec![
                 HookAttribute::Number(HookNumber::Inet(number)),
                 // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
                 HookAttribute::Priority(place.priority.cast_unsigned()),
             ]));
-            attributes.push(ChainAttribute::Type("filter".to_owned()));
+            attributes.push(ChainAttribute::Type(chain_type.name().to_owned()));
         }
         let message = NfTablesMessage::NewChain(ChainMessage { attributes });
-        self.push(Subject::Chain(name.to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
+        self.push(Subject::Chain(name.clone()), NLM_F_CREATE | NLM_F_EXCL, message);
     }
 
     /// Creates a chain that no packet reaches. Its rules keep connection tracking, and with it
@@ -132,21 +136,22 @@ impl<'a> Batch<'a> {
         self.create_rule(Subject::Hooks("probe"), HOLDER, encoder);
     }
 
-    /// Adds a rule to the end of a chain.
-    pub(super) fn add_rule(&mut self, chain: &str, rule: &KernelRule<'_>) {
+    /// Adds a rule to the end of its chain.
+    pub(super) fn add_rule(&mut self, rule: &KernelRule<'_>) {
         let (expressions, sets) = rule.expressions(self.encoding, self.next_set);
         self.next_set += sets.len() as u32;
+        let subject = || rule.index.map_or(Subject::Flows, Subject::Rule);
         for set in &sets {
-            self.create_anonymous_set(rule.index, set);
+            self.create_anonymous_set(subject(), set);
         }
         let mut attributes = vec![
             RuleAttribute::Table(self.table.to_owned()),
-            RuleAttribute::Chain(chain.to_owned()),
+            RuleAttribute::Chain(rule.chain.clone()),
             RuleAttribute::Expressions(expressions),
         ];
         attributes.extend(rule.comment.map(|text| RuleAttribute::UserData(comment(text))));
         let message = NfTablesMessage::NewRule(RuleMessage { attributes });
-        self.push(Subject::Rule(rule.index), NLM_F_CREATE | NLM_F_APPEND, message);
+        self.push(subject(), NLM_F_CREATE | NLM_F_APPEND, message);
     }
 
     fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {
@@ -182,7 +187,25 @@ impl<'a> Batch<'a> {
         self.push(Subject::Set(set.name().to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
     }
 
-    fn create_anonymous_set(&mut self, rule: usize, set: &AnonymousSet) {
+    /// Creates a set to which rules add connections.
+    pub(super) fn create_denied_set(&mut self, set: DeniedSet, flows: FlowTable) {
+        let (length, key_type) = tuple::key(set.version);
+        let attributes = vec![
+            SetAttribute::Table(self.table.to_owned()),
+            SetAttribute::Name(set.name().to_owned()),
+            SetAttribute::Flags(SetFlags::Timeout | SetFlags::Eval),
+            SetAttribute::KeyType(key_type),
+            SetAttribute::KeyLen(length as u32),
+            SetAttribute::Id(self.next_set),
+            SetAttribute::Description(vec![SetDescription::Size(flows.capacity)]),
+            SetAttribute::Timeout(milliseconds(flows.timeout)),
+        ];
+        self.next_set += 1;
+        let message = NfTablesMessage::NewSet(SetMessage { attributes });
+        self.push(Subject::Set(set.name().to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
+    }
+
+    fn create_anonymous_set(&mut self, subject: Subject, set: &AnonymousSet) {
         let interval = set.ranges.iter().any(|(first, last)| first != last);
         let mut flags = SetFlags::Anonymous | SetFlags::Constant;
         flags.set(SetFlags::Interval, interval);
@@ -194,7 +217,7 @@ impl<'a> Batch<'a> {
             SetAttribute::KeyLen(set.value_type.length as u32),
             SetAttribute::Id(set.id),
         ];
-        self.push(Subject::Rule(rule), NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
+        self.push(subject.clone(), NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
 
         let element = |value, end: bool| {
             let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(set.value_type.bytes(value)))];
@@ -222,7 +245,7 @@ impl<'a> Batch<'a> {
                 SetElementList::Elements(part.to_vec()),
             ];
             let message = NfTablesMessage::NewSetElement(SetElementMessage { attributes });
-            self.push(Subject::Rule(rule), NLM_F_CREATE, message);
+            self.push(subject.clone(), NLM_F_CREATE, message);
         }
     }
 
@@ -275,24 +298,6 @@ pub(super) fn get_rules(table: &str) -> NfTablesMessage {
 pub(super) fn get_elements(table: &str, set: &str) -> NfTablesMessage {
     let attributes = vec![SetElementList::Table(table.to_owned()), SetElementList::Set(set.to_owned())];
     NfTablesMessage::GetSetElement(SetElementMessage { attributes })
-}
-
-/// The name of a base chain. It is that of the hook if the priority is the table's.
-pub(super) fn chain_name(place: Place, default_priority: i32) -> String {
-    let hook = match place.hook {
-        Hook::Prerouting => "prerouting",
-        Hook::Input => "input",
-        Hook::Forward => "forward",
-        Hook::Output => "output",
-        Hook::Postrouting => "postrouting",
-        Hook::Other(_) => "other",
-    };
-    let Place { priority, .. } = place;
-    match priority {
-        _ if priority == default_priority => hook.to_owned(),
-        ..0 => format!("{hook}_before_{}", priority.unsigned_abs()),
-        _ => format!("{hook}_{priority}"),
-    }
 }
 
 /// User data of a rule: a record with type, length and text, as `nft` writes it.

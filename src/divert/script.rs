@@ -2,19 +2,11 @@
 
 use std::fmt::Write;
 
-use super::{
-    checked::{KernelRule, Place, Surroundings},
-    nft::chain_name,
-};
+use super::{chain::hook_name, checked::Surroundings, denied::DeniedSet, layout::Layout, tuple};
 
 /// The table in the language of nft, with the rules as commands of iptables in comments.
-pub(super) fn script(
-    table: &str,
-    surroundings: Surroundings<'_>,
-    places: &[Place],
-    rules: &[KernelRule<'_>],
-) -> String {
-    let Surroundings { family, sets, priority } = surroundings;
+pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layout<'_>) -> String {
+    let Surroundings { family, sets, flows, .. } = surroundings;
     let mut text = format!("table {} {table} {{\n", family.name());
     for set in sets {
         let types: Vec<&str> = set.fields().iter().map(|field| field.name()).collect();
@@ -27,13 +19,22 @@ pub(super) fn script(
         }
         line(&mut text, 1, format_args!("}}"));
     }
-    for place in places {
-        let name = chain_name(*place, priority);
-        let hook = chain_name(Place { priority, ..*place }, priority);
-        line(&mut text, 1, format_args!("chain {name} {{"));
-        line(&mut text, 2, format_args!("type filter hook {hook} priority {}; policy accept;", place.priority));
-        for rule in rules.iter().filter(|rule| rule.place == *place) {
-            if let Some(command) = rule.iptables() {
+    for (set, flows) in flows.into_iter().flat_map(|flows| DeniedSet::all(family).map(move |set| (set, flows))) {
+        line(&mut text, 1, format_args!("set {} {{", set.name()));
+        line(&mut text, 2, format_args!("type {}", tuple::nft_type(set.version)));
+        line(&mut text, 2, format_args!("flags dynamic,timeout"));
+        line(&mut text, 2, format_args!("size {}", flows.capacity));
+        line(&mut text, 2, format_args!("timeout {}ms", flows.timeout.as_millis()));
+        line(&mut text, 1, format_args!("}}"));
+    }
+    for chain in &layout.chains {
+        line(&mut text, 1, format_args!("chain {} {{", chain.name));
+        if let Some((place, kind)) = chain.base {
+            let (kind, hook) = (kind.name(), hook_name(place.hook));
+            line(&mut text, 2, format_args!("type {kind} hook {hook} priority {}; policy accept;", place.priority));
+        }
+        for rule in layout.rules_of(chain) {
+            if let Some(command) = rule.index.filter(|_| chain.base.is_some()).and_then(|_| rule.iptables()) {
                 line(&mut text, 2, format_args!("# {command}"));
             }
             line(&mut text, 2, format_args!("{}", rule.nft()));

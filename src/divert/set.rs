@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::encoder::{IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType};
+use super::encoder::{IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType, concatenated};
 
 /// A named set of a [`Divert`](super::Divert)'s table: addresses, ports, protocols, or tuples of
 /// them.
@@ -97,9 +97,9 @@ impl NamedSet {
         }
     }
 
-    /// The type of an element, for `nft`: 6 bits for each field.
+    /// The type of an element, for `nft`.
     pub(super) fn key_type(&self) -> u32 {
-        self.fields.iter().fold(0, |number, field| number << 6 | field.value_type().number)
+        concatenated(self.fields.iter().map(|field| field.value_type()))
     }
 
     /// The bytes of an element, or the reason why it does not fit.

@@ -97,11 +97,51 @@ impl Connection {
             let mut bytes = Vec::new();
             append(&mut bytes, NetfilterMessage::new(header, request.clone()), self.sequence, NLM_F_DUMP);
             self.send(&bytes)?;
-            if let Some(objects) = self.wait_for_objects()? {
+            let mut objects = Vec::new();
+            let undisturbed = self.visit(|_, of_datagram| {
+                objects.extend(of_datagram.into_iter().map(|(_, attributes)| attributes.to_vec()));
+                Ok(())
+            })?;
+            if undisturbed {
                 return Ok(objects);
             }
         }
         Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    /// Requests objects, and sends the messages that `change` makes of them: of the header of an
+    /// object, `struct nfgenmsg`, and its attributes. Errors of these messages are ignored: the
+    /// object has gone meanwhile.
+    pub(super) fn change_all(
+        &mut self,
+        request: NetfilterMessage,
+        change: impl Fn(&[u8], &[u8]) -> Option<NetfilterMessage>,
+    ) -> io::Result<()> {
+        self.discard_old_replies();
+        // So that replies to the changes are not taken for objects.
+        let of_changes = self.sequence.wrapping_add(1);
+        self.sequence = of_changes.wrapping_add(1);
+        let mut bytes = Vec::new();
+        append(&mut bytes, request, self.sequence, NLM_F_DUMP);
+        self.send(&bytes)?;
+        self.visit(|connection, objects| {
+            let changes = objects.into_iter().filter_map(|(header, attributes)| change(header, attributes));
+            let mut bytes = Vec::new();
+            changes.for_each(|message| append(&mut bytes, message, of_changes, 0));
+            if bytes.is_empty() { Ok(()) } else { connection.send(&bytes) }
+        })?;
+        self.discard_old_replies();
+        Ok(())
+    }
+
+    /// Sends a message, and waits until the kernel has carried it out.
+    pub(super) fn request(&mut self, message: NetfilterMessage) -> io::Result<()> {
+        self.discard_old_replies();
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::new();
+        append(&mut bytes, message, self.sequence, NLM_F_ACK);
+        self.send(&bytes)?;
+        self.wait_for_reply(self.sequence, 0).map_err(|refusal| refusal.error)
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
@@ -114,9 +154,9 @@ impl Connection {
         }
     }
 
-    /// `None` if a transaction has changed the objects meanwhile.
-    fn wait_for_objects(&self) -> io::Result<Option<Vec<Vec<u8>>>> {
-        let mut objects = Vec::new();
+    /// Calls `each` with the objects of each datagram: their headers (`struct nfgenmsg`) and their
+    /// attributes. Returns false if a transaction has changed the objects meanwhile.
+    fn visit(&self, mut each: impl FnMut(&Self, Vec<(&[u8], &[u8])>) -> io::Result<()>) -> io::Result<bool> {
         let mut interrupted = false;
         loop {
             let mut buffer = Vec::with_capacity(DUMP_LENGTH);
@@ -126,17 +166,23 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             }
+            let mut objects = Vec::new();
+            let mut last = false;
             for message in messages(&buffer).filter(|message| message.sequence_number() == self.sequence) {
                 interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
                 match message.message_type() {
-                    NLMSG_DONE => return Ok((!interrupted).then_some(objects)),
+                    NLMSG_DONE => last = true,
                     NLMSG_ERROR => {
                         let errno = ErrorBuffer::new_checked(message.payload()).ok().and_then(|error| error.code());
                         let errno = errno.map_or(0, |code| code.get().saturating_neg());
                         return Err(io::Error::from_raw_os_error(errno));
                     }
-                    _ => objects.push(message.payload().get(NFGENMSG_LENGTH..).unwrap_or_default().to_vec()),
+                    _ => objects.extend(message.payload().split_at_checked(NFGENMSG_LENGTH)),
                 }
+            }
+            each(self, objects)?;
+            if last {
+                return Ok(!interrupted);
             }
         }
     }

@@ -10,8 +10,8 @@
 //! | a TCP reset | [`tcp_reset`](crate::Edit::tcp_reset) |
 //! | an ICMP or ICMPv6 error | [`icmp_unreachable`](crate::Edit::icmp_unreachable) |
 //!
-//! If only the kernel's own resets and errors are needed, give the packet a mark, and let a rule
-//! with `reject` match the mark in a later chain.
+//! If only the kernel's own resets and errors are needed, [`Packet::reject`](crate::Packet::reject)
+//! is simpler.
 //!
 //! There are two ways to send the reply:
 //!

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::{raw_packet::RawPacket, shared::Shared};
-use crate::types::{Error, ErrorKind, PacketId};
+use crate::{
+    types::{Error, ErrorKind, Family, FlowMarks, Hook, PacketId},
+    wire::attribute,
+};
 
 /// The right, and the duty, to decide one packet. If it is dropped, the packet gets the default
 /// action.
@@ -11,13 +14,23 @@ pub(crate) struct VerdictGuard {
     /// `None` once the right has been used.
     queue: Option<Arc<Shared>>,
     id: u32,
+    /// The packet's mark. 0 if the queue has no flow marks.
+    mark: u32,
     /// In the bridge family: the length of the packet's link-layer header.
-    bridge_header_length: Option<u32>,
+    bridge_header_length: Option<u16>,
+    hook: u8,
 }
 
 impl VerdictGuard {
     pub(super) fn new(queue: Arc<Shared>, packet: &RawPacket) -> Self {
-        Self { queue: Some(queue), id: packet.id, bridge_header_length: packet.bridge_header_length() }
+        let mark = queue.settings.flow_marks.and_then(|_| packet.be32(attribute::MARK)).unwrap_or(0);
+        Self {
+            id: packet.id,
+            mark,
+            bridge_header_length: packet.bridge_header_length(),
+            hook: packet.hook,
+            queue: Some(queue),
+        }
     }
 
     pub(crate) fn id(&self) -> PacketId {
@@ -30,7 +43,17 @@ impl VerdictGuard {
 
     /// In the bridge family: the length of the packet's link-layer header.
     pub(crate) fn bridge_header_length(&self) -> Option<usize> {
-        self.bridge_header_length.map(|length| length as usize)
+        self.bridge_header_length.map(usize::from)
+    }
+
+    /// The flow marks of the queue, and the packet's mark.
+    pub(crate) fn flow_marks(&self) -> Option<(FlowMarks, u32)> {
+        Some((self.queue.as_ref()?.settings.flow_marks?, self.mark))
+    }
+
+    /// The hook that queued the packet, in the families IPv4 and IPv6.
+    pub(crate) fn hook(&self) -> Hook {
+        Hook::new(Family::Ipv4, self.hook)
     }
 
     /// Why the kernel does not take a replaced payload for this packet, if it does not.

@@ -65,9 +65,9 @@ impl RawPacket {
     }
 
     /// In the bridge family: the length of the link-layer header.
-    pub(super) fn bridge_header_length(&self) -> Option<u32> {
+    pub(super) fn bridge_header_length(&self) -> Option<u16> {
         let bridged = Family::from(self.family) == Family::Bridge;
-        bridged.then(|| self.attribute(attribute::LAYER2_HEADER).map_or(0, <[u8]>::len) as u32)
+        bridged.then(|| self.attribute(attribute::LAYER2_HEADER).map_or(0, <[u8]>::len) as u16)
     }
 
     fn get(&self, range: &Range<u32>) -> &[u8] {

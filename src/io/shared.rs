@@ -40,7 +40,7 @@ use crate::{
         Clock, Decision, Effects, Machine, Notice,
         flush::{FlushContext, FlushPolicy},
     },
-    types::{Action, Error, ErrorKind, PacketId, Stats},
+    types::{Action, Error, ErrorKind, FlowMarks, PacketId, Stats},
 };
 
 #[derive(Debug)]
@@ -68,6 +68,7 @@ pub(crate) struct Settings {
     pub(crate) conntrack: bool,
     /// Bytes of optional attributes in a message.
     pub(crate) attributes: usize,
+    pub(crate) flow_marks: Option<FlowMarks>,
 }
 
 /// See the module's documentation.

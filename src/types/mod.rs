@@ -3,11 +3,13 @@
 use std::fmt;
 
 mod error;
+mod flow_marks;
 mod hook;
 pub(crate) mod stats;
 
 pub use self::{
     error::{Error, ErrorKind, TryRecvError},
+    flow_marks::FlowMarks,
     hook::Hook,
     stats::Stats,
 };

@@ -60,7 +60,8 @@ pub struct Received {
 #[non_exhaustive]
 pub struct Decided {
     /// Accepted or stopped: the verdict was sent, and the kernel has not reported that it found no
-    /// packet.
+    /// packet. Packets that rules behind the queue then drop or reject
+    /// ([`guide::flows`](crate::guide::flows)) count as accepted.
     pub accepted: u64,
     /// Dropped; counted like `accepted`.
     pub dropped: u64,

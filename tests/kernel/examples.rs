@@ -19,6 +19,8 @@ tests![
     sync accept_all_stops_on_sigterm,
     sync accept_all_stops_on_sigint,
     sync out_of_order_accepts_everything,
+    sync per_flow_sees_one_packet_of_each_connection,
+    sync per_flow_sees_every_packet_without_flows,
     sync nf_queue_counts_packets_and_stops_after_its_timeout,
     sync nf_queue_requeues_packets,
     sync invalid_command_lines_are_refused,
@@ -60,6 +62,33 @@ fn out_of_order_accepts_everything() {
     let (status, output) = program.end(Signal::SIGTERM);
     assert!(status.success(), "{status}");
     assert!(output.starts_with("received 1000 accepted 1000 lost 0"), "{output}");
+}
+
+fn per_flow_sees_one_packet_of_each_connection() {
+    per_flow(Signal::SIGTERM, &["--port", "9000"], "received 2 accepted 2 lost 0");
+}
+
+fn per_flow_sees_every_packet_without_flows() {
+    per_flow(Signal::SIGINT, &["--no-flow", "--port", "9000"], "received 400 accepted 400 lost 0");
+}
+
+fn per_flow(signal: Signal, options: &[&str], expected: &str) {
+    let mut program = Program::start("per_flow", options);
+    program.until_ready();
+    let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
+    for _ in 0..2 {
+        let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        sender.connect(receiver.local_addr().unwrap()).unwrap();
+        for number in 0..200_u32 {
+            sender.send(&number.to_be_bytes()).unwrap();
+            receiver.recv(&mut [0; 4]).unwrap();
+        }
+    }
+    let (status, output) = program.end(signal);
+    assert!(status.success(), "{status}");
+    assert!(output.starts_with(expected), "{output}");
+    assert_eq!(output.lines().count(), 1, "{output}");
+    assert_eq!(support::queue_line(0), None, "the queue is unbound");
 }
 
 fn nf_queue_counts_packets_and_stops_after_its_timeout() {
@@ -105,6 +134,7 @@ fn invalid_command_lines_are_refused() {
         ("out_of_order", &["--tasks", "none"]),
         ("nf_queue", &["-x"]),
         ("nf_queue", &["-q", "3", "-Q", "3"]),
+        ("per_flow", &["--port", "port"]),
         ("demo", &["--bogus"]),
     ] {
         let (status, _) = Program::start(program, arguments).wait();

@@ -25,6 +25,7 @@ mod dropping;
 mod edit;
 mod errors;
 mod examples;
+mod flows;
 mod flushing;
 mod group;
 mod histories;
@@ -72,6 +73,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     bridge::tests,
     divert::tests,
     rules::tests,
+    flows::tests,
     namespaces::tests,
     group::tests,
     reconfigure::tests,

@@ -2,6 +2,7 @@
 
 mod address;
 mod connection;
+mod flow;
 mod interface;
 mod mark;
 mod named_set;
@@ -92,6 +93,11 @@ pub(super) trait Condition: fmt::Debug + Send + Sync {
     /// other are found by these.
     fn values(&self) -> Option<Values> {
         None
+    }
+
+    /// The bits of the packet's mark that are compared.
+    fn mark_bits(&self) -> u32 {
+        0
     }
 
     /// The reason why the condition is invalid, or can never be met.

@@ -1,6 +1,15 @@
 use netlink_packet_core::{Emitable, NLA_F_NESTED};
 
-use crate::divert::{Match, Protocol, Rule, TableFamily, checked::Surroundings, encoder::QueueMethod, set::SetField};
+use crate::{
+    divert::{
+        Match, Protocol, Rule, TableFamily,
+        chain::{ChainType, Place},
+        checked::Surroundings,
+        encoder::QueueMethod,
+        set::SetField,
+    },
+    types::Hook,
+};
 
 use super::*;
 
@@ -31,8 +40,9 @@ fn tables_and_chains_are_encoded() {
     let mut batch = batch();
     batch.create_table();
     let place = Place { hook: Hook::Output, priority: -150 };
-    batch.create_chain("output", place, ChainKind::Base);
-    batch.create_chain("output", place, ChainKind::Regular);
+    let chain = Chain { name: "output".to_owned(), base: Some((place, ChainType::Filter)), fixed: false };
+    batch.create_chain(&chain, ChainKind::Base);
+    batch.create_chain(&chain, ChainKind::Regular);
     let commands = batch.commands;
     // NFTA_TABLE_NAME, NFTA_TABLE_FLAGS
     assert_eq!(bytes(&commands[0].message), [attribute(1, b"t\0"), attribute(2, &[0, 0, 0, 2])].concat());
@@ -52,10 +62,10 @@ fn rule_comes_after_its_sets_and_has_a_comment() {
         .unless(Match::source_ports([1_u16, 3]))
         .comment("web")
         .accept();
-    let surroundings = Surroundings { family: TableFamily::Inet, sets: &[], priority: 0 };
+    let surroundings = Surroundings { family: TableFamily::Inet, sets: &[], priority: 0, flows: None };
     let rules = rule.check(7, surroundings).unwrap();
     let mut batch = batch();
-    batch.add_rule("prerouting", &rules[0]);
+    batch.add_rule(&rules[0]);
     let commands = batch.commands;
     assert!(commands.iter().all(|command| command.subject == Subject::Rule(7)));
     let [first, first_elements, second, second_elements, rule] = commands.as_slice() else { panic!("{commands:?}") };
@@ -104,10 +114,4 @@ fn named_sets_have_a_time_out_and_a_size() {
     let key = nested(1, &[attribute(1, &[1; 8])]);
     let element = nested(1, &[key, attribute(4, &10_u64.to_be_bytes())]);
     assert_eq!(bytes(&batch.commands[1].message), [table, name, nested(3, &[element])].concat());
-}
-
-#[test]
-fn chains_are_named_by_hook_and_priority() {
-    let name = |priority| chain_name(Place { hook: Hook::Input, priority }, 5);
-    assert_eq!([name(5), name(0), name(10), name(-150)], ["input", "input_0", "input_10", "input_before_150"]);
 }

@@ -8,14 +8,15 @@ use std::{
 };
 
 use tokio_nfqueue::{
-    ConnectionState, Direction, Divert, DivertBuilder, ErrorKind, Hook, Match, NamedSet, PacketField, Priority,
-    Protocol, Rate, Rule, SetField, TableFamily, TcpFlags,
+    ConnectionState, Direction, Divert, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, PacketField,
+    Priority, Protocol, Rate, Rule, SetField, TableFamily, TcpFlags,
 };
 
 use super::udp_out;
 
 tests![
     sync script_is_accepted_by_nft,
+    sync script_with_flow_marks_is_accepted_by_nft,
     sync script_has_all_parts,
     sync comments_are_listed_by_nft,
     sync names_that_nft_cannot_read_are_refused,
@@ -137,6 +138,27 @@ fn script_is_accepted_by_nft() {
     if let Some(Err(error)) = run("nft", &["-c", "-f", "-"], &script) {
         assert!(!error.contains("syntax"), "{error}\n{script}");
         assert!(error.contains("No such file or directory"), "{error}\n{script}");
+    }
+}
+
+fn script_with_flow_marks_is_accepted_by_nft() {
+    let hooks = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+    for family in [TableFamily::Inet, TableFamily::Ip, TableFamily::Ip6] {
+        let builder = Divert::builder().family(family).flow_marks(FlowMarks::default());
+        let builder = builder.rules(hooks.map(|hook| Rule::new(hook).count()));
+        let script = builder.to_nft().unwrap();
+        if let Some(result) = run("nft", &["-c", "-f", "-"], &script) {
+            assert!(result.is_ok(), "{family:?}: {}\n{script}", result.unwrap_err());
+        }
+        // Not every kernel has the statement `queue`.
+        let script = builder.rule(Rule::new(Hook::Input).to_queues(2..=4).bypass(true)).to_nft().unwrap();
+        let expected = "chain to_queue_2_4_bypass {\n\t\tct mark & 0xe0000000 == 0xa0000000 counter accept\n\t\t\
+                        counter meta mark set meta mark & 0x1fffffff | 0x80000000 queue num 2-4 bypass\n\t}";
+        assert!(script.contains(expected), "{script}");
+        assert!(script.contains("counter goto to_queue_2_4_bypass"), "{script}");
+        if let Some(Err(error)) = run("nft", &["-c", "-f", "-"], &script) {
+            assert!(error.contains("queue num 2-4 bypass") && error.contains("No such file or directory"), "{error}");
+        }
     }
 }
 

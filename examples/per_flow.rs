@@ -1,0 +1,129 @@
+//! Accepts each connection by its first packet: the kernel passes the rest by itself, and it does
+//! not come to the queue.
+//!
+//! It makes its own rules, for UDP and TCP to one port at the output hook. Run it as root:
+//! `cargo run --release --example per_flow -- --port 9999`. With `--no-flow` it accepts packet by
+//! packet, for comparison.
+//!
+//! It prints `ready` on standard error once queue and rules are there. SIGINT and SIGTERM end it,
+//! and it prints one line of statistics.
+
+use std::{pin::pin, process::ExitCode};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_nfqueue::{Action, Divert, Error, ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule};
+
+async fn run(options: Options) -> Result<(), Error> {
+    let mut end = pin!(end_signal());
+    let marks = FlowMarks::default();
+    let (mut packets, verdicts) = bind(marks)?.split();
+    let to_port = |protocol| Rule::new(Hook::Output).protocol(protocol).destination_port(options.port);
+    let divert = Divert::builder()
+        .flow_marks(marks)
+        .rule(to_port(Protocol::Udp).to_queue(verdicts.queue_number()))
+        .rule(to_port(Protocol::Tcp).to_queue(verdicts.queue_number()))
+        .install()?;
+    eprintln!("ready");
+
+    let mut received = Vec::new();
+    loop {
+        tokio::select! {
+            count = packets.recv_many(&mut received, 64) => {
+                if count? == 0 {
+                    break;
+                }
+                for packet in received.drain(..) {
+                    let verdict = packet.accept();
+                    let verdict = if options.flow { verdict.for_flow() } else { verdict };
+                    verdict.submit()?;
+                }
+            }
+            () = &mut end => break,
+        }
+    }
+    // In this order: no new packet is queued, those that wait are decided, the table goes.
+    let removed = divert.remove_rules();
+    let closed = verdicts.close().await;
+    let stats = verdicts.stats();
+    println!(
+        "received {} accepted {} lost {} gone {} refused {}",
+        stats.received.packets,
+        stats.decided.accepted,
+        stats.lost.packets,
+        stats.sent.gone_at_least,
+        stats.sent.refused
+    );
+    removed.and(closed).and(divert.close())
+}
+
+/// Binds the first queue that nobody has bound.
+fn bind(marks: FlowMarks) -> Result<Queue, Error> {
+    let bind = |number| Queue::builder(number).flow_marks(marks).on_unanswered(Action::Accept).bind();
+    let mut number = 0;
+    loop {
+        match bind(number) {
+            Err(error) if error.kind() == ErrorKind::AlreadyBound && number < u16::MAX => number += 1,
+            result => return result,
+        }
+    }
+}
+
+/// Ends with SIGINT or SIGTERM. The handlers are installed when this returns.
+fn end_signal() -> impl Future<Output = ()> {
+    let mut interrupt = signal(SignalKind::interrupt()).expect("install a signal handler");
+    let mut terminate = signal(SignalKind::terminate()).expect("install a signal handler");
+    async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let options = match options() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("per_flow: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(options).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("per_flow: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+const USAGE: &str = "usage: per_flow [--port P] [--no-flow]
+
+  --port P   the destination port of the connections (default: 9999)
+  --no-flow  every packet comes to the queue";
+
+struct Options {
+    port: u16,
+    flow: bool,
+}
+
+fn options() -> Result<Option<Options>, lexopt::Error> {
+    use lexopt::prelude::*;
+
+    let mut options = Options { port: 9999, flow: true };
+    let mut arguments = lexopt::Parser::from_env();
+    while let Some(argument) = arguments.next()? {
+        match argument {
+            Long("port") => options.port = arguments.value()?.parse()?,
+            Long("no-flow") => options.flow = false,
+            Short('h') | Long("help") => return Ok(None),
+            _ => return Err(argument.unexpected()),
+        }
+    }
+    Ok(Some(options))
+}

@@ -1,0 +1,72 @@
+//! Chains: what they are and how they are called.
+
+use crate::types::Hook;
+
+/// A chain of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub(super) name: String,
+    /// `None`: no packet comes to the chain by itself.
+    pub(super) base: Option<(Place, ChainType)>,
+    /// Whether the rules of the chain stay the same while the table exists.
+    pub(super) fixed: bool,
+}
+
+/// The place of a base chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) hook: Hook,
+    pub(super) priority: i32,
+}
+
+/// The types of base chains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ChainType {
+    Filter,
+    /// Routes packets again whose mark the chain has changed.
+    Route,
+}
+
+impl ChainType {
+    /// The name in the kernel and in nft.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Filter => "filter",
+            Self::Route => "route",
+        }
+    }
+}
+
+/// The name of a hook in nft.
+pub(super) fn hook_name(hook: Hook) -> &'static str {
+    match hook {
+        Hook::Prerouting => "prerouting",
+        Hook::Input => "input",
+        Hook::Forward => "forward",
+        Hook::Output => "output",
+        Hook::Postrouting => "postrouting",
+        Hook::Other(_) => "other",
+    }
+}
+
+/// The name of a base chain. It is that of the hook if the priority is the table's.
+pub(super) fn chain_name(place: Place, default_priority: i32) -> String {
+    let Place { hook, priority } = place;
+    let hook = hook_name(hook);
+    match priority {
+        _ if priority == default_priority => hook.to_owned(),
+        ..0 => format!("{hook}_before_{}", priority.unsigned_abs()),
+        _ => format!("{hook}_{priority}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_are_named_by_hook_and_priority() {
+        let name = |priority| chain_name(Place { hook: Hook::Input, priority }, 5);
+        assert_eq!([name(5), name(0), name(10), name(-150)], ["input", "input_0", "input_10", "input_before_150"]);
+    }
+}

@@ -1,0 +1,54 @@
+//! The chains and rules that a table consists of.
+
+use super::{
+    action::{Action, Target},
+    chain::{Chain, ChainType, Place, chain_name},
+    checked::{KernelRule, Surroundings},
+    flows,
+};
+
+/// The chains, in the order of their creation, and the rules, in the order of each chain.
+#[derive(Debug)]
+pub(super) struct Layout<'a> {
+    pub(super) chains: Vec<Chain>,
+    pub(super) rules: Vec<KernelRule<'a>>,
+}
+
+impl<'a> Layout<'a> {
+    /// `places` are those of the rules and further ones, ascending.
+    pub(super) fn new(rules: Vec<KernelRule<'a>>, places: &[Place], surroundings: Surroundings<'a>) -> Self {
+        let base = |place: &Place| Chain {
+            name: chain_name(*place, surroundings.priority),
+            base: Some((*place, ChainType::Filter)),
+            fixed: false,
+        };
+        let Some(table) = surroundings.flows else {
+            return Self { chains: places.iter().map(base).collect(), rules };
+        };
+        let mut chains = flows::common_chains();
+        let mut all = flows::common_rules(table, surroundings);
+        for rule in &rules {
+            let Action::Goto(target @ Target::Queues(queues)) = rule.action else { continue };
+            let chain = Chain { name: target.name(), base: None, fixed: false };
+            if !chains.contains(&chain) {
+                chains.push(chain);
+                all.extend(flows::queue_rules(table, (rule.index, queues), rule.place, surroundings));
+            }
+        }
+        for place in &flows::places(places) {
+            // A new hook comes before those of the same priority (`nf_hook_entries_grow`), so that
+            // nothing can come between these chains.
+            chains.extend(flows::chains_behind(*place, surroundings.priority).into_iter().rev());
+            chains.push(base(place));
+            all.extend(flows::first_rules(table, *place, surroundings));
+            all.extend(flows::rules_behind(table, *place, surroundings));
+        }
+        all.extend(rules);
+        Self { chains, rules: all }
+    }
+
+    /// The rules of a chain.
+    pub(super) fn rules_of<'b>(&'b self, chain: &'b Chain) -> impl Iterator<Item = &'b KernelRule<'a>> {
+        self.rules.iter().filter(|rule| rule.chain == chain.name)
+    }
+}

@@ -1,0 +1,140 @@
+//! Connections that are denied at their first packet.
+
+use std::time::Duration;
+
+use tokio_nfqueue::{Hook, Rule};
+
+use super::{LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
+use crate::{
+    common::{eventually, next},
+    support,
+};
+
+tests![
+    one other_side_of_a_dropped_connection_is_dropped_too,
+    one when_there_is_no_room_the_next_packet_comes_to_the_queue,
+    one denied_connection_is_forgotten_after_its_time,
+    one verdict_holds_even_if_the_rules_are_removed_before_it,
+    one rules_are_replaced_and_verdicts_stay,
+    one packets_without_a_connection_are_dropped_too,
+];
+
+/// Nothing has been received of the client when the server sends.
+async fn other_side_of_a_dropped_connection_is_dropped_too() {
+    for address in LOOPBACKS {
+        let talk = Talk::loopback(address);
+        let mut queue = bind();
+        let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+        talk.ask(1);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        talk.answer(1);
+        assert_eq!(talk.silent(), None);
+        queue_is_empty(&mut queue);
+    }
+}
+
+async fn when_there_is_no_room_the_next_packet_comes_to_the_queue() {
+    let talks: Vec<Talk> = (0..3).map(|_| Talk::loopback(LOOPBACKS[0])).collect();
+    let mut queue = bind();
+    let rules = talks.iter().map(|talk| to_port(Hook::Output, talk.port()).to_queue(0));
+    let _divert = table(rules).denied_flows(2, Duration::from_secs(60)).install().unwrap();
+    for talk in &talks {
+        talk.ask(1);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        assert_eq!(talk.silent(), None);
+    }
+    for talk in &talks[..2] {
+        talk.ask(2);
+        queue_is_empty(&mut queue);
+        assert_eq!(talk.silent(), None);
+    }
+    talks[2].ask(2);
+    pass(&mut queue).await;
+    talks[2].asked(2);
+}
+
+async fn denied_connection_is_forgotten_after_its_time() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = bind();
+    let rule = to_port(Hook::Output, talk.port()).to_queue(0);
+    let _divert = table([rule]).denied_flows(2, Duration::from_millis(50)).install().unwrap();
+    talk.ask(1);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    let mut number = 1;
+    eventually("a packet comes to the queue", || {
+        // Each packet lets the time begin anew.
+        std::thread::sleep(Duration::from_millis(100));
+        number += 1;
+        talk.ask(number);
+        queue.try_recv().is_ok()
+    })
+    .await;
+}
+
+async fn verdict_holds_even_if_the_rules_are_removed_before_it() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = bind();
+    let divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+    talk.ask(1);
+    talk.ask(2);
+    let [first, second] = [next(&mut queue).await, next(&mut queue).await];
+    divert.remove_rules().unwrap();
+    confirm(first.drop().for_flow()).await.unwrap();
+    confirm(second.reject()).await.unwrap();
+    assert!(talk.silent().is_some());
+    // The rules that applied the verdict to later packets are gone.
+    talk.ask(3);
+    talk.asked(3);
+    queue_is_empty(&mut queue);
+}
+
+async fn rules_are_replaced_and_verdicts_stay() {
+    let talks: Vec<Talk> = (0..3).map(|_| Talk::loopback(LOOPBACKS[0])).collect();
+    let mut queue = bind();
+    let rules = |hook| talks.iter().map(move |talk| to_port(hook, talk.port()).to_queue(0)).collect::<Vec<Rule>>();
+    let divert = table(rules(Hook::Output)).install().unwrap();
+    for talk in &talks {
+        talk.ask(1);
+    }
+    let [accepted, dropped, held] = [next(&mut queue).await, next(&mut queue).await, next(&mut queue).await];
+    confirm(accepted.accept().for_flow()).await.unwrap();
+    confirm(dropped.drop().for_flow()).await.unwrap();
+    talks[0].asked(1);
+    divert.replace_rules(rules(Hook::Output).into_iter().map(|rule| rule.bypass(true))).unwrap();
+    confirm(held.drop().for_flow()).await.unwrap();
+    for _ in 0..2 {
+        for talk in &talks {
+            talk.ask(2);
+        }
+        talks[0].asked(2);
+        talks.iter().for_each(|talk| assert_eq!(talk.silent(), None));
+        queue_is_empty(&mut queue);
+        // Another hook, whose chains are new.
+        let rules = rules(Hook::Input).into_iter().chain(rules(Hook::Output));
+        divert.replace_rules(rules).unwrap();
+    }
+}
+
+/// Connection tracking calls a segment that belongs to no connection invalid.
+async fn packets_without_a_connection_are_dropped_too() {
+    use tokio_nfqueue::{ConnectionState, Match, Protocol};
+
+    let mut queue = bind();
+    let invalid = Rule::new(Hook::Output)
+        .protocol(Protocol::Tcp)
+        .when(Match::connection_state([ConnectionState::Invalid]))
+        .to_queue(0);
+    let arrived = Rule::new(Hook::Input).protocol(Protocol::Tcp).priority(-1).count();
+    let divert = table([invalid, arrived]).install().unwrap();
+    // SYN with FIN, from port 1 to port 2.
+    let mut packet = vec![0x45, 0, 0, 40, 0, 1, 0, 0, 64, 6, 0, 0, 127, 0, 0, 1, 127, 0, 0, 1];
+    packet.extend([0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x03, 1, 0, 0, 0, 0, 0]);
+    let socket = support::raw_ipv4();
+    for drop in [true, false] {
+        support::send_raw_ipv4(&socket, &packet, std::net::Ipv4Addr::LOCALHOST).unwrap();
+        let packet = next(&mut queue).await;
+        let verdict = if drop { packet.drop() } else { packet.accept() };
+        confirm(verdict.for_flow()).await.unwrap();
+        assert_eq!(divert.counters().unwrap()[1].packets, u64::from(!drop));
+    }
+}

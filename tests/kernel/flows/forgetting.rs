@@ -1,0 +1,145 @@
+//! Verdicts for connections are taken back.
+
+use tokio_nfqueue::{Divert, ErrorKind, FlowMarks, FlowTuple, Hook, Queue, Rule};
+
+use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
+use crate::common::next;
+
+tests![
+    one all_connections_are_forgotten,
+    one one_connection_is_forgotten_by_either_direction,
+    one unknown_connections_are_not_forgotten,
+    one connections_of_an_earlier_table_are_new,
+    one tables_with_other_marks_do_not_concern_each_other,
+    one table_without_flow_marks_has_no_flows,
+];
+
+fn rules(talks: &[Talk]) -> Vec<Rule> {
+    talks.iter().map(|talk| to_port(Hook::Output, talk.port()).to_queue(0)).collect()
+}
+
+/// Decides connections at their first and at their second packet.
+async fn decide(queue: &mut Queue, talks: &[Talk], decision: Decision) {
+    for (talk, first) in talks.iter().zip([true, false].into_iter().cycle()) {
+        if !first {
+            talk.ask(0);
+            pass(queue).await;
+            talk.asked(0);
+        }
+        talk.ask(1);
+        confirm(decision.for_flow(next(queue).await)).await.unwrap();
+        if decision == Decision::Accept {
+            talk.asked(1);
+        }
+        talk.silent();
+    }
+}
+
+/// Which connections' next packets come to the queue.
+async fn undecided(queue: &mut Queue, talks: &[Talk]) -> Vec<bool> {
+    let mut undecided = Vec::new();
+    for talk in talks {
+        talk.ask(9);
+        let packet = queue.try_recv();
+        undecided.push(packet.is_ok());
+        drop(packet);
+        while let Some(_error) = talk.client.take_error().unwrap() {}
+        talk.server.set_nonblocking(true).unwrap();
+        while talk.server.recv(&mut [0]).is_ok() {}
+        talk.server.set_nonblocking(false).unwrap();
+    }
+    undecided
+}
+
+fn four() -> Vec<Talk> {
+    [0, 0, 1, 1].map(|index| Talk::loopback(LOOPBACKS[index])).into()
+}
+
+async fn all_connections_are_forgotten() {
+    for decision in DECISIONS {
+        let talks = four();
+        let mut queue = bind();
+        let divert = table(rules(&talks)).install().unwrap();
+        decide(&mut queue, &talks, decision).await;
+        assert_eq!(undecided(&mut queue, &talks).await, [false; 4], "{decision:?}");
+        divert.forget_flows().unwrap();
+        assert_eq!(undecided(&mut queue, &talks).await, [true; 4], "{decision:?}");
+        // They can be decided again.
+        decide(&mut queue, &talks, decision).await;
+        assert_eq!(undecided(&mut queue, &talks).await, [false; 4], "{decision:?}");
+    }
+}
+
+async fn one_connection_is_forgotten_by_either_direction() {
+    for decision in DECISIONS {
+        let talks = four();
+        let mut queue = bind();
+        let divert = table(rules(&talks)).install().unwrap();
+        decide(&mut queue, &talks, decision).await;
+        for (index, talk) in talks.iter().enumerate() {
+            let (client, server) = talk.addresses();
+            let tuple = if index % 3 == 0 { FlowTuple::udp(client, server) } else { FlowTuple::udp(server, client) };
+            assert!(divert.forget_flow(tuple).unwrap(), "{decision:?} {tuple:?}");
+            let expected: Vec<bool> = (0..4).map(|other| other <= index).collect();
+            assert_eq!(undecided(&mut queue, &talks).await, expected, "{decision:?} {tuple:?}");
+        }
+    }
+}
+
+async fn unknown_connections_are_not_forgotten() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let divert = table(rules(&[talk])).install().unwrap();
+    for address in LOOPBACKS {
+        assert!(!divert.forget_flow(FlowTuple::tcp((address, 1), (address, 2))).unwrap());
+    }
+    let error = divert.forget_flow(FlowTuple::tcp((LOOPBACKS[0], 1), (LOOPBACKS[1], 2))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
+/// What the kernel does when the process is killed: the socket that owns the table is closed.
+async fn connections_of_an_earlier_table_are_new() {
+    for decision in DECISIONS {
+        let talks = four();
+        let mut queue = bind();
+        let divert = table(rules(&talks)).install().unwrap();
+        decide(&mut queue, &talks, decision).await;
+        drop(divert);
+        drop(queue);
+        // Nothing is left.
+        talks[1].ask(2);
+        talks[1].asked(2);
+        let mut queue = bind();
+        let _divert = table(rules(&talks)).install().unwrap();
+        assert_eq!(undecided(&mut queue, &talks).await, [true; 4], "{decision:?}");
+    }
+}
+
+async fn tables_with_other_marks_do_not_concern_each_other() {
+    let talks = four();
+    let other = FlowMarks::new(0x700);
+    let mut queue = bind();
+    let _divert = table(rules(&talks)).install().unwrap();
+    decide(&mut queue, &talks, Decision::Accept).await;
+    let mut second_queue = Queue::builder(1).flow_marks(other).bind().unwrap();
+    let second_rules = talks.iter().map(|talk| to_port(Hook::Input, talk.port()).to_queue(1));
+    let second = Divert::builder().flow_marks(other).rules(second_rules).install().unwrap();
+    for talk in &talks {
+        talk.ask(3);
+        confirm(next(&mut second_queue).await.accept().for_flow()).await.unwrap();
+        talk.asked(3);
+    }
+    second.forget_flows().unwrap();
+    for talk in &talks {
+        talk.ask(4);
+        queue_is_empty(&mut queue);
+        pass(&mut second_queue).await;
+        talk.asked(4);
+    }
+}
+
+async fn table_without_flow_marks_has_no_flows() {
+    let divert = crate::common::divert([Rule::new(Hook::Input).count()]);
+    let error = divert.forget_flows().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert!(error.to_string().contains("no flow marks"), "{error}");
+}

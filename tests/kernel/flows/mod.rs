@@ -1,0 +1,168 @@
+//! Verdicts for whole connections: "a verdict can speak for its whole connection; with `Divert` the
+//! kernel then passes, drops or rejects the rest by itself" (ARCHITECTURE.md, promise 12).
+
+mod denied;
+mod forgetting;
+mod refused;
+mod tcp;
+mod udp;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+};
+
+use libtest_mimic::Trial;
+use tokio_nfqueue::{
+    Divert, DivertBuilder, Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict,
+};
+
+use crate::{
+    common::{next, soon},
+    support,
+};
+
+pub(crate) fn tests() -> Vec<Trial> {
+    let modules = [udp::tests(), tcp::tests(), denied::tests(), forgetting::tests(), refused::tests()];
+    modules.into_iter().flatten().collect()
+}
+
+const LOOPBACKS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// A verdict for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decision {
+    Accept,
+    Drop,
+    Reject,
+}
+
+const DECISIONS: [Decision; 3] = [Decision::Accept, Decision::Drop, Decision::Reject];
+
+impl Decision {
+    fn for_flow(self, packet: Packet) -> Verdict {
+        match self {
+            Self::Accept => packet.accept().for_flow(),
+            Self::Drop => packet.drop().for_flow(),
+            Self::Reject => packet.reject().for_flow(),
+        }
+    }
+}
+
+fn builder() -> QueueBuilder {
+    Queue::builder(0).flow_marks(FlowMarks::default())
+}
+
+fn bind() -> Queue {
+    builder().bind().unwrap()
+}
+
+fn table(rules: impl IntoIterator<Item = Rule>) -> DivertBuilder {
+    Divert::builder().flow_marks(FlowMarks::default()).rules(rules)
+}
+
+/// UDP to this port.
+fn to_port(hook: Hook, port: u16) -> Rule {
+    Rule::new(hook).protocol(Protocol::Udp).destination_port(port)
+}
+
+/// Waits until the kernel has carried the verdict out.
+async fn confirm(verdict: Verdict) -> Result<(), Error> {
+    soon("the acknowledgement", verdict.confirm()).await
+}
+
+/// Two UDP sockets that talk to each other.
+struct Talk {
+    client: UdpSocket,
+    server: UdpSocket,
+}
+
+impl Talk {
+    fn new(client: impl Into<IpAddr>, server: impl Into<IpAddr>) -> Self {
+        let server = support::udp((server.into(), 0));
+        let client = support::udp((client.into(), 0));
+        client.connect(server.local_addr().unwrap()).unwrap();
+        Self { client, server }
+    }
+
+    fn loopback(address: IpAddr) -> Self {
+        Self::new(address, address)
+    }
+
+    fn addresses(&self) -> (SocketAddr, SocketAddr) {
+        (self.client.local_addr().unwrap(), self.server.local_addr().unwrap())
+    }
+
+    fn port(&self) -> u16 {
+        self.addresses().1.port()
+    }
+
+    fn ask(&self, number: u8) {
+        sent(|| self.client.send(&[number]));
+    }
+
+    fn answer(&self, number: u8) {
+        sent(|| self.server.send_to(&[number], self.addresses().0));
+    }
+
+    /// The next question arrives.
+    fn asked(&self, number: u8) {
+        let mut byte = [0];
+        let (_, from) = self.server.recv_from(&mut byte).unwrap();
+        assert_eq!((byte[0], from), (number, self.addresses().0));
+    }
+
+    /// The next answer arrives.
+    fn answered(&self, number: u8) {
+        let mut byte = [0];
+        self.client.recv(&mut byte).unwrap();
+        assert_eq!(byte[0], number);
+    }
+
+    /// Both sides have nothing to receive. Returns the errors that the client gets.
+    fn silent(&self) -> Option<io::ErrorKind> {
+        let mut error = None;
+        for socket in [&self.client, &self.server] {
+            socket.set_nonblocking(true).unwrap();
+            loop {
+                match socket.recv(&mut [0]) {
+                    Ok(_) => panic!("a datagram has passed"),
+                    Err(failed) if failed.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(failed) => error = Some(failed.kind()),
+                }
+            }
+            socket.set_nonblocking(false).unwrap();
+        }
+        error
+    }
+}
+
+/// Sends a datagram. It may be dropped at the output hook, which is an error of the call.
+fn sent(mut send: impl FnMut() -> io::Result<usize>) {
+    loop {
+        match send().map_err(|error| error.kind()) {
+            Ok(1) | Err(io::ErrorKind::PermissionDenied) => return,
+            // An ICMP error that came before.
+            Err(io::ErrorKind::ConnectionRefused) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Lets the kernel send as many ICMP errors as there are reasons for.
+fn unlimited_icmp_errors() {
+    for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
+        std::fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
+    }
+}
+
+/// Nothing waits in the queue.
+fn queue_is_empty(queue: &mut Queue) {
+    let packet = queue.try_recv();
+    assert!(packet.is_err(), "{packet:?} came to the queue");
+}
+
+/// Takes a packet and accepts it alone.
+async fn pass(queue: &mut Queue) {
+    confirm(next(queue).await.accept()).await.unwrap();
+}

@@ -1,0 +1,103 @@
+//! What is refused, and how the errors call it.
+
+use std::time::Duration;
+
+use tokio_nfqueue::{
+    Action, Divert, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, Packet, Queue, Rule, SetField,
+    TableFamily, Verdict,
+};
+
+use super::{LOOPBACKS, Talk, bind, confirm, table, to_port};
+use crate::common::next;
+
+tests![
+    one verdict_without_flow_marks_of_the_queue,
+    one verdict_for_a_packet_of_a_rule_without_flow_marks,
+    one verdicts_that_no_rule_carries_out,
+    sync tables_that_cannot_have_flow_marks,
+];
+
+#[track_caller]
+fn refused(result: Result<(), tokio_nfqueue::Error>, what: &str) {
+    let error = result.expect_err(what);
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    assert!(error.to_string().contains(what), "{error}");
+    assert!(error.packet_id().is_some(), "{error}");
+}
+
+async fn verdict_without_flow_marks_of_the_queue() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
+    let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+    for number in 0..2 {
+        talk.ask(number);
+        let packet = next(&mut queue).await;
+        let verdict = if number == 0 { packet.reject() } else { packet.accept().for_flow() };
+        refused(verdict.submit(), "the queue was bound without flow_marks");
+        // The default action.
+        talk.asked(number);
+    }
+}
+
+async fn verdict_for_a_packet_of_a_rule_without_flow_marks() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = bind();
+    let _other = table([to_port(Hook::Input, 1).to_queue(0)]).install().unwrap();
+    let _divert = crate::common::divert([to_port(Hook::Output, talk.port()).to_queue(0)]);
+    for number in 0..2 {
+        talk.ask(number);
+        let packet = next(&mut queue).await;
+        let verdict = if number == 0 { packet.reject() } else { packet.drop().for_flow() };
+        refused(confirm(verdict).await, "not queued by a rule with these flow marks");
+        assert_eq!(talk.silent(), None);
+    }
+}
+
+async fn verdicts_that_no_rule_carries_out() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = bind();
+    let _divert = table([to_port(Hook::Postrouting, talk.port()).to_queue(0)]).install().unwrap();
+    type Decide = fn(Packet) -> Verdict;
+    let cases: [(&str, Decide); 4] = [
+        ("cannot reject packets at Postrouting", |packet| packet.reject()),
+        ("the action must be", |packet| packet.repeat().for_flow()),
+        ("the action must be", |packet| packet.requeue(7).for_flow()),
+        ("mark: it has bits of", |packet| packet.accept().mark(FlowMarks::default().accepted())),
+    ];
+    for (what, decide) in cases {
+        talk.ask(1);
+        refused(decide(next(&mut queue).await).submit(), what);
+        assert_eq!(talk.silent(), None);
+    }
+}
+
+fn tables_that_cannot_have_flow_marks() {
+    let rule = || Rule::new(Hook::Output).to_queue(0);
+    let marks = FlowMarks::default();
+    let with = || Divert::builder().flow_marks(marks);
+    let mask = marks.mask() | 1;
+    let cases: Vec<(&str, DivertBuilder)> = vec![
+        (
+            "flow marks: the mask has fewer than three bits",
+            Divert::builder().flow_marks(FlowMarks::new(5)).rule(rule()),
+        ),
+        ("flow marks: they do not work in the family bridge", with().family(TableFamily::Bridge).rule(rule())),
+        ("rule 0: set mark: the mask overlaps", with().rule(rule().set_mark(1, mask))),
+        ("rule 0: set mark: the mask overlaps", with().rule(rule().set_connection_mark(1, mask))),
+        ("rule 1: mark: the mask overlaps", with().rule(rule()).rule(rule().when(Match::mark(1, mask)))),
+        ("rule 0: mark: the mask overlaps", with().rule(rule().unless_mark(1, mask))),
+        ("rule 0: priority: -200 is not above", with().rule(rule().priority(-200))),
+        ("chain: priority: -300 is not above", with().rule(rule()).chain(Hook::Prerouting, Some((-300).into()))),
+        ("denied flows: the capacity is 0", with().rule(rule()).denied_flows(0, Duration::from_secs(1))),
+        ("denied flows: time-out", with().rule(rule()).denied_flows(1, Duration::ZERO)),
+        ("flow_dropped_ip", with().rule(rule()).set(NamedSet::new("flow_dropped_ip", [SetField::Port]))),
+    ];
+    for (what, builder) in cases {
+        for error in [builder.install().map(drop).unwrap_err(), builder.to_nft().unwrap_err()] {
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+            assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+    // At the forward hook, connection tracking has come before.
+    assert!(with().rule(Rule::new(Hook::Forward).priority(-300).to_queue(0)).install().is_ok());
+}
