@@ -44,6 +44,7 @@
 //! | receive packets | [`Queue`] or [`PacketStream`] as a stream; [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many) |
 //! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
 //! | decide a whole connection by one packet | [`Verdict::for_flow`]; [`guide::flows`] |
+//! | see only the beginning of each connection | `Rule::first_packets`, `Rule::first_bytes` |
 //! | reject a packet | [`Packet::reject`] |
 //! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
 //! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |

@@ -162,6 +162,17 @@ impl Encoder {
         ]));
     }
 
+    /// Continues with the rule if the first register, in network byte order, is at most this value,
+    /// or if `negated` and it is greater.
+    pub(super) fn at_most(&mut self, value: Vec<u8>, negated: bool) {
+        let operator = if negated { Operator::GreaterThan } else { Operator::LessThanEqual };
+        self.list.push(Expressions::Cmp(vec![
+            Cmp::SourceRegister(Register::Reg1),
+            Cmp::Op(operator),
+            Cmp::Data(DataAttribute::Value(value)),
+        ]));
+    }
+
     /// `register = register & mask ^ change`, for the first register.
     pub(super) fn bitwise(&mut self, mask: Vec<u8>, change: Vec<u8>) {
         self.list.push(Expressions::Bitwise(vec![

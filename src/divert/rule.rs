@@ -163,6 +163,18 @@ impl Rule {
         self.unless(Match::mark(value, mask))
     }
 
+    /// Matches only the first `count` packets of each connection. See [`Match::first_packets`] for
+    /// what it needs.
+    pub fn first_packets(self, count: u64) -> Self {
+        self.replace(Match::first_packets(count))
+    }
+
+    /// Matches only packets within the first `count` bytes of each connection. See
+    /// [`Match::first_bytes`] for what it needs.
+    pub fn first_bytes(self, count: u64) -> Self {
+        self.replace(Match::first_bytes(count))
+    }
+
     /// Sets the priority of the rule at its hook. Default: the
     /// [`DivertBuilder::priority`](super::DivertBuilder::priority).
     ///

@@ -1,6 +1,7 @@
 //! The conditions of rules: a file for each kind.
 
 mod address;
+mod amount;
 mod connection;
 mod flow;
 mod interface;

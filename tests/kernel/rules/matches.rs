@@ -19,6 +19,8 @@ tests![
     sync marks,
     sync connection_marks,
     sync connection_states_and_directions,
+    sync first_packets_and_bytes_of_a_connection,
+    sync accounting_is_switched_on_for_new_connections,
     sync users,
     sync rates,
     sync fragments_are_reassembled_before_ports_are_compared,
@@ -181,6 +183,51 @@ fn connection_states_and_directions() {
         assert_eq!(matched(udp_out(), Match::direction(Direction::Original), exchange), (2, 1));
         assert_eq!(matched(udp_out(), Match::direction(Direction::Reply), exchange), (1, 2));
     }
+}
+
+/// Sends datagrams of 100 bytes, with the headers 128 or 148, and answers to some of them.
+fn conversation(address: IpAddr, questions: u32, answers: u32) {
+    let server = receiver(address);
+    let client = receiver(address);
+    client.connect(server.local_addr().unwrap()).unwrap();
+    for number in 0..questions {
+        client.send(&[0; 100]).unwrap();
+        server.recv(&mut [0; 100]).unwrap();
+        if number < answers {
+            server.send_to(&[0; 100], client.local_addr().unwrap()).unwrap();
+        }
+    }
+}
+
+fn first_packets_and_bytes_of_a_connection() {
+    for address in [IpAddr::from(V4), V6.into()] {
+        let length = if address.is_ipv4() { 128 } else { 148 };
+        assert_eq!(matched(udp_out(), Match::first_packets(3), || conversation(address, 10, 0)), (3, 7));
+        // Both directions count.
+        assert_eq!(matched(udp_out(), Match::first_packets(3), || conversation(address, 10, 10)), (3, 17));
+        assert_eq!(matched(udp_out(), Match::first_packets(u64::MAX - 1), || conversation(address, 5, 0)), (5, 0));
+        let bytes = Match::first_bytes(4 * length);
+        assert_eq!(matched(udp_out(), bytes, || conversation(address, 10, 0)), (4, 6));
+        let bytes = Match::first_bytes(4 * length - 1);
+        assert_eq!(matched(udp_out(), bytes, || conversation(address, 10, 1)), (3, 8));
+    }
+}
+
+fn accounting_is_switched_on_for_new_connections() {
+    let file = "/proc/sys/net/netfilter/nf_conntrack_acct";
+    let tracking = Divert::builder().track_connections().rule(out().count()).install().unwrap();
+    assert_eq!(std::fs::read_to_string(file).unwrap().trim(), "0");
+    let (client, server) = (receiver(V4), receiver(V4));
+    client.connect(server.local_addr().unwrap()).unwrap();
+    (0..5).for_each(|_| _ = client.send(b"x").unwrap());
+    let divert = install([udp_out().first_packets(2).count()]);
+    assert_eq!(std::fs::read_to_string(file).unwrap().trim(), "1");
+    // An older connection: all its packets match.
+    (0..5).for_each(|_| _ = client.send(b"x").unwrap());
+    assert_eq!(counts(&divert), [5]);
+    conversation(V4.into(), 5, 0);
+    assert_eq!(counts(&divert), [7]);
+    drop(tracking);
 }
 
 fn users() {

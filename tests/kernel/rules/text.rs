@@ -72,6 +72,8 @@ fn everything(family: TableFamily) -> DivertBuilder {
             (None, Match::connection_state([Established, Related, Untracked, Invalid])),
             (None, Match::direction(Direction::Original)),
             (None, Match::direction(Direction::Reply)),
+            (None, Match::first_packets(5)),
+            (None, Match::first_bytes(70_000)),
         ]);
     }
     if family != TableFamily::Ip6 {
