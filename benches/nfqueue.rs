@@ -8,7 +8,7 @@
 use std::{fs, path::Path, process::ExitCode};
 
 use suite::{
-    busy, capability, child, drain, flood, floor, goals, latency, memory,
+    busy, capability, child, drain, flood, floor, flows, goals, latency, memory,
     options::{Options, Scale, USAGE},
     ours, peers,
     plan::{self, Section},
@@ -143,8 +143,37 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
         own = own.step(ledger_cost::name(outstanding, order), run);
     }
+    let mut datagrams = Section::new(flows::DATAGRAMS, scale.rounds);
+    let mut streams = Section::new(flows::STREAM, scale.rounds);
+    let mut connections = Section::new(flows::CONNECTIONS, scale.rounds);
+    for way in flows::Way::ALL {
+        datagrams = datagrams.step(way.name(), move |book| flows::datagrams(way, &scale, book));
+        streams = streams.step(way.name(), move |book| flows::stream(way, &scale, book));
+        connections = connections.step(way.name(), move |book| flows::connections(way, &scale, book));
+    }
+    let many = Section::new(flows::MANY, 1).step(flows::OURS, move |book| flows::many(&scale, book));
+
     let [low, middle, high] = latencies;
-    vec![cpu, saturated, low, middle, high, busy_host, goodput, sweep, check, verdicts, calls, allocations, held, own]
+    vec![
+        cpu,
+        saturated,
+        low,
+        middle,
+        high,
+        busy_host,
+        goodput,
+        datagrams,
+        streams,
+        connections,
+        many,
+        sweep,
+        check,
+        verdicts,
+        calls,
+        allocations,
+        held,
+        own,
+    ]
 }
 
 fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {

@@ -1,7 +1,7 @@
 //! The goals of this crate, as ratios within one run.
 
 use super::{
-    busy, capability, drain, flood, floor, latency, memory, ours, peers,
+    busy, capability, drain, flood, floor, flows, latency, memory, ours, peers,
     report::library,
     summary::{Book, Summary},
     tcp, waits,
@@ -91,6 +91,15 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         let library = beside.and_then(|book| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, defaults, library::NAME)));
         goal(&text("defaults", "libnetfilter_queue"), AtLeast(8.0), library);
     }
+    let [no_queue, every, first, _] = flows::Way::ALL.map(flows::Way::name);
+    let flow = |section, figure, reference| middle(book.ratio(section, figure, first, reference));
+    let datagrams = "datagrams/s, flows decided by their first packet";
+    goal(&format!("{datagrams} / no queue"), AtLeast(0.9), flow(flows::DATAGRAMS, flows::RATE, no_queue));
+    goal(&format!("{datagrams} / every packet queued"), AtLeast(5.0), flow(flows::DATAGRAMS, flows::RATE, every));
+    let stream = flow(flows::STREAM, flows::GOODPUT, no_queue);
+    goal("TCP goodput: flow decided by its first packet / no queue", AtLeast(0.95), stream);
+    let connections = flow(flows::CONNECTIONS, flows::RATE, no_queue);
+    goal("short TCP connections/s: first packet decides / no queue", AtLeast(0.8), connections);
     for cap in waits::CAPS {
         let wait = |rate| book.median(waits::SECTION, &waits::name(cap, rate), waits::P999);
         let longest = waits::RATES.into_iter().filter_map(wait).reduce(f64::max);

@@ -66,7 +66,7 @@ fn hold<T>(packets: usize, mut next: impl FnMut() -> T) -> usize {
     after.saturating_sub(before)
 }
 
-fn resident() -> usize {
+pub fn resident() -> usize {
     let text = fs::read_to_string("/proc/self/statm").expect("read /proc/self/statm");
     let pages: usize = text.split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a number of pages");
     pages * rustix::param::page_size()

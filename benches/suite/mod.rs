@@ -11,6 +11,7 @@ pub mod consumer;
 pub mod drain;
 pub mod flood;
 pub mod floor;
+pub mod flows;
 pub mod goals;
 pub mod latency;
 pub mod machine;

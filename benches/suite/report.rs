@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    busy, capability, drain, flood, floor,
+    busy, capability, drain, flood, floor, flows,
     goals::{self, Goal, Wanted},
     latency, machine, memory, ours, peers,
     summary::{Book, Summary},
@@ -55,6 +55,9 @@ pub fn whole(book: &Book, beside: Option<&Book>, ledger: &[String], quick: bool)
     section(&mut text, "One-way latency, µs", latency_table(book));
     section(&mut text, "Busy host: sender, consumer and a third busy thread on two processors", busy_table(book));
     section(&mut text, "TCP goodput, one stream", tcp_table(book, beside));
+    section(&mut text, "Decided flows", flow_table(book));
+    let figures = [flows::FLOWS, flows::DECIDE, flows::GROWN, flows::FORGET];
+    section(&mut text, "Many decided flows", plain_table(book, flows::MANY, &[flows::OURS], &figures));
     section(&mut text, "Time from submit to send, µs", waits_table(book));
     section(&mut text, "The adaptive policy from idle to overload", sweep_table(book));
     section(&mut text, "Capability check (capget) after each send", capability_table(book));
@@ -182,6 +185,34 @@ fn flood_table(book: &Book, beside: Option<&Book>) -> Vec<Vec<String>> {
         ]);
     }
     table
+}
+
+fn flow_table(book: &Book) -> Vec<Vec<String>> {
+    let no_queue = flows::Way::NoQueue.name();
+    let mut table = header(&[
+        "what comes to the queue",
+        "datagrams/s",
+        "/ no queue",
+        "TCP stream, Gbit/s",
+        "/ no queue",
+        "TCP connections/s",
+        "/ no queue",
+        flows::CPU,
+    ]);
+    for way in flows::Way::ALL {
+        let name = way.name();
+        let figures =
+            [(flows::DATAGRAMS, flows::RATE), (flows::STREAM, flows::GOODPUT), (flows::CONNECTIONS, flows::RATE)];
+        let cells = figures.into_iter().flat_map(|(section, figure)| {
+            let value = book.get(section, name, figure).map_or("–".to_owned(), spread);
+            let ratio = book.ratio(section, figure, name, no_queue).map_or("–".to_owned(), spread2);
+            [value, ratio]
+        });
+        let cpu = book.get(flows::CONNECTIONS, name, flows::CPU).map_or("–".to_owned(), spread);
+        table.push([name.to_owned()].into_iter().chain(cells).chain([cpu]).collect());
+    }
+    let measured = table.iter().skip(1).any(|row| row[1..].iter().any(|cell| cell != "–"));
+    if measured { table } else { Vec::new() }
 }
 
 fn latency_table(book: &Book) -> Vec<Vec<String>> {
