@@ -117,6 +117,44 @@ impl<'a> DivertSet<'a> {
         }
     }
 
+    /// Removes several elements in one transaction. Elements that are not in the set are no error.
+    ///
+    /// # Errors
+    ///
+    /// See [`DivertSet`].
+    pub fn remove_all<E: Into<SetElement>>(&self, elements: impl IntoIterator<Item = E>) -> Result<(), Error> {
+        let operation = "remove from";
+        let set = self.declaration(operation)?;
+        let mut keys = self.keys(set, operation, elements)?;
+        keys.sort();
+        keys.dedup();
+        let elements: Vec<Element> = keys.into_iter().map(|key| (key, None)).collect();
+        if elements.is_empty() {
+            return Ok(());
+        }
+        match self.transact(operation, |batch| batch.delete_elements(&self.name, &elements)) {
+            Err(Failure { errno: Some(Errno::NOENT), .. }) => {}
+            result => return result.map_err(|failure| failure.error),
+        }
+        // One of them is not in the set. Which ones are is known only to the kernel, so all are
+        // inserted first.
+        let result = self.transact(operation, |batch| {
+            batch.insert_elements(&self.name, &elements, false);
+            batch.delete_elements(&self.name, &elements);
+        });
+        match result {
+            // There is no room for those that are not in the set.
+            Err(Failure { errno: Some(Errno::NFILE), .. }) => elements.iter().try_for_each(|element| {
+                let element = std::slice::from_ref(element);
+                match self.transact(operation, |batch| batch.delete_elements(&self.name, element)) {
+                    Err(Failure { errno: Some(Errno::NOENT), .. }) => Ok(()),
+                    result => result.map_err(|failure| failure.error),
+                }
+            }),
+            result => result.map_err(|failure| failure.error),
+        }
+    }
+
     /// Removes all elements.
     ///
     /// # Errors

@@ -9,8 +9,8 @@ use netlink_packet_core::{
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner,
     nftables::{
-        ChainAttribute, ChainMessage, Hook as HookAttribute, HookNumber, NfTablesMessage, RuleAttribute, RuleMessage,
-        TableAttribute, TableMessage,
+        ChainAttribute, ChainMessage, Cmp, DataAttribute, Hook as HookAttribute, HookNumber, Immediate,
+        NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
     },
     none::ControlMessage,
 };
@@ -47,6 +47,64 @@ pub fn install(
         family,
         vec![
             (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
+            (NfTablesMessage::NewChain(ChainMessage { attributes: chain }), NLM_F_CREATE | NLM_F_EXCL),
+            (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
+        ],
+    )
+}
+
+/// Sends IPv4 datagrams of this host, to any address and the port `from`, to 127.0.0.1 and the port
+/// `to` instead (destination NAT).
+pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
+    let number = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
+    let load = |register, value: Vec<u8>| {
+        Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Other(register)),
+            Immediate::Data(DataAttribute::Value(value)),
+        ])
+    };
+    let expressions = vec![
+        // The destination port, of the transport header.
+        Expressions::Payload(vec![
+            Payload::DestinationRegister(Register::Other(1)),
+            Payload::Base(2),
+            Payload::Offset(2),
+            Payload::Len(2),
+        ]),
+        Expressions::Cmp(vec![
+            Cmp::SourceRegister(Register::Reg1),
+            Cmp::Op(Operator::Equal),
+            Cmp::Data(DataAttribute::Value(from.to_be_bytes().to_vec())),
+        ]),
+        load(1, vec![127, 0, 0, 1]),
+        load(2, to.to_be_bytes().to_vec()),
+        Expressions::Other {
+            expression_type: "nat".to_owned(),
+            // NFTA_NAT_TYPE: NFT_NAT_DNAT, NFTA_NAT_FAMILY: NFPROTO_IPV4, NFTA_NAT_REG_ADDR_MIN,
+            // NFTA_NAT_REG_PROTO_MIN
+            attributes: vec![number(1, 1), number(2, 2), number(3, 1), number(5, 2)],
+        },
+    ];
+    let chain = vec![
+        ChainAttribute::Table(name.to_owned()),
+        ChainAttribute::Name(name.to_owned()),
+        // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST
+        hook_attribute(Place { hook: 3, priority: -100 }),
+        ChainAttribute::Type("nat".to_owned()),
+    ];
+    let expressions = expressions.into_iter().map(Into::into).collect();
+    let rule = vec![
+        RuleAttribute::Table(name.to_owned()),
+        RuleAttribute::Chain(name.to_owned()),
+        RuleAttribute::Expressions(expressions),
+    ];
+    transact(
+        NetfilterProtoFamily::IPv4,
+        vec![
+            (
+                NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.to_owned())] }),
+                NLM_F_CREATE,
+            ),
             (NfTablesMessage::NewChain(ChainMessage { attributes: chain }), NLM_F_CREATE | NLM_F_EXCL),
             (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
         ],

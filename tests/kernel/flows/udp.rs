@@ -2,14 +2,17 @@
 
 use std::{io, net::IpAddr};
 
-use tokio_nfqueue::{Direction, Divert, FlowMarks, Hook, Match, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{Direction, Divert, FlowMarks, FlowTuple, Hook, Match, Priority, Protocol, Queue, Rule};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, sent, table, to_port,
     unlimited_icmp_errors,
 };
 use crate::{
-    common::next,
+    common::{
+        next,
+        rules::{self, NetfilterProtoFamily},
+    },
     support::{self, VethOptions},
 };
 
@@ -18,6 +21,7 @@ tests![
     one verdict_holds_at_every_hook,
     one connections_that_begin_elsewhere,
     one forwarded_connections,
+    one connections_with_address_translation,
     one other_bits_of_both_marks_stay,
     one verdict_of_one_packet_leaves_its_connection_undecided,
     one rejected_packet_is_answered_and_its_connection_goes_on,
@@ -132,6 +136,41 @@ async fn forwarded_connections() {
                     decided_at(decision, nth, &talk, hook).await;
                 }
             }
+        }
+    }
+}
+
+async fn connections_with_address_translation() {
+    for hook in [Hook::Output, Hook::Input, Hook::Prerouting] {
+        for decision in DECISIONS {
+            for nth in [1, 2] {
+                let talk = Talk::loopback(LOOPBACKS[0]);
+                // The client talks to another port than the server has.
+                let service = support::udp((LOOPBACKS[0], 0)).local_addr().unwrap();
+                let name = format!("nat_{}", service.port());
+                rules::install_nat(&name, service.port(), talk.port()).unwrap();
+                talk.client.connect(service).unwrap();
+                decided_at(decision, nth, &talk, hook).await;
+                rules::remove(NetfilterProtoFamily::IPv4, &name).unwrap();
+            }
+        }
+    }
+    for decision in DECISIONS {
+        let talk = Talk::loopback(LOOPBACKS[0]);
+        let service = support::udp((LOOPBACKS[0], 0)).local_addr().unwrap();
+        rules::install_nat(&format!("nat_{}", service.port()), service.port(), talk.port()).unwrap();
+        talk.client.connect(service).unwrap();
+        let (client, server) = talk.addresses();
+        let mut queue = bind();
+        let divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+        for tuple in [(client, service), (service, client), (client, server), (server, client)] {
+            talk.ask(1);
+            pass(&mut queue).await;
+            talk.ask(2);
+            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
+            talk.ask(3);
+            queue_is_empty(&mut queue);
+            assert!(divert.forget_flow(FlowTuple::udp(tuple.0, tuple.1)).unwrap(), "{decision:?} {tuple:?}");
         }
     }
 }

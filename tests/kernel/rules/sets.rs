@@ -18,6 +18,7 @@ tests![
     sync elements_expire,
     sync time_out_begins_anew,
     sync many_elements_in_one_transaction,
+    sync many_elements_are_removed_in_one_transaction,
     sync full_set_takes_no_element,
     sync elements_survive_a_replacement_of_the_rules,
     sync bad_input_is_refused,
@@ -160,6 +161,24 @@ fn many_elements_in_one_transaction() {
         datagram(Ipv4Addr::LOCALHOST, &to);
     }
     assert_eq!(counts(&divert), [2, 0]);
+}
+
+fn many_elements_are_removed_in_one_transaction() {
+    let set = NamedSet::new("ports", [SetField::Port]).capacity(2000);
+    let divert = table(set, [out().count()]);
+    let ports = divert.set("ports");
+    ports.insert_all(0..2000_u16, None).unwrap();
+    ports.remove_all(0..1000_u16).unwrap();
+    assert_eq!(ports.len().unwrap(), 1000);
+    // Some are in the set.
+    ports.remove_all(500..1500_u16).unwrap();
+    assert_eq!(ports.len().unwrap(), 500);
+    // The set has no room for those that are not.
+    ports.remove_all(1400..4000_u16).unwrap();
+    assert!(ports.is_empty().unwrap());
+    ports.remove_all([1_u16, 1]).unwrap();
+    ports.remove_all([] as [u16; 0]).unwrap();
+    assert!(ports.remove_all([Ipv4Addr::LOCALHOST]).is_err());
 }
 
 fn full_set_takes_no_element() {
