@@ -272,7 +272,13 @@ impl QueueBuilder {
         let open = || Opened::new(&settings, &config);
         let opened = match &self.namespace {
             None => open(),
-            Some(namespace) => namespace.run(open)?,
+            Some(namespace) => {
+                #[cfg(feature = "test-util")]
+                let in_memory = namespace.memory().map(|kernel| Opened::in_memory(kernel, &settings, &config));
+                #[cfg(not(feature = "test-util"))]
+                let in_memory = None;
+                in_memory.map_or_else(|| namespace.run(open), Ok)?
+            }
         };
         Shared::bind(settings, &config, self.policy, opened).map(Queue::new)
     }

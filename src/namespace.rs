@@ -14,6 +14,8 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
+#[cfg(feature = "test-util")]
+use crate::io::memory::MemoryKernel;
 use crate::{
     io::sys,
     types::{Error, ErrorKind},
@@ -25,7 +27,14 @@ use crate::{
 ///
 /// It holds a file descriptor, which keeps the namespace alive. Clones share it.
 #[derive(Debug, Clone)]
-pub struct NetworkNamespace(Arc<OwnedFd>);
+pub struct NetworkNamespace(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Real(Arc<OwnedFd>),
+    #[cfg(feature = "test-util")]
+    Memory(Arc<dyn MemoryKernel>),
+}
 
 impl NetworkNamespace {
     /// The namespace at a path: `/proc/PID/ns/net` of a process in it, or a bind mount of such a
@@ -38,7 +47,7 @@ impl NetworkNamespace {
         let path = path.as_ref();
         let file =
             File::open(path).map_err(|source| failed(&format!("open network namespace {}", path.display()), source))?;
-        Ok(Self(Arc::new(file.into())))
+        Ok(OwnedFd::from(file).into())
     }
 
     /// The namespace that `ip netns add NAME` has created: `/run/netns/NAME`.
@@ -86,11 +95,37 @@ impl NetworkNamespace {
         })
     }
 
+    /// The namespace of a kernel in memory.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn in_memory(kernel: Arc<dyn MemoryKernel>) -> Self {
+        Self(Kind::Memory(kernel))
+    }
+
+    /// The kernel in memory whose namespace this is.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn memory(&self) -> Option<&Arc<dyn MemoryKernel>> {
+        match &self.0 {
+            Kind::Real(_) => None,
+            Kind::Memory(kernel) => Some(kernel),
+        }
+    }
+
     /// Runs `body` in the namespace, on a temporary thread.
+    ///
+    /// # Errors
+    /// Also for that of a simulated kernel, in which nothing but queues can be.
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
+        let namespace = match &self.0 {
+            Kind::Real(namespace) => namespace,
+            #[cfg(feature = "test-util")]
+            Kind::Memory(_) => {
+                let error = Error::new(ErrorKind::Unsupported, "enter network namespace");
+                return Err(error.with_detail("a simulated kernel has queues and nothing else"));
+            }
+        };
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
-                move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?;
+                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
                 Ok(body())
             })?;
             match thread.join() {
@@ -123,6 +158,6 @@ fn failed(operation: &str, source: io::Error) -> Error {
 /// From a descriptor of a network namespace, for example one received over a Unix socket.
 impl From<OwnedFd> for NetworkNamespace {
     fn from(fd: OwnedFd) -> Self {
-        Self(Arc::new(fd))
+        Self(Kind::Real(Arc::new(fd)))
     }
 }

@@ -20,10 +20,12 @@ use crate::{
     advice::{Advice, advise},
     io::{
         Shared,
+        clock::QueueClock,
         kernel::KernelStats,
         timer::{Timer, TimerTarget},
     },
     reconfigure::Reconfigure,
+    state::Clock,
     types::{Action, Error, ErrorKind, Stats},
     verdict::{Confirm, Verdict},
 };
@@ -322,13 +324,13 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
     if every.is_zero() {
         return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
     }
-    let ticks = Ticks::new().map_err(|source| Error::os(OPERATION, source))?;
-    let start = (ticks, Arc::downgrade(queue), Instant::now().checked_add(every));
+    let ticks = Ticks::new(queue.clock().clone()).map_err(|source| Error::os(OPERATION, source))?;
+    let start = (ticks, Arc::downgrade(queue), queue.clock().now().checked_add(every));
     let watch = stream::unfold(start, move |(ticks, queue, at)| async move {
         ticks.wait(at).await;
         let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
         // If it is late by more than an interval, the missed times are skipped.
-        let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(Instant::now()));
+        let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(ticks.clock.now()));
         Some((stats, (ticks, queue, next)))
     });
     Ok(Box::pin(watch.fuse()))
@@ -339,6 +341,7 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
 struct Ticks {
     alarm: Arc<Alarm>,
     timer: Timer,
+    clock: QueueClock,
 }
 
 #[derive(Debug, Default)]
@@ -355,10 +358,10 @@ impl TimerTarget for Alarm {
 }
 
 impl Ticks {
-    fn new() -> io::Result<Self> {
+    fn new(clock: QueueClock) -> io::Result<Self> {
         let alarm = Arc::new(Alarm::default());
         let timed: Weak<Alarm> = Arc::downgrade(&alarm);
-        Ok(Self { timer: Timer::new(timed as Weak<dyn TimerTarget>)?, alarm })
+        Ok(Self { timer: Timer::new(timed as Weak<dyn TimerTarget>, &clock)?, alarm, clock })
     }
 
     /// Waits until `at`; for ever if it is `None`.
@@ -366,7 +369,7 @@ impl Ticks {
         std::future::poll_fn(|cx| {
             let Some(at) = at else { return Poll::Pending };
             self.alarm.waker.register(cx.waker());
-            if at <= Instant::now() {
+            if at <= self.clock.now() {
                 return Poll::Ready(());
             }
             self.timer.set(at);

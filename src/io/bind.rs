@@ -6,13 +6,15 @@ use tokio::runtime::Handle;
 
 use rustix::io::Errno;
 
+#[cfg(feature = "test-util")]
+use super::memory::MemoryKernel;
 use super::{
     busy_poll::BusyPoll,
     driver,
     kernel::KernelTable,
     limits::{limits_of, receive_buffer},
     receiver::Receiver,
-    shared::{Settings, Shared, SystemClock},
+    shared::{Settings, Shared},
     socket::{Socket, Unregistered, is_own_port, own_port},
     sys::{self, Owner},
     timer::{Timer, TimerTarget},
@@ -36,6 +38,14 @@ impl Opened {
         let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
         let socket = Unregistered::open(settings.receive_buffer.unwrap_or_else(wanted));
         Self { socket, table: KernelTable::open(), network_owner: sys::network_owner() }
+    }
+
+    /// Opens a socket of a kernel in memory.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn in_memory(kernel: &Arc<dyn MemoryKernel>, settings: &Settings, config: &Config) -> Self {
+        let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
+        let socket = Unregistered::open_in_memory(kernel, settings.receive_buffer.unwrap_or_else(wanted));
+        Self { socket, table: KernelTable::none(), network_owner: Owner::Own }
     }
 }
 
@@ -64,14 +74,13 @@ impl Shared {
         let socket = Socket::register(socket?).map_err(|error| error.with_operation(operation()))?;
         let fixed =
             FixedSettings { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
-        // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
-        let machine = Machine::new(fixed, policy, limits, 1, SystemClock);
+        let machine = Machine::new(fixed, policy, limits, socket.first_id(), socket.clock());
         let receiver = Receiver::new(limits.payload, BusyPoll::new(settings.busy_poll));
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
         own_port(shared.socket.port_id());
         shared.ask_for_the_queue(config)?;
         let timed: Weak<Self> = Arc::downgrade(&shared);
-        let timer = Timer::new(timed as Weak<dyn TimerTarget>);
+        let timer = Timer::new(timed as Weak<dyn TimerTarget>, &shared.clock);
         let _ = shared.timer.set(
             timer.map_err(|source| Error::os(operation(), source).with_detail("the timer thread cannot be started"))?,
         );
@@ -135,12 +144,12 @@ impl Shared {
 
     /// Whether the calling thread has the capability that the kernel checks.
     fn is_capable_here(&self) -> bool {
-        self.network_owner != Owner::Foreign && sys::has_net_admin()
+        self.network_owner != Owner::Foreign && self.socket.is_capable()
     }
 
     /// The other owner of the queue, in words.
     fn owner(&self) -> Option<String> {
-        let port = self.table.read(self.settings.queue).ok()??.port_id;
+        let port = self.bound_kernel_stats().ok()??.port_id;
         if port == self.socket.port_id() {
             return None;
         }

@@ -57,8 +57,13 @@ impl BufferPool {
 
     /// Receives one datagram. Returns its full length, even if the buffer was shorter.
     pub(super) fn receive(&mut self, socket: impl AsFd) -> rustix::io::Result<usize> {
+        sys::receive(socket, self.landing())
+    }
+
+    /// The empty buffer for the next datagram.
+    pub(super) fn landing(&mut self) -> &mut BytesMut {
         self.landing.current.clear();
-        sys::receive(socket, self.landing.room(self.longest))
+        self.landing.room(self.longest)
     }
 
     /// The last received datagram.

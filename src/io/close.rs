@@ -7,20 +7,16 @@
 //! 3. The verdicts that owners still owe are awaited.
 //! 4. The queue is unbound. The kernel drops nothing, because nothing is queued any more.
 
-use std::{
-    task::Poll,
-    time::{Duration, Instant},
-};
+use std::{task::Poll, time::Duration};
 
 use tokio::task::yield_now;
 
 use super::{
     receiver::RECEIVE_BATCH,
     shared::{Shared, lock},
-    sys,
 };
 use crate::{
-    state::WaitLimit,
+    state::{Clock, WaitLimit},
     types::{Action, Error},
     wire::config::{Command, Config, FLAG_FAIL_OPEN},
 };
@@ -44,7 +40,7 @@ impl Shared {
         let result = [flags, length].iter().try_for_each(|config| self.configure_surely("close queue", config));
         // The reply was behind everything that was queued.
         self.decide_unread(action);
-        let capable = sys::has_net_admin();
+        let capable = self.socket.is_capable();
         self.with(|core| core.machine.stopped(result, capable));
     }
 
@@ -72,7 +68,7 @@ impl Shared {
         let config = Config { command: Some(Command::Unbind), ..Config::default() };
         let result = self.configure_surely("unbind queue", &config);
         let error = result.as_ref().err().map(ToString::to_string);
-        let capable = sys::has_net_admin();
+        let capable = self.socket.is_capable();
         if self.with(|core| core.machine.unbound(result, capable)) {
             self.trace.closed(error, &self.stats());
         }
@@ -81,7 +77,7 @@ impl Shared {
     /// Drains and unbinds the queue; resolves when that is done. It continues by itself if it is
     /// not awaited any more.
     pub(crate) async fn close(&self, action: Action, timeout: Duration) -> Result<(), Error> {
-        let limit = Instant::now().checked_add(timeout).map_or(WaitLimit::Never, WaitLimit::At);
+        let limit = self.clock.now().checked_add(timeout).map_or(WaitLimit::Never, WaitLimit::At);
         self.trace.closing(action);
         if self.with(|core| core.machine.begin_close(action, limit)) {
             self.drain_gently(action).await;

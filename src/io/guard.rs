@@ -59,7 +59,7 @@ impl VerdictGuard {
     /// Why the kernel does not take a replaced payload for this packet, if it does not.
     pub(crate) fn payload_obstacle(&self) -> Option<&'static str> {
         let queue = self.queue.as_ref()?;
-        let bridge = self.bridge_header_length.and_then(|_| super::kernel::bridge_payload_obstacle());
+        let bridge = self.bridge_header_length.and_then(|_| queue.bridge_payload_obstacle());
         bridge.or_else(|| queue.payload_obstacle())
     }
 

@@ -40,6 +40,12 @@ impl KernelTable {
         Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue"))
     }
 
+    /// None: the kernel is one in memory.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn none() -> Self {
+        Self(Err(io::ErrorKind::NotFound.into()))
+    }
+
     /// The line of a queue; `None` if the queue is not bound.
     pub(crate) fn read(&self, queue: u16) -> Result<Option<KernelStats>, Error> {
         let failed = |source: io::Error| {

@@ -8,18 +8,22 @@
 //! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
 //! | [`sender`], [`send`] | from the ledger to the socket |
 //! | [`driver`], [`timer`] | the task in the runtime, and the timer thread |
-//! | [`socket`], [`buffers`], [`kernel`], [`sys`] | the operating system |
+//! | [`socket`], [`buffers`], [`kernel`], [`clock`], [`sys`] | the operating system |
+//! | `memory` | what a kernel in memory has in its place |
 //! | [`raw_sockets`] | raw sockets for packets outside of a queue |
 
 mod bind;
 mod buffers;
 mod busy_poll;
+pub(crate) mod clock;
 mod close;
 mod driver;
 mod extras;
 mod guard;
 pub(crate) mod kernel;
 mod limits;
+#[cfg(feature = "test-util")]
+pub(crate) mod memory;
 mod raw_packet;
 pub(crate) mod raw_sockets;
 mod ready_fd;

@@ -12,7 +12,6 @@ use super::{
     extras::VerdictExtras,
     sender::Sender,
     shared::{Shared, lock},
-    sys,
 };
 use crate::{
     state::{Change, VerdictMessage},
@@ -60,7 +59,7 @@ impl Shared {
         {
             let mut core = self.core();
             if core.machine.is_permission_missing() {
-                if sys::has_net_admin() {
+                if self.socket.is_capable() {
                     core.machine.permitted();
                 } else {
                     core.machine.refuse_gathered();
@@ -155,7 +154,7 @@ impl Shared {
         // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its reply may be
         // lost to a full buffer (nfnetlink_rcv, netlink_ack). A thread does not regain the
         // capability while it sends: if it has the capability now, it had it during the send.
-        if sys::has_net_admin() { Outcome::Sent } else { Outcome::Refused }
+        if self.socket.is_capable() { Outcome::Sent } else { Outcome::Refused }
     }
 
     /// Sends, and tries again while the kernel is out of memory.

@@ -18,39 +18,31 @@ use std::{
         atomic::{AtomicBool, AtomicU32},
     },
     task::Waker,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures::channel::oneshot;
 use tokio::sync::Notify;
 
 use super::{
+    clock::QueueClock,
     extras::VerdictExtras,
     kernel::{KernelStats, KernelTable},
     ready_fd::ReadyFd,
     receiver::Receiver,
     sender::Sender,
     socket::{self, Socket},
-    sys::{self, Owner},
+    sys::Owner,
     timer::{Timer, TimerTarget},
     trace::Trace,
 };
 use crate::{
     state::{
-        Clock, Decision, Effects, Machine, Notice,
+        Decision, Effects, Machine, Notice,
         flush::{FlushContext, FlushPolicy},
     },
     types::{Action, Error, ErrorKind, FlowMarks, PacketId, Stats},
 };
-
-#[derive(Debug)]
-pub(super) struct SystemClock;
-
-impl Clock for SystemClock {
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
-}
 
 /// The settings that are needed after `bind`.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +68,7 @@ pub(crate) struct Settings {
 pub(crate) struct Shared {
     pub(super) settings: Settings,
     pub(super) socket: Socket,
+    pub(super) clock: QueueClock,
     pub(super) table: KernelTable,
     pub(super) sender: Mutex<Sender>,
     pub(super) receiver: Mutex<Receiver>,
@@ -100,7 +93,7 @@ pub(crate) struct Shared {
 
 #[derive(Debug)]
 pub(super) struct Core {
-    pub(super) machine: Machine<Box<VerdictExtras>, SystemClock>,
+    pub(super) machine: Machine<Box<VerdictExtras>, QueueClock>,
     pub(super) stream: Option<Waker>,
     /// Tasks that wait for a flush or for the end of the shutdown.
     pub(super) waiting: Vec<Waker>,
@@ -147,7 +140,7 @@ impl Shared {
         settings: Settings,
         socket: Socket,
         table: KernelTable,
-        machine: Machine<Box<VerdictExtras>, SystemClock>,
+        machine: Machine<Box<VerdictExtras>, QueueClock>,
         receiver: Receiver,
         network_owner: Owner,
     ) -> Self {
@@ -164,6 +157,7 @@ impl Shared {
             trace: Trace::new(settings.queue),
             network_owner,
             settings,
+            clock: socket.clock(),
             socket,
             table,
         }
@@ -248,7 +242,7 @@ impl Shared {
 
     /// Checks whether the calling thread has the capability, after it was missing.
     pub(super) fn probe(&self) {
-        let permitted = sys::has_net_admin();
+        let permitted = self.socket.is_capable();
         self.with(|core| match permitted {
             true => core.machine.permitted(),
             false => core.machine.still_missing(),
@@ -354,7 +348,17 @@ impl Shared {
 
     /// Why the kernel takes no replaced payload in this network namespace, if it takes none.
     pub(super) fn payload_obstacle(&self) -> Option<&'static str> {
-        super::kernel::payload_obstacle(self.network_owner)
+        if self.socket.is_in_memory() { None } else { super::kernel::payload_obstacle(self.network_owner) }
+    }
+
+    /// As `payload_obstacle`, for packets of the bridge family.
+    pub(super) fn bridge_payload_obstacle(&self) -> Option<&'static str> {
+        if self.socket.is_in_memory() { None } else { super::kernel::bridge_payload_obstacle() }
+    }
+
+    /// The queue's clock.
+    pub(crate) fn clock(&self) -> &QueueClock {
+        &self.clock
     }
 
     /// The kernel's own counters of the queue.
@@ -364,6 +368,10 @@ impl Shared {
 
     /// As [`kernel_stats`](Self::kernel_stats); `None` if the queue is not bound any more.
     pub(crate) fn bound_kernel_stats(&self) -> Result<Option<KernelStats>, Error> {
+        #[cfg(feature = "test-util")]
+        if let Some(stats) = self.socket.stats_in_memory(self.settings.queue) {
+            return Ok(stats);
+        }
         self.table.read(self.settings.queue)
     }
 

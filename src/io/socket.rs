@@ -1,9 +1,9 @@
 //! The netlink socket: readiness, receiving into pooled buffers, sending. It knows nothing of the
-//! content. A kernel in memory could replace it.
+//! content. With feature `test-util`, a kernel in memory can take the place of the real one.
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -21,13 +21,45 @@ use tokio::io::{
     unix::{AsyncFd, AsyncFdReadyGuard},
 };
 
-use super::{buffers::BufferPool, sys, timer::Timer};
+use super::{buffers::BufferPool, clock::QueueClock, sys, timer::Timer};
+#[cfg(feature = "test-util")]
+use super::{
+    kernel::KernelStats,
+    memory::{MemoryKernel, MemorySocket},
+};
 use crate::types::{Error, ErrorKind};
+
+/// What carries the datagrams.
+#[derive(Debug)]
+pub(crate) enum Transport {
+    Netlink(Netlink),
+    #[cfg(feature = "test-util")]
+    Memory(MemorySocket),
+}
+
+impl AsFd for Transport {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Netlink(socket) => socket.as_fd(),
+            #[cfg(feature = "test-util")]
+            Self::Memory(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl AsRawFd for Transport {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+// Both kinds own their descriptor, and never exchange it.
+impl sys::Owning for Transport {}
 
 /// A non-blocking netlink socket of the netfilter family, registered with a runtime.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    fd: AsyncFd<Netlink>,
+    fd: AsyncFd<Transport>,
     port_id: u32,
     receive_buffer: AtomicUsize,
     /// The longest datagram that the kernel takes, in bytes.
@@ -48,7 +80,7 @@ pub(crate) enum Received {
 /// A netlink socket that is not registered with a runtime.
 #[derive(Debug)]
 pub(crate) struct Unregistered {
-    socket: Netlink,
+    socket: Transport,
     port_id: u32,
     receive_buffer: usize,
     max_send: usize,
@@ -76,7 +108,23 @@ impl Unregistered {
         let send_buffer =
             sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
         // netlink_sendmsg returns EMSGSIZE for a message longer than sk_sndbuf - 32.
+        let socket = Transport::Netlink(socket);
         Ok(Self { socket, port_id, receive_buffer, max_send: send_buffer.saturating_sub(32) })
+    }
+
+    /// Opens a socket of a kernel in memory.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn open_in_memory(
+        kernel: &std::sync::Arc<dyn MemoryKernel>,
+        receive_buffer: usize,
+    ) -> Result<Self, Error> {
+        // SO_SNDBUF of a new socket (`net.core.wmem_default`), less than which is free.
+        const MAX_SEND: usize = 212_992 - 32;
+        let socket = MemorySocket::open(std::sync::Arc::clone(kernel))
+            .map_err(|source| Error::os("open a socket in memory", source))?;
+        let port_id = socket.port;
+        let receive_buffer = kernel.set_receive_buffer(port_id, receive_buffer);
+        Ok(Self { socket: Transport::Memory(socket), port_id, receive_buffer, max_send: MAX_SEND })
     }
 }
 
@@ -123,6 +171,52 @@ impl Socket {
         Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
     }
 
+    /// Whether the kernel lets the calling thread send now.
+    pub(crate) fn is_capable(&self) -> bool {
+        match self.fd.get_ref() {
+            Transport::Netlink(_) => sys::has_net_admin(),
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => socket.kernel.is_capable(),
+        }
+    }
+
+    /// The id that the kernel gives to a queue's first packet.
+    pub(crate) fn first_id(&self) -> u32 {
+        match self.fd.get_ref() {
+            // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
+            Transport::Netlink(_) => 1,
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => socket.kernel.first_id(),
+        }
+    }
+
+    /// The clock of the kernel.
+    pub(crate) fn clock(&self) -> QueueClock {
+        match self.fd.get_ref() {
+            Transport::Netlink(_) => QueueClock::System,
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => QueueClock::Memory(socket.kernel.clock()),
+        }
+    }
+
+    /// Whether the kernel is one in memory.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        match self.fd.get_ref() {
+            Transport::Netlink(_) => false,
+            #[cfg(feature = "test-util")]
+            Transport::Memory(_) => true,
+        }
+    }
+
+    /// The counters of a queue in a kernel in memory; `None` for the real kernel.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn stats_in_memory(&self, queue: u16) -> Option<Option<KernelStats>> {
+        match self.fd.get_ref() {
+            Transport::Netlink(_) => None,
+            Transport::Memory(socket) => Some(socket.kernel.stats(queue)),
+        }
+    }
+
     /// The port id of the socket.
     pub(crate) fn port_id(&self) -> u32 {
         self.port_id
@@ -135,7 +229,11 @@ impl Socket {
         static GROWING: Mutex<()> = Mutex::new(());
         let _one_at_a_time = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
         if bytes > self.receive_buffer() {
-            let came = set_receive_buffer(self.fd.get_ref(), bytes)?;
+            let came = match self.fd.get_ref() {
+                Transport::Netlink(socket) => set_receive_buffer(socket, bytes)?,
+                #[cfg(feature = "test-util")]
+                Transport::Memory(socket) => socket.kernel.set_receive_buffer(socket.port, bytes),
+            };
             self.receive_buffer.store(came, Ordering::Relaxed);
         }
         Ok(())
@@ -143,6 +241,10 @@ impl Socket {
 
     /// Lets the timer thread report when the socket is readable.
     pub(crate) fn watch(&self, timer: &Timer, again: bool) -> io::Result<()> {
+        #[cfg(feature = "test-util")]
+        if let Transport::Memory(socket) = self.fd.get_ref() {
+            timer.watch_in_memory(socket.descriptor());
+        }
         timer.watch(self.fd.get_ref(), again)
     }
 
@@ -164,22 +266,32 @@ impl Socket {
     /// The name of an interface in the socket's network namespace (SIOCGIFNAME uses the socket's
     /// namespace, not the caller's).
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
-        rustix::net::netdevice::index_to_name(self.fd.get_ref(), index).map_err(|errno| {
+        let name = match self.fd.get_ref() {
+            Transport::Netlink(socket) => rustix::net::netdevice::index_to_name(socket, index),
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => socket.kernel.interface_name(index),
+        };
+        name.map_err(|errno| {
             Error::os(format!("find the name of interface {index}"), errno.into()).with_kind(ErrorKind::Other)
         })
     }
 
     /// Ready when the socket may be readable. Keeps only the last waker, so only the stream may use
     /// it.
-    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<AsyncFdReadyGuard<'_, Netlink>>> {
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<AsyncFdReadyGuard<'_, Transport>>> {
         self.fd.poll_read_ready(cx)
     }
 
     /// Receives one datagram into `buffers`, if there is one.
     pub(crate) fn receive(&self, buffers: &mut BufferPool) -> io::Result<Received> {
         loop {
-            return match buffers.receive(self.fd.get_ref()) {
-                Ok(_) => Ok(Received::Datagram),
+            let received = match self.fd.get_ref() {
+                Transport::Netlink(socket) => buffers.receive(socket).map(drop),
+                #[cfg(feature = "test-util")]
+                Transport::Memory(socket) => socket.kernel.receive(socket.port, buffers.landing()),
+            };
+            return match received {
+                Ok(()) => Ok(Received::Datagram),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Ok(Received::Empty),
                 Err(Errno::NOBUFS) => Ok(Received::Overrun),
@@ -191,8 +303,13 @@ impl Socket {
     /// Sends one datagram to the kernel, which executes it before this returns. It never blocks.
     pub(crate) fn send(&self, datagram: &[u8]) -> Result<(), Errno> {
         loop {
-            match rustix::net::send(self.fd.get_ref(), datagram, SendFlags::empty()) {
-                Ok(_) => return Ok(()),
+            let sent = match self.fd.get_ref() {
+                Transport::Netlink(socket) => rustix::net::send(socket, datagram, SendFlags::empty()).map(drop),
+                #[cfg(feature = "test-util")]
+                Transport::Memory(socket) => socket.kernel.send(socket.port, datagram),
+            };
+            match sent {
+                Ok(()) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }

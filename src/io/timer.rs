@@ -21,19 +21,19 @@ use rustix::{
     time::Timespec,
 };
 
-/// Something with a timer.
-pub(crate) trait TimerTarget: Send + Sync {
-    /// The time has been reached. May be called early.
-    fn fire(self: Arc<Self>);
-    /// The descriptor given to [`Timer::watch`] is readable.
-    fn readable(self: Arc<Self>);
-}
+#[cfg(feature = "test-util")]
+use super::clock::MemoryTimer;
+use super::clock::QueueClock;
+pub(crate) use super::clock::TimerTarget;
 
 /// One timer.
 #[derive(Debug)]
 pub(crate) struct Timer {
     timer: Arc<TimerThread>,
     key: u64,
+    /// For a clock that is not the system's.
+    #[cfg(feature = "test-util")]
+    memory: Option<Arc<MemoryTimer>>,
 }
 
 impl Timer {
@@ -41,18 +41,42 @@ impl Timer {
     ///
     /// # Errors
     /// The system cannot create a thread or a descriptor.
-    pub(crate) fn new(timed: Weak<dyn TimerTarget>) -> io::Result<Self> {
+    pub(crate) fn new(timed: Weak<dyn TimerTarget>, clock: &QueueClock) -> io::Result<Self> {
+        #[cfg(feature = "test-util")]
+        let (timed, memory) = match clock {
+            QueueClock::System => (timed, None),
+            QueueClock::Memory(clock) => {
+                let timer = clock.timer(timed);
+                let timed: Weak<MemoryTimer> = Arc::downgrade(&timer);
+                (timed as Weak<dyn TimerTarget>, Some(timer))
+            }
+        };
+        #[cfg(not(feature = "test-util"))]
+        let QueueClock::System = clock;
         let timer = TimerThread::get()?;
         let mut state = timer.state();
         let key = state.next_key;
         state.next_key += 1;
         state.timers.insert(key, Entry { timed, at: None });
         drop(state);
-        Ok(Self { timer, key })
+        Ok(Self {
+            timer,
+            key,
+            #[cfg(feature = "test-util")]
+            memory,
+        })
     }
 
     /// Has [`TimerTarget::fire`] called at this time or before.
     pub(crate) fn set(&self, at: Instant) {
+        #[cfg(feature = "test-util")]
+        let at = match &self.memory {
+            None => at,
+            Some(memory) => match memory.set(at) {
+                Some(at) => at,
+                None => return,
+            },
+        };
         let mut state = self.timer.state();
         let Some(entry) = state.timers.get_mut(&self.key) else { return };
         let before = entry.at;
@@ -72,6 +96,14 @@ impl Timer {
         if must_wake {
             // It fails only if the counter would exceed 2^64 - 2, and then the thread is awake.
             let _ = rustix::io::write(&self.timer.wake, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Also lets the clock of a kernel in memory report when the descriptor is readable.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn watch_in_memory(&self, fd: Arc<OwnedFd>) {
+        if let Some(memory) = &self.memory {
+            memory.watch(fd);
         }
     }
 
@@ -277,7 +309,7 @@ mod tests {
         let (sender, receiver) = channel();
         let probe = Arc::new(Probe(Mutex::new(sender)));
         let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
-        let timer = Timer::new(timed).unwrap();
+        let timer = Timer::new(timed, &QueueClock::System).unwrap();
         for _ in 0..3 {
             let at = Instant::now() + Duration::from_micros(300);
             timer.set(at + Duration::from_secs(1000));
@@ -295,7 +327,7 @@ mod tests {
         let (sender, receiver) = channel();
         let probe = Arc::new(Probe(Mutex::new(sender)));
         let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
-        let timer = Timer::new(timed).unwrap();
+        let timer = Timer::new(timed, &QueueClock::System).unwrap();
         let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         timer.watch(&event, false).unwrap();
         rustix::io::write(&event, &1_u64.to_ne_bytes()).unwrap();

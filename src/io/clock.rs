@@ -1,0 +1,190 @@
+//! The clock of a queue: that of the system, or that of a kernel in memory.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::state::Clock;
+
+/// Something with a timer.
+pub(crate) trait TimerTarget: Send + Sync {
+    /// The time has been reached. May be called early.
+    fn fire(self: Arc<Self>);
+    /// The descriptor that was given to be watched is readable.
+    fn readable(self: Arc<Self>);
+}
+
+/// The clock of a queue.
+#[derive(Debug, Clone)]
+pub(crate) enum QueueClock {
+    System,
+    #[cfg(feature = "test-util")]
+    Memory(Arc<MemoryClock>),
+}
+
+impl Clock for QueueClock {
+    #[inline]
+    fn now(&self) -> Instant {
+        match self {
+            Self::System => Instant::now(),
+            #[cfg(feature = "test-util")]
+            Self::Memory(clock) => clock.now(),
+        }
+    }
+}
+
+#[cfg(feature = "test-util")]
+pub(crate) use memory::{MemoryClock, MemoryTimer};
+
+#[cfg(feature = "test-util")]
+mod memory {
+    use std::{
+        os::fd::OwnedFd,
+        sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+        time::{Duration, Instant},
+    };
+
+    use rustix::{
+        event::{PollFd, PollFlags, poll},
+        time::Timespec,
+    };
+
+    use super::TimerTarget;
+
+    /// A clock that runs with the system's until it is moved for the first time. From then on it
+    /// stands still except when it is moved.
+    #[derive(Debug, Default)]
+    pub(crate) struct MemoryClock(Mutex<State>);
+
+    #[derive(Debug, Default)]
+    struct State {
+        /// The time, once the clock has been moved.
+        stopped: Option<Instant>,
+        timers: Vec<Weak<MemoryTimer>>,
+    }
+
+    impl MemoryClock {
+        fn state(&self) -> MutexGuard<'_, State> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn now(&self) -> Instant {
+            self.state().stopped.unwrap_or_else(Instant::now)
+        }
+
+        /// A timer on this clock.
+        pub(crate) fn timer(self: &Arc<Self>, target: Weak<dyn TimerTarget>) -> Arc<MemoryTimer> {
+            let timer = Arc::new(MemoryTimer { clock: Arc::clone(self), target, alarm: Mutex::default() });
+            let mut state = self.state();
+            state.timers.retain(|timer| timer.strong_count() > 0);
+            state.timers.push(Arc::downgrade(&timer));
+            timer
+        }
+
+        /// Moves the clock. What becomes due on the way is done at its time, in order, before this
+        /// returns. The caller must hold no lock of a queue.
+        pub(crate) fn advance(&self, by: Duration) {
+            let mut state = self.state();
+            let begin = *state.stopped.get_or_insert_with(Instant::now);
+            drop(state);
+            let end = begin.checked_add(by).unwrap_or(begin);
+            loop {
+                // The thread that watches descriptors may not have noticed yet.
+                self.timers().iter().for_each(|timer| timer.report_readable());
+                let timers = self.timers();
+                let next = timers.iter().filter_map(|timer| Some((timer.at()?, timer))).min_by_key(|(at, _)| *at);
+                let Some((at, timer)) = next.filter(|(at, _)| *at <= end) else { break };
+                let mut state = self.state();
+                state.stopped = state.stopped.max(Some(at));
+                drop(state);
+                timer.fire_if_due();
+            }
+            let mut state = self.state();
+            state.stopped = state.stopped.max(Some(end));
+        }
+
+        fn timers(&self) -> Vec<Arc<MemoryTimer>> {
+            self.state().timers.iter().filter_map(Weak::upgrade).collect()
+        }
+    }
+
+    /// Between the timer thread, which knows only the system's clock, and what has the timer.
+    pub(crate) struct MemoryTimer {
+        clock: Arc<MemoryClock>,
+        target: Weak<dyn TimerTarget>,
+        alarm: Mutex<Alarm>,
+    }
+
+    #[derive(Debug, Default)]
+    struct Alarm {
+        at: Option<Instant>,
+        /// The descriptor whose readability has not been reported yet.
+        watched: Option<Arc<OwnedFd>>,
+    }
+
+    impl MemoryTimer {
+        fn alarm(&self) -> MutexGuard<'_, Alarm> {
+            self.alarm.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        fn at(&self) -> Option<Instant> {
+            self.alarm().at
+        }
+
+        /// Sets the timer. Returns when the timer thread must fire it, if it must.
+        pub(crate) fn set(&self, at: Instant) -> Option<Instant> {
+            let mut alarm = self.alarm();
+            alarm.at = Some(alarm.at.map_or(at, |before| before.min(at)));
+            drop(alarm);
+            match self.clock.state().stopped {
+                None => Some(at),
+                // What is due already is not left to the next move of the clock.
+                Some(now) => (at <= now).then(Instant::now),
+            }
+        }
+
+        /// The timer thread is going to watch this descriptor.
+        pub(crate) fn watch(&self, fd: Arc<OwnedFd>) {
+            self.alarm().watched = Some(fd);
+        }
+
+        fn fire_if_due(&self) {
+            let now = self.clock.now();
+            let due = self.alarm().at.take_if(|at| *at <= now).is_some();
+            if let Some(target) = self.target.upgrade().filter(|_| due) {
+                target.fire();
+            }
+        }
+
+        fn report_readable(&self) {
+            let readable = self.alarm().watched.take_if(|fd| is_readable(fd)).is_some();
+            if let Some(target) = self.target.upgrade().filter(|_| readable) {
+                target.readable();
+            }
+        }
+    }
+
+    fn is_readable(fd: &OwnedFd) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
+    }
+
+    impl TimerTarget for MemoryTimer {
+        fn fire(self: Arc<Self>) {
+            self.fire_if_due();
+        }
+
+        fn readable(self: Arc<Self>) {
+            if self.alarm().watched.take().is_some()
+                && let Some(target) = self.target.upgrade()
+            {
+                target.readable();
+            }
+        }
+    }
+
+    impl std::fmt::Debug for MemoryTimer {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.alarm().fmt(f)
+        }
+    }
+}
