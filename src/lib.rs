@@ -107,6 +107,8 @@ mod namespace;
 mod packet;
 mod queue;
 mod reconfigure;
+#[cfg(feature = "test-util")]
+pub mod simulated;
 mod sink;
 mod state;
 mod types;

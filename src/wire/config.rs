@@ -73,11 +73,11 @@ pub(crate) enum CopyMode {
 }
 
 // enum nfqnl_attr_config
-const ATTRIBUTE_COMMAND: u16 = 1;
-const ATTRIBUTE_PARAMS: u16 = 2;
-const ATTRIBUTE_MAX_LEN: u16 = 3;
-const ATTRIBUTE_MASK: u16 = 4;
-const ATTRIBUTE_FLAGS: u16 = 5;
+pub(super) const ATTRIBUTE_COMMAND: u16 = 1;
+pub(super) const ATTRIBUTE_PARAMS: u16 = 2;
+pub(super) const ATTRIBUTE_MAX_LEN: u16 = 3;
+pub(super) const ATTRIBUTE_MASK: u16 = 4;
+pub(super) const ATTRIBUTE_FLAGS: u16 = 5;
 
 /// The flags of a queue (`NFQA_CFG_F_*`).
 pub(crate) const FLAG_FAIL_OPEN: u32 = 1;

@@ -10,6 +10,8 @@ pub(crate) mod config;
 pub(crate) mod conntrack;
 #[cfg(feature = "conntrack")]
 pub(crate) mod expectation;
+#[cfg(feature = "test-util")]
+pub(crate) mod kernel_side;
 pub(crate) mod message;
 pub(crate) mod packet;
 pub(crate) mod verdict;

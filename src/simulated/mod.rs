@@ -1,0 +1,336 @@
+//! A kernel in memory, to test policies without privileges.
+//!
+//! A [`Kernel`] behaves like nfnetlink_queue. [`queue`] binds a queue in it, which is an ordinary
+//! [`Queue`]: the whole crate runs as it does with the real kernel, from the messages' bytes on, in
+//! any runtime. It needs no privilege and no kernel module. [`Kernel::send`] sends a [`TestPacket`]
+//! to the queue, and its [`Outcome`] says what has become of it. The page
+//! [`guide::testing`](crate::guide::testing) shows a policy with its tests.
+//!
+//! ```
+//! use tokio_nfqueue::{Queue, simulated::{self, TestPacket}};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tokio_nfqueue::Error> {
+//! let (kernel, mut queue) = simulated::queue(Queue::builder(0))?;
+//! let [client, server] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().unwrap());
+//! let query = kernel.send(TestPacket::udp(client, server, b"query"));
+//!
+//! let packet = queue.recv().await.unwrap()?;
+//! packet.accept().mark(7).submit()?;
+//!
+//! let outcome = query.outcome().await;
+//! assert!(outcome.accepted);
+//! assert_eq!(outcome.mark, 7);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Time
+//!
+//! The kernel's clock runs with the system's until [`Kernel::advance`] is called for the first
+//! time. From then on it stands still, except in `advance`. Deadlines, the limits of flush policies,
+//! time-outs of `close` and intervals of statistics follow it. Busy polling does not.
+//!
+//! # What is simulated
+//!
+//! What [`Kernel`] and [`TestPacket`] have methods for, and: the length of the queue and fail-open,
+//! the socket's receive buffer, copy ranges, batches of verdicts, errors and acknowledgements,
+//! replaced payloads as Linux 6.18 takes them. The kernel tests run the same scenarios against the
+//! real kernel.
+//!
+//! There is no network stack: a packet that was accepted has its outcome at once, without the
+//! chains behind the queue. There are no rules beyond the packet's own
+//! ([`to_queue`](TestPacket::to_queue), [`bypass`](TestPacket::bypass),
+//! [`unless_mark`](TestPacket::unless_mark)). Expectations in verdicts are ignored.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use rustix::io::Errno;
+
+use self::{
+    model::{Finished, Model},
+    outcome::Slot,
+};
+use crate::{
+    builder::QueueBuilder,
+    io::{
+        clock::MemoryClock,
+        kernel::KernelStats,
+        memory::{MemoryKernel, Signal},
+    },
+    namespace::NetworkNamespace,
+    queue::Queue,
+    types::Error,
+};
+
+mod connection;
+mod model;
+mod outcome;
+mod packet;
+mod pcap;
+mod segment;
+#[cfg(test)]
+mod tests;
+
+pub use self::{
+    connection::Connection,
+    outcome::{Cause, Outcome, Sent},
+    packet::TestPacket,
+};
+
+/// Makes a kernel, and binds a queue in it.
+///
+/// # Errors
+/// As [`QueueBuilder::bind`].
+pub fn queue(builder: QueueBuilder) -> Result<(Kernel, Queue), Error> {
+    let kernel = Kernel::new();
+    let queue = kernel.bind(builder)?;
+    Ok((kernel, queue))
+}
+
+/// A kernel in memory. Clones refer to the same kernel.
+#[derive(Debug, Clone)]
+pub struct Kernel(Arc<Shared>);
+
+impl Kernel {
+    /// A kernel without queues, with the interfaces 1 (`lo`) and 2 (`eth0`).
+    pub fn new() -> Self {
+        let interfaces = [(1, "lo".to_owned()), (2, "eth0".to_owned())].into();
+        let inner = Inner { model: Model::default(), signals: HashMap::new(), interfaces };
+        Self(Arc::new(Shared { inner: Mutex::new(inner), clock: Arc::default(), begin: Instant::now() }))
+    }
+
+    /// Binds a queue in this kernel.
+    ///
+    /// # Errors
+    /// As [`QueueBuilder::bind`].
+    pub fn bind(&self, builder: QueueBuilder) -> Result<Queue, Error> {
+        builder.namespace(self.namespace()).bind()
+    }
+
+    /// The network namespace of this kernel, for
+    /// [`QueueBuilder::namespace`](crate::QueueBuilder::namespace). Nothing but queues can be in it.
+    pub fn namespace(&self) -> NetworkNamespace {
+        NetworkNamespace::in_memory(Arc::clone(&self.0) as Arc<dyn MemoryKernel>)
+    }
+
+    /// Sends a packet to the queue that it is for.
+    pub fn send(&self, packet: TestPacket) -> Sent {
+        let slot = Arc::new(Slot::default());
+        let tag = Arc::clone(&slot);
+        self.0.with(|inner, now| inner.model.packet(tag, packet, now));
+        Sent(slot)
+    }
+
+    /// Sends packets in this order, which takes less time than to send each by itself.
+    pub fn send_all(&self, packets: impl IntoIterator<Item = TestPacket>) -> Vec<Sent> {
+        // The iterator is users' code: it is not called under the lock.
+        let packets: Vec<(TestPacket, Sent)> =
+            packets.into_iter().map(|packet| (packet, Sent(Arc::new(Slot::default())))).collect();
+        self.0.with(|inner, now| {
+            let send = |(packet, sent): (_, Sent)| {
+                inner.model.packet(Arc::clone(&sent.0), packet, now);
+                sent
+            };
+            packets.into_iter().map(send).collect()
+        })
+    }
+
+    /// Moves the clock forward. What is due on the way (deadlines, gathered verdicts, time-outs) is
+    /// done at its time, in order, before this returns. The first call stops the clock: see the
+    /// [module's documentation](self#time).
+    pub fn advance(&self, by: Duration) {
+        self.0.clock.advance(by);
+    }
+
+    /// The time since this kernel was made, on its clock.
+    pub fn now(&self) -> Duration {
+        self.0.now()
+    }
+
+    /// The number of packets that wait in a queue for a verdict, unread ones included; 0 if the
+    /// queue is not bound.
+    pub fn waiting(&self, queue: u16) -> usize {
+        self.0.inner().model.stats(queue).map_or(0, |stats| stats.queued as usize)
+    }
+
+    /// The mark of a connection (`ct mark`), by the id of the [`Connection`].
+    pub fn connection_mark(&self, connection: u32) -> Option<u32> {
+        self.0.inner().model.connection_mark(connection)
+    }
+
+    /// Adds an interface, for [`Packet::interface_name`](crate::Packet::interface_name).
+    pub fn add_interface(&self, index: u32, name: &str) {
+        self.0.inner().interfaces.insert(index, name.to_owned());
+    }
+
+    /// Queues that are bound later give this id to their first packet, instead of 1.
+    pub fn start_ids_at(&self, first: u32) {
+        self.0.inner().model.first_id = first;
+    }
+
+    /// An interface goes down: queued packets that touch it are dropped.
+    pub fn take_interface_down(&self, index: u32) {
+        self.0.with(|inner, now| inner.model.device_down(index, now));
+    }
+
+    /// A hook is unregistered, for example because another program deletes a base chain: all queued
+    /// packets are dropped.
+    pub fn unregister_hook(&self) {
+        self.0.with(|inner, now| inner.model.hook_unregistered(now));
+    }
+
+    /// Gives the process `CAP_NET_ADMIN`, or takes it: without it the kernel refuses everything.
+    pub fn set_capable(&self, capable: bool) {
+        self.0.inner().model.capable = capable;
+    }
+
+    /// Leaves out support for connection tracking, as kernels without `NETFILTER_NETLINK_GLUE_CT`
+    /// do: [`conntrack`](crate::QueueBuilder::conntrack) is refused.
+    pub fn remove_conntrack(&self) {
+        self.0.inner().model.known_flags &= !crate::wire::config::FLAG_CONNTRACK;
+    }
+
+    /// The next `times` sends fail with an errno, and nothing in them is executed.
+    ///
+    /// # Panics
+    /// `errno` is not between 1 and 4095.
+    pub fn fail_sends(&self, errno: i32, times: usize) {
+        let errors = std::iter::repeat_n(checked(errno), times);
+        self.0.inner().model.send_errors.extend(errors);
+    }
+
+    /// The next `times` attempts to receive fail with an errno.
+    ///
+    /// # Panics
+    /// As [`fail_sends`](Self::fail_sends).
+    pub fn fail_receives(&self, errno: i32, times: usize) {
+        let errors = std::iter::repeat_n(checked(errno), times);
+        let mut inner = self.0.inner();
+        inner.model.receive_errors.extend(errors);
+        if times > 0 {
+            inner.signals.values().for_each(Signal::raise);
+        }
+    }
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn checked(errno: i32) -> Errno {
+    assert!((1..4096).contains(&errno), "{errno} is not an errno");
+    Errno::from_raw_os_error(errno)
+}
+
+struct Shared {
+    inner: Mutex<Inner>,
+    clock: Arc<MemoryClock>,
+    begin: Instant,
+}
+
+#[derive(Debug)]
+struct Inner {
+    model: Model<Arc<Slot>>,
+    signals: HashMap<u32, Signal>,
+    interfaces: BTreeMap<u32, String>,
+}
+
+impl Shared {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.clock.now().saturating_duration_since(self.begin)
+    }
+
+    /// Does something in the model. Then signals sockets, and tells those who wait for outcomes.
+    ///
+    /// A task that waits for an outcome is woken within the send of the verdict.
+    fn with<R>(&self, body: impl FnOnce(&mut Inner, Duration) -> R) -> R {
+        let now = self.now();
+        let mut inner = self.inner();
+        let result = body(&mut inner, now);
+        for port in std::mem::take(&mut inner.model.readable) {
+            if let Some(signal) = inner.signals.get(&port) {
+                signal.raise();
+            }
+        }
+        let finished = std::mem::take(&mut inner.model.finished);
+        drop(inner);
+        for Finished { tag, segment, outcome } in finished {
+            tag.put(segment, outcome).into_iter().for_each(std::task::Waker::wake);
+        }
+        result
+    }
+}
+
+impl MemoryKernel for Shared {
+    fn open(&self, signal: Signal) -> u32 {
+        let mut inner = self.inner();
+        let port = inner.model.open(true);
+        inner.signals.insert(port, signal);
+        port
+    }
+
+    fn close(&self, port: u32) {
+        self.with(|inner, now| {
+            inner.signals.remove(&port);
+            inner.model.close(port, now);
+        });
+    }
+
+    fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno> {
+        self.with(|inner, now| inner.model.send(port, datagram, now))
+    }
+
+    fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
+        let mut inner = self.inner();
+        let result = inner.model.receive(port, room);
+        if !inner.model.is_readable(port)
+            && let Some(signal) = inner.signals.get(&port)
+        {
+            signal.lower();
+        }
+        result
+    }
+
+    fn set_receive_buffer(&self, port: u32, bytes: usize) -> usize {
+        self.inner().model.set_receive_buffer(port, bytes)
+    }
+
+    fn is_capable(&self) -> bool {
+        self.inner().model.capable
+    }
+
+    fn interface_name(&self, index: u32) -> Result<String, Errno> {
+        self.inner().interfaces.get(&index).cloned().ok_or(Errno::NODEV)
+    }
+
+    fn stats(&self, queue: u16) -> Option<KernelStats> {
+        self.inner().model.stats(queue)
+    }
+
+    fn first_id(&self) -> u32 {
+        self.inner().model.first_id
+    }
+
+    fn clock(&self) -> Arc<MemoryClock> {
+        Arc::clone(&self.clock)
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel").field("now", &self.now()).finish_non_exhaustive()
+    }
+}

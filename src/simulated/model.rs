@@ -1,0 +1,659 @@
+//! nfnetlink_queue and its sockets as a pure model: messages in, messages out, the time handed in.
+//! The names of the kernel's functions stand beside what is taken from them.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use rustix::io::Errno;
+
+use super::{
+    connection::Connections,
+    outcome::{Cause, Outcome},
+    packet::TestPacket,
+    segment::segments,
+};
+use crate::{
+    io::kernel::KernelStats,
+    types::{Action, PacketId},
+    wire::{
+        MAX_PAYLOAD, attribute,
+        config::{FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID, FLAGS_ALL},
+        kernel_side::{ConfigOrder, Order, PacketFields, Request, VerdictOrder, encode_packet, encode_reply, requests},
+        verdict::{action_of, code},
+    },
+};
+
+/// The kernel. `T` says whose packet it is.
+#[derive(Debug)]
+pub(super) struct Model<T> {
+    sockets: HashMap<u32, Socket>,
+    queues: BTreeMap<u16, Queue<T>>,
+    connections: Connections,
+    next_port: u32,
+    /// The id of the first packet of a queue that is bound later.
+    pub(super) first_id: u32,
+    /// Whether senders have CAP_NET_ADMIN.
+    pub(super) capable: bool,
+    /// The queue that was bound first: that of packets that name none.
+    default_queue: Option<u16>,
+    /// The flags of queues that this kernel knows.
+    pub(super) known_flags: u32,
+    /// Errors that the next system calls return.
+    pub(super) send_errors: VecDeque<Errno>,
+    pub(super) receive_errors: VecDeque<Errno>,
+    /// Packets that have left the kernel, to be taken by the caller.
+    pub(super) finished: Vec<Finished<T>>,
+    /// Sockets that have become readable, to be taken by the caller.
+    pub(super) readable: Vec<u32>,
+}
+
+/// A packet that has left the kernel.
+#[derive(Debug)]
+pub(super) struct Finished<T> {
+    pub(super) tag: T,
+    /// Its index and number, if the packet was segmented.
+    pub(super) segment: (u32, u32),
+    pub(super) outcome: Outcome,
+}
+
+/// A packet in the kernel (`struct sk_buff`, `struct nf_queue_entry`).
+#[derive(Debug)]
+struct Skb<T> {
+    tag: T,
+    segment: (u32, u32),
+    packet: TestPacket,
+    /// The last verdict.
+    action: Option<Action>,
+    verdicts: u32,
+    /// The last queue and id.
+    place: Option<(u16, u32)>,
+    replaced: bool,
+}
+
+/// A bound queue (`struct nfqnl_instance`).
+#[derive(Debug)]
+struct Queue<T> {
+    port: u32,
+    copy_mode: u8,
+    copy_range: u32,
+    max_len: u32,
+    flags: u32,
+    /// By serial number, whose lower 32 bits are the id.
+    entries: BTreeMap<u64, Box<Skb<T>>>,
+    last: u64,
+    dropped_queue: u32,
+    dropped_socket: u32,
+}
+
+impl<T> Queue<T> {
+    fn serial(&self, id: u32) -> u64 {
+        self.last - u64::from((self.last as u32).wrapping_sub(id))
+    }
+}
+
+/// A netlink socket of a program.
+#[derive(Debug)]
+struct Socket {
+    /// Datagrams, and what each is charged.
+    inbox: VecDeque<(Vec<u8>, usize)>,
+    charged: usize,
+    limit: usize,
+    /// NETLINK_NO_ENOBUFS
+    no_enobufs: bool,
+    congested: bool,
+    overrun: bool,
+    /// Memory for the next messages.
+    spare: Vec<Vec<u8>>,
+}
+
+/// Why a packet was not queued.
+struct NotQueued {
+    cause: Cause,
+    accepted: bool,
+}
+
+impl<T> Default for Model<T> {
+    fn default() -> Self {
+        Self {
+            sockets: HashMap::new(),
+            queues: BTreeMap::new(),
+            connections: Connections::default(),
+            // As the kernel's, for all but a process's first socket: negative.
+            next_port: 0x8000_0001,
+            first_id: 1,
+            capable: true,
+            default_queue: None,
+            known_flags: FLAGS_ALL,
+            send_errors: VecDeque::new(),
+            receive_errors: VecDeque::new(),
+            finished: Vec::new(),
+            readable: Vec::new(),
+        }
+    }
+}
+
+// Sockets.
+
+impl<T: Clone> Model<T> {
+    /// Opens a socket, and returns its port id.
+    pub(super) fn open(&mut self, no_enobufs: bool) -> u32 {
+        let port = self.next_port;
+        self.next_port = self.next_port.wrapping_add(1);
+        let socket = Socket {
+            inbox: VecDeque::new(),
+            charged: 0,
+            limit: DEFAULT_RECEIVE_BUFFER,
+            no_enobufs,
+            congested: false,
+            overrun: false,
+            spare: Vec::new(),
+        };
+        self.sockets.insert(port, socket);
+        port
+    }
+
+    /// Closes a socket: what is queued for it is dropped (`nfqnl_rcv_nl_event`).
+    pub(super) fn close(&mut self, port: u32, now: Duration) {
+        self.sockets.remove(&port);
+        let queues: Vec<u16> = self.queues.iter().filter(|(_, queue)| queue.port == port).map(|(n, _)| *n).collect();
+        for queue in queues {
+            self.unbind(queue, now);
+        }
+    }
+
+    pub(super) fn set_receive_buffer(&mut self, port: u32, bytes: usize) -> usize {
+        // SOCK_MIN_RCVBUF
+        let bytes = (bytes & !1).max(2304);
+        if let Some(socket) = self.sockets.get_mut(&port) {
+            socket.limit = bytes;
+        }
+        bytes
+    }
+
+    pub(super) fn is_readable(&self, port: u32) -> bool {
+        !self.receive_errors.is_empty()
+            || self.sockets.get(&port).is_some_and(|socket| socket.overrun || !socket.inbox.is_empty())
+    }
+
+    /// `netlink_recvmsg`: appends a datagram to `room`, up to its capacity.
+    pub(super) fn receive(&mut self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
+        if let Some(errno) = self.receive_errors.pop_front() {
+            return Err(errno);
+        }
+        let socket = self.sockets.get_mut(&port).ok_or(Errno::BADF)?;
+        if std::mem::take(&mut socket.overrun) {
+            return Err(Errno::NOBUFS);
+        }
+        let (bytes, charge) = socket.inbox.pop_front().ok_or(Errno::AGAIN)?;
+        let length = bytes.len().min(room.capacity() - room.len());
+        room.extend_from_slice(&bytes[..length]);
+        socket.charged -= charge;
+        // netlink_rcv_wake
+        socket.congested &= !socket.inbox.is_empty();
+        if socket.spare.len() < 64 {
+            socket.spare.push(bytes);
+        }
+        Ok(())
+    }
+
+    /// `netlink_attachskb`: whether the message found room.
+    fn deliver(&mut self, port: u32, fill: impl FnOnce(&mut Vec<u8>), charge: usize) -> bool {
+        let Some(socket) = self.sockets.get_mut(&port) else { return false };
+        if socket.congested || socket.charged > 0 && socket.charged + charge > socket.limit {
+            // netlink_overrun
+            if !socket.no_enobufs && !socket.congested {
+                socket.congested = true;
+                socket.overrun = true;
+            }
+            return false;
+        }
+        let mut bytes = socket.spare.pop().unwrap_or_default();
+        bytes.clear();
+        fill(&mut bytes);
+        socket.charged += charge;
+        if socket.inbox.is_empty() {
+            self.readable.push(port);
+        }
+        socket.inbox.push_back((bytes, charge));
+        true
+    }
+
+    /// `netlink_sendmsg`, and everything that the kernel does within it.
+    pub(super) fn send(&mut self, port: u32, datagram: &[u8], now: Duration) -> Result<(), Errno> {
+        if let Some(errno) = self.send_errors.pop_front() {
+            return Err(errno);
+        }
+        if datagram.len() > MAX_SEND {
+            return Err(Errno::MSGSIZE);
+        }
+        for request in requests(datagram) {
+            // nfnetlink_rcv
+            if !self.capable {
+                self.reply(port, Some(Errno::PERM), request);
+                break;
+            }
+            // netlink_rcv_skb
+            let result = if request.is_executed() { self.execute(port, request, now) } else { Ok(()) };
+            if result.is_err() || request.wants_acknowledgement() {
+                self.reply(port, result.err(), request);
+            }
+        }
+        Ok(())
+    }
+
+    /// `netlink_ack`: a reply that finds no room is lost.
+    fn reply(&mut self, port: u32, error: Option<Errno>, request: Request<'_>) {
+        let length = if error.is_some() { request.length() } else { 0 };
+        self.deliver(port, |bytes| encode_reply(bytes, port, error, request), charge(length, 0));
+    }
+
+    fn execute(&mut self, port: u32, request: Request<'_>, now: Duration) -> Result<(), Errno> {
+        match request.parse()? {
+            None => Ok(()),
+            Some((queue, Order::Verdict(order))) => self.verdict(port, queue, &order, now),
+            Some((queue, Order::Batch(order))) => self.batch(port, queue, &order, now),
+            Some((queue, Order::Config(order))) => self.configure(port, queue, &order, now),
+        }
+    }
+}
+
+// Configuration.
+
+impl<T: Clone> Model<T> {
+    /// `nfqnl_recv_config`
+    fn configure(&mut self, port: u32, number: u16, order: &ConfigOrder, now: Duration) -> Result<(), Errno> {
+        const BIND: u8 = 1;
+        const UNBIND: u8 = 2;
+        const PF_COMMANDS: [u8; 2] = [3, 4];
+        if order.command.is_some_and(|command| PF_COMMANDS.contains(&command)) {
+            return Ok(());
+        }
+        let flags = match (order.flags, order.mask) {
+            (None, _) => None,
+            (Some(_), None) => return Err(Errno::INVAL),
+            (Some(flags), Some(mask)) if flags & !FLAGS_ALL != 0 || flags & mask & !self.known_flags != 0 => {
+                return Err(Errno::OPNOTSUPP);
+            }
+            (Some(flags), Some(mask)) => Some((flags, mask)),
+        };
+        let owner = self.queues.get(&number).map(|queue| queue.port);
+        if owner.is_some_and(|owner| owner != port) {
+            return Err(Errno::PERM);
+        }
+        match (order.command, owner) {
+            (None, _) => {}
+            (Some(BIND), Some(_)) => return Err(Errno::BUSY),
+            (Some(BIND), None) => self.bind(port, number),
+            (Some(UNBIND), None) => return Err(Errno::NODEV),
+            (Some(UNBIND), Some(_)) => {
+                self.unbind(number, now);
+                return Ok(());
+            }
+            (Some(_), _) => return Err(Errno::OPNOTSUPP),
+        }
+        let queue = self.queues.get_mut(&number).ok_or(Errno::NODEV)?;
+        // nfqnl_set_mode: an unknown mode is ignored.
+        match order.copy {
+            Some((_, mode @ 0..=1)) => (queue.copy_mode, queue.copy_range) = (mode, 0),
+            Some((range, 2)) => {
+                let most = MAX_PAYLOAD as u32;
+                (queue.copy_mode, queue.copy_range) = (2, if range == 0 { most } else { range.min(most) });
+            }
+            _ => {}
+        }
+        if let Some(max_len) = order.max_len {
+            queue.max_len = max_len;
+        }
+        if let Some((flags, mask)) = flags {
+            queue.flags = queue.flags & !mask | flags & mask;
+        }
+        Ok(())
+    }
+
+    fn bind(&mut self, port: u32, number: u16) {
+        let queue = Queue {
+            port,
+            copy_mode: 0,
+            copy_range: 0,
+            max_len: 1024,
+            flags: 0,
+            entries: BTreeMap::new(),
+            // Far from 0, so that serial numbers of earlier ids exist.
+            last: (1 << 32) + u64::from(self.first_id) - 1,
+            dropped_queue: 0,
+            dropped_socket: 0,
+        };
+        self.queues.insert(number, queue);
+        self.default_queue.get_or_insert(number);
+    }
+
+    fn unbind(&mut self, number: u16, now: Duration) {
+        let Some(queue) = self.queues.remove(&number) else { return };
+        for skb in queue.entries.into_values() {
+            self.finish(skb, Cause::Unbound, false, now);
+        }
+    }
+
+    pub(super) fn stats(&self, number: u16) -> Option<KernelStats> {
+        let queue = self.queues.get(&number)?;
+        Some(KernelStats {
+            port_id: queue.port,
+            queued: queue.entries.len() as u32,
+            copy_range: queue.copy_range,
+            dropped_queue: queue.dropped_queue,
+            dropped_socket: queue.dropped_socket,
+            last_id: queue.last as u32,
+        })
+    }
+}
+
+// Packets.
+
+impl<T: Clone> Model<T> {
+    /// A packet reaches its rule.
+    pub(super) fn packet(&mut self, tag: T, packet: TestPacket, now: Duration) {
+        if let Some(connection) = packet.connection() {
+            self.connections.add(connection, &packet);
+        }
+        let skb = Skb { tag, segment: (0, 1), packet, action: None, verdicts: 0, place: None, replaced: false };
+        self.evaluate(Box::new(skb), now);
+    }
+
+    /// The rule that sends packets to a queue.
+    fn evaluate(&mut self, skb: Box<Skb<T>>, now: Duration) {
+        let packet = &skb.packet;
+        if packet.unless.is_some_and(|(value, mask)| packet.mark & mask == value & mask) {
+            return self.finish(skb, Cause::Rule, true, now);
+        }
+        let (queue, bypass) = (packet.queue.or(self.default_queue), packet.bypass);
+        match queue {
+            Some(queue) => self.enqueue(skb, queue, bypass, now),
+            None => self.finish(skb, Cause::NotBound, bypass, now),
+        }
+    }
+
+    /// `nf_queue`, `nfqnl_enqueue_packet`
+    fn enqueue(&mut self, skb: Box<Skb<T>>, number: u16, bypass: bool, now: Duration) {
+        let Some(queue) = self.queues.get(&number) else {
+            return self.finish(skb, Cause::NotBound, bypass, now);
+        };
+        if queue.copy_mode == 0 {
+            return self.finish(skb, Cause::NotBound, false, now);
+        }
+        if skb.packet.segment_size == 0 || queue.flags & FLAG_GSO != 0 {
+            if let Err((skb, NotQueued { cause, accepted })) = self.enqueue_one(skb, number, now) {
+                self.finish(skb, cause, accepted, now);
+            }
+            return;
+        }
+        let parts = segments(&skb.packet);
+        let count = parts.len() as u32;
+        let mut failed = None;
+        for (index, packet) in (0..).zip(parts) {
+            let part = Skb { tag: skb.tag.clone(), segment: (index, count), packet, ..*skb };
+            // After a segment that is not queued, the rest is dropped.
+            let result = match failed {
+                None => self.enqueue_one(Box::new(part), number, now),
+                Some(cause) => Err((Box::new(part), NotQueued { cause, accepted: false })),
+            };
+            if let Err((part, NotQueued { cause, accepted })) = result {
+                failed = failed.or((!accepted).then_some(cause));
+                self.finish(part, cause, accepted, now);
+            }
+        }
+    }
+
+    /// `__nfqnl_enqueue_packet`
+    fn enqueue_one(
+        &mut self,
+        mut skb: Box<Skb<T>>,
+        number: u16,
+        now: Duration,
+    ) -> Result<(), (Box<Skb<T>>, NotQueued)> {
+        /// NFQNL_HASH_MAX_SIZE
+        const MOST: usize = 65_536;
+        let Some(queue) = self.queues.get_mut(&number) else {
+            return Err((skb, NotQueued { cause: Cause::NotBound, accepted: false }));
+        };
+        let fail_open = queue.flags & FLAG_FAIL_OPEN != 0;
+        if queue.entries.len() >= (queue.max_len as usize).min(MOST) {
+            if !fail_open {
+                queue.dropped_queue = queue.dropped_queue.wrapping_add(1);
+            }
+            return Err((skb, NotQueued { cause: Cause::QueueFull, accepted: fail_open }));
+        }
+        queue.last += 1;
+        let (serial, port) = (queue.last, queue.port);
+        skb.place = Some((number, serial as u32));
+        let (copy_mode, copy_range, flags) = (queue.copy_mode, queue.copy_range as usize, queue.flags);
+        let connection = skb.packet.connection().filter(|_| flags & FLAG_CONNTRACK != 0);
+        let connection = connection.map(|connection| (self.connections.encode(connection.id), connection.state));
+        let copied = if copy_mode == 2 { copy_range } else { 0 };
+        let fields = fields(&skb.packet, serial as u32, copied, copy_mode, flags, connection.as_ref(), now);
+        let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len));
+        if !self.deliver(port, |bytes| encode_packet(bytes, number, &fields), charge) {
+            if let Some(queue) = self.queues.get_mut(&number).filter(|_| !fail_open) {
+                queue.dropped_socket = queue.dropped_socket.wrapping_add(1);
+            }
+            return Err((skb, NotQueued { cause: Cause::ReceiveBufferFull, accepted: fail_open }));
+        }
+        if let Some(queue) = self.queues.get_mut(&number) {
+            queue.entries.insert(serial, skb);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, skb: Box<Skb<T>>, cause: Cause, accepted: bool, now: Duration) {
+        let Skb { tag, segment, packet, action, verdicts, place, replaced } = *skb;
+        let outcome = Outcome {
+            accepted,
+            cause,
+            action,
+            verdicts,
+            mark: packet.mark,
+            priority: packet.priority,
+            vlan: packet.vlan(),
+            layer2_header: packet.layer2().map(Bytes::copy_from_slice),
+            connection_mark: packet.connection().and_then(|connection| self.connections.mark(connection.id)),
+            payload: packet.payload,
+            payload_replaced: replaced,
+            queue: place.map(|(queue, _)| queue),
+            id: place.map(|(_, id)| PacketId(id)),
+            at: now,
+            segments: Vec::new(),
+        };
+        self.finished.push(Finished { tag, segment, outcome });
+    }
+
+    pub(super) fn connection_mark(&self, id: u32) -> Option<u32> {
+        self.connections.mark(id)
+    }
+}
+
+// Verdicts.
+
+impl<T: Clone> Model<T> {
+    /// `verdict_instance_lookup`, `verdicthdr_get`
+    fn decided(
+        &mut self,
+        port: u32,
+        number: u16,
+        order: &VerdictOrder<'_>,
+    ) -> Result<(&mut Queue<T>, u32, u32), Errno> {
+        let queue = self.queues.get_mut(&number).ok_or(Errno::NODEV)?;
+        if queue.port != port {
+            return Err(Errno::PERM);
+        }
+        let (word, id) = order.header.ok_or(Errno::INVAL)?;
+        const NF_STOLEN: u32 = 2;
+        match word & 0xffff {
+            NF_STOLEN => Err(Errno::INVAL),
+            low if low & 0xff > code::STOP => Err(Errno::INVAL),
+            _ => Ok((queue, word, id)),
+        }
+    }
+
+    /// `nfqnl_recv_verdict`
+    fn verdict(&mut self, port: u32, number: u16, order: &VerdictOrder<'_>, now: Duration) -> Result<(), Errno> {
+        let (queue, word, id) = self.decided(port, number, order)?;
+        let conntrack = queue.flags & FLAG_CONNTRACK != 0;
+        let serial = queue.serial(id);
+        let mut skb = queue.entries.remove(&serial).ok_or(Errno::NOENT)?;
+        if let (Some(change), Some(connection)) = (order.conntrack.filter(|_| conntrack), skb.packet.connection()) {
+            self.connections.change(connection.id, &change);
+        }
+        if skb.packet.is_bridge() {
+            skb.packet.change_layer2(order.vlan, order.layer2_header);
+        }
+        if let Some(payload) = order.payload {
+            // nfqnl_mangle
+            if skb.packet.replace(payload) {
+                skb.replaced = true;
+            } else {
+                skb.action = Some(Action::Drop);
+                skb.verdicts += 1;
+                self.finish(skb, Cause::BadPayload, false, now);
+                return Ok(());
+            }
+        }
+        self.reinject(skb, word, order, now);
+        Ok(())
+    }
+
+    /// `nfqnl_recv_verdict_batch`
+    fn batch(&mut self, port: u32, number: u16, order: &VerdictOrder<'_>, now: Duration) -> Result<(), Errno> {
+        let (queue, word, max) = self.decided(port, number, order)?;
+        let mut covered = Vec::new();
+        while let Some(first) = queue.entries.first_entry()
+            && (*first.key() as u32).wrapping_sub(max) as i32 <= 0
+        {
+            covered.push(first.remove());
+        }
+        if covered.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        for skb in covered {
+            self.reinject(skb, word, order, now);
+        }
+        Ok(())
+    }
+
+    /// `nf_reinject`
+    fn reinject(&mut self, mut skb: Box<Skb<T>>, word: u32, order: &VerdictOrder<'_>, now: Duration) {
+        if let Some(mark) = order.mark {
+            skb.packet.mark = mark;
+        }
+        if let Some(priority) = order.priority {
+            skb.packet.priority = priority;
+        }
+        skb.action = action_of(word);
+        skb.verdicts += 1;
+        match skb.action {
+            Some(Action::Accept | Action::Stop) => self.finish(skb, Cause::Verdict, true, now),
+            Some(Action::Repeat) => self.evaluate(skb, now),
+            Some(Action::Requeue { queue, bypass }) => self.enqueue(skb, queue, bypass, now),
+            Some(Action::Drop) | None => self.finish(skb, Cause::Verdict, false, now),
+        }
+    }
+}
+
+// What happens to the kernel.
+
+impl<T: Clone> Model<T> {
+    /// `nfqnl_dev_drop`
+    pub(super) fn device_down(&mut self, index: u32, now: Duration) {
+        self.drop_if(|packet| packet.interfaces().contains(&index), Cause::DeviceDown, now);
+    }
+
+    /// `nfqnl_nf_hook_drop`
+    pub(super) fn hook_unregistered(&mut self, now: Duration) {
+        self.drop_if(|_| true, Cause::HookUnregistered, now);
+    }
+
+    fn drop_if(&mut self, condition: impl Fn(&TestPacket) -> bool, cause: Cause, now: Duration) {
+        let mut dropped = Vec::new();
+        for queue in self.queues.values_mut() {
+            let serials = queue.entries.iter().filter(|(_, skb)| condition(&skb.packet)).map(|(serial, _)| *serial);
+            let serials: Vec<u64> = serials.collect();
+            dropped.extend(serials.iter().filter_map(|serial| queue.entries.remove(serial)));
+        }
+        for skb in dropped {
+            self.finish(skb, cause, false, now);
+        }
+    }
+}
+
+/// What the kernel says of a packet (`nfqnl_build_packet_message`).
+fn fields<'a>(
+    packet: &'a TestPacket,
+    id: u32,
+    copy_range: usize,
+    copy_mode: u8,
+    flags: u32,
+    connection: Option<&'a (Vec<u8>, u32)>,
+    now: Duration,
+) -> PacketFields<'a> {
+    /// The wall clock at the start of a simulated kernel, in seconds since 1970.
+    const EPOCH: u64 = 1_700_000_000;
+    let copied = packet.payload.len().min(copy_range);
+    let complete = copied == packet.payload.len() || copy_mode != 2;
+    let [interface_in, interface_out, physical_in, physical_out] = packet.interfaces();
+    let gso = packet.segment_size > 0;
+    // Without the flag, the kernel finishes the checksum first.
+    let unready = flags & FLAG_GSO != 0 && (packet.checksum_unready || gso);
+    let offload = u32::from(unready) | u32::from(gso) << 1;
+    PacketFields {
+        family: packet.family,
+        id,
+        hw_protocol: packet.hw_protocol,
+        hook: packet.hook,
+        words: [
+            (attribute::INTERFACE_IN, interface_in),
+            (attribute::INTERFACE_OUT, interface_out),
+            (attribute::PHYSICAL_IN, physical_in),
+            (attribute::PHYSICAL_OUT, physical_out),
+            (attribute::MARK, packet.mark),
+            (attribute::PRIORITY, packet.priority),
+            (attribute::OFFLOAD, offload),
+        ],
+        owner: packet.owner.filter(|_| flags & FLAG_UID_GID != 0),
+        hardware_address: packet.sender_address(),
+        timestamp: packet.is_received().then(|| (EPOCH + now.as_secs(), u64::from(now.subsec_micros()))),
+        security_context: packet.sender_context().filter(|_| flags & FLAG_SECURITY_CONTEXT != 0),
+        vlan: packet.vlan(),
+        layer2_header: packet.layer2(),
+        connection: connection.map(|(bytes, _)| &bytes[..]),
+        connection_state: connection.map_or(0, |(_, state)| *state),
+        captured_length: (!complete).then_some(packet.payload.len() as u32),
+        payload: &packet.payload[..copied],
+    }
+}
+
+/// What a message is charged in bytes (`skb->truesize`), with a payload and other attributes of
+/// these lengths. Longer payloads than a page are taken to be in pages, which are charged by their
+/// length.
+fn charge(payload: usize, attributes: usize) -> usize {
+    /// `sizeof(struct sk_buff)`, `sizeof(struct skb_shared_info)`, aligned.
+    const SKB: usize = 256;
+    const SHARED: usize = 320;
+    /// SKB_SMALL_HEAD_CACHE_SIZE
+    const SMALL: usize = 576;
+    /// Headers and fixed attributes.
+    const FIXED: usize = 128;
+    const PAGE: usize = 4096;
+    if payload > PAGE {
+        return SKB + SMALL + payload;
+    }
+    match (FIXED + attributes + payload).next_multiple_of(64) + SHARED {
+        ..=SMALL => SKB + SMALL,
+        size => SKB + size.next_power_of_two(),
+    }
+}
+
+/// `net.core.rmem_default`
+const DEFAULT_RECEIVE_BUFFER: usize = 212_992;
+/// `netlink_sendmsg` refuses what is longer than `sk_sndbuf - 32`.
+const MAX_SEND: usize = 212_992 - 32;

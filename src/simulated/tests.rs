@@ -1,0 +1,302 @@
+//! The simulated kernel, and the crate on it. What it has in common with the real kernel is tested
+//! by the scenarios of the kernel tests.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use super::*;
+use crate::{Action, ErrorKind, FlushPolicy, Hook, Packet, QueueGroup, Vlan};
+
+fn addresses() -> (SocketAddr, SocketAddr) {
+    ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:53".parse().unwrap())
+}
+
+fn datagram(payload: &[u8]) -> TestPacket {
+    let (from, to) = addresses();
+    TestPacket::udp(from, to, payload)
+}
+
+async fn next(queue: &mut Queue) -> Packet {
+    queue.recv().await.expect("the queue is open").expect("the queue has not failed")
+}
+
+#[tokio::test]
+async fn a_packet_gets_what_its_verdict_says() {
+    let (kernel, mut queue) = queue(Queue::builder(7)).unwrap();
+    let sent = kernel.send(datagram(b"hello"));
+    let packet = next(&mut queue).await;
+    assert_eq!(packet.payload(), &sent_payload(b"hello")[..]);
+    assert!(sent.is_waiting() && sent.try_outcome().is_none());
+    packet.accept().mark(5).priority(6).payload(sent_payload(b"bye")).submit().unwrap();
+    let outcome = sent.outcome().await;
+    assert!(outcome.accepted && outcome.payload_replaced);
+    assert_eq!((outcome.cause, outcome.action, outcome.verdicts), (Cause::Verdict, Some(Action::Accept), 1));
+    assert_eq!((outcome.mark, outcome.priority, outcome.payload), (5, 6, sent_payload(b"bye")));
+    assert_eq!((outcome.queue, outcome.id.unwrap().get()), (Some(7), 1));
+    queue.close().await.unwrap();
+}
+
+fn sent_payload(payload: &[u8]) -> bytes::Bytes {
+    datagram(payload).payload().clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_runs_in_a_multi_thread_runtime() {
+    let (kernel, queue) = queue(Queue::builder(0)).unwrap();
+    let (mut packets, sink) = queue.split();
+    let reader = tokio::spawn(async move {
+        while let Some(packet) = packets.recv().await {
+            let packet = packet.unwrap();
+            tokio::spawn(async move { packet.accept().submit().unwrap() });
+        }
+    });
+    let sent = kernel.send_all((0..1000).map(|number: u32| datagram(&number.to_be_bytes())));
+    for sent in sent {
+        assert!(sent.outcome().await.accepted);
+    }
+    sink.close().await.unwrap();
+    reader.await.unwrap();
+    assert_eq!(sink.stats().received.packets, 1000);
+}
+
+#[tokio::test]
+async fn every_attribute_of_a_packet_arrives() {
+    let kernel = Kernel::new();
+    kernel.add_interface(9, "dmz");
+    let mut queue = kernel.bind(Queue::builder(0).conntrack(true).uid_gid(true).security_context(true)).unwrap();
+    let (from, to) = ("[fd00::1]:4000".parse().unwrap(), "[fd00::2]:80".parse().unwrap());
+    let packet = TestPacket::tcp(from, to, b"GET")
+        .hook(Hook::Forward)
+        .interface_in(2)
+        .interface_out(9)
+        .physical_in(3)
+        .physical_out(4)
+        .mark(1)
+        .priority(2)
+        .hardware_address(&[1, 2, 3, 4, 5, 6])
+        .owner(1000, 100)
+        .security_context(b"secret")
+        .of_connection(Connection::established(77).mark(5).labels([1; 16]))
+        .checksum_unfinished();
+    let sent = kernel.send(packet);
+    let packet = next(&mut queue).await;
+    assert_eq!((packet.hook(), packet.family(), packet.hw_protocol()), (Hook::Forward, crate::Family::Ipv6, 0x86dd));
+    assert_eq!((packet.interface_in(), packet.interface_out()), (Some(2), Some(9)));
+    assert_eq!((packet.physical_in(), packet.physical_out()), (Some(3), Some(4)));
+    assert_eq!(packet.interface_name(9).unwrap(), "dmz");
+    assert!(packet.interface_name(10).is_err());
+    assert_eq!((packet.mark(), packet.priority()), (1, 2));
+    assert_eq!(packet.hardware_address(), Some(&[1, 2, 3, 4, 5, 6][..]));
+    assert_eq!((packet.uid(), packet.gid()), (Some(1000), Some(100)));
+    assert_eq!(packet.security_context(), Some(&b"secret"[..]));
+    assert!(packet.timestamp().is_some() && !packet.is_checksum_ready() && !packet.is_truncated());
+    #[cfg(feature = "conntrack")]
+    {
+        let entry = packet.conntrack().unwrap();
+        assert_eq!((entry.id, entry.mark, entry.labels), (Some(77), Some(5), Some([1; 16])));
+        assert_eq!(entry.original.source_port, Some(4000));
+        assert_eq!(entry.reply.source, Some(to.ip()));
+        assert_eq!(packet.conntrack_state(), Some(crate::ConntrackState::Established));
+        packet.accept().conntrack_mark(0xf0, 0xf0).submit().unwrap();
+        assert_eq!(sent.outcome().await.connection_mark, Some(0xf5));
+        assert_eq!(kernel.connection_mark(77), Some(0xf5));
+    }
+    #[cfg(not(feature = "conntrack"))]
+    drop((packet, sent));
+}
+
+#[tokio::test]
+async fn bridged_packets_have_a_link_layer_header() {
+    let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+    let tag = Vlan { protocol: 0x8100, control: 5 };
+    let sent = kernel.send(datagram(b"x").bridged(&[1; 14], Some(tag)).hook(Hook::Prerouting));
+    let packet = next(&mut queue).await;
+    assert_eq!((packet.layer2_header(), packet.vlan()), (Some(&[1; 14][..]), Some(tag)));
+    let other = Vlan { control: 6, ..tag };
+    packet.accept().layer2_header(vec![2; 14]).vlan(other).submit().unwrap();
+    let outcome = sent.outcome().await;
+    assert_eq!((outcome.layer2_header, outcome.vlan), (Some(vec![2; 14].into()), Some(other)));
+}
+
+#[tokio::test]
+async fn a_queue_without_gso_gets_segments_with_full_checksums() {
+    for offload in [false, true] {
+        let (kernel, mut queue) = queue(Queue::builder(0).gso(offload)).unwrap();
+        let sent = kernel.send(datagram(&[7; 2500]).gso(1000));
+        let mut lengths = Vec::new();
+        while sent.is_waiting() {
+            let packet = next(&mut queue).await;
+            assert_eq!(packet.is_gso(), offload);
+            let bytes = packet.payload_bytes();
+            let sliced = etherparse::SlicedPacket::from_ip(&bytes).unwrap();
+            let Some(etherparse::NetSlice::Ipv4(ip)) = &sliced.net else { panic!() };
+            let Some(etherparse::TransportSlice::Udp(udp)) = &sliced.transport else { panic!() };
+            let header = ip.header().to_header();
+            assert_eq!(header.calc_header_checksum(), header.header_checksum);
+            let expected = udp.to_header().calc_checksum_ipv4(&header, udp.payload()).unwrap();
+            assert_eq!(expected, udp.checksum());
+            lengths.push(udp.payload().len());
+            packet.accept().submit().unwrap();
+            queue.flush().await.unwrap();
+        }
+        let outcome = sent.outcome().await;
+        assert!(outcome.accepted);
+        match offload {
+            true => assert_eq!((lengths, outcome.segments.len()), (vec![2500], 0)),
+            false => assert_eq!((lengths, outcome.segments.len()), (vec![1000, 1000, 500], 3)),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_expires_when_the_clock_is_moved_and_not_before() {
+    let builder = || Queue::builder(0).deadline(Duration::from_secs(10), Action::Accept);
+    for held in [false, true] {
+        let (kernel, mut queue) = queue(builder()).unwrap();
+        kernel.advance(Duration::ZERO);
+        let begin = kernel.now();
+        let sent = kernel.send(datagram(b"x"));
+        let packet = if held { Some(next(&mut queue).await) } else { None };
+        kernel.advance(Duration::from_millis(9999));
+        assert!(sent.is_waiting(), "held: {held}");
+        kernel.advance(Duration::from_secs(1));
+        let outcome = sent.outcome().await;
+        assert!(outcome.accepted);
+        let waited = outcome.at - begin;
+        assert!((Duration::from_secs(10)..Duration::from_millis(10_500)).contains(&waited), "{waited:?}");
+        assert!(packet.is_none_or(|packet| packet.is_expired()));
+    }
+}
+
+#[tokio::test]
+async fn gathered_verdicts_wait_for_the_clock() {
+    let policy = FlushPolicy::fixed(100, Duration::from_millis(5));
+    let (kernel, mut queue) = queue(Queue::builder(0).flush_policy(policy)).unwrap();
+    kernel.advance(Duration::ZERO);
+    let sent = kernel.send(datagram(b"x"));
+    next(&mut queue).await.drop().submit().unwrap();
+    kernel.advance(Duration::from_millis(4));
+    assert!(sent.is_waiting());
+    kernel.advance(Duration::from_millis(1));
+    assert!(!sent.try_outcome().unwrap().accepted);
+}
+
+#[tokio::test]
+async fn without_moving_the_clock_time_passes_by_itself() {
+    let (kernel, mut queue) = queue(Queue::builder(0).deadline(Duration::from_millis(20), Action::Accept)).unwrap();
+    let sent = [kernel.send(datagram(b"x")), kernel.send(datagram(b"y"))];
+    let held = next(&mut queue).await;
+    for sent in &sent {
+        let outcome = sent.outcome().await;
+        assert!(outcome.accepted && outcome.at >= Duration::from_millis(20));
+    }
+    assert!(held.is_expired());
+}
+
+#[tokio::test]
+async fn ids_wrap() {
+    let kernel = Kernel::new();
+    kernel.start_ids_at(u32::MAX - 1);
+    let mut queue = kernel.bind(Queue::builder(0)).unwrap();
+    let sent = kernel.send_all((0..5).map(|_| datagram(b"x")));
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        let packet = next(&mut queue).await;
+        ids.push(packet.id().get());
+        packet.accept().submit().unwrap();
+    }
+    assert_eq!(ids, [u32::MAX - 1, u32::MAX, 0, 1, 2]);
+    for sent in sent {
+        assert!(sent.outcome().await.accepted);
+    }
+    assert_eq!((queue.stats().lost.packets, queue.kernel_stats().unwrap().last_id), (0, 2));
+}
+
+#[tokio::test]
+async fn groups_and_second_binds_work_as_in_the_kernel() {
+    let kernel = Kernel::new();
+    let mut group = QueueGroup::bind(3..=4, |builder| builder.namespace(kernel.namespace())).unwrap();
+    let sent = kernel.send_all([4, 3].map(|number| datagram(b"x").to_queue(number)));
+    for _ in 0..2 {
+        group.recv().await.unwrap().unwrap().accept().submit().unwrap();
+    }
+    for (sent, number) in sent.iter().zip([4, 3]) {
+        assert_eq!(sent.outcome().await.queue, Some(number));
+    }
+    let error = kernel.bind(Queue::builder(3)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyBound);
+    assert!(error.to_string().contains("another queue of this process"), "{error}");
+    group.close().await.unwrap();
+    kernel.bind(Queue::builder(3)).unwrap();
+}
+
+#[tokio::test]
+async fn a_missing_capability_refuses_verdicts_until_it_is_back() {
+    let (kernel, mut queue) = queue(Queue::builder(0).on_unanswered(Action::Accept)).unwrap();
+    let sent = kernel.send(datagram(b"x"));
+    let packet = next(&mut queue).await;
+    kernel.set_capable(false);
+    let error = packet.drop().confirm().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted);
+    assert!(sent.is_waiting());
+    kernel.set_capable(true);
+    kernel.advance(Duration::from_secs(1));
+    assert!(sent.outcome().await.accepted, "the default action");
+}
+
+#[tokio::test]
+async fn an_error_of_the_socket_ends_the_stream() {
+    let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+    const EBADF: i32 = 9;
+    kernel.fail_receives(EBADF, 1);
+    let error = queue.recv().await.unwrap().unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(EBADF));
+    assert!(queue.recv().await.is_none());
+}
+
+#[tokio::test]
+async fn a_kernel_without_conntrack_refuses_it_by_name() {
+    let kernel = Kernel::new();
+    kernel.remove_conntrack();
+    let error = kernel.bind(Queue::builder(0).conntrack(true)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("conntrack"), "{error}");
+}
+
+#[tokio::test]
+async fn other_event_loops_see_a_readable_descriptor() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+    let readable = |queue: &Queue| {
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&queue.readable_fd().unwrap(), PollFlags::IN)], Some(&now)).unwrap() == 1
+    };
+    assert!(!readable(&queue));
+    let sent = kernel.send(datagram(b"x"));
+    assert!(readable(&queue));
+    queue.try_recv().unwrap().accept().submit().unwrap();
+    assert!(matches!(queue.try_recv(), Err(crate::TryRecvError::Empty)));
+    assert!(!readable(&queue));
+    assert!(sent.try_outcome().unwrap().accepted);
+}
+
+#[test]
+fn packets_of_every_kind_are_complete() {
+    let (from, to) = addresses();
+    let v6: [IpAddr; 2] = ["fd00::1".parse().unwrap(), "fd00::2".parse().unwrap()];
+    for (packet, protocol) in [
+        (datagram(b"x"), 17),
+        (TestPacket::tcp(from, to, b"x"), 6),
+        (TestPacket::tcp_syn(from, to), 6),
+        (TestPacket::echo_request(from.ip(), to.ip(), b"x"), 1),
+        (TestPacket::echo_request(v6[0], v6[1], b"x"), 58),
+        (TestPacket::ip(from.ip(), to.ip(), 47, b"x"), 47),
+        (TestPacket::ip(v6[0], v6[1], 47, b"x"), 47),
+    ] {
+        let headers = etherparse::IpHeaders::from_slice(packet.payload()).unwrap();
+        assert_eq!(headers.1.ip_number.0, protocol);
+        assert_eq!(headers.0.header_len() + headers.1.payload.len(), packet.payload().len());
+    }
+}

@@ -1,0 +1,348 @@
+//! The kernel's side of the protocol, for a kernel in memory: parses what programs send, and encodes
+//! what the kernel sends.
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CAPPED, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer};
+use rustix::io::Errno;
+
+use super::{
+    ATTRIBUTE_VERDICT_HEADER, MESSAGE_CONFIG, MESSAGE_PACKET, MESSAGE_VERDICT, MESSAGE_VERDICT_BATCH, NETFILTER_HEADER,
+    NETLINK_HEADER, SUBSYSTEM, align, attribute,
+    config::{ATTRIBUTE_COMMAND, ATTRIBUTE_FLAGS, ATTRIBUTE_MASK, ATTRIBUTE_MAX_LEN, ATTRIBUTE_PARAMS},
+    packet::{attributes_of, find, find_be32, vlan},
+    writer::{Writer, put_attribute},
+};
+use crate::types::Vlan;
+
+/// A message of a datagram to the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request<'a> {
+    /// The whole message, without padding.
+    bytes: &'a [u8],
+}
+
+/// The messages that `netlink_rcv_skb` finds in a datagram. A truncated tail is ignored.
+pub(crate) fn requests(mut datagram: &[u8]) -> impl Iterator<Item = Request<'_>> {
+    std::iter::from_fn(move || {
+        let header = NetlinkBuffer::new(datagram.first_chunk::<NETLINK_HEADER>()?);
+        let length = header.length() as usize;
+        let bytes = datagram.get(..length).filter(|bytes| bytes.len() >= NETLINK_HEADER)?;
+        datagram = datagram.get(align(length)..).unwrap_or(&[]);
+        Some(Request { bytes })
+    })
+}
+
+impl<'a> Request<'a> {
+    fn header(&self) -> NetlinkBuffer<&'a [u8]> {
+        NetlinkBuffer::new(self.bytes)
+    }
+
+    /// The length in bytes, without padding.
+    pub(crate) fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether the kernel executes it. Otherwise it is acknowledged at most.
+    pub(crate) fn is_executed(&self) -> bool {
+        const NLMSG_MIN_TYPE: u16 = 16;
+        let header = self.header();
+        header.flags() & NLM_F_REQUEST != 0 && header.message_type() >= NLMSG_MIN_TYPE
+    }
+
+    pub(crate) fn wants_acknowledgement(&self) -> bool {
+        self.header().flags() & NLM_F_ACK != 0
+    }
+
+    /// The number of the queue, and what is to be done (`nfnetlink_rcv_msg`). `None` for a message
+    /// that is too short, which is acknowledged.
+    ///
+    /// # Errors
+    /// What the kernel refuses before it looks for the queue.
+    pub(crate) fn parse(&self) -> Result<Option<(u16, Order<'a>)>, Errno> {
+        let Some((&[_, _, high, low], attributes)) =
+            self.bytes[NETLINK_HEADER..].split_first_chunk::<NETFILTER_HEADER>()
+        else {
+            return Ok(None);
+        };
+        let order = match self.header().message_type() {
+            MESSAGE_VERDICT => Order::Verdict(VerdictOrder::parse(attributes)?),
+            MESSAGE_VERDICT_BATCH => Order::Batch(VerdictOrder::parse(attributes)?),
+            MESSAGE_CONFIG => Order::Config(ConfigOrder::parse(attributes)?),
+            // nfqnl_recv_unsupp
+            MESSAGE_PACKET => return Err(Errno::OPNOTSUPP),
+            kind if kind & 0xff00 == SUBSYSTEM => return Err(Errno::INVAL),
+            _ => return Err(Errno::INVAL),
+        };
+        Ok(Some((u16::from_be_bytes([high, low]), order)))
+    }
+}
+
+/// What a message asks for.
+#[derive(Debug)]
+pub(crate) enum Order<'a> {
+    Verdict(VerdictOrder<'a>),
+    Batch(VerdictOrder<'a>),
+    Config(ConfigOrder),
+}
+
+/// A verdict on one packet, or on all packets up to `id`.
+#[derive(Debug, Default)]
+pub(crate) struct VerdictOrder<'a> {
+    /// The verdict word and the id; `None` if the attribute is missing.
+    pub(crate) header: Option<(u32, u32)>,
+    pub(crate) mark: Option<u32>,
+    pub(crate) priority: Option<u32>,
+    pub(crate) payload: Option<&'a [u8]>,
+    pub(crate) vlan: Option<Vlan>,
+    pub(crate) layer2_header: Option<&'a [u8]>,
+    pub(crate) conntrack: Option<ConntrackOrder>,
+}
+
+impl<'a> VerdictOrder<'a> {
+    fn parse(attributes: &'a [u8]) -> Result<Self, Errno> {
+        let mut order = Self::default();
+        // Malformed bytes behind the last attribute are ignored (`nla_parse`).
+        for (kind, value) in attributes_of(attributes).map_while(|attribute| attribute) {
+            match kind {
+                ATTRIBUTE_VERDICT_HEADER => {
+                    let (word, id) = value.split_first_chunk().ok_or(Errno::RANGE)?;
+                    order.header = Some((u32::from_be_bytes(*word), be32(id)?));
+                }
+                attribute::MARK => order.mark = Some(be32(value)?),
+                attribute::PRIORITY => order.priority = Some(be32(value)?),
+                attribute::PAYLOAD => order.payload = Some(value),
+                attribute::VLAN => order.vlan = vlan(value),
+                attribute::LAYER2_HEADER => order.layer2_header = Some(value),
+                attribute::CONNTRACK => order.conntrack = Some(ConntrackOrder::parse(value)),
+                _ => {}
+            }
+        }
+        Ok(order)
+    }
+}
+
+/// Changes of a connection tracking entry.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ConntrackOrder {
+    pub(crate) timeout_seconds: Option<u32>,
+    /// A value, and a mask of the bits to change.
+    pub(crate) mark: Option<(u32, u32)>,
+    pub(crate) labels: Option<([u8; 16], [u8; 16])>,
+}
+
+impl ConntrackOrder {
+    fn parse(nested: &[u8]) -> Self {
+        let labels = |kind| find(nested, kind)?.first_chunk().copied();
+        let (mark, mask) = (find_be32(nested, ct::MARK), find_be32(nested, ct::MARK_MASK));
+        Self {
+            timeout_seconds: find_be32(nested, ct::TIMEOUT),
+            mark: mark.map(|mark| (mark, mask.unwrap_or(u32::MAX))),
+            labels: labels(ct::LABELS).map(|value| (value, labels(ct::LABELS_MASK).unwrap_or([0xff; 16]))),
+        }
+    }
+}
+
+/// A configuration message.
+#[derive(Debug, Default)]
+pub(crate) struct ConfigOrder {
+    pub(crate) command: Option<u8>,
+    /// Copy range and copy mode.
+    pub(crate) copy: Option<(u32, u8)>,
+    pub(crate) max_len: Option<u32>,
+    pub(crate) mask: Option<u32>,
+    pub(crate) flags: Option<u32>,
+}
+
+impl ConfigOrder {
+    fn parse(attributes: &[u8]) -> Result<Self, Errno> {
+        let mut order = Self::default();
+        for (kind, value) in attributes_of(attributes).map_while(|attribute| attribute) {
+            match (kind, value) {
+                (ATTRIBUTE_COMMAND, &[command, _, _, _, ..]) => order.command = Some(command),
+                (ATTRIBUTE_PARAMS, &[a, b, c, d, mode, ..]) => {
+                    order.copy = Some((u32::from_be_bytes([a, b, c, d]), mode));
+                }
+                (ATTRIBUTE_COMMAND | ATTRIBUTE_PARAMS, _) => return Err(Errno::RANGE),
+                (ATTRIBUTE_MAX_LEN, value) => order.max_len = Some(be32(value)?),
+                (ATTRIBUTE_MASK, value) => order.mask = Some(be32(value)?),
+                (ATTRIBUTE_FLAGS, value) => order.flags = Some(be32(value)?),
+                _ => {}
+            }
+        }
+        Ok(order)
+    }
+}
+
+fn be32(value: &[u8]) -> Result<u32, Errno> {
+    value.first_chunk().map(|bytes| u32::from_be_bytes(*bytes)).ok_or(Errno::RANGE)
+}
+
+/// Encodes the reply to a request (`netlink_ack`): an error with the whole request, or an
+/// acknowledgement with its header.
+pub(crate) fn encode_reply(buffer: &mut Vec<u8>, port: u32, error: Option<Errno>, request: Request<'_>) {
+    let echoed = if error.is_some() { request.bytes } else { &request.bytes[..NETLINK_HEADER] };
+    let start = buffer.len();
+    buffer.resize(start + NETLINK_HEADER, 0);
+    let code = error.map_or(0, |errno| -errno.raw_os_error());
+    buffer.extend_from_slice(&code.to_ne_bytes());
+    buffer.extend_from_slice(echoed);
+    let length = (buffer.len() - start) as u32;
+    let mut header = NetlinkBuffer::new(&mut buffer[start..]);
+    header.set_length(length);
+    header.set_message_type(NLMSG_ERROR);
+    header.set_flags(if error.is_some() { 0 } else { NLM_F_CAPPED });
+    header.set_sequence_number(request.header().sequence_number());
+    header.set_port_number(port);
+}
+
+/// What a packet message contains. What is absent in the kernel's message is `None` or 0.
+#[derive(Debug, Default)]
+pub(crate) struct PacketFields<'a> {
+    pub(crate) family: u8,
+    pub(crate) id: u32,
+    pub(crate) hw_protocol: u16,
+    pub(crate) hook: u8,
+    /// By attribute number, as numbers of 32 bits: those that are 0 are left out.
+    pub(crate) words: [(u16, u32); 7],
+    /// Numbers of 32 bits that are sent even if they are 0.
+    pub(crate) owner: Option<(u32, u32)>,
+    pub(crate) hardware_address: Option<&'a [u8]>,
+    /// Seconds and microseconds.
+    pub(crate) timestamp: Option<(u64, u64)>,
+    pub(crate) security_context: Option<&'a [u8]>,
+    pub(crate) vlan: Option<Vlan>,
+    pub(crate) layer2_header: Option<&'a [u8]>,
+    pub(crate) connection: Option<&'a [u8]>,
+    pub(crate) connection_state: u32,
+    /// The length of the packet if it is not copied as a whole.
+    pub(crate) captured_length: Option<u32>,
+    pub(crate) payload: &'a [u8],
+}
+
+/// Encodes a packet message (`nfqnl_build_packet_message`). The last attribute is not padded.
+pub(crate) fn encode_packet(buffer: &mut Vec<u8>, queue: u16, fields: &PacketFields<'_>) {
+    let start = buffer.len();
+    let mut message = Writer::begin(buffer, MESSAGE_PACKET, 0, 0, queue);
+    let [a, b, c, d] = fields.id.to_be_bytes();
+    let [e, f] = fields.hw_protocol.to_be_bytes();
+    message.attribute(attribute::PACKET_HEADER, &[a, b, c, d, e, f, fields.hook]);
+    for (kind, value) in fields.words.into_iter().filter(|(_, value)| *value != 0) {
+        message.attribute_be32(kind, value);
+    }
+    if let Some(address) = fields.hardware_address {
+        // struct nfqnl_msg_packet_hw
+        let mut value = [0; 12];
+        let length = address.len().min(8);
+        value[..2].copy_from_slice(&(length as u16).to_be_bytes());
+        value[4..4 + length].copy_from_slice(&address[..length]);
+        message.attribute(attribute::HARDWARE_ADDRESS, &value);
+    }
+    if let Some(Vlan { protocol, control }) = fields.vlan {
+        let mut nested = Vec::new();
+        put_attribute(&mut nested, attribute::VLAN_CONTROL, &control.to_be_bytes());
+        put_attribute(&mut nested, attribute::VLAN_PROTOCOL, &protocol.to_be_bytes());
+        message.attribute(attribute::VLAN, &nested);
+    }
+    if let Some(header) = fields.layer2_header {
+        message.attribute(attribute::LAYER2_HEADER, header);
+    }
+    if let Some((seconds, micros)) = fields.timestamp {
+        let mut value = [0; 16];
+        value[..8].copy_from_slice(&seconds.to_be_bytes());
+        value[8..].copy_from_slice(&micros.to_be_bytes());
+        message.attribute(attribute::TIMESTAMP, &value);
+    }
+    if let Some((user, group)) = fields.owner {
+        message.attribute_be32(attribute::UID, user).attribute_be32(attribute::GID, group);
+    }
+    if let Some(context) = fields.security_context {
+        message.attribute(attribute::SECURITY_CONTEXT, context);
+    }
+    if let Some(connection) = fields.connection {
+        message.attribute(attribute::CONNTRACK, connection);
+        message.attribute_be32(attribute::CONNTRACK_INFO, fields.connection_state);
+    }
+    if let Some(length) = fields.captured_length {
+        message.attribute_be32(attribute::CAPTURED_LENGTH, length);
+    }
+    if !fields.payload.is_empty() {
+        message.attribute(attribute::PAYLOAD, fields.payload);
+    }
+    message.finish();
+    let padding = align(fields.payload.len()) - fields.payload.len();
+    buffer.truncate(buffer.len() - padding);
+    let length = (buffer.len() - start) as u32;
+    NetlinkBuffer::new(&mut buffer[start..]).set_length(length);
+    buffer[start + NETLINK_HEADER] = fields.family;
+}
+
+/// One direction of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tuple {
+    pub(crate) source: std::net::IpAddr,
+    pub(crate) destination: std::net::IpAddr,
+    pub(crate) protocol: u8,
+    pub(crate) ports: Option<(u16, u16)>,
+}
+
+impl Tuple {
+    fn encode(&self) -> Vec<u8> {
+        let (mut addresses, mut protocol, mut nested) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, address) in [(1, self.source), (2, self.destination)] {
+            match address {
+                // CTA_IP_V4_SRC, CTA_IP_V4_DST; CTA_IP_V6_SRC, CTA_IP_V6_DST
+                std::net::IpAddr::V4(address) => put_attribute(&mut addresses, number, &address.octets()),
+                std::net::IpAddr::V6(address) => put_attribute(&mut addresses, number + 2, &address.octets()),
+            }
+        }
+        put_attribute(&mut protocol, 1, &[self.protocol]);
+        if let Some((source, destination)) = self.ports {
+            put_attribute(&mut protocol, 2, &source.to_be_bytes());
+            put_attribute(&mut protocol, 3, &destination.to_be_bytes());
+        }
+        put_attribute(&mut nested, 1 | NESTED, &addresses);
+        put_attribute(&mut nested, 2 | NESTED, &protocol);
+        nested
+    }
+}
+
+/// What is known of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ConnectionFields {
+    pub(crate) original: Tuple,
+    pub(crate) reply: Tuple,
+    pub(crate) id: u32,
+    pub(crate) status: u32,
+    pub(crate) mark: u32,
+    pub(crate) labels: [u8; 16],
+    pub(crate) timeout_seconds: u32,
+}
+
+/// Encodes the attributes in `NFQA_CT`.
+pub(crate) fn encode_connection(fields: &ConnectionFields) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    put_attribute(&mut bytes, ct::TUPLE_ORIGINAL | NESTED, &fields.original.encode());
+    put_attribute(&mut bytes, ct::TUPLE_REPLY | NESTED, &fields.reply.encode());
+    put_attribute(&mut bytes, ct::STATUS, &fields.status.to_be_bytes());
+    put_attribute(&mut bytes, ct::TIMEOUT, &fields.timeout_seconds.to_be_bytes());
+    put_attribute(&mut bytes, ct::MARK, &fields.mark.to_be_bytes());
+    put_attribute(&mut bytes, ct::ID, &fields.id.to_be_bytes());
+    if fields.labels != [0; 16] {
+        put_attribute(&mut bytes, ct::LABELS, &fields.labels);
+    }
+    bytes
+}
+
+const NESTED: u16 = netlink_packet_core::NLA_F_NESTED;
+
+/// `enum ctattr_type`
+mod ct {
+    pub(super) const TUPLE_ORIGINAL: u16 = 1;
+    pub(super) const TUPLE_REPLY: u16 = 2;
+    pub(super) const STATUS: u16 = 3;
+    pub(super) const TIMEOUT: u16 = 7;
+    pub(super) const MARK: u16 = 8;
+    pub(super) const ID: u16 = 12;
+    pub(super) const MARK_MASK: u16 = 21;
+    pub(super) const LABELS: u16 = 22;
+    pub(super) const LABELS_MASK: u16 = 23;
+}
