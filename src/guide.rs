@@ -1,6 +1,6 @@
 //! What to know before a queue goes into production: surprises, limits, and observability.
-//! The page [`replies`] describes how to reply to packets, and [`flows`] how to decide whole
-//! connections.
+//! Further pages: [`replies`], how to reply to packets; [`flows`], how to decide whole connections;
+//! with feature `test-util`, `testing`, how to test a policy.
 //!
 //! # Threads and runtimes
 //!
@@ -117,3 +117,5 @@
 
 pub mod flows;
 pub mod replies;
+#[cfg(feature = "test-util")]
+pub mod testing;

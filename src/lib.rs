@@ -58,7 +58,7 @@
 //! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
 //! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
 //! | change settings while it runs | [`VerdictSink::reconfigure`] |
-//! | test a policy | [`Verdict::action`], [`Verdict::changes`] |
+//! | test a policy | [`Verdict::action`], [`Verdict::changes`]; the whole program without privileges: [`simulated`], [`guide::testing`] |
 //! | watch a queue | [`VerdictSink::stats`], [`watch`](VerdictSink::watch), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
 //! | get the errors of refused verdicts | [`VerdictSink::refusals`] |
 //! | log | the events of `tracing` in [`guide`](guide#tracing) |
@@ -69,16 +69,17 @@
 //!
 //! # Features
 //!
-//! All are on by default.
+//! All but `test-util` are on by default.
 //!
 //! | feature | what it adds |
 //! |---|---|
 //! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
 //! | `divert` | [`Divert`]: nf_tables rules that vanish with the process |
 //! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
+//! | `test-util` | [`simulated`]: a kernel in memory, to test programs that use this crate |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
-    not(all(feature = "conntrack", feature = "divert", feature = "edit")),
+    not(all(feature = "conntrack", feature = "divert", feature = "edit", feature = "test-util")),
     allow(rustdoc::broken_intra_doc_links)
 )]
 #![deny(unsafe_code)]

@@ -95,6 +95,17 @@ impl NetworkNamespace {
         })
     }
 
+    fn descriptor(&self) -> Result<&OwnedFd, Error> {
+        match &self.0 {
+            Kind::Real(namespace) => Ok(namespace),
+            #[cfg(feature = "test-util")]
+            Kind::Memory(_) => {
+                let error = Error::new(ErrorKind::Unsupported, "enter network namespace");
+                Err(error.with_detail("a simulated kernel has queues and nothing else"))
+            }
+        }
+    }
+
     /// The namespace of a kernel in memory.
     #[cfg(feature = "test-util")]
     pub(crate) fn in_memory(kernel: Arc<dyn MemoryKernel>) -> Self {
@@ -115,14 +126,7 @@ impl NetworkNamespace {
     /// # Errors
     /// Also for that of a simulated kernel, in which nothing but queues can be.
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
-        let namespace = match &self.0 {
-            Kind::Real(namespace) => namespace,
-            #[cfg(feature = "test-util")]
-            Kind::Memory(_) => {
-                let error = Error::new(ErrorKind::Unsupported, "enter network namespace");
-                return Err(error.with_detail("a simulated kernel has queues and nothing else"));
-            }
-        };
+        let namespace = self.descriptor()?;
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
                 move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;

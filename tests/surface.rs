@@ -6,7 +6,7 @@ use tokio_nfqueue::{
     Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushContext, FlushDecision,
     FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace,
     Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError,
-    TrySendError, Verdict, VerdictSink, Vlan, stats,
+    TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
 };
 
 fn send<T: Send + Unpin + 'static>() {}
@@ -37,6 +37,8 @@ fn every_type_can_be_sent_between_threads() {
     #[cfg(feature = "edit")]
     assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
         tokio_nfqueue::Unreachable);
+    assert_traits!(send: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
+        simulated::Sent, simulated::TestPacket);
 }
 
 /// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
@@ -50,12 +52,16 @@ fn what_tasks_share_is_sync() {
         tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
     #[cfg(feature = "edit")]
     assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
+    assert_traits!(sync: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
+        simulated::Sent, simulated::TestPacket);
 }
 
 #[test]
 fn settings_and_sinks_can_be_cloned() {
     assert_traits!(clone: FlushPolicy, GroupSink, Injector, InjectorBuilder, NetworkNamespace, QueueBuilder, Reconfigure,
         VerdictSink, Stats);
+    assert_traits!(clone: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
+        simulated::TestPacket);
     #[cfg(feature = "divert")]
     assert_traits!(clone: tokio_nfqueue::DivertBuilder, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
         tokio_nfqueue::Rule, tokio_nfqueue::SetElement);
@@ -66,6 +72,8 @@ fn every_type_can_be_printed() {
     assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
         Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
         TryRecvError, TrySendError, Verdict, VerdictSink);
+    assert_traits!(debug: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
+        simulated::TestPacket);
 }
 
 /// The cause of an error is its source, and `Display` does not repeat it.

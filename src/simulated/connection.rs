@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::packet::TestPacket;
 use crate::wire::kernel_side::{ConnectionFields, ConntrackOrder, Tuple, encode_connection};
 
-/// The connection of a test packet: see [`TestPacket::of_connection`].
+/// The connection of a test packet: see
+/// [`TestPacket::of_connection`](super::TestPacket::of_connection).
 ///
 /// Packets with the same id belong to the same connection. Its mark, labels and time-out are those
 /// of the first packet that names it, and later what verdicts set.
@@ -57,7 +57,7 @@ impl Connection {
 pub(super) struct Connections(HashMap<u32, ConnectionFields>);
 
 impl Connections {
-    pub(super) fn add(&mut self, connection: &Connection, packet: &TestPacket) {
+    pub(super) fn add(&mut self, connection: &Connection, packet: &[u8]) {
         /// IPS_SEEN_REPLY, IPS_ASSURED, IPS_CONFIRMED
         const SEEN: u32 = 1 << 1 | 1 << 2 | 1 << 3;
         /// `nf_conntrack_udp_timeout`
@@ -106,9 +106,9 @@ impl Connections {
     }
 }
 
-fn tuple(packet: &TestPacket) -> Option<Tuple> {
+fn tuple(packet: &[u8]) -> Option<Tuple> {
     use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-    let sliced = SlicedPacket::from_ip(&packet.payload).ok()?;
+    let sliced = SlicedPacket::from_ip(packet).ok()?;
     let (source, destination, protocol) = match sliced.net? {
         NetSlice::Ipv4(ip) => {
             let header = ip.header();

@@ -28,8 +28,8 @@
 //! # Time
 //!
 //! The kernel's clock runs with the system's until [`Kernel::advance`] is called for the first
-//! time. From then on it stands still, except in `advance`. Deadlines, the limits of flush policies,
-//! time-outs of `close` and intervals of statistics follow it. Busy polling does not.
+//! time. From then on it stands still, except in `advance`. Deadlines, the limits of flush
+//! policies, time-outs of `close` and intervals of statistics follow it. Busy polling does not.
 //!
 //! # What is simulated
 //!
@@ -115,7 +115,8 @@ impl Kernel {
     }
 
     /// The network namespace of this kernel, for
-    /// [`QueueBuilder::namespace`](crate::QueueBuilder::namespace). Nothing but queues can be in it.
+    /// [`QueueBuilder::namespace`](crate::QueueBuilder::namespace). Nothing but queues can be in
+    /// it.
     pub fn namespace(&self) -> NetworkNamespace {
         NetworkNamespace::in_memory(Arc::clone(&self.0) as Arc<dyn MemoryKernel>)
     }

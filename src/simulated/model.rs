@@ -333,7 +333,7 @@ impl<T: Clone> Model<T> {
     fn unbind(&mut self, number: u16, now: Duration) {
         let Some(queue) = self.queues.remove(&number) else { return };
         for skb in queue.entries.into_values() {
-            self.finish(skb, Cause::Unbound, false, now);
+            self.finish(*skb, Cause::Unbound, false, now);
         }
     }
 
@@ -356,7 +356,7 @@ impl<T: Clone> Model<T> {
     /// A packet reaches its rule.
     pub(super) fn packet(&mut self, tag: T, packet: TestPacket, now: Duration) {
         if let Some(connection) = packet.connection() {
-            self.connections.add(connection, &packet);
+            self.connections.add(connection, &packet.payload);
         }
         let skb = Skb { tag, segment: (0, 1), packet, action: None, verdicts: 0, place: None, replaced: false };
         self.evaluate(Box::new(skb), now);
@@ -366,26 +366,26 @@ impl<T: Clone> Model<T> {
     fn evaluate(&mut self, skb: Box<Skb<T>>, now: Duration) {
         let packet = &skb.packet;
         if packet.unless.is_some_and(|(value, mask)| packet.mark & mask == value & mask) {
-            return self.finish(skb, Cause::Rule, true, now);
+            return self.finish(*skb, Cause::Rule, true, now);
         }
         let (queue, bypass) = (packet.queue.or(self.default_queue), packet.bypass);
         match queue {
             Some(queue) => self.enqueue(skb, queue, bypass, now),
-            None => self.finish(skb, Cause::NotBound, bypass, now),
+            None => self.finish(*skb, Cause::NotBound, bypass, now),
         }
     }
 
     /// `nf_queue`, `nfqnl_enqueue_packet`
     fn enqueue(&mut self, skb: Box<Skb<T>>, number: u16, bypass: bool, now: Duration) {
         let Some(queue) = self.queues.get(&number) else {
-            return self.finish(skb, Cause::NotBound, bypass, now);
+            return self.finish(*skb, Cause::NotBound, bypass, now);
         };
         if queue.copy_mode == 0 {
-            return self.finish(skb, Cause::NotBound, false, now);
+            return self.finish(*skb, Cause::NotBound, false, now);
         }
         if skb.packet.segment_size == 0 || queue.flags & FLAG_GSO != 0 {
             if let Err((skb, NotQueued { cause, accepted })) = self.enqueue_one(skb, number, now) {
-                self.finish(skb, cause, accepted, now);
+                self.finish(*skb, cause, accepted, now);
             }
             return;
         }
@@ -401,7 +401,7 @@ impl<T: Clone> Model<T> {
             };
             if let Err((part, NotQueued { cause, accepted })) = result {
                 failed = failed.or((!accepted).then_some(cause));
-                self.finish(part, cause, accepted, now);
+                self.finish(*part, cause, accepted, now);
             }
         }
     }
@@ -446,8 +446,8 @@ impl<T: Clone> Model<T> {
         Ok(())
     }
 
-    fn finish(&mut self, skb: Box<Skb<T>>, cause: Cause, accepted: bool, now: Duration) {
-        let Skb { tag, segment, packet, action, verdicts, place, replaced } = *skb;
+    fn finish(&mut self, skb: Skb<T>, cause: Cause, accepted: bool, now: Duration) {
+        let Skb { tag, segment, packet, action, verdicts, place, replaced } = skb;
         let outcome = Outcome {
             accepted,
             cause,
@@ -515,7 +515,7 @@ impl<T: Clone> Model<T> {
             } else {
                 skb.action = Some(Action::Drop);
                 skb.verdicts += 1;
-                self.finish(skb, Cause::BadPayload, false, now);
+                self.finish(*skb, Cause::BadPayload, false, now);
                 return Ok(());
             }
         }
@@ -552,10 +552,10 @@ impl<T: Clone> Model<T> {
         skb.action = action_of(word);
         skb.verdicts += 1;
         match skb.action {
-            Some(Action::Accept | Action::Stop) => self.finish(skb, Cause::Verdict, true, now),
+            Some(Action::Accept | Action::Stop) => self.finish(*skb, Cause::Verdict, true, now),
             Some(Action::Repeat) => self.evaluate(skb, now),
             Some(Action::Requeue { queue, bypass }) => self.enqueue(skb, queue, bypass, now),
-            Some(Action::Drop) | None => self.finish(skb, Cause::Verdict, false, now),
+            Some(Action::Drop) | None => self.finish(*skb, Cause::Verdict, false, now),
         }
     }
 }
@@ -581,7 +581,7 @@ impl<T: Clone> Model<T> {
             dropped.extend(serials.iter().filter_map(|serial| queue.entries.remove(serial)));
         }
         for skb in dropped {
-            self.finish(skb, cause, false, now);
+            self.finish(*skb, cause, false, now);
         }
     }
 }

@@ -14,9 +14,9 @@ impl TestPacket {
     ///
     /// # Errors
     /// * The file cannot be read.
-    /// * `InvalidInput`: it is not a pcap file (pcapng is another format: `editcap -F pcap` converts
-    ///   it), ends within a packet, or is of a link type other than Ethernet, raw IP, loopback and
-    ///   Linux cooked capture.
+    /// * `InvalidInput`: it is not a pcap file (pcapng is another format: `editcap -F pcap`
+    ///   converts it), ends within a packet, or is of a link type other than Ethernet, raw IP,
+    ///   loopback and Linux cooked capture.
     pub fn from_pcap(path: impl AsRef<Path>) -> Result<Vec<Self>, Error> {
         let path = path.as_ref();
         let operation = || format!("read capture file {}", path.display());

@@ -1,5 +1,5 @@
-//! The kernel's side of the protocol, for a kernel in memory: parses what programs send, and encodes
-//! what the kernel sends.
+//! The kernel's side of the protocol, for a kernel in memory: parses what programs send, and
+//! encodes what the kernel sends.
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CAPPED, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer};
 use rustix::io::Errno;

@@ -1,0 +1,135 @@
+//! Testing a policy: without privileges, without a kernel, and without waiting.
+//!
+//! A policy is a program that decides packets. Three kinds of tests are possible, from the cheapest
+//! on:
+//!
+//! | what is tested | how |
+//! |---|---|
+//! | one decision: `fn decide(Packet) -> Verdict` | [`Verdict::action`](crate::Verdict::action), [`Verdict::changes`](crate::Verdict::changes) of what it returns |
+//! | the whole program: tasks, deadlines, what happens when it is overloaded, when it loses its privilege, when it ends | its queue in a [simulated kernel](crate::simulated) |
+//! | rules, routes and connections together with the program | the real kernel, in a network namespace |
+//!
+//! The first two need feature `test-util`. Enable it for tests only:
+//!
+//! ```toml
+//! [dev-dependencies]
+//! tokio-nfqueue = { version = "0.1", features = ["test-util"] }
+//! ```
+//!
+//! A program can be tested as a whole if it takes its queue from outside, as `serve` here does. The
+//! policy: DNS queries are looked up, and everything else is accepted. If the lookup takes longer
+//! than a second, the packet is dropped.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use tokio_nfqueue::{Action, Error, Packet, Queue, QueueBuilder, Verdict};
+//!
+//! fn settings() -> QueueBuilder {
+//!     Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop)
+//! }
+//!
+//! async fn serve(
+//!     mut queue: Queue,
+//!     names: tokio::sync::mpsc::Sender<Vec<u8>>,
+//! ) -> Result<(), Error> {
+//!     while let Some(packet) = queue.recv().await {
+//!         let packet = packet?;
+//!         match query(&packet) {
+//!             // The packet waits for the lookup; whoever answers decides. Here, nobody does.
+//!             Some(query) => {
+//!                 let _ = names.send(query).await;
+//!                 tokio::spawn(async move {
+//!                     std::future::pending::<()>().await;
+//!                     packet.accept().submit()
+//!                 });
+//!             }
+//!             None => decide(packet).submit()?,
+//!         }
+//!     }
+//!     Ok(())
+//! }
+//!
+//! /// The question of a UDP datagram to port 53.
+//! fn query(packet: &Packet) -> Option<Vec<u8>> {
+//!     let payload = packet.payload();
+//!     let is_dns = payload.get(9) == Some(&17) && payload.get(22..24) == Some(&[0, 53]);
+//!     is_dns.then(|| payload.get(28..).unwrap_or_default().to_vec())
+//! }
+//!
+//! fn decide(packet: Packet) -> Verdict {
+//!     packet.accept().mark(1)
+//! }
+//!
+//! // The tests. Each is a `#[tokio::test]` in a real program.
+//! use tokio_nfqueue::simulated::{self, Cause, TestPacket};
+//!
+//! fn datagram(port: u16, payload: &[u8]) -> TestPacket {
+//!     let (client, server) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+//!     TestPacket::udp((client, 4000).into(), (server, port).into(), payload)
+//! }
+//!
+//! async fn other_traffic_is_marked_and_accepted() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings())?;
+//!     let (names, _lookups) = tokio::sync::mpsc::channel(8);
+//!     tokio::spawn(serve(queue, names));
+//!     let outcome = kernel.send(datagram(80, b"hello")).outcome().await;
+//!     assert!(outcome.accepted);
+//!     assert_eq!(outcome.mark, 1);
+//!     Ok(())
+//! }
+//!
+//! async fn a_lookup_that_takes_too_long_drops_the_query() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings())?;
+//!     let (names, mut lookups) = tokio::sync::mpsc::channel(8);
+//!     tokio::spawn(serve(queue, names));
+//!     let sent = kernel.send(datagram(53, b"example.org"));
+//!     assert_eq!(lookups.recv().await.unwrap(), b"example.org");
+//!     assert!(sent.is_waiting());
+//!     // The clock moves; the test does not wait.
+//!     kernel.advance(Duration::from_secs(2));
+//!     let outcome = sent.outcome().await;
+//!     assert!(!outcome.accepted);
+//!     assert_eq!(outcome.cause, Cause::Verdict);
+//!     Ok(())
+//! }
+//!
+//! async fn a_full_queue_drops_what_it_cannot_hold() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings().max_len(2))?;
+//!     // Nobody polls the stream.
+//!     let sent = kernel.send_all((0..3).map(|_| datagram(53, b"example.org")));
+//!     assert_eq!(sent[2].outcome().await.cause, Cause::QueueFull);
+//!     assert_eq!(kernel.waiting(0), 2);
+//!     // Closing decides the rest.
+//!     queue.close().await?;
+//!     assert_eq!(sent[0].outcome().await.action, Some(Action::Drop));
+//!     Ok(())
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Error> {
+//! #     other_traffic_is_marked_and_accepted().await?;
+//! #     a_lookup_that_takes_too_long_drops_the_query().await?;
+//! #     a_full_queue_drops_what_it_cannot_hold().await
+//! # }
+//! ```
+//!
+//! # What else a test can do
+//!
+//! - Packets of other protocols, hooks, interfaces, marks and connections: [`TestPacket`]; packets
+//!   from a capture file: [`TestPacket::from_pcap`].
+//! - Faults: [`Kernel::take_interface_down`], [`Kernel::unregister_hook`],
+//!   [`Kernel::set_capable`], [`Kernel::fail_sends`], [`Kernel::fail_receives`].
+//! - Several queues, groups of queues: [`Kernel::bind`], [`Kernel::namespace`].
+//! - Packets that come back: [`TestPacket::unless_mark`] is the condition of the rule.
+//!
+//! [`TestPacket`]: crate::simulated::TestPacket
+//! [`TestPacket::from_pcap`]: crate::simulated::TestPacket::from_pcap
+//! [`TestPacket::unless_mark`]: crate::simulated::TestPacket::unless_mark
+//! [`Kernel::take_interface_down`]: crate::simulated::Kernel::take_interface_down
+//! [`Kernel::unregister_hook`]: crate::simulated::Kernel::unregister_hook
+//! [`Kernel::set_capable`]: crate::simulated::Kernel::set_capable
+//! [`Kernel::fail_sends`]: crate::simulated::Kernel::fail_sends
+//! [`Kernel::fail_receives`]: crate::simulated::Kernel::fail_receives
+//! [`Kernel::bind`]: crate::simulated::Kernel::bind
+//! [`Kernel::namespace`]: crate::simulated::Kernel::namespace
