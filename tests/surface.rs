@@ -38,7 +38,7 @@ fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
         tokio_nfqueue::Unreachable);
     assert_traits!(send: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
-        simulated::Sent, simulated::TestPacket);
+        simulated::RawSocket, simulated::Sent, simulated::TestPacket);
 }
 
 /// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
@@ -53,7 +53,7 @@ fn what_tasks_share_is_sync() {
     #[cfg(feature = "edit")]
     assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
     assert_traits!(sync: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
-        simulated::Sent, simulated::TestPacket);
+        simulated::RawSocket, simulated::Sent, simulated::TestPacket);
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn every_type_can_be_printed() {
     assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
         Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
         TryRecvError, TrySendError, Verdict, VerdictSink);
-    assert_traits!(debug: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
+    assert_traits!(debug: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::RawSocket, simulated::Sent,
         simulated::TestPacket);
 }
 

@@ -99,7 +99,7 @@
 //!     // Nobody polls the stream.
 //!     let sent = kernel.send_all((0..3).map(|_| datagram(53, b"example.org")));
 //!     assert_eq!(sent[2].outcome().await.cause, Cause::QueueFull);
-//!     assert_eq!(kernel.waiting(0), 2);
+//!     assert_eq!(kernel.stats(0).unwrap().queued, 2);
 //!     // Closing decides the rest.
 //!     queue.close().await?;
 //!     assert_eq!(sent[0].outcome().await.action, Some(Action::Drop));

@@ -74,6 +74,7 @@ mod model;
 mod outcome;
 mod packet;
 mod pcap;
+mod raw;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -82,6 +83,7 @@ pub use self::{
     connection::Connection,
     outcome::{Cause, Outcome, Sent},
     packet::TestPacket,
+    raw::RawSocket,
 };
 
 /// Makes a kernel, and binds a queue in it.
@@ -155,10 +157,9 @@ impl Kernel {
         self.0.now()
     }
 
-    /// The number of packets that wait in a queue for a verdict, unread ones included; 0 if the
-    /// queue is not bound.
-    pub fn waiting(&self, queue: u16) -> usize {
-        self.0.inner().model.stats(queue).map_or(0, |stats| stats.queued as usize)
+    /// The kernel's counters of a queue; `None` if the queue is not bound.
+    pub fn stats(&self, queue: u16) -> Option<KernelStats> {
+        self.0.inner().model.stats(queue)
     }
 
     /// The mark of a connection (`ct mark`), by the id of the [`Connection`].

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::{
     connection::Connections,
     outcome::{Cause, Outcome},
-    packet::TestPacket,
+    packet::{Checksum, TestPacket},
     segment::segments,
 };
 use crate::{
@@ -246,8 +246,9 @@ impl<T: Clone> Model<T> {
 
     /// `netlink_ack`: a reply that finds no room is lost.
     fn reply(&mut self, port: u32, error: Option<Errno>, request: Request<'_>) {
-        let length = if error.is_some() { request.length() } else { 0 };
-        self.deliver(port, |bytes| encode_reply(bytes, port, error, request), charge(length, 0));
+        // struct nlmsghdr, error number, and what is echoed.
+        let length = 20 + if error.is_some() { request.length() } else { 16 };
+        self.deliver(port, |bytes| encode_reply(bytes, port, error, request), linear_charge(length));
     }
 
     fn execute(&mut self, port: u32, request: Request<'_>, now: Duration) -> Result<(), Errno> {
@@ -432,7 +433,12 @@ impl<T: Clone> Model<T> {
         let connection = skb.packet.connection().filter(|_| flags & FLAG_CONNTRACK != 0);
         let connection = connection.map(|connection| (self.connections.encode(connection.id), connection.state));
         let copied = if copy_mode == 2 { copy_range } else { 0 };
-        let fields = fields(&skb.packet, serial as u32, copied, copy_mode, flags, connection.as_ref(), now);
+        // skb_csum_unnecessary, before nf_queue_checksum_help.
+        let unverified = skb.packet.is_unverified();
+        if copy_mode == 2 && flags & FLAG_GSO == 0 {
+            skb.packet.finish_checksum();
+        }
+        let fields = fields(&skb.packet, unverified, serial as u32, copied, copy_mode, flags, connection.as_ref(), now);
         let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len));
         if !self.deliver(port, |bytes| encode_packet(bytes, number, &fields), charge) {
             if let Some(queue) = self.queues.get_mut(&number).filter(|_| !fail_open) {
@@ -589,6 +595,7 @@ impl<T: Clone> Model<T> {
 /// What the kernel says of a packet (`nfqnl_build_packet_message`).
 fn fields<'a>(
     packet: &'a TestPacket,
+    unverified: bool,
     id: u32,
     copy_range: usize,
     copy_mode: u8,
@@ -602,9 +609,8 @@ fn fields<'a>(
     let complete = copied == packet.payload.len() || copy_mode != 2;
     let [interface_in, interface_out, physical_in, physical_out] = packet.interfaces();
     let gso = packet.segment_size > 0;
-    // Without the flag, the kernel finishes the checksum first.
-    let unready = flags & FLAG_GSO != 0 && (packet.checksum_unready || gso);
-    let offload = u32::from(unready) | u32::from(gso) << 1;
+    let unready = packet.checksum == Checksum::Unfinished || gso;
+    let offload = u32::from(unready) | u32::from(gso) << 1 | u32::from(unverified) << 2;
     PacketFields {
         family: packet.family,
         id,
@@ -636,22 +642,28 @@ fn fields<'a>(
 /// these lengths. Longer payloads than a page are taken to be in pages, which are charged by their
 /// length.
 fn charge(payload: usize, attributes: usize) -> usize {
-    /// `sizeof(struct sk_buff)`, `sizeof(struct skb_shared_info)`, aligned.
-    const SKB: usize = 256;
-    const SHARED: usize = 320;
-    /// SKB_SMALL_HEAD_CACHE_SIZE
-    const SMALL: usize = 576;
     /// Headers and fixed attributes.
-    const FIXED: usize = 128;
+    const FIXED: usize = 124;
     const PAGE: usize = 4096;
     if payload > PAGE {
         return SKB + SMALL + payload;
     }
-    match (FIXED + attributes + payload).next_multiple_of(64) + SHARED {
+    linear_charge(FIXED + attributes + payload)
+}
+
+/// What a message of this length is charged, if it is in one piece (`__alloc_skb`).
+fn linear_charge(length: usize) -> usize {
+    match length.next_multiple_of(64) + SHARED {
         ..=SMALL => SKB + SMALL,
         size => SKB + size.next_power_of_two(),
     }
 }
+
+/// `sizeof(struct sk_buff)`, `sizeof(struct skb_shared_info)`, aligned.
+const SKB: usize = 256;
+const SHARED: usize = 320;
+/// SKB_SMALL_HEAD_CACHE_SIZE
+const SMALL: usize = 576;
 
 /// `net.core.rmem_default`
 const DEFAULT_RECEIVE_BUFFER: usize = 212_992;

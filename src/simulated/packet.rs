@@ -25,12 +25,23 @@ pub struct TestPacket {
     pub(super) priority: u32,
     /// The longest payload of a segment; 0 for no super-packet.
     pub(super) segment_size: u16,
-    pub(super) checksum_unready: bool,
+    pub(super) checksum: Checksum,
     pub(super) owner: Option<(u32, u32)>,
     pub(super) queue: Option<u16>,
     pub(super) bypass: bool,
     pub(super) unless: Option<(u32, u32)>,
     rare: Option<Box<Rare>>,
+}
+
+/// What the kernel knows of the transport checksum (`skb->ip_summed`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Checksum {
+    /// CHECKSUM_UNNECESSARY
+    Verified,
+    /// CHECKSUM_NONE
+    Unverified,
+    /// CHECKSUM_PARTIAL
+    Unfinished,
 }
 
 /// What few packets have.
@@ -129,7 +140,7 @@ impl TestPacket {
             mark: 0,
             priority: 0,
             segment_size: 0,
-            checksum_unready: false,
+            checksum: Checksum::Verified,
             owner: None,
             queue: None,
             bypass: false,
@@ -219,7 +230,7 @@ impl TestPacket {
     /// Says that the transport checksum is unfinished:
     /// [`Packet::is_checksum_ready`](crate::Packet::is_checksum_ready). The bytes stay as they are.
     pub fn checksum_unfinished(mut self) -> Self {
-        self.checksum_unready = true;
+        self.checksum = Checksum::Unfinished;
         self
     }
 
@@ -305,9 +316,25 @@ impl TestPacket {
         self.rare.as_ref()?.layer2.as_deref()
     }
 
-    /// A part of this super-packet.
+    /// A part of this super-packet. The kernel has lost its link-layer header.
     pub(super) fn segment(&self, payload: Bytes) -> Self {
-        Self { payload, segment_size: 0, checksum_unready: false, ..self.clone() }
+        let mut segment = Self { payload, segment_size: 0, checksum: Checksum::Unverified, ..self.clone() };
+        if let Some(rare) = &mut segment.rare {
+            (rare.hardware_address, rare.layer2, rare.vlan) = (None, None, None);
+        }
+        segment
+    }
+
+    /// Whether the kernel says that it has not verified the checksum.
+    pub(super) fn is_unverified(&self) -> bool {
+        self.checksum == Checksum::Unverified && self.hook <= Hook::Forward.number()
+    }
+
+    /// `nf_queue_checksum_help`
+    pub(super) fn finish_checksum(&mut self) {
+        if self.checksum == Checksum::Unfinished {
+            self.checksum = Checksum::Unverified;
+        }
     }
 
     /// `nfqa_parse_bridge`
@@ -331,7 +358,7 @@ impl TestPacket {
             return false;
         }
         self.payload = Bytes::copy_from_slice(payload);
-        self.checksum_unready = false;
+        self.checksum = Checksum::Unverified;
         true
     }
 }

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use super::{
     ATTRIBUTE_VERDICT_HEADER, MESSAGE_CONFIG, MESSAGE_PACKET, MESSAGE_VERDICT, MESSAGE_VERDICT_BATCH, NETFILTER_HEADER,
-    NETLINK_HEADER, SUBSYSTEM, align, attribute,
+    NETLINK_HEADER, align, attribute,
     config::{ATTRIBUTE_COMMAND, ATTRIBUTE_FLAGS, ATTRIBUTE_MASK, ATTRIBUTE_MAX_LEN, ATTRIBUTE_PARAMS},
     packet::{attributes_of, find, find_be32, vlan},
     writer::{Writer, put_attribute},
@@ -67,9 +67,8 @@ impl<'a> Request<'a> {
             MESSAGE_VERDICT => Order::Verdict(VerdictOrder::parse(attributes)?),
             MESSAGE_VERDICT_BATCH => Order::Batch(VerdictOrder::parse(attributes)?),
             MESSAGE_CONFIG => Order::Config(ConfigOrder::parse(attributes)?),
-            // nfqnl_recv_unsupp
-            MESSAGE_PACKET => return Err(Errno::OPNOTSUPP),
-            kind if kind & 0xff00 == SUBSYSTEM => return Err(Errno::INVAL),
+            // nfqnl_recv_unsupp: ENOTSUPP
+            MESSAGE_PACKET => return Err(Errno::from_raw_os_error(524)),
             _ => return Err(Errno::INVAL),
         };
         Ok(Some((u16::from_be_bytes([high, low]), order)))
@@ -185,6 +184,7 @@ pub(crate) fn encode_reply(buffer: &mut Vec<u8>, port: u32, error: Option<Errno>
     let code = error.map_or(0, |errno| -errno.raw_os_error());
     buffer.extend_from_slice(&code.to_ne_bytes());
     buffer.extend_from_slice(echoed);
+    buffer.resize(start + align(buffer.len() - start), 0);
     let length = (buffer.len() - start) as u32;
     let mut header = NetlinkBuffer::new(&mut buffer[start..]);
     header.set_length(length);

@@ -41,6 +41,7 @@ mod promises;
 mod reconfigure;
 mod replacement;
 mod rules;
+mod simulated;
 mod statistics;
 mod unanswered;
 mod verdicts;
@@ -74,6 +75,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     divert::tests,
     rules::tests,
     flows::tests,
+    simulated::tests,
     namespaces::tests,
     group::tests,
     reconfigure::tests,
