@@ -29,6 +29,8 @@ pub(crate) trait MemoryKernel: Debug + Send + Sync {
     fn set_receive_buffer(&self, port: u32, bytes: usize) -> usize;
     /// Whether the caller may send.
     fn is_capable(&self) -> bool;
+    /// Whether the calling thread might send when it sent last.
+    fn was_capable(&self) -> bool;
     fn interface_name(&self, index: u32) -> Result<String, Errno>;
     /// The counters of a queue that is bound.
     fn stats(&self, queue: u16) -> Option<KernelStats>;

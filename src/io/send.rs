@@ -152,9 +152,8 @@ impl Shared {
             let _ = self.receive_all();
         }
         // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its reply may be
-        // lost to a full buffer (nfnetlink_rcv, netlink_ack). A thread does not regain the
-        // capability while it sends: if it has the capability now, it had it during the send.
-        if self.socket.is_capable() { Outcome::Sent } else { Outcome::Refused }
+        // lost to a full buffer (nfnetlink_rcv, netlink_ack).
+        if self.socket.was_capable() { Outcome::Sent } else { Outcome::Refused }
     }
 
     /// Sends, and tries again while the kernel is out of memory.

@@ -180,6 +180,16 @@ impl Socket {
         }
     }
 
+    /// Whether the kernel let the calling thread send when it sent last. A thread does not regain
+    /// the capability while it sends: if it has the capability now, it had it during the send.
+    pub(crate) fn was_capable(&self) -> bool {
+        match self.fd.get_ref() {
+            Transport::Netlink(_) => sys::has_net_admin(),
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => socket.kernel.was_capable(),
+        }
+    }
+
     /// The id that the kernel gives to a queue's first packet.
     pub(crate) fn first_id(&self) -> u32 {
         match self.fd.get_ref() {

@@ -44,6 +44,7 @@
 //! [`unless_mark`](TestPacket::unless_mark)). Expectations in verdicts are ignored.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -199,23 +200,23 @@ impl Kernel {
         self.0.inner().model.known_flags &= !crate::wire::config::FLAG_CONNTRACK;
     }
 
-    /// The next `times` sends fail with an errno, and nothing in them is executed.
+    /// The next `times` sends fail with an errno, and nothing in them is executed. This replaces what
+    /// was left of an earlier call.
     ///
     /// # Panics
     /// `errno` is not between 1 and 4095.
     pub fn fail_sends(&self, errno: i32, times: usize) {
-        let errors = std::iter::repeat_n(checked(errno), times);
-        self.0.inner().model.send_errors.extend(errors);
+        self.0.inner().model.send_errors = std::iter::repeat_n(checked(errno), times).collect();
     }
 
-    /// The next `times` attempts to receive fail with an errno.
+    /// The next `times` attempts to receive fail with an errno. This replaces what was left of an
+    /// earlier call.
     ///
     /// # Panics
     /// As [`fail_sends`](Self::fail_sends).
     pub fn fail_receives(&self, errno: i32, times: usize) {
-        let errors = std::iter::repeat_n(checked(errno), times);
         let mut inner = self.0.inner();
-        inner.model.receive_errors.extend(errors);
+        inner.model.receive_errors = std::iter::repeat_n(checked(errno), times).collect();
         if times > 0 {
             inner.signals.values().for_each(Signal::raise);
         }
@@ -231,6 +232,12 @@ impl Default for Kernel {
 fn checked(errno: i32) -> Errno {
     assert!((1..4096).contains(&errno), "{errno} is not an errno");
     Errno::from_raw_os_error(errno)
+}
+
+thread_local! {
+    /// Whether this thread had the capability when it sent last: another thread may take it, or give
+    /// it back, before this one asks.
+    static MIGHT_SEND: Cell<bool> = const { Cell::new(true) };
 }
 
 struct Shared {
@@ -292,7 +299,10 @@ impl MemoryKernel for Shared {
     }
 
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno> {
-        self.with(|inner, now| inner.model.send(port, datagram, now))
+        self.with(|inner, now| {
+            MIGHT_SEND.set(inner.model.capable);
+            inner.model.send(port, datagram, now)
+        })
     }
 
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
@@ -312,6 +322,10 @@ impl MemoryKernel for Shared {
 
     fn is_capable(&self) -> bool {
         self.inner().model.capable
+    }
+
+    fn was_capable(&self) -> bool {
+        MIGHT_SEND.get()
     }
 
     fn interface_name(&self, index: u32) -> Result<String, Errno> {

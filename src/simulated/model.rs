@@ -394,7 +394,7 @@ impl<T: Clone> Model<T> {
         let count = parts.len() as u32;
         let mut failed = None;
         for (index, packet) in (0..).zip(parts) {
-            let part = Skb { tag: skb.tag.clone(), segment: (index, count), packet, ..*skb };
+            let part = Skb { tag: skb.tag.clone(), segment: (index, count), packet, place: None, ..*skb };
             // After a segment that is not queued, the rest is dropped.
             let result = match failed {
                 None => self.enqueue_one(Box::new(part), number, now),

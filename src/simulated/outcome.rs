@@ -12,7 +12,7 @@ use bytes::Bytes;
 use crate::types::{Action, PacketId, Vlan};
 
 /// What has become of a packet that was sent through a simulated kernel: see [`Sent`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
     /// Whether the packet has continued on its way; otherwise it was dropped. If the packet was
@@ -46,6 +46,24 @@ pub struct Outcome {
     pub at: Duration,
     /// The outcomes of the segments, if the kernel has segmented the packet.
     pub segments: Vec<Outcome>,
+}
+
+impl fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outcome")
+            .field("accepted", &self.accepted)
+            .field("cause", &self.cause)
+            .field("action", &self.action)
+            .field("verdicts", &self.verdicts)
+            .field("mark", &self.mark)
+            .field("queue", &self.queue)
+            .field("id", &self.id)
+            .field("at", &self.at)
+            .field("payload_len", &self.payload.len())
+            .field("payload_replaced", &self.payload_replaced)
+            .field("segments", &self.segments)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What decided the outcome of a packet.
