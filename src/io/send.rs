@@ -272,10 +272,19 @@ impl Shared {
                 Err(source) => return Poll::Ready(Some(Err(Error::os("receive a reply", source)))),
             }
         }
+        let waker = cx.waker().clone();
+        let mut core = self.core();
+        let later = core.machine.sends_later();
+        // The end of the next round of sending wakes the task. Polling until then would take a CPU.
+        let spare = if later { core.wait(waker) } else { Some(waker) };
+        drop(core);
+        drop(spare);
         if let Poll::Ready(result) = reply.poll_unpin(cx) {
             return Poll::Ready(result.ok());
         }
-        cx.waker().wake_by_ref();
+        if !later {
+            cx.waker().wake_by_ref();
+        }
         Poll::Pending
     }
 }

@@ -2,12 +2,24 @@
 //! by the scenarios of the kernel tests.
 
 use std::{
+    future::Future,
     net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    task::{Context, Wake},
     time::Duration,
 };
 
 use super::*;
 use crate::{Action, ErrorKind, FlushPolicy, Hook, Packet, QueueGroup, Vlan};
+
+#[derive(Default)]
+struct Wakes(AtomicUsize);
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, SeqCst);
+    }
+}
 
 fn addresses() -> (SocketAddr, SocketAddr) {
     ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:53".parse().unwrap())
@@ -244,6 +256,25 @@ async fn a_missing_capability_refuses_verdicts_until_it_is_back() {
     kernel.set_capable(true);
     kernel.advance(Duration::from_secs(1));
     assert!(sent.outcome().await.accepted, "the default action");
+}
+
+#[tokio::test]
+async fn a_confirmation_takes_no_cpu_while_nothing_can_be_sent() {
+    const ENOMEM: i32 = 12;
+    let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+    kernel.advance(Duration::ZERO);
+    let sent = kernel.send(datagram(b"x"));
+    let packet = next(&mut queue).await;
+    kernel.fail_sends(ENOMEM, 1000);
+    let mut confirm = std::pin::pin!(packet.accept().confirm());
+    let wakes = Arc::new(Wakes::default());
+    let waker = std::task::Waker::from(Arc::clone(&wakes));
+    assert!(confirm.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    assert_eq!(wakes.0.load(SeqCst), 0);
+    kernel.fail_sends(ENOMEM, 0);
+    kernel.advance(Duration::from_secs(1));
+    confirm.await.unwrap();
+    assert!(sent.outcome().await.accepted);
 }
 
 #[tokio::test]

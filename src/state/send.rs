@@ -51,6 +51,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         false
     }
 
+    /// Whether nothing is sent before a pause is over: the kernel was out of memory, or the
+    /// capability is missing.
+    pub(crate) fn sends_later(&self) -> bool {
+        self.sending.retry.is_some() || self.is_permission_missing()
+    }
+
     /// Whether the capability was missing before, so that the caller must have it to begin a round.
     pub(crate) fn is_permission_missing(&self) -> bool {
         self.permission != Permission::Held

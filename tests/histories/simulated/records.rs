@@ -26,6 +26,10 @@ pub(crate) struct Records {
     pub(crate) refusals: HashMap<Place, ErrorKind>,
     /// Confirmations whose results nobody has read.
     pub(crate) unheard: HashSet<Place>,
+    /// The places of packets that are held.
+    held: HashSet<Place>,
+    /// How often each packet was handed out.
+    times: Vec<u32>,
     /// The last id that was handed out by each queue.
     pub(crate) last: [Option<u32>; 2],
     pub(crate) wrong: Vec<String>,
@@ -70,12 +74,16 @@ impl Records {
 
     pub(crate) fn handed_out(&mut self, place: Place, serial: usize, at: Duration) {
         self.last[usize::from(place.0)] = Some(place.1);
+        self.held.insert(place);
+        self.times.resize(self.packets.len(), 0);
+        self.times[serial] += 1;
         if let Some(before) = self.places.insert(place, HandedOut { serial, at, done: Done::Held }) {
             self.error(format!("{place:?} was handed out twice: {before:?}"));
         }
     }
 
     pub(crate) fn set(&mut self, place: Place, done: Done) {
+        self.held.remove(&place);
         if let Some(handed_out) = self.places.get_mut(&place) {
             handed_out.done = done;
         }
@@ -93,10 +101,10 @@ impl Records {
             return;
         }
         let mut wrong = Vec::new();
-        for (place, handed_out) in &self.places {
+        for place in &self.held {
             let settings = &plan.queues[usize::from(place.0)];
-            let packet = &self.packets[handed_out.serial];
-            if handed_out.done == Done::Held && settings.deadline.is_none() && !packet.sent.is_waiting() {
+            let packet = &self.packets[self.places[place].serial];
+            if settings.deadline.is_none() && !packet.sent.is_waiting() {
                 wrong.push(format!("{place:?} is held, but {:?}", packet.sent));
             }
         }
@@ -133,9 +141,8 @@ impl Records {
         {
             let limit = after + after / 16 + LONGEST_DELAY * 3;
             let unread = |packet: &&Packet| packet.sent.is_waiting() && packet.at + limit < now;
-            let seen: Vec<usize> = self.places.values().map(|handed_out| handed_out.serial).collect();
             for (serial, packet) in self.packets.iter().enumerate().filter(|(_, packet)| unread(packet)) {
-                if !seen.contains(&serial) {
+                if self.times.get(serial).is_none_or(|times| *times == 0) {
                     wrong.push(format!("packet {serial} of {:?} is unread and overdue at {now:?}", packet.at));
                 }
             }
@@ -144,12 +151,11 @@ impl Records {
     }
 
     fn is_elsewhere(&self, place: Place, serial: usize) -> bool {
-        let same = self.places.iter().filter(|(_, handed_out)| handed_out.serial == serial);
         let returns = matches!(
             self.places.get(&place).map(|handed_out| &handed_out.done),
             Some(Done::Gave { action: Action::Repeat | Action::Requeue { .. }, .. })
         );
-        returns || same.count() > 1 || self.packets[serial].payload.len() > LONGEST_PLAIN
+        returns || self.times[serial] > 1 || self.packets[serial].payload.len() > LONGEST_PLAIN
     }
 
     /// At the end: every packet has one outcome, which is the right one.

@@ -366,8 +366,13 @@ impl History {
         }
         if self.plan.workers > 0 {
             // Tasks run on other threads.
-            for task in std::mem::take(&mut self.tasks) {
-                let _ = task.await;
+            while self.tasks.iter().any(|task| !task.is_finished()) {
+                // What was not sent is sent again after a pause; what is refused waits for longer.
+                self.world.kernel.advance(Duration::from_millis(1));
+                tokio::time::sleep(Duration::from_micros(50)).await;
+                if self.world.records().refused {
+                    break;
+                }
             }
         }
         self.world.kernel.advance(LONGEST_DELAY + Duration::from_micros(1));
