@@ -14,10 +14,8 @@ use std::{
 
 use libtest_mimic::Trial;
 
-use self::{
-    plan::{Plan, Profile},
-    records::Totals,
-};
+use self::plan::Plan;
+pub(crate) use self::{plan::Profile, records::Totals};
 use crate::{
     common::{self, PATIENCE},
     support,
@@ -32,6 +30,8 @@ mod survival;
 const SECONDS: &str = "TOKIO_NFQUEUE_HISTORIES_SECONDS";
 const SEED: &str = "TOKIO_NFQUEUE_HISTORIES_SEED";
 
+// `examples/soak.rs` has the histories without the tests.
+#[allow(dead_code)]
 pub(crate) fn tests() -> Vec<Trial> {
     let trial = |name, profile| {
         let full_name = common::test_name(module_path!(), name);
@@ -75,7 +75,7 @@ fn variable(name: &str) -> Option<u64> {
 }
 
 /// Runs one history, in its own network namespace.
-fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
+pub(crate) fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
     let (alive, ended) = mpsc::channel::<()>();
     let thread = thread::Builder::new().name(format!("{name} {seed}")).spawn(move || {
         let _alive = alive;

@@ -1,0 +1,163 @@
+//! Random histories of the whole crate, for as long as one likes: against a simulated kernel, and
+//! at the same time against the real one, in network namespaces of its own. It changes no rule of
+//! yours. As root or as an ordinary user:
+//! `cargo run --release --example soak -- --minutes 10`
+//!
+//! Prints counts each minute. The exit code is 1 if a promise was broken; the seed is printed.
+
+use std::{
+    process::ExitCode,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+#[macro_use]
+#[path = "../tests/kernel/common/mod.rs"]
+mod common;
+#[path = "../tests/kernel/histories/mod.rs"]
+mod histories;
+#[path = "../tests/histories/simulated/mod.rs"]
+mod simulated;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+const USAGE: &str = "usage: soak [--minutes M] [--seed S] [--only simulated|real]";
+
+#[derive(Debug)]
+struct Options {
+    duration: Duration,
+    /// The first seed; the same seed brings the same histories.
+    seed: u64,
+    simulated: bool,
+    real: bool,
+}
+
+/// What all threads share.
+#[derive(Debug)]
+struct Soak {
+    end: Instant,
+    next: AtomicU64,
+    simulated: Mutex<simulated::Totals>,
+    real: Mutex<histories::Totals>,
+    violations: Mutex<Vec<String>>,
+}
+
+fn main() -> ExitCode {
+    // In a user namespace first, while there is one thread.
+    let entered = support::enter();
+    let options = match options() {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("soak: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let soak = Arc::new(Soak {
+        end: Instant::now() + options.duration,
+        next: AtomicU64::new(options.seed),
+        simulated: Mutex::default(),
+        real: Mutex::default(),
+        violations: Mutex::default(),
+    });
+    let mut threads: Vec<JoinHandle<()>> = Vec::new();
+    let mut start = |body: fn(&Soak, u64), seed: u64| {
+        let soak = Arc::clone(&soak);
+        threads.push(thread::spawn(move || body(&soak, seed)));
+    };
+    if options.simulated {
+        let count = thread::available_parallelism().map_or(1, usize::from);
+        (0..count).for_each(|_| start(run_simulated, 0));
+    }
+    match (options.real, entered) {
+        (false, _) => {}
+        (true, Ok(())) => start(run_real, options.seed),
+        (true, Err(reason)) => eprintln!("soak: nothing runs against the real kernel: {reason}"),
+    }
+    let (begin, mut report) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+    while !threads.iter().all(JoinHandle::is_finished) {
+        thread::sleep(Duration::from_millis(50));
+        if Instant::now() >= report {
+            soak.print(begin.elapsed());
+            report += Duration::from_secs(60);
+        }
+    }
+    for thread in threads {
+        if thread.join().is_err() {
+            soak.violation("a thread of this program panicked".to_owned());
+        }
+    }
+    soak.print(begin.elapsed());
+    let violations = lock(&soak.violations);
+    println!("{} violations", violations.len());
+    violations.iter().for_each(|violation| println!("{violation}"));
+    if violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn options() -> Result<Options, lexopt::Error> {
+    use lexopt::prelude::*;
+    let mut options = Options { duration: Duration::from_secs(60), seed: 1, simulated: true, real: true };
+    let mut arguments = lexopt::Parser::from_env();
+    while let Some(argument) = arguments.next()? {
+        match argument {
+            Long("minutes") => {
+                let minutes: f64 = arguments.value()?.parse()?;
+                options.duration = Duration::try_from_secs_f64(minutes * 60.0).map_err(|error| error.to_string())?;
+            }
+            Long("seed") => options.seed = arguments.value()?.parse()?,
+            Long("only") => match arguments.value()?.to_str() {
+                Some("simulated") => options.real = false,
+                Some("real") => options.simulated = false,
+                _ => return Err("--only takes simulated or real".into()),
+            },
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(options)
+}
+
+impl Soak {
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.end || !lock(&self.violations).is_empty()
+    }
+
+    fn violation(&self, text: String) {
+        lock(&self.violations).push(text);
+    }
+
+    fn print(&self, elapsed: Duration) {
+        let (simulated, real) = (*lock(&self.simulated), *lock(&self.real));
+        println!("{:>6.1} s simulated: {simulated:?}", elapsed.as_secs_f64());
+        println!("         real kernel: {real:?}");
+    }
+}
+
+fn run_simulated(soak: &Soak, _: u64) {
+    while !soak.is_over() {
+        let seed = soak.next.fetch_add(1, Ordering::Relaxed);
+        match simulated::history(seed) {
+            Ok(totals) => *lock(&soak.simulated) += totals,
+            Err(wrong) => soak.violation(format!("simulated, --seed {seed}: {wrong}")),
+        }
+    }
+}
+
+fn run_real(soak: &Soak, mut seed: u64) {
+    use histories::Profile;
+    while !soak.is_over() {
+        for profile in [Profile::Calm, Profile::Faulty, Profile::Closing] {
+            match histories::history("soak", profile, seed) {
+                Ok(totals) => *lock(&soak.real) += totals,
+                Err(wrong) => soak.violation(format!("real kernel, {profile:?}, --seed {seed}: {wrong}")),
+            }
+        }
+        seed += 1;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
