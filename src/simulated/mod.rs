@@ -200,8 +200,8 @@ impl Kernel {
         self.0.inner().model.known_flags &= !crate::wire::config::FLAG_CONNTRACK;
     }
 
-    /// The next `times` sends fail with an errno, and nothing in them is executed. This replaces what
-    /// was left of an earlier call.
+    /// The next `times` sends fail with an errno, and nothing in them is executed. This replaces
+    /// what was left of an earlier call.
     ///
     /// # Panics
     /// `errno` is not between 1 and 4095.
@@ -235,8 +235,8 @@ fn checked(errno: i32) -> Errno {
 }
 
 thread_local! {
-    /// Whether this thread had the capability when it sent last: another thread may take it, or give
-    /// it back, before this one asks.
+    /// Whether this thread had the capability when it sent last: another thread may take it, or
+    /// give it back, before this one asks.
     static MIGHT_SEND: Cell<bool> = const { Cell::new(true) };
 }
 

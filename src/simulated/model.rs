@@ -438,7 +438,8 @@ impl<T: Clone> Model<T> {
         if copy_mode == 2 && flags & FLAG_GSO == 0 {
             skb.packet.finish_checksum();
         }
-        let fields = fields(&skb.packet, unverified, serial as u32, copied, copy_mode, flags, connection.as_ref(), now);
+        let copy = Copied { bytes: copied, payload: copy_mode == 2, unverified, flags };
+        let fields = fields(&skb.packet, serial as u32, &copy, connection.as_ref(), now);
         let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len));
         if !self.deliver(port, |bytes| encode_packet(bytes, number, &fields), charge) {
             if let Some(queue) = self.queues.get_mut(&number).filter(|_| !fail_open) {
@@ -592,25 +593,32 @@ impl<T: Clone> Model<T> {
     }
 }
 
+/// How the kernel copies a packet.
+struct Copied {
+    /// The most bytes of the payload.
+    bytes: usize,
+    /// Whether payloads are copied at all.
+    payload: bool,
+    unverified: bool,
+    flags: u32,
+}
+
 /// What the kernel says of a packet (`nfqnl_build_packet_message`).
 fn fields<'a>(
     packet: &'a TestPacket,
-    unverified: bool,
     id: u32,
-    copy_range: usize,
-    copy_mode: u8,
-    flags: u32,
+    copy: &Copied,
     connection: Option<&'a (Vec<u8>, u32)>,
     now: Duration,
 ) -> PacketFields<'a> {
     /// The wall clock at the start of a simulated kernel, in seconds since 1970.
     const EPOCH: u64 = 1_700_000_000;
-    let copied = packet.payload.len().min(copy_range);
-    let complete = copied == packet.payload.len() || copy_mode != 2;
+    let copied = packet.payload.len().min(copy.bytes);
+    let complete = copied == packet.payload.len() || !copy.payload;
     let [interface_in, interface_out, physical_in, physical_out] = packet.interfaces();
     let gso = packet.segment_size > 0;
     let unready = packet.checksum == Checksum::Unfinished || gso;
-    let offload = u32::from(unready) | u32::from(gso) << 1 | u32::from(unverified) << 2;
+    let offload = u32::from(unready) | u32::from(gso) << 1 | u32::from(copy.unverified) << 2;
     PacketFields {
         family: packet.family,
         id,
@@ -625,10 +633,10 @@ fn fields<'a>(
             (attribute::PRIORITY, packet.priority),
             (attribute::OFFLOAD, offload),
         ],
-        owner: packet.owner.filter(|_| flags & FLAG_UID_GID != 0),
+        owner: packet.owner.filter(|_| copy.flags & FLAG_UID_GID != 0),
         hardware_address: packet.sender_address(),
         timestamp: packet.is_received().then(|| (EPOCH + now.as_secs(), u64::from(now.subsec_micros()))),
-        security_context: packet.sender_context().filter(|_| flags & FLAG_SECURITY_CONTEXT != 0),
+        security_context: packet.sender_context().filter(|_| copy.flags & FLAG_SECURITY_CONTEXT != 0),
         vlan: packet.vlan(),
         layer2_header: packet.layer2(),
         connection: connection.map(|(bytes, _)| &bytes[..]),

@@ -196,7 +196,7 @@ impl History {
         let mut records = self.world.records();
         let sent = self.world.kernel.send_all(packets);
         for (offset, (sent, payload)) in sent.into_iter().zip(payloads).enumerate() {
-            let bypass = (begin + offset) % 3 == 0;
+            let bypass = (begin + offset).is_multiple_of(3);
             records.packets.push(records::Packet { sent, at, bypass, payload });
         }
     }
