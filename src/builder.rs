@@ -1,8 +1,9 @@
 //! The settings of a queue, and `bind`.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, future::Future, time::Duration};
 
 use crate::{
+    handover::Takeover,
     io::{Opened, Settings, Shared},
     namespace::NetworkNamespace,
     queue::Queue,
@@ -248,17 +249,100 @@ impl QueueBuilder {
     /// * `Other`: another error of the operating system, for example no free descriptor, or
     ///   [`namespace`](Self::namespace) is not a network namespace.
     pub fn bind(self) -> Result<Queue, Error> {
-        let config = Config {
+        let config = self.config();
+        let opened = self.open(&config)?;
+        Shared::bind(self.settings(), &config, self.policy, opened).map(Queue::new)
+    }
+
+    /// Binds the queue as soon as no other socket owns it: for a restart in which the old process
+    /// ends by itself. If the number is free, it does what [`bind`](Self::bind) does.
+    ///
+    /// The socket is opened by this call, in the calling thread's network namespace. The kernel
+    /// does not report that a queue has been unbound, so it is asked again while another socket
+    /// owns the queue: after 1 ms, and then in growing intervals of up to 20 ms. Until the queue is
+    /// bound, the rule drops packets, or accepts them with `bypass`.
+    ///
+    /// It waits without a limit. A queue that was closed gracefully is free as soon as `close` has
+    /// returned; that of a killed process when the last copy of its socket is closed.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind), except that it waits instead of returning `AlreadyBound`. (A thread
+    /// that does not know whether it has the capability gets `NotPermitted` in both cases: see
+    /// there.)
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a future that is dropped leaves nothing behind.
+    pub fn bind_when_free(self) -> impl Future<Output = Result<Queue, Error>> + Send + use<> {
+        let config = self.config();
+        let opened = self.open(&config);
+        let begun = opened.and_then(|opened| Shared::bind_when_free(self.settings(), config, self.policy, opened));
+        async move { begun?.await.map(Queue::new) }
+    }
+
+    /// Checks the settings and opens the socket.
+    fn open(&self, config: &Config) -> Result<Opened, Error> {
+        self.check(config).map_err(|what| {
+            Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
+        })?;
+        Shared::check_runtime(self.queue)?;
+        let settings = self.settings();
+        let open = || Opened::new(&settings, config);
+        match &self.namespace {
+            None => Ok(open()),
+            Some(namespace) => {
+                #[cfg(feature = "test-util")]
+                let in_memory = namespace.memory().map(|kernel| Opened::in_memory(kernel, &settings, config));
+                #[cfg(not(feature = "test-util"))]
+                let in_memory = None;
+                in_memory.map_or_else(|| namespace.run(open), Ok)
+            }
+        }
+    }
+
+    /// Takes over the queue with this builder's number from another process. It returns packets
+    /// when the [`Takeover`] has been [accepted](Takeover::accept).
+    ///
+    /// The settings of this crate are those of this builder: default action, deadline, flush policy
+    /// and times. What the kernel has been told stays as the predecessor has set it: the copy
+    /// range, `max_len`, the flags and the receive buffer. To change these, call
+    /// [`reconfigure`](crate::VerdictSink::reconfigure) afterwards.
+    ///
+    /// [Flow marks](Self::flow_marks) must be those of the predecessor if its table goes along.
+    ///
+    /// The socket stays in its network namespace, so [`namespace`](Self::namespace) has no effect.
+    /// A deadline begins anew for packets that the predecessor had received.
+    ///
+    /// # Errors
+    /// The predecessor then goes on, if the `Takeover` is dropped:
+    /// * `InvalidInput`: the predecessor does not hand over this queue, or a setting is invalid.
+    /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the
+    ///   socket's network namespace.
+    /// * `NoRuntime`: as [`bind`](Self::bind).
+    /// * `Malformed`: what the predecessor has sent is damaged.
+    /// * `Other`: another error of the operating system.
+    pub fn take_over(self, takeover: &mut Takeover) -> Result<Queue, Error> {
+        let config = self.config();
+        let operation = || format!("take over queue {}", self.queue);
+        let invalid = |what| Error::new(ErrorKind::InvalidInput, operation()).with_detail(what);
+        self.check(&config).map_err(invalid)?;
+        let index = takeover.find(self.queue).ok_or_else(|| invalid("the predecessor does not hand it over".into()))?;
+        Shared::check_runtime(self.queue).map_err(|error| error.with_operation(operation()))?;
+        let shared = Shared::take_over(self.settings(), self.policy, takeover.queue(index))?;
+        takeover.taken(index, &shared);
+        Ok(Queue::new(shared))
+    }
+
+    fn config(&self) -> Config {
+        Config {
             command: Some(Command::Bind),
             copy: Some(self.copy),
             max_len: Some(self.max_len),
             flags: Some((FLAGS_ALL, self.flags)),
-        };
-        self.check(&config).map_err(|what| {
-            Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
-        })?;
-        Shared::check_runtime(self.queue)?;
-        let settings = Settings {
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
             queue: self.queue,
             receive_buffer: self.receive_buffer,
             on_unanswered: self.on_unanswered,
@@ -268,19 +352,7 @@ impl QueueBuilder {
             conntrack: self.flags & FLAG_CONNTRACK != 0,
             attributes: attributes(self.flags),
             flow_marks: self.flow_marks,
-        };
-        let open = || Opened::new(&settings, &config);
-        let opened = match &self.namespace {
-            None => open(),
-            Some(namespace) => {
-                #[cfg(feature = "test-util")]
-                let in_memory = namespace.memory().map(|kernel| Opened::in_memory(kernel, &settings, &config));
-                #[cfg(not(feature = "test-util"))]
-                let in_memory = None;
-                in_memory.map_or_else(|| namespace.run(open), Ok)?
-            }
-        };
-        Shared::bind(settings, &config, self.policy, opened).map(Queue::new)
+        }
     }
 
     fn check(&self, config: &Config) -> Result<(), Cow<'static, str>> {

@@ -20,6 +20,7 @@ use futures::{
 use crate::{
     advice::Advice,
     builder::QueueBuilder,
+    handover::Handover,
     io::{AnyReadyFd, kernel::KernelStats},
     packet::Packet,
     queue::{PacketStream, Queue},
@@ -126,6 +127,17 @@ impl QueueGroup {
     /// As [`PacketStream::readable_fd`].
     pub fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         self.stream.readable_fd()
+    }
+
+    /// Begins to hand all queues over to another process: see [`GroupSink::hand_over`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::hand_over`].
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::hand_over`].
+    pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
+        self.sink.hand_over(within).await
     }
 
     /// Submits a verdict: see [`VerdictSink::submit`].
@@ -454,6 +466,34 @@ impl GroupSink {
     /// Once polled, the graceful shutdown continues by itself.
     pub async fn close(&self) -> Result<(), Error> {
         join_all(self.sinks.iter().map(VerdictSink::close)).await.into_iter().collect()
+    }
+
+    /// Begins to hand all queues over to another process, which takes all of them or none: see
+    /// [`VerdictSink::hand_over`]. If one cannot be handed over, all of them go on here.
+    ///
+    /// The successor takes the queues over one by one, and collects them:
+    ///
+    /// ```no_run
+    /// # use tokio_nfqueue::{Error, Queue, QueueGroup, Takeover};
+    /// # async fn example(mut takeover: Takeover) -> Result<(), Error> {
+    /// let numbers = takeover.queues().into_iter();
+    /// let queues = numbers.map(|number| Queue::builder(number).take_over(&mut takeover));
+    /// let queues: QueueGroup = queues.collect::<Result<_, _>>()?;
+    /// takeover.accept().await?;
+    /// # let _ = queues;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`VerdictSink::hand_over`], for the first queue that fails.
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::hand_over`].
+    pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
+        let handovers = join_all(self.sinks.iter().map(|sink| sink.hand_over(within))).await;
+        let all = handovers.into_iter().reduce(|all, one| Ok(all?.with(one?)));
+        all.unwrap_or_else(|| Err(Error::new(ErrorKind::InvalidInput, "hand over").with_detail("there is no queue")))
     }
 
     /// As [`close`](Self::close), but waits for `timeout` at most: see

@@ -1,6 +1,7 @@
 //! What to know before a queue goes into production: surprises, limits, and observability.
 //! Further pages: [`replies`], how to reply to packets; [`flows`], how to decide whole connections;
-//! with feature `test-util`, `testing`, how to test a policy.
+//! `restarting`, how to restart a service without losing a packet; with feature `test-util`,
+//! `testing`, how to test a policy.
 //!
 //! # Threads and runtimes
 //!
@@ -102,6 +103,7 @@
 //! | `reconfigured`, `reconfigure failed` | DEBUG, WARN | `error` |
 //! | `closing` | DEBUG | `action` |
 //! | `closed`, `unbind failed` | DEBUG, WARN | `received`, `in_flight`, `error` |
+//! | `handed over`, `taken over` | DEBUG | `unread`: packets that were received and not handed out |
 //! | `default action` | DEBUG | `count`, `packet` |
 //! | `deadline expired` | DEBUG | `count`, `packet` |
 //! | `verdict too late` | DEBUG | `count`, `packet` |
@@ -117,5 +119,7 @@
 
 pub mod flows;
 pub mod replies;
+#[cfg(feature = "divert")]
+pub mod restarting;
 #[cfg(feature = "test-util")]
 pub mod testing;

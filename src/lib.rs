@@ -57,6 +57,7 @@
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
 //! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
 //! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
+//! | restart without losing a packet | [`VerdictSink::hand_over`], [`QueueBuilder::take_over`], [`QueueBuilder::bind_when_free`]; [`guide::restarting`] |
 //! | change settings while it runs | [`VerdictSink::reconfigure`] |
 //! | test a policy | [`Verdict::action`], [`Verdict::changes`]; the whole program without privileges: [`simulated`], [`guide::testing`] |
 //! | watch a queue | [`VerdictSink::stats`], [`watch`](VerdictSink::watch), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
@@ -100,6 +101,7 @@ mod divert;
 mod edit;
 mod group;
 pub mod guide;
+mod handover;
 mod injector;
 mod io;
 #[cfg(all(doc, feature = "conntrack", feature = "edit"))]
@@ -131,6 +133,7 @@ pub use divert::{
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
 pub use group::{GroupSink, GroupStream, QueueGroup};
+pub use handover::{Handover, Takeover};
 pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;

@@ -15,6 +15,7 @@ use tokio::task::coop;
 
 use crate::{
     advice::Advice,
+    handover::Handover,
     io::{Received, Shared, kernel::KernelStats},
     packet::Packet,
     reconfigure::Reconfigure,
@@ -121,6 +122,17 @@ impl Queue {
     /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_with(self, action: Action) -> Result<(), Error> {
         self.sink.close_with(action).await
+    }
+
+    /// Begins to hand the queue over to another process: see [`VerdictSink::hand_over`].
+    ///
+    /// # Errors
+    /// As [`VerdictSink::hand_over`].
+    ///
+    /// # Cancel safety
+    /// As [`VerdictSink::hand_over`].
+    pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
+        self.sink.hand_over(within).await
     }
 
     /// Submits a verdict: see [`VerdictSink::submit`].
@@ -231,10 +243,18 @@ impl FusedStream for Queue {
 
 /// The receive half of a queue.
 ///
-/// Its items are packets. An `Err` item is fatal and the last item: the socket cannot be used any
-/// more, the runtime has ended (`NoRuntime`), or the process has lost `CAP_NET_ADMIN`
-/// permanently (`NotPermitted`). So a program may use `?` on every item. Errors that concern one
-/// verdict or one message are in [`VerdictSink::refusals`].
+/// Its items are packets. An `Err` item is fatal and the last item, so a program may use `?` on
+/// every item. The error's text says what to do:
+///
+/// | kind | reason | what to do |
+/// |---|---|---|
+/// | `NotPermitted` | the process has lost `CAP_NET_ADMIN` for more than 3 s | start again, and keep it |
+/// | `NoRuntime` | the runtime in which the queue was bound has ended | bind in another runtime; [`try_recv`](Self::try_recv) still receives |
+/// | `Other` | a system call on the socket fails, with this [errno](Error::raw_os_error) | drop the queue and bind it again |
+///
+/// Errors that concern one verdict or one message are in [`VerdictSink::refusals`]. A network
+/// namespace does not go away under a queue: its socket keeps the namespace in existence, also when
+/// the last process has left it and its name has been removed.
 ///
 /// Overload is not an error: lost packets are counted in
 /// [`Lost::packets`](crate::stats::Lost::packets), and the stream continues. `None` follows only
@@ -313,6 +333,9 @@ impl PacketStream {
     ///
     /// The rule: after `try_recv` has returned `Empty`, wait until the descriptor is readable. Then
     /// call `try_recv` until it returns `Empty` again.
+    ///
+    /// While the queue is [handed over](VerdictSink::hand_over), the descriptor may be readable
+    /// although `try_recv` returns `Empty`: wait for the end of the hand-over instead.
     ///
     /// It is created at the first call and covers the socket and the packets that were received for
     /// another reason (a [`confirm`](VerdictSink::confirm), a deadline). It costs two more

@@ -3,27 +3,21 @@
 use std::{
     fmt,
     future::Future,
-    io,
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::Arc,
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures::{
     Sink, Stream, StreamExt as _,
     stream::{self, FusedStream},
-    task::AtomicWaker,
 };
 
 use crate::{
     advice::{Advice, advise},
-    io::{
-        Shared,
-        clock::QueueClock,
-        kernel::KernelStats,
-        timer::{Timer, TimerTarget},
-    },
+    handover::Handover,
+    io::{Shared, Ticks, kernel::KernelStats},
     reconfigure::Reconfigure,
     state::Clock,
     types::{Action, Error, ErrorKind, Stats},
@@ -160,6 +154,33 @@ impl VerdictSink {
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
         self.check_close_action(action)?;
         self.queue.close(action, self.queue.close_timeout()).await
+    }
+
+    /// Begins to hand the queue over to another process: a restart that loses no packet and decides
+    /// none twice.
+    ///
+    /// From now on the stream returns no packet: what is not read waits in the kernel. The verdicts
+    /// that tasks owe are awaited, for `within` at most. Packets that are still undecided then get
+    /// the [default action](crate::QueueBuilder::on_unanswered), as by [`close`](Self::close),
+    /// because their bytes are only here; a verdict for them that comes later is `Expired`. Then
+    /// everything that was decided is sent, and the future resolves. The [`Handover`] says what to
+    /// do next; if it is dropped, the queue goes on here, and the stream returns packets again.
+    ///
+    /// While tasks decide, the loop that reads the stream may wait for this future: packets that it
+    /// has taken from the stream and holds itself are owed as well.
+    ///
+    /// # Errors
+    /// The queue goes on here:
+    /// * `Closed`: the queue is closing or closed.
+    /// * `InvalidInput`: it is being handed over already.
+    /// * `TimedOut`: verdicts cannot be sent, because the capability is missing or the kernel is
+    ///   out of memory.
+    /// * The kind of the failure, if the queue fails meanwhile.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the queue goes on here.
+    pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
+        self.queue.hand_over(within).await.map(Handover::new)
     }
 
     /// Refuses an action that would keep packets in the queue for ever.
@@ -334,47 +355,4 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
         Some((stats, (ticks, queue, next)))
     });
     Ok(Box::pin(watch.fuse()))
-}
-
-/// A timer for one task.
-#[derive(Debug)]
-struct Ticks {
-    alarm: Arc<Alarm>,
-    timer: Timer,
-    clock: QueueClock,
-}
-
-#[derive(Debug, Default)]
-struct Alarm {
-    waker: AtomicWaker,
-}
-
-impl TimerTarget for Alarm {
-    fn fire(self: Arc<Self>) {
-        self.waker.wake();
-    }
-
-    fn readable(self: Arc<Self>) {}
-}
-
-impl Ticks {
-    fn new(clock: QueueClock) -> io::Result<Self> {
-        let alarm = Arc::new(Alarm::default());
-        let timed: Weak<Alarm> = Arc::downgrade(&alarm);
-        Ok(Self { timer: Timer::new(timed as Weak<dyn TimerTarget>, &clock)?, alarm, clock })
-    }
-
-    /// Waits until `at`; for ever if it is `None`.
-    async fn wait(&self, at: Option<Instant>) {
-        std::future::poll_fn(|cx| {
-            let Some(at) = at else { return Poll::Pending };
-            self.alarm.waker.register(cx.waker());
-            if at <= self.clock.now() {
-                return Poll::Ready(());
-            }
-            self.timer.set(at);
-            Poll::Pending
-        })
-        .await;
-    }
 }

@@ -4,9 +4,9 @@ use std::fmt::Debug;
 
 use tokio_nfqueue::{
     Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushContext, FlushDecision,
-    FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace,
-    Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats, TryRecvError,
-    TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
+    FlushPolicy, FlushReason, GroupSink, GroupStream, Handover, Hook, Injector, InjectorBuilder, KernelStats,
+    NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
+    Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
 };
 
 fn send<T: Send + Unpin + 'static>() {}
@@ -21,9 +21,9 @@ macro_rules! assert_traits {
 #[test]
 fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, ErrorKind, Family,
-        FlowMarks, FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Hook, Injector, InjectorBuilder,
+        FlowMarks, FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Handover, Hook, Injector, InjectorBuilder,
         KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
-        Stats, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
+        Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
     #[cfg(feature = "conntrack")]
     assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
@@ -44,9 +44,9 @@ fn every_type_can_be_sent_between_threads() {
 /// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
 #[test]
 fn what_tasks_share_is_sync() {
-    assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream,
+    assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream, Handover,
         Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
-        Stats, TryRecvError, TrySendError, Verdict, VerdictSink);
+        Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
     #[cfg(feature = "divert")]
     assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match,
         tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
@@ -70,8 +70,8 @@ fn settings_and_sinks_can_be_cloned() {
 #[test]
 fn every_type_can_be_printed() {
     assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
-        Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
-        TryRecvError, TrySendError, Verdict, VerdictSink);
+        Handover, Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
+        Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
     assert_traits!(debug: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::RawSocket, simulated::Sent,
         simulated::TestPacket);
 }

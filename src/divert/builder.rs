@@ -1,12 +1,17 @@
 //! The rules and settings of a table.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use rustix::io::Errno;
+use tokio::runtime::Handle;
 
 use super::{
     Divert, State,
-    chain::Place,
+    chain::{Chain, Place},
     check_rules,
     checked::{KernelRule, Surroundings},
     denied::{DeniedSet, FlowTable},
@@ -23,6 +28,7 @@ use super::{
     socket::{Connection, Outcome},
 };
 use crate::{
+    io::{Pauses, clock::QueueClock},
     namespace::NetworkNamespace,
     types::{Error, ErrorKind, FlowMarks, Hook},
 };
@@ -217,6 +223,90 @@ impl DivertBuilder {
     ///   socket owns it), [`namespace`](Self::namespace) is not a network namespace, or the kernel
     ///   returns another error.
     pub fn install(&self) -> Result<Divert, Error> {
+        let connection = self.open()?;
+        self.install_on(connection).map_err(|(error, _)| error)
+    }
+
+    /// As [`install`](Self::install), but waits while another socket owns a table of this name, and
+    /// does not block the thread: for a restart in which the old process ends by itself. It is of
+    /// use only with a [name](Self::table) of one's own.
+    ///
+    /// When the table of the old process is removed, the kernel drops [all packets queued in the
+    /// network namespace](Divert#removing-a-table-drops-queued-packets). To avoid that, let the new
+    /// process take the table over: [`Handover::with_divert`](crate::Handover::with_divert).
+    ///
+    /// The socket is opened by this call. The kernel does not report that a table has been removed,
+    /// so the transaction is tried again in growing intervals of up to 20 ms.
+    ///
+    /// # Errors
+    ///
+    /// As `install`, except that it waits instead of returning that another socket owns the table.
+    /// (A table of this name without an owner is an error.)
+    /// [`NoRuntime`](ErrorKind::NoRuntime): not called within a Tokio runtime.
+    ///
+    /// # Cancel safety
+    ///
+    /// A future that is dropped while it waits leaves nothing behind. If it is dropped while the
+    /// kernel installs the rules, the table is removed again, which drops queued packets.
+    pub fn install_when_free(&self) -> impl Future<Output = Result<Divert, Error>> + Send + use<> {
+        let builder = self.clone();
+        let opened = match Handle::try_current() {
+            Ok(runtime) => builder.open().map(|connection| (runtime, connection)),
+            Err(_) => Err(Error::new(ErrorKind::NoRuntime, "install rules")),
+        };
+        async move {
+            let (runtime, mut connection) = opened?;
+            let mut pauses = Pauses::new("install rules", QueueClock::System)?;
+            let builder = Arc::new(builder);
+            loop {
+                let installer = Arc::clone(&builder);
+                let installing = runtime.spawn_blocking(move || installer.install_on(connection));
+                let result = installing.await;
+                match result
+                    .map_err(|source| Error::new(ErrorKind::NoRuntime, "install rules").with_source(source.into()))?
+                {
+                    Ok(divert) => return Ok(divert),
+                    // The kernel lacks no capability, so it is the owner of the table: see
+                    // `failure`.
+                    Err((error, back)) if error.kind() == ErrorKind::Other && error.errno() == Some(Errno::PERM) => {
+                        connection = back;
+                    }
+                    Err((error, _)) => return Err(error),
+                }
+                pauses.pause().await;
+            }
+        }
+    }
+
+    /// Checks the rules, and opens the socket.
+    fn open(&self) -> Result<Connection, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
+        let surroundings = self.check().map_err(invalid)?;
+        check_rules(&self.rules, surroundings).map_err(invalid)?;
+        let failed = |error| Error::os("open a netlink socket for nf_tables", error);
+        let open = || Connection::open(self.family);
+        let opened = match &self.namespace {
+            None => open(),
+            Some(namespace) => namespace.run(open)?,
+        };
+        opened.map_err(failed)
+    }
+
+    /// Returns the socket if there is an error.
+    fn install_on(&self, mut connection: Connection) -> Result<Divert, (Error, Connection)> {
+        match self.transact(&mut connection) {
+            Ok((table, state)) => {
+                let Installed { priority, flows, method, places, hooks, chains } = state;
+                let rules = self.rules.clone();
+                let state = State { connection, method, places, hooks, rules, foreign: None, chains };
+                let sets = self.sets.clone();
+                Ok(Divert { table, family: self.family, priority, flows, sets, state: Mutex::new(state) })
+            }
+            Err(error) => Err((error, connection)),
+        }
+    }
+
+    fn transact(&self, connection: &mut Connection) -> Result<(String, Installed), Error> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
         let surroundings = self.check().map_err(invalid)?;
         let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
@@ -224,13 +314,6 @@ impl DivertBuilder {
         let layout = Layout::new(rules, &places, surroundings);
         let rules = &layout.rules;
 
-        let failed = |error| Error::os("open a netlink socket for nf_tables", error);
-        let open = || Connection::open(self.family);
-        let opened = match &self.namespace {
-            None => open(),
-            Some(namespace) => namespace.run(open)?,
-        };
-        let mut connection = opened.map_err(failed)?;
         let table = match &self.table {
             Some(name) => name.clone(),
             None => format!("tokio_nfqueue_{}", connection.port()),
@@ -266,16 +349,14 @@ impl DivertBuilder {
 
         if let Some(flows) = surroundings.flows {
             // The marks of a table that was here before, perhaps of a process that was killed.
-            forget_marks(&mut connection, flows.marks).map_err(|error| error.with_operation(operation()))?;
+            forget_marks(connection, flows.marks).map_err(|error| error.with_operation(operation()))?;
         }
-        let hooks = self.hooks(rules, &mut connection).map_err(|error| error.with_operation(operation()))?;
+        let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
         let commands = encode(Encoding { method, trial: false }, hooks);
         let result = connection.transact(&commands, Outcome::Commit);
         result.map_err(|refusal| refused(operation(), &commands, rules, refusal))?;
-        let rules = self.rules.clone();
         let Surroundings { priority, flows, .. } = surroundings;
-        let state = State { connection, method, places, hooks, rules, chains: layout.chains };
-        Ok(Divert { table, family: self.family, priority, flows, sets: self.sets.clone(), state: Mutex::new(state) })
+        Ok((table, Installed { priority, flows, method, places, hooks, chains: layout.chains }))
     }
 
     /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
@@ -361,15 +442,25 @@ impl DivertBuilder {
     }
 }
 
+/// What the kernel has installed.
+struct Installed {
+    priority: i32,
+    flows: Option<FlowTable>,
+    method: QueueMethod,
+    places: Vec<Place>,
+    hooks: Hooks,
+    chains: Vec<Chain>,
+}
+
 /// Which hooks beside the base chains the table keeps registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Hooks {
     /// Connection tracking, and with it defragmentation.
-    tracking: bool,
+    pub(super) tracking: bool,
     /// Only defragmentation.
-    defragment: bool,
+    pub(super) defragment: bool,
     /// Whether a rule may switch defragmentation on.
-    allowed: bool,
+    pub(super) allowed: bool,
 }
 
 impl Hooks {

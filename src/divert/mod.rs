@@ -13,6 +13,7 @@ mod failure;
 mod family;
 mod flows;
 mod forget;
+mod handover;
 mod layout;
 mod matching;
 mod nft;
@@ -36,6 +37,7 @@ use self::{
     encoder::{Encoding, QueueMethod},
     failure::refused,
     forget::{forget_mark, forget_marks},
+    handover::{ForeignRules, InstalledRules},
     layout::Layout,
     nft::{Batch, ChainKind},
     socket::{Connection, Outcome},
@@ -143,6 +145,8 @@ struct State {
     places: Vec<Place>,
     hooks: Hooks,
     rules: Vec<Rule>,
+    /// Instead of `rules`, while the rules are those of the process that had the table before.
+    foreign: Option<ForeignRules>,
     /// All chains that exist, also those that no rule needs any more.
     chains: Vec<Chain>,
 }
@@ -226,6 +230,7 @@ impl Divert {
         state.places = places;
         state.hooks = hooks;
         state.rules = rules;
+        state.foreign = None;
         Ok(())
     }
 
@@ -314,6 +319,7 @@ impl Divert {
             .transact(&commands, Outcome::Commit)
             .map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
         state.rules.clear();
+        state.foreign = None;
         Ok(())
     }
 
@@ -330,14 +336,14 @@ impl Divert {
             .dump(&nft::get_rules(&self.table))
             .map_err(|error| Error::os(format!("read the counters of table {}", self.table), error))?;
         let found: Vec<(String, RuleCounter)> = objects.iter().filter_map(|rule| dump::counter(rule)).collect();
-        let mut counters = vec![RuleCounter::default(); state.rules.len()];
-        let layout = self.layout(&state).map_err(|reason| Error::new(ErrorKind::Other, reason))?;
+        let installed = self.installed(&state)?;
+        let mut counters = vec![RuleCounter::default(); installed.count];
         for place in &state.places {
             let name = chain_name(*place, self.priority);
-            let rules = layout.rules.iter().filter(|rule| rule.chain == name);
+            let indices = installed.rules.iter().filter(|(chain, _)| *chain == name).map(|(_, index)| *index);
             let of_chain = found.iter().filter(|(chain, _)| *chain == name).map(|(_, counter)| counter);
-            for (rule, counter) in rules.zip(of_chain) {
-                if let Some(sum) = rule.index.and_then(|index| counters.get_mut(index)) {
+            for (index, counter) in indices.zip(of_chain) {
+                if let Some(sum) = index.and_then(|index| counters.get_mut(index)) {
                     sum.packets = sum.packets.saturating_add(counter.packets);
                     sum.bytes = sum.bytes.saturating_add(counter.bytes);
                 }
@@ -360,6 +366,9 @@ impl Divert {
     /// [`InvalidInput`](ErrorKind::InvalidInput) if `nft` cannot read the table's name.
     pub fn to_nft(&self) -> Result<String, Error> {
         let state = self.lock();
+        if let Some(script) = state.foreign.as_ref().and_then(|foreign| foreign.script.clone()) {
+            return Ok(script);
+        }
         builder::print(&self.table, self.surroundings(), &state.rules, &state.places)
     }
 
@@ -389,6 +398,16 @@ impl Divert {
 
     fn surroundings(&self) -> Surroundings<'_> {
         Surroundings { family: self.family, sets: &self.sets, priority: self.priority, flows: self.flows }
+    }
+
+    /// The rules that are installed.
+    fn installed(&self, state: &State) -> Result<InstalledRules, Error> {
+        if let Some(foreign) = &state.foreign {
+            return Ok(foreign.installed.clone());
+        }
+        let layout = self.layout(state).map_err(|reason| Error::new(ErrorKind::Other, reason))?;
+        let rules = layout.rules.iter().map(|rule| (rule.chain.clone(), rule.index)).collect();
+        Ok(InstalledRules { count: state.rules.len(), rules })
     }
 
     /// The chains and rules of the table.

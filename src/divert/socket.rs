@@ -1,6 +1,14 @@
 //! Sends nf_tables transactions: batches of messages that the kernel applies or refuses as a whole.
 
-use std::{io, os::fd::AsFd, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use netlink_packet_core::{
     ErrorBuffer, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ALIGNTO, NLMSG_DONE,
@@ -17,6 +25,7 @@ use rustix::net::{
 };
 
 use super::{family::TableFamily, nft::Command};
+use crate::io::sys;
 
 /// A netlink socket to netfilter, with its port id and its last sequence number.
 pub(super) struct Connection {
@@ -25,6 +34,8 @@ pub(super) struct Connection {
     family: TableFamily,
     port: u32,
     sequence: u32,
+    /// The socket is being handed over, or has been: it must not be used here.
+    lent: Arc<AtomicBool>,
 }
 
 /// What the kernel does with a batch without errors.
@@ -65,7 +76,29 @@ impl Connection {
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_no_enobufs(true);
-        Ok(Self { socket, family, port, sequence: 0 })
+        Ok(Self { socket, family, port, sequence: 0, lent: Arc::default() })
+    }
+
+    /// A socket from another process, with its options and the last sequence number.
+    pub(super) fn adopt(socket: OwnedFd, family: TableFamily, sequence: u32) -> io::Result<Self> {
+        let socket = sys::netlink_socket(socket);
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address)?;
+        Ok(Self { port: address.port_number(), socket, family, sequence, lent: Arc::default() })
+    }
+
+    /// Whether the socket must not be used here.
+    pub(super) fn lent(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lent)
+    }
+
+    pub(super) fn sequence(&self) -> u32 {
+        self.sequence
+    }
+
+    fn check_not_lent(&self) -> io::Result<()> {
+        let lent = self.lent.load(Ordering::SeqCst);
+        if lent { Err(io::Error::new(io::ErrorKind::ResourceBusy, "the table is handed over")) } else { Ok(()) }
     }
 
     /// The netlink port id of the socket. It is unique in the network namespace while the socket is
@@ -145,6 +178,7 @@ impl Connection {
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        self.check_not_lent()?;
         loop {
             match self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0) {
                 Ok(_) => return Ok(()),
@@ -220,7 +254,10 @@ impl Connection {
     /// Discards the errors that followed the first error of an earlier batch.
     fn discard_old_replies(&self) {
         let flags = RecvFlags::DONTWAIT.bits().cast_signed();
-        while self.socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags).is_ok() {}
+        // Those of a lent socket are for another process.
+        while self.check_not_lent().is_ok()
+            && self.socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags).is_ok()
+        {}
     }
 
     /// Enlarges the send buffer if the batch needs it. If the kernel refuses, `send` returns an
@@ -231,6 +268,12 @@ impl Connection {
         {
             let _ = set_socket_send_buffer_size(self.socket.as_fd(), length.saturating_add(32));
         }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -16,7 +16,7 @@
 //!     .flow_marks(marks)
 //!     .rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0))
 //!     .install()?;
-//! while let Some(packet) = queue.recv().await? {
+//! while let Some(packet) = queue.recv().await.transpose()? {
 //!     let verdict = match is_bad(packet.payload()) {
 //!         None => packet.accept(),
 //!         Some(false) => packet.accept().for_flow(),

@@ -1,6 +1,9 @@
 //! Binding a queue, and explaining why the kernel refuses.
 
-use std::sync::{Arc, Weak};
+use std::{
+    future::Future,
+    sync::{Arc, Weak},
+};
 
 use tokio::runtime::Handle;
 
@@ -17,6 +20,7 @@ use super::{
     shared::{Settings, Shared},
     socket::{Socket, Unregistered, is_own_port, own_port},
     sys::{self, Owner},
+    ticks::Pauses,
     timer::{Timer, TimerTarget},
 };
 use crate::{
@@ -68,6 +72,45 @@ impl Shared {
         policy: FlushPolicy,
         opened: Opened,
     ) -> Result<Arc<Self>, Error> {
+        let shared = Self::prepare(settings, config, policy, opened)?;
+        // The port id of a closing socket is released before its queues are, and this socket may
+        // have the same port id.
+        shared.ask_for_the_queue(config, 50)?;
+        shared.begin()?;
+        Ok(shared)
+    }
+
+    /// As [`bind`](Self::bind), but waits while another socket owns the queue.
+    ///
+    /// The kernel tells nobody that a queue has been unbound, so it is asked again and again, with
+    /// the same socket.
+    pub(crate) fn bind_when_free(
+        settings: Settings,
+        config: Config,
+        policy: FlushPolicy,
+        opened: Opened,
+    ) -> Result<impl Future<Output = Result<Arc<Self>, Error>> + Send + use<>, Error> {
+        let operation = "bind queue";
+        let runtime = Handle::try_current().map_err(|_| Error::new(ErrorKind::NoRuntime, operation))?;
+        let shared = Self::prepare(settings, &config, policy, opened)?;
+        let mut pauses = Pauses::new(operation, shared.clock.clone())?;
+        Ok(async move {
+            loop {
+                match shared.ask_for_the_queue(&config, 1) {
+                    Ok(()) => break,
+                    Err(error) if error.kind() == ErrorKind::AlreadyBound => pauses.pause().await,
+                    Err(error) => return Err(error),
+                }
+            }
+            // Whatever polls this future, the driver runs where the socket is registered.
+            let _entered = runtime.enter();
+            shared.begin()?;
+            Ok(shared)
+        })
+    }
+
+    /// A queue that is not bound yet.
+    fn prepare(settings: Settings, config: &Config, policy: FlushPolicy, opened: Opened) -> Result<Arc<Self>, Error> {
         let operation = || format!("bind queue {}", settings.queue);
         let Opened { socket, table, network_owner } = opened;
         let limits = limits_of(config, UNLIMITED);
@@ -78,21 +121,27 @@ impl Shared {
         let receiver = Receiver::new(limits.payload, BusyPoll::new(settings.busy_poll));
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
         own_port(shared.socket.port_id());
-        shared.ask_for_the_queue(config)?;
-        let timed: Weak<Self> = Arc::downgrade(&shared);
-        let timer = Timer::new(timed as Weak<dyn TimerTarget>, &shared.clock);
-        let _ = shared.timer.set(
-            timer.map_err(|source| Error::os(operation(), source).with_detail("the timer thread cannot be started"))?,
-        );
-        driver::start(&shared);
-        shared.with(|core| core.machine.bound());
-        shared.trace.bound(limits.max_len, shared.socket.receive_buffer());
         Ok(shared)
     }
 
-    /// Sends the message that binds the queue. Repeats it if the previous owner may be closing.
-    fn ask_for_the_queue(&self, config: &Config) -> Result<(), Error> {
-        const TRIES: usize = 50;
+    /// Starts what a bound queue needs.
+    fn begin(self: &Arc<Self>) -> Result<(), Error> {
+        let timed: Weak<Self> = Arc::downgrade(self);
+        let timer = Timer::new(timed as Weak<dyn TimerTarget>, &self.clock).map_err(|source| {
+            let error = Error::os(format!("bind queue {}", self.settings.queue), source);
+            error.with_detail("the timer thread cannot be started")
+        })?;
+        let _ = self.timer.set(timer);
+        driver::start(self);
+        let max_len = self.core().machine.limits().max_len;
+        self.with(|core| core.machine.bound());
+        self.trace.bound(max_len, self.socket.receive_buffer());
+        Ok(())
+    }
+
+    /// Sends the message that binds the queue, up to `most` times if the previous owner may be
+    /// closing.
+    fn ask_for_the_queue(&self, config: &Config, most: usize) -> Result<(), Error> {
         let mut tries = 0;
         loop {
             let error = match self.configure("bind queue", config) {
@@ -101,13 +150,11 @@ impl Shared {
             };
             tries += 1;
             let permitted = || self.is_capable_here() && self.owner().is_none();
-            let going = match error.kind() {
+            let going = || match error.kind() {
                 ErrorKind::NotPermitted => permitted(),
-                // The port id of a closing socket is released before its queues are, and this
-                // socket has the same port id.
                 _ => error.errno() == Some(Errno::BUSY),
             };
-            if going && tries < TRIES {
+            if tries < most && going() {
                 std::thread::yield_now();
                 continue;
             }

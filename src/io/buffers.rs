@@ -55,6 +55,11 @@ impl BufferPool {
         }
     }
 
+    /// The longest payload for which there is room, in bytes.
+    pub(super) fn payload(&self) -> usize {
+        self.longest - ATTRIBUTES
+    }
+
     /// Receives one datagram. Returns its full length, even if the buffer was shorter.
     pub(super) fn receive(&mut self, socket: impl AsFd) -> rustix::io::Result<usize> {
         sys::receive(socket, self.landing())

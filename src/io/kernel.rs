@@ -40,6 +40,15 @@ impl KernelTable {
         Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue"))
     }
 
+    /// The file, opened in another process.
+    pub(crate) fn of(file: File) -> Self {
+        Self(Ok(file))
+    }
+
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.0.as_ref().ok()
+    }
+
     /// None: the kernel is one in memory.
     #[cfg(feature = "test-util")]
     pub(crate) fn none() -> Self {
@@ -68,13 +77,17 @@ impl KernelTable {
             text.resize(start + 4096, 0);
             let read = file.read_at(&mut text[start..], start as u64).map_err(failed)?;
             text.truncate(start + read);
-            if read == 0 {
+            // A file that another process has passed on may be any file.
+            if read == 0 || text.len() > LONGEST_TABLE {
                 break;
             }
         }
         Ok(String::from_utf8_lossy(&text).lines().find_map(|line| parse(line, queue)))
     }
 }
+
+/// More than the lines of 65 536 queues take, in bytes.
+const LONGEST_TABLE: usize = 8 << 20;
 
 /// The file's mode is 0440. It belongs to root of the user namespace that owns the network
 /// namespace.

@@ -7,9 +7,10 @@
 //! | [`bind`], [`reconfigure`], [`close`] | configuration of the queue |
 //! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
 //! | [`sender`], [`send`] | from the ledger to the socket |
-//! | [`driver`], [`timer`] | the task in the runtime, and the timer thread |
+//! | [`driver`], [`timer`], [`ticks`] | the task in the runtime, and the timer thread |
 //! | [`socket`], [`buffers`], [`kernel`], [`clock`], [`sys`] | the operating system |
 //! | `memory` | what a kernel in memory has in its place |
+//! | [`handover`], [`exchange`], [`passed`] | passing a queue to another process |
 //! | [`raw_sockets`] | raw sockets for packets outside of a queue |
 
 mod bind;
@@ -18,12 +19,15 @@ mod busy_poll;
 pub(crate) mod clock;
 mod close;
 mod driver;
+mod exchange;
 mod extras;
 mod guard;
+mod handover;
 pub(crate) mod kernel;
 mod limits;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
+mod passed;
 mod raw_packet;
 pub(crate) mod raw_sockets;
 mod ready_fd;
@@ -36,15 +40,22 @@ mod shared;
 mod socket;
 mod stream;
 pub(crate) mod sys;
+mod ticks;
 pub(crate) mod timer;
 mod trace;
 
 pub(crate) use self::{
     bind::Opened,
+    exchange::{acknowledge, await_acknowledgement, receive_descriptors, send_descriptors, take_back},
     extras::VerdictExtras,
     guard::VerdictGuard,
+    handover::Frozen,
+    passed::{Passed, PassedQueue, packed, unpacked},
     raw_packet::RawPacket,
     ready_fd::AnyReadyFd,
     shared::{Settings, Shared},
     stream::Received,
+    ticks::Ticks,
 };
+#[cfg(feature = "divert")]
+pub(crate) use self::{passed::PassedTable, ticks::Pauses};

@@ -43,6 +43,11 @@ impl RawPacket {
         }
     }
 
+    /// The datagram that contained the message.
+    pub(super) fn datagram(&self) -> Bytes {
+        self.bytes.clone()
+    }
+
     pub(crate) fn payload(&self) -> &[u8] {
         self.get(&self.payload)
     }

@@ -57,6 +57,11 @@ impl Receiver {
         self.buffers.grow(payload);
     }
 
+    /// The longest payload for which there is room, in bytes.
+    pub(super) fn payload(&self) -> usize {
+        self.buffers.payload()
+    }
+
     /// Receives up to `limit` datagrams. Returns true if the socket was found empty.
     ///
     /// # Errors

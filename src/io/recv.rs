@@ -16,6 +16,10 @@ impl Shared {
     /// # Errors
     /// The socket cannot be used any more.
     pub(super) fn receive(&self, receiver: &mut Receiver, limit: usize) -> io::Result<bool> {
+        if self.is_frozen() {
+            // Not `true`: the socket was not found empty.
+            return Ok(false);
+        }
         let sent = self.last_sent.load(Ordering::Acquire);
         let already = receiver.packets.len();
         let mut round = Round::default();
@@ -88,7 +92,9 @@ impl Shared {
 
     /// Receives packets that may have been unread for long, so that their deadlines start.
     pub(super) fn receive_unread(&self) {
-        let _ = self.receive_all();
+        if !self.is_held() {
+            let _ = self.receive_all();
+        }
         self.perform_pending();
     }
 

@@ -12,6 +12,7 @@ use super::{
     extras::VerdictExtras,
     sender::Sender,
     shared::{Shared, lock},
+    stream::unusable,
 };
 use crate::{
     state::{Change, VerdictMessage},
@@ -127,7 +128,7 @@ impl Shared {
             }
             Outcome::Broken(source) => {
                 machine.unsent(plan.split_off(begin), first);
-                machine.fail(Error::os("send verdicts", source.into()));
+                machine.fail(unusable("send verdicts", source.into()));
             }
         }
         self.last_sent.store(sender.sequence, Ordering::Release);
@@ -188,10 +189,12 @@ impl Shared {
         let mut sender = lock(&self.sender);
         // Checked under the lock under which the queue is stopped: nothing is configured after
         // that.
-        if only_while_open && !self.core().machine.life().is_open() {
+        let life = self.core().machine.life();
+        if only_while_open && !life.is_open() || life.is_handing_over() {
             drop(sender);
             self.flush_for_others();
-            return Err(self.closed(operation));
+            let error = self.closed(operation);
+            return Err(if life.is_handing_over() { error.with_detail("it is being handed over") } else { error });
         }
         // Makes room for the reply.
         let _ = self.receive_round();

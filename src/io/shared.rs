@@ -15,7 +15,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32},
+        atomic::{AtomicBool, AtomicU8, AtomicU32},
     },
     task::Waker,
     time::Duration,
@@ -56,7 +56,6 @@ pub(crate) struct Settings {
     /// How long to busy-poll; zero for not at all.
     pub(crate) busy_poll: Duration,
     /// Connection tracking entries were requested.
-    #[cfg_attr(not(feature = "conntrack"), expect(dead_code))]
     pub(crate) conntrack: bool,
     /// Bytes of optional attributes in a message.
     pub(crate) attributes: usize,
@@ -84,6 +83,8 @@ pub(crate) struct Shared {
     /// send, and read before the socket is found empty: by then the kernel's replies up to this
     /// number have been received.
     pub(super) last_sent: AtomicU32,
+    /// Whether the queue is being handed over: see [`Hold`](super::handover::Hold).
+    pub(super) hold: AtomicU8,
     /// For event loops that wait for a descriptor.
     pub(super) ready_fd: OnceLock<ReadyFd>,
     pub(super) trace: Trace,
@@ -153,6 +154,7 @@ impl Shared {
             timer: OnceLock::new(),
             watched: AtomicBool::new(false),
             last_sent: AtomicU32::new(0),
+            hold: AtomicU8::new(0),
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),
             network_owner,
@@ -320,7 +322,7 @@ impl Shared {
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        !self.core().machine.life().is_open()
+        self.core().machine.life().has_ended()
     }
 
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -125,6 +125,25 @@ impl Unregistered {
         let port_id = socket.port;
         let receive_buffer = kernel.set_receive_buffer(port_id, receive_buffer);
         Ok(Self { socket: Transport::Memory(socket), port_id, receive_buffer, max_send: MAX_SEND })
+    }
+}
+
+impl Unregistered {
+    /// A netlink socket that another process has opened and connected. The caller has checked that
+    /// it is one.
+    pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
+        let os = |operation: &'static str| move |source| Error::os(operation, source);
+        let socket = sys::netlink_socket(fd);
+        // As `open` has done; these belong to the socket and are the same in both processes.
+        socket.set_non_blocking(true).map_err(os("adopt netlink socket"))?;
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address).map_err(os("read the address of the netlink socket"))?;
+        let receive_buffer =
+            sockopt::socket_recv_buffer_size(&socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))?;
+        let send_buffer =
+            sockopt::socket_send_buffer_size(&socket).map_err(|e| Error::os("read SO_SNDBUF", e.into()))?;
+        let (port_id, socket) = (address.port_number(), Transport::Netlink(socket));
+        Ok(Self { port_id, socket, receive_buffer, max_send: send_buffer.saturating_sub(32) })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    io,
     os::fd::BorrowedFd,
     pin::pin,
     sync::{Arc, MutexGuard},
@@ -30,6 +31,15 @@ impl Shared {
     pub(crate) fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Received, Error>>> {
         let mut looked = false;
         loop {
+            if self.is_held() {
+                if let Some(end) = self.end_of_stream(Some(cx.waker())) {
+                    return Poll::Ready(end.map(Err));
+                }
+                // If it is released from now on, the waker is woken.
+                if self.is_held() {
+                    return Poll::Pending;
+                }
+            }
             if let Some(packet) = self.take_packet(&mut lock(&self.receiver)) {
                 return Poll::Ready(Some(Ok(packet)));
             }
@@ -59,6 +69,7 @@ impl Shared {
                 Poll::Ready(Ok(ready)) => Some(ready),
                 Poll::Ready(Err(source)) => {
                     let error = Error::new(ErrorKind::NoRuntime, "receive packet").with_source(source);
+                    let error = error.with_detail("the queue's runtime has ended; bind the queue in another one");
                     return Poll::Ready(Some(Err(error.fatal())));
                 }
             };
@@ -81,13 +92,16 @@ impl Shared {
                     looked = true;
                 }
                 Ok(false) => self.perform_pending(),
-                Err(source) => return Poll::Ready(Some(Err(Error::os("receive packet", source).fatal()))),
+                Err(source) => return Poll::Ready(Some(Err(unusable("receive packet", source)))),
             }
         }
     }
 
     /// The next received packet that is undecided.
     fn take_packet(self: &Arc<Self>, receiver: &mut MutexGuard<'_, Receiver>) -> Option<Received> {
+        if self.is_held() {
+            return None;
+        }
         self.drop_decided(receiver);
         receiver.packets.pop_front().map(|packet| self.hand_out(packet))
     }
@@ -99,6 +113,9 @@ impl Shared {
     /// Takes up to `limit` packets that have been received already.
     pub(crate) fn take_packets(self: &Arc<Self>, limit: usize, mut each: impl FnMut(Received)) {
         let mut receiver = lock(&self.receiver);
+        if self.is_held() {
+            return;
+        }
         self.drop_decided(&mut receiver);
         let count = receiver.packets.len().min(limit);
         receiver.packets.drain(..count).for_each(|packet| each(self.hand_out(packet)));
@@ -120,7 +137,7 @@ impl Shared {
         if let Some(error) = core.machine.take_failure() {
             return Some(Some(error));
         }
-        if !core.machine.life().is_open() {
+        if core.machine.life().has_ended() {
             return Some(None);
         }
         let waker = waker.filter(|waker| core.stream.as_ref().is_none_or(|old| !old.will_wake(waker)));
@@ -132,7 +149,7 @@ impl Shared {
             drop(old);
             // Events in between have woken the old waker.
             let core = self.core();
-            if core.machine.has_failed() || !core.machine.life().is_open() {
+            if core.machine.has_failed() || core.machine.life().has_ended() {
                 drop(core);
                 return self.end_of_stream(None);
             }
@@ -159,6 +176,9 @@ impl Shared {
                 Some(None) => return Err(TryRecvError::Closed),
                 Some(Some(error)) => return Err(TryRecvError::Failed(error)),
             }
+            if self.is_held() {
+                return Err(TryRecvError::Empty);
+            }
             let received = self.receive(&mut receiver, RECEIVE_BATCH);
             let none = receiver.packets.is_empty();
             drop(receiver);
@@ -168,7 +188,7 @@ impl Shared {
                     return Err(TryRecvError::Empty);
                 }
                 Ok(_) => self.perform_pending(),
-                Err(source) => return Err(TryRecvError::Failed(Error::os("receive packet", source).fatal())),
+                Err(source) => return Err(TryRecvError::Failed(unusable("receive packet", source))),
             }
         }
     }
@@ -220,6 +240,12 @@ impl Shared {
         }
         Poll::Pending
     }
+}
+
+/// The error with which the stream ends because a system call on the socket has failed for good.
+pub(super) fn unusable(operation: &'static str, source: io::Error) -> Error {
+    let detail = "the socket cannot be used any more; drop the queue and bind it again";
+    Error::os(operation, source).with_detail(detail).fatal()
 }
 
 /// Polls the task again after the runtime has run the other ready tasks and checked for I/O. This

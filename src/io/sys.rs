@@ -3,7 +3,7 @@
 use std::{
     ffi::c_void,
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
@@ -57,9 +57,16 @@ pub(crate) enum Owner {
 
 /// The owner of the calling thread's network namespace.
 pub(crate) fn network_owner() -> Owner {
+    match std::fs::File::open("/proc/thread-self/ns/net") {
+        Ok(namespace) => network_owner_of(namespace),
+        Err(_) => Owner::Foreign,
+    }
+}
+
+/// The owner of a network namespace, which is given by its file.
+pub(crate) fn network_owner_of(namespace: impl AsFd) -> Owner {
     // linux/proc_ns.h: PROC_USER_INIT_INO.
     const INITIAL: u64 = 0xEFFF_FFFD;
-    let Ok(namespace) = std::fs::File::open("/proc/thread-self/ns/net") else { return Owner::Foreign };
     // ns_get_owner returns EPERM unless it is the caller's own user namespace or a child.
     match user_namespace_of(namespace).and_then(rustix::fs::fstat) {
         Ok(stat) if stat.st_ino == INITIAL => Owner::Initial,
@@ -112,6 +119,14 @@ unsafe impl Ioctl for NewDescriptor {
         // SAFETY: the call has succeeded, and its result is a new descriptor that nobody else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
+}
+
+/// Makes a netlink socket of a descriptor. The caller has checked that it is one.
+#[allow(unsafe_code)]
+pub(crate) fn netlink_socket(fd: OwnedFd) -> netlink_sys::Socket {
+    // SAFETY: the descriptor is open, and it is owned by nobody else, for it comes from an
+    // `OwnedFd` that gives it up here.
+    unsafe { netlink_sys::Socket::from_raw_fd(fd.into_raw_fd()) }
 }
 
 /// Receives one datagram into `room`, replacing its content, up to its capacity. Returns the full

@@ -120,6 +120,14 @@ impl Timer {
     }
 }
 
+impl Timer {
+    /// Ends a [`watch`](Self::watch), if there is one. Closing the descriptor does not suffice if
+    /// another process has a copy.
+    pub(crate) fn unwatch(&self, fd: impl AsFd) {
+        let _ = epoll::delete(&self.timer.epoll, fd);
+    }
+}
+
 impl Drop for Timer {
     fn drop(&mut self) {
         let mut state = self.timer.state();

@@ -52,6 +52,14 @@ impl Trace {
         }
     }
 
+    pub(crate) fn handed_over(&self, unread: usize) {
+        event!(self, DEBUG, unread, "handed over");
+    }
+
+    pub(crate) fn taken_over(&self, unread: usize) {
+        event!(self, DEBUG, unread, "taken over");
+    }
+
     pub(crate) fn report(&self, report: Report) {
         let Report { kind, count, packet } = report;
         match kind {

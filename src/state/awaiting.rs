@@ -36,6 +36,15 @@ impl<W> Awaiting<W> {
         self.entries.remove(at).map(|(_, awaited)| awaited)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The oldest entry.
+    pub(super) fn pop_any(&mut self) -> Option<Awaited<W>> {
+        self.entries.pop_front().map(|(_, awaited)| awaited)
+    }
+
     /// The oldest entry, if its message was sent with or before the message with this number.
     pub(super) fn pop_sent(&mut self, sent: u32) -> Option<Awaited<W>> {
         let (first, _) = self.entries.front()?;
@@ -91,7 +100,7 @@ impl SentBatches {
 }
 
 /// Sequence numbers wrap.
-fn is_after(sequence: u32, other: u32) -> bool {
+pub(super) fn is_after(sequence: u32, other: u32) -> bool {
     sequence != other && sequence.wrapping_sub(other) <= u32::MAX / 2
 }
 

@@ -125,6 +125,27 @@ impl<E> Ledger<E> {
         self.batches = false;
     }
 
+    /// Whether one message may settle several packets.
+    pub(crate) fn allows_batches(&self) -> bool {
+        self.batches
+    }
+
+    /// The ids before `next` that have not arrived are not owed: another process has settled them.
+    pub(crate) fn skip_to(&mut self, next: u32) {
+        let skipped = next.wrapping_sub(self.next());
+        if skipped > u32::MAX / 2 {
+            return;
+        }
+        if skipped as usize > SPARE_SPAN {
+            while !self.ring.is_empty() {
+                self.evict();
+            }
+            self.base = next;
+        } else {
+            self.ring.extend((0..skipped).map(|_| Slot::Settled));
+        }
+    }
+
     /// The id that is expected next.
     pub(crate) fn next(&self) -> u32 {
         self.base.wrapping_add(self.ring.len() as u32)

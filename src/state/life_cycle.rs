@@ -27,6 +27,16 @@ pub(crate) enum LifeCycle {
         action: Action,
         limit: WaitLimit,
     },
+    /// The queue is being handed over to another process, or taken over from one. No packet is
+    /// handed out.
+    HandingOver {
+        /// The socket is not touched.
+        frozen: bool,
+        /// Until when verdicts that are owed are awaited.
+        limit: WaitLimit,
+        /// The shutdown that was requested meanwhile. It begins if the queue goes on here.
+        then: Option<(Action, WaitLimit)>,
+    },
     Closed {
         /// The capability was missing; unbinding is tried again.
         still_bound: bool,
@@ -36,6 +46,19 @@ pub(crate) enum LifeCycle {
 impl LifeCycle {
     pub(crate) fn is_open(self) -> bool {
         self == Self::Open
+    }
+
+    /// Whether the stream ends. It does not while the queue is being handed over.
+    pub(crate) fn has_ended(self) -> bool {
+        !matches!(self, Self::Open | Self::HandingOver { .. })
+    }
+
+    pub(crate) fn is_handing_over(self) -> bool {
+        matches!(self, Self::HandingOver { .. })
+    }
+
+    pub(crate) fn is_frozen(self) -> bool {
+        matches!(self, Self::HandingOver { frozen: true, .. })
     }
 
     pub(crate) fn is_closed(self) -> bool {

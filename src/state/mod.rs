@@ -12,6 +12,7 @@
 //! | a datagram was sent, refused, or not sent | [`Machine::sent`], [`Machine::refused`], [`Machine::unsent`] |
 //! | time passed, the ready tasks have run | [`Machine::fire`], [`Machine::tasks_ran`] |
 //! | the queue is closed | [`Machine::begin_close`], [`Machine::stopped`], [`Machine::unbound`] |
+//! | the queue is handed over | [`handover`] |
 //!
 //! The caller takes [`Effects`] and [`Notice`]s under the lock, and carries them out after
 //! releasing it.
@@ -32,6 +33,7 @@ mod awaiting;
 mod deadlines;
 mod effects;
 pub(crate) mod flush;
+mod handover;
 pub(crate) mod ledger;
 mod life_cycle;
 mod memory;
@@ -55,6 +57,7 @@ use self::{
 };
 pub(crate) use self::{
     effects::{Effects, Notice},
+    handover::Position,
     ledger::{Decision, Origin, VerdictMessage},
     life_cycle::{LifeCycle, WaitLimit},
     memory::Storage,
@@ -203,6 +206,9 @@ struct Sending {
     /// When to send again after a failure, and the pause after the next failure.
     retry: Option<(Instant, Duration)>,
     batches: SentBatches,
+    /// Replies to messages up to this sequence number are for the process that had the queue
+    /// before.
+    inherited: Option<u32>,
 }
 
 /// The rounds of receiving.

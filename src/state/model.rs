@@ -12,6 +12,7 @@ use std::{
 use self::kernel::{Datagram, Kernel, Random, Sent};
 use super::{flush::FlushDecision, *};
 
+mod handover;
 mod kernel;
 
 /// Histories, and events in each: a million in all.
@@ -197,14 +198,17 @@ impl World {
             }
             97 => self.detach(),
             98 => self.machine.wake_stream(),
-            _ => {
-                if self.random.one_in(20) {
+            _ => match self.random.below(20) {
+                0 => {
                     let driven = self.random.one_in(2);
                     self.machine.set_driven(driven);
                 }
-            }
+                1..=8 => self.begin_hand_over(),
+                _ => {}
+            },
         }
         self.perform();
+        self.continue_hand_over();
         self.check();
     }
 
@@ -549,6 +553,11 @@ impl World {
     fn close(&mut self, limit: WaitLimit) {
         let action = if self.random.one_in(2) { Action::Drop } else { Action::Accept };
         if !self.machine.begin_close(action, limit) {
+            if self.machine.life().is_handing_over() {
+                // The shutdown begins when the hand-over fails.
+                self.close_action = Some(action);
+                self.resume();
+            }
             return;
         }
         self.close_action = Some(action);
@@ -572,8 +581,7 @@ impl World {
 
     fn check(&mut self) {
         let stats = self.machine.stats();
-        let taken = stats.decided.accepted + stats.decided.dropped + stats.decided.repeated + stats.decided.requeued;
-        let sum = taken + stats.sent.refused + stats.sent.gone_at_least + stats.held.in_flight as u64;
+        let sum = taken(&stats) + stats.held.in_flight as u64;
         assert_eq!(stats.received.packets, sum, "{stats:?}");
     }
 
@@ -646,6 +654,13 @@ impl World {
         assert_eq!(forgotten, [] as [u32; 0], "forgotten");
         assert_eq!(self.waiters.len(), 0, "confirmations without a reply");
     }
+}
+
+/// Packets that the kernel has taken a verdict for, or that are gone.
+fn taken(stats: &Stats) -> u64 {
+    let decided = stats.decided;
+    let taken = decided.accepted + decided.dropped + decided.repeated + decided.requeued;
+    taken + stats.sent.refused + stats.sent.gone_at_least
 }
 
 /// A custom policy that makes every decision.

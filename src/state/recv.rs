@@ -28,7 +28,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.fill.sample(in_flight);
         self.counters.held.most_in_flight = self.counters.held.most_in_flight.max(in_flight);
         let action = match self.life {
-            LifeCycle::Open => return true,
+            LifeCycle::Open | LifeCycle::HandingOver { .. } => return true,
             LifeCycle::Stopping { action, .. } | LifeCycle::Waiting { action, .. } => action,
             LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => self.settings.on_unanswered,
         };
@@ -122,20 +122,25 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.receiving.lossless {
             self.receiving.losing = false;
         }
+        self.sending.inherited = None;
         self.sending.batches.forget(sent);
         while let Some(awaited) = self.awaiting.pop_sent(sent) {
-            let (waiter, error) = match awaited {
-                Awaited::Verdict { id, waiter } => {
-                    (waiter, Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(PacketId(id)))
-                }
-                Awaited::Config { change, waiter, operation } => {
-                    // It may have been applied: messages may be as large as either setting allows.
-                    self.limits.payload = self.limits.payload.max(change.payload.unwrap_or(0));
-                    (waiter, Error::new(ErrorKind::Unconfirmed, operation))
-                }
-            };
-            self.notices.push(Notice::Reply(waiter, Err(error)));
+            self.reply_is_lost(awaited);
         }
+    }
+
+    pub(super) fn reply_is_lost(&mut self, awaited: Awaited<E::Waiter>) {
+        let (waiter, error) = match awaited {
+            Awaited::Verdict { id, waiter } => {
+                (waiter, Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(PacketId(id)))
+            }
+            Awaited::Config { change, waiter, operation } => {
+                // It may have been applied: messages may be as large as either setting allows.
+                self.limits.payload = self.limits.payload.max(change.payload.unwrap_or(0));
+                (waiter, Error::new(ErrorKind::Unconfirmed, operation))
+            }
+        };
+        self.notices.push(Notice::Reply(waiter, Err(error)));
     }
 
     /// How many packets have been lost so far.

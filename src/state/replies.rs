@@ -2,7 +2,9 @@
 
 use rustix::io::Errno;
 
-use super::{Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, reply_error};
+use super::{
+    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, awaiting::is_after, reply_error,
+};
 use crate::{
     types::{Error, ErrorKind, PacketId},
     wire::{Refused, Reply},
@@ -12,6 +14,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The kernel replied to one of our messages.
     pub(crate) fn replied(&mut self, reply: Reply) {
         let first = reply.sequence;
+        if self.sending.inherited.is_some_and(|last| !is_after(first, last)) {
+            return self.inherited_reply(&reply);
+        }
         if reply.error == Some(Errno::PERM) {
             if let Some(at) = self.sending.known_refused.iter().position(|known| *known == first) {
                 self.sending.known_refused.remove(at);
@@ -56,6 +61,18 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     self.push_refusal(error);
                 }
             }
+        }
+    }
+
+    /// The kernel replied to a message of the process that had the queue before. That process has
+    /// counted the packet as decided, or as refused and decided again.
+    fn inherited_reply(&mut self, reply: &Reply) {
+        // Except if it lacked the capability for a moment and has not read this reply.
+        if let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused)
+            && self.ledger.reopen(id, NO_TOKEN)
+        {
+            self.counters.received.packets += 1;
+            self.decide_again(id);
         }
     }
 
@@ -117,10 +134,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The queue cannot be used any more.
     pub(crate) fn fail(&mut self, error: Error) {
-        if self.failure.is_none() && self.life.is_open() {
+        if self.failure.is_none() && !self.life.has_ended() {
             self.note(ReportKind::Failed, 1, None);
             self.failure = Some(error.fatal());
             self.effects.wake_stream = true;
+            self.effects.wake_waiting = true;
         }
     }
 

@@ -88,7 +88,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             self.permission = Permission::Lost;
             let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
-            self.fail(error.with_detail("CAP_NET_ADMIN has been lost, and no verdict can be sent without it"));
+            self.fail(error.with_detail(
+                "CAP_NET_ADMIN has been lost, and no verdict can be sent without it; start again with it",
+            ));
             self.give_up_draining();
             self.look_for_the_end();
         }

@@ -32,6 +32,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.rearm_timer(now);
                 return false;
             }
+            LifeCycle::HandingOver { then, .. } => {
+                let (action, limit) = match then {
+                    Some((action, old)) => (*action, old.tighten(limit)),
+                    None => (action, limit),
+                };
+                *then = Some((action, limit));
+                return false;
+            }
             LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => return false,
         }
         if let WaitLimit::At(at) = limit {
@@ -93,7 +101,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             LifeCycle::Stopping { limit, .. }
             | LifeCycle::Waiting { limit, .. }
             | LifeCycle::Unbinding { limit, .. } => limit == WaitLimit::Over,
-            LifeCycle::Open | LifeCycle::Closed { .. } => false,
+            LifeCycle::Open | LifeCycle::HandingOver { .. } | LifeCycle::Closed { .. } => false,
         }
     }
 

@@ -15,6 +15,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.timer = None;
         let expired = self.expire(now);
         self.end_wait(now);
+        self.end_hand_over_wait(now);
         match self.permission {
             Permission::Held => {
                 if self.sending.retry.is_some_and(|(at, _)| at <= now) {
@@ -62,7 +63,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         };
         let limit = match self.life {
             LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
-            | LifeCycle::Waiting { limit: WaitLimit::At(at), .. } => Some(at),
+            | LifeCycle::Waiting { limit: WaitLimit::At(at), .. }
+            | LifeCycle::HandingOver { limit: WaitLimit::At(at), .. } => Some(at),
             _ => None,
         };
         let retry = self.sending.retry.filter(|_| self.permission == Permission::Held).map(|(at, _)| at.max(now));
@@ -84,7 +86,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             permission,
             limit,
             retry,
-            self.deadlines.next(),
+            self.deadlines.next().filter(|_| !self.life.is_frozen()),
             self.receiving.look.map(|(at, _)| at),
             self.reports.pending(),
         ];
@@ -95,7 +97,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Decides packets whose deadline has been reached. Returns whether there were any.
     pub(super) fn expire(&mut self, now: Instant) -> bool {
-        let Some((_, action)) = self.settings.deadline else { return false };
+        let Some((_, action)) = self.settings.deadline.filter(|_| !self.life.is_frozen()) else { return false };
         let before = self.counters.decided.expired;
         while let Some((first, last)) = self.deadlines.due(now) {
             for id in self.ledger.undecided_between(first, last) {

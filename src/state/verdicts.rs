@@ -90,7 +90,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         let undecided = self.ledger.undecided();
         let last_words = !self.life.is_open() && undecided == 0;
-        if !self.gathering.driven || last_words {
+        if !self.gathering.driven || last_words || self.life.is_handing_over() {
             return self.request_flush();
         }
         let Some(policy) = &mut self.gathering.policy else {

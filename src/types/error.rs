@@ -52,6 +52,10 @@ pub enum ErrorKind {
     Malformed,
     /// A time-out expired.
     TimedOut,
+    /// Another version of this crate has made it, and this version does not understand it.
+    Incompatible,
+    /// The other process has ended, or has closed the connection.
+    Disconnected,
     /// Any other error of the operating system; see [`Error::raw_os_error`].
     Other,
 }
@@ -148,6 +152,8 @@ impl ErrorKind {
             Self::Unconfirmed => "the kernel's acknowledgement was lost",
             Self::Malformed => "malformed message",
             Self::TimedOut => "timed out",
+            Self::Incompatible => "made by another version",
+            Self::Disconnected => "the other process has ended or closed the connection",
             Self::Other => "failed",
         }
     }
@@ -204,7 +210,8 @@ impl From<Error> for io::Error {
             ErrorKind::Unsupported => io::ErrorKind::Unsupported,
             ErrorKind::PacketGone => io::ErrorKind::NotFound,
             ErrorKind::Closed => io::ErrorKind::BrokenPipe,
-            ErrorKind::Malformed => io::ErrorKind::InvalidData,
+            ErrorKind::Malformed | ErrorKind::Incompatible => io::ErrorKind::InvalidData,
+            ErrorKind::Disconnected => io::ErrorKind::ConnectionReset,
             ErrorKind::TimedOut | ErrorKind::Expired => io::ErrorKind::TimedOut,
             ErrorKind::NoRuntime | ErrorKind::Unconfirmed | ErrorKind::Other => io::ErrorKind::Other,
         };

@@ -9,7 +9,7 @@ use super::Action;
 /// Counters start at [`bind`](crate::QueueBuilder::bind) and count packets unless their
 /// documentation says otherwise. In every snapshot these numbers add up:
 /// `received.packets == decided.accepted + decided.dropped + decided.repeated + decided.requeued +
-/// sent.refused + sent.gone_at_least + held.in_flight`.
+/// decided.handed_over + sent.refused + sent.gone_at_least + held.in_flight`.
 ///
 /// `later - earlier` is what has happened in between: counters are subtracted; what is not a
 /// counter ([`held`](Self::held), [`limits`](Self::limits), [`Sent::largest_flush`]) is that of
@@ -78,6 +78,9 @@ pub struct Decided {
     pub expired: u64,
     /// Verdicts for packets that had already been decided by a deadline or a closing queue.
     pub late: u64,
+    /// Not decided here: received, not handed out, and passed on to a successor that took the queue
+    /// [over](crate::VerdictSink::hand_over).
+    pub handed_over: u64,
 }
 
 /// How verdicts were sent: [`Stats::sent`].
@@ -193,6 +196,7 @@ impl Stats {
             ("decided.unanswered", decided.unanswered),
             ("decided.expired", decided.expired),
             ("decided.late", decided.late),
+            ("decided.handed_over", decided.handed_over),
             ("sent.flushes", sent.flushes),
             ("sent.largest_flush", sent.largest_flush),
             ("sent.sends", sent.sends),
@@ -253,7 +257,7 @@ impl Sub for Stats {
         }
         Self {
             received: difference!(received: packets bytes malformed),
-            decided: difference!(decided: accepted dropped repeated requeued unanswered expired late),
+            decided: difference!(decided: accepted dropped repeated requeued unanswered expired late handed_over),
             sent: difference!(sent: flushes sends failed_sends messages refused gone_at_least refusals refusals_unread),
             lost: difference!(lost: packets gaps overrun_episodes overruns),
             held: self.held,

@@ -14,6 +14,7 @@ pub(crate) mod expectation;
 pub(crate) mod kernel_side;
 pub(crate) mod message;
 pub(crate) mod packet;
+pub(crate) mod record;
 pub(crate) mod verdict;
 mod writer;
 

@@ -176,7 +176,7 @@ fn table_exists(name: &str) -> bool {
 }
 
 /// Creates a table without an owner, as `nft` does.
-fn make_table(name: &str) {
+pub(crate) fn make_table(name: &str) {
     let (unspec, inet) = (NetfilterProtoFamily::Unspec, NetfilterProtoFamily::Inet);
     let batch = [
         netlink_message(unspec, 0, ControlMessage::BatchBegin),

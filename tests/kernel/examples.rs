@@ -23,6 +23,8 @@ tests![
     sync per_flow_sees_every_packet_without_flows,
     sync nf_queue_counts_packets_and_stops_after_its_timeout,
     sync nf_queue_requeues_packets,
+    sync restart_under_load_loses_no_packet,
+    sync a_second_restart_process_takes_the_queue_over,
     sync invalid_command_lines_are_refused,
     sync without_the_capability_one_line_is_printed,
 ];
@@ -125,6 +127,37 @@ fn nf_queue_requeues_packets() {
     assert_eq!(first, second);
 }
 
+fn restart_under_load_loses_no_packet() {
+    let arguments = ["--restarts", "2", "--rate", "5000", "--seconds", "1"];
+    let (status, output) = Program::start("restart", &arguments).wait();
+    assert!(status.success(), "{status}: {output}");
+    assert_eq!(output.lines().count(), 4, "{output}");
+    let last = output.lines().last().unwrap();
+    assert!(last.starts_with("15000 datagrams, "), "{output}");
+    assert!(last.ends_with(": 0 lost, 0 doubled; 15000 decided, 0 gone"), "{output}");
+}
+
+fn a_second_restart_process_takes_the_queue_over() {
+    let socket = std::env::temp_dir().join(format!("restart-test-{}", std::process::id()));
+    let arguments = ["--queue", "3", "--socket", socket.to_str().unwrap()];
+    let mut first = Program::start("restart", &arguments);
+    first.until_ready();
+    // The rule is the user's, and stays.
+    let _divert = divert(&[3]);
+    assert_eq!(delivered(100), 100);
+    let mut second = Program::start("restart", &arguments);
+    second.until_ready();
+    let (status, output) = first.wait();
+    assert!(status.success(), "{status}");
+    assert_eq!(output, "decided 100 passed-on 0 lost 0 gone 0\n");
+    assert_eq!(delivered(50), 50);
+    let (status, output) = second.end(Signal::SIGTERM);
+    assert!(status.success(), "{status}");
+    assert_eq!(output, "decided 50 passed-on 0 lost 0 gone 0\n");
+    assert_eq!(support::queue_line(3), None, "the queue is unbound");
+    let _ = std::fs::remove_file(socket);
+}
+
 fn invalid_command_lines_are_refused() {
     for (program, arguments) in [
         ("accept_all", &["--queue", "70000"][..]),
@@ -136,6 +169,10 @@ fn invalid_command_lines_are_refused() {
         ("nf_queue", &["-q", "3", "-Q", "3"]),
         ("per_flow", &["--port", "port"]),
         ("demo", &["--bogus"]),
+        ("restart", &["--bogus"]),
+        ("restart", &["--rate", "0"]),
+        ("restart", &["--restarts", "1000", "--rate", "1000000", "--seconds", "60"]),
+        ("restart", &["--socket", "/does/not/exist", "--queue", "70000"]),
     ] {
         let (status, _) = Program::start(program, arguments).wait();
         assert!(!status.success() && status.code().is_some(), "{program} {arguments:?}: {status}");

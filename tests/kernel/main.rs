@@ -7,7 +7,8 @@
 //! Each test has its own thread and network namespace; two tests run at the same time. All tests
 //! share the process, so a test changes only what belongs to its threads: capabilities, CPU
 //! affinity, mounts, namespaces and the `tracing` subscriber. A test that needs another process
-//! starts one: this binary ([`divert::child`], `support::UserNamespace`) or an example.
+//! starts one: this binary ([`divert::child`],
+//! [`handover::child`], `support::UserNamespace`) or an example.
 
 #[macro_use]
 mod common;
@@ -28,6 +29,7 @@ mod examples;
 mod flows;
 mod flushing;
 mod group;
+mod handover;
 mod histories;
 mod injector;
 mod isolation;
@@ -78,6 +80,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     simulated::tests,
     namespaces::tests,
     group::tests,
+    handover::tests,
     reconfigure::tests,
     statistics::tests,
     overload::tests,
@@ -88,7 +91,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
 ];
 
 fn main() -> ExitCode {
-    if let Some(code) = divert::child() {
+    if let Some(code) = divert::child().or_else(handover::child) {
         return code;
     }
     support::run(MODULES.iter().flat_map(|tests| tests()).collect())

@@ -1,6 +1,10 @@
-//! The one system call that no library offers safely.
+//! The system calls that no library offers safely.
 
-use std::{io, net::UdpSocket, os::fd::AsRawFd};
+use std::{
+    io,
+    net::UdpSocket,
+    os::fd::{AsFd, AsRawFd, RawFd},
+};
 
 use nix::libc;
 
@@ -29,6 +33,16 @@ pub fn ethtool(interface: &str, command: u32, data: u32) -> io::Result<()> {
     // data points to a live `ethtool_value`, which is what these commands read and write; both
     // outlive the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Makes a descriptor number refer to another file, as `dup2` does: for the owner of the number,
+/// every system call on its file then fails.
+pub fn replace_descriptor(number: RawFd, with: impl AsFd) -> io::Result<()> {
+    // SAFETY: `dup2` checks both numbers and accesses no memory.
+    if unsafe { libc::dup2(with.as_fd().as_raw_fd(), number) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
