@@ -35,6 +35,9 @@
 //! | `packet.reject().for_flow()` | dropped; its sender gets a TCP reset, or an ICMP error | the same, in both directions |
 //! | `packet.reject()` | the same | come to the queue |
 //!
+//! The example `per_flow` accepts connections by their first packet; `ips` searches the first bytes
+//! of TCP connections, and keeps what it knows of them.
+//!
 //! What is a connection is what connection tracking calls one: for UDP, packets between the same
 //! addresses and ports until none has come for 30 s, or for 2 minutes after replies
 //! (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`). ICMP errors belong to the

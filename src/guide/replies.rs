@@ -22,6 +22,8 @@
 //!   [payload](crate::Verdict::payload). The kernel continues with the packet where it was queued,
 //!   so the reply arrives only from two places. It needs neither `CAP_NET_RAW` nor a mark.
 //!
+//! The example `dns_firewall` answers DNS queries with an injector.
+//!
 //! # Which reply arrives
 //!
 //! Measured with UDP over veth on Linux 6.18, IPv4 and IPv6; the kernel tests repeat it on each

@@ -1,5 +1,10 @@
 //! The example programs, with their command lines, on a real kernel.
 
+#[cfg(feature = "edit")]
+pub(crate) mod dns_firewall;
+#[cfg(feature = "edit")]
+pub(crate) mod ips;
+
 use std::{
     io::{BufRead, BufReader, Read},
     net::{Ipv4Addr, UdpSocket},
@@ -168,6 +173,15 @@ fn invalid_command_lines_are_refused() {
         ("nf_queue", &["-x"]),
         ("nf_queue", &["-q", "3", "-Q", "3"]),
         ("per_flow", &["--port", "port"]),
+        ("dns_firewall", &[]),
+        ("dns_firewall", &["--port", "0x", "example.com"]),
+        ("dns_firewall", &["a..b"]),
+        ("dns_firewall", &[""]),
+        ("dns_firewall", &["--file", "/nowhere"]),
+        ("ips", &[]),
+        ("ips", &["--pattern", ""]),
+        ("ips", &["--pattern", "long", "--bytes", "3"]),
+        ("ips", &["--pattern", "long", "--connections", "0"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

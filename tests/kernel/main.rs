@@ -86,6 +86,10 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     overload::tests,
     promises::tests,
     examples::tests,
+    #[cfg(feature = "edit")]
+    examples::dns_firewall::tests,
+    #[cfg(feature = "edit")]
+    examples::ips::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
 ];
