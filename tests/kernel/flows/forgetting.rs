@@ -31,7 +31,10 @@ async fn decide(queue: &mut Queue, talks: &[Talk], decision: Decision) {
         if decision == Decision::Accept {
             talk.asked(1);
         }
-        talk.silent();
+        match decision {
+            Decision::Reject => talk.refused("decided"),
+            _ => talk.silent(),
+        }
     }
 }
 

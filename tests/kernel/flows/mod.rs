@@ -119,22 +119,30 @@ impl Talk {
         assert_eq!(byte[0], number);
     }
 
-    /// Both sides have nothing to receive. Returns the errors that the client gets.
-    fn silent(&self) -> Option<io::ErrorKind> {
-        let mut error = None;
+    /// The client is told that its datagram was refused, and nothing else has arrived.
+    #[track_caller]
+    fn refused(&self, case: &str) {
+        refused(&self.client, case);
+        self.silent();
+    }
+
+    /// Both sides have nothing to receive, not even an error.
+    #[track_caller]
+    fn silent(&self) {
         for socket in [&self.client, &self.server] {
             socket.set_nonblocking(true).unwrap();
-            loop {
-                match socket.recv(&mut [0]) {
-                    Ok(_) => panic!("a datagram has passed"),
-                    Err(failed) if failed.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(failed) => error = Some(failed.kind()),
-                }
-            }
+            let received = socket.recv(&mut [0]).map_err(|error| error.kind());
+            assert_eq!(received, Err(io::ErrorKind::WouldBlock));
             socket.set_nonblocking(false).unwrap();
         }
-        error
     }
+}
+
+/// A connected socket is told that its datagram was refused.
+#[track_caller]
+fn refused(socket: &UdpSocket, case: &str) {
+    let received = socket.recv(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(received, Err(io::ErrorKind::ConnectionRefused), "{case}");
 }
 
 /// Sends a datagram. It may be dropped at the output hook, which is an error of the call.

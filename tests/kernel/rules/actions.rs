@@ -25,12 +25,12 @@ tests![
 
 const LOOPBACKS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
-/// The error that a sender gets for a datagram to this address.
-fn answer_to_a_datagram(address: IpAddr, to: u16) -> Option<ErrorKind> {
+/// The error that a sender gets for a datagram to this address. Waits for it if one is expected.
+fn answer_to_a_datagram(address: IpAddr, to: u16, expected: bool) -> Option<ErrorKind> {
     let from = receiver(address);
     from.connect((address, to)).unwrap();
     from.send(b"x").unwrap();
-    from.set_nonblocking(true).unwrap();
+    from.set_nonblocking(!expected).unwrap();
     from.recv(&mut [0; 8]).err().map(|error| error.kind())
 }
 
@@ -51,11 +51,11 @@ fn rejected_datagrams_are_answered_with_port_unreachable() {
         for hook in [Hook::Prerouting, Hook::Input] {
             let rule = Rule::new(hook).protocol(Protocol::Udp).destination_port(port(&to)).reject();
             let divert = Divert::builder().family(family).rule(rule).install().unwrap();
-            let answer = answer_to_a_datagram(address, port(&to));
+            let answer = answer_to_a_datagram(address, port(&to), true);
             assert_eq!(answer, Some(ErrorKind::ConnectionRefused), "{address} {family:?} {hook:?}");
             assert_eq!(counts(&divert), [1]);
         }
-        assert_eq!(answer_to_a_datagram(address, port(&to)), Some(ErrorKind::WouldBlock));
+        assert_eq!(answer_to_a_datagram(address, port(&to), false), Some(ErrorKind::WouldBlock));
     }
 }
 
@@ -75,7 +75,7 @@ fn one_rule_rejects_all_protocols() {
     let divert = install([Rule::new(Hook::Input).when(Match::direction(Direction::Original)).reject()]);
     for (address, to) in LOOPBACKS.into_iter().zip(&to) {
         assert_eq!(answer_to_a_connection(address), Some(ErrorKind::ConnectionRefused));
-        assert_eq!(answer_to_a_datagram(address, port(to)), Some(ErrorKind::ConnectionRefused));
+        assert_eq!(answer_to_a_datagram(address, port(to), true), Some(ErrorKind::ConnectionRefused));
     }
     // One rule, though the kernel has two.
     assert_eq!(divert.counters().unwrap().len(), 1);
@@ -94,6 +94,8 @@ fn mark_is_changed_for_later_rules_and_the_queue() {
     let packet = queue.next(PATIENCE).expect("a packet");
     assert_eq!(packet.mark, 0x7000_f00a);
     assert_eq!(counts(&divert), [1, 1, 1]);
+    // Linux 6.1 warns if a packet is still queued when the last base chain of the hook goes.
+    drop(queue);
 }
 
 fn rule_without_an_action_continues() {
