@@ -102,6 +102,27 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether times are exact: nothing runs beside the history.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.workers == 0 && self.moves_clock
+    }
+}
+
+impl Policy {
+    /// For how long a verdict is gathered at most.
+    pub(crate) fn longest_delay(self) -> Duration {
+        match self {
+            Self::Immediate => Duration::ZERO,
+            Self::Adaptive(delay) | Self::Fixed(_, delay) => delay,
+            Self::Moody(_) => MOODS * 3,
+        }
+    }
+}
+
+/// The unit of delays of a moody policy, which has up to three.
+const MOODS: Duration = Duration::from_micros(400);
+
 impl Settings {
     fn draw(random: &mut Random) -> Self {
         let delay = |random: &mut Random| Duration::from_micros(random.below(2000) as u64);
@@ -113,7 +134,11 @@ impl Settings {
                 _ => Policy::Moody(random.below(1000) as u64),
             },
             unanswered: either(random),
-            deadline: random.one_in(3).then(|| (Duration::from_millis(1 + random.below(30) as u64), either(random))),
+            deadline: random.one_in(3).then(|| {
+                let millis = 1 + random.below(30) as u64;
+                let times = if random.one_in(3) { 5 } else { 1 };
+                (Duration::from_millis(millis * times), either(random))
+            }),
             copy_range: (!random.one_in(5)).then(|| 1 + random.below(2000) as u32),
             max_len: if random.one_in(4) { 1 + random.below(60) as u32 } else { 1024 },
             receive_buffer: random.one_in(4).then(|| 2500 + random.below(20_000)),
@@ -168,7 +193,7 @@ fn moody(seed: u64) -> FlushPolicy {
         match random.below(4) {
             0 if context.gathered > 3 => FlushDecision::Now,
             1 => FlushDecision::AfterReadyTasks,
-            mood => FlushDecision::Within(Duration::from_micros(mood as u64 * 400)),
+            mood => FlushDecision::Within(MOODS * mood as u32),
         }
     })
 }

@@ -237,6 +237,22 @@ impl Records {
                     super::plan::End::CloseWith(other) => action == other || action == settings.unanswered,
                     _ => action == settings.unanswered,
                 };
+                if !closing && plan.is_exact() && outcome.at > self.disturbed_until {
+                    let delay = settings.policy.longest_delay();
+                    match (done, refusal, settings.deadline) {
+                        (Some(HandedOut { done: Done::Gave { at, .. }, .. }), None, _) => {
+                            if outcome.at > *at + delay {
+                                return Err("later than the limit of its policy");
+                            }
+                        }
+                        (Some(received), _, Some((after, _))) => {
+                            if outcome.at > received.at + after + after / 32 + delay {
+                                return Err("later than its deadline");
+                            }
+                        }
+                        _ => {}
+                    }
+                }
                 let unanswered = action == settings.unanswered || closing && ended;
                 let expired =
                     settings.deadline.is_some_and(|(after, other)| action == other && outcome.at >= packet.at + after);

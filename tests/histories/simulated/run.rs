@@ -519,7 +519,6 @@ impl History {
         wait(&mut self);
         for closer in closers {
             if let Some(Ok(Err(error))) = closer.now_or_never()
-                && !(error.kind() == ErrorKind::TimedOut && self.plan.moves_clock)
                 && !matches!((error.kind(), self.plan.end), (ErrorKind::TimedOut, End::CloseWithin(_)))
                 && !self.world.records().refused
             {
