@@ -71,6 +71,7 @@ use crate::{
 };
 
 mod connection;
+mod message;
 mod model;
 mod outcome;
 mod packet;

@@ -11,17 +11,18 @@ use rustix::io::Errno;
 
 use super::{
     connection::Connections,
+    message::{charge, fields, linear_charge},
     outcome::{Cause, Outcome},
-    packet::{Checksum, TestPacket},
+    packet::TestPacket,
     segment::segments,
 };
 use crate::{
     io::kernel::KernelStats,
     types::{Action, PacketId},
     wire::{
-        MAX_PAYLOAD, attribute,
-        config::{FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID, FLAGS_ALL},
-        kernel_side::{ConfigOrder, Order, PacketFields, Request, VerdictOrder, encode_packet, encode_reply, requests},
+        MAX_PAYLOAD,
+        config::{FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAGS_ALL},
+        kernel_side::{ConfigOrder, Order, Request, VerdictOrder, encode_packet, encode_reply, requests},
         verdict::{action_of, code},
     },
 };
@@ -432,14 +433,13 @@ impl<T: Clone> Model<T> {
         let (copy_mode, copy_range, flags) = (queue.copy_mode, queue.copy_range as usize, queue.flags);
         let connection = skb.packet.connection().filter(|_| flags & FLAG_CONNTRACK != 0);
         let connection = connection.map(|connection| (self.connections.encode(connection.id), connection.state));
-        let copied = if copy_mode == 2 { copy_range } else { 0 };
+        let copy_range = (copy_mode == 2).then_some(copy_range);
         // skb_csum_unnecessary, before nf_queue_checksum_help.
         let unverified = skb.packet.is_unverified();
         if copy_mode == 2 && flags & FLAG_GSO == 0 {
             skb.packet.finish_checksum();
         }
-        let copy = Copied { bytes: copied, payload: copy_mode == 2, unverified, flags };
-        let fields = fields(&skb.packet, serial as u32, &copy, connection.as_ref(), now);
+        let fields = fields(&skb.packet, unverified, serial as u32, copy_range, flags, connection.as_ref(), now);
         let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len));
         if !self.deliver(port, |bytes| encode_packet(bytes, number, &fields), charge) {
             if let Some(queue) = self.queues.get_mut(&number).filter(|_| !fail_open) {
@@ -592,86 +592,6 @@ impl<T: Clone> Model<T> {
         }
     }
 }
-
-/// How the kernel copies a packet.
-struct Copied {
-    /// The most bytes of the payload.
-    bytes: usize,
-    /// Whether payloads are copied at all.
-    payload: bool,
-    unverified: bool,
-    flags: u32,
-}
-
-/// What the kernel says of a packet (`nfqnl_build_packet_message`).
-fn fields<'a>(
-    packet: &'a TestPacket,
-    id: u32,
-    copy: &Copied,
-    connection: Option<&'a (Vec<u8>, u32)>,
-    now: Duration,
-) -> PacketFields<'a> {
-    /// The wall clock at the start of a simulated kernel, in seconds since 1970.
-    const EPOCH: u64 = 1_700_000_000;
-    let copied = packet.payload.len().min(copy.bytes);
-    let complete = copied == packet.payload.len() || !copy.payload;
-    let [interface_in, interface_out, physical_in, physical_out] = packet.interfaces();
-    let gso = packet.segment_size > 0;
-    let unready = packet.checksum == Checksum::Unfinished || gso;
-    let offload = u32::from(unready) | u32::from(gso) << 1 | u32::from(copy.unverified) << 2;
-    PacketFields {
-        family: packet.family,
-        id,
-        hw_protocol: packet.hw_protocol,
-        hook: packet.hook,
-        words: [
-            (attribute::INTERFACE_IN, interface_in),
-            (attribute::INTERFACE_OUT, interface_out),
-            (attribute::PHYSICAL_IN, physical_in),
-            (attribute::PHYSICAL_OUT, physical_out),
-            (attribute::MARK, packet.mark),
-            (attribute::PRIORITY, packet.priority),
-            (attribute::OFFLOAD, offload),
-        ],
-        owner: packet.owner.filter(|_| copy.flags & FLAG_UID_GID != 0),
-        hardware_address: packet.sender_address(),
-        timestamp: packet.is_received().then(|| (EPOCH + now.as_secs(), u64::from(now.subsec_micros()))),
-        security_context: packet.sender_context().filter(|_| copy.flags & FLAG_SECURITY_CONTEXT != 0),
-        vlan: packet.vlan(),
-        layer2_header: packet.layer2(),
-        connection: connection.map(|(bytes, _)| &bytes[..]),
-        connection_state: connection.map_or(0, |(_, state)| *state),
-        captured_length: (!complete).then_some(packet.payload.len() as u32),
-        payload: &packet.payload[..copied],
-    }
-}
-
-/// What a message is charged in bytes (`skb->truesize`), with a payload and other attributes of
-/// these lengths. Longer payloads than a page are taken to be in pages, which are charged by their
-/// length.
-fn charge(payload: usize, attributes: usize) -> usize {
-    /// Headers and fixed attributes.
-    const FIXED: usize = 124;
-    const PAGE: usize = 4096;
-    if payload > PAGE {
-        return SKB + SMALL + payload;
-    }
-    linear_charge(FIXED + attributes + payload)
-}
-
-/// What a message of this length is charged, if it is in one piece (`__alloc_skb`).
-fn linear_charge(length: usize) -> usize {
-    match length.next_multiple_of(64) + SHARED {
-        ..=SMALL => SKB + SMALL,
-        size => SKB + size.next_power_of_two(),
-    }
-}
-
-/// `sizeof(struct sk_buff)`, `sizeof(struct skb_shared_info)`, aligned.
-const SKB: usize = 256;
-const SHARED: usize = 320;
-/// SKB_SMALL_HEAD_CACHE_SIZE
-const SMALL: usize = 576;
 
 /// `net.core.rmem_default`
 const DEFAULT_RECEIVE_BUFFER: usize = 212_992;

@@ -239,18 +239,13 @@ impl Records {
                 };
                 if !closing && plan.is_exact() && outcome.at > self.disturbed_until {
                     let delay = settings.policy.longest_delay();
-                    match (done, refusal, settings.deadline) {
-                        (Some(HandedOut { done: Done::Gave { at, .. }, .. }), None, _) => {
-                            if outcome.at > *at + delay {
-                                return Err("later than the limit of its policy");
-                            }
-                        }
-                        (Some(received), _, Some((after, _))) => {
-                            if outcome.at > received.at + after + after / 32 + delay {
-                                return Err("later than its deadline");
-                            }
-                        }
-                        _ => {}
+                    let limit = match (done, refusal, settings.deadline) {
+                        (Some(HandedOut { done: Done::Gave { at, .. }, .. }), None, _) => Some(*at + delay),
+                        (Some(received), _, Some((after, _))) => Some(received.at + after + after / 32 + delay),
+                        _ => None,
+                    };
+                    if limit.is_some_and(|limit| outcome.at > limit) {
+                        return Err("later than its policy or its deadline allows");
                     }
                 }
                 let unanswered = action == settings.unanswered || closing && ended;

@@ -188,7 +188,7 @@ impl History {
             if self.random.one_in(10) {
                 packet = packet.of_connection(Connection::new(self.random.below(5) as u32));
             }
-            packets.push(packet.bypass(serial % 3 == 0).interface_in(2 + serial as u32 % 2));
+            packets.push(packet.bypass(serial.is_multiple_of(3)).interface_in(2 + serial as u32 % 2));
         }
         let payloads: Vec<_> = packets.iter().map(|packet| packet.payload().clone()).collect();
         let at = self.world.kernel.now();
