@@ -5,7 +5,7 @@ use std::{future::Future, sync::Arc};
 use futures::channel::oneshot;
 
 use super::{
-    limits::{limits_of, receive_buffer},
+    limits::receive_buffer,
     send::SETTING_RETRIES,
     shared::{Shared, lock},
 };
@@ -41,13 +41,6 @@ impl Shared {
             let error = Error::new(ErrorKind::InvalidInput, format!("reconfigure queue {}", self.settings.queue));
             error.with_detail(what)
         })?;
-        let limits = limits_of(&config, self.core().machine.limits());
-        // Memory first: longer messages may arrive before the reply. Neither size ever shrinks, so
-        // concurrent changes need no order.
-        lock(&self.receiver).grow(limits.payload);
-        if self.settings.receive_buffer.is_none() {
-            self.socket.grow_receive_buffer(receive_buffer(limits, self.settings.attributes))?;
-        }
         let reply = self.begin_configure(RECONFIGURE, &config, true)?;
         Ok((config, reply))
     }
@@ -74,6 +67,18 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Makes room for what the kernel may send once it has carried out the configuration messages
+    /// whose replies are awaited. Neither size ever shrinks. The caller holds `sender`, so that no
+    /// other change comes in between.
+    pub(super) fn make_room(&self) -> Result<(), Error> {
+        let limits = self.core().machine.highest_limits();
+        lock(&self.receiver).grow(limits.payload);
+        if self.settings.receive_buffer.is_none() {
+            self.socket.grow_receive_buffer(receive_buffer(limits, self.settings.attributes))?;
+        }
+        Ok(())
     }
 
     /// The receive buffer that was requested, or that a full queue needs; in bytes.

@@ -202,13 +202,16 @@ impl Shared {
         sender.datagram.clear();
         config.encode(&mut sender.datagram, sequence, self.settings.queue);
         self.core().machine.await_config(sequence, operation, change_of(config), waiter);
-        let result = self.send_with_retry(&sender.datagram);
-        if result.is_err() {
+        // Memory first: longer messages may arrive before the reply.
+        let room = self.make_room();
+        let result = if room.is_ok() { self.send_with_retry(&sender.datagram) } else { Ok(()) };
+        if room.is_err() || result.is_err() {
             self.core().machine.take_config(sequence);
         }
         self.last_sent.store(sequence, Ordering::Release);
         drop(sender);
         self.flush_for_others();
+        room?;
         match result {
             Ok(()) => Ok(reply),
             Err(source) => Err(Error::os(format!("{operation} {}", self.settings.queue), source.into())),

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::Change;
+use super::{Change, Limits};
 use crate::types::Action;
 
 /// A message whose reply somebody waits for.
@@ -34,6 +34,26 @@ impl<W> Awaiting<W> {
         // Replies come in the order of the messages, so it is usually the first entry.
         let at = self.entries.iter().position(|(other, _)| *other == sequence)?;
         self.entries.remove(at).map(|(_, awaited)| awaited)
+    }
+
+    /// The limits after the awaited changes. Of several changes, any may be refused: then the
+    /// highest value of each limit.
+    pub(super) fn highest_limits(&self, present: Limits) -> Limits {
+        let mut after = self.entries.iter().filter_map(|(_, awaited)| match awaited {
+            Awaited::Config { change, .. } => Some(Limits {
+                max_len: change.max_len.unwrap_or(present.max_len),
+                payload: change.payload.unwrap_or(present.payload),
+            }),
+            Awaited::Verdict { .. } => None,
+        });
+        let Some(first) = after.next() else { return present };
+        match after.next() {
+            None => first,
+            Some(second) => [present, second].into_iter().chain(after).fold(first, |highest, limits| Limits {
+                max_len: highest.max_len.max(limits.max_len),
+                payload: highest.payload.max(limits.payload),
+            }),
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -107,6 +127,23 @@ pub(super) fn is_after(sequence: u32, other: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Two changes at a time: one of the length, one of the copy range.
+    #[test]
+    fn buffer_has_room_for_any_of_several_changes() {
+        let present = Limits { max_len: 10, payload: 100 };
+        let mut awaiting = Awaiting::default();
+        assert_eq!(awaiting.highest_limits(present), present);
+        let change =
+            |max_len, payload| Awaited::Config { change: Change { max_len, payload }, waiter: (), operation: "test" };
+        awaiting.push(1, change(Some(50), Some(20)));
+        assert_eq!(awaiting.highest_limits(present), Limits { max_len: 50, payload: 20 });
+        awaiting.push(2, Awaited::Verdict { id: 1, waiter: () });
+        awaiting.push(3, change(None, Some(1000)));
+        assert_eq!(awaiting.highest_limits(present), Limits { max_len: 50, payload: 1000 });
+        awaiting.remove(1);
+        assert_eq!(awaiting.highest_limits(present), Limits { max_len: 10, payload: 1000 });
+    }
 
     #[test]
     fn later_messages_still_wait_for_their_replies_across_the_wrap() {

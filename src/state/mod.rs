@@ -328,6 +328,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.limits
     }
 
+    /// The limits once the kernel has carried out the configuration messages whose replies are
+    /// awaited. If there are several, it may carry out some and refuse others: then the highest
+    /// value of each.
+    pub(crate) fn highest_limits(&self) -> Limits {
+        self.awaiting.highest_limits(self.limits)
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         let mut stats = self.counters;
         stats.held.in_flight = self.in_flight();
