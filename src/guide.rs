@@ -1,7 +1,8 @@
-//! What to know before a queue goes into production: surprises, limits, and observability.
-//! Further pages: [`replies`], how to reply to packets; [`flows`], how to decide whole connections;
-//! `restarting`, how to restart a service without losing a packet; with feature `test-util`,
-//! `testing`, how to test a policy.
+//! What to know before a queue goes into production: surprises, limits, and observability. Further
+//! pages: [`service`], privileges, a unit file, memory; [`kernels`], what differs by version;
+//! [`replies`], how to reply to packets; [`flows`], how to decide whole connections; `restarting`,
+//! how to restart a service without losing a packet; with feature `test-util`, `testing`, how to
+//! test a policy.
 //!
 //! # Threads and runtimes
 //!
@@ -118,8 +119,10 @@
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
 
 pub mod flows;
+pub mod kernels;
 pub mod replies;
 #[cfg(feature = "divert")]
 pub mod restarting;
+pub mod service;
 #[cfg(feature = "test-util")]
 pub mod testing;

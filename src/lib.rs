@@ -65,7 +65,8 @@
 //! | log | the events of `tracing` in [`guide`](guide#tracing) |
 //! | use another network namespace | [`QueueBuilder::namespace`], [`NetworkNamespace`] |
 //! | use another event loop than Tokio's | [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
-//! | run it as a service | [`guide`]: threads, privileges, memory, shutdown |
+//! | run it as a service | [`guide::service`]: privileges, a unit file, memory; [`guide`]: threads, shutdown |
+//! | know what a kernel lacks | [`guide::kernels`] |
 //! | port a program | `migration` has tables for libnetfilter_queue, go-nfqueue, NetfilterQueue and Suricata |
 //!
 //! # Features

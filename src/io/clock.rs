@@ -72,7 +72,12 @@ mod memory {
 
         /// A timer on this clock.
         pub(crate) fn timer(self: &Arc<Self>, target: Weak<dyn TimerTarget>) -> Arc<MemoryTimer> {
-            let timer = Arc::new(MemoryTimer { clock: Arc::clone(self), target, alarm: Mutex::default() });
+            let timer = Arc::new(MemoryTimer {
+                clock: Arc::clone(self),
+                target,
+                alarm: Mutex::default(),
+                calling: Mutex::default(),
+            });
             let mut state = self.state();
             state.timers.retain(|timer| timer.strong_count() > 0);
             state.timers.push(Arc::downgrade(&timer));
@@ -111,6 +116,9 @@ mod memory {
         clock: Arc<MemoryClock>,
         target: Weak<dyn TimerTarget>,
         alarm: Mutex<Alarm>,
+        /// Held while the target is called, so that the clock does not move on before what was due
+        /// has been done, whichever thread does it.
+        calling: Mutex<()>,
     }
 
     #[derive(Debug, Default)]
@@ -146,7 +154,12 @@ mod memory {
             self.alarm().watched = Some(fd);
         }
 
+        fn calling(&self) -> MutexGuard<'_, ()> {
+            self.calling.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
         fn fire_if_due(&self) {
+            let _calling = self.calling();
             let now = self.clock.now();
             let due = self.alarm().at.take_if(|at| *at <= now).is_some();
             if let Some(target) = self.target.upgrade().filter(|_| due) {
@@ -155,6 +168,7 @@ mod memory {
         }
 
         fn report_readable(&self) {
+            let _calling = self.calling();
             let readable = self.alarm().watched.take_if(|fd| is_readable(fd)).is_some();
             if let Some(target) = self.target.upgrade().filter(|_| readable) {
                 target.readable();
@@ -174,6 +188,7 @@ mod memory {
         }
 
         fn readable(self: Arc<Self>) {
+            let _calling = self.calling();
             if self.alarm().watched.take().is_some()
                 && let Some(target) = self.target.upgrade()
             {

@@ -31,6 +31,7 @@ tests![
     sync restart_under_load_loses_no_packet,
     sync a_second_restart_process_takes_the_queue_over,
     sync invalid_command_lines_are_refused,
+    sync programs_need_only_the_capabilities_that_the_guide_names,
     sync without_the_capability_one_line_is_printed,
 ];
 
@@ -190,6 +191,35 @@ fn invalid_command_lines_are_refused() {
     ] {
         let (status, _) = Program::start(program, arguments).wait();
         assert!(!status.success() && status.code().is_some(), "{program} {arguments:?}: {status}");
+    }
+}
+
+/// The table in `guide::service`.
+fn programs_need_only_the_capabilities_that_the_guide_names() {
+    use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
+
+    let cases: [(&str, &[&str], CapabilitySet); 3] = [
+        ("accept_all", &[], CapabilitySet::NET_ADMIN),
+        ("per_flow", &["--port", "9000"], CapabilitySet::NET_ADMIN),
+        ("dns_firewall", &["blocked.example"], CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW),
+    ];
+    for (name, arguments, needed) in cases {
+        // In a separate thread, because the bounding set belongs to threads. In `exec`, root gets
+        // what is in it.
+        let started = std::thread::spawn(move || {
+            for capability in CapabilitySet::all() - needed {
+                // The kernel may not know all of them.
+                let _ = remove_capability_from_bounding_set(capability);
+            }
+            Program::start(name, arguments)
+        });
+        let mut program = started.join().unwrap();
+        program.until_ready();
+        if name == "per_flow" {
+            assert_eq!(delivered(100), 100);
+        }
+        let (status, _) = program.end(Signal::SIGTERM);
+        assert!(status.success(), "{name}: {status}");
     }
 }
 

@@ -1,0 +1,35 @@
+//! What differs between the kernels that people run.
+//!
+//! The kernel tests run on Linux 6.18, and on Debian's kernels 6.1, 6.12, 7.2 and 7.3 in virtual
+//! machines (`.ci/kernels`). The table says what a program notices. Where a kernel lacks something
+//! that was asked for, the error names it.
+//!
+//! | since | what |
+//! |---|---|
+//! | 3.8 | binding to a protocol family (`PF_BIND`) has no meaning any more; it is not sent |
+//! | 3.10 | super-packets ([`gso`](crate::QueueBuilder::gso)); the least that the crate needs |
+//! | 3.14 | [`uid_gid`](crate::QueueBuilder::uid_gid) |
+//! | 4.3 | [`security_context`](crate::QueueBuilder::security_context) |
+//! | 5.12 | tables with an owner: feature `divert` |
+//! | 5.18 | [`Packet::priority`](crate::Packet::priority) and [`Verdict::priority`](crate::Verdict::priority); ignored before |
+//! | 6.11 | UDP super-packets leave with correct checksums after their payload was replaced, also through an interface without checksum offload |
+//! | 6.12 | [`Packet::cgroup_class_id`](crate::Packet::cgroup_class_id) (6.1 has it not) |
+//! | 6.12.117, 6.18 | at most 65 536 packets wait in a queue; verdicts in any order cost the same. Before, a verdict from the end of a long queue walks a list: 51 times the time at 30 000 packets on 6.1 |
+//! | 7.1 | no replaced payload in a network namespace that another user namespace than the initial one owns: `Unsupported` |
+//! | 7.2 | no replaced payload in the bridge family: `Unsupported`. A replacement whose IP header length, options, fragment bits or extension headers differ from the packet's is dropped |
+//! | 7.3 | a replacement without a transport header, or with another protocol than that of a tracked connection, is dropped |
+//!
+//! Not by version, but by configuration:
+//!
+//! | option | without it |
+//! |---|---|
+//! | `NETFILTER_NETLINK_QUEUE` | `bind` returns `Unsupported` |
+//! | `NFT_QUEUE` | `Divert` uses the target of iptables (`NFT_COMPAT`, `NETFILTER_XT_TARGET_NFQUEUE`); no queue in the bridge family |
+//! | `NETFILTER_NETLINK_GLUE_CT` | [`conntrack`](crate::QueueBuilder::conntrack) returns `Unsupported`; flow marks work without it |
+//! | `NF_CT_NETLINK` | flow marks of a `Divert` return `Unsupported` |
+//! | `NFT_REJECT` of the family | rules that reject return `Unsupported` |
+//! | `NFT_TPROXY` | reassembly before rules that compare ports needs connection tracking |
+//!
+//! Seen on Linux 6.1 only: if a packet is still queued when the last base chain of its hook goes,
+//! the kernel logs a warning (`nf_reinject`) and drops the packet. Remove the table last, as the
+//! documentation of `Divert` says.
