@@ -31,8 +31,9 @@
 //! # System calls
 //!
 //! After start, with Tokio's current-thread runtime on Linux 6.18 (`strace -f` of the example
-//! `per_flow`): `recvfrom`, `sendto`, `ppoll`, `epoll_wait`, `epoll_ctl`, `read`, `write`, `capget`,
-//! `futex`, `close`, `fcntl`, and what the allocator needs. To start: `socket`, `connect`, `bind`,
+//! `per_flow`): `recvfrom`, `sendto`, `ppoll`, `epoll_wait`, `epoll_ctl`, `read`, `write`,
+//! `capget`, `futex`, `close`, `fcntl`, and what the allocator needs. To start: `socket`, `connect`,
+//! `bind`,
 //! `getsockname`, `getsockopt`, `setsockopt`, `openat`, `ioctl`, `epoll_create1`, `eventfd2`,
 //! `socketpair`, `clone3`. A hand-over needs `sendmsg`, `recvmsg` and `memfd_create`; another
 //! namespace `setns`. All but `setns` are in systemd's `@system-service`.
@@ -52,8 +53,9 @@
 //! worst case: each undecided packet keeps a whole buffer alive. The receive buffer is
 //! [`QueueLimits::receive_buffer`](crate::stats::QueueLimits::receive_buffer), see the table in
 //! [`guide`](crate::guide#memory-and-descriptors); whether the kernel charges it to the service
-//! depends on its version. Bytes that the program keeps ([`Packet::payload_bytes`](crate::Packet::payload_bytes)) come on top. Example: `max_len` 1024 and `copy_range` 1500 are
-//! 16 + 8 + 3 MiB.
+//! depends on its version. Bytes that the program keeps
+//! ([`Packet::payload_bytes`](crate::Packet::payload_bytes)) come on top. Example: `max_len` 1024
+//! and `copy_range` 1500 are 16 + 8 + 3 MiB.
 //!
 //! # Readiness
 //!
