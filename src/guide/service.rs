@@ -35,7 +35,7 @@
 //! `capget`, `futex`, `close`, `fcntl`, and what the allocator needs. To start: `socket`,
 //! `connect`, `bind`, `getsockname`, `getsockopt`, `setsockopt`, `openat`, `ioctl`,
 //! `epoll_create1`, `eventfd2`, `socketpair`, `clone3`. A hand-over needs `sendmsg`, `recvmsg` and
-//! `memfd_create`; another namespace `setns`. All but `setns` are in systemd's `@system-service`.
+//! `memfd_create`; another namespace `setns`. All are in systemd's `@system-service`.
 //!
 //! `capget` is called after each send, to learn whether a missing refusal means success. A filter
 //! that kills for it kills the program at its first verdict.
