@@ -15,6 +15,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
@@ -182,9 +183,26 @@ pub fn add_address(name: &str, address: IpAddr, prefix: u8) {
 
 /// Sends everything that has no other route through `gateway`.
 pub fn default_route(gateway: IpAddr) {
+    default_route_in(RouteHeader::RT_TABLE_MAIN, gateway);
+}
+
+/// Sends everything with this mark, all 32 bits, through `gateway`.
+pub fn marked_route(mark: u32, gateway: IpAddr) {
+    const TABLE: u8 = 100;
+    default_route_in(TABLE, gateway);
+    let mut message = RuleMessage::default();
+    message.header.family = family(gateway);
+    message.header.table = TABLE;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![RuleAttribute::FwMark(mark)];
+    request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
+        .unwrap_or_else(|error| panic!("route by the mark {mark:#x}: {error}"));
+}
+
+fn default_route_in(table: u8, gateway: IpAddr) {
     let mut message = RouteMessage::default();
     message.header.address_family = family(gateway);
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.table = table;
     message.header.protocol = RouteProtocol::Static;
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;

@@ -30,8 +30,8 @@ mod user_namespace;
 pub use self::{
     bridge::{Bridge, End, Frame, FrameSocket},
     link::{
-        Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up, set_mtu,
-        set_offload, veth, veth_with,
+        Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up,
+        marked_route, set_mtu, set_offload, veth, veth_with,
     },
     namespace::{Namespace, enter, isolated},
     raw_queue::{RawPacket, RawQueue},

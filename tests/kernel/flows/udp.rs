@@ -22,6 +22,7 @@ tests![
     one connections_that_begin_elsewhere,
     one forwarded_connections,
     one connections_with_address_translation,
+    one routes_by_the_mark_are_not_disturbed,
     one other_bits_of_both_marks_stay,
     one verdict_of_one_packet_leaves_its_connection_undecided,
     one rejected_packet_is_answered_and_its_connection_goes_on,
@@ -173,6 +174,43 @@ async fn connections_with_address_translation() {
             queue_is_empty(&mut queue);
             assert!(divert.forget_flow(FlowTuple::udp(tuple.0, tuple.1)).unwrap(), "{decision:?} {tuple:?}");
         }
+    }
+}
+
+/// Two ways to one address, one of them for a mark: the first packet must not lose its way.
+async fn routes_by_the_mark_are_not_disturbed() {
+    const MARK: u32 = 0x77;
+    let [plain, marked] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
+    for (target, gateways) in [
+        (IpAddr::from([192, 0, 2, 1]), [plain.far_v4, marked.far_v4].map(IpAddr::from)),
+        (IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1]), [plain.far_v6, marked.far_v6].map(IpAddr::from)),
+    ] {
+        support::default_route(gateways[0]);
+        support::marked_route(MARK, gateways[1]);
+        let prefix = if target.is_ipv4() { 32 } else { 128 };
+        let [straight, detour] = [&plain, &marked].map(|peer| {
+            peer.run(|| {
+                support::add_address("lo", target, prefix);
+                support::udp((target, 9000))
+            })
+        });
+        let unspecified = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let client = support::udp_marked(unspecified, MARK);
+        let mut queue = bind();
+        let _divert = table([to_port(Hook::Output, 9000).to_queue(0)]).install().unwrap();
+        for number in 0..4_u8 {
+            client.send_to(&[number], (target, 9000)).unwrap();
+            match number {
+                0 => pass(&mut queue).await,
+                1 => confirm(next(&mut queue).await.accept().for_flow()).await.unwrap(),
+                _ => queue_is_empty(&mut queue),
+            }
+            let mut received = [9];
+            detour.recv(&mut received).unwrap();
+            assert_eq!(received, [number]);
+        }
+        straight.set_nonblocking(true).unwrap();
+        assert!(straight.recv(&mut [0]).is_err());
     }
 }
 
