@@ -8,7 +8,7 @@
 //! share the process, so a test changes only what belongs to its threads: capabilities, CPU
 //! affinity, mounts, namespaces and the `tracing` subscriber. A test that needs another process
 //! starts one: this binary ([`divert::child`],
-//! [`handover::child`], `support::UserNamespace`) or an example.
+//! [`handover::child`], [`faults::child`], `support::UserNamespace`) or an example.
 
 #[macro_use]
 mod common;
@@ -26,6 +26,7 @@ mod dropping;
 mod edit;
 mod errors;
 mod examples;
+mod faults;
 mod flows;
 mod flushing;
 mod group;
@@ -90,12 +91,13 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::dns_firewall::tests,
     #[cfg(feature = "edit")]
     examples::ips::tests,
+    faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
 ];
 
 fn main() -> ExitCode {
-    if let Some(code) = divert::child().or_else(handover::child) {
+    if let Some(code) = divert::child().or_else(handover::child).or_else(faults::child) {
         return code;
     }
     support::run(MODULES.iter().flat_map(|tests| tests()).collect())

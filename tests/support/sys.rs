@@ -47,3 +47,20 @@ pub fn replace_descriptor(number: RawFd, with: impl AsFd) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Makes a child by `fork`, which has copies of all descriptors and sleeps. Returns its id. It ends
+/// by itself after an hour at the latest.
+pub fn fork_sleeper() -> io::Result<libc::pid_t> {
+    // SAFETY: the child calls only `alarm`, `pause` and `_exit`, which are async-signal-safe, so it
+    // needs no lock that another thread held at the time of the fork.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: see above; none of these functions accesses memory.
+        0 => unsafe {
+            libc::alarm(3600);
+            libc::pause();
+            libc::_exit(0)
+        },
+        pid => Ok(pid),
+    }
+}

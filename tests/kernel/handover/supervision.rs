@@ -1,11 +1,11 @@
 //! A queue that dies says why, and what to do.
 
-use std::{fs, fs::File};
+use std::fs::File;
 
 use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue, TryRecvError};
 
 use crate::{
-    common::{Traffic, account, divert, hold, next, soon, start, udp_in},
+    common::{Traffic, account, descriptor_of, divert, hold, next, soon, start, udp_in},
     support,
 };
 
@@ -14,25 +14,6 @@ tests![
     one a_broken_socket_is_an_error_of_try_recv,
     both a_queue_keeps_its_namespace_in_existence,
 ];
-
-/// The number of the descriptor of the netlink socket that owns a queue, in this namespace.
-fn descriptor_of(queue: u16) -> i32 {
-    let [_, port, ..] = support::queue_line(queue).expect("the queue is bound");
-    // sk, protocol, port id, groups, memory, memory, dump, locks, drops, inode
-    let sockets = fs::read_to_string("/proc/thread-self/net/netlink").unwrap();
-    let inode = sockets
-        .lines()
-        .map(|line| line.split_ascii_whitespace().collect::<Vec<_>>())
-        .find(|fields| fields[1] == "12" && fields[2].parse() == Ok(port))
-        .map(|fields| fields[9].to_owned())
-        .expect("a netlink socket with this port id");
-    let link = format!("socket:[{inode}]");
-    let of_this_process = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
-    let found = of_this_process.filter(|path| fs::read_link(path).is_ok_and(|to| to.as_os_str() == &*link));
-    let numbers: Vec<i32> = found.map(|path| path.file_name().unwrap().to_str().unwrap().parse().unwrap()).collect();
-    let [number] = numbers[..] else { panic!("{numbers:?}") };
-    number
-}
 
 /// After this, every system call on the queue's socket fails with `ENOTSOCK`.
 fn break_socket(queue: u16) {

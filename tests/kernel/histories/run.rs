@@ -621,10 +621,5 @@ fn stay_on_this_processor() {
 
 /// The number of datagrams that did not fit in their receivers' buffers, in this network namespace.
 fn receive_errors() -> u64 {
-    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").expect("the counters of UDP");
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp:"));
-    let (names, values) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-    let mut pairs = names.split_ascii_whitespace().zip(values.split_ascii_whitespace());
-    let found = pairs.find(|(name, _)| *name == "RcvbufErrors").map(|(_, value)| value.parse());
-    found.expect("a counter").expect("a number")
+    crate::common::udp_counter("RcvbufErrors")
 }

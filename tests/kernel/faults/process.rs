@@ -1,0 +1,207 @@
+//! Processes that own a queue, or do a whole test, in the network namespace of the thread that
+//! starts them.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use tokio_nfqueue::{Action, Queue, QueueBuilder};
+
+use super::{limits, network};
+use crate::support;
+
+const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
+/// Of packets that a process holds.
+pub(super) const DEADLINE: Duration = Duration::from_millis(200);
+
+/// What a process that serves a queue has counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Counted {
+    pub(super) received: u64,
+    pub(super) accepted: u64,
+    pub(super) expired: u64,
+    pub(super) lost: u64,
+}
+
+/// A process that is killed when this is dropped.
+pub(super) struct Process {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Process {
+    /// Waits until the process says that it is ready. Returns what it says besides.
+    pub(super) fn start(mode: &str) -> (Self, String) {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .env(CHILD, mode)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (input, output) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        let mut process = Self { child, input, output };
+        let line = process.line();
+        let rest = line.strip_prefix("ready").unwrap_or_else(|| panic!("{mode}: {line:?}"));
+        (process, rest.trim().to_owned())
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Stops the process (SIGSTOP), and waits until it has stopped.
+    pub(super) fn stop(&self) {
+        kill(self.pid(), Signal::SIGSTOP).unwrap();
+        let status = waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
+        assert_eq!(status, WaitStatus::Stopped(self.pid(), Signal::SIGSTOP));
+    }
+
+    pub(super) fn resume(&self) {
+        kill(self.pid(), Signal::SIGCONT).unwrap();
+    }
+
+    /// Kills the process (SIGKILL), and waits for its end.
+    pub(super) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Ends a process that serves a queue.
+    pub(super) fn end(&mut self) -> Counted {
+        self.input = None;
+        let line = self.line();
+        let numbers: Vec<u64> =
+            line.split(' ').map(|word| word.parse().unwrap_or_else(|_| panic!("{line:?}"))).collect();
+        let [received, accepted, expired, lost] = numbers[..] else { panic!("{line:?}") };
+        assert!(self.child.wait().unwrap().success());
+        Counted { received, accepted, expired, lost }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Does a whole test in a process of its own, because the test changes what belongs to a process.
+///
+/// # Panics
+/// When the process fails.
+pub(super) fn in_a_process(mode: &str) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .env(CHILD, mode)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    eprint!("{text}");
+    assert!(output.status.success(), "{mode}: {}: {text}", output.status);
+}
+
+/// The whole `main` of the processes.
+pub(super) fn child() -> Option<ExitCode> {
+    let mode = std::env::var(CHILD).ok()?;
+    let queue = Queue::builder(0).max_len(4096).on_unanswered(Action::Accept);
+    match &*mode {
+        "serve" => serve(queue, false),
+        "serve 50" => serve(queue.max_len(50), false),
+        "hold" => serve(queue.deadline(DEADLINE, Action::Accept), true),
+        "fork" => {
+            in_runtime(async {
+                let queue = queue.bind().unwrap();
+                let forked = support::fork_sleeper().unwrap();
+                accept_all(queue, false, &format!("ready {forked}")).await;
+            });
+        }
+        "table" => network::own_a_table(),
+        "descriptors" => in_runtime(limits::few_descriptors()),
+        "memory" => in_runtime(limits::little_memory()),
+        "thousand" => in_runtime(limits::thousand_queues()),
+        mode => panic!("{mode:?}"),
+    }
+    // A thread may still read the input.
+    std::process::exit(0);
+}
+
+fn in_runtime(body: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(body);
+}
+
+fn serve(queue: QueueBuilder, hold: bool) {
+    in_runtime(async { accept_all(queue.bind().unwrap(), hold, "ready").await });
+}
+
+/// Accepts all packets, or holds them, until the input ends. Then closes the queue.
+async fn accept_all(mut queue: Queue, hold: bool, ready: &str) {
+    let sink = queue.sink();
+    let mut held = Vec::new();
+    say(ready);
+    let mut end = tokio::task::spawn_blocking(|| std::io::stdin().read(&mut [0]));
+    loop {
+        tokio::select! {
+            packet = queue.recv() => {
+                let packet = packet.expect("the queue goes on").expect("no error");
+                if hold { held.push(packet) } else { packet.accept().submit().unwrap() }
+            }
+            _ = &mut end => break,
+        }
+    }
+    sink.close_with(Action::Accept).await.unwrap();
+    let stats = sink.stats();
+    let Counted { received, accepted, expired, lost } = Counted {
+        received: stats.received.packets,
+        accepted: stats.decided.accepted,
+        expired: stats.decided.expired,
+        lost: stats.lost.packets,
+    };
+    say(&format!("{received} {accepted} {expired} {lost}"));
+}
+
+pub(super) fn say(line: &str) {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{line}").unwrap();
+    output.flush().unwrap();
+}
+
+/// Sleeps until the process is killed, or the test has ended.
+pub(super) fn wait_for_the_end() {
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+/// A process that another one has made by `fork`; it is killed when this is dropped.
+pub(super) struct Forked(Pid);
+
+impl Forked {
+    pub(super) fn new(pid: &str) -> Self {
+        Self(Pid::from_raw(pid.parse().unwrap()))
+    }
+
+    pub(super) fn lives(&self) -> bool {
+        kill(self.0, None).is_ok()
+    }
+}
+
+impl Drop for Forked {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+    }
+}
