@@ -209,6 +209,9 @@ struct Sending {
     /// Replies to messages up to this sequence number are for the process that had the queue
     /// before.
     inherited: Option<u32>,
+    /// The sequence number of the last message. A reply to a later one is not for this queue: some
+    /// other process has a copy of the socket.
+    last: Option<u32>,
 }
 
 /// The rounds of receiving.

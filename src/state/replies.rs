@@ -17,6 +17,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.sending.inherited.is_some_and(|last| !is_after(first, last)) {
             return self.inherited_reply(&reply);
         }
+        if self.sending.last.is_none_or(|last| is_after(first, last)) {
+            return;
+        }
         if reply.error == Some(Errno::PERM) {
             if let Some(at) = self.sending.known_refused.iter().position(|known| *known == first) {
                 self.sending.known_refused.remove(at);

@@ -139,6 +139,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             {
                 self.awaiting.push(sequence, Awaited::Verdict { id: *id, waiter });
             }
+            self.sending.last = Some(sequence);
             sequence = sequence.wrapping_add(1);
         }
         self.sending.distrust
@@ -174,6 +175,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// A configuration message is about to be sent.
     pub(crate) fn await_config(&mut self, sequence: u32, operation: &'static str, change: Change, waiter: E::Waiter) {
+        self.sending.last = Some(sequence);
         self.awaiting.push(sequence, Awaited::Config { change, waiter, operation });
     }
 

@@ -20,6 +20,8 @@ tests![
 /// The errnos of Linux: EHWPOISON is the last one.
 const ERRNOS: std::ops::RangeInclusive<i32> = 1..=133;
 const COUNT: usize = 20;
+/// How often in a row a system call fails.
+const TIMES: [usize; 3] = [1, 5, 40];
 
 fn packets(count: usize) -> impl Iterator<Item = TestPacket> {
     let [from, to] = ["10.0.0.1:1000", "10.0.0.2:2000"].map(|address| address.parse::<SocketAddr>().unwrap());
@@ -53,13 +55,7 @@ async fn suffer(errno: i32, times: usize, inject: fn(&Kernel, i32, usize)) -> En
     let unconfirmed = confirmed.id();
     let confirm = tokio::spawn(confirmed.decide(wanted(unconfirmed)).confirm());
     held.into_iter().for_each(decide);
-    // Whoever receives meets the fault. One round is enough for all of it.
     let mut end = None;
-    if let Some(Some(item)) = queue.recv().now_or_never() {
-        end = item.map(decide).err();
-    }
-    let _ = queue.sink().flush().now_or_never();
-    inject(&kernel, errno, 0);
     while end.is_none() && sent.iter().any(Sent::is_waiting) {
         tokio::select! {
             biased;
@@ -115,29 +111,33 @@ async fn every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing() {
     const EPERM: i32 = 1;
     const EMSGSIZE: i32 = 90;
     for errno in ERRNOS {
-        for times in [1, 5, 40] {
+        for times in TIMES {
             let end = suffer(errno, times, Kernel::fail_sends).await;
             match (errno, end) {
                 // These verdicts are refused, and the packets get the default action.
                 (EPERM | EMSGSIZE, End::GoesOn(_)) => {}
-                (errno, End::GoesOn(decided)) if TEMPORARY.contains(&errno) => assert_eq!(decided, 2 * COUNT),
-                (errno, End::Reason) if !TEMPORARY.contains(&errno) && errno != EMSGSIZE => {}
-                (errno, end) => panic!("errno {errno}, {times} times: {end:?}"),
+                (_, End::GoesOn(decided)) if TEMPORARY.contains(&errno) => assert_eq!(decided, 2 * COUNT, "{errno}"),
+                (_, End::Reason) if !TEMPORARY.contains(&errno) && errno != EMSGSIZE => {}
+                (_, end) => panic!("errno {errno}, {times} times: {end:?}"),
             }
         }
     }
 }
 
 async fn every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing() {
+    // For a receive, ENOMEM is no reason that passes.
+    const ENOMEM: i32 = 12;
     for errno in ERRNOS {
-        for times in [1, 5, 40] {
+        for times in TIMES {
             let end = suffer(errno, times, Kernel::fail_receives).await;
-            let expected = match errno {
-                // ENOMEM is not among them: the kernel reports it for no reason that passes.
-                4 | 11 | 105 => End::GoesOn(2 * COUNT),
-                _ => End::Reason,
-            };
-            assert_eq!(end, expected, "errno {errno}, {times} times");
+            let is_temporary = TEMPORARY.contains(&errno) && errno != ENOMEM;
+            match end {
+                // Whoever sends verdicts also receives, to make room, and leaves errors to others. So
+                // a few errors may not reach the stream.
+                End::GoesOn(decided) if is_temporary || times < 40 => assert_eq!(decided, 2 * COUNT, "{errno}"),
+                End::Reason if !is_temporary => {}
+                end => panic!("errno {errno}, {times} times: {end:?}"),
+            }
         }
     }
 }

@@ -54,8 +54,7 @@ pub(super) async fn few_descriptors() {
                 Ok(queue) => break queue,
                 Err(error) => {
                     assert_eq!(error.raw_os_error(), Some(EMFILE), "{error}");
-                    assert!(error.to_string().contains("queue 0"), "{error}");
-                    eprintln!("{spare} descriptors: {error}");
+                    eprintln!("{spare} descriptors: {error:?}");
                 }
             }
             assert_eq!(account(0), None, "nothing is bound");

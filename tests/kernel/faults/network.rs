@@ -1,10 +1,10 @@
 //! Interfaces that go down and up, and base chains of other programs.
 
-use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};
+use tokio_nfqueue::{Divert, ErrorKind, Hook, Packet, Protocol, Queue, Rule};
 
 use super::process::{Process, say, wait_for_the_end};
 use crate::{
-    common::{Traffic, account, eventually, hold, next, number, start},
+    common::{Traffic, account, eventually, hold, next, number, soon, start},
     support,
 };
 
@@ -41,8 +41,7 @@ async fn an_interface_that_goes_down_and_up_costs_only_what_was_queued() {
         }
         support::link_down(&peer.near);
         eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
-        held.into_iter().for_each(|packet| packet.accept().submit().unwrap());
-        queue.sink().flush().await.unwrap();
+        gone(held).await;
         support::link_up(&peer.near);
     }
     let (stats, kernel) = (queue.stats(), account(0).unwrap());
@@ -64,8 +63,7 @@ async fn a_base_chain_that_another_program_deletes_costs_only_what_was_queued() 
         traffic.expect(0..DECIDED).await;
         other.kill();
         eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
-        held.into_iter().for_each(|packet| packet.accept().submit().unwrap());
-        queue.sink().flush().await.unwrap();
+        gone(held).await;
         traffic.expect_nothing();
     }
     let (stats, kernel) = (queue.stats(), account(0).unwrap());
@@ -73,6 +71,14 @@ async fn a_base_chain_that_another_program_deletes_costs_only_what_was_queued() 
     assert_fields!(stats, decided.accepted: u64::from(ROUNDS * DECIDED), sent.gone_at_least: u64::from(ROUNDS * HELD));
     assert_fields!(stats, sent.refusals: 0);
     assert_fields!(kernel, queue_full: 0, socket_full: 0, last_id: stats.received.packets);
+}
+
+/// Decides packets that the kernel has dropped. The reply to the last one comes behind all others.
+async fn gone(mut packets: Vec<Packet>) {
+    let last = packets.pop().unwrap();
+    packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    let error = soon("the reply", last.accept().confirm()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PacketGone, "{error}");
 }
 
 /// The other program: its table has a base chain at another hook.
