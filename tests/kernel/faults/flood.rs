@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::{
     net::{SendFlags, send},
     process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open},
@@ -33,51 +34,61 @@ const BOGUS: u32 = 50;
 /// The number of the last packet.
 const LAST: u32 = u32::MAX;
 
-/// The socket of a queue as another process that has a copy of it would use it: only such a copy
-/// can send verdicts for the queue.
-struct Copy {
-    socket: OwnedFd,
+/// Sends verdicts as other processes could: through a copy of the queue's socket, for which the
+/// kernel looks for the packet, and through a socket of its own, which the kernel refuses.
+struct Others {
+    copy: OwnedFd,
+    stranger: Socket,
     queue: u16,
     random: Random,
     /// Ids whose verdicts were sent.
     decided: Vec<u32>,
 }
 
-impl Copy {
+impl Others {
     fn of(queue: u16) -> Self {
         let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-        let socket = pidfd_getfd(process, descriptor_of(queue), PidfdGetfdFlags::empty()).unwrap();
-        Self { socket, queue, random: Random::new(queue.into()), decided: vec![0] }
+        let copy = pidfd_getfd(process, descriptor_of(queue), PidfdGetfdFlags::empty()).unwrap();
+        let mut stranger = Socket::new(NETLINK_NETFILTER).unwrap();
+        stranger.bind_auto().unwrap();
+        Self { copy, stranger, queue, random: Random::new(queue.into()), decided: vec![0] }
     }
 
-    /// Sends verdicts for ids that the kernel has not given yet, and for ids that are decided. The
-    /// kernel answers each with ENOENT, in the queue's receive buffer.
+    /// The copy sends verdicts for ids that the kernel has not given yet, and for ids that are
+    /// decided. The kernel answers each with ENOENT, in the queue's receive buffer. The stranger
+    /// sends them for packets that are held.
     fn send_bogus(&mut self, latest: u32) {
-        let mut datagram = Vec::new();
-        for index in 0..BOGUS {
+        let (mut copied, mut strange) = (Vec::new(), Vec::new());
+        for index in 0..BOGUS / 2 {
             let id = match index % 2 {
                 0 => latest + 10_000_000 + self.random.below(1000) as u32,
                 _ => self.decided[self.random.below(self.decided.len())],
             };
-            let verdict = self.random.below(2) as u32;
-            // NFQNL_MSG_VERDICT, NLM_F_REQUEST, a sequence number that the crate does not use soon
-            datagram.extend(32_u32.to_ne_bytes());
-            datagram.extend([0x0301_u16, 1].into_iter().flat_map(u16::to_ne_bytes));
-            datagram.extend([0x7fff_0000 + index, 0].into_iter().flat_map(u32::to_ne_bytes));
-            datagram.extend([0, 0]);
-            datagram.extend(self.queue.to_be_bytes());
-            // NFQA_VERDICT_HDR
-            datagram.extend([12_u16, 2].into_iter().flat_map(u16::to_ne_bytes));
-            datagram.extend([verdict, id].into_iter().flat_map(u32::to_be_bytes));
+            self.push_verdict(&mut copied, index, id);
+            self.push_verdict(&mut strange, index, latest.saturating_sub(index));
         }
-        assert_eq!(send(&self.socket, &datagram, SendFlags::empty()), Ok(datagram.len()));
+        assert_eq!(send(&self.copy, &copied, SendFlags::empty()), Ok(copied.len()));
+        assert_eq!(self.stranger.send_to(&strange, &SocketAddr::new(0, 0), 0).unwrap(), strange.len());
+    }
+
+    fn push_verdict(&mut self, datagram: &mut Vec<u8>, index: u32, id: u32) {
+        let verdict = self.random.below(2) as u32;
+        // NFQNL_MSG_VERDICT, NLM_F_REQUEST, a sequence number that the crate does not use soon
+        datagram.extend(32_u32.to_ne_bytes());
+        datagram.extend([0x0301_u16, 1].into_iter().flat_map(u16::to_ne_bytes));
+        datagram.extend([0x7fff_0000 + index, 0].into_iter().flat_map(u32::to_ne_bytes));
+        datagram.extend([0, 0]);
+        datagram.extend(self.queue.to_be_bytes());
+        // NFQA_VERDICT_HDR
+        datagram.extend([12_u16, 2].into_iter().flat_map(u16::to_ne_bytes));
+        datagram.extend([verdict, id].into_iter().flat_map(u32::to_be_bytes));
     }
 }
 
 /// Accepts all packets out of order, until the last one has come.
-async fn decide(mut queue: Queue, mut copy: Copy, done: Arc<AtomicBool>) -> Queue {
+async fn decide(mut queue: Queue, mut others: Others, done: Arc<AtomicBool>) -> Queue {
     let sink = queue.sink();
-    let mut random = Random::new(100 + u64::from(copy.queue));
+    let mut random = Random::new(100 + u64::from(others.queue));
     let mut held: Vec<Packet> = Vec::new();
     let mut submitted = Vec::new();
     loop {
@@ -85,7 +96,7 @@ async fn decide(mut queue: Queue, mut copy: Copy, done: Arc<AtomicBool>) -> Queu
         let quiet = packet.is_err();
         if let Ok(packet) = packet {
             let packet = packet.expect("the queue goes on").expect("no error");
-            copy.send_bogus(packet.id().get());
+            others.send_bogus(packet.id().get());
             if number(&packet) == LAST {
                 done.store(true, SeqCst);
             }
@@ -98,8 +109,8 @@ async fn decide(mut queue: Queue, mut copy: Copy, done: Arc<AtomicBool>) -> Queu
         }
         if submitted.len() > 64 {
             sink.flush().await.unwrap();
-            copy.decided.append(&mut submitted);
-            copy.decided.drain(..copy.decided.len().saturating_sub(1000));
+            others.decided.append(&mut submitted);
+            others.decided.drain(..others.decided.len().saturating_sub(1000));
         }
         if done.load(SeqCst) {
             sink.flush().await.unwrap();
@@ -113,9 +124,9 @@ async fn eight_flooded_queues_with_bogus_verdicts_agree_with_the_kernel_to_the_p
     let mut tasks = Vec::new();
     for number in 0..QUEUES {
         let queue = Queue::builder(number).bind().unwrap();
-        let copy = Copy::of(number);
+        let others = Others::of(number);
         let (done, sink) = (Arc::new(AtomicBool::new(false)), queue.sink());
-        tasks.push((number, Arc::clone(&done), sink, tokio::spawn(decide(queue, copy, done))));
+        tasks.push((number, Arc::clone(&done), sink, tokio::spawn(decide(queue, others, done))));
     }
     let divert = divert((0..QUEUES).map(|queue| udp_in().mark(queue.into(), u32::MAX).to_queue(queue)));
     let end = Instant::now() + duration();
