@@ -100,6 +100,9 @@ mod builder;
 mod divert;
 #[cfg(feature = "edit")]
 mod edit;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 pub mod guide;
 mod handover;

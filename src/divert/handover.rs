@@ -105,7 +105,7 @@ impl Takeover {
     }
 }
 
-struct Decoded {
+pub(super) struct Decoded {
     sequence: u32,
     table: String,
     family: TableFamily,
@@ -185,7 +185,7 @@ fn nanoseconds(timeout: Duration) -> u64 {
     u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn decode(body: &[u8]) -> Option<Decoded> {
+pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
     let mut fields = FieldReader(body);
     let decoded = Decoded {
         sequence: fields.u32()?,
@@ -249,7 +249,7 @@ fn text(fields: &mut FieldReader<'_>) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn divert() -> Divert {
@@ -280,11 +280,18 @@ mod tests {
         ForeignRules { installed: InstalledRules { count: 1, rules }, script: Some(script.to_owned()) }
     }
 
+    /// The description of a table with something of everything.
+    pub(in crate::divert) fn body() -> Vec<u8> {
+        let divert = divert();
+        let state = divert.lock();
+        encode(&divert, &state, foreign("script"))
+    }
+
     #[test]
     fn what_is_encoded_is_decoded() {
         let divert = divert();
         let state = divert.lock();
-        let body = encode(&divert, &state, foreign("script"));
+        let body = body();
         let decoded = decode(&body).unwrap();
         assert_eq!((&*decoded.table, decoded.family, decoded.priority), ("t", TableFamily::Ip6, -5));
         assert_eq!((decoded.method, decoded.hooks), (state.method, state.hooks));

@@ -13,6 +13,8 @@ mod failure;
 mod family;
 mod flows;
 mod forget;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handover;
 mod layout;
 mod matching;

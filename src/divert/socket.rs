@@ -314,7 +314,7 @@ fn append(batch: &mut Vec<u8>, message: NetfilterMessage, sequence: u32, flags: 
 
 /// An acknowledgement (`errno` 0) or an error.
 #[derive(Debug, PartialEq, Eq)]
-struct Reply {
+pub(super) struct Reply {
     sequence: u32,
     errno: i32,
     text: Option<String>,
@@ -330,7 +330,7 @@ fn protocol_family(family: TableFamily) -> NetfilterProtoFamily {
 }
 
 /// The messages in a datagram.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
+pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
     std::iter::from_fn(move || {
         let message = NetlinkBuffer::new_checked(datagram).ok()?;
         let length = (message.length() as usize).next_multiple_of(usize::from(NLMSG_ALIGNTO));
@@ -340,7 +340,7 @@ fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
 }
 
 /// The acknowledgements and errors in a datagram. Other messages are skipped.
-fn replies(datagram: &[u8]) -> Vec<Reply> {
+pub(super) fn replies(datagram: &[u8]) -> Vec<Reply> {
     let mut found = Vec::new();
     for message in messages(datagram) {
         if message.message_type() == NLMSG_ERROR

@@ -72,6 +72,8 @@ use crate::{
 
 mod connection;
 mod message;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod model;
 mod outcome;
 mod packet;

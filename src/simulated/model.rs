@@ -222,6 +222,14 @@ impl<T: Clone> Model<T> {
         true
     }
 
+    /// A datagram of any content reaches the socket of a queue.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn forge(&mut self, number: u16, datagram: &[u8]) {
+        if let Some(port) = self.queues.get(&number).map(|queue| queue.port) {
+            self.deliver(port, |bytes| bytes.extend_from_slice(datagram), linear_charge(datagram.len()));
+        }
+    }
+
     /// `netlink_sendmsg`, and everything that the kernel does within it.
     pub(super) fn send(&mut self, port: u32, datagram: &[u8], now: Duration) -> Result<(), Errno> {
         if let Some(errno) = self.send_errors.pop_front() {

@@ -25,7 +25,7 @@ impl TestPacket {
     }
 }
 
-fn parse(file: Bytes) -> Result<Vec<TestPacket>, String> {
+pub(super) fn parse(file: Bytes) -> Result<Vec<TestPacket>, String> {
     const HEADER: usize = 24;
     const RECORD: usize = 16;
     let magic = file.first_chunk().ok_or("it is shorter than a header")?;

@@ -16,9 +16,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::wire::verdict::VerdictFields;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 #[path = "ledger/model.rs"] // so that the benches, which include this file, find it too
-mod model;
+pub(crate) mod model;
 
 /// The ledger of one queue. `E` is what a verdict for a single packet may carry besides its fields;
 /// the ledger only stores it.

@@ -124,13 +124,13 @@ enum Reference {
     Plain(String),
 }
 
-/// The module that a file of `src` holds: empty for `lib.rs`, `None` for tests.
+/// The module that a file of `src` holds: empty for `lib.rs`, `None` for tests and what is fuzzed.
 fn module(file: &str) -> Option<String> {
     let path = file.strip_suffix(".rs")?.replace('/', "::");
     if path == "lib" {
         return Some(String::new());
     }
-    let tests = path.split("::").any(|part| part == "model" || part.ends_with("tests"));
+    let tests = path.split("::").any(|part| part == "model" || part == "fuzzing" || part.ends_with("tests"));
     (!tests).then(|| path.strip_suffix("::mod").unwrap_or(&path).to_owned())
 }
 

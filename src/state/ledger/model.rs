@@ -4,8 +4,6 @@
 
 use std::collections::BTreeMap;
 
-use proptest::prelude::*;
-
 use super::*;
 use crate::types::Action;
 
@@ -46,7 +44,7 @@ impl Kernel {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+pub(crate) enum Step {
     /// Packets are queued. For each `true` the message does not fit into the receive buffer, and
     /// the kernel drops the packet.
     Arrive(Vec<bool>),
@@ -71,30 +69,13 @@ enum Step {
     ForbidBatches,
 }
 
-fn step() -> impl Strategy<Value = Step> {
-    let requeue = Action::Requeue { queue: 7, bypass: false };
-    let action = prop_oneof![Just(Action::Accept), Just(Action::Drop), Just(requeue)];
-    let mark = prop_oneof![3 => Just(None), 1 => (0u32..2).prop_map(Some)];
-    let extras = prop_oneof![6 => Just(None), 1 => any::<u8>().prop_map(Some)];
-    prop_oneof![
-        6 => prop::collection::vec(prop::bool::weighted(0.05), 1..20).prop_map(Step::Arrive),
-        1 => (SPARE_SPAN as u32 - 2..SPARE_SPAN as u32 + 5).prop_map(Step::Gap),
-        20 => (any::<usize>(), action, mark, extras).prop_map(|(nth, action, mark, extras)| Step::Decide { nth, action, mark, extras }),
-        20 => Just(Step::Decide { nth: 0, action: Action::Accept, mark: None, extras: None }),
-        2 => any::<usize>().prop_map(Step::Stale),
-        1 => any::<usize>().prop_map(Step::DeviceDown),
-        8 => Just(Step::FlushDecision),
-        2 => any::<usize>().prop_map(Step::FailedFlush),
-        1 => Just(Step::Refused),
-        1 => Just(Step::ForbidBatches),
-    ]
-}
-
 fn plain(action: Action) -> Decision<u8> {
     Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Owner }
 }
 
-fn run(first: u32, steps: Vec<Step>) {
+/// Carries the steps out on the ledger and on the model of the kernel. `first` is the id of the
+/// first packet.
+pub(crate) fn run(first: u32, steps: impl IntoIterator<Item = Step>) {
     let mut kernel = Kernel::default();
     let mut ledger = Ledger::new(first);
     let mut next = first;
@@ -194,16 +175,42 @@ fn run(first: u32, steps: Vec<Step>) {
     assert_eq!(undecided, owned);
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
 
-    #[test]
-    fn every_packet_gets_the_verdict_of_its_owner(steps in prop::collection::vec(step(), 0..200)) {
-        run(1, steps);
+    use super::*;
+
+    fn step() -> impl Strategy<Value = Step> {
+        let requeue = Action::Requeue { queue: 7, bypass: false };
+        let action = prop_oneof![Just(Action::Accept), Just(Action::Drop), Just(requeue)];
+        let mark = prop_oneof![3 => Just(None), 1 => (0u32..2).prop_map(Some)];
+        let extras = prop_oneof![6 => Just(None), 1 => any::<u8>().prop_map(Some)];
+        prop_oneof![
+            6 => prop::collection::vec(prop::bool::weighted(0.05), 1..20).prop_map(Step::Arrive),
+            1 => (SPARE_SPAN as u32 - 2..SPARE_SPAN as u32 + 5).prop_map(Step::Gap),
+            20 => (any::<usize>(), action, mark, extras).prop_map(|(nth, action, mark, extras)| Step::Decide { nth, action, mark, extras }),
+            20 => Just(Step::Decide { nth: 0, action: Action::Accept, mark: None, extras: None }),
+            2 => any::<usize>().prop_map(Step::Stale),
+            1 => any::<usize>().prop_map(Step::DeviceDown),
+            8 => Just(Step::FlushDecision),
+            2 => any::<usize>().prop_map(Step::FailedFlush),
+            1 => Just(Step::Refused),
+            1 => Just(Step::ForbidBatches),
+        ]
     }
 
-    #[test]
-    fn every_packet_gets_the_verdict_of_its_owner_across_the_wrap(before in 0u32..300, steps in prop::collection::vec(step(), 0..200)) {
-        run(0u32.wrapping_sub(before), steps);
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+
+        #[test]
+        fn every_packet_gets_the_verdict_of_its_owner(steps in prop::collection::vec(step(), 0..200)) {
+            run(1, steps);
+        }
+
+        #[test]
+        fn every_packet_gets_the_verdict_of_its_owner_across_the_wrap(before in 0u32..300, steps in prop::collection::vec(step(), 0..200)) {
+            run(0u32.wrapping_sub(before), steps);
+        }
     }
 }
