@@ -121,12 +121,17 @@ fn walk_v6(packet: &[u8]) -> Option<Walk> {
         let header = packet.get(walk.at..walk.at + length)?;
         match walk.protocol {
             44 => walk.opaque |= word(header, 2) & 0xfff9 != 0,
-            // RFC 8200, section 4.4: with segments left.
-            43 if header[3] != 0 => match header[2] {
-                0 if length >= 24 => walk.destinations.push(walk.at + length - 16),
-                2 | 4 if length >= 24 => walk.destinations.push(walk.at + 8),
-                _ => walk.opaque = true,
-            },
+            // With segments left: RFC 2460, section 4.4; RFC 6275, section 6.4; RFC 8754, section 2.
+            43 if header[3] != 0 => {
+                let (left, last) = (usize::from(header[3]), usize::from(header[4]));
+                let (addresses, odd) = ((length - 8) / 16, (length - 8) % 16 != 0);
+                match header[2] {
+                    0 if !odd && left <= addresses => walk.destinations.push(walk.at + length - 16),
+                    2 if length == 24 && left == 1 => walk.destinations.push(walk.at + 8),
+                    4 if last < addresses && left <= last + 1 => walk.destinations.push(walk.at + 8),
+                    _ => walk.opaque = true,
+                }
+            }
             _ => {}
         }
         walk.protocol = header[0];

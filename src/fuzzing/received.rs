@@ -13,8 +13,8 @@ use crate::{
 
 /// More steps take long and find no more.
 const MOST_STEPS: usize = 64;
-/// The payload of the last packet.
-const LAST: &[u8] = b"the packet behind everything else";
+/// The mark of the last packet.
+const LAST: u32 = 0x1a57_1a57;
 
 thread_local! {
     static RUNTIME: LazyCell<tokio::runtime::Runtime> = const {
@@ -38,6 +38,8 @@ pub fn received(data: &[u8]) {
 fn run(input: &mut Input<'_>) {
     let (kernel, mut queue) = simulated::queue(builder(input)).expect("the simulated kernel binds a queue");
     let [client, server] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().expect("an address"));
+    // From now on the clock stands still: no deadline passes by itself.
+    kernel.advance(Duration::ZERO);
     let mut held = Vec::new();
     let mut forged = 0;
     for _ in 0..MOST_STEPS {
@@ -69,11 +71,12 @@ fn run(input: &mut Input<'_>) {
             _ => _ = (queue.stats(), queue.kernel_stats(), queue.advice()),
         }
     }
-    // The queue goes on.
-    kernel.send(TestPacket::udp(client, server, LAST));
+    // The queue goes on, when the system call fails no more.
+    kernel.fail_receives(11, 0);
+    kernel.send(TestPacket::udp(client, server, b"last").mark(LAST));
     let mut found = false;
     while let Some(packet) = next(&mut queue) {
-        found |= packet.payload().ends_with(LAST);
+        found |= packet.mark() == LAST;
         held.push(packet);
     }
     assert!(found, "the last packet was not received");
@@ -88,7 +91,7 @@ fn builder(input: &mut Input<'_>) -> QueueBuilder {
     let options = input.byte();
     let mut builder = Queue::builder(0).conntrack(options & 1 != 0).gso(options & 2 != 0);
     if options & 4 != 0 {
-        builder = builder.copy_range(input.short().into());
+        builder = builder.copy_range(u32::from(input.short()).max(1));
     }
     if options & 8 != 0 {
         builder = builder.deadline(Duration::from_millis(u64::from(input.short()) + 1), Action::Accept);

@@ -12,8 +12,11 @@ fn smoke(name: &str, target: fn(&[u8]), changed: usize) {
     let files = fs::read_dir(committed(name)).into_iter().flatten();
     inputs.extend(files.filter_map(|file| fs::read(file.ok()?.path()).ok()));
     inputs.iter().for_each(|input| target(input));
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    for _ in 0..changed {
+    let number = |name| std::env::var(name).ok().and_then(|number| number.parse::<u64>().ok());
+    // More of them, and others, for those who want to look longer without cargo-fuzz.
+    let times = number("NFQUEUE_FUZZ_TIMES").unwrap_or(1);
+    let mut random = Random(number("NFQUEUE_FUZZ_SEED").unwrap_or(0).wrapping_add(0x9e37_79b9_7f4a_7c15).max(1));
+    for _ in 0..changed * times as usize {
         let mut input = inputs[random.below(inputs.len())].clone();
         for _ in 0..=random.below(4) {
             change(&mut input, &inputs, &mut random);
