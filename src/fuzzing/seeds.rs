@@ -123,7 +123,7 @@ fn routed() -> [Vec<u8>; 4] {
     let v4 = |options: &[u8], fragment: u8| {
         let (header, length) = (20 + options.len(), 20 + options.len() + udp.len());
         let begin =
-            [0x40 | header as u8 / 4, 0, 0, length as u8, 0, 1, fragment, 0, 9, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+            [0x40 | (header as u8 / 4), 0, 0, length as u8, 0, 1, fragment, 0, 9, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
         [&begin[..], options, &udp].concat()
     };
     let v6 = |next: u8, extension: &[u8]| {

@@ -71,9 +71,9 @@ use crate::{
 };
 
 mod connection;
-mod message;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod message;
 mod model;
 mod outcome;
 mod packet;
