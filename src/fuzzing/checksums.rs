@@ -121,7 +121,8 @@ fn walk_v6(packet: &[u8]) -> Option<Walk> {
         let header = packet.get(walk.at..walk.at + length)?;
         match walk.protocol {
             44 => walk.opaque |= word(header, 2) & 0xfff9 != 0,
-            // With segments left: RFC 2460, section 4.4; RFC 6275, section 6.4; RFC 8754, section 2.
+            // With segments left: RFC 2460, section 4.4; RFC 6275, section 6.4; RFC 8754,
+            // section 2.
             43 if header[3] != 0 => {
                 let (left, last) = (usize::from(header[3]), usize::from(header[4]));
                 let (addresses, odd) = ((length - 8) / 16, (length - 8) % 16 != 0);
