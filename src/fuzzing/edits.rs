@@ -128,7 +128,8 @@ fn step(edit: &mut Edit, input: &mut Input<'_>) -> Result<(), crate::Error> {
             let with = input.bytes();
             edit.splice_ip_payload(start..start + length, with)?;
             wanted.splice(start..start + length, with.iter().copied());
-            assert_eq!(edit.view().ip_payload(), wanted);
+            // A malformed extension header may have become a whole one, which is not IP payload.
+            assert!(whole(&edit.view()).ends_with(&wanted));
         }
         11 => turn_around(edit)?,
         12 => reset(edit)?,
