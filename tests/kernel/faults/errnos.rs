@@ -77,8 +77,8 @@ async fn suffer(errno: i32, times: usize, inject: fn(&Kernel, i32, usize)) -> En
         assert_eq!(error.raw_os_error(), Some(errno), "{error}");
         assert!(soon("the end", queue.recv()).await.is_none(), "the reason is the last item");
     }
-    let confirmation = soon("the confirmation", confirm).await.unwrap();
-    let closed = soon("the shutdown", queue.close()).await;
+    let closed = soon(&format!("the shutdown, {what}"), queue.close()).await;
+    let confirmation = soon(&format!("the confirmation, {what}"), confirm).await.unwrap();
     assert!(ended || closed.is_ok(), "errno {errno}: {closed:?}");
     let mut refused: Vec<PacketId> =
         std::iter::from_fn(|| refusals.recv().now_or_never().flatten()).filter_map(|error| error.packet_id()).collect();
