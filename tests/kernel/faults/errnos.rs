@@ -134,8 +134,8 @@ async fn every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing() {
 }
 
 async fn every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing() {
-    // For a receive, ENOMEM is no reason that passes. EAGAIN is no error: it says that the socket is
-    // empty.
+    // For a receive, ENOMEM is no reason that passes. EAGAIN is no error: it says that the socket
+    // is empty.
     const ENOMEM: i32 = 12;
     const EAGAIN: i32 = 11;
     for errno in ERRNOS.filter(|errno| *errno != EAGAIN) {
@@ -143,8 +143,8 @@ async fn every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing(
             let end = suffer(errno, times, Kernel::fail_receives).await;
             let is_temporary = TEMPORARY.contains(&errno) && errno != ENOMEM;
             match end {
-                // Whoever sends verdicts also receives, to make room, and leaves errors to others. So
-                // a few errors may not reach the stream.
+                // Whoever sends verdicts also receives, to make room, and leaves errors to others.
+                // So a few errors may not reach the stream.
                 End::GoesOn(decided) if is_temporary || times < 40 => assert_eq!(decided, 2 * COUNT, "{errno}"),
                 End::Reason if !is_temporary => {}
                 end => panic!("errno {errno}, {times} times: {end:?}"),

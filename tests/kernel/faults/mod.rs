@@ -38,7 +38,8 @@
 //!   `on_unanswered` action. `deadline(d, action)` answers for a packet undecided for `d`."
 //! - 2: "At most one verdict a packet."
 //! - 3: "A batch never decides a packet that its user has not decided."
-//! - 5: "Overload is not an error. ENOBUFS, a full queue, id gaps: counted, and the stream goes on."
+//! - 5: "Overload is not an error. ENOBUFS, a full queue, id gaps: counted, and the stream goes
+//!   on."
 //! - 6: "Nothing survivable ends a program that uses `?`. A packet that had already gone (device
 //!   down, hook unregistered) is counted, exactly. Losing the right to send (EPERM) is fatal."
 //! - 7: "Clean ends. `close()` drains, then the queue is unbound."
