@@ -21,7 +21,7 @@
 //! | namespace deleted | `handover::a_queue_keeps_its_namespace_in_existence` | 20 | 20 | 0 | 0 | 1 |
 //! | ids across 2^32, in the simulated kernel | `ids_beyond_the_largest_are_decided_in_any_order` | 3000 | each by its verdict | 0 | 0 | 1, 2, 3 |
 //! | losses across 2^32, in the simulated kernel | `losses_across_the_largest_id_are_counted_exactly` | 501 | each by its verdict | 0 | as the kernel counts | 5 |
-//! | send buffer full, and every errno of a send, in the simulated kernel | `every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each | each by its verdict if the queue goes on | 0 | 0 if the queue goes on | 2, 6 |
+//! | send buffer full, and every errno of a send, in the simulated kernel | `every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each, after 1 and 5 failures in a row, those of a lack of memory also 40 | each by its verdict if the queue goes on | 0 | 0 if the queue goes on | 2, 6 |
 //! | a send buffer that is too small | `promises::a_datagram_longer_than_the_send_buffer_is_split` | | | | 0 | 6 |
 //! | every errno of a receive, in the simulated kernel | `every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each | each by its verdict if the queue goes on | 0 | 0 if the queue goes on | 2, 6 |
 //! | slow reader | `overload::packets_lost_to_a_full_receive_buffer_are_counted`, `overload::losses_between_reads_are_counted_exactly` | 1010, 2001 | each by its verdict | 0 | as the kernel counts | 5 |
