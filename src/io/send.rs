@@ -128,7 +128,7 @@ impl Shared {
             }
             Outcome::Broken(source) => {
                 machine.unsent(plan.split_off(begin), first);
-                machine.fail(unusable("send verdicts", source.into()));
+                machine.broken(unusable("send verdicts", source.into()));
             }
         }
         self.last_sent.store(sender.sequence, Ordering::Release);
@@ -280,6 +280,7 @@ impl Shared {
         }
         let waker = cx.waker().clone();
         let mut core = self.core();
+        let broken = core.machine.is_broken();
         let later = core.machine.sends_later();
         // The end of the next round of sending wakes the task. Polling until then would take a CPU.
         let spare = if later { core.wait(waker) } else { Some(waker) };
@@ -287,6 +288,9 @@ impl Shared {
         drop(spare);
         if let Poll::Ready(result) = reply.poll_unpin(cx) {
             return Poll::Ready(result.ok());
+        }
+        if broken {
+            return Poll::Ready(None);
         }
         if !later {
             cx.waker().wake_by_ref();

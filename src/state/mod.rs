@@ -209,6 +209,8 @@ struct Sending {
     /// Replies to messages up to this sequence number are for the process that had the queue
     /// before.
     inherited: Option<u32>,
+    /// The last send failed for a reason that does not pass.
+    broken: bool,
     /// The sequence number of the last message. A reply to a later one is not for this queue: some
     /// other process has a copy of the socket.
     last: Option<u32>,

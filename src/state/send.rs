@@ -57,6 +57,19 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.sending.retry.is_some() || self.is_permission_missing()
     }
 
+    /// Whether the last send failed for a reason that does not pass, and nobody is about to send: a
+    /// reply that has not come will not come.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.sending.broken && !self.sending.under_way && !self.sending.wanted
+    }
+
+    /// Messages cannot be sent, and the reason does not pass by itself. The queue ends.
+    pub(crate) fn broken(&mut self, error: Error) {
+        self.sending.broken = true;
+        self.effects.wake_waiting = true;
+        self.fail(error);
+    }
+
     /// Whether the capability was missing before, so that the caller must have it to begin a round.
     pub(crate) fn is_permission_missing(&self) -> bool {
         self.permission != Permission::Held
@@ -184,6 +197,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.counters.sent.sends += 1;
         self.counters.sent.messages += messages.len() as u64;
         self.sending.retry = None;
+        self.sending.broken = false;
         self.sending.watched = None;
         self.sending.begun = 0;
         self.sending.batches.expire(self.counters.received.packets, u64::from(self.limits.max_len));
@@ -192,6 +206,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The kernel refused a datagram because the capability was missing. Its packets get the
     /// default action when the capability is back.
     pub(crate) fn refused(&mut self, mut messages: Vec<VerdictMessage<E>>, first: u32) {
+        self.sending.broken = false;
         let answer_was_read = self.end_send(first, &mut messages);
         if !answer_was_read {
             if self.sending.known_refused.len() == MAX_KNOWN_REFUSED {
@@ -244,6 +259,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// A send has failed temporarily. The next attempt follows after a pause.
     pub(crate) fn send_failed(&mut self) {
+        self.sending.broken = false;
         self.counters.sent.failed_sends += 1;
         self.note(ReportKind::Unsent, 1, None);
         let pause = self.sending.retry.map_or(PAUSES.0, |(_, pause)| pause);

@@ -155,7 +155,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
         let hopeless = !self.sending.under_way
-            && (self.is_forbidden(limit) || limit == WaitLimit::Over && self.sending.retry.is_some());
+            && (self.is_forbidden(limit)
+                || self.is_broken()
+                || limit == WaitLimit::Over && self.sending.retry.is_some());
         if self.ledger.undecided() == 0 && (sent || hopeless) {
             self.life = LifeCycle::Unbinding { action, limit };
             self.effects.unbind = true;
