@@ -6,8 +6,10 @@
 /// `DivertBuilder::flow_marks`. Then [`Verdict::for_flow`](crate::Verdict::for_flow) and
 /// [`Packet::reject`](crate::Packet::reject) work: see [`guide::flows`](crate::guide::flows).
 ///
-/// The bits are reserved: nobody else in the network namespace may use them, and each table with
-/// flow marks needs other bits. The other bits of both marks stay as they are.
+/// The bits are reserved: nobody else in the network namespace may use them. Two tables with the
+/// same bits share their decisions: what one has accepted does not come to the queue of the other,
+/// and the second table removes the first one's marks when it is installed. Give them other bits.
+/// The other bits of both marks stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FlowMarks {
     mask: u32,
