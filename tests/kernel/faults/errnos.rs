@@ -83,7 +83,8 @@ async fn suffer(errno: i32, times: usize, inject: fn(&Kernel, i32, usize)) -> En
     let mut refused: Vec<PacketId> =
         std::iter::from_fn(|| refusals.recv().now_or_never().flatten()).filter_map(|error| error.packet_id()).collect();
     refused.extend(confirmation.err().map(|_| unconfirmed));
-    // If not even unbinding was possible, the kernel drops what is queued when the socket is closed.
+    // If not even unbinding was possible, the kernel drops what is queued when the socket is
+    // closed.
     drop(refusals);
     let mut as_wanted = 0;
     for sent in sent {
