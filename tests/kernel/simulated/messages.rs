@@ -68,7 +68,11 @@ pub(crate) fn describe(datagram: &[u8]) -> String {
     assert_eq!(header.length() as usize, datagram.len(), "one message a datagram");
     let payload = header.payload();
     if header.message_type() == NLMSG_ERROR {
-        let code = i32::from_ne_bytes(*payload.first_chunk().expect("a number"));
+        // Linux 6.1 returns ENOTSUPP (524) in the place of EOPNOTSUPP.
+        let code = match i32::from_ne_bytes(*payload.first_chunk().expect("a number")) {
+            -524 => -95,
+            code => code,
+        };
         let (flags, echoed) = (header.flags(), payload.len() - 4);
         return format!("reply {code} to {} flags {flags:#x} echoed {echoed}", header.sequence_number());
     }
