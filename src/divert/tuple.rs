@@ -36,7 +36,7 @@ impl FlowTuple {
         Self { source: self.destination, destination: self.source, ..self }
     }
 
-    /// Without what is not a part of a connection's tuple. `None` if the versions differ.
+    /// The IP version. `None` if the addresses are of different versions.
     pub(super) fn version(self) -> Option<IpVersion> {
         match (self.source, self.destination) {
             (SocketAddr::V4(_), SocketAddr::V4(_)) => Some(IpVersion::V4),
