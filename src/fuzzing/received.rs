@@ -91,7 +91,7 @@ fn builder(input: &mut Input<'_>) -> QueueBuilder {
     let options = input.byte();
     let mut builder = Queue::builder(0).conntrack(options & 1 != 0).gso(options & 2 != 0);
     if options & 4 != 0 {
-        builder = builder.copy_range(u32::from(input.short()).max(1));
+        builder = builder.copy_range(u32::from(input.short()).clamp(1, crate::wire::MAX_PAYLOAD as u32));
     }
     if options & 8 != 0 {
         builder = builder.deadline(Duration::from_millis(u64::from(input.short()) + 1), Action::Accept);

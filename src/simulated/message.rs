@@ -57,21 +57,21 @@ pub(super) fn fields<'a>(
 
 /// What a message is charged in bytes (`skb->truesize`), with a payload and other attributes of
 /// these lengths. Longer payloads than a page are taken to be in pages, which are charged by their
-/// length.
-pub(super) fn charge(payload: usize, attributes: usize) -> usize {
+/// length. `small` is the size of small heads.
+pub(super) fn charge(payload: usize, attributes: usize, small: usize) -> usize {
     /// Headers and fixed attributes.
     const FIXED: usize = 124;
     const PAGE: usize = 4096;
     if payload > PAGE {
-        return SKB + SMALL + payload;
+        return SKB + small + payload;
     }
-    linear_charge(FIXED + attributes + payload)
+    linear_charge(FIXED + attributes + payload, small)
 }
 
 /// What a message of this length is charged, if it is in one piece (`__alloc_skb`).
-pub(super) fn linear_charge(length: usize) -> usize {
+pub(super) fn linear_charge(length: usize, small: usize) -> usize {
     match length.next_multiple_of(64) + SHARED {
-        ..=SMALL => SKB + SMALL,
+        size if size <= small => SKB + small,
         size => SKB + size.next_power_of_two(),
     }
 }
@@ -79,5 +79,5 @@ pub(super) fn linear_charge(length: usize) -> usize {
 /// `sizeof(struct sk_buff)`, `sizeof(struct skb_shared_info)`, aligned.
 const SKB: usize = 256;
 const SHARED: usize = 320;
-/// SKB_SMALL_HEAD_CACHE_SIZE
-const SMALL: usize = 576;
+/// The size of small heads unless it is set (SKB_SMALL_HEAD_CACHE_SIZE).
+pub(super) const SMALL: usize = 576;

@@ -311,10 +311,13 @@ impl MemoryKernel for Shared {
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
         let mut inner = self.inner();
         let result = inner.model.receive(port, room);
-        if !inner.model.is_readable(port)
-            && let Some(signal) = inner.signals.get(&port)
-        {
-            signal.lower();
+        if let Some(signal) = inner.signals.get(&port) {
+            match inner.model.is_readable(port) {
+                false => signal.lower(),
+                // It is readable although this attempt failed: whoever waits must hear of it again.
+                true if result.is_err() => signal.raise(),
+                true => {}
+            }
         }
         result
     }

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::{
     connection::Connections,
-    message::{charge, fields, linear_charge},
+    message::{SMALL, charge, fields, linear_charge},
     outcome::{Cause, Outcome},
     packet::TestPacket,
     segment::segments,
@@ -38,6 +38,8 @@ pub(super) struct Model<T> {
     pub(super) first_id: u32,
     /// Whether senders have CAP_NET_ADMIN.
     pub(super) capable: bool,
+    /// What the smallest head of a message takes, in bytes.
+    pub(super) small_head: usize,
     /// The queue that was bound first: that of packets that name none.
     default_queue: Option<u16>,
     /// The flags of queues that this kernel knows.
@@ -126,6 +128,7 @@ impl<T> Default for Model<T> {
             next_port: 0x8000_0001,
             first_id: 1,
             capable: true,
+            small_head: SMALL,
             default_queue: None,
             known_flags: FLAGS_ALL,
             send_errors: VecDeque::new(),
@@ -226,7 +229,11 @@ impl<T: Clone> Model<T> {
     #[cfg(any(test, fuzzing))]
     pub(super) fn forge(&mut self, number: u16, datagram: &[u8]) {
         if let Some(port) = self.queues.get(&number).map(|queue| queue.port) {
-            self.deliver(port, |bytes| bytes.extend_from_slice(datagram), linear_charge(datagram.len()));
+            self.deliver(
+                port,
+                |bytes| bytes.extend_from_slice(datagram),
+                linear_charge(datagram.len(), self.small_head),
+            );
         }
     }
 
@@ -257,7 +264,7 @@ impl<T: Clone> Model<T> {
     fn reply(&mut self, port: u32, error: Option<Errno>, request: Request<'_>) {
         // struct nlmsghdr, error number, and what is echoed.
         let length = 20 + if error.is_some() { request.length() } else { 16 };
-        self.deliver(port, |bytes| encode_reply(bytes, port, error, request), linear_charge(length));
+        self.deliver(port, |bytes| encode_reply(bytes, port, error, request), linear_charge(length, self.small_head));
     }
 
     fn execute(&mut self, port: u32, request: Request<'_>, now: Duration) -> Result<(), Errno> {
@@ -448,7 +455,7 @@ impl<T: Clone> Model<T> {
             skb.packet.finish_checksum();
         }
         let fields = fields(&skb.packet, unverified, serial as u32, copy_range, flags, connection.as_ref(), now);
-        let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len));
+        let charge = charge(fields.payload.len(), fields.connection.map_or(0, <[u8]>::len), self.small_head);
         if !self.deliver(port, |bytes| encode_packet(bytes, number, &fields), charge) {
             if let Some(queue) = self.queues.get_mut(&number).filter(|_| !fail_open) {
                 queue.dropped_socket = queue.dropped_socket.wrapping_add(1);

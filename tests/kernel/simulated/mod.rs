@@ -14,7 +14,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     let trial = |(name, scenario): (&str, fn(&mut scenarios::Script<'_>))| {
         let name = common::test_name(module_path!(), name);
         support::test(&name, move || async move {
-            let mut simulated = Simulated::new();
+            let mut simulated = Simulated::new(worlds::small_head());
             let expected = scenarios::run(&mut simulated, scenario);
             let mut real = Real::new();
             let seen = scenarios::run(&mut real, scenario);
@@ -34,8 +34,6 @@ pub(crate) fn tests() -> Vec<Trial> {
 fn is_different(name: &str) -> bool {
     let release = common::kernel_release();
     match name {
-        // The charges are those of the small heads of 6.3 and later.
-        _ if name.contains("receive_buffer") || name.contains("no_room") => release < (6, 12),
         // UDP_SEGMENT over loopback.
         _ if name.contains("super_packets") => release < (6, 11),
         // EINVAL instead of EOPNOTSUPP; replaced payloads are checked.

@@ -412,7 +412,7 @@ fn closing_with_packets_queued(script: &mut Script<'_>) {
     script.check();
 }
 
-/// Small packets are charged 832 bytes each.
+/// Eight small packets, where each is charged 832 bytes.
 const SMALL_BUFFER: usize = 832 * 8;
 
 fn a_full_receive_buffer(script: &mut Script<'_>) {

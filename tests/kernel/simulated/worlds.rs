@@ -74,8 +74,10 @@ pub(crate) struct Simulated {
 }
 
 impl Simulated {
-    pub(crate) fn new() -> Self {
-        Self { kernel: Kernel::new(), sockets: Vec::new(), sent: Vec::new() }
+    pub(crate) fn new(small_head: usize) -> Self {
+        let kernel = Kernel::new();
+        kernel.set_small_head(small_head);
+        Self { kernel, sockets: Vec::new(), sent: Vec::new() }
     }
 
     fn socket(&self, socket: usize) -> &RawSocket {
@@ -153,6 +155,24 @@ impl World for Simulated {
     fn take_interface_down(&mut self) {
         self.kernel.take_interface_down(1);
     }
+}
+
+/// What the smallest head of a message takes of a receive buffer of this kernel, in bytes.
+pub(crate) fn small_head() -> usize {
+    /// `sizeof(struct sk_buff)`, aligned.
+    const SKB: usize = 256;
+    let mut socket = Socket::new(NETLINK_NETFILTER).expect("open a socket");
+    socket.bind_auto().expect("bind a socket");
+    // A message of an unknown kind, which is answered by a short error.
+    let unknown = [20, 0, 0, 0, 0xff, 0x3f, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    socket.send_to(&unknown, &NetlinkAddress::new(0, 0), 0).expect("send a message");
+    let mut address = NetlinkAddress::new(0, 0);
+    socket.get_address(&mut address).expect("an address");
+    let (family, port) = (NETLINK_NETFILTER.to_string(), address.port_number().to_string());
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").expect("the table of sockets");
+    let rows = sockets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let row = rows.into_iter().find(|row| row[1] == family && row[2] == port).expect("a row of this socket");
+    row[4].parse::<usize>().expect("a number of bytes") - SKB
 }
 
 pub(crate) struct Real {
