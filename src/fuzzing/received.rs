@@ -73,13 +73,17 @@ fn run(input: &mut Input<'_>) {
     }
     // The queue goes on, when the system call fails no more.
     kernel.fail_receives(11, 0);
-    kernel.send(TestPacket::udp(client, server, b"last").mark(LAST));
+    let last = kernel.send(TestPacket::udp(client, server, b"last").mark(LAST));
     let mut found = false;
     while let Some(packet) = next(&mut queue) {
         found |= packet.mark() == LAST;
         held.push(packet);
     }
-    assert!(found, "the last packet was not received");
+    if !found {
+        // Its id lay in a gap behind a message without a readable id, so it got the default action.
+        kernel.advance(Duration::from_secs(1));
+        assert!(!last.is_waiting(), "the last packet was neither received nor decided");
+    }
     let stats = queue.stats();
     // A held packet keeps a buffer of 8 KiB, 32 KiB or 72 KiB allocated.
     let bound = (held.len() + 1) * (80 << 10) + forged;
