@@ -96,14 +96,20 @@ mod memory {
                 self.timers().iter().for_each(|timer| timer.report_readable());
                 let timers = self.timers();
                 let next = timers.iter().filter_map(|timer| Some((timer.at()?, timer))).min_by_key(|(at, _)| *at);
-                let Some((at, timer)) = next.filter(|(at, _)| *at <= end) else { break };
+                let next = next.filter(|(at, _)| *at <= end);
                 let mut state = self.state();
-                state.stopped = state.stopped.max(Some(at));
+                let before = state.stopped;
+                state.stopped = before.max(Some(next.map_or(end, |(at, _)| at)));
+                let moved = state.stopped > before;
                 drop(state);
-                timer.fire_if_due();
+                match next {
+                    Some((_, timer)) => timer.fire_if_due(),
+                    // Another thread may have set a timer between the search and this move: it has
+                    // seen the time before. So the search is repeated once the clock is at the end.
+                    None if moved => {}
+                    None => break,
+                }
             }
-            let mut state = self.state();
-            state.stopped = state.stopped.max(Some(end));
         }
 
         fn timers(&self) -> Vec<Arc<MemoryTimer>> {
@@ -202,4 +208,61 @@ mod memory {
             self.alarm().fmt(f)
         }
     }
+}
+
+#[cfg(all(test, feature = "test-util"))]
+mod tests {
+    use std::{
+        sync::{Arc, Weak, mpsc},
+        thread,
+        time::Duration,
+    };
+
+    use super::{super::timer::Timer, *};
+
+    struct Target(mpsc::SyncSender<()>);
+
+    impl TimerTarget for Target {
+        fn fire(self: Arc<Self>) {
+            let _ = self.0.try_send(());
+        }
+
+        fn readable(self: Arc<Self>) {}
+    }
+
+    /// If the timer is set before the clock has moved past its time, the mover fires it; otherwise
+    /// the timer thread does at once.
+    #[test]
+    fn a_timer_that_is_set_while_the_clock_moves_is_not_forgotten() {
+        const STEP: Duration = Duration::from_secs(1);
+        let clock = Arc::new(MemoryClock::default());
+        clock.advance(Duration::ZERO);
+        let (fired, firing) = mpsc::sync_channel(1);
+        let target = Arc::new(Target(fired));
+        let weak: Weak<dyn TimerTarget> = Arc::downgrade(&target) as _;
+        let timer = Timer::new(weak, &QueueClock::Memory(Arc::clone(&clock))).unwrap();
+        let (go, going) = mpsc::channel();
+        let (moved, moving) = mpsc::channel();
+        let mover = Arc::clone(&clock);
+        thread::spawn(move || {
+            for () in going {
+                mover.advance(STEP);
+                moved.send(()).unwrap();
+            }
+        });
+        for round in 0..ROUNDS {
+            let at = clock.now() + STEP;
+            go.send(()).unwrap();
+            // The other thread takes some microseconds to begin.
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_nanos(100 * (round % 400)) {
+                std::hint::spin_loop();
+            }
+            timer.set(at);
+            moving.recv().unwrap();
+            firing.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("round {round}"));
+        }
+    }
+
+    const ROUNDS: u64 = 10_000;
 }
