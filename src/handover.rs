@@ -244,8 +244,9 @@ impl Takeover {
         Ok(Self::new(unpacked(descriptors)?, Some(stream)))
     }
 
-    /// From [`Handover::descriptors`], in any order. The process that has made them must have
-    /// [released](Handover::release) the queues.
+    /// From [`Handover::descriptors`], in any order, also those of several hand-overs. If a store
+    /// of descriptors still has an older description of the same queue, the newer one holds. The
+    /// process that has made them must have [released](Handover::release) the queues.
     ///
     /// # Errors
     /// As [`receive`](Self::receive).
@@ -291,6 +292,7 @@ impl Takeover {
     /// In each case the queues of this process are closed, and the predecessor goes on:
     /// * `InvalidInput`: a queue or a table has not been taken over.
     /// * `TimedOut`: the predecessor has not waited any longer.
+    /// * `Other`: another error of the operating system.
     ///
     /// # Cancel safety
     /// Not cancel safe in one case: if the future is dropped after the first poll, it is unknown

@@ -64,7 +64,7 @@ pub(crate) fn unpacked(descriptors: Vec<OwnedFd>) -> Result<Passed, Error> {
     let os = |source| Error::os(TAKE_OVER, source);
     let mut sockets = Vec::new();
     let mut files = Vec::new();
-    let mut record = None;
+    let mut record: Option<Record> = None;
     for descriptor in descriptors {
         rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC).map_err(|errno| os(errno.into()))?;
         if let Some(cookie) = netlink_cookie(&descriptor) {
@@ -73,7 +73,13 @@ pub(crate) fn unpacked(descriptors: Vec<OwnedFd>) -> Result<Passed, Error> {
             let file = File::from(descriptor);
             let mut begin = [0; MAGIC.len()];
             match file.read_exact_at(&mut begin, 0) {
-                Ok(()) if begin == MAGIC => record = Some(read_record(&file)?),
+                Ok(()) if begin == MAGIC => {
+                    let found = read_record(&file)?;
+                    record = Some(match record {
+                        None => found,
+                        Some(other) => merged(other, found),
+                    });
+                }
                 _ => files.push(file),
             }
         }
@@ -110,6 +116,35 @@ pub(crate) fn unpacked(descriptors: Vec<OwnedFd>) -> Result<Passed, Error> {
     Ok(passed)
 }
 
+/// Several queues may have been kept separately. And of a queue that is handed over again and
+/// again, a descriptor store may still have an older record: the newer one holds, and so it does
+/// for the tables that go along.
+fn merged(mut all: Record, other: Record) -> Record {
+    let same = |queue: &QueueRecord| all.queues.iter().find(|known| known.cookie == queue.cookie);
+    let newer = other.queues.iter().any(|queue| same(queue).is_some_and(|known| is_newer(queue, known)));
+    for queue in other.queues {
+        match all.queues.iter_mut().find(|known| known.cookie == queue.cookie) {
+            Some(known) if newer => *known = queue,
+            Some(_) => {}
+            None => all.queues.push(queue),
+        }
+    }
+    for table in other.tables {
+        match all.tables.iter_mut().find(|known| known.cookie == table.cookie) {
+            Some(known) if newer => *known = table,
+            Some(_) => {}
+            None => all.tables.push(table),
+        }
+    }
+    all
+}
+
+/// Of two records of one socket: its messages and packets are counted, and the numbers wrap.
+fn is_newer(record: &QueueRecord, known: &QueueRecord) -> bool {
+    let steps = (record.sequence.wrapping_sub(known.sequence) as i32, record.next.wrapping_sub(known.next) as i32);
+    steps > (0, 0)
+}
+
 /// The kernel's unique number of a netlink socket for netfilter.
 fn netlink_cookie(descriptor: &OwnedFd) -> Option<u64> {
     let netlink = sockopt::socket_domain(descriptor) == Ok(AddressFamily::NETLINK)
@@ -140,3 +175,64 @@ fn read_record(file: &File) -> Result<Record, Error> {
 /// More than the packets of a full queue take.
 const LONGEST_RECORD: u64 = 8 << 30;
 const PIECE: usize = 64 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::net::{SocketType, socket};
+
+    use super::*;
+
+    fn netlink() -> (u64, OwnedFd) {
+        let socket = socket(AddressFamily::NETLINK, SocketType::RAW, Some(netlink::NETFILTER)).unwrap();
+        (netlink_cookie(&socket).unwrap(), socket)
+    }
+
+    fn record(cookies: &[u64], sequence: u32, next: u32) -> OwnedFd {
+        let queue = |(queue, cookie): (u16, &u64)| QueueRecord {
+            cookie: *cookie,
+            port_id: 1,
+            queue,
+            max_len: 1024,
+            payload: 65_531,
+            longest: 65_531,
+            conntrack: false,
+            attributes: 0,
+            next,
+            sequence,
+            batches: true,
+            unknown: 0,
+            unread: Vec::new(),
+        };
+        packed(&Record { queues: (0..).zip(cookies).map(queue).collect(), tables: Vec::new() }).unwrap()
+    }
+
+    fn copy(fd: &OwnedFd) -> OwnedFd {
+        fd.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    #[test]
+    fn queues_that_were_kept_separately_are_all_found() {
+        let [(one, first), (two, second)] = [netlink(), netlink()];
+        let passed = unpacked(vec![record(&[one], 1, 1), first, second, record(&[two], 2, 2)]).unwrap();
+        let cookies: Vec<u64> = passed.queues.iter().map(|queue| queue.record.cookie).collect();
+        assert_eq!(cookies, [one, two]);
+    }
+
+    #[test]
+    fn of_two_records_of_a_queue_the_newer_holds() {
+        let [(one, first), (two, second)] = [netlink(), netlink()];
+        for (old, new) in [((7, 7), (8, 7)), ((7, 7), (7, 8)), ((u32::MAX, 5), (0, 6)), ((5, u32::MAX), (6, 1))] {
+            for swapped in [false, true] {
+                let mut kept = [record(&[one], old.0, old.1), record(&[one, two], new.0, new.1)];
+                if swapped {
+                    kept.reverse();
+                }
+                let passed = unpacked([copy(&first), copy(&second)].into_iter().chain(kept).collect()).unwrap();
+                let found = passed.queues.iter().map(|queue| (queue.record.sequence, queue.record.next));
+                assert_eq!(found.collect::<Vec<_>>(), [new, new], "{old:?} {swapped}");
+            }
+        }
+    }
+}
