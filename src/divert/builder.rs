@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 
 use super::{
     Divert, State,
-    chain::{Chain, Place},
+    chain::{Chain, LONGEST_NAME, Place},
     check_rules,
     checked::{KernelRule, Surroundings},
     denied::{DeniedSet, FlowTable},
@@ -381,11 +381,7 @@ impl DivertBuilder {
     }
 
     fn check(&self) -> Result<Surroundings<'_>, String> {
-        if let Some(name) = &self.table
-            && (name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0'))
-        {
-            return Err(format!("the table name must have 1 to {LONGEST_NAME} bytes and no NUL"));
-        }
+        self.table.as_deref().map_or(Ok(()), check_table_name)?;
         if self.rules.is_empty() && self.sets.is_empty() && self.chains.is_empty() {
             return Err("there is no rule; add one with rule()".to_owned());
         }
@@ -521,5 +517,10 @@ pub(super) fn print(
     Ok(script(table, surroundings, &Layout::new(rules, places, surroundings)))
 }
 
-/// `NFT_NAME_MAXLEN` of the kernel, without the NUL.
-const LONGEST_NAME: usize = 255;
+/// What is wrong with the name of a table.
+pub(super) fn check_table_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
+        return Err(format!("the table name must have 1 to {LONGEST_NAME} bytes and no NUL"));
+    }
+    Ok(())
+}

@@ -12,6 +12,16 @@ pub(super) struct Chain {
     pub(super) fixed: bool,
 }
 
+/// `NFT_NAME_MAXLEN` of the kernel, without the NUL.
+pub(super) const LONGEST_NAME: usize = 255;
+
+impl Chain {
+    /// Whether the kernel can have a chain of this name.
+    pub(super) fn has_valid_name(&self) -> bool {
+        (1..=LONGEST_NAME).contains(&self.name.len()) && !self.name.contains('\0')
+    }
+}
+
 /// The place of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {

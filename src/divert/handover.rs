@@ -13,7 +13,7 @@ use rustix::net::sockopt::socket_cookie;
 
 use super::{
     Divert, State,
-    builder::Hooks,
+    builder::{Hooks, check_table_name},
     chain::{Chain, ChainType, Place},
     denied::FlowTable,
     encoder::QueueMethod,
@@ -232,8 +232,9 @@ pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
     };
     let InstalledRules { count, rules } = &decoded.foreign.installed;
     let marks = decoded.flows.is_none_or(|flows| flows.check(decoded.family).is_ok());
+    let names = check_table_name(&decoded.table).is_ok() && decoded.chains.iter().all(|chain| chain.has_valid_name());
     // A rule becomes one or two of the kernel's.
-    (fields.is_at_end() && marks && *count <= rules.len()).then_some(decoded)
+    (fields.is_at_end() && marks && names && *count <= rules.len()).then_some(decoded)
 }
 
 fn list<T>(fields: &mut FieldReader<'_>, item: impl Fn(&mut FieldReader<'_>) -> Option<T>) -> Option<Vec<T>> {
@@ -305,6 +306,22 @@ pub(super) mod tests {
             let mut damaged = body.clone();
             damaged[at] ^= 0xff;
             let _ = decode(&damaged);
+        }
+    }
+
+    /// A name that does not fit into an attribute must not reach the encoder of messages.
+    #[test]
+    fn names_that_no_table_can_have_are_damage() {
+        let long = "x".repeat(70_000);
+        for name in ["", "a\0b", &long] {
+            let mut divert = divert();
+            divert.table = name.to_owned();
+            let body = encode(&divert, &divert.lock(), foreign("script"));
+            assert!(decode(&body).is_none(), "table {:.9?}", name);
+            let divert = self::divert();
+            divert.lock().chains[0].name = name.to_owned();
+            let body = encode(&divert, &divert.lock(), foreign("script"));
+            assert!(decode(&body).is_none(), "chain {:.9?}", name);
         }
     }
 
