@@ -9,6 +9,8 @@ use std::{
 
 use bytes::BytesMut;
 use rustix::{
+    fs::fstatfs,
+    io::Errno,
     ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode},
     net::{RecvFlags, recv, sockopt::socket_type},
     thread::{CapabilitySet, capabilities},
@@ -76,11 +78,21 @@ pub(crate) fn network_owner_of(namespace: impl AsFd) -> Owner {
 }
 
 /// The user namespace that owns another namespace, which is given by a file in `/proc/*/ns`.
+/// `ENOTTY` if it is another file.
 #[allow(unsafe_code)]
 fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
     // linux/nsfs.h: NS_GET_USERNS.
     const GET_USER_NAMESPACE: Opcode = opcode::none(0xb7, 1);
-    // SAFETY: `ns_ioctl` (fs/nsfs.c) takes no argument and returns a new descriptor.
+    // linux/magic.h: NSFS_MAGIC.
+    const NAMESPACES: u32 = 0x6e73_6673;
+    // Called once: `as_fd` need not return the same descriptor every time.
+    let namespace = namespace.as_fd();
+    // Only files of nsfs understand the command. For another file it may mean anything.
+    if fstatfs(namespace)?.f_type as u32 != NAMESPACES {
+        return Err(Errno::NOTTY);
+    }
+    // SAFETY: for a file of nsfs, `ns_ioctl` (fs/nsfs.c) takes no argument and returns a new
+    // descriptor.
     unsafe { ioctl(namespace, NewDescriptor(GET_USER_NAMESPACE)) }
 }
 
