@@ -21,8 +21,10 @@ pub(crate) trait MemoryKernel: Debug + Send + Sync {
     /// Opens a socket, and returns its port id. `signal` is to be readable while the socket is.
     fn open(&self, signal: Signal) -> u32;
     fn close(&self, port: u32);
-    /// Executes a datagram before it returns.
+    /// Executes a datagram before it returns. The caller may hold locks: nobody is woken.
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno>;
+    /// Wakes those who wait for what has been sent. The caller holds no lock.
+    fn wake(&self);
     /// Appends a datagram to `room`, up to its capacity.
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno>;
     /// Returns the resulting size.

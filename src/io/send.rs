@@ -47,6 +47,7 @@ impl Shared {
             self.core().machine.end_round();
             drop(sender);
             drop(spent);
+            self.socket.sent();
             if !self.send_lock_released() {
                 return;
             }
@@ -210,6 +211,7 @@ impl Shared {
         }
         self.last_sent.store(sequence, Ordering::Release);
         drop(sender);
+        self.socket.sent();
         self.flush_for_others();
         room?;
         match result {

@@ -329,6 +329,14 @@ impl Socket {
         }
     }
 
+    /// Called after sending, without a lock: what a kernel in memory has done may wake tasks.
+    pub(crate) fn sent(&self) {
+        #[cfg(feature = "test-util")]
+        if let Transport::Memory(socket) = self.fd.get_ref() {
+            socket.kernel.wake();
+        }
+    }
+
     /// Sends one datagram to the kernel, which executes it before this returns. It never blocks.
     pub(crate) fn send(&self, datagram: &[u8]) -> Result<(), Errno> {
         loop {

@@ -48,6 +48,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Waker,
     time::{Duration, Instant},
 };
 
@@ -108,7 +109,7 @@ impl Kernel {
     /// A kernel without queues, with the interfaces 1 (`lo`) and 2 (`eth0`).
     pub fn new() -> Self {
         let interfaces = [(1, "lo".to_owned()), (2, "eth0".to_owned())].into();
-        let inner = Inner { model: Model::default(), signals: HashMap::new(), interfaces };
+        let inner = Inner { model: Model::default(), signals: HashMap::new(), interfaces, to_wake: Vec::new() };
         Self(Arc::new(Shared { inner: Mutex::new(inner), clock: Arc::default(), begin: Instant::now() }))
     }
 
@@ -152,6 +153,10 @@ impl Kernel {
     /// Moves the clock forward. What is due on the way (deadlines, gathered verdicts, time-outs) is
     /// done at its time, in order, before this returns. The first call stops the clock: see the
     /// [module's documentation](self#time).
+    ///
+    /// It must not be called by a flush policy, a waker or a `tracing` subscriber, because it calls
+    /// these and would wait for itself. A time beyond the range of [`Instant`] does not move the
+    /// clock.
     pub fn advance(&self, by: Duration) {
         self.0.clock.advance(by);
     }
@@ -254,6 +259,8 @@ struct Inner {
     model: Model<Arc<Slot>>,
     signals: HashMap<u32, Signal>,
     interfaces: BTreeMap<u32, String>,
+    /// Tasks that wait for the outcomes of packets that have left the kernel.
+    to_wake: Vec<Waker>,
 }
 
 impl Shared {
@@ -265,10 +272,15 @@ impl Shared {
         self.clock.now().saturating_duration_since(self.begin)
     }
 
-    /// Does something in the model. Then signals sockets, and tells those who wait for outcomes.
-    ///
-    /// A task that waits for an outcome is woken within the send of the verdict.
+    /// Does something in the model. Then signals sockets, and wakes those who wait for outcomes.
     fn with<R>(&self, body: impl FnOnce(&mut Inner, Duration) -> R) -> R {
+        let result = self.execute(body);
+        self.wake();
+        result
+    }
+
+    /// As `with`, but wakes nobody: the caller may hold locks, and a waker is users' code.
+    fn execute<R>(&self, body: impl FnOnce(&mut Inner, Duration) -> R) -> R {
         let now = self.now();
         let mut inner = self.inner();
         let result = body(&mut inner, now);
@@ -279,8 +291,12 @@ impl Shared {
         }
         let finished = std::mem::take(&mut inner.model.finished);
         drop(inner);
+        let mut to_wake = Vec::new();
         for Finished { tag, segment, outcome } in finished {
-            tag.put(segment, outcome).into_iter().for_each(std::task::Waker::wake);
+            to_wake.append(&mut tag.put(segment, outcome));
+        }
+        if !to_wake.is_empty() {
+            self.inner().to_wake.append(&mut to_wake);
         }
         result
     }
@@ -302,10 +318,15 @@ impl MemoryKernel for Shared {
     }
 
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno> {
-        self.with(|inner, now| {
+        self.execute(|inner, now| {
             MIGHT_SEND.set(inner.model.capable);
             inner.model.send(port, datagram, now)
         })
+    }
+
+    fn wake(&self) {
+        let to_wake = std::mem::take(&mut self.inner().to_wake);
+        to_wake.into_iter().for_each(Waker::wake);
     }
 
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {

@@ -116,8 +116,10 @@ impl Sent {
             match &state.outcome {
                 Some(outcome) => Poll::Ready(outcome.clone()),
                 None => {
-                    state.wakers.retain(|other| !other.will_wake(&waker));
-                    state.wakers.push(waker);
+                    // What is dropped is dropped without the lock: it may run users' code.
+                    if !state.wakers.iter().any(|other| other.will_wake(&waker)) {
+                        state.wakers.push(waker);
+                    }
                     Poll::Pending
                 }
             }

@@ -194,7 +194,11 @@ impl TestPacket {
     }
 
     /// The sender's link-layer address, up to 8 bytes.
+    ///
+    /// # Panics
+    /// It is longer.
     pub fn hardware_address(mut self, address: &[u8]) -> Self {
+        assert!(address.len() <= 8, "a link-layer address of {} bytes; 8 are allowed", address.len());
         self.rare().hardware_address = Some(Bytes::copy_from_slice(address));
         self
     }
@@ -207,8 +211,12 @@ impl TestPacket {
     }
 
     /// The security context of the sender. The queue gets it with
-    /// [`security_context`](crate::QueueBuilder::security_context).
+    /// [`security_context`](crate::QueueBuilder::security_context). Up to 4096 bytes.
+    ///
+    /// # Panics
+    /// It is longer.
     pub fn security_context(mut self, context: &[u8]) -> Self {
+        assert!(context.len() <= 4096, "a security context of {} bytes; 4096 are allowed", context.len());
         self.rare().security_context = Some(Bytes::copy_from_slice(context));
         self
     }
@@ -234,8 +242,14 @@ impl TestPacket {
         self
     }
 
-    /// Makes it a packet of the bridge family, with this link-layer header and outermost VLAN tag.
+    /// Makes it a packet of the bridge family, with this link-layer header of up to 160 bytes and
+    /// outermost VLAN tag.
+    ///
+    /// # Panics
+    /// The header is longer.
     pub fn bridged(mut self, layer2_header: &[u8], vlan: Option<Vlan>) -> Self {
+        let length = layer2_header.len();
+        assert!(length <= 160, "a link-layer header of {length} bytes; 160 are allowed");
         const NFPROTO_BRIDGE: u8 = 7;
         self.family = NFPROTO_BRIDGE;
         let rare = self.rare();

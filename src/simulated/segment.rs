@@ -26,6 +26,9 @@ fn split(bytes: &[u8], size: usize) -> Option<Vec<Bytes>> {
         PayloadSlice::Udp(payload) | PayloadSlice::Tcp(payload) => payload,
         _ => return None,
     };
+    if payload.is_empty() {
+        return None;
+    }
     let count = payload.len().div_ceil(size.max(1));
     let parts = payload.chunks(size.max(1)).enumerate();
     parts.map(|(index, chunk)| segment(ip.clone(), transport.clone(), chunk, (index, count), size)).collect()

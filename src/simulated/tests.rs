@@ -268,7 +268,7 @@ async fn a_confirmation_takes_no_cpu_while_nothing_can_be_sent() {
     kernel.fail_sends(ENOMEM, 1000);
     let mut confirm = std::pin::pin!(packet.accept().confirm());
     let wakes = Arc::new(Wakes::default());
-    let waker = std::task::Waker::from(Arc::clone(&wakes));
+    let waker = Waker::from(Arc::clone(&wakes));
     assert!(confirm.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     assert_eq!(wakes.0.load(SeqCst), 0);
     kernel.fail_sends(ENOMEM, 0);
@@ -329,5 +329,68 @@ fn packets_of_every_kind_are_complete() {
         let headers = etherparse::IpHeaders::from_slice(packet.payload()).unwrap();
         assert_eq!(headers.1.ip_number.0, protocol);
         assert_eq!(headers.0.header_len() + headers.1.payload.len(), packet.payload().len());
+    }
+}
+
+#[tokio::test]
+async fn a_super_packet_without_a_payload_has_an_outcome() {
+    let (from, to) = addresses();
+    for packet in [datagram(b""), TestPacket::tcp_syn(from, to)] {
+        let (kernel, mut queue) = queue(Queue::builder(0).gso(false)).unwrap();
+        let sent = kernel.send(packet.gso(1000));
+        queue.try_recv().expect("it is queued as it is").accept().submit().unwrap();
+        queue.flush().await.unwrap();
+        assert!(sent.try_outcome().expect("it has been decided").accepted);
+    }
+}
+
+/// A waker that needs the lock under which verdicts are sent.
+struct Reconfigures {
+    sink: crate::VerdictSink,
+    done: std::sync::mpsc::Sender<()>,
+}
+
+impl Wake for Reconfigures {
+    fn wake(self: Arc<Self>) {
+        drop(self.sink.reconfigure(&crate::Reconfigure::new().max_len(7)));
+        let _ = self.done.send(());
+    }
+}
+
+#[test]
+fn who_waits_for_an_outcome_may_call_the_queue_when_woken() {
+    let (done, woken) = std::sync::mpsc::channel();
+    // In a thread of its own: a failure is a deadlock.
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+            let [first, second] = [b"x", b"y"].map(|payload| kernel.send(datagram(payload)));
+            let mut packets = vec![next(&mut queue).await, next(&mut queue).await];
+            let waker = Waker::from(Arc::new(Reconfigures { sink: queue.sink(), done }));
+            let mut outcomes = [std::pin::pin!(first.outcome()), std::pin::pin!(second.outcome())];
+            for outcome in &mut outcomes {
+                assert!(outcome.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+            }
+            // Decided by a verdict, and by the unbinding.
+            packets.remove(0).accept().confirm().await.unwrap();
+            drop(packets);
+            queue.close().await.unwrap();
+        });
+    });
+    for _ in 0..2 {
+        woken.recv_timeout(Duration::from_secs(30)).expect("the waker has returned");
+    }
+}
+
+#[test]
+fn attributes_that_no_message_can_carry_are_refused() {
+    for set in [
+        |packet: TestPacket| packet.hardware_address(&[1; 9]),
+        |packet: TestPacket| packet.security_context(&[1; 4097]),
+        |packet: TestPacket| packet.bridged(&[1; 161], None),
+    ] {
+        let panic = std::panic::catch_unwind(|| set(datagram(b"x"))).unwrap_err();
+        assert!(panic.downcast_ref::<String>().unwrap().contains("allowed"));
     }
 }
