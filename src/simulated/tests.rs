@@ -332,6 +332,32 @@ fn packets_of_every_kind_are_complete() {
     }
 }
 
+/// No kernel does this. What is counted must add up nevertheless.
+#[tokio::test]
+async fn a_repeated_id_is_counted_once() {
+    use crate::wire::kernel_side::{PacketFields, encode_packet};
+    let (kernel, mut queue) = queue(Queue::builder(0).copy_range(4000)).unwrap();
+    let sent = kernel.send(datagram(&[1; 100]));
+    let first = next(&mut queue).await;
+    let held = queue.stats().held.bytes;
+    assert!(held > 0);
+    // Long enough for a buffer of another kind.
+    let payload = [0x45; 3000];
+    let fields = PacketFields { family: 2, id: 1, payload: &payload, ..PacketFields::default() };
+    let mut repeated = Vec::new();
+    encode_packet(&mut repeated, 0, &fields);
+    kernel.forge(0, &repeated);
+    let second = next(&mut queue).await;
+    assert_eq!(second.id(), first.id());
+    assert_eq!(queue.stats().held.bytes, held);
+    first.accept().confirm().await.unwrap();
+    drop(second);
+    let stats = queue.stats();
+    assert_eq!((stats.held.bytes, stats.held.in_flight), (0, 0));
+    assert_eq!((stats.received.packets, stats.received.malformed), (1, 1));
+    assert!(sent.outcome().await.accepted);
+}
+
 #[tokio::test]
 async fn a_super_packet_without_a_payload_has_an_outcome() {
     let (from, to) = addresses();

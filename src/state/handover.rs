@@ -160,6 +160,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let now = self.clock.now();
         let mut ends: Option<(u32, u32)> = None;
         for Arrival { id, storage } in unread {
+            if self.ledger.is_repeated(id) {
+                continue;
+            }
             let token = self.held.enter(storage);
             // A packet that is missing in between is not lost: the other process has decided it.
             self.ledger.arrive(id, token);

@@ -246,6 +246,14 @@ impl<E> Ledger<E> {
         matches!(self.slot(id), Some(Slot::Undecided(_)))
     }
 
+    /// Whether an id has arrived before and is not settled. The kernel gives no id twice until it
+    /// wraps.
+    pub(crate) fn is_repeated(&self, id: u32) -> bool {
+        // The usual case costs no search.
+        let arrived = id.wrapping_sub(self.next()) > u32::MAX / 2;
+        arrived && matches!(self.slot(id), Some(Slot::Undecided(_) | Slot::Decided(_)))
+    }
+
     /// The number of undecided ids.
     pub(crate) fn undecided(&self) -> usize {
         self.undecided

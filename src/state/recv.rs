@@ -39,6 +39,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     pub(super) fn enter(&mut self, id: u32, storage: Storage) {
+        if self.ledger.is_repeated(id) {
+            // It is no further packet, and its memory is not counted: the token of the first
+            // message is returned when the id is decided.
+            self.counters.received.malformed += 1;
+            return;
+        }
         let token = self.held.enter(storage);
         let missing = self.ledger.arrive(id, token);
         self.counters.received.packets += 1;
@@ -84,7 +90,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.decide_in_place(id, self.settings.on_unanswered);
                 self.ask_policy(FlushReason::Verdict);
             }
-            None => self.receiving.unknown += 1,
+            None => self.receiving.unknown = self.receiving.unknown.saturating_add(1),
         }
         self.push_refusal(error);
     }
