@@ -337,9 +337,9 @@ impl PacketStream {
     /// While the queue is [handed over](VerdictSink::hand_over), the descriptor may be readable
     /// although `try_recv` returns `Empty`: wait for the end of the hand-over instead.
     ///
-    /// It is created at the first call and covers the socket and the packets that were received for
-    /// another reason (a [`confirm`](VerdictSink::confirm), a deadline). It costs two more
-    /// descriptors.
+    /// It is created at the first call and covers the socket, the packets that were received for
+    /// another reason (a [`confirm`](VerdictSink::confirm), a deadline), and the end of the stream,
+    /// whoever closes the queue or hands it over. It costs two more descriptors.
     ///
     /// # Errors
     /// The process or the system has no free descriptor.

@@ -247,11 +247,6 @@ impl Shared {
     pub(crate) fn resume(&self) {
         self.hold.store(Hold::No as u8, Ordering::SeqCst);
         self.with(|core| core.machine.resume());
-        if let Some(ready_fd) = self.ready_fd.get()
-            && !lock(&self.receiver).packets.is_empty()
-        {
-            ready_fd.raise();
-        }
     }
 
     /// The queue goes on elsewhere, or not at all: it is closed here, without being unbound.

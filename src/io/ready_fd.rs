@@ -7,8 +7,8 @@ use std::{
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
-/// Readable while the socket is readable, or while there are packets that were received for another
-/// reason than the stream.
+/// Readable while the socket is readable, and after the stream would have been woken for another
+/// reason: packets that somebody else has received, or the end of the stream.
 #[derive(Debug)]
 pub(super) struct ReadyFd {
     /// Contains the socket and `received`.
@@ -26,13 +26,13 @@ impl ReadyFd {
         Ok(Self { epoll, received })
     }
 
-    /// Packets have been received.
+    /// There are packets, or the stream has ended.
     pub(super) fn raise(&self) {
         // It fails only if it is readable anyway.
         let _ = rustix::io::write(&self.received, &1_u64.to_ne_bytes());
     }
 
-    /// The received packets are about to be taken.
+    /// Packets are about to be taken.
     pub(super) fn lower(&self) {
         let _ = rustix::io::read(&self.received, &mut [0; 8]);
     }

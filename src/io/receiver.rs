@@ -35,7 +35,7 @@ pub(super) struct Round {
     pub(super) replies: Vec<Reply>,
     /// Ids of packets whose messages were malformed, where they could be read.
     pub(super) malformed: Vec<Option<u32>>,
-    /// Packets that are decided already, to be dropped without a lock.
+    /// Packets that are decided already, to be dropped without the lock of the state.
     pub(super) decided: VecDeque<RawPacket>,
 }
 

@@ -69,9 +69,6 @@ impl Shared {
         let result = self.receive(&mut receiver, RECEIVE_BATCH);
         if !receiver.packets.is_empty() {
             self.core().machine.wake_stream();
-            if let Some(ready_fd) = self.ready_fd.get() {
-                ready_fd.raise();
-            }
         }
         result
     }

@@ -191,7 +191,20 @@ impl Shared {
     }
 
     fn perform(&self, effects: Effects, pending: Pending) {
-        let Effects { flush, call_driver, timer, ask, look, watch, unbind, drain, probe, .. } = effects;
+        let Effects {
+            flush,
+            call_driver,
+            timer,
+            ask,
+            look,
+            watch,
+            unbind,
+            drain,
+            probe,
+            wake_stream,
+            wake_waiting: _,
+            wake_refusals: _,
+        } = effects;
         if let (Some(at), Some(timer)) = (timer, self.timer.get()) {
             timer.set(at);
         }
@@ -218,6 +231,9 @@ impl Shared {
         }
         if let Some(ask) = ask {
             self.ask(*ask);
+        }
+        if wake_stream && let Some(ready_fd) = self.ready_fd.get() {
+            ready_fd.raise();
         }
         pending.wakers.into_iter().for_each(Waker::wake);
         for notice in pending.notices {

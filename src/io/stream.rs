@@ -197,7 +197,11 @@ impl Shared {
         if self.ready_fd.get().is_none() {
             let ready_fd = ReadyFd::new(self.socket.fd()).map_err(|source| Error::os("create a descriptor", source))?;
             let ready_fd = self.ready_fd.get_or_init(|| ready_fd);
-            if !lock(&self.receiver).packets.is_empty() {
+            let ended = {
+                let core = self.core();
+                core.machine.life().has_ended() || core.machine.has_failed()
+            };
+            if ended || !lock(&self.receiver).packets.is_empty() {
                 ready_fd.raise();
             }
         }

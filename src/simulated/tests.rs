@@ -370,6 +370,36 @@ async fn a_super_packet_without_a_payload_has_an_outcome() {
     }
 }
 
+#[tokio::test]
+async fn the_descriptor_for_other_event_loops_is_readable_at_the_end() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    const EBADF: i32 = 9;
+    for end in ["close", "failure", "close before the first call"] {
+        let (kernel, mut queue) = queue(Queue::builder(0)).unwrap();
+        let readable = |queue: &Queue| {
+            let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&queue.readable_fd().unwrap(), PollFlags::IN)], Some(&now)).unwrap() == 1
+        };
+        if !end.contains("before") {
+            assert!(!readable(&queue));
+        }
+        if end == "failure" {
+            let sent = kernel.send(datagram(b"x"));
+            let packet = queue.try_recv().unwrap();
+            assert!(matches!(queue.try_recv(), Err(crate::TryRecvError::Empty)));
+            assert!(!readable(&queue));
+            kernel.fail_sends(EBADF, 1);
+            packet.accept().submit().unwrap();
+            queue.flush().await.unwrap();
+            drop(sent);
+        } else {
+            queue.sink().close().await.unwrap();
+        }
+        assert!(readable(&queue), "{end}");
+        assert!(matches!(queue.try_recv(), Err(crate::TryRecvError::Closed | crate::TryRecvError::Failed(_))), "{end}");
+    }
+}
+
 /// A waker that needs the lock under which verdicts are sent.
 struct Reconfigures {
     sink: crate::VerdictSink,
