@@ -284,19 +284,14 @@ impl Shared {
         let now = self.now();
         let mut inner = self.inner();
         let result = body(&mut inner, now);
-        for port in std::mem::take(&mut inner.model.readable) {
-            if let Some(signal) = inner.signals.get(&port) {
+        let Inner { model, signals, to_wake, .. } = &mut *inner;
+        for port in model.readable.drain(..) {
+            if let Some(signal) = signals.get(&port) {
                 signal.raise();
             }
         }
-        let finished = std::mem::take(&mut inner.model.finished);
-        drop(inner);
-        let mut to_wake = Vec::new();
-        for Finished { tag, segment, outcome } in finished {
+        for Finished { tag, segment, outcome } in model.finished.drain(..) {
             to_wake.append(&mut tag.put(segment, outcome));
-        }
-        if !to_wake.is_empty() {
-            self.inner().to_wake.append(&mut to_wake);
         }
         result
     }

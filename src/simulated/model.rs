@@ -2,7 +2,7 @@
 //! The names of the kernel's functions stand beside what is taken from them.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
@@ -30,7 +30,7 @@ use crate::{
 /// The kernel. `T` says whose packet it is.
 #[derive(Debug)]
 pub(super) struct Model<T> {
-    sockets: HashMap<u32, Socket>,
+    sockets: BTreeMap<u32, Socket>,
     queues: BTreeMap<u16, Queue<T>>,
     connections: Connections,
     next_port: u32,
@@ -121,7 +121,7 @@ struct NotQueued {
 impl<T> Default for Model<T> {
     fn default() -> Self {
         Self {
-            sockets: HashMap::new(),
+            sockets: BTreeMap::new(),
             queues: BTreeMap::new(),
             connections: Connections::default(),
             // As the kernel's, for all but a process's first socket: negative.
@@ -197,7 +197,7 @@ impl<T: Clone> Model<T> {
         socket.charged -= charge;
         // netlink_rcv_wake
         socket.congested &= !socket.inbox.is_empty();
-        if socket.spare.len() < 64 {
+        if socket.spare.len() < 1024 {
             socket.spare.push(bytes);
         }
         Ok(())

@@ -221,6 +221,7 @@ pub(crate) struct PacketFields<'a> {
 /// Encodes a packet message (`nfqnl_build_packet_message`). The last attribute is not padded.
 pub(crate) fn encode_packet(buffer: &mut Vec<u8>, queue: u16, fields: &PacketFields<'_>) {
     let start = buffer.len();
+    buffer.reserve(fields.payload.len() + 256);
     let mut message = Writer::begin(buffer, MESSAGE_PACKET, 0, 0, queue);
     let [a, b, c, d] = fields.id.to_be_bytes();
     let [e, f] = fields.hw_protocol.to_be_bytes();

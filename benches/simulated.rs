@@ -1,0 +1,52 @@
+//! Packets through the whole crate, over a simulated kernel.
+#![allow(missing_docs)]
+
+use std::{hint::black_box, net::SocketAddr, time::Duration};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use tokio_nfqueue::{
+    Queue,
+    simulated::{self, TestPacket},
+};
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(3));
+    targets = accept
+}
+criterion_main!(benches);
+
+/// Packets are sent, received and accepted, and each outcome is read.
+fn accept(criterion: &mut Criterion) {
+    const PACKETS: usize = 1000;
+    let [client, server] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse::<SocketAddr>().unwrap());
+    let packet = TestPacket::udp(client, server, &[0x45; 64]);
+    let mut group = criterion.benchmark_group("simulated/accept");
+    group.throughput(Throughput::Elements(PACKETS as u64));
+    for (name, threads) in [("current_thread", 0), ("multi_thread", 2)] {
+        let runtime = match threads {
+            0 => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+            _ => tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build(),
+        };
+        let runtime = runtime.expect("a runtime");
+        let (kernel, mut queue) = runtime.block_on(async { simulated::queue(Queue::builder(0)) }).expect("a queue");
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                runtime.block_on(async {
+                    let sent = kernel.send_all(std::iter::repeat_n(packet.clone(), PACKETS));
+                    for _ in 0..PACKETS {
+                        let packet = queue.recv().await.expect("a packet").expect("no failure");
+                        packet.accept().submit().expect("it is open");
+                    }
+                    queue.flush().await.expect("they are sent");
+                    assert!(
+                        sent.iter().all(|sent| black_box(sent.try_outcome()).is_some_and(|outcome| outcome.accepted))
+                    );
+                });
+            });
+        });
+    }
+}
