@@ -274,8 +274,9 @@ impl Shared {
             Ok(decision) => self.with(|core| core.machine.policy_decided(policy, decision, &context)),
             Err(panic) => {
                 self.with(|core| core.machine.policy_panicked());
-                // The payload of the panic may panic when it is dropped.
-                std::mem::forget(panic);
+                // Both may panic when they are dropped, with payloads that may do so again.
+                let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(panic)));
+                std::mem::forget(dropped);
                 let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(policy)));
                 std::mem::forget(dropped);
             }
