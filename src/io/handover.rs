@@ -268,7 +268,11 @@ impl Shared {
         let network_owner = owner_of(socket.as_fd()).map_err(|error| error.with_operation(operation()))?;
         let settings = Settings { conntrack: record.conntrack, attributes: record.attributes as usize, ..settings };
         let table = table.as_ref().map(File::try_clone).transpose().map_err(os)?;
-        let table = table.map_or_else(KernelTable::open, KernelTable::of);
+        let table = match table {
+            Some(file) => KernelTable::of(file),
+            None if is_in_namespace_of(socket.as_fd()) => KernelTable::open(),
+            None => KernelTable::out_of_reach(),
+        };
         let socket = Unregistered::adopt(socket.try_clone().map_err(os)?)?;
         let socket = Socket::register(socket).map_err(|error| error.with_operation(operation()))?;
 
@@ -303,6 +307,14 @@ impl Shared {
         shared.trace.taken_over(record.unread.len());
         Ok(shared)
     }
+}
+
+/// Whether the calling thread is in the socket's network namespace.
+fn is_in_namespace_of(socket: BorrowedFd<'_>) -> bool {
+    let of_socket = sys::network_namespace_of(socket).and_then(rustix::fs::fstat);
+    let of_thread = rustix::fs::stat("/proc/thread-self/ns/net");
+    let file = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    matches!((of_socket.map(file), of_thread.map(file)), (Ok(one), Ok(another)) if one == another)
 }
 
 /// The owner of a socket's network namespace. This is also the kernel's check of the capability

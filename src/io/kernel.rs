@@ -45,6 +45,11 @@ impl KernelTable {
         Self(Ok(file))
     }
 
+    /// That of another network namespace, which nobody has opened.
+    pub(crate) fn out_of_reach() -> Self {
+        Self(Err(io::ErrorKind::PermissionDenied.into()))
+    }
+
     pub(crate) fn file(&self) -> Option<&File> {
         self.0.as_ref().ok()
     }

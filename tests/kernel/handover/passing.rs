@@ -1,6 +1,11 @@
 //! What the successor gets.
 
-use std::{os::fd::OwnedFd, pin::pin, sync::Arc, time::Duration};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{FutureExt, StreamExt, TryStreamExt, stream::FusedStream};
 use tokio::sync::Notify;
@@ -26,6 +31,7 @@ tests![
     both several_queues_are_handed_over_together,
     both descriptors_can_be_kept_in_any_order,
     both a_queue_in_another_namespace_stays_there,
+    one the_counters_are_never_those_of_a_queue_in_another_namespace,
     both the_settings_of_the_kernel_go_along,
     one try_recv_and_its_descriptor_stop_and_go_on,
 ];
@@ -448,6 +454,39 @@ async fn a_queue_in_another_namespace_stays_there() {
     assert_eq!(successor.kernel_stats().unwrap().last_id, 20);
     soon("the shutdown", successor.close()).await.unwrap();
     assert_eq!(account(0), None);
+}
+
+async fn the_counters_are_never_those_of_a_queue_in_another_namespace() {
+    let (queue, _divert) = start(Queue::builder(0));
+    let handover = queue.sink().hand_over(ENOUGH).await.unwrap();
+    let mut kept: Vec<OwnedFd> = handover.descriptors().unwrap();
+    let all = kept.len();
+    // As if the predecessor had not been allowed to open the file.
+    kept.retain(|fd| {
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+        !path.ends_with("nfnetlink_queue")
+    });
+    assert_eq!(kept.len(), all - 1);
+    handover.release();
+    drop(queue);
+    let here: Vec<OwnedFd> = kept.iter().map(|fd| fd.try_clone().unwrap()).collect();
+    let other = support::Namespace::new();
+    let runtime = tokio::runtime::Handle::current();
+    let there = tokio::task::spawn_blocking(move || {
+        other.run(move || {
+            runtime.block_on(async move {
+                let _other = Queue::builder(0).bind().unwrap();
+                let mut takeover = Takeover::from_descriptors(kept).unwrap();
+                let successor = Queue::builder(0).take_over(&mut takeover).unwrap();
+                successor.kernel_stats().map(|stats| stats.port_id)
+            })
+        })
+    });
+    assert_eq!(there.await.unwrap().unwrap_err().kind(), ErrorKind::NotPermitted);
+    let mut takeover = Takeover::from_descriptors(here).unwrap();
+    let successor = Queue::builder(0).take_over(&mut takeover).unwrap();
+    takeover.accept().await.unwrap();
+    assert_eq!(successor.kernel_stats().unwrap().queued, 0, "opened where the queue is");
 }
 
 async fn the_settings_of_the_kernel_go_along() {
