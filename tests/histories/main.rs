@@ -7,6 +7,12 @@
 use std::time::{Duration, Instant};
 
 mod simulated;
+#[path = "../support"]
+#[allow(dead_code, unreachable_pub, reason = "other tests use the rest")]
+mod support {
+    pub mod random;
+    pub mod settings;
+}
 
 use simulated::Totals;
 

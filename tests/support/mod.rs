@@ -21,7 +21,9 @@
 mod bridge;
 mod link;
 mod namespace;
+pub mod random;
 mod raw_queue;
+pub mod settings;
 mod sockets;
 mod sys;
 mod trial;

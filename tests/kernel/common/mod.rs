@@ -32,7 +32,7 @@ pub use self::{
     transfer::{AMOUNT, receive_transfer, send_transfer},
 };
 use crate::support;
-pub use crate::support::PATIENCE;
+pub use crate::support::{PATIENCE, random::Random};
 pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// The receivers' first port.
@@ -265,29 +265,6 @@ pub fn account(queue: u16) -> Option<Account> {
 /// Waits until the queue is not bound. Another thread may have to unbind a dropped queue.
 pub async fn freed(queue: u16) {
     eventually("the queue is free", || account(queue).is_none()).await;
-}
-
-/// Random numbers that are the same each time (xorshift64*).
-#[derive(Clone)]
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
-    }
-
-    pub fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            items.swap(last, self.below(last + 1));
-        }
-    }
 }
 
 /// Takes all capabilities from the calling thread, permanently.

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio_nfqueue::{Action, DetachedPacket, Packet, PacketStream, TryRecvError, Verdict, VerdictSink};
 
 use super::{
-    plan::{Deed, How, NUMBERED, PASS, Plan, What, Who, one_in},
+    plan::{Deed, How, NUMBERED, PASS, Plan, What, Who},
     records::{Done, Records, Response},
 };
 use crate::common::{Random, without_net_admin};
@@ -309,7 +309,7 @@ pub(crate) async fn read(world: Arc<World>, queue: usize, mut stream: PacketStre
     let mut random = world.plan.random(1000 + queue as u64);
     let mut packets = Vec::new();
     loop {
-        if world.plan.pauses && one_in(&mut random, 40) {
+        if world.plan.pauses && random.one_in(40) {
             pause(Duration::from_micros(random.below(30_000) as u64)).await;
         }
         let goes_on = tokio::select! {

@@ -3,9 +3,12 @@
 
 use std::time::Duration;
 
-use tokio_nfqueue::{Action, FlushDecision, FlushPolicy, Hook, Queue, QueueBuilder, Reconfigure};
+use tokio_nfqueue::{Hook, Reconfigure};
 
-use crate::common::Random;
+use crate::support::{
+    random::Random,
+    settings::{DEFAULT_MAX_LEN, Policy, Settings, either},
+};
 
 /// The kinds of faults in the histories of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,31 +42,6 @@ pub(crate) struct Plan {
     pub(crate) pauses: bool,
     /// Refusals are read continuously, not only before a comparison.
     pub(crate) reads_refusals: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Settings {
-    pub(crate) policy: Policy,
-    pub(crate) unanswered: Action,
-    pub(crate) deadline: Option<(Duration, Action)>,
-    /// `None` for metadata mode.
-    pub(crate) copy_range: Option<u32>,
-    pub(crate) max_len: Option<u32>,
-    pub(crate) receive_buffer: Option<usize>,
-    pub(crate) fail_open: bool,
-    pub(crate) busy_poll: Duration,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Policy {
-    Immediate,
-    Adaptive(Duration),
-    Fixed(usize, Duration),
-    /// A custom policy, which may panic once.
-    Moody {
-        seed: u64,
-        panics_after: Option<u32>,
-    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -173,16 +151,16 @@ impl Plan {
             Profile::Faulty => true,
             Profile::Closing => random.below(2) == 0,
         };
-        let veth = one_in(random, 4);
+        let veth = random.one_in(4);
         let hook = match random.below(8) {
             5 if !veth => Hook::Output,
             6 => Hook::Prerouting,
             7 if !veth => Hook::Postrouting,
             _ => Hook::Input,
         };
-        let bypass = one_in(random, 2);
+        let bypass = random.one_in(2);
         let fronts = 1 + random.below(3);
-        let queues = (0..=fronts).map(|_| Settings::draw(random, veth)).collect();
+        let queues = (0..=fronts).map(|_| settings(random, veth)).collect();
         let rounds = if profile == Profile::Closing { 1 } else { 1 + random.below(4) };
         let rounds = (0..rounds).map(|_| Round::draw(random, faulty, veth)).collect();
         let end = match random.below(if faulty { 18 } else { 16 }) {
@@ -202,8 +180,8 @@ impl Plan {
             rounds,
             end,
             capless: faulty && random.below(3) > 0,
-            pauses: one_in(random, 2),
-            reads_refusals: one_in(random, 2),
+            pauses: random.one_in(2),
+            reads_refusals: random.one_in(2),
         }
     }
 
@@ -240,7 +218,7 @@ impl Plan {
     /// What is done with a packet that is handed out for the `time`-th time.
     pub(crate) fn deed(&self, serial: u32, queue: usize, time: usize) -> Deed {
         let random = &mut Random::new(mix(self.seed, u64::from(serial), 100 + time as u64));
-        let capless = self.capless && one_in(random, 3);
+        let capless = self.capless && random.one_in(3);
         let who = match random.below(20) {
             0..6 => Who::Reader,
             6..12 if capless => Who::CaplessForAWhile,
@@ -257,7 +235,7 @@ impl Plan {
             7 | 8 => What::AcceptMarked,
             9..13 => What::Drop,
             13 | 14 if returns => What::Repeat,
-            15 | 16 if returns => What::Requeue { bypass: one_in(random, 2) },
+            15 | 16 if returns => What::Requeue { bypass: random.one_in(2) },
             17 | 18 => What::DropPacket,
             19 => What::DropVerdict,
             _ => What::Accept,
@@ -278,61 +256,21 @@ impl Plan {
         };
         let threaded = matches!(who, Who::Thread | Who::CaplessThread);
         let delay = Duration::from_micros(if threaded { delay / 16 } else { delay });
-        Deed { who, delay, detach: one_in(random, 5), what, how, keep: one_in(random, 6) }
+        Deed { who, delay, detach: random.one_in(5), what, how, keep: random.one_in(6) }
     }
 }
 
-impl Settings {
-    fn draw(random: &mut Random, veth: bool) -> Self {
-        let micros = |random: &mut Random, most| Duration::from_micros(random.below(most) as u64);
-        let policy = match random.below(4) {
-            0 => Policy::Immediate,
-            1 => Policy::Adaptive(micros(random, 2000)),
-            2 => Policy::Fixed(1 + random.below(40), micros(random, 2000)),
-            _ => {
-                let panics_after = one_in(random, 4).then(|| random.below(50) as u32);
-                Policy::Moody { seed: random.below(1000) as u64, panics_after }
-            }
-        };
-        let either = |random: &mut Random| if one_in(random, 2) { Action::Accept } else { Action::Drop };
-        Self {
-            policy,
-            unanswered: either(random),
-            deadline: one_in(random, 3).then(|| (Duration::from_millis(2 + random.below(30) as u64), either(random))),
-            copy_range: copy_range(random, veth),
-            max_len: one_in(random, 4).then(|| 8 + random.below(60) as u32),
-            receive_buffer: one_in(random, 4).then(|| 8192 + random.below(40_000)),
-            fail_open: one_in(random, 8),
-            busy_poll: if one_in(random, 5) { Duration::from_micros(50) } else { Duration::ZERO },
-        }
-    }
-
-    pub(crate) fn builder(&self, number: usize) -> QueueBuilder {
-        let policy = match self.policy {
-            Policy::Immediate => FlushPolicy::immediate(),
-            Policy::Adaptive(delay) => FlushPolicy::adaptive(delay),
-            Policy::Fixed(batch, delay) => FlushPolicy::fixed(batch, delay),
-            Policy::Moody { seed, panics_after } => moody(Random::new(seed), panics_after),
-        };
-        let mut builder = Queue::builder(number as u16)
-            .flush_policy(policy)
-            .on_unanswered(self.unanswered)
-            .fail_open(self.fail_open)
-            .busy_poll(self.busy_poll);
-        builder = match self.copy_range {
-            Some(range) => builder.copy_range(range),
-            None => builder.copy_metadata(),
-        };
-        if let Some((after, action)) = self.deadline {
-            builder = builder.deadline(after, action);
-        }
-        if let Some(length) = self.max_len {
-            builder = builder.max_len(length);
-        }
-        if let Some(bytes) = self.receive_buffer {
-            builder = builder.receive_buffer(bytes);
-        }
-        builder
+fn settings(random: &mut Random, veth: bool) -> Settings {
+    Settings {
+        policy: Policy::draw(random),
+        unanswered: either(random),
+        deadline: random.one_in(3).then(|| (Duration::from_millis(2 + random.below(30) as u64), either(random))),
+        copy_range: copy_range(random, veth),
+        max_len: if random.one_in(4) { 8 + random.below(60) as u32 } else { DEFAULT_MAX_LEN },
+        receive_buffer: random.one_in(4).then(|| 8192 + random.below(40_000)),
+        fail_open: random.one_in(8),
+        gso: true,
+        busy_poll: if random.one_in(5) { Duration::from_micros(50) } else { Duration::ZERO },
     }
 }
 
@@ -350,20 +288,20 @@ fn copy_range(random: &mut Random, veth: bool) -> Option<u32> {
 /// A random change of settings under which packets can still be identified.
 pub(crate) fn change(random: &mut Random, veth: bool) -> Reconfigure {
     let mut change = Reconfigure::new();
-    if one_in(random, 2) {
+    if random.one_in(2) {
         change = match copy_range(random, veth) {
             Some(range) => change.copy_range(range),
             None => change.copy_metadata(),
         };
     }
-    if one_in(random, 3) {
+    if random.one_in(3) {
         change = change.max_len(16 + random.below(2000) as u32);
     }
-    if one_in(random, 3) {
-        change = change.gso(one_in(random, 2));
+    if random.one_in(3) {
+        change = change.gso(random.one_in(2));
     }
-    if one_in(random, 3) {
-        change = change.uid_gid(one_in(random, 2));
+    if random.one_in(3) {
+        change = change.uid_gid(random.one_in(2));
     }
     change
 }
@@ -378,30 +316,9 @@ impl Round {
             3..6 if veth => Some(Fault::Flap),
             _ => None,
         };
-        let reconfigurers = if one_in(random, 3) { 1 + random.below(3) } else { 0 };
+        let reconfigurers = if random.one_in(3) { 1 + random.below(3) } else { 0 };
         Self { packets: 20 + random.below(110) as u32, burst: 1 + random.below(40), fault, reconfigurers }
     }
-}
-
-/// A policy that decides at random, and panics after some calls.
-fn moody(mut random: Random, mut panics_after: Option<u32>) -> FlushPolicy {
-    FlushPolicy::custom(move |context| {
-        match &mut panics_after {
-            Some(0) => std::panic::resume_unwind(Box::new("as intended")),
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        match random.below(4) {
-            0 if context.gathered > 3 => FlushDecision::Now,
-            1 => FlushDecision::AfterReadyTasks,
-            2 if context.waited > Duration::from_millis(1) => FlushDecision::Now,
-            mood => FlushDecision::Within(Duration::from_micros(mood as u64 * 200)),
-        }
-    })
-}
-
-pub(crate) fn one_in(random: &mut Random, times: usize) -> bool {
-    random.below(times) == 0
 }
 
 /// Mixes three numbers into one (splitmix64).

@@ -11,7 +11,7 @@ use std::{
 use tokio_nfqueue::{Action, ErrorKind, Stats};
 
 use super::plan::Plan;
-use crate::common::Account;
+use crate::{common::Account, support::settings::DEFAULT_MAX_LEN};
 
 #[derive(Debug)]
 pub(crate) struct Records {
@@ -573,7 +573,7 @@ impl Records {
         let settings = &plan.queues[queue];
         let drops = settings.unanswered != Action::Accept
             || settings.deadline.is_some_and(|(_, action)| action == Action::Drop)
-            || settings.max_len.is_some()
+            || settings.max_len != DEFAULT_MAX_LEN
             // Losses after the last received packet are not counted.
             || settings.receive_buffer.is_some()
             || !plan.bypass

@@ -22,7 +22,7 @@ use tokio_nfqueue::{Divert, ErrorKind, Hook, Protocol, Rule, Stats};
 
 use super::{
     owners::{World, mark_of, read},
-    plan::{End, Fault, PASS, Plan, change, one_in},
+    plan::{End, Fault, PASS, Plan, change},
     records::{Findings, Mark, Totals, imbalance},
 };
 use crate::{
@@ -82,7 +82,7 @@ impl History {
         let receivers = receivers.collect();
         let _inside = runtime.enter();
         let queues = plan.queues.iter().enumerate().map(|(number, settings)| {
-            settings.builder(number).bind().unwrap_or_else(|error| panic!("{settings:?}: {error}"))
+            settings.builder(number as u16).bind().unwrap_or_else(|error| panic!("{settings:?}: {error}"))
         });
         let (streams, sinks): (Vec<_>, Vec<_>) = queues.map(tokio_nfqueue::Queue::split).unzip();
         let sender = Sender::start(peer.clone(), plan.fronts());
@@ -163,10 +163,10 @@ impl History {
         let mut random = world.plan.random(2000 + number as u64);
         for burst in 0..(round.packets as usize * world.plan.fronts()).div_ceil(round.burst) {
             let left = round.packets as usize * world.plan.fronts() - burst * round.burst;
-            let pause = Duration::from_micros(if one_in(&mut random, 3) { random.below(3000) as u64 } else { 0 });
+            let pause = Duration::from_micros(if random.one_in(3) { random.below(3000) as u64 } else { 0 });
             let datagrams = (0..left.min(round.burst)).map(|_| {
                 // At most 1280 bytes of buffer each, so that a round fits in a receiver's buffer.
-                let length = if one_in(&mut random, 4) { 4 + random.below(400) } else { 4 };
+                let length = if random.one_in(4) { 4 + random.below(400) } else { 4 };
                 (world.records().next(false), length)
             });
             self.sender.send(Burst { datagrams: datagrams.collect(), pause });
@@ -475,7 +475,7 @@ fn reconfigure(world: &World, random: &mut Random) {
         thread::sleep(Duration::from_micros(random.below(3000) as u64));
         let queue = random.below(world.sinks.len());
         let change = change(random, world.plan.veth);
-        let capless = world.plan.capless && one_in(random, 3);
+        let capless = world.plan.capless && random.one_in(3);
         let send = || block_on(world.sinks[queue].reconfigure(&change));
         let result = if capless { without_net_admin(send) } else { send() };
         match result {
