@@ -31,6 +31,23 @@ use crate::{
 /// [`VerdictSink`](crate::VerdictSink). Whichever sink that is, the verdict reaches its packet's
 /// own queue. If a verdict is dropped instead, the packet gets the default action:
 /// [`QueueBuilder::on_unanswered`](crate::QueueBuilder::on_unanswered).
+///
+/// A packet gets one verdict at most: whatever decides it takes it. The same holds for a verdict
+/// that is submitted.
+///
+/// ```compile_fail,E0382
+/// # fn example(packet: tokio_nfqueue::Packet) {
+/// let verdict = packet.accept();
+/// let other = packet.drop();
+/// # }
+/// ```
+///
+/// ```compile_fail,E0382
+/// # fn example(verdict: tokio_nfqueue::Verdict) {
+/// verdict.submit().unwrap();
+/// verdict.submit().unwrap();
+/// # }
+/// ```
 #[must_use = "a verdict takes effect when it is submitted; if it is dropped, the packet gets the default action"]
 pub struct Verdict {
     guard: VerdictGuard,

@@ -112,6 +112,12 @@ mod memory {
             }
         }
 
+        /// The next time at which something is due.
+        #[cfg(test)]
+        pub(crate) fn next(&self) -> Option<Instant> {
+            self.timers().iter().filter_map(|timer| timer.at()).min()
+        }
+
         fn timers(&self) -> Vec<Arc<MemoryTimer>> {
             self.state().timers.iter().filter_map(Weak::upgrade).collect()
         }

@@ -450,3 +450,31 @@ fn attributes_that_no_message_can_carry_are_refused() {
         assert!(panic.downcast_ref::<String>().unwrap().contains("allowed"));
     }
 }
+
+#[tokio::test]
+async fn an_idle_queue_wakes_no_task_and_sets_no_timer() {
+    let policies = [FlushPolicy::default(), FlushPolicy::fixed(10, Duration::from_millis(5)), FlushPolicy::immediate()];
+    for policy in policies {
+        let builder = Queue::builder(0).flush_policy(policy).deadline(Duration::from_secs(60), Action::Drop);
+        let (kernel, mut queue) = queue(builder).unwrap();
+        kernel.advance(Duration::ZERO);
+        let sent = kernel.send_all((0..100).map(|_| datagram(b"x")));
+        for _ in 0..100 {
+            next(&mut queue).await.accept().submit().unwrap();
+        }
+        queue.flush().await.unwrap();
+        assert!(sent.iter().all(|sent| !sent.is_waiting()));
+        // What is left to do ends by itself.
+        kernel.advance(Duration::from_secs(120));
+        assert_eq!(kernel.0.clock.next(), None, "{queue:?}");
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut packet = std::pin::pin!(queue.recv());
+        assert!(packet.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        kernel.advance(Duration::from_secs(3600));
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((wakes.0.load(SeqCst), kernel.0.clock.next()), (0, None));
+    }
+}
