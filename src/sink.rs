@@ -236,11 +236,11 @@ impl VerdictSink {
     ///
     /// # Errors
     /// * `Closed`: the queue is not bound any more.
-    /// * `NotPermitted`: the file could not be opened when the queue was bound, or when it was taken
-    ///   over and the predecessor had not opened it either. Its mode is 0440: only root of the user
-    ///   namespace that owns the network namespace may read it, and processes with
-    ///   `CAP_DAC_READ_SEARCH`. In a user namespace that was entered after its network namespace was
-    ///   created, no process may.
+    /// * `NotPermitted`: the file could not be opened when the queue was bound, or when it was
+    ///   taken over and the predecessor had not opened it either. Its mode is 0440: only root of
+    ///   the user namespace that owns the network namespace may read it, and processes with
+    ///   `CAP_DAC_READ_SEARCH`. In a user namespace that was entered after its network namespace
+    ///   was created, no process may.
     /// * Any other error of reading the file.
     pub fn kernel_stats(&self) -> Result<KernelStats, Error> {
         self.queue.kernel_stats()
