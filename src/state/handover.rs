@@ -68,11 +68,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// Decides what was handed out and is undecided. Returns the number of packets.
+    /// Decides what was handed out and is undecided, with the action of the shutdown if one was
+    /// requested meanwhile. Returns the number of packets.
     pub(crate) fn give_up_owed(&mut self, unread: &HashSet<u32>) -> usize {
         let mut ids = self.ledger.undecided_ids();
         ids.retain(|id| !unread.contains(id));
-        let action = self.settings.on_unanswered;
+        let action = match self.life {
+            LifeCycle::HandingOver { then: Some((action, _)), .. } => action,
+            _ => self.settings.on_unanswered,
+        };
         let count = ids.len();
         self.decide_unread(ids.into_iter(), action);
         if count > 0 {

@@ -32,12 +32,19 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.rearm_timer(now);
                 return false;
             }
-            LifeCycle::HandingOver { then, .. } => {
+            LifeCycle::HandingOver { frozen, limit: wait, then } => {
                 let (action, limit) = match then {
                     Some((action, old)) => (*action, old.tighten(limit)),
                     None => (action, limit),
                 };
                 *then = Some((action, limit));
+                if !*frozen {
+                    // The hand-over waits no longer for verdicts than the shutdown would.
+                    *wait = wait.tighten(limit);
+                    let now = self.clock.now();
+                    self.end_hand_over_wait(now);
+                    self.rearm_timer(now);
+                }
                 return false;
             }
             LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => return false,

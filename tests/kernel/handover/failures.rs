@@ -34,6 +34,7 @@ tests![
     both a_second_hand_over_at_the_same_time_is_an_error,
     both a_queue_that_is_not_taken_over_is_an_error,
     both a_close_during_a_failed_hand_over_happens_afterwards,
+    both a_hand_over_waits_no_longer_for_verdicts_than_a_close,
     both a_queue_that_is_dropped_during_a_hand_over_goes_to_the_successor,
     both a_successor_that_drops_the_queue_early_closes_it,
     one without_the_capability_there_is_no_hand_over,
@@ -298,6 +299,22 @@ async fn a_close_during_a_failed_hand_over_happens_afterwards() {
         freed(0).await;
         traffic.expect(0..10).await;
     }
+}
+
+async fn a_hand_over_waits_no_longer_for_verdicts_than_a_close() {
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(Duration::from_millis(20)));
+    let traffic = Traffic::new(100);
+    let _held = hold(&mut queue, &traffic, 0..5).await;
+    let sink = queue.sink();
+    let mut waiting = Box::pin(sink.hand_over(Duration::from_secs(3600)));
+    assert!((&mut waiting).now_or_never().is_none());
+    let closing = tokio::spawn(queue.close_with(Action::Accept));
+    let handover = soon("the hand-over", waiting).await.unwrap();
+    assert_eq!(handover.unanswered(), 5);
+    traffic.expect(0..5).await;
+    drop(handover);
+    soon("the shutdown", closing).await.unwrap().unwrap();
+    freed(0).await;
 }
 
 async fn a_queue_that_is_dropped_during_a_hand_over_goes_to_the_successor() {
