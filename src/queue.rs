@@ -327,12 +327,12 @@ impl PacketStream {
         result
     }
 
-    /// A descriptor that is readable when [`try_recv`](Self::try_recv) may have a packet, for event
-    /// loops that use `poll(2)` or `epoll(7)`. It stays the same while the stream exists, and must
-    /// not be read from.
+    /// A descriptor that is readable when [`try_recv`](Self::try_recv) may have a packet or the end
+    /// of the stream, for event loops that use `poll(2)` or `epoll(7)`. It stays the same while the
+    /// stream exists, and must not be read from.
     ///
     /// The rule: after `try_recv` has returned `Empty`, wait until the descriptor is readable. Then
-    /// call `try_recv` until it returns `Empty` again.
+    /// call `try_recv` until it returns `Empty` again, or until the stream has ended.
     ///
     /// While the queue is [handed over](VerdictSink::hand_over), the descriptor may be readable
     /// although `try_recv` returns `Empty`: wait for the end of the hand-over instead.

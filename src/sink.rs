@@ -3,7 +3,7 @@
 use std::{
     fmt,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
@@ -11,6 +11,7 @@ use std::{
 
 use futures::{
     Sink, Stream, StreamExt as _,
+    future::{Either, select},
     stream::{self, FusedStream},
 };
 
@@ -112,6 +113,10 @@ impl VerdictSink {
     /// may be called several times, by clones and concurrently: each call waits for the end, and
     /// the shortest time-out counts.
     ///
+    /// During a [hand-over](Self::hand_over) it begins when the queue goes on here, and returns
+    /// `Ok` if the queue goes to the successor. The hand-over then waits for verdicts until the
+    /// time-out at most, but how long a [`Handover`] exists is up to the program.
+    ///
     /// # Errors
     /// The first caller that waits gets the error:
     /// * `TimedOut`: packets were still undecided after the time-out. They got the default action.
@@ -206,7 +211,7 @@ impl VerdictSink {
     /// * `NotPermitted`: the calling thread has no `CAP_NET_ADMIN`.
     /// * `Unconfirmed`: the reply was lost repeatedly because the receive buffer was full. The
     ///   change may have been applied.
-    /// * `Closed`: the queue is closing or closed.
+    /// * `Closed`: the queue is closing or closed, or it is being [handed over](Self::hand_over).
     ///
     /// # Cancel safety
     /// If the future is dropped, the change stays; only its confirmation is lost.
@@ -347,13 +352,21 @@ fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item =
         return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
     }
     let ticks = Ticks::new(queue.clock().clone()).map_err(|source| Error::os(OPERATION, source))?;
-    let start = (ticks, Arc::downgrade(queue), queue.clock().now().checked_add(every));
-    let watch = stream::unfold(start, move |(ticks, queue, at)| async move {
-        ticks.wait(at).await;
-        let stats = queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
+    let (may_be_closed, first) = (queue.may_be_closed(), queue.clock().now().checked_add(every));
+    let start = (ticks, Arc::downgrade(queue), may_be_closed, first);
+    let watch = stream::unfold(start, move |(ticks, queue, may_be_closed, at)| async move {
+        let stats = loop {
+            let mut closed = pin!(may_be_closed.notified());
+            // Before the check, so that a close in between is not missed.
+            closed.as_mut().enable();
+            queue.upgrade().filter(|queue| !queue.is_closed())?;
+            if let Either::Left(_) = select(pin!(ticks.wait(at)), closed).await {
+                break queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
+            }
+        };
         // If it is late by more than an interval, the missed times are skipped.
         let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(ticks.clock.now()));
-        Some((stats, (ticks, queue, next)))
+        Some((stats, (ticks, queue, may_be_closed, next)))
     });
     Ok(Box::pin(watch.fuse()))
 }

@@ -19,6 +19,7 @@ tests![
     one a_full_queue_gives_advice,
     one a_full_receive_buffer_gives_advice,
     both watch_ends_with_the_queue,
+    both watch_with_a_long_interval_ends_with_the_queue,
     both watch_does_not_keep_the_queue_open,
     sync watch_works_in_any_executor,
 ];
@@ -173,6 +174,19 @@ async fn watch_ends_with_the_queue() {
     soon("the right number", seen).await;
     soon("the shutdown", queue.close()).await.unwrap();
     soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
+}
+
+async fn watch_with_a_long_interval_ends_with_the_queue() {
+    for every in [Duration::from_secs(3600), Duration::MAX] {
+        let queue = Queue::builder(0).bind().unwrap();
+        let mut waits = queue.watch(every).unwrap();
+        let mut later = queue.watch(every).unwrap();
+        let waiting = tokio::spawn(async move { waits.next().await.is_none() });
+        tokio::task::yield_now().await;
+        soon("the shutdown", queue.close()).await.unwrap();
+        assert!(soon("the end of a watch that waits", waiting).await.unwrap());
+        assert!(soon("the end of a watch that did not wait yet", later.next()).await.is_none());
+    }
 }
 
 async fn watch_does_not_keep_the_queue_open() {

@@ -1,17 +1,24 @@
 //! A queue that dies says why, and what to do.
 
-use std::fs::File;
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd},
+};
 
-use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue, TryRecvError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue, QueueGroup, TryRecvError};
 
+use super::pass_on;
 use crate::{
-    common::{Traffic, account, descriptor_of, divert, hold, next, soon, start, udp_in},
+    common::{Traffic, account, descriptor_of, divert, eventually, hold, next, soon, start, udp_in},
     support,
 };
 
 tests![
     both a_broken_socket_ends_the_stream_with_a_reason,
     one a_broken_socket_is_an_error_of_try_recv,
+    both readable_fd_reports_the_end_of_the_stream,
+    both readable_fd_of_a_group_reports_the_end_of_the_stream,
     both a_queue_keeps_its_namespace_in_existence,
 ];
 
@@ -59,6 +66,70 @@ async fn a_broken_socket_is_an_error_of_try_recv() {
     break_socket(0);
     let Err(TryRecvError::Failed(error)) = queue.try_recv() else { panic!("no error") };
     says_what_to_do(&error);
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
+}
+
+async fn readable_fd_reports_the_end_of_the_stream() {
+    for how in ["close", "hand over", "broken socket"] {
+        for early in [true, false] {
+            if how == "broken socket" && !early {
+                // `epoll_ctl` refuses what is in the socket's place.
+                continue;
+            }
+            let (mut queue, _divert) = start(Queue::builder(0));
+            if early {
+                assert!(!is_readable(queue.readable_fd().unwrap()));
+            }
+            let traffic = Traffic::new(5);
+            let mut held = hold(&mut queue, &traffic, 0..5).await;
+            assert!(matches!(queue.try_recv(), Err(TryRecvError::Empty)));
+            let mut successor = None;
+            match how {
+                "close" => {
+                    held.clear();
+                    soon("the shutdown", queue.sink().close()).await.unwrap();
+                }
+                "hand over" => {
+                    held.clear();
+                    successor = Some(pass_on(&queue.sink(), Queue::builder(0)).await);
+                }
+                _ => {
+                    break_socket(0);
+                    // A verdict finds out.
+                    held.drain(..).for_each(|packet| packet.accept().submit().unwrap());
+                }
+            }
+            eventually(&format!("{how} is seen, {early}"), || is_readable(queue.readable_fd().unwrap())).await;
+            match queue.try_recv() {
+                Err(TryRecvError::Failed(error)) if how == "broken socket" => says_what_to_do(&error),
+                Err(TryRecvError::Closed) if how != "broken socket" => {}
+                other => panic!("{how}: {other:?}"),
+            }
+            drop(queue);
+            if let Some(successor) = successor {
+                soon("the shutdown", successor.close()).await.unwrap();
+            }
+        }
+    }
+}
+
+async fn readable_fd_of_a_group_reports_the_end_of_the_stream() {
+    let mut group = QueueGroup::bind(0..=2, |builder| builder).unwrap();
+    let fd = group.readable_fd().unwrap().try_clone_to_owned().unwrap();
+    assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
+    assert!(!is_readable(fd.as_fd()));
+    for (index, sink) in group.sink().queues().iter().enumerate() {
+        soon("the shutdown", sink.close()).await.unwrap();
+        assert!(is_readable(fd.as_fd()), "{index}");
+        match group.try_recv() {
+            Err(TryRecvError::Empty) if index < 2 => assert!(!is_readable(fd.as_fd()), "{index}"),
+            Err(TryRecvError::Closed) if index == 2 => {}
+            other => panic!("{index}: {other:?}"),
+        }
+    }
 }
 
 async fn a_queue_keeps_its_namespace_in_existence() {
