@@ -26,7 +26,8 @@ enum Outcome {
     /// The kernel discarded it because the capability is missing.
     Refused,
     TooLong(Errno),
-    /// The kernel was out of memory repeatedly.
+    /// The kernel was out of memory repeatedly, or refused the length of a datagram that every
+    /// socket can send.
     Failed,
     /// The socket cannot be used any more.
     Broken(Errno),
@@ -142,9 +143,9 @@ impl Shared {
             Ok(()) => {}
             Err(error) => {
                 return match error {
-                    Errno::MSGSIZE => Outcome::TooLong(error),
+                    Errno::MSGSIZE if datagram.len() > ALWAYS_FITS => Outcome::TooLong(error),
                     Errno::PERM => Outcome::Refused,
-                    _ if is_short(error) => Outcome::Failed,
+                    _ if is_short(error) || error == Errno::MSGSIZE => Outcome::Failed,
                     _ => Outcome::Broken(error),
                 };
             }
@@ -303,6 +304,10 @@ impl Shared {
 
 /// Rounds of receiving in one poll for a reply, about 100 µs.
 const ROUNDS_OF_A_POLL: usize = 2;
+
+/// A datagram of this length fits into the smallest send buffer (`SOCK_MIN_SNDBUF`, 4608 bytes),
+/// and so does every message without a payload.
+const ALWAYS_FITS: usize = 4096;
 
 /// How often a setting is sent again if the reply was lost.
 pub(super) const SETTING_RETRIES: usize = 3;

@@ -367,6 +367,13 @@ impl World {
         } else {
             self.given.clear();
         }
+        let machine = &self.machine;
+        let will_be_sent = machine.sending.wanted
+            || machine.gathering.due.is_some()
+            || machine.sending.retry.is_some()
+            || machine.is_permission_missing();
+        let goes_on = !matches!(machine.life, LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. });
+        assert!(will_be_sent || machine.ledger.gathered() == 0 || !goes_on, "gathered, and nothing sends it");
     }
 
     fn perform(&mut self) {
@@ -481,6 +488,14 @@ impl World {
             })
             .collect();
         let in_doubt = self.machine.begin_send(first, &mut plan[begin..end]);
+        if end == begin + 1 && messages.iter().all(|sent| matches!(sent, Sent::Single { .. })) && self.random.one_in(30)
+        {
+            let error = Error::new(ErrorKind::InvalidInput, "send verdict");
+            self.machine.ledger.ids_of(&plan[begin]).into_iter().for_each(|id| self.refused(id));
+            self.machine.impossible(plan.remove(begin), first, error);
+            self.sent = self.sequence;
+            return begin;
+        }
         if self.out_of_memory && self.random.one_in(2) {
             self.machine.unsent(plan.split_off(begin), first);
             self.machine.send_failed();

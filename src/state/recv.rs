@@ -35,6 +35,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         for Arrival { id, .. } in packets {
             self.decide_in_place(id, action);
         }
+        self.ask_policy(FlushReason::Verdict);
         false
     }
 
@@ -70,6 +71,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                         self.decide_in_place(id, self.settings.on_unanswered);
                     }
                 }
+                self.ask_policy(FlushReason::Verdict);
                 lost = 0;
             }
         }

@@ -3,7 +3,8 @@
 use rustix::io::Errno;
 
 use super::{
-    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, awaiting::is_after, reply_error,
+    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, awaiting::is_after,
+    flush::FlushReason, reply_error,
 };
 use crate::{
     types::{Error, ErrorKind, PacketId},
@@ -76,6 +77,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         {
             self.counters.received.packets += 1;
             self.decide_again(id);
+            self.ask_policy(FlushReason::Verdict);
         }
     }
 

@@ -237,7 +237,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// A message can never be sent. Its packet gets the default action.
+    /// A message for one packet can never be sent. The packet gets the default action.
     pub(crate) fn impossible(&mut self, mut message: VerdictMessage<E>, first: u32, error: Error) {
         self.end_send(first, std::slice::from_mut(&mut message));
         self.sending.leaving -= message.count();
@@ -246,6 +246,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.ledger.reopen(*id, NO_TOKEN);
             self.refuse(*id, decision.extras, error);
         }
+        self.flush();
     }
 
     /// Messages were not sent. Their decisions are gathered again and sent later.
