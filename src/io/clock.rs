@@ -39,6 +39,7 @@ mod memory {
     use std::{
         os::fd::OwnedFd,
         sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+        thread::{self, ThreadId},
         time::{Duration, Instant},
     };
 
@@ -58,6 +59,8 @@ mod memory {
     struct State {
         /// The time, once the clock has been moved.
         stopped: Option<Instant>,
+        /// Where the moves that have begun will end. Those of several threads add up.
+        target: Option<Instant>,
         timers: Vec<Weak<MemoryTimer>>,
     }
 
@@ -77,6 +80,7 @@ mod memory {
                 target,
                 alarm: Mutex::default(),
                 calling: Mutex::default(),
+                caller: Mutex::default(),
             });
             let mut state = self.state();
             state.timers.retain(|timer| timer.strong_count() > 0);
@@ -88,18 +92,19 @@ mod memory {
         /// returns. The caller must hold no lock of a queue.
         pub(crate) fn advance(&self, by: Duration) {
             let mut state = self.state();
-            let begin = *state.stopped.get_or_insert_with(Instant::now);
+            let begin = Some(*state.stopped.get_or_insert_with(Instant::now)).max(state.target);
+            let end = begin.and_then(|begin| begin.checked_add(by)).or(begin);
+            state.target = end;
             drop(state);
-            let end = begin.checked_add(by).unwrap_or(begin);
             loop {
                 // The thread that watches descriptors may not have noticed yet.
                 self.timers().iter().for_each(|timer| timer.report_readable());
                 let timers = self.timers();
                 let next = timers.iter().filter_map(|timer| Some((timer.at()?, timer))).min_by_key(|(at, _)| *at);
-                let next = next.filter(|(at, _)| *at <= end);
+                let next = next.filter(|(at, _)| Some(*at) <= end);
                 let mut state = self.state();
                 let before = state.stopped;
-                state.stopped = before.max(Some(next.map_or(end, |(at, _)| at)));
+                state.stopped = before.max(next.map_or(end, |(at, _)| Some(at)));
                 let moved = state.stopped > before;
                 drop(state);
                 match next {
@@ -131,6 +136,23 @@ mod memory {
         /// Held while the target is called, so that the clock does not move on before what was due
         /// has been done, whichever thread does it.
         calling: Mutex<()>,
+        /// The thread that holds it: a waker that the target calls may move the clock.
+        caller: Mutex<Option<ThreadId>>,
+    }
+
+    /// While it exists, no other thread calls the target.
+    struct Calling<'a> {
+        timer: &'a MemoryTimer,
+        /// `None` if this thread is calling the target already.
+        guard: Option<MutexGuard<'a, ()>>,
+    }
+
+    impl Drop for Calling<'_> {
+        fn drop(&mut self) {
+            if self.guard.is_some() {
+                *self.timer.caller() = None;
+            }
+        }
     }
 
     #[derive(Debug, Default)]
@@ -166,8 +188,18 @@ mod memory {
             self.alarm().watched = Some(fd);
         }
 
-        fn calling(&self) -> MutexGuard<'_, ()> {
-            self.calling.lock().unwrap_or_else(PoisonError::into_inner)
+        fn caller(&self) -> MutexGuard<'_, Option<ThreadId>> {
+            self.caller.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        fn calling(&self) -> Calling<'_> {
+            let thread = thread::current().id();
+            if *self.caller() == Some(thread) {
+                return Calling { timer: self, guard: None };
+            }
+            let guard = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
+            *self.caller() = Some(thread);
+            Calling { timer: self, guard: Some(guard) }
         }
 
         fn fire_if_due(&self) {

@@ -152,11 +152,8 @@ impl Kernel {
 
     /// Moves the clock forward. What is due on the way (deadlines, gathered verdicts, time-outs) is
     /// done at its time, in order, before this returns. The first call stops the clock: see the
-    /// [module's documentation](self#time).
-    ///
-    /// It must not be called by a flush policy, a waker or a `tracing` subscriber, because it calls
-    /// these and would wait for itself. A time beyond the range of [`Instant`] does not move the
-    /// clock.
+    /// [module's documentation](self#time). Calls of several threads add up. Wakers may call it as
+    /// well. A time beyond the range of [`Instant`] does not move the clock.
     pub fn advance(&self, by: Duration) {
         self.0.clock.advance(by);
     }

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep};
 
 use super::connection::Connection;
-use crate::types::{Family, Hook, Vlan};
+use crate::{
+    types::{Family, Hook, Vlan},
+    wire::MAX_PAYLOAD,
+};
 
 /// A packet for [`Kernel::send`](super::Kernel::send), with complete headers and checksums.
 ///
@@ -251,6 +254,7 @@ impl TestPacket {
         let length = layer2_header.len();
         assert!(length <= 160, "a link-layer header of {length} bytes; 160 are allowed");
         const NFPROTO_BRIDGE: u8 = 7;
+        assert!(layer2_header.len() <= MAX_PAYLOAD, "a header of {} bytes is too long", layer2_header.len());
         self.family = NFPROTO_BRIDGE;
         let rare = self.rare();
         rare.layer2 = Some(Bytes::copy_from_slice(layer2_header));

@@ -9,8 +9,8 @@ use super::packet::TestPacket;
 pub(super) fn segments(packet: &TestPacket) -> Vec<TestPacket> {
     let size = usize::from(packet.segment_size);
     match split(&packet.payload, size) {
-        Some(parts) => parts.into_iter().map(|payload| packet.segment(payload)).collect(),
-        None => vec![packet.segment(packet.payload.clone())],
+        Some(parts) if !parts.is_empty() => parts.into_iter().map(|payload| packet.segment(payload)).collect(),
+        _ => vec![packet.segment(packet.payload.clone())],
     }
 }
 

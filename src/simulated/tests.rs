@@ -478,3 +478,74 @@ async fn an_idle_queue_wakes_no_task_and_sets_no_timer() {
         assert_eq!((wakes.0.load(SeqCst), kernel.0.clock.next()), (0, None));
     }
 }
+
+#[tokio::test]
+async fn a_waker_may_move_the_clock() {
+    struct Moves(Kernel);
+    impl Wake for Moves {
+        fn wake(self: Arc<Self>) {
+            self.0.advance(Duration::from_millis(10));
+        }
+    }
+    let deadline = Duration::from_millis(5);
+    let (kernel, _queue) = queue(Queue::builder(0).deadline(deadline, Action::Accept)).unwrap();
+    let sent = kernel.send(datagram(b"a"));
+    let waker = Arc::new(Moves(kernel.clone())).into();
+    let mut outcome = std::pin::pin!(sent.outcome());
+    assert!(outcome.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    // The deadline wakes it, within this.
+    let before = kernel.now();
+    kernel.advance(deadline * 2);
+    assert!(outcome.await.accepted);
+    assert!(kernel.now() - before >= Duration::from_millis(20));
+    kernel.advance(Duration::from_secs(1));
+}
+
+#[test]
+fn moves_of_the_clock_by_several_threads_add_up() {
+    let kernel = Kernel::new();
+    kernel.advance(Duration::ZERO);
+    let before = kernel.now();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..1000).for_each(|_| kernel.advance(Duration::from_millis(1))));
+        }
+    });
+    assert_eq!(kernel.now() - before, Duration::from_secs(4));
+}
+/// Nobody polls the stream, and no other verdict follows.
+#[tokio::test]
+async fn a_packet_whose_verdict_is_too_long_gets_the_default_action_at_once() {
+    const EMSGSIZE: i32 = 90;
+    let builder = Queue::builder(0).flush_policy(FlushPolicy::immediate());
+    let (kernel, mut queue) = queue(builder).unwrap();
+    let sent = kernel.send(datagram(&[1; 5000]));
+    let packet = next(&mut queue).await;
+    let payload = packet.payload().to_vec();
+    kernel.fail_sends(EMSGSIZE, 1);
+    packet.accept().payload(payload).submit().unwrap();
+    assert_eq!(sent.try_outcome().expect("it is decided").action, Some(Action::Drop));
+    let refusal = queue.sink().refusals().recv().await.unwrap();
+    assert_eq!(refusal.kind(), ErrorKind::InvalidInput);
+}
+
+#[tokio::test]
+async fn a_datagram_that_always_fits_is_sent_again() {
+    const EMSGSIZE: i32 = 90;
+    let builder = Queue::builder(0).flush_policy(FlushPolicy::fixed(10, Duration::from_secs(1)));
+    let (kernel, mut queue) = queue(builder).unwrap();
+    kernel.advance(Duration::ZERO);
+    let sent = kernel.send_all((0..10).map(|_| datagram(b"x")));
+    let mut packets = Vec::new();
+    for _ in 0..10 {
+        packets.push(next(&mut queue).await);
+    }
+    kernel.fail_sends(EMSGSIZE, 8);
+    // One batch for all.
+    packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    assert!(sent.iter().all(Sent::is_waiting));
+    kernel.advance(Duration::from_secs(1));
+    for sent in sent {
+        assert_eq!(sent.try_outcome().expect("it is decided").action, Some(Action::Accept));
+    }
+}
