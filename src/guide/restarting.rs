@@ -96,7 +96,8 @@
 //!   before it connects, so that this time is short.
 //! - The old process's copy of the socket is closed when its last handle of the queue is dropped:
 //!   stream, sinks and packets. As long as there is a copy, the queue stays bound even if the new
-//!   process ends. So let the old process end.
+//!   process ends. Likewise, the rules stay until both processes have dropped their `Divert`, or
+//!   until the new one calls [`Divert::close`](crate::Divert::close). So let the old process end.
 //! - Whoever may connect to the Unix socket can take the packets. Protect it by the permissions of
 //!   its folder, or by [`peer_cred`](tokio::net::UnixStream::peer_cred).
 //! - The new process needs `CAP_NET_ADMIN` in the user namespace that owns the network namespace,

@@ -29,7 +29,8 @@
 //!
 //! The kernel's clock runs with the system's until [`Kernel::advance`] is called for the first
 //! time. From then on it stands still, except in `advance`. Deadlines, the limits of flush
-//! policies, time-outs of `close` and intervals of statistics follow it. Busy polling does not.
+//! policies, time-outs of `close`, intervals of statistics and the attempts of
+//! [`bind_when_free`](crate::QueueBuilder::bind_when_free) follow it. Busy polling does not.
 //!
 //! # What is simulated
 //!
