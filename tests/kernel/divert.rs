@@ -466,6 +466,8 @@ fn bypass_accepts_packets_while_no_queue_is_bound() {
         let queue = RawQueue::bind(30).unwrap();
         lo.queued(&queue, "somebody listens");
     }
+    // A process that another test starts has a copy of the socket for a moment.
+    wait_until("the queue is not bound", || support::queue_line(30).is_none());
     lo.passes("nobody listens any more");
     divert.close().unwrap();
 
