@@ -28,7 +28,7 @@ tests![
 ];
 
 async fn refusals_of_all_queues_are_one_stream() {
-    let mut group = group(|builder| builder.deadline(Duration::from_millis(10), Action::Drop));
+    let mut group = group(|builder| builder.deadline(Duration::from_millis(500), Action::Drop));
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(40);
     let mut packets = Vec::new();
