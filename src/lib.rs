@@ -104,6 +104,7 @@ mod edit;
 #[doc(hidden)]
 pub mod fuzzing;
 mod group;
+mod group_sink;
 pub mod guide;
 mod handover;
 mod injector;
@@ -136,7 +137,8 @@ pub use divert::{
 };
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
-pub use group::{GroupSink, GroupStream, QueueGroup};
+pub use group::{GroupStream, QueueGroup};
+pub use group_sink::GroupSink;
 pub use handover::{Handover, Takeover};
 pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
