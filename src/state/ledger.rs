@@ -19,6 +19,9 @@ use crate::wire::verdict::VerdictFields;
 #[cfg(any(test, fuzzing))]
 #[path = "ledger/model.rs"] // so that the benches, which include this file, find it too
 pub(crate) mod model;
+#[cfg(test)]
+#[path = "ledger/tests.rs"]
+mod tests;
 
 /// The ledger of one queue. `E` is what a verdict for a single packet may carry besides its fields;
 /// the ledger only stores it.
@@ -475,127 +478,4 @@ fn finish_run<E>(run: &mut Option<Run>, out: &mut Vec<VerdictMessage<E>>) {
         1 => VerdictMessage::Single { id: first, decision: Decision { fields, extras: None, origin } },
         _ => VerdictMessage::Batch { first, max, fields, origin, count },
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::types::Action::{self, Accept as ACCEPT, Drop as DROP};
-
-    fn plain(action: Action) -> Decision<u8> {
-        Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Owner }
-    }
-
-    fn batch(first: u32, max: u32, action: Action, count: usize) -> VerdictMessage<u8> {
-        VerdictMessage::Batch { first, max, fields: VerdictFields::plain(action), origin: Origin::Owner, count }
-    }
-
-    fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
-        let mut ledger = Ledger::new(1);
-        for id in ids {
-            ledger.arrive(id, 1);
-        }
-        ledger
-    }
-
-    fn settled(ledger: &mut Ledger<u8>) -> Vec<VerdictMessage<u8>> {
-        let mut out = Vec::new();
-        ledger.settle(std::iter::empty(), &mut out);
-        out
-    }
-
-    #[test]
-    fn a_decided_prefix_is_one_batch() {
-        let mut ledger = ledger(1..=5);
-        for id in [3, 1, 2, 5] {
-            ledger.decide(id, plain(ACCEPT)).unwrap();
-        }
-        let single = VerdictMessage::Single { id: 5, decision: plain(ACCEPT) };
-        assert_eq!(settled(&mut ledger), [batch(1, 3, ACCEPT, 3), single]);
-        ledger.decide(4, plain(DROP)).unwrap();
-        assert_eq!(settled(&mut ledger), [VerdictMessage::Single { id: 4, decision: plain(DROP) }]);
-        assert_eq!((ledger.undecided(), ledger.gathered(), ledger.ring.len()), (0, 0, 0));
-    }
-
-    #[test]
-    fn runs_end_where_the_verdict_changes_and_keep_the_order() {
-        let mut ledger = ledger(1..=7);
-        for id in 1..=7 {
-            let decision = match id {
-                4 => Decision { fields: VerdictFields::plain(ACCEPT), extras: Some(9), origin: Origin::Owner },
-                5.. => plain(DROP),
-                _ => plain(ACCEPT),
-            };
-            ledger.decide(id, decision).unwrap();
-        }
-        let expected = [
-            batch(1, 3, ACCEPT, 3),
-            VerdictMessage::Single {
-                id: 4,
-                decision: Decision { fields: VerdictFields::plain(ACCEPT), extras: Some(9), origin: Origin::Owner },
-            },
-            batch(5, 7, DROP, 3),
-        ];
-        assert_eq!(settled(&mut ledger), expected);
-    }
-
-    #[test]
-    fn a_batch_spans_no_two_rounds_of_receiving() {
-        let mut ledger = ledger(1..=12);
-        for id in 1..=12 {
-            ledger.decide(id, plain(ACCEPT)).unwrap();
-        }
-        let mut out = Vec::new();
-        ledger.settle([1, 4, 4, 11, 13].into_iter(), &mut out);
-        assert_eq!(out, [batch(1, 3, ACCEPT, 3), batch(4, 10, ACCEPT, 7), batch(11, 12, ACCEPT, 2)]);
-    }
-
-    #[test]
-    fn gaps_are_counted_and_need_no_verdict() {
-        let mut ledger = Ledger::<u8>::new(1);
-        assert_eq!(ledger.arrive(4, 1), 3);
-        assert_eq!(ledger.arrive(5, 1), 0);
-        assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(plain(ACCEPT)));
-        assert_eq!(ledger.undecided_ids(), [4, 5]);
-    }
-
-    #[test]
-    fn a_second_decision_is_refused() {
-        let mut ledger = ledger([1]);
-        ledger.decide(1, plain(ACCEPT)).unwrap();
-        assert_eq!(ledger.decide(1, plain(DROP)), Err(plain(DROP)));
-        settled(&mut ledger);
-        assert_eq!(ledger.decide(1, plain(DROP)), Err(plain(DROP)));
-        assert_eq!(ledger.decide(2, plain(DROP)), Err(plain(DROP)));
-    }
-
-    #[test]
-    fn a_packet_held_for_long_costs_one_entry_and_forbids_batches() {
-        let mut ledger = ledger([1]);
-        // An interpreter (Miri) takes its time.
-        let end = if cfg!(miri) { 20_000 } else { 200_000 };
-        for id in 2..end {
-            ledger.arrive(id, 1);
-            ledger.decide(id, plain(ACCEPT)).unwrap();
-            if id % 64 == 0 {
-                let out = settled(&mut ledger);
-                assert!(
-                    out.iter().all(|s| matches!(s, VerdictMessage::Single { .. })),
-                    "a batch would decide packet 1"
-                );
-            }
-        }
-        assert!(ledger.ring.len() <= 2 * SPARE_SPAN, "{}", ledger.ring.len());
-        assert_eq!(ledger.undecided_ids(), [1]);
-        ledger.decide(1, plain(DROP)).unwrap();
-        let out = settled(&mut ledger);
-        assert_eq!(out[0], VerdictMessage::Single { id: 1, decision: plain(DROP) });
-        assert!(matches!(out[1], VerdictMessage::Batch { max, .. } if max == end - 1));
-    }
-
-    #[test]
-    fn a_slot_stays_small() {
-        // 65 536 packets may be outstanding; with boxed extras a slot is 40 bytes at most.
-        assert!(size_of::<Slot<Box<[u8; 100]>>>() <= 40, "{}", size_of::<Slot<Box<[u8; 100]>>>());
-    }
 }
