@@ -140,25 +140,10 @@ fn routed() -> [Vec<u8>; 4] {
 }
 
 fn records() -> Vec<Vec<u8>> {
-    let queue = QueueRecord {
-        cookie: 1 << 40,
-        port_id: u32::MAX - 5,
-        queue: 7,
-        max_len: 4096,
-        payload: 100,
-        longest: 65_531,
-        conntrack: true,
-        attributes: 640,
-        next: 12,
-        sequence: u32::MAX,
-        batches: false,
-        unknown: 3,
-        unread: vec![(10, b"one".to_vec()), (11, Vec::new())],
-    };
     let table = TableRecord { cookie: 9, body: crate::divert::fuzzing::table() };
     [
         Record::default(),
-        Record { queues: vec![queue], tables: Vec::new() },
+        Record { queues: vec![QueueRecord::example()], tables: Vec::new() },
         Record { queues: Vec::new(), tables: vec![table.clone()] },
     ]
     .iter()

@@ -192,18 +192,10 @@ mod tests {
     fn record(cookies: &[u64], sequence: u32, next: u32) -> OwnedFd {
         let queue = |(queue, cookie): (u16, &u64)| QueueRecord {
             cookie: *cookie,
-            port_id: 1,
             queue,
-            max_len: 1024,
-            payload: 65_531,
-            longest: 65_531,
-            conntrack: false,
-            attributes: 0,
             next,
             sequence,
-            batches: true,
-            unknown: 0,
-            unread: Vec::new(),
+            ..QueueRecord::example()
         };
         packed(&Record { queues: (0..).zip(cookies).map(queue).collect(), tables: Vec::new() }).unwrap()
     }

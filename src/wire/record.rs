@@ -46,6 +46,28 @@ pub(crate) struct QueueRecord {
     pub(crate) unread: Vec<(u32, Vec<u8>)>,
 }
 
+#[cfg(any(test, fuzzing))]
+impl QueueRecord {
+    /// One whose fields all differ.
+    pub(crate) fn example() -> Self {
+        Self {
+            cookie: 1 << 40,
+            port_id: u32::MAX - 5,
+            queue: 7,
+            max_len: 4096,
+            payload: 100,
+            longest: 65_531,
+            conntrack: true,
+            attributes: 640,
+            next: 12,
+            sequence: u32::MAX,
+            batches: false,
+            unknown: 3,
+            unread: vec![(10, b"one".to_vec()), (11, Vec::new())],
+        }
+    }
+}
+
 /// An nf_tables table; `body` is for `divert`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TableRecord {
@@ -213,21 +235,7 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        let queue = QueueRecord {
-            cookie: 1 << 40,
-            port_id: u32::MAX - 5,
-            queue: 7,
-            max_len: 4096,
-            payload: 100,
-            longest: 65_531,
-            conntrack: true,
-            attributes: 640,
-            next: 12,
-            sequence: u32::MAX,
-            batches: false,
-            unknown: 3,
-            unread: vec![(10, b"one".to_vec()), (11, Vec::new())],
-        };
+        let queue = QueueRecord::example();
         let table = TableRecord { cookie: 9, body: b"table".to_vec() };
         Record {
             queues: vec![queue.clone(), QueueRecord { queue: 8, unread: Vec::new(), ..queue }],
