@@ -82,6 +82,7 @@ mod packet;
 mod pcap;
 mod raw;
 mod segment;
+mod socket;
 #[cfg(test)]
 mod tests;
 

@@ -15,6 +15,7 @@ use super::{
     outcome::{Cause, Outcome},
     packet::TestPacket,
     segment::segments,
+    socket::Socket,
 };
 use crate::{
     io::kernel::KernelStats,
@@ -97,21 +98,6 @@ impl<T> Queue<T> {
     }
 }
 
-/// A netlink socket of a program.
-#[derive(Debug)]
-struct Socket {
-    /// Datagrams, and what each is charged.
-    inbox: VecDeque<(Vec<u8>, usize)>,
-    charged: usize,
-    limit: usize,
-    /// NETLINK_NO_ENOBUFS
-    no_enobufs: bool,
-    congested: bool,
-    overrun: bool,
-    /// Memory for the next messages.
-    spare: Vec<Vec<u8>>,
-}
-
 /// Why a packet was not queued.
 struct NotQueued {
     cause: Cause,
@@ -146,16 +132,7 @@ impl<T: Clone> Model<T> {
     pub(super) fn open(&mut self, no_enobufs: bool) -> u32 {
         let port = self.next_port;
         self.next_port = self.next_port.wrapping_add(1);
-        let socket = Socket {
-            inbox: VecDeque::new(),
-            charged: 0,
-            limit: DEFAULT_RECEIVE_BUFFER,
-            no_enobufs,
-            congested: false,
-            overrun: false,
-            spare: Vec::new(),
-        };
-        self.sockets.insert(port, socket);
+        self.sockets.insert(port, Socket::new(no_enobufs));
         port
     }
 
@@ -168,61 +145,32 @@ impl<T: Clone> Model<T> {
         }
     }
 
+    /// Returns the resulting size.
     pub(super) fn set_receive_buffer(&mut self, port: u32, bytes: usize) -> usize {
-        // SOCK_MIN_RCVBUF
-        let bytes = (bytes & !1).max(2304);
-        if let Some(socket) = self.sockets.get_mut(&port) {
-            socket.limit = bytes;
-        }
-        bytes
+        self.sockets.get_mut(&port).map_or(bytes, |socket| socket.set_receive_buffer(bytes))
     }
 
     pub(super) fn is_readable(&self, port: u32) -> bool {
-        !self.receive_errors.is_empty()
-            || self.sockets.get(&port).is_some_and(|socket| socket.overrun || !socket.inbox.is_empty())
+        !self.receive_errors.is_empty() || self.sockets.get(&port).is_some_and(Socket::is_readable)
     }
 
-    /// `netlink_recvmsg`: appends a datagram to `room`, up to its capacity.
+    /// Appends a datagram to `room`, up to its capacity.
     pub(super) fn receive(&mut self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
         if let Some(errno) = self.receive_errors.pop_front() {
             return Err(errno);
         }
-        let socket = self.sockets.get_mut(&port).ok_or(Errno::BADF)?;
-        if std::mem::take(&mut socket.overrun) {
-            return Err(Errno::NOBUFS);
-        }
-        let (bytes, charge) = socket.inbox.pop_front().ok_or(Errno::AGAIN)?;
-        let length = bytes.len().min(room.capacity() - room.len());
-        room.extend_from_slice(&bytes[..length]);
-        socket.charged -= charge;
-        // netlink_rcv_wake
-        socket.congested &= !socket.inbox.is_empty();
-        if socket.spare.len() < 1024 {
-            socket.spare.push(bytes);
-        }
-        Ok(())
+        self.sockets.get_mut(&port).ok_or(Errno::BADF)?.receive(room)
     }
 
-    /// `netlink_attachskb`: whether the message found room.
+    /// Whether the message found room.
     fn deliver(&mut self, port: u32, fill: impl FnOnce(&mut Vec<u8>), charge: usize) -> bool {
         let Some(socket) = self.sockets.get_mut(&port) else { return false };
-        if socket.congested || socket.charged > 0 && socket.charged + charge > socket.limit {
-            // netlink_overrun
-            if !socket.no_enobufs && !socket.congested {
-                socket.congested = true;
-                socket.overrun = true;
-            }
-            return false;
-        }
-        let mut bytes = socket.spare.pop().unwrap_or_default();
-        bytes.clear();
-        fill(&mut bytes);
-        socket.charged += charge;
-        if socket.inbox.is_empty() {
+        let was_empty = socket.is_empty();
+        let found_room = socket.deliver(fill, charge);
+        if found_room && was_empty {
             self.readable.push(port);
         }
-        socket.inbox.push_back((bytes, charge));
-        true
+        found_room
     }
 
     /// A datagram of any content reaches the socket of a queue.
@@ -608,7 +556,5 @@ impl<T: Clone> Model<T> {
     }
 }
 
-/// `net.core.rmem_default`
-const DEFAULT_RECEIVE_BUFFER: usize = 212_992;
 /// `netlink_sendmsg` refuses what is longer than `sk_sndbuf - 32`.
 const MAX_SEND: usize = 212_992 - 32;

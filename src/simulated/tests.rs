@@ -512,6 +512,9 @@ fn moves_of_the_clock_by_several_threads_add_up() {
         }
     });
     assert_eq!(kernel.now() - before, Duration::from_secs(4));
+    // Beyond the range of the clock.
+    kernel.advance(Duration::MAX);
+    assert_eq!(kernel.now() - before, Duration::from_secs(4));
 }
 /// Nobody polls the stream, and no other verdict follows.
 #[tokio::test]
