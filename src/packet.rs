@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use crate::{
     io::{RawPacket, VerdictGuard},
-    types::{Action, Error, Family, Hook, PacketId, Vlan},
+    types::{Action, Error, Family, Hook, PacketId, Vlan, flow_codes},
     verdict::Verdict,
     wire::{attribute, packet},
 };
@@ -97,20 +97,21 @@ impl Packet {
         self.raw.hw_protocol
     }
 
-    /// The packet's mark. It is 0 if none is set. The bits of the queue's
-    /// [`flow_marks`](crate::QueueBuilder::flow_marks) are 0.
+    /// The packet's mark. It is 0 if none is set.
     #[doc(alias = "NFQA_MARK")]
     pub fn mark(&self) -> u32 {
-        let reserved = self.guard.flow_marks().map_or(0, |(marks, _)| marks.mask());
-        self.raw.be32(attribute::MARK).unwrap_or(0) & !reserved
+        self.raw.be32(attribute::MARK).unwrap_or(0)
     }
 
     /// The packet's priority (`skb->priority`, a traffic control class). It is 0 if none is set.
     ///
-    /// Linux 5.18 and later; always 0 before.
+    /// Linux 5.18 and later; always 0 before. In a queue with
+    /// [`flow_marks`](crate::QueueBuilder::flow_marks), the code that the rules have put in the
+    /// highest byte is removed.
     #[doc(alias = "NFQA_PRIORITY")]
     pub fn priority(&self) -> u32 {
-        self.raw.be32(attribute::PRIORITY).unwrap_or(0)
+        let priority = self.raw.be32(attribute::PRIORITY).unwrap_or(0);
+        if self.guard.flow_marks().is_some() { flow_codes::original(priority) } else { priority }
     }
 
     /// When the packet was received. `None` for packets from this host, and if the network stack

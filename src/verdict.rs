@@ -21,7 +21,7 @@ use crate::wire::{conntrack::encode_changes, expectation::Expectation};
 use crate::{
     io::{Shared, VerdictExtras, VerdictGuard},
     state::{Decision, Origin},
-    types::{Action, Error, ErrorKind, Hook, PacketId, Vlan},
+    types::{Action, Error, ErrorKind, Hook, PacketId, Vlan, flow_codes as codes},
     wire::{MAX_PAYLOAD, verdict::VerdictFields},
 };
 
@@ -158,9 +158,16 @@ impl Verdict {
     ///   [`payload`](Self::payload).
     pub fn submit(self) -> Result<(), Error> {
         self.check()?;
-        let (guard, decision) = self.into_parts();
-        if let Some((queue, id)) = guard.disarm() {
-            queue.decide(id, decision);
+        let obstacle = self.obstacle();
+        let (guard, decision, alone) = self.into_parts();
+        match obstacle {
+            Some(error) => guard.report(error),
+            None => {
+                alone.into_iter().for_each(|error| guard.report(error));
+                if let Some((queue, id)) = guard.disarm() {
+                    queue.decide(id, decision);
+                }
+            }
         }
         Ok(())
     }
@@ -185,14 +192,14 @@ impl Verdict {
     /// If the future is dropped, the verdict stays submitted; only the confirmation is lost.
     pub fn confirm(self) -> Confirm {
         let id = self.packet_id();
-        let state = match self.check() {
-            Err(error) => Confirmation::Refused(Some(error)),
-            Ok(()) => {
-                let (guard, decision) = self.into_parts();
+        let state = match self.check().err().or_else(|| self.obstacle()) {
+            Some(error) => Confirmation::Refused(Some(error)),
+            None => {
+                let (guard, decision, alone) = self.into_parts();
                 match guard.disarm() {
                     Some((queue, id)) => {
                         let reply = queue.decide_confirmed(id, decision);
-                        Confirmation::Awaited(queue, reply)
+                        Confirmation::Awaited(queue, reply, alone)
                     }
                     None => Confirmation::Refused(None),
                 }
@@ -369,7 +376,7 @@ impl Verdict {
         }
     }
 
-    /// Refuses what the kernel would accept and then lose silently.
+    /// Refuses mistakes in the program that the kernel would accept and then lose silently.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let refuse = |kind, detail: Cow<'static, str>| {
             Err(Error::new(kind, "submit verdict").with_detail(detail).with_packet(self.guard.id()))
@@ -394,12 +401,6 @@ impl Verdict {
         if extras.layer2_header.as_ref().is_some_and(|header| header.is_empty() || header.len() > MAX_LAYER2) {
             return refuse(ErrorKind::InvalidInput, "a link-layer header of an invalid length".into());
         }
-        if let (Some(header), Some(length)) = (&extras.layer2_header, self.guard.bridge_header_length())
-            && header.len() != length
-        {
-            let detail = format!("a link-layer header of {} bytes; the packet's has {length}", header.len());
-            return refuse(ErrorKind::InvalidInput, detail.into());
-        }
         let Some(payload) = &extras.payload else { return Ok(()) };
         let least = match payload.first().map(|first| first >> 4) {
             Some(4) => 20,
@@ -410,62 +411,92 @@ impl Verdict {
             let detail = format!("a replaced payload of {} bytes; {least} to {MAX_PAYLOAD} are allowed", payload.len());
             return refuse(ErrorKind::InvalidInput, detail.into());
         }
-        match self.guard.payload_obstacle() {
-            Some(obstacle) => refuse(ErrorKind::Unsupported, obstacle.into()),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Refuses what no rule would carry out.
+    /// What the kernel would accept and then lose silently, because of the packet or the system.
+    fn obstacle(&self) -> Option<Error> {
+        let extras = self.extras.as_ref()?;
+        let (kind, detail): (_, Cow<'static, str>) = match (&extras.layer2_header, self.guard.bridge_header_length()) {
+            (Some(header), Some(length)) if header.len() != length => {
+                let detail = format!("a link-layer header of {} bytes; the packet's has {length}", header.len());
+                (ErrorKind::InvalidInput, detail.into())
+            }
+            _ => (ErrorKind::Unsupported, extras.payload.as_ref().and_then(|_| self.guard.payload_obstacle())?.into()),
+        };
+        Some(Error::new(kind, "submit verdict").with_detail(detail).with_packet(self.guard.id()))
+    }
+
+    /// Refuses what no rule could carry out for any packet.
     fn check_flow(&self) -> Result<(), &'static str> {
-        let wanted = self.for_flow || self.reject;
-        let Some((marks, mark)) = self.guard.flow_marks() else {
+        let Some((marks, _)) = self.guard.flow_marks() else {
+            let wanted = self.for_flow || self.reject;
             return if wanted { Err("the queue was bound without flow_marks") } else { Ok(()) };
         };
-        if self.mark.is_some_and(|mark| mark & marks.mask() != 0) {
-            return Err("mark: it has bits of the queue's flow marks");
-        }
         #[cfg(feature = "conntrack")]
         if let Some((_, mask)) = self.conntrack.as_ref().and_then(|change| change.mark)
             && mask & marks.mask() != 0
         {
             return Err("conntrack_mark: the mask has bits of the queue's flow marks");
         }
-        if !wanted {
+        #[cfg(not(feature = "conntrack"))]
+        let _ = marks;
+        if self.priority.is_some_and(codes::is_code) {
+            return Err("priority: 0xa8000000 to 0xafffffff are used for flow marks");
+        }
+        if !self.for_flow {
             return Ok(());
         }
         if !matches!(self.action, Action::Accept | Action::Drop) {
             return Err("for_flow: the action must be accept, drop or reject");
         }
-        if self.reject && self.guard.hook() == Hook::Postrouting {
-            return Err("the kernel cannot reject packets at Postrouting");
-        }
-        if mark & marks.mask() != marks.queued() {
-            return Err("the packet was not queued by a rule with these flow marks; see DivertBuilder::flow_marks");
+        if self.action == Action::Accept && self.priority.is_some_and(|priority| priority > codes::ORIGINAL) {
+            return Err("for_flow: the new priority must be less than 2^24");
         }
         Ok(())
     }
 
-    /// The action and the mark that the kernel gets. Verdicts of rules behind the queue are bits of
-    /// the mark of an accepted packet.
-    fn action_and_mark(&self) -> (Action, Option<u32>) {
-        match self.guard.flow_marks() {
-            Some((marks, mark)) if self.for_flow || self.reject => {
-                let bits = match (self.reject, self.action, self.for_flow) {
-                    (true, _, true) => marks.rejected(),
-                    (true, _, false) => marks.rejected_packet(),
-                    (false, Action::Drop, _) => marks.dropped(),
-                    _ => marks.accepted(),
-                };
-                (Action::Accept, Some(self.mark.unwrap_or(mark) & !marks.mask() | bits))
+    /// The action and the priority that the kernel gets, and the reason if the verdict holds for
+    /// less than it says. Verdicts of rules behind the queue are codes in the priority of an
+    /// accepted packet.
+    fn action_and_priority(&self) -> (Action, Option<u32>, Option<&'static str>) {
+        let Some((_, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
+        let own = self.priority.unwrap_or(codes::original(queued));
+        if !self.for_flow && !self.reject {
+            // This verdict skips the chain behind the queue.
+            let restored = self.action == Action::Stop && codes::is_code(queued);
+            return (self.action, if restored { Some(own) } else { self.priority }, None);
+        }
+        let can_reject = self.guard.hook() != Hook::Postrouting;
+        let no_reject = (self.reject && !can_reject).then_some("the kernel cannot reject packets at Postrouting");
+        let accept = self.action == Action::Accept;
+        match queued & codes::CODE {
+            codes::QUEUED if accept => (Action::Accept, Some(codes::ACCEPTED | own), None),
+            codes::QUEUED if self.for_flow => {
+                let code = if self.reject && can_reject { codes::REJECTED } else { codes::DROPPED };
+                (Action::Accept, Some(code), no_reject)
             }
-            _ => (self.action, self.mark),
+            codes::QUEUED | codes::ALONE => {
+                let alone = self.for_flow.then_some("the packet is of no connection; the verdict holds for it alone");
+                let reason = no_reject.or(alone);
+                match (accept, self.reject && can_reject) {
+                    (true, _) => (Action::Accept, self.priority, reason),
+                    (false, true) => (Action::Accept, Some(codes::REJECTED_PACKET), reason),
+                    (false, false) => (Action::Drop, None, reason),
+                }
+            }
+            _ => (self.action, self.priority, Some("the packet was not queued by a rule with these flow marks")),
         }
     }
 
-    pub(crate) fn into_parts(self) -> (VerdictGuard, Decision<Box<VerdictExtras>>) {
-        let (action, mark) = self.action_and_mark();
-        let fields = VerdictFields { action, mark, priority: self.priority };
+    /// The third part is the reason why the verdict holds for the packet alone, against its wording.
+    fn into_parts(self) -> (VerdictGuard, Decision<Box<VerdictExtras>>, Option<Error>) {
+        let (action, priority, reason) = self.action_and_priority();
+        let alone = reason.map(|reason| {
+            let error = Error::new(ErrorKind::InvalidInput, "submit verdict");
+            error.with_detail(reason).with_packet(self.guard.id())
+        });
+        let fields = VerdictFields { action, mark: self.mark, priority };
         #[cfg_attr(not(feature = "conntrack"), expect(unused_mut))]
         let mut extras = self.extras;
         #[cfg(feature = "conntrack")]
@@ -476,7 +507,7 @@ impl Verdict {
             extras.conntrack = Some(encoded);
             extras.expectation = change.expectation.as_ref().map(Expectation::encode);
         }
-        (self.guard, Decision { fields, extras, origin: Origin::Owner })
+        (self.guard, Decision { fields, extras, origin: Origin::Owner }, alone)
     }
 }
 
@@ -489,7 +520,8 @@ pub struct Confirm {
 }
 
 enum Confirmation {
-    Awaited(Arc<Shared>, oneshot::Receiver<Result<(), Error>>),
+    /// With the reason why the verdict holds for the packet alone, if it does against its wording.
+    Awaited(Arc<Shared>, oneshot::Receiver<Result<(), Error>>, Option<Error>),
     Refused(Option<Error>),
 }
 
@@ -500,7 +532,10 @@ impl Future for Confirm {
         let this = self.project();
         let id = *this.id;
         let result = match this.state {
-            Confirmation::Awaited(queue, reply) => ready!(queue.poll_reply(reply, cx)),
+            Confirmation::Awaited(queue, reply, alone) => match ready!(queue.poll_reply(reply, cx)) {
+                Some(Ok(())) => Some(alone.take().map_or(Ok(()), Err)),
+                failed => failed,
+            },
             Confirmation::Refused(error) => error.take().map(Err),
         };
         let lost = || Err(Error::new(ErrorKind::Unconfirmed, "confirm verdict").with_packet(id));

@@ -7,6 +7,7 @@ use super::{
     encoder::{Encoder, QueueMethod, number},
     facts::Facts,
     family::{IpVersion, TableFamily},
+    flow_chain::FlowChain,
 };
 
 /// The last expression of a rule.
@@ -25,6 +26,8 @@ pub(super) enum Action {
     Goto(Target),
     /// Continue in another chain, and come back at its end.
     Jump(Target),
+    /// Continue in the chain that has led to this one.
+    Return,
 }
 
 /// A chain to which rules lead.
@@ -32,18 +35,13 @@ pub(super) enum Action {
 pub(super) enum Target {
     /// Sends packets to queues, except those of accepted connections.
     Queues(Queues),
-    /// Denies packets of denied connections. At `Postrouting` the kernel cannot reject.
-    Denied { can_reject: bool },
-    /// Rejects packets.
-    Rejected { can_reject: bool },
-    /// Denies packets of new connections that are remembered as denied.
-    New { can_reject: bool },
+    /// Carries out verdicts for connections.
+    Flow(FlowChain),
 }
 
 impl Target {
     /// The name of the chain.
     pub(super) fn name(self) -> String {
-        let behind = |name: &str, can_reject| if can_reject { name.to_owned() } else { format!("{name}_postrouting") };
         match self {
             Self::Queues(Queues { first, last, fanout, bypass }) => {
                 let mut name = format!("to_queue_{first}");
@@ -52,9 +50,7 @@ impl Target {
                 name.push_str(if bypass { "_bypass" } else { "" });
                 name
             }
-            Self::Denied { can_reject } => behind("flow_denied", can_reject),
-            Self::Rejected { can_reject } => behind("flow_rejected", can_reject),
-            Self::New { can_reject } => behind("flow_new", can_reject),
+            Self::Flow(chain) => chain.name(),
         }
     }
 }
@@ -68,30 +64,45 @@ pub(super) struct Queues {
     pub(super) bypass: bool,
 }
 
-/// `mark = mark & !mask | value`, for the packet or its connection.
+/// What a [`Change`] changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MarkChange {
-    pub(super) value: u32,
-    pub(super) mask: u32,
-    pub(super) of_connection: bool,
+pub(super) enum Field {
+    Mark,
+    Priority,
+    ConnectionMark,
 }
 
-impl MarkChange {
+/// `field = field & !mask | value`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Change {
+    pub(super) field: Field,
+    pub(super) value: u32,
+    pub(super) mask: u32,
+}
+
+impl Change {
     pub(super) fn encode(self, encoder: &mut Encoder) {
         let [keep, value] = [!self.mask, self.value].map(|bits| bits.to_ne_bytes().to_vec());
-        if self.of_connection {
-            encoder.connection(CT_MARK);
-            encoder.bitwise(keep, value);
-            encoder.set_connection(CT_MARK);
-        } else {
-            encoder.meta(MetaKey::Mark);
-            encoder.bitwise(keep, value);
-            encoder.set_mark();
-        }
+        let key = match self.field {
+            Field::Mark => MetaKey::Mark,
+            Field::Priority => MetaKey::Priority,
+            Field::ConnectionMark => {
+                encoder.connection(CT_MARK);
+                encoder.bitwise(keep, value);
+                return encoder.set_connection(CT_MARK);
+            }
+        };
+        encoder.meta(key);
+        encoder.bitwise(keep, value);
+        encoder.set_meta(key);
     }
 
     pub(super) fn nft(self) -> String {
-        let field = if self.of_connection { "ct mark" } else { "meta mark" };
+        let field = match self.field {
+            Field::Mark => "meta mark",
+            Field::Priority => "meta priority",
+            Field::ConnectionMark => "ct mark",
+        };
         if self.mask == u32::MAX {
             return format!("{field} set {:#x}", self.value);
         }
@@ -99,7 +110,7 @@ impl MarkChange {
     }
 
     pub(super) fn iptables(self) -> String {
-        let target = if self.of_connection { "CONNMARK" } else { "MARK" };
+        let target = if self.field == Field::ConnectionMark { "CONNMARK" } else { "MARK" };
         format!("-j {target} --set-xmark {:#x}/{:#x}", self.value, self.mask)
     }
 }
@@ -124,6 +135,7 @@ impl Action {
             Self::Continue => {}
             Self::Goto(target) => encoder.chain(NFT_GOTO, target.name()),
             Self::Jump(target) => encoder.chain(NFT_JUMP, target.name()),
+            Self::Return => encoder.verdict(NFT_RETURN.cast_unsigned()),
         }
     }
 
@@ -135,6 +147,7 @@ impl Action {
             Self::Continue => String::new(),
             Self::Goto(target) => format!("goto {}", target.name()),
             Self::Jump(target) => format!("jump {}", target.name()),
+            Self::Return => "return".to_owned(),
             Self::ResetTcp => "reject with tcp reset".to_owned(),
             Self::Unreachable => match facts.table {
                 TableFamily::Inet | TableFamily::Bridge => "reject with icmpx type port-unreachable",
@@ -164,7 +177,7 @@ impl Action {
                 "-j REJECT --reject-with icmp6-port-unreachable".to_owned()
             }
             Self::Unreachable => "-j REJECT --reject-with icmp-port-unreachable".to_owned(),
-            Self::Continue | Self::Goto(_) | Self::Jump(_) => return None,
+            Self::Continue | Self::Goto(_) | Self::Jump(_) | Self::Return => return None,
             Self::Queue(Queues { first, last, fanout, bypass }) => {
                 let mut text = if first == last {
                     format!("-j NFQUEUE --queue-num {first}")
@@ -215,6 +228,7 @@ fn reject(kind: u32, code: u8, encoder: &mut Encoder) {
 // uapi/linux/netfilter/nf_tables.h
 const NFT_JUMP: i32 = -3;
 const NFT_GOTO: i32 = -4;
+const NFT_RETURN: i32 = -5;
 const NFTA_QUEUE_NUM: u16 = 1;
 const NFTA_QUEUE_TOTAL: u16 = 2;
 const NFTA_QUEUE_FLAGS: u16 = 3;

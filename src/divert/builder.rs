@@ -14,7 +14,7 @@ use super::{
     chain::{Chain, LONGEST_NAME, Place},
     check_rules,
     checked::{KernelRule, Surroundings},
-    denied::{DeniedSet, FlowTable},
+    denied::{self, FlowTable},
     encoder::{Encoding, QueueMethod},
     failure::{lacks_queue, refused, subject},
     family::TableFamily,
@@ -326,7 +326,7 @@ impl DivertBuilder {
             batch.create_holder(self.family, tracking, defragment);
             self.sets.iter().for_each(|set| batch.create_set(set));
             if let Some(flows) = surroundings.flows {
-                DeniedSet::all(self.family).for_each(|set| batch.create_denied_set(set, flows));
+                batch.create_denied_sets(self.family, flows);
             }
             let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
             layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind));
@@ -349,7 +349,7 @@ impl DivertBuilder {
 
         if let Some(flows) = surroundings.flows {
             // The marks of a table that was here before, perhaps of a process that was killed.
-            forget_marks(connection, flows.marks).map_err(|error| error.with_operation(operation()))?;
+            forget_marks(connection, flows.marks, None).map_err(|error| error.with_operation(operation()))?;
         }
         let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
         let commands = encode(Encoding { method, trial: false }, hooks);
@@ -401,10 +401,10 @@ impl DivertBuilder {
                 let place = Place { hook: *hook, priority: priority.unwrap_or(self.priority).number() };
                 flows.check_place(place).map_err(|reason| format!("chain: {reason}"))?;
             }
-            if let Some(set) =
-                DeniedSet::all(self.family).find(|set| self.sets.iter().any(|other| other.name() == set.name()))
+            if let Some(name) =
+                denied::names(self.family).find(|name| self.sets.iter().any(|other| other.name() == *name))
             {
-                return Err(format!("set {:?}: name: flow marks need a set of this name", set.name()));
+                return Err(format!("set {name:?}: name: flow marks need a set of this name"));
             }
         }
         Ok(Surroundings { family: self.family, sets: &self.sets, priority: self.priority.number(), flows })

@@ -5,16 +5,15 @@ use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, Met
 use crate::types::Hook;
 
 use super::{
-    action::{Action, MarkChange, Queues, Target},
+    action::{Action, Change, Field, Queues, Target},
     chain::{Place, chain_name},
-    denied::{DeniedSet, FlowTable},
-    encoder::{AnonymousSet, Encoder, Encoding, REG32_00, Range, complement, merge},
+    denied::{FlowTable, Remember},
+    encoder::{AnonymousSet, Encoder, Encoding, Range, complement, merge},
     facts::{Facts, has_ports},
     family::{IpVersion, TableFamily},
     matching::{Condition, Match, Protocol, ProtocolNeed, Values},
     rule::{Rule, RuleAction},
     set::NamedSet,
-    tuple,
 };
 
 /// A rule of the kernel: a checked [`Rule`], or one of the two that it becomes.
@@ -28,9 +27,10 @@ pub(super) struct KernelRule<'a> {
     pub(super) comment: Option<&'a str>,
     pub(super) facts: Facts<'a>,
     pub(super) conditions: Vec<(Match, bool)>,
-    pub(super) mark_changes: Vec<MarkChange>,
-    /// Where the rule adds the connection.
-    pub(super) remember: Option<DeniedSet>,
+    pub(super) changes: Vec<Change>,
+    pub(super) remember: Option<Remember>,
+    /// Whether the rule has a counter.
+    pub(super) counts: bool,
     pub(super) action: Action,
 }
 
@@ -60,13 +60,12 @@ impl KernelRule<'_> {
         for (condition, negated) in &self.conditions {
             condition.condition().encode(&self.facts, *negated, &mut encoder);
         }
-        encoder.other("counter", Vec::new());
-        self.mark_changes.iter().for_each(|change| change.encode(&mut encoder));
-        if let Some(set) = self.remember
-            && !encoding.trial
-        {
-            tuple::load(set.version, false, REG32_00, &mut encoder);
-            encoder.update_set(set.name());
+        if self.counts {
+            encoder.other("counter", Vec::new());
+        }
+        self.changes.iter().for_each(|change| change.encode(&mut encoder));
+        if !encoding.trial {
+            self.remember.into_iter().for_each(|remember| remember.encode(&mut encoder));
         }
         self.action.encode(&self.facts, &mut encoder);
         encoder.finish()
@@ -84,11 +83,9 @@ impl KernelRule<'_> {
         parts.extend(
             self.conditions.iter().map(|(condition, negated)| condition.condition().nft(&self.facts, *negated)),
         );
-        parts.push("counter".to_owned());
-        parts.extend(self.mark_changes.iter().map(|change| change.nft()));
-        parts.extend(
-            self.remember.map(|set| format!("update @{} {{ {} }}", set.name(), tuple::nft(set.version, false))),
-        );
+        parts.extend(self.counts.then(|| "counter".to_owned()));
+        parts.extend(self.changes.iter().map(|change| change.nft()));
+        parts.extend(self.remember.map(Remember::nft));
         parts.push(self.action.nft(&self.facts));
         parts.extend(self.comment.map(|text| format!("comment \"{text}\"")));
         parts.retain(|part| !part.is_empty());
@@ -112,7 +109,7 @@ impl KernelRule<'_> {
             Hook::Output => ("filter", "OUTPUT"),
             Hook::Other(_) => return None,
         };
-        let (table, target) = match (self.mark_changes.as_slice(), self.action) {
+        let (table, target) = match (self.changes.as_slice(), self.action) {
             ([], action) => (table, action.iptables(&self.facts)?),
             ([change], Action::Continue) => ("mangle", change.iptables()),
             _ => return None,
@@ -137,7 +134,7 @@ impl KernelRule<'_> {
     /// Whether the rule needs connection tracking.
     pub(super) fn tracks(&self) -> bool {
         self.conditions.iter().any(|(condition, _)| condition.condition().needs().tracking)
-            || self.mark_changes.iter().any(|change| change.of_connection)
+            || self.changes.iter().any(|change| change.field == Field::ConnectionMark)
             || self.remember.is_some()
     }
 
@@ -219,7 +216,7 @@ impl Rule {
             let condition = condition.condition();
             check_protocol(condition.needs().protocol, &facts).map_err(|reason| in_field(condition, &reason))?;
         }
-        if self.mark_changes.iter().any(|change| change.value & !change.mask != 0) {
+        if self.changes.iter().any(|change| change.value & !change.mask != 0) {
             return Err("set mark: the value of the mark has bits outside the mask".to_owned());
         }
         if let Some(text) = &self.comment {
@@ -229,11 +226,10 @@ impl Rule {
         let place = Place { hook: self.hook, priority };
         if let Some(flows) = surroundings.flows {
             flows.check_place(place)?;
-            if self.mark_changes.iter().any(|change| change.mask & flows.marks.mask() != 0) {
-                return Err("set mark: the mask overlaps the flow marks of the table".to_owned());
-            }
-            if conditions.iter().any(|(condition, _)| condition.condition().mark_bits() & flows.marks.mask() != 0) {
-                return Err("mark: the mask overlaps the flow marks of the table".to_owned());
+            let overlaps =
+                |change: &Change| change.field == Field::ConnectionMark && change.mask & flows.marks.mask() != 0;
+            if self.changes.iter().any(overlaps) {
+                return Err("set connection mark: the mask overlaps the flow marks of the table".to_owned());
             }
         }
         let rule = |conditions, action| KernelRule {
@@ -243,8 +239,9 @@ impl Rule {
             comment: self.comment.as_deref(),
             facts: facts.clone(),
             conditions,
-            mark_changes: self.mark_changes.clone(),
+            changes: self.changes.clone(),
             remember: None,
+            counts: true,
             action: match action {
                 Action::Queue(queues) if surroundings.flows.is_some() => Action::Goto(Target::Queues(queues)),
                 action => action,
@@ -293,7 +290,7 @@ impl Rule {
             return Err("action: bypass and fanout need to_queue() or to_queues()".to_owned());
         }
         let action = match self.action {
-            None if self.mark_changes.is_empty() => {
+            None if self.changes.is_empty() => {
                 return Err(
                     "action: there is none; set it with to_queue(), to_queues(), accept(), drop(), reject() or count()"
                         .to_owned(),

@@ -1,4 +1,13 @@
 //! How a table remembers denied connections.
+//!
+//! A set for each IP version, and for dropped and for rejected connections, contains the tuples of
+//! denied connections: protocol, addresses and ports of the first packet, before address
+//! translation. Unlike a mark, a tuple outlives the entry of connection tracking, and holds for all
+//! entries that packets of the same connection may have.
+//!
+//! A further set contains the ports of all these tuples, in both directions. Nearly every packet is
+//! found not to be denied by one lookup of eight bytes in it. A tuple is added after its ports, and
+//! only if there was room for them.
 
 use std::time::Duration;
 
@@ -6,12 +15,14 @@ use crate::types::FlowMarks;
 
 use super::{
     chain::Place,
+    encoder::{Encoder, REG32_00},
     family::{IpVersion, TableFamily},
     set::check_timeout,
+    tuple::{self, Of},
 };
 use crate::types::Hook;
 
-/// Flow marks of a table, and how it remembers denied connections of which no packet has passed.
+/// Flow marks of a table, and how it remembers denied connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FlowTable {
     pub(super) marks: FlowMarks,
@@ -44,8 +55,7 @@ impl FlowTable {
     }
 }
 
-/// A set of connections that were denied by their first packet. The kernel forgets the mark of
-/// such a connection.
+/// A set of tuples of denied connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DeniedSet {
     pub(super) version: IpVersion,
@@ -64,10 +74,106 @@ impl DeniedSet {
 
     /// The sets of a table.
     pub(super) fn all(family: TableFamily) -> impl Iterator<Item = Self> {
-        let versions = [IpVersion::V4, IpVersion::V6].into_iter();
-        let versions = versions.filter(move |version| family.version().is_none_or(|only| only == *version));
-        versions.flat_map(|version| [false, true].map(|reject| Self { version, reject }))
+        versions(family).flat_map(Self::of)
     }
+
+    /// Those for one IP version.
+    pub(super) fn of(version: IpVersion) -> [Self; 2] {
+        [false, true].map(|reject| Self { version, reject })
+    }
+}
+
+/// What a rule remembers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remember {
+    /// A denied connection, by these addresses and ports.
+    Denied(DeniedSet, Of),
+    /// The translated destination of a denied connection, so that the connection can be named by
+    /// the addresses that its packets show in the queue.
+    Translated(IpVersion),
+    /// A connection that has just been denied.
+    Recent(IpVersion),
+}
+
+impl Remember {
+    /// In the language of nft.
+    pub(super) fn nft(self) -> String {
+        let update = |name: &str, key: String| format!("update @{name} {{ {key} }}");
+        match self {
+            Self::Denied(set, of) => {
+                let [ports, reversed] = [of, of.reversed()].map(|of| update(PORTS, tuple::nft_ports(of)));
+                [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
+            }
+            Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
+            // nft has no type for the ports of a connection.
+            Self::Translated(_) => String::new(),
+        }
+    }
+
+    pub(super) fn encode(self, encoder: &mut Encoder) {
+        match self {
+            Self::Denied(set, of) => {
+                // The ports come first: if there is no room for them, the rule ends here.
+                for of in [of, of.reversed()] {
+                    tuple::load_ports(of, REG32_00, encoder);
+                    encoder.update_set(PORTS, None);
+                }
+                tuple::load(set.version, of, REG32_00, encoder);
+                encoder.update_set(set.name(), None);
+            }
+            Self::Translated(version) => {
+                let data = REG32_00 + tuple::key(version).0 as u32 / 4;
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                tuple::load_translated(version, data, encoder);
+                encoder.update_set(translated(version), Some(data));
+            }
+            Self::Recent(version) => {
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                encoder.update_set(recent(version), None);
+            }
+        }
+    }
+}
+
+/// The map of the translated destinations of denied connections.
+pub(super) fn translated(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "flow_translated_ip",
+        IpVersion::V6 => "flow_translated_ip6",
+    }
+}
+
+/// The set of connections that have been denied within [`RECENT`].
+pub(super) fn recent(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "flow_recent_ip",
+        IpVersion::V6 => "flow_recent_ip6",
+    }
+}
+
+/// For how long the other side's first packet is taken for an answer to the denied one, if the
+/// protocol does not tell and no rule asks about it. Longer, and a sender with forged addresses
+/// could block the connections of others for longer.
+pub(super) const RECENT: Duration = Duration::from_secs(2);
+
+/// The IP versions of a table.
+pub(super) fn versions(family: TableFamily) -> impl Iterator<Item = IpVersion> {
+    let versions = [IpVersion::V4, IpVersion::V6].into_iter();
+    versions.filter(move |version| family.version().is_none_or(|only| only == *version))
+}
+
+/// The names of all sets and maps of a table.
+pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
+    let of_versions = versions(family).flat_map(|version| [translated(version), recent(version)]);
+    DeniedSet::all(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
+}
+
+/// The set of the ports of denied connections.
+pub(super) const PORTS: &str = "flow_denied_ports";
+
+/// The elements of [`PORTS`] for this number of connections: two for each.
+pub(super) fn ports_capacity(connections: u32) -> u32 {
+    connections.saturating_mul(2)
 }
 
 /// `NF_IP_PRI_CONNTRACK`

@@ -41,6 +41,15 @@ pub(super) fn elements(list: &[u8]) -> Vec<(Vec<u8>, Option<Duration>)> {
         .collect()
 }
 
+/// The keys and the data of the elements of a map, from the attributes of a message.
+pub(super) fn mapped(list: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let Some(elements) = attribute(list, NFTA_SET_ELEM_LIST_ELEMENTS) else { return Vec::new() };
+    let value = |element, kind| Some(attribute(attribute(element, kind)?, NFTA_DATA_VALUE)?.to_vec());
+    attributes(elements)
+        .filter_map(|(_, element)| Some((value(element, NFTA_SET_ELEM_KEY)?, value(element, NFTA_SET_ELEM_DATA)?)))
+        .collect()
+}
+
 fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -69,6 +78,7 @@ const NFTA_COUNTER_BYTES: u16 = 1;
 const NFTA_COUNTER_PACKETS: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
 const NFTA_SET_ELEM_EXPIRATION: u16 = 5;
 const NFTA_DATA_VALUE: u16 = 1;
 
@@ -85,6 +95,7 @@ mod tests {
             for end in 0..bytes.len() {
                 let _ = counter(&bytes[..end]);
                 let _ = elements(&bytes[..end]);
+                let _ = mapped(&bytes[..end]);
             }
         }
     }

@@ -97,9 +97,9 @@ impl Encoder {
         self.list.push(Expressions::Meta(vec![Meta::DestinationRegister(Register::Other(register)), Meta::Key(key)]));
     }
 
-    /// Stores the first register in the packet's mark.
-    pub(super) fn set_mark(&mut self) {
-        self.list.push(Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(Register::Other(REG_1))]));
+    /// Stores the first register in metadata of the packet.
+    pub(super) fn set_meta(&mut self, key: MetaKey) {
+        self.list.push(Expressions::Meta(vec![Meta::Key(key), Meta::SourceRegister(Register::Other(REG_1))]));
     }
 
     /// Loads a field of the connection into the first register.
@@ -139,7 +139,12 @@ impl Encoder {
 
     /// Loads a byte of the transport header into the first register.
     pub(super) fn transport_byte(&mut self, offset: u32) {
-        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 1, REG_1);
+        self.transport(offset, 1);
+    }
+
+    /// Loads up to 16 bytes of the transport header into the first register.
+    pub(super) fn transport(&mut self, offset: u32, length: u32) {
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, length, REG_1);
     }
 
     fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
@@ -274,12 +279,16 @@ impl Encoder {
 
     /// Adds the registers from the first on to a named set, or lets the time-out of the element
     /// begin anew. If the set is full, the rest of the rule is skipped.
-    pub(super) fn update_set(&mut self, name: &str) {
-        let attributes = vec![
+    ///
+    /// For a map, the data is in the registers from `data` on. The data of an element that exists
+    /// stays as it is.
+    pub(super) fn update_set(&mut self, name: &str, data: Option<u32>) {
+        let mut attributes = vec![
             DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
             number(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
             number(NFTA_DYNSET_SREG_KEY, REG_1),
         ];
+        attributes.extend(data.map(|register| number(NFTA_DYNSET_SREG_DATA, register)));
         self.other("dynset", attributes);
     }
 
@@ -365,6 +374,7 @@ const NFTA_RANGE_TO_DATA: u16 = 4;
 const NFTA_DYNSET_SET_NAME: u16 = 1;
 const NFTA_DYNSET_OP: u16 = 3;
 const NFTA_DYNSET_SREG_KEY: u16 = 4;
+const NFTA_DYNSET_SREG_DATA: u16 = 5;
 const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;

@@ -1,24 +1,48 @@
 //! The chains, sets and rules that carry out verdicts for whole connections.
 //!
+//! A denied connection is remembered by its tuple ([`denied`](super::denied)), which is looked up
+//! before anything is accepted. An accepted connection is remembered by the mark of its entry
+//! ([`FlowMarks`](crate::FlowMarks)), which never holds for a packet that begins a connection.
+//! A verdict comes back from the queue in the packet's priority
+//! ([`flow_codes`](crate::types::flow_codes)).
+//!
 //! | chain | content |
 //! |---|---|
-//! | a base chain of the user's rules | first the rules of [`first_rules`], which stop packets of denied connections |
+//! | a base chain of the user's rules | first the rules of [`Flows::first_rules`], which stop packets of denied connections; last those of [`Flows::last_rules`] |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
-//! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's mark contains, and removes it from the mark |
-//! | `CHAIN_flows_route`, at `Output` | removes the mark of a connection's acceptance; as a chain of type `route`, it routes the packet without it |
-//! | `flow_new` | denies connections of which no packet has passed |
-//! | `flow_denied`, `flow_rejected` | drop, or reject, packets of denied connections |
+//! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
+//!
+//! The chains between have these names, with `_in`, `_forward`, `_out` or `_leaving` where the hook
+//! makes a difference:
+//!
+//! | chain | packets that come to it |
+//! |---|---|
+//! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
+//! | `flow_new` | have an entry that no packet has confirmed |
+//! | `flow_begins` | begin a connection: TCP SYN, SCTP INIT, DCCP Request |
+//! | `flow_stray` | belong to no connection, as connection tracking sees it |
+//! | `flow_listed` | have the ports of a denied connection |
+//! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
+//! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
+//! | `flow_forget_accept` | belong to an accepted connection with such a tuple |
+//! | `flow_accepted` | belong to a connection that was accepted by its first packet |
+//! | `flow_denied`, `flow_rejected` | are denied |
+//! | `flow_replies` | may be replies of this host to a rejected packet |
+//! | `flow_verdict_accept`, `flow_save`, `flow_save_first` | have a verdict that accepts their connection |
+//! | `flow_verdict_drop`, `flow_verdict_reject`, `flow_reject_packet` | have another verdict |
 
-use crate::types::Hook;
+use crate::types::{Hook, flow_codes as codes};
 
 use super::{
-    action::{Action, MarkChange, Queues, Target},
+    action::{Action, Change, Field, Queues, Target},
     chain::{Chain, ChainType, Place, chain_name},
     checked::{KernelRule, Surroundings},
-    denied::{DeniedSet, FlowTable},
+    denied::{self, DeniedSet, FlowTable, Remember},
     facts::Facts,
     family::IpVersion,
+    flow_chain::{FlowChain, Way},
     matching::{ConnectionState, Match, Protocol, TcpFlags},
+    tuple::Of,
 };
 
 /// Builds rules for one chain.
@@ -34,12 +58,17 @@ impl<'a> Chained<'a> {
         Self { chain: chain.into(), place, surroundings, rules: Vec::new() }
     }
 
-    /// Adds a rule for packets of one version, or of both.
-    fn push(&mut self, version: Option<IpVersion>, conditions: &[Match], action: Action) -> &mut KernelRule<'a> {
+    /// A chain of [`common_chains`].
+    fn common(chain: FlowChain, way: Way, surroundings: Surroundings<'a>) -> Self {
+        Self::new(chain.name(), Place { hook: way.hook(), priority: 0 }, surroundings)
+    }
+
+    /// Adds a rule.
+    fn push(&mut self, conditions: &[Match], action: Action) -> &mut KernelRule<'a> {
         let facts = Facts {
             table: self.surroundings.family,
             hook: self.place.hook,
-            version: version.or(self.surroundings.family.version()),
+            version: self.surroundings.family.version(),
             protocols: None,
             sets: self.surroundings.sets,
         };
@@ -50,20 +79,105 @@ impl<'a> Chained<'a> {
             comment: None,
             facts,
             conditions: conditions.iter().map(|condition| (condition.clone(), false)).collect(),
-            mark_changes: Vec::new(),
+            changes: Vec::new(),
             remember: None,
+            counts: false,
             action,
         });
         let last = self.rules.len() - 1;
         &mut self.rules[last]
     }
 
-    /// Adds rules that reject.
-    fn reject(&mut self, condition: &Match, change: Option<MarkChange>) {
-        let tcp = [condition.clone(), Match::protocol(Protocol::Tcp)];
-        self.push(None, &tcp, Action::ResetTcp).mark_changes.extend(change);
-        self.push(None, std::slice::from_ref(condition), Action::Unreachable).mark_changes.extend(change);
+    /// Adds a rule for packets of one version, if the table has them.
+    fn push_for(&mut self, version: IpVersion, conditions: &[Match], action: Action) {
+        if self.surroundings.family.version().is_none_or(|only| only == version) {
+            self.push(conditions, action).facts.version = Some(version);
+        }
     }
+
+    fn change(&mut self, conditions: &[Match], change: Change) {
+        self.push(conditions, Action::Continue).changes.push(change);
+    }
+
+    /// Adds a rule for each set.
+    fn push_denied(&mut self, of: Of, action: impl Fn(DeniedSet) -> Action) {
+        for set in DeniedSet::all(self.surroundings.family) {
+            self.push_for(set.version, &[Match::denied(set, of)], action(set));
+        }
+    }
+
+    /// Adds rules that remember the connection in the sets of dropped or of rejected ones.
+    fn remember(&mut self, reject: bool, conditions: &[Match], of: Of, action: Action) {
+        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject) {
+            let rule = self.push(conditions, action);
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, of));
+        }
+    }
+
+    fn remember_translated(&mut self) {
+        for version in denied::versions(self.surroundings.family) {
+            let rule = self.push(&[Match::destination_translated()], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Translated(version));
+        }
+    }
+
+    /// Adds the rules that remember a connection that a verdict denies. Each is tried even if there
+    /// is no room in another's set.
+    fn remember_verdict(&mut self, reject: bool) {
+        self.remember(reject, &[], Of::Connection, Action::Continue);
+        self.remember_translated();
+        for version in denied::versions(self.surroundings.family) {
+            let rule = self.push(&[Match::unconfirmed()], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Recent(version));
+        }
+    }
+
+    /// Adds a rule for each kind of packet that begins a connection, where the protocol has such.
+    fn push_first(&mut self, further: &[Match], action: Action, change: Option<Change>) {
+        for first in first_packets() {
+            let conditions: Vec<Match> = first.into_iter().chain(further.iter().cloned()).collect();
+            self.push(&conditions, action).changes.extend(change);
+        }
+    }
+
+    /// Adds rules that reject. At `Postrouting` the kernel cannot: they drop.
+    fn reject(&mut self, can_reject: bool) {
+        if can_reject {
+            self.push(&[Match::protocol(Protocol::Tcp)], Action::ResetTcp).counts = true;
+            self.push(&[], Action::Unreachable).counts = true;
+        } else {
+            self.drop();
+        }
+    }
+
+    fn drop(&mut self) {
+        self.push(&[], Action::Drop).counts = true;
+    }
+}
+
+const SCTP: Protocol = Protocol::Other(132);
+const DCCP: Protocol = Protocol::Other(33);
+
+/// Packets that begin a connection. Connection tracking may count them to an older one.
+fn first_packets() -> [[Match; 2]; 3] {
+    // As `get_conntrack_index` does it: FIN does not count.
+    let syn = Match::tcp_flags(TcpFlags::SYN, TcpFlags::SYN | TcpFlags::RST | TcpFlags::ACK);
+    [
+        [Match::protocol(Protocol::Tcp), syn],
+        [Match::protocol(SCTP), Match::sctp_init()],
+        [Match::protocol(DCCP), Match::dccp_request()],
+    ]
+}
+
+fn goto(chain: FlowChain) -> Action {
+    Action::Goto(Target::Flow(chain))
+}
+
+fn jump(chain: FlowChain) -> Action {
+    Action::Jump(Target::Flow(chain))
 }
 
 /// The other hook that packets of a connection of this host traverse.
@@ -84,146 +198,399 @@ pub(super) fn places(places: &[Place]) -> Vec<Place> {
     all
 }
 
-/// The chains that stay as they are while the table exists, except those of a place.
+/// The chains that stay as they are while the table exists, except those of a place. Chains come
+/// before those that lead to them.
 pub(super) fn common_chains() -> Vec<Chain> {
-    [Target::Rejected { can_reject: true }, Target::Rejected { can_reject: false }]
+    use FlowChain as C;
+    let common =
+        [C::VerdictDrop, C::SaveFirst, C::Save, C::VerdictAccept, C::ForgetAccept, C::Accepted, C::Begins, C::Crossed];
+    let rejecting = [true, false]
         .into_iter()
-        .chain([Target::Denied { can_reject: true }, Target::Denied { can_reject: false }])
-        .chain([Target::New { can_reject: true }, Target::New { can_reject: false }])
-        .map(|target| Chain { name: target.name(), base: None, fixed: true })
-        .collect()
+        .flat_map(|can_reject| [C::VerdictReject { can_reject }, C::RejectPacket { can_reject }]);
+    let of_way = Way::ALL.into_iter().flat_map(|way| {
+        let chains = [
+            C::Replies(way),
+            C::Rejected(way),
+            C::Denied(way),
+            C::ReversedDenied(way),
+            C::Reversed(way),
+            C::Listed(way),
+            C::Stray(way),
+            C::New(way),
+            C::Back(way),
+        ];
+        chains.into_iter().filter(move |chain| way.has_replies() || *chain != C::Replies(way))
+    });
+    let chains = common.into_iter().chain(rejecting).chain(of_way);
+    chains.map(|chain| Chain { name: chain.name(), base: None, fixed: true }).collect()
 }
 
-/// The chains behind a place.
-pub(super) fn chains_behind(place: Place, default_priority: i32) -> Vec<Chain> {
-    let name = chain_name(place, default_priority);
-    let chain = |suffix, kind| Chain { name: format!("{name}_{suffix}"), base: Some((place, kind)), fixed: true };
-    let mut chains = vec![chain("flows", ChainType::Filter)];
-    if place.hook == Hook::Output {
-        chains.push(chain("flows_route", ChainType::Route));
+/// The chain behind a place.
+pub(super) fn chain_behind(place: Place, default_priority: i32) -> Chain {
+    let name = format!("{}_flows", chain_name(place, default_priority));
+    Chain { name, base: Some((place, ChainType::Filter)), fixed: true }
+}
+
+/// The rules of a table.
+#[derive(Clone, Copy)]
+pub(super) struct Flows<'a> {
+    table: FlowTable,
+    surroundings: Surroundings<'a>,
+}
+
+impl<'a> Flows<'a> {
+    pub(super) fn new(table: FlowTable, surroundings: Surroundings<'a>) -> Self {
+        Self { table, surroundings }
     }
-    chains
-}
 
-/// The rules of [`common_chains`].
-pub(super) fn common_rules<'a>(table: FlowTable, surroundings: Surroundings<'a>) -> Vec<KernelRule<'a>> {
-    let mut rules = Vec::new();
-    for can_reject in [true, false] {
-        // Of no base chain: these rules compare nothing of the hook.
-        let place = Place { hook: if can_reject { Hook::Input } else { Hook::Postrouting }, priority: 0 };
-        let chain = |target: Target| Chained::new(target.name(), place, surroundings);
-        let rejected = Target::Rejected { can_reject };
+    /// A chain for packets of any way.
+    fn common(self, chain: FlowChain) -> Chained<'a> {
+        Chained::common(chain, Way::In, self.surroundings)
+    }
 
-        let mut chain_of_rejected = chain(rejected);
-        // The replies belong to the connection too.
-        let reset = Match::tcp_flags(TcpFlags::RST, TcpFlags::RST);
-        chain_of_rejected.push(None, &[Match::protocol(Protocol::Tcp), reset], Action::Accept);
-        let error = Match::connection_state([ConnectionState::Related]);
-        for (version, protocol) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::Icmpv6)] {
-            if surroundings.family.version().is_none_or(|only| only == version) {
-                let conditions = [Match::protocol(protocol), error.clone()];
-                chain_of_rejected.push(Some(version), &conditions, Action::Accept);
+    fn of_way(self, chain: FlowChain, way: Way) -> Chained<'a> {
+        Chained::common(chain, way, self.surroundings)
+    }
+
+    /// Packets of connections with this mark.
+    fn marked(self, value: u32) -> Match {
+        Match::connection_mark(value, self.table.marks.mask())
+    }
+
+    fn save(self, value: u32) -> Change {
+        Change { field: Field::ConnectionMark, value, mask: self.table.marks.mask() }
+    }
+
+    /// The rules of [`common_chains`].
+    pub(super) fn common_rules(self) -> Vec<KernelRule<'a>> {
+        let mut chains = vec![
+            self.begins(),
+            self.crossed(),
+            self.accepted(),
+            self.forget_accept(),
+            self.verdict_accept(),
+            self.save_chain(),
+            self.save_first(),
+            self.verdict_drop(),
+        ];
+        for can_reject in [true, false] {
+            chains.extend([self.verdict_reject(can_reject), self.reject_packet(can_reject)]);
+        }
+        for way in Way::ALL {
+            let of_way =
+                [Self::back, Self::new_connections, Self::stray, Self::listed, Self::reversed, Self::reversed_denied];
+            chains.extend(of_way.map(|chain| chain(self, way)));
+            chains.extend([self.denied(way), self.rejected(way)]);
+            chains.extend(way.has_replies().then(|| self.replies(way)));
+        }
+        chains.into_iter().flat_map(|chain| chain.rules).collect()
+    }
+
+    /// Verdicts of packets that come to their hook once more: those that deny hold. An accepted
+    /// packet is as one that comes for the first time.
+    fn back(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Back(way), way);
+        self.denying_verdicts(&mut chain, way);
+        chain.change(&[], CLEAR);
+        chain
+    }
+
+    fn denying_verdicts(self, chain: &mut Chained<'a>, way: Way) {
+        let can_reject = way.can_reject();
+        for (code, target) in [
+            (codes::DROPPED, FlowChain::VerdictDrop),
+            (codes::REJECTED, FlowChain::VerdictReject { can_reject }),
+            (codes::REJECTED_PACKET, FlowChain::RejectPacket { can_reject }),
+        ] {
+            chain.push(&[Match::priority(code, u32::MAX)], goto(target));
+        }
+    }
+
+    fn new_connections(self, way: Way) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.of_way(FlowChain::New(way), way);
+        // A packet that is queued twice with one unconfirmed entry is dropped
+        // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
+        if way.has_replies() {
+            chain.push(&[], jump(FlowChain::Replies(way)));
+        }
+        // An entry gets its mark from the connection that has announced it (`init_conntrack`). The
+        // mark `accepting` may also be of a verdict that this packet had at an earlier hook.
+        chain.change(&[self.marked(marks.accepted())], self.save(0));
+        chain.change(&[Match::expected(), self.marked(marks.accepting())], self.save(0));
+        chain
+    }
+
+    /// Connection tracking counts a packet that begins a connection to an older one, for example
+    /// if the server has reset that.
+    fn begins(self) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.common(FlowChain::Begins);
+        // A verdict that this very packet had at an earlier hook.
+        chain.push(&[self.marked(marks.accepting())], Action::Return);
+        chain.push(&[self.marked(marks.denied())], Action::Return);
+        // Packets of the older connection may be in the queue: their verdicts do not hold for the
+        // new one.
+        let again = self.save(marks.begun_again());
+        chain.change(&[self.marked(marks.accepted())], again);
+        chain.change(&[Match::answered()], again);
+        chain
+    }
+
+    fn accepted(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Accepted);
+        chain.push(&[Match::unconfirmed()], Action::Return);
+        chain.push_first(&[], Action::Return, None);
+        chain.change(&[], self.save(self.table.marks.accepted()));
+        chain
+    }
+
+    /// By addresses and ports of the packet: connection tracking may have been misled, for example
+    /// about the window of a TCP connection.
+    fn stray(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Stray(way), way);
+        let of = Of::Packet;
+        let listed = Match::listed(of);
+        for set in DeniedSet::all(self.surroundings.family) {
+            let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
+            chain.push_for(set.version, &[listed.clone(), Match::denied(set, of)], action);
+        }
+        chain.push_first(&[], Action::Return, None);
+        for protocol in [Protocol::Tcp, SCTP, DCCP] {
+            for set in DeniedSet::all(self.surroundings.family) {
+                let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
+                let conditions = [Match::protocol(protocol), listed.clone(), Match::denied(set, of.reversed())];
+                chain.push_for(set.version, &conditions, action);
             }
         }
-        if can_reject {
-            chain_of_rejected.push(None, &[Match::protocol(Protocol::Tcp)], Action::ResetTcp);
-            chain_of_rejected.push(None, &[], Action::Unreachable);
-        } else {
-            chain_of_rejected.push(None, &[], Action::Drop);
-        }
-        rules.append(&mut chain_of_rejected.rules);
-
-        let mut denied = chain(Target::Denied { can_reject });
-        let mark = Match::connection_mark(table.marks.rejected(), table.marks.mask());
-        denied.push(None, &[mark], Action::Goto(rejected));
-        denied.push(None, &[], Action::Drop);
-        rules.append(&mut denied.rules);
-
-        let mut new = chain(Target::New { can_reject });
-        for set in DeniedSet::all(surroundings.family) {
-            let action = if set.reject { Action::Goto(rejected) } else { Action::Drop };
-            new.push(Some(set.version), &[Match::denied(set, false)], action).remember = Some(set);
-            new.push(Some(set.version), &[Match::denied(set, true)], action);
-        }
-        rules.append(&mut new.rules);
+        chain
     }
-    rules
+
+    fn listed(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Listed(way), way);
+        chain.push_denied(Of::Connection, |_| goto(FlowChain::Denied(way)));
+        chain.push_denied(Of::ConnectionReversed, |_| goto(FlowChain::Reversed(way)));
+        chain
+    }
+
+    /// The entry of the denied connection may be lost, and a packet of the other side have made a
+    /// new one. But a packet that begins a connection begins one that nobody has denied: with
+    /// forged addresses, anybody could otherwise block the connections of others.
+    fn reversed(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Reversed(way), way);
+        let confirmed = chain.push(&[], goto(FlowChain::ForgetAccept));
+        confirmed.conditions.push((Match::unconfirmed(), true));
+        chain.push_first(&[], Action::Return, None);
+        for protocol in [Protocol::Tcp, SCTP, DCCP] {
+            chain.push(&[Match::protocol(protocol)], goto(FlowChain::ReversedDenied(way)));
+        }
+        chain
+    }
+
+    /// A first packet of the other side may have crossed the denied one. Where the protocol tells
+    /// that it begins a connection, it has not.
+    fn crossed(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Crossed);
+        chain.push_first(&[], Action::Return, None);
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::recent(version)], Action::Drop);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.counts = true);
+        }
+        chain
+    }
+
+    fn reversed_denied(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::ReversedDenied(way), way);
+        let of = Of::ConnectionReversed;
+        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
+            let rejected = [Match::denied(set, of)];
+            chain.push(&rejected, goto(FlowChain::Rejected(way))).facts.version = Some(set.version);
+        }
+        chain.remember(false, &[], of, Action::Continue);
+        chain.drop();
+        chain
+    }
+
+    /// Two verdicts have met: each packet of the connection is asked about.
+    fn forget_accept(self) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.common(FlowChain::ForgetAccept);
+        chain.change(&[self.marked(marks.accepted())], self.save(0));
+        chain.change(&[self.marked(marks.accepting())], self.save(0));
+        chain
+    }
+
+    /// Lets the time of the memory begin anew.
+    fn denied(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Denied(way), way);
+        chain.remember_translated();
+        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
+            let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, Of::Connection));
+        }
+        chain.remember(false, &[], Of::Connection, Action::Continue);
+        chain.drop();
+        chain
+    }
+
+    fn rejected(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Rejected(way), way);
+        if way.has_replies() {
+            chain.push(&[], jump(FlowChain::Replies(way)));
+        }
+        chain.reject(way.can_reject());
+        chain
+    }
+
+    /// Accepts what the kernel sends for a rejected packet (`nf_send_reset`, `nf_send_unreach`):
+    /// segments without options or data, and ICMP errors, which come from no process.
+    fn replies(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Replies(way), way);
+        match way {
+            // What comes over the loopback interface has passed `Output`.
+            Way::In | Way::Forward => {
+                chain.push(&[], Action::Return).conditions.push((Match::on_loopback(), true));
+            }
+            Way::Out => {}
+            Way::Leaving => {
+                chain.push(&[Match::arrived()], Action::Return);
+            }
+        }
+        if way != Way::In {
+            chain.push(&[Match::of_user()], Action::Return);
+        }
+        let reset = Match::tcp_flags(TcpFlags::RST, TcpFlags::RST);
+        for (version, length) in [(IpVersion::V4, 40), (IpVersion::V6, 60)] {
+            let conditions = [Match::protocol(Protocol::Tcp), reset.clone(), Match::length(length)];
+            chain.push_for(version, &conditions, Action::Accept);
+        }
+        let error = Match::connection_state([ConnectionState::Related]);
+        for (version, protocol) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::Icmpv6)] {
+            chain.push_for(version, &[Match::protocol(protocol), error.clone()], Action::Accept);
+        }
+        chain
+    }
+
+    /// A denial wins, whichever comes first.
+    fn verdict_accept(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::VerdictAccept);
+        chain.push(&[self.marked(self.table.marks.denied())], Action::Return);
+        let not_listed = chain.push(&[], goto(FlowChain::Save));
+        not_listed.conditions.push((Match::listed(Of::Connection), true));
+        for of in [Of::Connection, Of::ConnectionReversed] {
+            chain.push_denied(of, |_| Action::Return);
+        }
+        chain.push(&[], goto(FlowChain::Save));
+        chain
+    }
+
+    fn save_chain(self) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.common(FlowChain::Save);
+        chain.push(&[Match::unconfirmed()], goto(FlowChain::SaveFirst));
+        chain.push_first(&[], goto(FlowChain::SaveFirst), None);
+        chain.push(&[self.marked(marks.begun_again())], Action::Return);
+        chain.change(&[], self.save(marks.accepted()));
+        chain
+    }
+
+    fn save_first(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::SaveFirst);
+        chain.change(&[], self.save(self.table.marks.accepting()));
+        chain
+    }
+
+    fn verdict_drop(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::VerdictDrop);
+        chain.remember_verdict(false);
+        chain.change(&[], self.save(self.table.marks.denied()));
+        chain.drop();
+        chain
+    }
+
+    fn verdict_reject(self, can_reject: bool) -> Chained<'a> {
+        let way = if can_reject { Way::In } else { Way::Leaving };
+        let mut chain = self.of_way(FlowChain::VerdictReject { can_reject }, way);
+        chain.remember_verdict(true);
+        chain.change(&[], self.save(self.table.marks.denied()));
+        chain.reject(can_reject);
+        chain
+    }
+
+    fn reject_packet(self, can_reject: bool) -> Chained<'a> {
+        let way = if can_reject { Way::In } else { Way::Leaving };
+        let mut chain = self.of_way(FlowChain::RejectPacket { can_reject }, way);
+        chain.reject(can_reject);
+        chain
+    }
+
+    /// The rules before the user's.
+    pub(super) fn first_rules(self, place: Place) -> Vec<KernelRule<'a>> {
+        let marks = self.table.marks;
+        let way = Way::of(place.hook);
+        let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
+        chain.push(&[has_code()], jump(FlowChain::Back(way)));
+        let stray = Match::connection_state([ConnectionState::Invalid, ConnectionState::Untracked]);
+        chain.push(&[stray], jump(FlowChain::Stray(way)));
+        chain.push(&[Match::unconfirmed()], jump(FlowChain::New(way)));
+        chain.push_first(&[], jump(FlowChain::Begins), None);
+        chain.push(&[Match::listed(Of::Connection)], jump(FlowChain::Listed(way)));
+        chain.push(&[self.marked(marks.denied())], goto(FlowChain::Denied(way)));
+        chain.push(&[self.marked(marks.accepting())], jump(FlowChain::Accepted));
+        chain.rules
+    }
+
+    /// The rules behind the user's.
+    pub(super) fn last_rules(self, place: Place) -> Vec<KernelRule<'a>> {
+        let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
+        chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
+        chain.rules
+    }
+
+    /// The rules of a chain that sends packets to queues, for the rule of this index.
+    pub(super) fn queue_rules(self, index: Option<usize>, queues: Queues, place: Place) -> Vec<KernelRule<'a>> {
+        let marks = self.table.marks;
+        let mut chain = Chained::new(Target::Queues(queues).name(), place, self.surroundings);
+        chain.push(&[self.marked(marks.accepted())], Action::Accept);
+        // The packet has no verdict yet, and the connection it begins not either.
+        let again = self.save(marks.begun_again());
+        chain.push_first(&[self.marked(marks.accepting())], Action::Continue, Some(again));
+        let code = |code| Change { field: Field::Priority, value: code, mask: codes::CODE };
+        let has = |code| Match::priority(code, codes::CODE);
+        chain.change(&[has(0)], code(codes::ALONE));
+        let known = Match::connection_state([ConnectionState::New, ConnectionState::Established]);
+        chain.change(&[has(codes::ALONE), known], code(codes::QUEUED));
+        // The first packet of a connection that another one has announced. ICMP errors are related
+        // too.
+        let related = [has(codes::ALONE), Match::connection_state([ConnectionState::Related])];
+        let rule = chain.push(&related, Action::Continue);
+        rule.conditions.push((Match::protocols([Protocol::Icmp, Protocol::Icmpv6]), true));
+        rule.changes.push(code(codes::QUEUED));
+        chain.push(&[], Action::Queue(queues)).counts = true;
+        let mut rules = chain.rules;
+        rules.iter_mut().for_each(|rule| rule.index = index);
+        rules
+    }
+
+    /// The rules of [`chain_behind`].
+    pub(super) fn rules_behind(self, place: Place) -> Vec<KernelRule<'a>> {
+        let way = Way::of(place.hook);
+        let behind = chain_behind(place, self.surroundings.priority);
+        let mut chain = Chained::new(behind.name, place, self.surroundings);
+        chain.push(&[], Action::Accept).conditions.push((has_code(), true));
+        self.denying_verdicts(&mut chain, way);
+        let accepted = Match::priority(codes::ACCEPTED, codes::CODE);
+        chain.push(&[accepted], jump(FlowChain::VerdictAccept));
+        chain.change(&[], CLEAR);
+        chain.rules
+    }
 }
 
-/// The rules before the user's.
-pub(super) fn first_rules<'a>(table: FlowTable, place: Place, surroundings: Surroundings<'a>) -> Vec<KernelRule<'a>> {
-    let marks = table.marks;
-    let mut chain = Chained::new(chain_name(place, surroundings.priority), place, surroundings);
-    // These bits must come from a verdict.
-    let clear = MarkChange { value: 0, mask: marks.mask(), of_connection: false };
-    let foreign = chain.push(None, &[], Action::Continue);
-    foreign.conditions.push((Match::mark(0, marks.mask()), true));
-    foreign.mark_changes.push(clear);
-    let can_reject = place.hook != Hook::Postrouting;
-    // The bit that only the marks of dropped and rejected connections have.
-    let bit = marks.dropped() & !marks.accepted();
-    let denied = Match::connection_mark(bit, bit);
-    chain.push(None, &[denied], Action::Goto(Target::Denied { can_reject }));
-    chain.push(None, &[Match::unconfirmed()], Action::Jump(Target::New { can_reject }));
-    chain.rules
+/// Packets whose priority is a code.
+fn has_code() -> Match {
+    Match::priority(codes::VALUE, codes::MASK)
 }
 
-/// The rules of a chain that sends packets to queues, for the rule of this index.
-pub(super) fn queue_rules<'a>(
-    table: FlowTable,
-    (index, queues): (Option<usize>, Queues),
-    place: Place,
-    surroundings: Surroundings<'a>,
-) -> Vec<KernelRule<'a>> {
-    let marks = table.marks;
-    let mut chain = Chained::new(Target::Queues(queues).name(), place, surroundings);
-    let accepted = Match::connection_mark(marks.accepted(), marks.mask());
-    chain.push(None, &[accepted], Action::Accept).index = index;
-    let queued = MarkChange { value: marks.queued(), mask: marks.mask(), of_connection: false };
-    let rule = chain.push(None, &[], Action::Queue(queues));
-    rule.index = index;
-    rule.mark_changes.push(queued);
-    chain.rules
-}
-
-/// The rules of [`chains_behind`].
-pub(super) fn rules_behind<'a>(table: FlowTable, place: Place, surroundings: Surroundings<'a>) -> Vec<KernelRule<'a>> {
-    let marks = table.marks;
-    let [filter, rest @ ..] = &*chains_behind(place, surroundings.priority) else { return Vec::new() };
-    let mut chain = Chained::new(&filter.name, place, surroundings);
-    let has = |value| Match::mark(value, marks.mask());
-    let clear = MarkChange { value: 0, mask: marks.mask(), of_connection: false };
-    let save = |value| MarkChange { value, mask: marks.mask(), of_connection: true };
-    chain.push(None, &[has(0)], Action::Accept);
-    chain.push(None, &[has(marks.queued())], Action::Accept).mark_changes.push(clear);
-    let accepted = marks.accepted();
-    chain.push(None, &[has(accepted)], Action::Continue).mark_changes.push(save(accepted));
-    let rule = chain.push(None, &[has(accepted)], Action::Accept);
-    if rest.is_empty() {
-        rule.mark_changes.push(clear);
-    }
-    for (value, reject) in [(marks.dropped(), false), (marks.rejected(), true)] {
-        // The next rules must follow even if a packet has no connection, or the set is full.
-        chain.push(None, &[has(value)], Action::Continue).mark_changes.push(save(value));
-        for set in DeniedSet::all(surroundings.family).filter(|set| set.reject == reject) {
-            let conditions = [has(value), Match::unconfirmed()];
-            chain.push(Some(set.version), &conditions, Action::Continue).remember = Some(set);
-        }
-    }
-    chain.push(None, &[has(marks.dropped())], Action::Drop);
-    for value in [marks.rejected(), marks.rejected_packet()] {
-        if place.hook == Hook::Postrouting {
-            chain.push(None, &[has(value)], Action::Drop);
-        } else {
-            chain.reject(&has(value), Some(clear));
-        }
-    }
-    chain.push(None, &[], Action::Continue).mark_changes.push(clear);
-    let mut rules = chain.rules;
-    for route in rest {
-        let mut chain = Chained::new(&route.name, place, surroundings);
-        chain.push(None, &[has(accepted)], Action::Accept).mark_changes.push(clear);
-        rules.append(&mut chain.rules);
-    }
-    rules
-}
+/// Leaves the packet's own priority.
+const CLEAR: Change = Change { field: Field::Priority, value: 0, mask: codes::CODE };

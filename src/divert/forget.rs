@@ -1,6 +1,9 @@
-//! Removes flow marks from the entries of connection tracking.
+//! Takes verdicts for connections back.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    cell::Cell,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use netlink_packet_core::{DefaultNla, NLA_F_NESTED};
 use netlink_packet_netfilter::{
@@ -12,89 +15,117 @@ use rustix::io::Errno;
 use crate::types::{Error, ErrorKind, FlowMarks};
 
 use super::{
-    dump,
-    encoder::{nested, number},
+    denied::{self, DeniedSet},
+    dump::{self, attribute},
+    encoder::number,
     family::IpVersion,
+    nft,
     socket::Connection,
     tuple::FlowTuple,
 };
 
-/// Removes the marks of all connections.
-pub(super) fn forget_marks(connection: &mut Connection, marks: FlowMarks) -> Result<(), Error> {
-    // The bit that all marks of connections have.
-    let decided = marks.queued();
-    let filter = vec![
-        ConntrackAttribute::Other(number(CTA_MARK, decided)),
-        ConntrackAttribute::Other(number(CTA_MARK_MASK, decided)),
-    ];
-    let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(filter));
-    let result = connection.change_all(request, |header, entry| {
-        let mark = dump::attribute(entry, CTA_MARK).and_then(|mark| Some(u32::from_be_bytes(mark.try_into().ok()?)));
-        if mark.unwrap_or(0) & marks.mask() == 0 {
-            return None;
-        }
-        let copied = |kind| Some(DefaultNla::new(kind, dump::attribute(entry, kind)?.to_vec()));
-        let tuple = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, dump::attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
-        let family = NetfilterProtoFamily::from(*header.first()?);
-        Some(unmark(family, [Some(tuple), copied(CTA_ZONE)].into_iter().flatten(), marks))
-    });
-    result.map_err(failed)
+/// Removes the marks of all connections, or of one. Returns whether there was a verdict.
+pub(super) fn forget_marks(
+    connection: &mut Connection,
+    marks: FlowMarks,
+    flow: Option<FlowTuple>,
+) -> Result<bool, Error> {
+    let found = Cell::new(false);
+    let verdicts = [marks.accepting(), marks.accepted(), marks.denied()];
+    let common = verdicts.into_iter().fold(marks.mask(), |common, value| common & value);
+    for (value, mask) in [(common, common), (marks.begun_again(), marks.mask())] {
+        let filter = vec![
+            ConntrackAttribute::Other(number(CTA_MARK, value)),
+            ConntrackAttribute::Other(number(CTA_MARK_MASK, mask)),
+        ];
+        let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(filter));
+        let result = connection.change_all(request, |header, entry| {
+            // Older kernels do not filter.
+            let mark = u32::from_be_bytes(attribute(entry, CTA_MARK)?.try_into().ok()?) & marks.mask();
+            let is_verdict = verdicts.contains(&mark);
+            if !is_verdict && mark != marks.begun_again() {
+                return None;
+            }
+            if let Some(flow) = flow
+                && !names(entry).is_some_and(|names| names.into_iter().any(|name| flow.is(name)))
+            {
+                return None;
+            }
+            found.set(found.get() || is_verdict);
+            let family = NetfilterProtoFamily::from(*header.first()?);
+            let original = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
+            let zone = attribute(entry, CTA_ZONE).map(|zone| DefaultNla::new(CTA_ZONE, zone.to_vec()));
+            let change = [number(CTA_MARK, 0), number(CTA_MARK_MASK, marks.mask())];
+            let attributes = [original].into_iter().chain(zone).chain(change).map(ConntrackAttribute::Other).collect();
+            Some(message(family, ConntrackMessage::New(attributes)))
+        });
+        result.map_err(failed)?;
+    }
+    Ok(found.get())
 }
 
-/// Removes the mark of one connection. Returns whether there is such a connection.
-pub(super) fn forget_mark(connection: &mut Connection, marks: FlowMarks, flow: FlowTuple) -> Result<bool, Error> {
-    let family = match flow.version() {
-        Some(IpVersion::V6) => NetfilterProtoFamily::IPv6,
-        _ => NetfilterProtoFamily::IPv4,
-    };
-    // The tuple of a reply differs from the reversed tuple if there is NAT.
-    for tuple in [flow, flow.reversed()] {
-        let request = unmark(family, [encode(tuple)], marks);
-        match connection.request(request) {
-            Ok(()) => return Ok(true),
-            Err(error) if error.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {}
-            Err(error) => return Err(failed(error)),
+/// The elements of the sets of denied connections that are this connection: set and key.
+pub(super) fn denied_elements(
+    connection: &mut Connection,
+    table: &str,
+    (flow, version): (FlowTuple, IpVersion),
+) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
+    let mut keys = vec![flow.key(), flow.reversed().key()];
+    let map = denied::translated(version);
+    for object in connection.dump(&nft::get_elements(table, map))? {
+        let elements = dump::mapped(&object).into_iter();
+        // As a packet shows it behind the translation.
+        let shown = elements.filter(|(key, data)| FlowTuple::translated(key, data).is_some_and(|name| flow.is(name)));
+        keys.extend(shown.map(|(key, _)| key));
+    }
+    let names: Vec<&str> = DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map]).collect();
+    let mut found = Vec::new();
+    for key in keys {
+        for name in &names {
+            // To delete what is not there would abort a transaction, for which the kernel waits
+            // until no CPU uses the old rules.
+            match connection.ask(nft::get_element(table, name, &key)) {
+                Ok(()) => found.push((*name, key.clone())),
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => {}
+                Err(error) => return Err(error),
+            }
         }
     }
-    Ok(false)
+    Ok(found)
 }
 
-fn unmark(
-    family: NetfilterProtoFamily,
-    of_entry: impl IntoIterator<Item = DefaultNla>,
-    marks: FlowMarks,
-) -> NetfilterMessage {
-    let change = [number(CTA_MARK, 0), number(CTA_MARK_MASK, marks.mask())];
-    let attributes = of_entry.into_iter().chain(change).map(ConntrackAttribute::Other).collect();
-    message(family, ConntrackMessage::New(attributes))
+/// The tuples by which packets name the connection of an entry, in one direction: with and without
+/// the translation of each end.
+fn names(entry: &[u8]) -> Option<[FlowTuple; 4]> {
+    let original = tuple(attribute(entry, CTA_TUPLE_ORIG)?)?;
+    let reply = tuple(attribute(entry, CTA_TUPLE_REPLY)?)?;
+    let name = |source, destination| FlowTuple { source, destination, ..original };
+    Some([
+        original,
+        name(original.source, reply.source),
+        name(reply.destination, reply.source),
+        name(reply.destination, original.destination),
+    ])
+}
+
+fn tuple(nested: &[u8]) -> Option<FlowTuple> {
+    let (ip, proto) = (attribute(nested, CTA_TUPLE_IP)?, attribute(nested, CTA_TUPLE_PROTO)?);
+    let v4 = |kind| Some(Ipv4Addr::from(<[u8; 4]>::try_from(attribute(ip, kind)?).ok()?).into());
+    let v6 = |kind| Some(Ipv6Addr::from(<[u8; 16]>::try_from(attribute(ip, kind)?).ok()?).into());
+    let address = |kind_v4, kind_v6| -> Option<IpAddr> { v4(kind_v4).or_else(|| v6(kind_v6)) };
+    let number = |kind| Some(u16::from_be_bytes(attribute(proto, kind)?.try_into().ok()?));
+    let identifier = || number(CTA_PROTO_ICMP_ID).or_else(|| number(CTA_PROTO_ICMPV6_ID));
+    let protocol = *attribute(proto, CTA_PROTO_NUM)?.first()?;
+    let port = |kind| number(kind).or_else(identifier).unwrap_or(0);
+    Some(FlowTuple {
+        protocol,
+        source: SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT)),
+        destination: SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT)),
+    })
 }
 
 fn message(family: NetfilterProtoFamily, message: ConntrackMessage) -> NetfilterMessage {
     NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message)
-}
-
-fn encode(tuple: FlowTuple) -> DefaultNla {
-    let address = |kind_v4, kind_v6, address: SocketAddr| match address.ip() {
-        IpAddr::V4(address) => DefaultNla::new(kind_v4, address.octets().to_vec()),
-        IpAddr::V6(address) => DefaultNla::new(kind_v6, address.octets().to_vec()),
-    };
-    let addresses = nested(
-        CTA_TUPLE_IP,
-        &[
-            address(CTA_IP_V4_SRC, CTA_IP_V6_SRC, tuple.source),
-            address(CTA_IP_V4_DST, CTA_IP_V6_DST, tuple.destination),
-        ],
-    );
-    let port = |kind, address: SocketAddr| DefaultNla::new(kind, address.port().to_be_bytes().to_vec());
-    let protocol = nested(
-        CTA_TUPLE_PROTO,
-        &[
-            DefaultNla::new(CTA_PROTO_NUM, vec![tuple.protocol]),
-            port(CTA_PROTO_SRC_PORT, tuple.source),
-            port(CTA_PROTO_DST_PORT, tuple.destination),
-        ],
-    );
-    nested(CTA_TUPLE_ORIG, &[addresses, protocol])
 }
 
 fn failed(error: std::io::Error) -> Error {
@@ -113,6 +144,7 @@ fn failed(error: std::io::Error) -> Error {
 
 // uapi/linux/netfilter/nfnetlink_conntrack.h
 const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_MARK: u16 = 8;
 const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;
@@ -125,3 +157,5 @@ const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
+const CTA_PROTO_ICMP_ID: u16 = 4;
+const CTA_PROTO_ICMPV6_ID: u16 = 7;

@@ -4,7 +4,7 @@ use super::{
     action::{Action, Target},
     chain::{Chain, ChainType, Place, chain_name},
     checked::{KernelRule, Surroundings},
-    flows,
+    flows::{self, Flows},
 };
 
 /// The chains, in the order of their creation, and the rules, in the order of each chain.
@@ -26,24 +26,28 @@ impl<'a> Layout<'a> {
             return Self { chains: places.iter().map(base).collect(), rules };
         };
         let mut chains = flows::common_chains();
-        let mut all = flows::common_rules(table, surroundings);
+        let flows = Flows::new(table, surroundings);
+        let mut all = flows.common_rules();
         for rule in &rules {
             let Action::Goto(target @ Target::Queues(queues)) = rule.action else { continue };
             let chain = Chain { name: target.name(), base: None, fixed: false };
             if !chains.contains(&chain) {
                 chains.push(chain);
-                all.extend(flows::queue_rules(table, (rule.index, queues), rule.place, surroundings));
+                all.extend(flows.queue_rules(rule.index, queues, rule.place));
             }
         }
         for place in &flows::places(places) {
             // A new hook comes before those of the same priority (`nf_hook_entries_grow`), so that
             // nothing can come between these chains.
-            chains.extend(flows::chains_behind(*place, surroundings.priority).into_iter().rev());
+            chains.push(flows::chain_behind(*place, surroundings.priority));
             chains.push(base(place));
-            all.extend(flows::first_rules(table, *place, surroundings));
-            all.extend(flows::rules_behind(table, *place, surroundings));
+            all.extend(flows.first_rules(*place));
+            all.extend(flows.rules_behind(*place));
         }
         all.extend(rules);
+        for place in &flows::places(places) {
+            all.extend(flows.last_rules(*place));
+        }
         Self { chains, rules: all }
     }
 

@@ -11,6 +11,7 @@ mod encoder;
 mod facts;
 mod failure;
 mod family;
+mod flow_chain;
 mod flows;
 mod forget;
 #[cfg(any(test, fuzzing))]
@@ -35,10 +36,10 @@ use self::{
     builder::Hooks,
     chain::{Chain, Place, chain_name},
     checked::{KernelRule, Surroundings},
-    denied::{DeniedSet, FlowTable},
+    denied::FlowTable,
     encoder::{Encoding, QueueMethod},
     failure::refused,
-    forget::{forget_mark, forget_marks},
+    forget::{denied_elements, forget_marks},
     handover::{ForeignRules, InstalledRules},
     layout::Layout,
     nft::{Batch, ChainKind},
@@ -256,11 +257,12 @@ impl Divert {
         let flows = self.flows(operation)?;
         let mut state = self.lock();
         let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
-        DeniedSet::all(self.family).for_each(|set| batch.clear_set(set.name()));
+        denied::names(self.family).for_each(|name| batch.clear_set(name));
         let commands = batch.commands;
         let result = state.connection.transact(&commands, Outcome::Commit);
         result.map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
-        forget_marks(&mut state.connection, flows.marks).map_err(|error| error.with_operation(operation()))
+        let forgotten = forget_marks(&mut state.connection, flows.marks, None);
+        forgotten.map(drop).map_err(|error| error.with_operation(operation()))
     }
 
     /// Forgets the verdict for one connection. Either direction of the connection will do. Returns
@@ -278,20 +280,26 @@ impl Divert {
             return Err(error.with_detail("the addresses are of different IP versions"));
         };
         let mut state = self.lock();
-        let mut found = false;
-        for tuple in [flow, flow.reversed()] {
-            for set in DeniedSet::all(self.family).filter(|set| set.version == version) {
-                let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
-                batch.delete_elements(set.name(), &[(tuple.key(), None)]);
-                match state.connection.transact(&batch.commands, Outcome::Commit) {
-                    Ok(()) => found = true,
-                    Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
-                    Err(refusal) => return Err(refused(operation(), &batch.commands, &[], refusal)),
+        let state = &mut *state;
+        let denied = loop {
+            let found = denied_elements(&mut state.connection, &self.table, (flow, version));
+            let found = found.map_err(|error| Error::os(operation(), error))?;
+            let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
+            found.iter().for_each(|(set, key)| batch.delete_elements(set, &[(key.clone(), None)]));
+            if found.is_empty() {
+                break false;
+            }
+            match state.connection.transact(&batch.commands, Outcome::Commit) {
+                // One of them has expired meanwhile.
+                Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
+                result => {
+                    result.map_err(|refusal| refused(operation(), &batch.commands, &[], refusal))?;
+                    break true;
                 }
             }
-        }
-        let marked = forget_mark(&mut state.connection, flows.marks, flow);
-        Ok(found | marked.map_err(|error| error.with_operation(operation()))?)
+        };
+        let marked = forget_marks(&mut state.connection, flows.marks, Some(flow));
+        Ok(denied | marked.map_err(|error| error.with_operation(operation()))?)
     }
 
     fn flows(&self, operation: impl Fn() -> String) -> Result<FlowTable, Error> {
@@ -408,7 +416,8 @@ impl Divert {
             return Ok(foreign.installed.clone());
         }
         let layout = self.layout(state).map_err(|reason| Error::new(ErrorKind::Other, reason))?;
-        let rules = layout.rules.iter().map(|rule| (rule.chain.clone(), rule.index)).collect();
+        let counting = layout.rules.iter().filter(|rule| rule.counts);
+        let rules = counting.map(|rule| (rule.chain.clone(), rule.index)).collect();
         Ok(InstalledRules { count: state.rules.len(), rules })
     }
 

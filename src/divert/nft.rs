@@ -12,7 +12,7 @@ use netlink_packet_netfilter::nftables::{
 use super::{
     chain::Chain,
     checked::KernelRule,
-    denied::{DeniedSet, FlowTable},
+    denied::{self, DeniedSet, FlowTable},
     encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, number},
     family::TableFamily,
     set::NamedSet,
@@ -187,22 +187,49 @@ impl<'a> Batch<'a> {
         self.push(Subject::Set(set.name().to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
     }
 
-    /// Creates a set to which rules add connections.
-    pub(super) fn create_denied_set(&mut self, set: DeniedSet, flows: FlowTable) {
-        let (length, key_type) = tuple::key(set.version);
-        let attributes = vec![
+    /// Creates the sets to which rules add denied connections.
+    pub(super) fn create_denied_sets(&mut self, family: TableFamily, flows: FlowTable) {
+        for set in DeniedSet::all(family) {
+            self.create_denied_set(set.name(), tuple::key(set.version), None, flows.capacity, flows);
+        }
+        for version in denied::versions(family) {
+            let data = tuple::translated(version);
+            let name = denied::translated(version);
+            self.create_denied_set(name, tuple::key(version), Some(data), flows.capacity, flows);
+            let briefly = FlowTable { timeout: denied::RECENT, ..flows };
+            self.create_denied_set(denied::recent(version), tuple::key(version), None, flows.capacity, briefly);
+        }
+        let capacity = denied::ports_capacity(flows.capacity);
+        self.create_denied_set(denied::PORTS, tuple::ports_key(), None, capacity, flows);
+    }
+
+    /// Length and type of the keys, and of the data if it is a map.
+    fn create_denied_set(
+        &mut self,
+        name: &str,
+        (length, key_type): (usize, u32),
+        data: Option<(usize, u32)>,
+        size: u32,
+        flows: FlowTable,
+    ) {
+        let mut flags = SetFlags::Timeout | SetFlags::Eval;
+        flags.set(SetFlags::Map, data.is_some());
+        let mut attributes = vec![
             SetAttribute::Table(self.table.to_owned()),
-            SetAttribute::Name(set.name().to_owned()),
-            SetAttribute::Flags(SetFlags::Timeout | SetFlags::Eval),
+            SetAttribute::Name(name.to_owned()),
+            SetAttribute::Flags(flags),
             SetAttribute::KeyType(key_type),
             SetAttribute::KeyLen(length as u32),
             SetAttribute::Id(self.next_set),
-            SetAttribute::Description(vec![SetDescription::Size(flows.capacity)]),
+            SetAttribute::Description(vec![SetDescription::Size(size)]),
             SetAttribute::Timeout(milliseconds(flows.timeout)),
         ];
+        if let Some((length, data_type)) = data {
+            attributes.extend([SetAttribute::DataType(data_type), SetAttribute::DataLen(length as u32)]);
+        }
         self.next_set += 1;
         let message = NfTablesMessage::NewSet(SetMessage { attributes });
-        self.push(Subject::Set(set.name().to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
+        self.push(Subject::Set(name.to_owned()), NLM_F_CREATE | NLM_F_EXCL, message);
     }
 
     fn create_anonymous_set(&mut self, subject: Subject, set: &AnonymousSet) {
@@ -292,6 +319,17 @@ impl<'a> Batch<'a> {
 /// A request for all rules of a table.
 pub(super) fn get_rules(table: &str) -> NfTablesMessage {
     NfTablesMessage::GetRule(RuleMessage { attributes: vec![RuleAttribute::Table(table.to_owned())] })
+}
+
+/// A request for one element of a set.
+pub(super) fn get_element(table: &str, set: &str, key: &[u8]) -> NfTablesMessage {
+    let element = ListAttribute::Element(vec![SetElementAttribute::Key(DataAttribute::Value(key.to_vec()))]);
+    let attributes = vec![
+        SetElementList::Table(table.to_owned()),
+        SetElementList::Set(set.to_owned()),
+        SetElementList::Elements(vec![element]),
+    ];
+    NfTablesMessage::GetSetElement(SetElementMessage { attributes })
 }
 
 /// A request for all elements of a set.

@@ -5,7 +5,7 @@ use std::{net::IpAddr, ops::RangeInclusive};
 use crate::types::Hook;
 
 use super::{
-    action::MarkChange,
+    action::{Change, Field},
     family::IpVersion,
     matching::{Match, Protocol},
     priority::Priority,
@@ -42,7 +42,7 @@ pub struct Rule {
     pub(super) version: Option<IpVersion>,
     /// The conditions, and whether they are negated.
     pub(super) conditions: Vec<(Match, bool)>,
-    pub(super) mark_changes: Vec<MarkChange>,
+    pub(super) changes: Vec<Change>,
     pub(super) action: Option<RuleAction>,
     pub(super) fanout: bool,
     pub(super) bypass: bool,
@@ -61,7 +61,7 @@ impl Rule {
             priority: None,
             version: None,
             conditions: Vec::new(),
-            mark_changes: Vec::new(),
+            changes: Vec::new(),
             action: None,
             fanout: false,
             bypass: false,
@@ -196,7 +196,7 @@ impl Rule {
     /// Without an action, the next rules see the packet with the new mark. `value` must have no
     /// bits outside `mask`. At `Output`, the packet is not routed again.
     pub fn set_mark(mut self, value: u32, mask: u32) -> Self {
-        self.mark_changes.push(MarkChange { value, mask, of_connection: false });
+        self.changes.push(Change { field: Field::Mark, value, mask });
         self
     }
 
@@ -207,7 +207,7 @@ impl Rule {
     /// [`DivertBuilder::track_connections`](super::DivertBuilder::track_connections) describes. The
     /// kernel forgets the mark of a new connection if its first packet is dropped.
     pub fn set_connection_mark(mut self, value: u32, mask: u32) -> Self {
-        self.mark_changes.push(MarkChange { value, mask, of_connection: true });
+        self.changes.push(Change { field: Field::ConnectionMark, value, mask });
         self
     }
 

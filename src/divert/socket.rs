@@ -167,8 +167,10 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends a message, and waits until the kernel has carried it out.
-    pub(super) fn request(&mut self, message: NetfilterMessage) -> io::Result<()> {
+    /// Requests one object of nf_tables, and returns an error if there is none.
+    pub(super) fn ask(&mut self, request: NfTablesMessage) -> io::Result<()> {
+        let header = NetfilterHeader::new(protocol_family(self.family), 0, 0);
+        let message = NetfilterMessage::new(header, request);
         self.discard_old_replies();
         self.sequence = self.sequence.wrapping_add(1);
         let mut bytes = Vec::new();

@@ -1,16 +1,22 @@
 //! The tuple of a connection: version, protocol, addresses and ports of its first packet.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
-    encoder::{Encoder, IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType, concatenated, number},
+    encoder::{Encoder, Endpoint, IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType, concatenated, number},
     family::IpVersion,
 };
 
 /// The addresses and ports of a connection, in either direction, for
 /// [`Divert::forget_flow`](super::Divert::forget_flow).
+///
+/// With address translation, these may be the addresses before or after the translation: those of
+/// a packet in the queue, or those of the entry of connection tracking. For ICMP echo, the port of
+/// the source is the identifier, and that of the destination is ignored. For other protocols
+/// without ports both are 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FlowTuple {
     /// The number of the transport protocol: 6 for TCP, 17 for UDP.
@@ -33,7 +39,44 @@ impl FlowTuple {
     }
 
     pub(super) fn reversed(self) -> Self {
-        Self { source: self.destination, destination: self.source, ..self }
+        let reversed = Self { source: self.destination, destination: self.source, ..self };
+        if self.echo_request().is_some() { reversed.with_ports(self.source.port(), 0) } else { reversed }
+    }
+
+    fn with_ports(mut self, source: u16, destination: u16) -> Self {
+        self.source.set_port(source);
+        self.destination.set_port(destination);
+        self
+    }
+
+    /// Type and code of an echo request, if the protocol has such.
+    fn echo_request(self) -> Option<u16> {
+        match self.protocol {
+            ICMP => Some(8 << 8),
+            ICMPV6 => Some(128 << 8),
+            _ => None,
+        }
+    }
+
+    /// Whether both are the same connection.
+    pub(super) fn is(self, other: Self) -> bool {
+        let without = |flow: Self| match flow.echo_request() {
+            Some(_) => flow.with_ports(flow.source.port(), 0),
+            None => flow,
+        };
+        [other, other.reversed()].into_iter().any(|other| without(self) == without(other))
+    }
+
+    /// The connection with this key, whose destination has been translated to what the data says.
+    pub(super) fn translated(key: &[u8], data: &[u8]) -> Option<Self> {
+        let (address_length, ip): (usize, fn(&[u8]) -> Option<IpAddr>) = match key.len() {
+            20 => (4, |bytes| Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into())),
+            _ => (16, |bytes| Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into())),
+        };
+        let port = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+        let source = SocketAddr::new(ip(key.get(..address_length)?)?, port(key, 2 * address_length + 4)?);
+        let destination = SocketAddr::new(ip(data.get(..address_length)?)?, port(data, address_length)?);
+        Some(Self { protocol: *key.get(2 * address_length)?, source, destination })
     }
 
     /// The IP version. `None` if the addresses are of different versions.
@@ -52,59 +95,148 @@ impl FlowTuple {
             IpAddr::V6(address) => address.octets().to_vec(),
         };
         let port = |port: u16| [port.to_be_bytes(), [0; 2]].concat();
+        let destination_port = self.echo_request().unwrap_or(self.destination.port());
         [
             address(self.source.ip()),
             address(self.destination.ip()),
             vec![self.protocol, 0, 0, 0],
             port(self.source.port()),
-            port(self.destination.port()),
+            port(destination_port),
         ]
         .concat()
     }
 }
 
-/// The fields of a key, for the packet's own direction or for the other: number and type.
-fn fields(version: IpVersion, reversed: bool) -> [(u32, ValueType); 5] {
-    let (source, destination, address) = match version {
-        IpVersion::V4 => (CT_SRC_IP, CT_DST_IP, IPV4_ADDRESS),
-        IpVersion::V6 => (CT_SRC_IP6, CT_DST_IP6, IPV6_ADDRESS),
-    };
-    let ends = [(source, destination), (CT_PROTO_SRC, CT_PROTO_DST)];
-    let [(a, b), (c, d)] = if reversed { ends.map(|(source, destination)| (destination, source)) } else { ends };
-    [(a, address), (b, address), (CT_PROTOCOL, PROTOCOL), (c, PORT), (d, PORT)]
+/// Whose addresses and ports a rule loads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Of {
+    /// Those of the connection: of the first packet, before address translation.
+    Connection,
+    /// The same, source and destination exchanged.
+    ConnectionReversed,
+    /// Those of the packet.
+    Packet,
+    /// The same, source and destination exchanged.
+    PacketReversed,
 }
 
-/// Loads the original tuple of the packet's connection into the registers from `register` on.
-pub(super) fn load(version: IpVersion, reversed: bool, mut register: u32, encoder: &mut Encoder) {
-    for (key, value_type) in fields(version, reversed) {
-        let attributes = vec![
-            number(NFTA_CT_DREG, register),
-            number(NFTA_CT_KEY, key),
-            DefaultNla::new(NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL]),
-        ];
-        encoder.other("ct", attributes);
-        register += value_type.length.div_ceil(4) as u32;
+impl Of {
+    pub(super) fn reversed(self) -> Self {
+        match self {
+            Self::Connection => Self::ConnectionReversed,
+            Self::ConnectionReversed => Self::Connection,
+            Self::Packet => Self::PacketReversed,
+            Self::PacketReversed => Self::Packet,
+        }
+    }
+
+    /// Of a source and a destination, the one that comes first, and the other.
+    fn order<T>(self, source: T, destination: T) -> [T; 2] {
+        match self {
+            Self::Connection | Self::Packet => [source, destination],
+            Self::ConnectionReversed | Self::PacketReversed => [destination, source],
+        }
     }
 }
 
+/// The fields of a key.
+fn fields(version: IpVersion) -> [ValueType; 5] {
+    let address = match version {
+        IpVersion::V4 => IPV4_ADDRESS,
+        IpVersion::V6 => IPV6_ADDRESS,
+    };
+    [address, address, PROTOCOL, PORT, PORT]
+}
+
+/// Loads addresses, protocol and ports into the registers from `register` on.
+pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut Encoder) {
+    let words = fields(version)[0].length as u32 / 4;
+    let keys = match version {
+        IpVersion::V4 => of.order(CT_SRC_IP, CT_DST_IP),
+        IpVersion::V6 => of.order(CT_SRC_IP6, CT_DST_IP6),
+    };
+    for (key, end) in keys.into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination)) {
+        match of {
+            Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
+            Of::Packet | Of::PacketReversed => encoder.address(version, end, register),
+        }
+        register += words;
+    }
+    match of {
+        Of::Connection | Of::ConnectionReversed => load_original(CT_PROTOCOL, register, encoder),
+        Of::Packet | Of::PacketReversed => encoder.meta_into(MetaKey::L4Proto, register),
+    }
+    load_ports(of, register + 1, encoder);
+}
+
+/// Loads the ports into two registers. For protocols without ports, those of the connection are
+/// numbers that connection tracking uses in their place.
+pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
+    let keys = of.order(CT_PROTO_SRC, CT_PROTO_DST).into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
+    for ((key, end), register) in keys.zip(register..) {
+        match of {
+            Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
+            Of::Packet | Of::PacketReversed => encoder.port(end, register),
+        }
+    }
+}
+
+fn load_original(key: u32, register: u32, encoder: &mut Encoder) {
+    load_field(key, IP_CT_DIR_ORIGINAL, register, encoder);
+}
+
+fn load_field(key: u32, direction: u8, register: u32, encoder: &mut Encoder) {
+    let attributes = vec![
+        number(NFTA_CT_DREG, register),
+        number(NFTA_CT_KEY, key),
+        DefaultNla::new(NFTA_CT_DIRECTION, vec![direction]),
+    ];
+    encoder.other("ct", attributes);
+}
+
 /// The tuple in the language of nft. It names the fields of the packet, because nft has no type for
-/// the ports of a connection whose protocol it does not know. The packet is the first one of its
-/// connection, so they are the same but for NAT, and for protocols without ports.
-pub(super) fn nft(version: IpVersion, reversed: bool) -> String {
-    let ends = if reversed { ["d", "s"] } else { ["s", "d"] };
+/// the ports of a connection whose protocol it does not know.
+pub(super) fn nft(version: IpVersion, of: Of) -> String {
     let ip = match version {
         IpVersion::V4 => "ip",
         IpVersion::V6 => "ip6",
     };
-    let [first, second] = ends;
-    format!("{ip} {first}addr . {ip} {second}addr . meta l4proto . th {first}port . th {second}port")
+    let [first, second] = of.order("s", "d");
+    format!("{ip} {first}addr . {ip} {second}addr . meta l4proto . {}", nft_ports(of))
+}
+
+pub(super) fn nft_ports(of: Of) -> String {
+    let [first, second] = of.order("s", "d");
+    format!("th {first}port . th {second}port")
 }
 
 /// Length and type of a key.
 pub(super) fn key(version: IpVersion) -> (usize, u32) {
-    let fields = fields(version, false);
-    let length = fields.iter().map(|(_, value_type)| value_type.length.next_multiple_of(4)).sum();
-    (length, concatenated(fields.iter().map(|(_, value_type)| *value_type)))
+    let fields = fields(version);
+    let length = fields.iter().map(|value_type| value_type.length.next_multiple_of(4)).sum();
+    (length, concatenated(fields))
+}
+
+/// Loads the address and the port to which the destination of the packet's connection has been
+/// translated.
+pub(super) fn load_translated(version: IpVersion, register: u32, encoder: &mut Encoder) {
+    let (address, words) = match version {
+        IpVersion::V4 => (CT_SRC_IP, 1),
+        IpVersion::V6 => (CT_SRC_IP6, 4),
+    };
+    load_field(address, IP_CT_DIR_REPLY, register, encoder);
+    load_field(CT_PROTO_SRC, IP_CT_DIR_REPLY, register + words, encoder);
+}
+
+/// Length and type of what [`load_translated`] loads.
+pub(super) fn translated(version: IpVersion) -> (usize, u32) {
+    let address = fields(version)[0];
+    (address.length + 4, concatenated([address, PORT]))
+}
+
+/// Length and type of a key of ports.
+pub(super) fn ports_key() -> (usize, u32) {
+    (8, concatenated([PORT, PORT]))
 }
 
 /// The type of the elements in the language of nft.
@@ -116,11 +248,14 @@ pub(super) fn nft_type(version: IpVersion) -> String {
     format!("{address} . {address} . inet_proto . inet_service . inet_service")
 }
 
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 // uapi/linux/netfilter/nf_tables.h
 const NFTA_CT_DREG: u16 = 1;
 const NFTA_CT_KEY: u16 = 2;
 const NFTA_CT_DIRECTION: u16 = 3;
 const IP_CT_DIR_ORIGINAL: u8 = 0;
+const IP_CT_DIR_REPLY: u8 = 1;
 const CT_PROTOCOL: u32 = 10;
 const CT_PROTO_SRC: u32 = 11;
 const CT_PROTO_DST: u32 = 12;
@@ -141,5 +276,26 @@ mod tests {
         let tuple = FlowTuple::tcp(([1_u16; 8], 1), ([2_u16; 8], 2));
         assert_eq!(key(IpVersion::V6).0, tuple.key().len());
         assert_eq!(tuple.reversed().reversed(), tuple);
+    }
+
+    #[test]
+    fn connections_are_named_by_either_direction_and_by_translated_addresses() {
+        let [client, server, service] =
+            [([10, 0, 0, 1], 7), ([10, 0, 0, 2], 8), ([10, 0, 0, 3], 9)].map(SocketAddr::from);
+        let flow = FlowTuple::udp(client, service);
+        assert!(flow.is(flow) && flow.is(flow.reversed()) && !flow.is(FlowTuple::tcp(client, service)));
+        let data = [10, 0, 0, 2, 0, 8, 0, 0];
+        assert_eq!(FlowTuple::translated(&flow.key(), &data), Some(FlowTuple::udp(client, server)));
+        for length in 0..20 {
+            assert_eq!(FlowTuple::translated(&flow.key()[..length], &data), None);
+        }
+        assert_eq!(FlowTuple::translated(&flow.key(), &data[..5]), None);
+        let v6 = FlowTuple::tcp(([1_u16; 8], 1), ([2_u16; 8], 2));
+        let data = [[3; 16].as_slice(), &[0, 3, 0, 0]].concat();
+        assert_eq!(FlowTuple::translated(&v6.key(), &data).unwrap().destination, ([0x0303_u16; 8], 3).into());
+        // Echo requests have an identifier in both directions.
+        let ping = |source, destination| FlowTuple { protocol: ICMP, source, destination };
+        assert!(ping(client, server).is(ping(server, client).with_ports(7, 99)));
+        assert_eq!(ping(client, server).reversed().key()[12..], [0, 7, 0, 0, 8, 0, 0, 0]);
     }
 }

@@ -14,8 +14,8 @@ pub(crate) struct VerdictGuard {
     /// `None` once the right has been used.
     queue: Option<Arc<Shared>>,
     id: u32,
-    /// The packet's mark. 0 if the queue has no flow marks.
-    mark: u32,
+    /// The packet's priority. 0 if the queue has no flow marks.
+    priority: u32,
     /// In the bridge family: the length of the packet's link-layer header.
     bridge_header_length: Option<u16>,
     hook: u8,
@@ -23,10 +23,10 @@ pub(crate) struct VerdictGuard {
 
 impl VerdictGuard {
     pub(super) fn new(queue: Arc<Shared>, packet: &RawPacket) -> Self {
-        let mark = queue.settings.flow_marks.and_then(|_| packet.be32(attribute::MARK)).unwrap_or(0);
+        let priority = queue.settings.flow_marks.and_then(|_| packet.be32(attribute::PRIORITY)).unwrap_or(0);
         Self {
             id: packet.id,
-            mark,
+            priority,
             bridge_header_length: packet.bridge_header_length(),
             hook: packet.hook,
             queue: Some(queue),
@@ -46,9 +46,9 @@ impl VerdictGuard {
         self.bridge_header_length.map(usize::from)
     }
 
-    /// The flow marks of the queue, and the packet's mark.
+    /// The flow marks of the queue, and the packet's priority.
     pub(crate) fn flow_marks(&self) -> Option<(FlowMarks, u32)> {
-        Some((self.queue.as_ref()?.settings.flow_marks?, self.mark))
+        Some((self.queue.as_ref()?.settings.flow_marks?, self.priority))
     }
 
     /// The hook that queued the packet, in the families IPv4 and IPv6.
@@ -86,6 +86,13 @@ impl VerdictGuard {
         match &self.queue {
             Some(queue) => queue.interface_name(index),
             None => Err(Error::new(ErrorKind::Closed, "find the name of an interface")),
+        }
+    }
+
+    /// Reports an error about the packet's verdict.
+    pub(crate) fn report(&self, error: Error) {
+        if let Some(queue) = &self.queue {
+            queue.report(error);
         }
     }
 

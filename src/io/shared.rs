@@ -324,6 +324,11 @@ impl Shared {
         reply
     }
 
+    /// Reports an error about a verdict.
+    pub(crate) fn report(&self, error: Error) {
+        self.with(|core| core.machine.report(error));
+    }
+
     /// The owner of a packet has dropped it.
     pub(crate) fn abandoned(&self, id: u32) {
         self.with(|core| core.machine.abandon(id));

@@ -60,9 +60,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                         Refused::Verdict { id, .. } | Refused::Batch { max: id } => error.with_packet(PacketId(id)),
                         Refused::Other => error,
                     };
-                    self.counters.sent.refusals += 1;
-                    self.note(ReportKind::Refused, 1, error.packet_id().map(PacketId::get));
-                    self.push_refusal(error);
+                    self.report(error);
                 }
             }
         }
@@ -135,6 +133,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Reports a verdict for a packet that had already been decided.
     pub(crate) fn report_late(&mut self, id: u32) {
         self.push_refusal(Error::new(ErrorKind::Expired, "submit verdict").with_packet(PacketId(id)));
+    }
+
+    /// Reports a verdict that could not be carried out as it was given.
+    pub(crate) fn report(&mut self, error: Error) {
+        self.counters.sent.refusals += 1;
+        self.note(ReportKind::Refused, 1, error.packet_id().map(PacketId::get));
+        self.push_refusal(error);
     }
 
     /// The queue cannot be used any more.

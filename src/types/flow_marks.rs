@@ -1,26 +1,28 @@
-//! The bits of marks that carry decisions about connections.
+//! The bits of connections' marks that carry decisions about connections.
 
-/// The bits of packets' marks and connections' marks that carry verdicts for whole connections.
+/// The bits of connections' marks (`ct mark`) that carry verdicts for whole connections.
 ///
 /// Give the same value to [`QueueBuilder::flow_marks`](crate::QueueBuilder::flow_marks) and to
 /// `DivertBuilder::flow_marks`. Then [`Verdict::for_flow`](crate::Verdict::for_flow) and
 /// [`Packet::reject`](crate::Packet::reject) work: see [`guide::flows`](crate::guide::flows).
 ///
-/// The bits are reserved: nobody else in the network namespace may use them. Two tables with the
-/// same bits share their decisions: what one has accepted does not come to the queue of the other,
-/// and the second table removes the first one's marks when it is installed. Give them other bits.
-/// The other bits of both marks stay as they are.
+/// The bits are reserved: no other program in the network namespace should write them. The table
+/// compares all three bits, so that a foreign mark is a verdict only if it has exactly the value of
+/// one. Two tables with the same bits share their decisions: what one has accepted does not come to
+/// the queue of the other, and the second table removes the first one's marks when it is installed.
+/// Give them other bits. The other bits of the connections' marks stay as they are, and the marks
+/// of packets are not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FlowMarks {
     mask: u32,
 }
 
-/// The lowest three bits of the mask carry these values.
-const REJECTED_PACKET: u8 = 0b011;
-const QUEUED: u8 = 0b100;
-const ACCEPTED: u8 = 0b101;
-const DROPPED: u8 = 0b110;
-const REJECTED: u8 = 0b111;
+// The lowest three bits of the mask carry these values. Each has at least two bits, because the
+// marks of other programs are mostly single bits and small numbers.
+const BEGUN_AGAIN: u8 = 0b011;
+const ACCEPTING: u8 = 0b101;
+const DENIED: u8 = 0b110;
+const ACCEPTED: u8 = 0b111;
 
 impl FlowMarks {
     /// Returns the marks in the lowest three bits of `mask`. The others of its bits are not used.
@@ -43,30 +45,27 @@ impl FlowMarks {
         self.mask
     }
 
-    /// The packet's mark on its way to the queue. It shows that the rules behind the queue are
-    /// there.
-    pub const fn queued(self) -> u32 {
-        self.place(QUEUED)
-    }
-
-    /// The mark of an accepted connection, and of the packet whose verdict accepts it.
+    /// The mark of an accepted connection: its packets are not queued, except those that begin a
+    /// connection.
     pub const fn accepted(self) -> u32 {
         self.place(ACCEPTED)
     }
 
-    /// The mark of a dropped connection, and of the packet whose verdict drops it.
-    pub const fn dropped(self) -> u32 {
-        self.place(DROPPED)
+    /// The mark of a connection that was accepted by the packet that began it. The connection's
+    /// next packet changes it to [`accepted`](Self::accepted).
+    pub const fn accepting(self) -> u32 {
+        self.place(ACCEPTING)
     }
 
-    /// The mark of a rejected connection, and of the packet whose verdict rejects it.
-    pub const fn rejected(self) -> u32 {
-        self.place(REJECTED)
+    /// The mark of a dropped or rejected connection.
+    pub const fn denied(self) -> u32 {
+        self.place(DENIED)
     }
 
-    /// The mark of a packet that is rejected alone.
-    pub const fn rejected_packet(self) -> u32 {
-        self.place(REJECTED_PACKET)
+    /// The mark of an entry of connection tracking on which another connection has begun. Only the
+    /// verdict of a packet that begins a connection can accept the connection.
+    pub const fn begun_again(self) -> u32 {
+        self.place(BEGUN_AGAIN)
     }
 
     const fn place(self, value: u8) -> u32 {
@@ -93,9 +92,15 @@ impl FlowMarks {
 }
 
 impl Default for FlowMarks {
-    /// The three highest bits, `0xe000_0000`.
+    /// The bits `0x0000_1012`.
+    ///
+    /// They are in no mark of zapret (`0x4000_0000`, `0x2000_0000`), Mullvad (`0x6d6f_6c65`,
+    /// connections `0xf41`), Calico (`0xffff_0000`), kube-proxy (`0x4000`, `0x8000`), Cilium
+    /// (`0x0f00` and the upper half), Tailscale (`0x00ff_0000`), `wg-quick` (`0xca6c`) and the
+    /// Amazon VPC CNI (`0x80`). OpenWrt's mwan3 (`0x3f00`) and NordVPN (`0xe1f1`) use one of the
+    /// bits, which is the value of no verdict.
     fn default() -> Self {
-        Self::new(0xe000_0000)
+        Self::new(0x0000_1012)
     }
 }
 
@@ -107,11 +112,24 @@ mod tests {
     fn values_lie_in_the_lowest_three_bits_of_the_mask() {
         let marks = FlowMarks::new(0xff00);
         assert_eq!(marks.mask(), 0x0700);
-        let values = [marks.rejected_packet(), marks.queued(), marks.accepted(), marks.dropped(), marks.rejected()];
-        assert_eq!(values, [0x300, 0x400, 0x500, 0x600, 0x700]);
-        assert_eq!(FlowMarks::new(0x8421).accepted(), 0x0401);
+        let values = [marks.begun_again(), marks.accepting(), marks.denied(), marks.accepted()];
+        assert_eq!(values, [0x300, 0x500, 0x600, 0x700]);
+        assert_eq!(FlowMarks::new(0x8421).accepting(), 0x0401);
         assert_eq!(FlowMarks::new(0x8421).mask(), 0x0421);
-        assert_eq!(FlowMarks::default().accepted(), 0xa000_0000);
+        assert_eq!(FlowMarks::default().accepted(), 0x1012);
+    }
+
+    #[test]
+    fn default_marks_are_not_those_of_other_programs() {
+        let marks = FlowMarks::default();
+        for foreign in [0x4000_0000, 0x2000_0000, 0x6d6f_6c65, 0xf41, 0xffff_0000, 0x4000, 0x8000, 0x0f00, 0xca6c, 0x80]
+        {
+            assert_eq!(marks.mask() & foreign, 0, "{foreign:#x}");
+        }
+        let verdicts = [marks.begun_again(), marks.accepting(), marks.denied(), marks.accepted()];
+        for foreign in (0..32).map(|bit| 1 << bit).chain([0x3f00, 0xe1f1]).chain(0..16) {
+            assert!(!verdicts.contains(&(marks.mask() & foreign)), "{foreign:#x}");
+        }
     }
 
     #[test]

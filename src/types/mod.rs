@@ -3,6 +3,7 @@
 use std::fmt;
 
 mod error;
+pub(crate) mod flow_codes;
 mod flow_marks;
 mod hook;
 pub(crate) mod stats;

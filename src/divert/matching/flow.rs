@@ -1,35 +1,128 @@
 //! Conditions of the rules for verdicts for whole connections.
 
+use netlink_packet_netfilter::nftables::MetaKey;
+
 use super::{
     super::{
-        denied::DeniedSet,
+        denied::{DeniedSet, PORTS, recent},
         encoder::{Encoder, REG32_00},
         facts::Facts,
-        tuple,
+        family::IpVersion,
+        tuple::{self, Of},
     },
     Condition, Match, Needs, Order, operator,
 };
 
+/// What a condition compares.
+#[derive(Debug, Clone, Copy)]
+enum Flow {
+    /// `ct status & mask == value`
+    Status {
+        mask: u32,
+        value: u32,
+    },
+    /// `meta priority & mask == value`
+    Priority {
+        mask: u32,
+        value: u32,
+    },
+    /// The length of the packet from its network header on.
+    Length(u32),
+    /// The ports of denied connections.
+    Listed(Of),
+    Denied(DeniedSet, Of),
+    /// Source and destination exchanged.
+    Recent(IpVersion),
+    OfUser,
+    OnLoopback,
+    Arrived,
+    SctpInit,
+    DccpRequest,
+}
+
 impl Match {
-    /// The first packets of connections of which no packet has passed yet.
+    /// The first packets of connections of which no packet has passed yet. A packet without a
+    /// connection does not match, also if the condition is negated.
     pub(in super::super) fn unconfirmed() -> Self {
-        Self::new(Unconfirmed)
+        Self::status(IPS_CONFIRMED, 0)
     }
 
-    /// Packets of connections in a set; or, if `reversed`, of connections in the other direction.
-    pub(in super::super) fn denied(set: DeniedSet, reversed: bool) -> Self {
-        Self::new(Denied { set, reversed })
+    /// Packets of connections that have been answered.
+    pub(in super::super) fn answered() -> Self {
+        Self::status(IPS_SEEN_REPLY, IPS_SEEN_REPLY)
+    }
+
+    /// Packets of connections that another connection has announced.
+    pub(in super::super) fn expected() -> Self {
+        Self::status(IPS_EXPECTED, IPS_EXPECTED)
+    }
+
+    /// Packets of connections whose destination has been translated.
+    pub(in super::super) fn destination_translated() -> Self {
+        Self::status(IPS_DST_NAT, IPS_DST_NAT)
+    }
+
+    fn status(mask: u32, value: u32) -> Self {
+        Self::new(Flow::Status { mask, value })
+    }
+
+    /// Packets with `priority & mask == value`.
+    pub(in super::super) fn priority(value: u32, mask: u32) -> Self {
+        Self::new(Flow::Priority { value, mask })
+    }
+
+    /// Packets of this length, from the network header on.
+    pub(in super::super) fn length(bytes: u32) -> Self {
+        Self::new(Flow::Length(bytes))
+    }
+
+    /// Packets with the ports of a denied connection, in either direction.
+    pub(in super::super) fn listed(of: Of) -> Self {
+        Self::new(Flow::Listed(of))
+    }
+
+    /// Packets with the addresses and ports of a connection in a set.
+    pub(in super::super) fn denied(set: DeniedSet, of: Of) -> Self {
+        Self::new(Flow::Denied(set, of))
+    }
+
+    /// Packets of the other side of a connection that has just been denied.
+    pub(in super::super) fn recent(version: IpVersion) -> Self {
+        Self::new(Flow::Recent(version))
+    }
+
+    /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
+    /// not match, also if the condition is negated.
+    pub(in super::super) fn of_user() -> Self {
+        Self::new(Flow::OfUser)
+    }
+
+    /// Packets that have come from this host.
+    pub(in super::super) fn on_loopback() -> Self {
+        Self::new(Flow::OnLoopback)
+    }
+
+    /// Packets that have come by an interface.
+    pub(in super::super) fn arrived() -> Self {
+        Self::new(Flow::Arrived)
+    }
+
+    /// The first packet of an SCTP association: only there is the verification tag 0 (RFC 9260,
+    /// section 8.5.1). The rule must be limited to SCTP.
+    pub(in super::super) fn sctp_init() -> Self {
+        Self::new(Flow::SctpInit)
+    }
+
+    /// The first packet of a DCCP connection (RFC 4340, section 5.1). The rule must be limited to
+    /// DCCP.
+    pub(in super::super) fn dccp_request() -> Self {
+        Self::new(Flow::DccpRequest)
     }
 }
 
-const NEEDS: fn() -> Needs = || Needs { tracking: true, ..Needs::default() };
-
-#[derive(Debug)]
-struct Unconfirmed;
-
-impl Condition for Unconfirmed {
+impl Condition for Flow {
     fn field(&self) -> &'static str {
-        "connection status"
+        "connection"
     }
 
     fn order(&self) -> Order {
@@ -37,7 +130,8 @@ impl Condition for Unconfirmed {
     }
 
     fn needs(&self) -> Needs {
-        NEEDS()
+        let tracking = matches!(self, Self::Status { .. } | Self::Listed(_) | Self::Denied(..) | Self::Recent(_));
+        Needs { tracking, ..Needs::default() }
     }
 
     fn check(&self, _facts: &Facts<'_>, _negated: bool) -> Result<(), String> {
@@ -45,53 +139,99 @@ impl Condition for Unconfirmed {
     }
 
     fn encode(&self, _facts: &Facts<'_>, negated: bool, encoder: &mut Encoder) {
-        encoder.connection(CT_STATUS);
-        encoder.mask(IPS_CONFIRMED.to_ne_bytes().to_vec());
-        encoder.equal(vec![0; 4], negated);
-    }
-
-    fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
-        format!("ct status & confirmed {} 0", if negated { "!=" } else { "==" })
-    }
-}
-
-#[derive(Debug)]
-struct Denied {
-    set: DeniedSet,
-    reversed: bool,
-}
-
-impl Condition for Denied {
-    fn field(&self) -> &'static str {
-        "connection"
-    }
-
-    fn order(&self) -> Order {
-        Order::Set
-    }
-
-    fn needs(&self) -> Needs {
-        NEEDS()
-    }
-
-    fn check(&self, _facts: &Facts<'_>, _negated: bool) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn encode(&self, _facts: &Facts<'_>, negated: bool, encoder: &mut Encoder) {
-        if encoder.encoding.trial {
-            return;
+        let masked = |encoder: &mut Encoder, mask: u32, value: u32| {
+            encoder.mask(mask.to_ne_bytes().to_vec());
+            encoder.equal(value.to_ne_bytes().to_vec(), negated);
+        };
+        match *self {
+            Self::Status { mask, value } => {
+                encoder.connection(CT_STATUS);
+                masked(encoder, mask, value);
+            }
+            Self::Priority { mask, value } => {
+                encoder.meta(MetaKey::Priority);
+                if mask == u32::MAX {
+                    encoder.equal(value.to_ne_bytes().to_vec(), negated);
+                } else {
+                    masked(encoder, mask, value);
+                }
+            }
+            Self::Length(bytes) => {
+                encoder.meta(MetaKey::Length);
+                encoder.equal(bytes.to_ne_bytes().to_vec(), negated);
+            }
+            Self::Listed(of) => {
+                if !encoder.encoding.trial {
+                    tuple::load_ports(of, REG32_00, encoder);
+                    encoder.named_set(PORTS, negated);
+                }
+            }
+            Self::Denied(set, of) => {
+                if !encoder.encoding.trial {
+                    tuple::load(set.version, of, REG32_00, encoder);
+                    encoder.named_set(set.name(), negated);
+                }
+            }
+            Self::Recent(version) => {
+                if !encoder.encoding.trial {
+                    tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
+                    encoder.named_set(recent(version), negated);
+                }
+            }
+            Self::OfUser => {
+                // Loading the number ends the rule if there is no such socket. No user has the
+                // highest number.
+                encoder.meta(MetaKey::SocketUserId);
+                encoder.equal(u32::MAX.to_ne_bytes().to_vec(), !negated);
+            }
+            Self::OnLoopback => {
+                encoder.meta(MetaKey::Iftype);
+                encoder.equal(ARPHRD_LOOPBACK.to_ne_bytes().to_vec(), negated);
+            }
+            Self::Arrived => {
+                encoder.meta(MetaKey::Iif);
+                encoder.equal(vec![0; 4], !negated);
+            }
+            Self::SctpInit => {
+                encoder.transport(4, 4);
+                encoder.equal(vec![0; 4], negated);
+            }
+            Self::DccpRequest => {
+                encoder.transport_byte(8);
+                encoder.mask(vec![0x1e]);
+                encoder.equal(vec![0], negated);
+            }
         }
-        tuple::load(self.set.version, self.reversed, REG32_00, encoder);
-        encoder.named_set(self.set.name(), negated);
     }
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
-        format!("{} {}@{}", tuple::nft(self.set.version, self.reversed), operator(negated), self.set.name())
+        let equality = |negated: bool| if negated { "!=" } else { "==" };
+        let equal = equality(negated);
+        match *self {
+            Self::Status { mask, value } => format!("ct status & {mask:#x} {equal} {value:#x}"),
+            Self::Priority { mask: u32::MAX, value } => format!("meta priority {}{value:#x}", operator(negated)),
+            Self::Priority { mask, value } => format!("meta priority & {mask:#x} {equal} {value:#x}"),
+            Self::Length(bytes) => format!("meta length {}{bytes}", operator(negated)),
+            Self::Listed(of) => format!("{} {}@{PORTS}", tuple::nft_ports(of), operator(negated)),
+            Self::Denied(set, of) => format!("{} {}@{}", tuple::nft(set.version, of), operator(negated), set.name()),
+            Self::Recent(version) => {
+                format!("{} {}@{}", tuple::nft(version, Of::ConnectionReversed), operator(negated), recent(version))
+            }
+            Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
+            Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
+            Self::Arrived => format!("meta iif {}0", operator(!negated)),
+            Self::SctpInit => format!("@th,32,32 {}0", operator(negated)),
+            Self::DccpRequest => format!("@th,64,8 & 0x1e {equal} 0"),
+        }
     }
 }
 
 /// uapi/linux/netfilter/nf_tables.h, enum nft_ct_keys
 const CT_STATUS: u32 = 2;
-/// uapi/linux/netfilter/nf_conntrack_common.h
+// uapi/linux/netfilter/nf_conntrack_common.h
+const IPS_EXPECTED: u32 = 1 << 0;
+const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_CONFIRMED: u32 = 1 << 3;
+const IPS_DST_NAT: u32 = 1 << 5;
+/// uapi/linux/if_arp.h
+const ARPHRD_LOOPBACK: u16 = 772;

@@ -46,10 +46,6 @@ impl Condition for Mark {
         Needs { tracking: self.of_connection, ..Needs::default() }
     }
 
-    fn mark_bits(&self) -> u32 {
-        if self.of_connection { 0 } else { self.mask }
-    }
-
     fn check(&self, _facts: &Facts<'_>, negated: bool) -> Result<(), String> {
         if self.value & !self.mask != 0 {
             return Err("the value of the mark has bits outside the mask".to_owned());

@@ -96,11 +96,6 @@ pub(super) trait Condition: fmt::Debug + Send + Sync {
         None
     }
 
-    /// The bits of the packet's mark that are compared.
-    fn mark_bits(&self) -> u32 {
-        0
-    }
-
     /// The reason why the condition is invalid, or can never be met.
     fn check(&self, facts: &Facts<'_>, negated: bool) -> Result<(), String>;
 

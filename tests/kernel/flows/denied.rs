@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio_nfqueue::{Hook, Rule};
 
-use super::{LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
+use super::{LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused::refused, table, to_port};
 use crate::{
     common::{eventually, next},
     support,
@@ -16,7 +16,7 @@ tests![
     one denied_connection_is_forgotten_after_its_time,
     one verdict_holds_even_if_the_rules_are_removed_before_it,
     one rules_are_replaced_and_verdicts_stay,
-    one packets_without_a_connection_are_dropped_too,
+    one verdict_for_the_connection_of_a_packet_without_one_holds_for_the_packet,
 ];
 
 /// Nothing has been received of the client when the server sends.
@@ -116,7 +116,7 @@ async fn rules_are_replaced_and_verdicts_stay() {
 }
 
 /// Connection tracking calls a segment that belongs to no connection invalid.
-async fn packets_without_a_connection_are_dropped_too() {
+async fn verdict_for_the_connection_of_a_packet_without_one_holds_for_the_packet() {
     use tokio_nfqueue::{ConnectionState, Match, Protocol};
 
     let mut queue = bind();
@@ -134,7 +134,7 @@ async fn packets_without_a_connection_are_dropped_too() {
         support::send_raw_ipv4(&socket, &packet, std::net::Ipv4Addr::LOCALHOST).unwrap();
         let packet = next(&mut queue).await;
         let verdict = if drop { packet.drop() } else { packet.accept() };
-        confirm(verdict.for_flow()).await.unwrap();
+        refused(confirm(verdict.for_flow()).await, "the packet is of no connection");
         assert_eq!(divert.counters().unwrap()[1].packets, u64::from(!drop));
     }
 }

@@ -154,9 +154,9 @@ fn script_with_flow_marks_is_accepted_by_nft() {
         }
         // Not every kernel has the statement `queue`.
         let script = builder.rule(Rule::new(Hook::Input).to_queues(2..=4).bypass(true)).to_nft().unwrap();
-        let expected = "chain to_queue_2_4_bypass {\n\t\tct mark & 0xe0000000 == 0xa0000000 counter accept\n\t\t\
-                        counter meta mark set meta mark & 0x1fffffff | 0x80000000 queue num 2-4 bypass\n\t}";
-        assert!(script.contains(expected), "{script}");
+        let chain = script.split_once("chain to_queue_2_4_bypass {\n").unwrap().1.split_once('}').unwrap().0;
+        assert!(chain.starts_with("\t\tct mark & 0x00001012 == 0x1012 accept\n"), "{chain}");
+        assert!(chain.ends_with("\t\tcounter queue num 2-4 bypass\n\t"), "{chain}");
         assert!(script.contains("counter goto to_queue_2_4_bypass"), "{script}");
         if let Some(Err(error)) = run("nft", &["-c", "-f", "-"], &script) {
             assert!(error.contains("queue num 2-4 bypass") && error.contains("No such file or directory"), "{error}");
