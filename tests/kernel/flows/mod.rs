@@ -3,7 +3,10 @@
 
 mod denied;
 mod forgetting;
+mod meeting;
 mod refused;
+mod reuse;
+mod segments;
 mod tcp;
 mod udp;
 
@@ -23,7 +26,15 @@ use crate::{
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let modules = [udp::tests(), tcp::tests(), denied::tests(), forgetting::tests(), refused::tests()];
+    let modules = [
+        udp::tests(),
+        tcp::tests(),
+        denied::tests(),
+        forgetting::tests(),
+        refused::tests(),
+        reuse::tests(),
+        meeting::tests(),
+    ];
     modules.into_iter().flatten().collect()
 }
 

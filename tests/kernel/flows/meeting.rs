@@ -1,0 +1,223 @@
+//! Two verdicts for one connection: the denial wins.
+
+use std::time::Duration;
+
+use tokio_nfqueue::{Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
+
+use super::{
+    LOOPBACKS, Talk, bind, confirm, queue_is_empty,
+    segments::{ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo},
+    table, to_port,
+};
+use crate::common::next;
+
+tests![
+    one a_denial_wins_over_an_accept_of_another_first_packet,
+    one a_denial_wins_over_an_accept_of_the_other_side,
+    one a_denial_wins_in_one_flush,
+    one an_accept_of_a_lost_entry_is_forgotten,
+    one an_icmp_error_does_not_speak_for_the_connection_it_quotes,
+    one forged_packets_do_not_block_the_connections_of_others,
+    one a_packet_of_the_other_side_is_dropped_only_shortly,
+];
+
+/// All but the last packets of the rounds.
+fn forwarded() -> Rule {
+    Rule::new(Hook::Forward).unless(Match::protocol(Protocol::Other(LAST)))
+}
+
+type Decide = fn(Packet) -> Verdict;
+
+const ACCEPTS: [Decide; 2] = [|packet| packet.accept(), |packet| packet.accept().for_flow()];
+const DENIALS: [Decide; 2] = [|packet| packet.drop().for_flow(), |packet| packet.reject().for_flow()];
+
+/// Each has an entry of its own, and only one is confirmed.
+async fn a_denial_wins_over_an_accept_of_another_first_packet() {
+    for hook in [Hook::Prerouting, Hook::Input, Hook::Output, Hook::Postrouting] {
+        for (accept, deny) in ACCEPTS.into_iter().flat_map(|accept| DENIALS.map(|deny| (accept, deny))) {
+            for order in 0..4 {
+                let talk = Talk::loopback(LOOPBACKS[order / 2]);
+                let mut queue = bind();
+                let _divert = table([to_port(hook, talk.port()).to_queue(0)]).install().unwrap();
+                talk.ask(1);
+                talk.ask(2);
+                let [first, second] = [next(&mut queue).await, next(&mut queue).await];
+                if order % 2 == 0 {
+                    confirm(accept(first)).await.unwrap();
+                    let _ = confirm(deny(second)).await;
+                    talk.asked(1);
+                } else {
+                    let _ = confirm(deny(first)).await;
+                    // At a later hook of the table, the packet may be one of a denied connection.
+                    confirm(accept(second)).await.unwrap();
+                }
+                while let Some(_error) = talk.client.take_error().unwrap() {}
+                talk.server.set_nonblocking(true).unwrap();
+                while talk.server.recv(&mut [0]).is_ok() {}
+                for number in 3..6 {
+                    talk.ask(number);
+                    queue_is_empty(&mut queue);
+                }
+                assert!(talk.server.recv(&mut [0]).is_err(), "{hook:?} {order}");
+            }
+        }
+    }
+}
+
+/// The first packets of both sides wait at once; each has an entry in its own direction.
+async fn a_denial_wins_over_an_accept_of_the_other_side() {
+    let hosts = Hosts::new();
+    for (accept, deny) in ACCEPTS.into_iter().flat_map(|accept| DENIALS.map(|deny| (accept, deny))) {
+        for accept_first in [true, false] {
+            hosts.another_port();
+            let mut queue = bind();
+            let rule = Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0);
+            let divert = table([rule]).install().unwrap();
+            hosts.datagram(true);
+            let denied = next(&mut queue).await;
+            hosts.datagram(false);
+            let accepted = next(&mut queue).await;
+            if accept_first {
+                confirm(accept(accepted)).await.unwrap();
+                confirm(deny(denied)).await.unwrap();
+            } else {
+                confirm(deny(denied)).await.unwrap();
+                confirm(accept(accepted)).await.unwrap();
+            }
+            assert_eq!(hosts.arrived()[0], 0);
+            // No packet of the client passes unseen.
+            for _ in 0..3 {
+                hosts.datagram(true);
+                assert_eq!(hosts.arrived()[0], 0, "{accept_first}");
+                while let Ok(packet) = queue.try_recv() {
+                    confirm(packet.drop()).await.unwrap();
+                }
+            }
+            divert.close().unwrap();
+        }
+    }
+}
+
+/// A flush sends the verdicts in the order of the ids.
+async fn a_denial_wins_in_one_flush() {
+    for deny in DENIALS {
+        let talk = Talk::loopback(LOOPBACKS[0]);
+        let mut queue = bind();
+        let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+        talk.ask(1);
+        super::pass(&mut queue).await;
+        talk.asked(1);
+        talk.ask(2);
+        talk.ask(3);
+        let [first, second] = [next(&mut queue).await, next(&mut queue).await];
+        second.accept().for_flow().submit().unwrap();
+        confirm(deny(first)).await.unwrap();
+        talk.server.set_nonblocking(true).unwrap();
+        while talk.server.recv(&mut [0]).is_ok() {}
+        while let Some(_error) = talk.client.take_error().unwrap() {}
+        talk.ask(4);
+        queue_is_empty(&mut queue);
+        assert!(talk.server.recv(&mut [0]).is_err());
+    }
+}
+
+/// Of the two entries of the first packets, the second is lost, and its mark with it.
+async fn an_accept_of_a_lost_entry_is_forgotten() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let mut queue = bind();
+    let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+    talk.ask(1);
+    talk.ask(2);
+    let [first, second] = [next(&mut queue).await, next(&mut queue).await];
+    confirm(first.accept()).await.unwrap();
+    confirm(second.accept().for_flow()).await.unwrap();
+    talk.asked(1);
+    talk.asked(2);
+    talk.ask(3);
+    super::pass(&mut queue).await;
+    talk.asked(3);
+}
+
+async fn an_icmp_error_does_not_speak_for_the_connection_it_quotes() {
+    let hosts = Hosts::new();
+    for decide in ACCEPTS.into_iter().chain(DENIALS) {
+        hosts.another_port();
+        let mut queue = bind();
+        let divert = table([forwarded().to_queue(0)]).install().unwrap();
+        let pass = async |queue: &mut Queue| {
+            confirm(next(queue).await.accept()).await.unwrap();
+        };
+        hosts.client(SYN, (1000, 0), b"");
+        pass(&mut queue).await;
+        hosts.server(SYN_ACK, (5000, 1001), b"");
+        pass(&mut queue).await;
+        hosts.client(ACK, (1001, 5001), b"");
+        pass(&mut queue).await;
+        hosts.error();
+        let error = next(&mut queue).await;
+        assert_eq!(error.payload()[9], 1);
+        let _ = confirm(decide(error)).await;
+        // The connection is as undecided as before, in both directions.
+        hosts.client(ACK, (1001, 5001), b"data");
+        pass(&mut queue).await;
+        hosts.server(ACK, (5001, 1005), b"data");
+        pass(&mut queue).await;
+        divert.close().unwrap();
+    }
+}
+
+/// An off-path sender uses the address of the server: the policy denies what it sends.
+async fn forged_packets_do_not_block_the_connections_of_others() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([forwarded().to_queue(0)]).install().unwrap();
+    for deny in DENIALS {
+        // UDP: the client's own packet comes to the queue, and so do all later ones.
+        hosts.another_port();
+        hosts.datagram(false);
+        let _ = confirm(deny(next(&mut queue).await)).await;
+        hosts.arrived();
+        hosts.datagram(true);
+        confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+        hosts.datagram(false);
+        confirm(next(&mut queue).await.accept()).await.unwrap();
+        assert_eq!(hosts.arrived(), [1, 1]);
+        // TCP
+        hosts.another_port();
+        hosts.server(SYN, (7000, 0), b"");
+        let _ = confirm(deny(next(&mut queue).await)).await;
+        hosts.arrived();
+        hosts.client(SYN, (1000, 0), b"");
+        confirm(next(&mut queue).await.accept()).await.unwrap();
+        hosts.server(SYN_ACK, (5000, 1001), b"");
+        confirm(next(&mut queue).await.accept()).await.unwrap();
+        assert_eq!(hosts.arrived(), [1, 1]);
+    }
+}
+
+/// No rule asks about the client's packets, and the protocol does not tell what they are.
+async fn a_packet_of_the_other_side_is_dropped_only_shortly() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let [client, server] = hosts.addresses();
+    let rule = forwarded().source_address(*server.ip(), 32);
+    let _divert = table([rule.to_queue(0)]).install().unwrap();
+    hosts.datagram(false);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.server.send(&echo(*server.ip(), *client.ip(), false, 7), *client.ip());
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    let mut passed = 0;
+    while passed == 0 {
+        hosts.client.send(&datagram(client, server, b"data"), *server.ip());
+        passed = hosts.arrived()[0];
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // The denial itself holds.
+    hosts.datagram(false);
+    assert_eq!(hosts.arrived()[1], 0);
+    // A TCP connection was never blocked.
+    hosts.server(SYN, (7000, 0), b"");
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    assert_eq!(hosts.arrived(), [1, 0]);
+}
