@@ -93,6 +93,8 @@ pub(super) enum Remember {
     Translated(IpVersion),
     /// A connection that has just been denied.
     Recent(IpVersion),
+    /// A connection of which a packet has just been rejected.
+    Replied(IpVersion),
 }
 
 impl Remember {
@@ -101,10 +103,15 @@ impl Remember {
         let update = |name: &str, key: String| format!("update @{name} {{ {key} }}");
         match self {
             Self::Denied(set, of) => {
-                let [ports, reversed] = [of, of.reversed()].map(|of| update(PORTS, tuple::nft_ports(of)));
+                let [ports, reversed] = of.both().map(|of| update(PORTS, tuple::nft_ports(of)));
                 [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
+            Self::Replied(version) => {
+                let add = |of| format!("add @{PORTS} {{ {} timeout {}s }}", tuple::nft_ports(of), RECENT.as_secs());
+                let [ports, reversed] = Of::Connection.both().map(add);
+                [ports, reversed, update(replied(version), tuple::nft(version, Of::Connection))].join(" ")
+            }
             // nft has no type for the ports of a connection.
             Self::Translated(_) => String::new(),
         }
@@ -114,7 +121,7 @@ impl Remember {
         match self {
             Self::Denied(set, of) => {
                 // The ports come first: if there is no room for them, the rule ends here.
-                for of in [of, of.reversed()] {
+                for of in of.both() {
                     tuple::load_ports(of, REG32_00, encoder);
                     encoder.update_set(PORTS, None);
                 }
@@ -130,6 +137,15 @@ impl Remember {
             Self::Recent(version) => {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(recent(version), None);
+            }
+            Self::Replied(version) => {
+                for of in Of::Connection.both() {
+                    tuple::load_ports(of, REG32_00, encoder);
+                    // Those of a denied connection must not be removed earlier.
+                    encoder.add_to_set(PORTS, RECENT);
+                }
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                encoder.update_set(replied(version), None);
             }
         }
     }
@@ -151,6 +167,14 @@ pub(super) fn recent(version: IpVersion) -> &'static str {
     }
 }
 
+/// The set of connections of which a packet has been rejected within [`RECENT`].
+pub(super) fn replied(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "flow_replied_ip",
+        IpVersion::V6 => "flow_replied_ip6",
+    }
+}
+
 /// For how long the other side's first packet is taken for an answer to the denied one, if the
 /// protocol does not tell and no rule asks about it. Longer, and a sender with forged addresses
 /// could block the connections of others for longer.
@@ -164,7 +188,7 @@ pub(super) fn versions(family: TableFamily) -> impl Iterator<Item = IpVersion> {
 
 /// The names of all sets and maps of a table.
 pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
-    let of_versions = versions(family).flat_map(|version| [translated(version), recent(version)]);
+    let of_versions = versions(family).flat_map(|version| [translated(version), recent(version), replied(version)]);
     DeniedSet::all(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
 }
 

@@ -1,5 +1,7 @@
 //! Encodes the expressions of a rule. This module uses no socket.
 
+use std::time::Duration;
+
 use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED};
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
@@ -292,6 +294,19 @@ impl Encoder {
         self.other("dynset", attributes);
     }
 
+    /// Adds the registers from the first on to a named set, for this time. An element that exists
+    /// stays as it is.
+    pub(super) fn add_to_set(&mut self, name: &str, timeout: Duration) {
+        let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let attributes = vec![
+            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+            number(NFTA_DYNSET_OP, NFT_DYNSET_OP_ADD),
+            number(NFTA_DYNSET_SREG_KEY, REG_1),
+            DefaultNla::new(NFTA_DYNSET_TIMEOUT, milliseconds.to_be_bytes().to_vec()),
+        ];
+        self.other("dynset", attributes);
+    }
+
     /// Loads bytes into the first register.
     pub(super) fn value(&mut self, value: Vec<u8>) {
         self.list.push(Expressions::Immediate(vec![
@@ -375,6 +390,8 @@ const NFTA_DYNSET_SET_NAME: u16 = 1;
 const NFTA_DYNSET_OP: u16 = 3;
 const NFTA_DYNSET_SREG_KEY: u16 = 4;
 const NFTA_DYNSET_SREG_DATA: u16 = 5;
+const NFTA_DYNSET_TIMEOUT: u16 = 6;
+const NFT_DYNSET_OP_ADD: u32 = 0;
 const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;

@@ -21,7 +21,7 @@
 //! | `flow_new` | have an entry that no packet has confirmed |
 //! | `flow_begins` | begin a connection: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_stray` | belong to no connection, as connection tracking sees it |
-//! | `flow_listed` | have the ports of a denied connection |
+//! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
 //! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
 //! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
 //! | `flow_forget_accept` | belong to an accepted connection with such a tuple |
@@ -368,6 +368,11 @@ impl<'a> Flows<'a> {
 
     fn listed(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Listed(way), way);
+        if way.has_replies() {
+            for version in denied::versions(self.surroundings.family) {
+                chain.push_for(version, &[Match::replied(version)], jump(FlowChain::Replies(way)));
+            }
+        }
         chain.push_denied(Of::Connection, |_| goto(FlowChain::Denied(way)));
         chain.push_denied(Of::ConnectionReversed, |_| goto(FlowChain::Reversed(way)));
         chain
@@ -521,6 +526,11 @@ impl<'a> Flows<'a> {
     fn reject_packet(self, can_reject: bool) -> Chained<'a> {
         let way = if can_reject { Way::In } else { Way::Leaving };
         let mut chain = self.of_way(FlowChain::RejectPacket { can_reject }, way);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Replied(version));
+        }
         chain.reject(can_reject);
         chain
     }

@@ -197,7 +197,9 @@ impl<'a> Batch<'a> {
             let name = denied::translated(version);
             self.create_denied_set(name, tuple::key(version), Some(data), flows.capacity, flows);
             let briefly = FlowTable { timeout: denied::RECENT, ..flows };
-            self.create_denied_set(denied::recent(version), tuple::key(version), None, flows.capacity, briefly);
+            for name in [denied::recent(version), denied::replied(version)] {
+                self.create_denied_set(name, tuple::key(version), None, flows.capacity, briefly);
+            }
         }
         let capacity = denied::ports_capacity(flows.capacity);
         self.create_denied_set(denied::PORTS, tuple::ports_key(), None, capacity, flows);

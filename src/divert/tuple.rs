@@ -130,6 +130,10 @@ impl Of {
         }
     }
 
+    pub(super) fn both(self) -> [Self; 2] {
+        [self, self.reversed()]
+    }
+
     /// Of a source and a destination, the one that comes first, and the other.
     fn order<T>(self, source: T, destination: T) -> [T; 2] {
         match self {

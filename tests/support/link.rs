@@ -15,7 +15,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
@@ -197,6 +197,18 @@ pub fn marked_route(mark: u32, gateway: IpAddr) {
     message.attributes = vec![RuleAttribute::FwMark(mark)];
     request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
         .unwrap_or_else(|error| panic!("route by the mark {mark:#x}: {error}"));
+}
+
+/// Lets packets with another mark reach no host but this one.
+pub fn unreachable_unless_marked(mark: u32) {
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = RuleMessage::default();
+        message.header.family = family;
+        message.header.action = RuleAction::Unreachable;
+        message.header.flags = RuleFlags::Invert;
+        message.attributes = vec![RuleAttribute::FwMark(mark)];
+        request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL).expect("make a rule for routes");
+    }
 }
 
 fn default_route_in(table: u8, gateway: IpAddr) {

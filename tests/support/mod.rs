@@ -33,11 +33,11 @@ pub use self::{
     bridge::{Bridge, End, Frame, FrameSocket},
     link::{
         Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up,
-        marked_route, set_mtu, set_offload, veth, veth_with,
+        marked_route, set_mtu, set_offload, unreachable_unless_marked, veth, veth_with,
     },
     namespace::{Namespace, enter, isolated},
     raw_queue::{RawPacket, RawQueue},
-    sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, udp, udp_marked, wait_until},
+    sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, set_priority, udp, udp_marked, wait_until},
     sys::{fork_sleeper, replace_descriptor},
     trial::{PATIENCE, Report, run, test, test_multi, test_sync, test_unbounded},
     user_namespace::UserNamespace,

@@ -78,6 +78,11 @@ pub fn set_mark(socket: impl AsFd, mark: u32) {
     setsockopt(&socket, sockopt::Mark, &mark).expect("set a socket's mark");
 }
 
+/// Gives all that a socket sends from now on this priority.
+pub fn set_priority(socket: impl AsFd, priority: u32) {
+    setsockopt(&socket, sockopt::Priority, &priority.cast_signed()).expect("set a socket's priority");
+}
+
 /// A raw socket that sends whole IPv4 packets; the kernel fills in the header's checksum, and id
 /// and source if zero.
 pub fn raw_ipv4() -> OwnedFd {

@@ -4,7 +4,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     super::{
-        denied::{DeniedSet, PORTS, recent},
+        denied::{DeniedSet, PORTS, recent, replied},
         encoder::{Encoder, REG32_00},
         facts::Facts,
         family::IpVersion,
@@ -33,6 +33,7 @@ enum Flow {
     Denied(DeniedSet, Of),
     /// Source and destination exchanged.
     Recent(IpVersion),
+    Replied(IpVersion),
     OfUser,
     OnLoopback,
     Arrived,
@@ -91,6 +92,11 @@ impl Match {
         Self::new(Flow::Recent(version))
     }
 
+    /// Packets of connections of which a packet has just been rejected.
+    pub(in super::super) fn replied(version: IpVersion) -> Self {
+        Self::new(Flow::Replied(version))
+    }
+
     /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
     /// not match, also if the condition is negated.
     pub(in super::super) fn of_user() -> Self {
@@ -130,7 +136,10 @@ impl Condition for Flow {
     }
 
     fn needs(&self) -> Needs {
-        let tracking = matches!(self, Self::Status { .. } | Self::Listed(_) | Self::Denied(..) | Self::Recent(_));
+        let tracking = matches!(
+            self,
+            Self::Status { .. } | Self::Listed(_) | Self::Denied(..) | Self::Recent(_) | Self::Replied(_)
+        );
         Needs { tracking, ..Needs::default() }
     }
 
@@ -178,6 +187,12 @@ impl Condition for Flow {
                     encoder.named_set(recent(version), negated);
                 }
             }
+            Self::Replied(version) => {
+                if !encoder.encoding.trial {
+                    tuple::load(version, Of::Connection, REG32_00, encoder);
+                    encoder.named_set(replied(version), negated);
+                }
+            }
             Self::OfUser => {
                 // Loading the number ends the rule if there is no such socket. No user has the
                 // highest number.
@@ -216,6 +231,9 @@ impl Condition for Flow {
             Self::Denied(set, of) => format!("{} {}@{}", tuple::nft(set.version, of), operator(negated), set.name()),
             Self::Recent(version) => {
                 format!("{} {}@{}", tuple::nft(version, Of::ConnectionReversed), operator(negated), recent(version))
+            }
+            Self::Replied(version) => {
+                format!("{} {}@{}", tuple::nft(version, Of::Connection), operator(negated), replied(version))
             }
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),

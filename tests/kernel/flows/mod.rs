@@ -4,7 +4,9 @@
 mod denied;
 mod forgetting;
 mod meeting;
+mod others;
 mod refused;
+mod replies;
 mod reuse;
 mod segments;
 mod tcp;
@@ -34,6 +36,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         refused::tests(),
         reuse::tests(),
         meeting::tests(),
+        others::tests(),
+        replies::tests(),
     ];
     modules.into_iter().flatten().collect()
 }

@@ -1,0 +1,199 @@
+//! What passes of a rejected connection: this host's own replies, and nothing else.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+};
+
+use tokio::task::spawn_blocking;
+use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict};
+
+use super::{
+    LOOPBACKS, bind, confirm, queue_is_empty,
+    segments::{ACK, Hosts, RST, SYN, SYN_ACK},
+    table, unlimited_icmp_errors,
+};
+use crate::{
+    common::{PATIENCE, next, soon},
+    support::{self, VethOptions},
+};
+
+tests![
+    one nothing_of_a_rejected_connection_passes_but_replies_of_this_host,
+    one the_first_packet_is_answered_on_loopback,
+    one the_first_packet_is_answered_for_the_own_host,
+    one the_first_packet_is_answered_for_another_host,
+    one the_first_packet_is_answered_for_others,
+];
+
+async fn nothing_of_a_rejected_connection_passes_but_replies_of_this_host() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    // Of both sides nothing passes but what the forward hook sees, and the resets at the output
+    // hook.
+    let rule = |hook| Rule::new(hook).protocol(Protocol::Tcp).to_queue(0);
+    let _divert = table([rule(Hook::Forward), rule(Hook::Output), rule(Hook::Input)]).install().unwrap();
+    let pass = async |queue: &mut Queue| {
+        confirm(next(queue).await.accept()).await.unwrap();
+    };
+    hosts.client(SYN, (1000, 0), b"");
+    pass(&mut queue).await;
+    hosts.server(SYN_ACK, (5000, 1001), b"");
+    pass(&mut queue).await;
+    hosts.client(ACK, (1001, 5001), b"");
+    pass(&mut queue).await;
+    hosts.arrived();
+    hosts.client(ACK, (1001, 5001), b"bad");
+    confirm(next(&mut queue).await.reject().for_flow()).await.unwrap();
+    // The client is reset.
+    assert_eq!(hosts.arrived(), [0, 1]);
+    for data in [&b""[..], b"data"] {
+        hosts.client(RST, (1001, 0), data);
+        hosts.server(RST | ACK, (5001, 1001), data);
+    }
+    hosts.error();
+    assert_eq!(hosts.arrived(), [0, 0]);
+    queue_is_empty(&mut queue);
+    hosts.client(ACK, (1001, 5001), b"data");
+    hosts.server(ACK, (5001, 1001), b"data");
+    assert_eq!(hosts.arrived(), [1, 1]);
+    queue_is_empty(&mut queue);
+}
+
+type Decide = fn(Packet) -> Verdict;
+const REJECTS: [Decide; 2] = [|packet| packet.reject(), |packet| packet.reject().for_flow()];
+
+/// The hooks of the rules, each of which queues everything.
+const ARRANGEMENTS: [&[Hook]; 6] = [
+    &[Hook::Output],
+    &[Hook::Input],
+    &[Hook::Prerouting],
+    &[Hook::Input, Hook::Output],
+    &[Hook::Prerouting, Hook::Output],
+    &[Hook::Prerouting, Hook::Input, Hook::Output, Hook::Postrouting],
+];
+
+/// A TCP and a UDP client learn that they are refused. `client` and `server` make sockets there.
+async fn refused_everywhere(
+    arrangements: &[&[Hook]],
+    (server_address, client_address): (IpAddr, IpAddr),
+    at_server: impl Fn(SocketAddr) -> (TcpListener, UdpSocket),
+    at_client: impl Fn(SocketAddr, SocketAddr) -> (UdpSocket, tokio::task::JoinHandle<io::Result<()>>),
+) {
+    let (listener, server) = at_server((server_address, 0).into());
+    for hooks in arrangements {
+        for reject in REJECTS {
+            let case = format!("{hooks:?} {client_address}");
+            let mut queue = bind();
+            let rules = hooks.iter().flat_map(|hook| {
+                [Protocol::Tcp, Protocol::Udp, Protocol::Icmp, Protocol::Icmpv6]
+                    .map(|protocol| Rule::new(*hook).protocol(protocol).to_queue(0))
+            });
+            let divert = table(rules).install().unwrap();
+            let (client, connecting) = at_client(server.local_addr().unwrap(), listener.local_addr().unwrap());
+            client.send(b"?").unwrap();
+            let mut done = Box::pin(connecting);
+            let mut rejected = 0;
+            let result = loop {
+                tokio::select! {
+                    packet = next(&mut queue) => {
+                        // A packet of the neighbour discovery is none of the clients'.
+                        let payload = packet.payload();
+                        let protocol = if payload[0] >> 4 == 4 { payload[9] } else { payload[6] };
+                        if matches!(protocol, 6 | 17) {
+                            rejected += 1;
+                            confirm(reject(packet)).await.unwrap();
+                        } else {
+                            confirm(packet.accept()).await.unwrap();
+                        }
+                    }
+                    result = &mut done => break result.unwrap(),
+                }
+            };
+            assert_eq!(result.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionRefused), "TCP, {case}");
+            while rejected < 2 {
+                confirm(reject(soon("the datagram", next(&mut queue)).await)).await.unwrap();
+                rejected += 1;
+            }
+            super::refused(&client, &format!("UDP, {case}"));
+            divert.close().unwrap();
+        }
+    }
+}
+
+fn serve(address: SocketAddr) -> (TcpListener, UdpSocket) {
+    (TcpListener::bind(address).unwrap(), support::udp(address))
+}
+
+fn connect(datagrams: SocketAddr, segments: SocketAddr, from: IpAddr) -> (UdpSocket, TcpStreamTask) {
+    let client = support::udp((from, 0));
+    client.connect(datagrams).unwrap();
+    (client, spawn_blocking(move || TcpStream::connect_timeout(&segments, PATIENCE).map(drop)))
+}
+
+type TcpStreamTask = tokio::task::JoinHandle<io::Result<()>>;
+
+async fn the_first_packet_is_answered_on_loopback() {
+    unlimited_icmp_errors();
+    for address in LOOPBACKS {
+        let client = |datagrams, segments| connect(datagrams, segments, address);
+        refused_everywhere(&ARRANGEMENTS, (address, address), serve, client).await;
+    }
+}
+
+/// This host is the client.
+async fn the_first_packet_is_answered_for_the_own_host() {
+    let peer = support::veth();
+    unlimited_icmp_errors();
+    let pairs: [(IpAddr, IpAddr); 2] =
+        [(peer.far_v4.into(), peer.near_v4.into()), (peer.far_v6.into(), peer.near_v6.into())];
+    let arrangements: [&[Hook]; 3] = [&[Hook::Output], &[Hook::Input, Hook::Output], &[Hook::Output, Hook::Prerouting]];
+    for (server, client) in pairs {
+        let at_server = |address| peer.run(|| serve(address));
+        let at_client = |datagrams, segments| connect(datagrams, segments, client);
+        refused_everywhere(&arrangements, (server, client), at_server, at_client).await;
+    }
+}
+
+/// This host is the server.
+async fn the_first_packet_is_answered_for_another_host() {
+    let peer = support::veth();
+    unlimited_icmp_errors();
+    let pairs: [(IpAddr, IpAddr); 2] =
+        [(peer.near_v4.into(), peer.far_v4.into()), (peer.near_v6.into(), peer.far_v6.into())];
+    let arrangements: [&[Hook]; 4] =
+        [&[Hook::Input], &[Hook::Input, Hook::Output], &[Hook::Prerouting], &[Hook::Prerouting, Hook::Output]];
+    for (server, client) in pairs {
+        refused_everywhere(&arrangements, (server, client), serve, at(&peer, client)).await;
+    }
+}
+
+/// This host forwards.
+async fn the_first_packet_is_answered_for_others() {
+    let [left, right] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
+    support::forwarding();
+    unlimited_icmp_errors();
+    left.route_through_near();
+    right.route_through_near();
+    let pairs: [(IpAddr, IpAddr); 2] =
+        [(right.far_v4.into(), left.far_v4.into()), (right.far_v6.into(), left.far_v6.into())];
+    let arrangements: [&[Hook]; 3] =
+        [&[Hook::Forward], &[Hook::Forward, Hook::Output], &[Hook::Prerouting, Hook::Output]];
+    for (server, client) in pairs {
+        let at_server = |address| right.run(|| serve(address));
+        refused_everywhere(&arrangements, (server, client), at_server, at(&left, client)).await;
+    }
+}
+
+/// Clients in another namespace. Its threads are not those of the runtime.
+fn at(peer: &support::Peer, client: IpAddr) -> impl Fn(SocketAddr, SocketAddr) -> (UdpSocket, TcpStreamTask) {
+    move |datagrams, segments| {
+        let socket = peer.run(|| {
+            let socket = support::udp((client, 0));
+            socket.connect(datagrams).unwrap();
+            socket
+        });
+        let connecting = peer.spawn(move || TcpStream::connect_timeout(&segments, PATIENCE).map(drop));
+        (socket, spawn_blocking(move || connecting.join().unwrap()))
+    }
+}
