@@ -217,8 +217,9 @@ impl QueueBuilder {
     /// The rules that queue the packets must have the same flow marks: those of a
     /// `DivertBuilder::flow_marks`, or your own. See [`guide::flows`](crate::guide::flows).
     ///
-    /// [`Packet::mark`](crate::Packet::mark) then returns the mark without these bits, and
-    /// [`Verdict::mark`](crate::Verdict::mark) must not set them.
+    /// [`Packet::priority`](crate::Packet::priority) then returns the priority without the code of
+    /// the rules, and [`Verdict::priority`](crate::Verdict::priority) must not be such a code
+    /// (`0xa800_0000` to `0xafff_ffff`). The marks of packets are not used.
     pub fn flow_marks(mut self, marks: FlowMarks) -> Self {
         self.flow_marks = Some(marks);
         self

@@ -315,9 +315,10 @@ impl Packet {
     ///
     /// It needs flow marks: see [`QueueBuilder::flow_marks`](crate::QueueBuilder::flow_marks). The
     /// kernel sends the reply as for [`Rule::reject`](crate::Rule::reject). The verdict's
-    /// [`action`](Verdict::action) is [`Action::Drop`]. Rejecting at `Postrouting` is refused,
-    /// because the kernel cannot. If a rule queues the reply, it comes to the queue too, unless the
-    /// verdict is [for the connection](Verdict::for_flow).
+    /// [`action`](Verdict::action) is [`Action::Drop`]. The reply is not queued, whatever the rules
+    /// of the table are. Where the kernel cannot reject (at `Postrouting`, and packets that another
+    /// rule has queued), the packet is dropped, and
+    /// [`refusals`](crate::VerdictSink::refusals) reports it.
     ///
     /// [`Edit::tcp_reset`](crate::Edit::tcp_reset) and
     /// [`Edit::icmp_unreachable`](crate::Edit::icmp_unreachable) make replies without flow marks.

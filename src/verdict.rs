@@ -151,11 +151,15 @@ impl Verdict {
     /// # Errors
     /// The verdict is invalid and was not submitted. The packet gets the default action.
     /// * `InvalidInput`: a payload or link-layer header of an invalid length, a conntrack change in
-    ///   a queue that was bound without conntrack, an invalid expectation, a mark with bits of the
-    ///   flow marks, or what [`for_flow`](Self::for_flow) and
+    ///   a queue that was bound without conntrack, an invalid expectation, a priority that is a code
+    ///   of the flow marks, or what [`for_flow`](Self::for_flow) and
     ///   [`Packet::reject`](crate::Packet::reject) refuse.
-    /// * `Unsupported`: the kernel does not take the replaced payload: see
-    ///   [`payload`](Self::payload).
+    ///
+    /// What depends on the packet or on the system is no error here, but reported by
+    /// [`refusals`](crate::VerdictSink::refusals) and returned by `confirm`: `Unsupported` if the
+    /// kernel does not take the replaced [payload](Self::payload), `InvalidInput` if the link-layer
+    /// header is not as long as the packet's (in both cases the packet gets the default action),
+    /// and what [`for_flow`](Self::for_flow) says.
     pub fn submit(self) -> Result<(), Error> {
         self.check()?;
         let obstacle = self.obstacle();
@@ -212,16 +216,20 @@ impl Verdict {
     /// directions. The kernel then accepts, drops or rejects these by itself, and they do not come
     /// to the queue. See [`guide::flows`](crate::guide::flows).
     ///
-    /// Packets that are queued already still need their own verdicts. Other bits of the marks of
-    /// packet and connection stay as they are.
+    /// Packets that are queued already still need their own verdicts. If verdicts for one
+    /// connection differ, the one that denies wins.
     ///
     /// # Errors
     /// [`submit`](Self::submit) and [`confirm`](Self::confirm) refuse the verdict as
     /// `InvalidInput`, and the packet gets the default action, if
     /// * the queue was bound without [`flow_marks`](crate::QueueBuilder::flow_marks);
-    /// * the packet was not queued by a rule with these flow marks, so that the kernel would not
-    ///   apply the verdict;
-    /// * the action is not accept, drop or reject.
+    /// * the action is not accept, drop or reject;
+    /// * the verdict accepts, and sets a [priority](Self::priority) of 2^24 or more.
+    ///
+    /// If the *packet* is the obstacle, the verdict holds for the packet alone, `submit` succeeds,
+    /// and [`refusals`](crate::VerdictSink::refusals) and `confirm` return `InvalidInput` with the
+    /// packet's id: the packet was not queued by a rule with flow marks, it belongs to no
+    /// connection, or it is an ICMP error. Before Linux 5.18 every packet is such an obstacle.
     #[doc(alias = "bypass")]
     pub fn for_flow(mut self) -> Self {
         self.for_flow = true;

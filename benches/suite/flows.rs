@@ -49,6 +49,8 @@ pub const OURS: &str = "this crate";
 pub enum Way {
     /// Nothing: there are no rules.
     NoQueue,
+    /// Nothing, but connection tracking is on.
+    Tracked,
     EveryPacket,
     /// The first packet of each connection, which decides the connection.
     FirstPacket,
@@ -57,11 +59,12 @@ pub enum Way {
 }
 
 impl Way {
-    pub const ALL: [Self; 4] = [Self::NoQueue, Self::EveryPacket, Self::FirstPacket, Self::FirstFour];
+    pub const ALL: [Self; 5] = [Self::NoQueue, Self::Tracked, Self::EveryPacket, Self::FirstPacket, Self::FirstFour];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::NoQueue => "no queue",
+            Self::Tracked => "no queue, connection tracking",
             Self::EveryPacket => "every packet",
             Self::FirstPacket => "first packet decides",
             Self::FirstFour => "first four packets",
@@ -72,6 +75,7 @@ impl Way {
         let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(PORT).to_queue(0);
         let builder = match self {
             Self::NoQueue => return None,
+            Self::Tracked => Divert::builder().chain(Hook::Output, None).track_connections(),
             Self::EveryPacket => Divert::builder().rule(rule),
             Self::FirstPacket => Divert::builder().flow_marks(FlowMarks::default()).rule(rule),
             Self::FirstFour => Divert::builder().rule(rule.first_packets(4)),
@@ -243,7 +247,7 @@ pub fn connections(way: Way, scale: &Scale, book: &mut Book) {
         result
     });
     book.note(CONNECTIONS, way.name(), RATE, rate);
-    if way != Way::NoQueue {
+    if !matches!(way, Way::NoQueue | Way::Tracked) {
         book.note(CONNECTIONS, way.name(), CPU, cost);
     }
 }

@@ -91,10 +91,15 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         let library = beside.and_then(|book| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, defaults, library::NAME)));
         goal(&text("defaults", "libnetfilter_queue"), AtLeast(8.0), library);
     }
-    let [no_queue, every, first, _] = flows::Way::ALL.map(flows::Way::name);
+    let [no_queue, tracked, every, first, _] = flows::Way::ALL.map(flows::Way::name);
     let flow = |section, figure, reference| middle(book.ratio(section, figure, first, reference));
     let datagrams = "datagrams/s, flows decided by their first packet";
     goal(&format!("{datagrams} / no queue"), AtLeast(0.9), flow(flows::DATAGRAMS, flows::RATE, no_queue));
+    goal(
+        &format!("{datagrams} / connection tracking, no queue"),
+        AtLeast(0.78),
+        flow(flows::DATAGRAMS, flows::RATE, tracked),
+    );
     goal(&format!("{datagrams} / every packet queued"), AtLeast(5.0), flow(flows::DATAGRAMS, flows::RATE, every));
     let stream = flow(flows::STREAM, flows::GOODPUT, no_queue);
     goal("TCP goodput: flow decided by its first packet / no queue", AtLeast(0.95), stream);

@@ -64,7 +64,7 @@ impl DivertBuilder {
             track: false,
             defragment: None,
             flow_marks: None,
-            denied: (65_535, Duration::from_secs(120)),
+            denied: (65_535, Duration::from_secs(600)),
             rules: Vec::new(),
         }
     }
@@ -149,13 +149,16 @@ impl DivertBuilder {
         self
     }
 
-    /// How many connections that were dropped or rejected by their first packet the table
-    /// remembers, and for how long after their last packet. Default: 65 535, and two minutes.
+    /// How many dropped and rejected connections the table remembers, and for how long after their
+    /// last packet. Default: 65 535, and ten minutes: five times the longest interval in which TCP
+    /// sends a segment again.
     ///
-    /// The numbers hold for each IP version, and for dropped and rejected connections. If there is
-    /// no room, the connection's next packet comes to the queue. Other connections are remembered
-    /// by their mark, as long as connection tracking knows them. Only with
-    /// [`flow_marks`](Self::flow_marks).
+    /// If there is no room, a connection is denied only as long as connection tracking has an
+    /// entry for it: not if its first packet was denied, so that its next packet comes to the queue.
+    /// A rejected connection is then dropped. The kernel takes about 150 bytes for each connection,
+    /// and for the tables 40 bytes for each that there is room for. A sender whose every packet is
+    /// a new connection that the policy denies takes all the room: give such packets a verdict for
+    /// the packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).
     pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
         self.denied = (capacity, timeout);
         self

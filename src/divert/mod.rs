@@ -265,8 +265,13 @@ impl Divert {
         forgotten.map(drop).map_err(|error| error.with_operation(operation()))
     }
 
-    /// Forgets the verdict for one connection. Either direction of the connection will do. Returns
-    /// whether there was a verdict.
+    /// Forgets the verdict for one connection. Either direction of the connection will do, and with
+    /// address translation the addresses that a packet shows in the queue or those before the
+    /// translation. Returns whether there was a verdict.
+    ///
+    /// Blocks the thread: it walks the entries of connection tracking, and if the connection was
+    /// denied, the kernel then waits until no CPU uses the old set (35 ms measured on Linux 6.18
+    /// with two cores). From an async task, call it in `spawn_blocking`.
     ///
     /// # Errors
     ///

@@ -36,35 +36,126 @@
 //! | `packet.reject()` | the same | come to the queue |
 //!
 //! The example `per_flow` accepts connections by their first packet; `ips` searches the first bytes
-//! of TCP connections, and keeps what it knows of them.
+//! of TCP connections, and keeps what it knows of them. Linux 5.18 or later is needed; on an older
+//! kernel these verdicts hold for their packet only, and
+//! [`refusals`](crate::VerdictSink::refusals) reports each.
 //!
-//! What is a connection is what connection tracking calls one: for UDP, packets between the same
-//! addresses and ports until none has come for 30 s, or for 2 minutes after replies
-//! (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`). ICMP errors belong to the
-//! connection that they are about. Connections that a helper of connection tracking expects inherit
-//! the mark of the connection that they belong to.
+//! # What is a connection
+//!
+//! A connection is what connection tracking calls one. An accept never holds for a packet that
+//! begins a connection: that packet comes to the queue, also if connection tracking counts it to an
+//! older connection on the same addresses and ports. What it begins inherits nothing from the
+//! older connection.
+//!
+//! | protocol | a new connection begins with | two are one for the kernel if |
+//! |---|---|---|
+//! | TCP | a segment with SYN and without ACK and RST | never |
+//! | SCTP | a packet with the verification tag 0 (INIT) | never |
+//! | DCCP | a Request | never |
+//! | UDP, UDP-Lite | the first packet after none has come for 30 s, or for 2 minutes after replies (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`) | the second uses the same ports before that time |
+//! | ICMP echo | the first request after none has come for 30 s (`nf_conntrack_icmp_timeout`) | it has the same identifier |
+//! | GRE with keys of PPTP | the first packet after 30 s, or 3 minutes after replies | it has the same key |
+//! | all others, also GRE without PPTP, ESP | the first packet after none has come for 10 minutes (`nf_conntrack_generic_timeout`) | they are between the same two hosts |
+//!
+//! Where the kernel cannot tell, the accept of the older connection holds for the newer one.
+//!
+//! - ICMP errors belong to the connection that they are about, and pass if it is accepted. A
+//!   verdict on an ICMP error holds for the error only, because anybody can quote a connection:
+//!   `for_flow` is then reported by `refusals`.
+//! - A connection that another one has announced (a helper of connection tracking expects it) comes
+//!   to the queue, also if the other one is accepted. If the other one is denied, it is denied.
+//! - A SYN on an accepted connection's addresses and ports ends the accept, whoever sent it. The
+//!   connection's packets then come to the queue again.
+//! - If a connection has begun on the addresses and ports of an older one, and conntrack has not
+//!   yet removed the older one's entry, only a verdict for the packet that begins it (the SYN) can
+//!   accept it. `accept().for_flow()` for a later packet holds for that packet: packets of both
+//!   connections may wait in the queue.
+//!
+//! # Where two verdicts meet
+//!
+//! Several packets of a connection can wait in the queue at once, and their verdicts can differ.
+//! The denial wins for all packets that follow, in whichever order the verdicts come, and also if
+//! the packets are from both sides. Packets that are queued already still need their own verdicts;
+//! if these accept them, a later hook of the table may drop them.
+//!
+//! Two packets of a *new* connection each have an entry of connection tracking, and the kernel keeps
+//! only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
+//! connection's next packet comes to the queue.
+//!
+//! # How long a denial holds
+//!
+//! A denied connection is remembered by protocol, addresses and ports, for
+//! [`denied_flows`](crate::DivertBuilder::denied_flows) (ten minutes by default) since its last
+//! packet, in either direction. Each packet lets the time begin anew. Until then it stays denied,
+//! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
+//! same port. Beyond that time it is denied as long as connection tracking has its entry.
+//!
+//! The other side of a denied connection may begin a connection of its own, on the same addresses
+//! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
+//! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two seconds
+//! after the verdict, as it may have crossed the denied one. After that it passes: otherwise a
+//! sender with a forged address could block the connections of others. Later packets of such a
+//! connection come to the queue, and cannot leave it, while the denial is remembered.
+//!
+//! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
+//!
+//! # Rejected connections
+//!
+//! Only this host's own replies pass: resets without data and ICMP errors that no process has sent.
+//! Resets and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to
+//! the first packet is never queued, whatever the rules are: the kernel would drop it
+//! (`nfqnl_enqueue_packet`), and the client would wait.
+//!
+//! - In the middle of a connection, the sender of the rejected packet is reset at once, and the
+//!   other side when it sends next. The kernel has no way to send a segment that nothing has
+//!   caused; [`Edit::tcp_reset`](crate::Edit::tcp_reset) with an [`Injector`](crate::Injector) can,
+//!   before the verdict.
+//! - At `Postrouting` the kernel cannot reject. The packet is dropped, with `for_flow` also the
+//!   connection, and `refusals` reports it.
+//! - Without flow marks, a rule with [`reject`](crate::Rule::reject) beside one that queues the
+//!   replies has no answer: since Linux 6.1.107 and 6.10.7 the kernel drops the reply to a first
+//!   packet in the queue. Accept resets and related ICMP errors before the rule that queues.
+//!
+//! # What the verdict of a packet cannot do
+//!
+//! These are reported by [`refusals`](crate::VerdictSink::refusals), and by
+//! [`confirm`](crate::Verdict::confirm), with the packet's id; `submit` succeeds. The verdict then
+//! holds for the packet alone.
+//!
+//! - The packet was not queued by a rule of a table with flow marks: for example another program's
+//!   rule sends to the same queue. It cannot be rejected and is dropped instead.
+//! - The packet belongs to no connection: connection tracking calls it invalid, or a rule has
+//!   excluded it (`notrack`).
+//! - The packet's priority (`skb->priority`) is 2²⁴ or more: a traffic control class with a major
+//!   number of `0x100` or higher.
 //!
 //! # How it works
 //!
-//! [`FlowMarks`](crate::FlowMarks) are three bits of marks. With
-//! [`DivertBuilder::flow_marks`](crate::DivertBuilder::flow_marks), the table marks a packet on its
-//! way to the queue. A verdict for a connection accepts the packet with other bits. A chain at the
-//! same hook, directly behind the queue, saves the bits in the connection's mark, removes them from
-//! the packet, and accepts, drops or rejects it. The first rules of the table apply the
-//! connection's mark to later packets.
-//!
-//! - The mark on the way to the queue proves that the chain behind the queue exists. Without it,
-//!   `for_flow` and `reject` are refused, because the packet would pass: for example if a rule
-//!   without flow marks has queued it.
+//! - A rule that queues puts a code into the highest byte of the packet's *priority*. It shows that
+//!   the chain behind the queue exists. A verdict for a connection is another code. The chain at
+//!   the same hook, directly behind the queue, carries the verdict out and restores the priority.
+//!   Priorities do not decide about routes, and the packet's mark is not used at all.
+//! - [`FlowMarks`](crate::FlowMarks) are three bits of the *connection's* mark, for accepted
+//!   connections. All three are compared, so that the mark of another program is a verdict only if
+//!   it has exactly the same value.
+//! - The first rules of the table look up denied connections, in sets, before anything else.
 //! - Rules before the queue's rule still see packets of accepted connections. Rules behind it in
 //!   the same chain do not.
-//! - At the output hook, an accepted packet is routed without the bits, so policy routing by marks
-//!   is not disturbed.
-//! - The kernel forgets the mark of a connection whose first packet is dropped. So dropped and
-//!   rejected connections of which no packet has passed are kept in a set: see
-//!   [`DivertBuilder::denied_flows`](crate::DivertBuilder::denied_flows).
+//! - If another program registers a chain at the same hook while a packet waits, the packet comes
+//!   to the hook once more (`nf_reinject`). If its verdict denies, it is denied all the same. If
+//!   its verdict accepts, it comes to the queue again.
 //! - [`Stats`](crate::Stats) counts a packet that is dropped or rejected behind the queue as
 //!   accepted, because for the queue it is. The counters of `nft list ruleset` tell.
+//! - Packets of accepted connections at 11 million datagrams a second cost what `RESULTS.md` in
+//!   `benches` says.
+//!
+//! # Other programs
+//!
+//! A program that overwrites the whole mark of connections (`ct mark set`) erases accepts: the
+//! connections come to the queue again. It does not erase denials. One that writes exactly
+//! [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose marks
+//! that no other program uses. A second `Divert` at an earlier priority sees resets of this host for
+//! connections that the first has rejected.
 //!
 //! # Taking verdicts back
 //!
@@ -75,32 +166,43 @@
 //!
 //! # With rules of your own
 //!
-//! A queue with flow marks also works with other rules, if these do the same. With the default
-//! marks, and for connections that are denied later than at their first packet:
+//! A queue with flow marks also works with other rules, if these use the same codes.
+//! `Divert::to_nft` prints complete ones. This table accepts and drops connections at one hook; it
+//! does not reject, knows only TCP's new connections, and remembers denied connections by their
+//! marks only, so that a denied first packet is not remembered:
 //!
 //! ```text
 //! table inet filter {
 //!     chain forward {
 //!         type filter hook forward priority 0;
-//!         meta mark & 0xe0000000 != 0 meta mark set meta mark & 0x1fffffff
-//!         ct mark & 0xe0000000 == 0xc0000000 drop                                 # dropped()
-//!         ct mark & 0xe0000000 == 0xe0000000 meta l4proto tcp reject with tcp reset   # rejected()
-//!         ct mark & 0xe0000000 == 0xe0000000 reject
-//!         ct mark & 0xe0000000 == 0xa0000000 accept                               # accepted()
-//!         meta mark set meta mark | 0x80000000 queue num 0                        # queued()
+//!         meta priority 0xac5d19e3 drop                                # comes once more: denied
+//!         meta priority & 0xf8000000 == 0xa8000000 meta priority set meta priority & 0x00ffffff
+//!         ct mark & 0x1012 == 0x1010 drop                              # denied()
+//!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 ct mark set ct mark & 0xffffefed
+//!         ct mark & 0x1012 == 0x1012 accept                            # accepted()
+//!         ct state { new, established } meta priority & 0xff000000 == 0 \
+//!             meta priority set meta priority & 0x00ffffff | 0xa8000000
+//!         queue num 0
 //!     }
 //!     chain behind {
 //!         type filter hook forward priority 1;
-//!         meta mark & 0xe0000000 == 0xa0000000 ct mark set ct mark & 0x1fffffff | 0xa0000000
-//!         meta mark & 0xe0000000 == 0xc0000000 ct mark set ct mark & 0x1fffffff | 0xc0000000 drop
-//!         meta mark & 0xe0000000 == 0xe0000000 ct mark set ct mark | 0xe0000000
-//!         meta mark & 0xe0000000 == 0xe0000000 meta l4proto tcp reject with tcp reset
-//!         meta mark & 0xe0000000 == 0xe0000000 reject
-//!         meta mark & 0xe0000000 == 0x60000000 reject   # rejected_packet()
-//!         meta mark set meta mark & 0x1fffffff
+//!         meta priority & 0xf8000000 != 0xa8000000 accept
+//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop
+//!         meta priority & 0xff000000 == 0xaa000000 ct mark & 0x1012 != 0x1010 \
+//!             ct mark set ct mark & 0xffffefed | 0x1012
+//!         meta priority set meta priority & 0x00ffffff
 //!     }
 //! }
 //! ```
 //!
-//! Whoever marks packets as queued must have the chain behind the queue: without it, verdicts that
-//! drop or reject let the packet pass. `Divert::to_nft` prints the complete rules.
+//! | code | where | meaning |
+//! |---|---|---|
+//! | `0xa8` in the highest byte | on the way to the queue | a packet of a connection |
+//! | `0xa9` in the highest byte | on the way to the queue | a packet of no connection, or an ICMP error |
+//! | `0xaa` in the highest byte | on the way from the queue | accept the connection |
+//! | `0xac5d19e3` | on the way from the queue | drop the connection |
+//! | `0xad5d19e3` | on the way from the queue | reject the connection |
+//! | `0xae5d19e3` | on the way from the queue | reject the packet |
+//!
+//! A rule that writes the codes on the way to the queue must have the chain behind the queue:
+//! without it, verdicts that drop or reject let the packet pass.
