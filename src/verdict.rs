@@ -151,8 +151,8 @@ impl Verdict {
     /// # Errors
     /// The verdict is invalid and was not submitted. The packet gets the default action.
     /// * `InvalidInput`: a payload or link-layer header of an invalid length, a conntrack change in
-    ///   a queue that was bound without conntrack, an invalid expectation, a priority that is a code
-    ///   of the flow marks, or what [`for_flow`](Self::for_flow) and
+    ///   a queue that was bound without conntrack, an invalid expectation, a priority that is a
+    ///   code of the flow marks, or what [`for_flow`](Self::for_flow) and
     ///   [`Packet::reject`](crate::Packet::reject) refuse.
     ///
     /// What depends on the packet or on the system is no error here, but reported by
@@ -497,7 +497,8 @@ impl Verdict {
         }
     }
 
-    /// The third part is the reason why the verdict holds for the packet alone, against its wording.
+    /// The third part is the reason why the verdict holds for the packet alone, if it does against
+    /// its wording.
     fn into_parts(self) -> (VerdictGuard, Decision<Box<VerdictExtras>>, Option<Error>) {
         let (action, priority, reason) = self.action_and_priority();
         let alone = reason.map(|reason| {

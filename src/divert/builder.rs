@@ -154,8 +154,8 @@ impl DivertBuilder {
     /// sends a segment again.
     ///
     /// If there is no room, a connection is denied only as long as connection tracking has an
-    /// entry for it: not if its first packet was denied, so that its next packet comes to the queue.
-    /// A rejected connection is then dropped. The kernel takes about 150 bytes for each connection,
+    /// entry for it: not if its first packet was denied, so that its next packet comes to the
+    /// queue. A rejected connection is then dropped. The kernel takes about 150 bytes for each connection,
     /// and for the tables 40 bytes for each that there is room for. A sender whose every packet is
     /// a new connection that the policy denies takes all the room: give such packets a verdict for
     /// the packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).

@@ -1,7 +1,7 @@
 //! Takes verdicts for connections back.
 
 use std::{
-    cell::Cell,
+    cell::RefCell,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -24,13 +24,14 @@ use super::{
     tuple::FlowTuple,
 };
 
-/// Removes the marks of all connections, or of one. Returns whether there was a verdict.
+/// Removes the marks of all connections, or of one. Returns the connections that had a verdict, if
+/// one was named.
 pub(super) fn forget_marks(
     connection: &mut Connection,
     marks: FlowMarks,
     flow: Option<FlowTuple>,
-) -> Result<bool, Error> {
-    let found = Cell::new(false);
+) -> Result<Vec<FlowTuple>, Error> {
+    let found = RefCell::new(Vec::new());
     let verdicts = [marks.accepting(), marks.accepted(), marks.denied()];
     let common = verdicts.into_iter().fold(marks.mask(), |common, value| common & value);
     for (value, mask) in [(common, common), (marks.begun_again(), marks.mask())] {
@@ -46,12 +47,13 @@ pub(super) fn forget_marks(
             if !is_verdict && mark != marks.begun_again() {
                 return None;
             }
-            if let Some(flow) = flow
-                && !names(entry).is_some_and(|names| names.into_iter().any(|name| flow.is(name)))
-            {
-                return None;
+            if let Some(flow) = flow {
+                let names = names(entry)?;
+                if !names.iter().any(|name| flow.is(*name)) {
+                    return None;
+                }
+                found.borrow_mut().extend(is_verdict.then_some(names[0]));
             }
-            found.set(found.get() || is_verdict);
             let family = NetfilterProtoFamily::from(*header.first()?);
             let original = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
             let zone = attribute(entry, CTA_ZONE).map(|zone| DefaultNla::new(CTA_ZONE, zone.to_vec()));
@@ -61,16 +63,20 @@ pub(super) fn forget_marks(
         });
         result.map_err(failed)?;
     }
-    Ok(found.get())
+    Ok(found.into_inner())
 }
 
-/// The elements of the sets of denied connections that are this connection: set and key.
+/// The elements of the sets of denied connections that are this connection, which has these tuples:
+/// set and key.
 pub(super) fn denied_elements(
     connection: &mut Connection,
     table: &str,
-    (flow, version): (FlowTuple, IpVersion),
+    version: IpVersion,
+    flow: FlowTuple,
+    tuples: &[FlowTuple],
 ) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
-    let mut keys = vec![flow.key(), flow.reversed().key()];
+    let mut keys: Vec<Vec<u8>> =
+        tuples.iter().chain([&flow]).flat_map(|tuple| [tuple.key(), tuple.reversed().key()]).collect();
     let map = denied::translated(version);
     for object in connection.dump(&nft::get_elements(table, map))? {
         let elements = dump::mapped(&object).into_iter();
@@ -78,6 +84,8 @@ pub(super) fn denied_elements(
         let shown = elements.filter(|(key, data)| FlowTuple::translated(key, data).is_some_and(|name| flow.is(name)));
         keys.extend(shown.map(|(key, _)| key));
     }
+    keys.sort();
+    keys.dedup();
     let names: Vec<&str> = DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map]).collect();
     let mut found = Vec::new();
     for key in keys {

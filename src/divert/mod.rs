@@ -286,8 +286,10 @@ impl Divert {
         };
         let mut state = self.lock();
         let state = &mut *state;
+        let marked = forget_marks(&mut state.connection, flows.marks, Some(flow));
+        let marked = marked.map_err(|error| error.with_operation(operation()))?;
         let denied = loop {
-            let found = denied_elements(&mut state.connection, &self.table, (flow, version));
+            let found = denied_elements(&mut state.connection, &self.table, version, flow, &marked);
             let found = found.map_err(|error| Error::os(operation(), error))?;
             let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
             found.iter().for_each(|(set, key)| batch.delete_elements(set, &[(key.clone(), None)]));
@@ -303,8 +305,7 @@ impl Divert {
                 }
             }
         };
-        let marked = forget_marks(&mut state.connection, flows.marks, Some(flow));
-        Ok(denied | marked.map_err(|error| error.with_operation(operation()))?)
+        Ok(denied || !marked.is_empty())
     }
 
     fn flows(&self, operation: impl Fn() -> String) -> Result<FlowTable, Error> {

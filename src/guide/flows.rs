@@ -78,8 +78,8 @@
 //! the packets are from both sides. Packets that are queued already still need their own verdicts;
 //! if these accept them, a later hook of the table may drop them.
 //!
-//! Two packets of a *new* connection each have an entry of connection tracking, and the kernel keeps
-//! only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
+//! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
+//! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
 //! connection's next packet comes to the queue.
 //!
 //! # How long a denial holds
@@ -92,8 +92,8 @@
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
-//! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two seconds
-//! after the verdict, as it may have crossed the denied one. After that it passes: otherwise a
+//! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
+//! seconds after the verdict, as it may have crossed the denied one. After that it passes: otherwise a
 //! sender with a forged address could block the connections of others. Later packets of such a
 //! connection come to the queue, and cannot leave it, while the denial is remembered.
 //!
@@ -154,8 +154,8 @@
 //! A program that overwrites the whole mark of connections (`ct mark set`) erases accepts: the
 //! connections come to the queue again. It does not erase denials. One that writes exactly
 //! [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose marks
-//! that no other program uses. A second `Divert` at an earlier priority sees resets of this host for
-//! connections that the first has rejected.
+//! that no other program uses. A second `Divert` at an earlier priority sees resets of this host
+//! for connections that the first has rejected.
 //!
 //! # Taking verdicts back
 //!
@@ -178,7 +178,8 @@
 //!         meta priority 0xac5d19e3 drop                                # comes once more: denied
 //!         meta priority & 0xf8000000 == 0xa8000000 meta priority set meta priority & 0x00ffffff
 //!         ct mark & 0x1012 == 0x1010 drop                              # denied()
-//!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 ct mark set ct mark & 0xffffefed
+//!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 \
+//!             ct mark set ct mark & 0xffffefed
 //!         ct mark & 0x1012 == 0x1012 accept                            # accepted()
 //!         ct state { new, established } meta priority & 0xff000000 == 0 \
 //!             meta priority set meta priority & 0x00ffffff | 0xa8000000

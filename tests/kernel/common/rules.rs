@@ -56,6 +56,26 @@ pub fn install(
 /// Sends IPv4 datagrams of this host, to any address and the port `from`, to 127.0.0.1 and the port
 /// `to` instead (destination NAT).
 pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
+    // NFTA_NAT_REG_PROTO_MIN
+    let port = (5, to.to_be_bytes().to_vec());
+    // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST, NFT_NAT_DNAT
+    translate(name, Place { hook: 3, priority: -100 }, from, 1, [127, 0, 0, 1], Some(port))
+}
+
+/// Gives IPv4 datagrams to the port `port` this source address (source NAT).
+pub fn install_source_nat(name: &str, port: u16, source: [u8; 4]) -> io::Result<()> {
+    // NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC, NFT_NAT_SNAT
+    translate(name, Place { hook: 4, priority: 100 }, port, 0, source, None)
+}
+
+fn translate(
+    name: &str,
+    place: Place,
+    destination: u16,
+    kind: u32,
+    address: [u8; 4],
+    port: Option<(u16, Vec<u8>)>,
+) -> io::Result<()> {
     let number = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
     let load = |register, value: Vec<u8>| {
         Expressions::Immediate(vec![
@@ -63,7 +83,7 @@ pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
             Immediate::Data(DataAttribute::Value(value)),
         ])
     };
-    let expressions = vec![
+    let mut expressions = vec![
         // The destination port, of the transport header.
         Expressions::Payload(vec![
             Payload::DestinationRegister(Register::Other(1)),
@@ -74,22 +94,21 @@ pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
         Expressions::Cmp(vec![
             Cmp::SourceRegister(Register::Reg1),
             Cmp::Op(Operator::Equal),
-            Cmp::Data(DataAttribute::Value(from.to_be_bytes().to_vec())),
+            Cmp::Data(DataAttribute::Value(destination.to_be_bytes().to_vec())),
         ]),
-        load(1, vec![127, 0, 0, 1]),
-        load(2, to.to_be_bytes().to_vec()),
-        Expressions::Other {
-            expression_type: "nat".to_owned(),
-            // NFTA_NAT_TYPE: NFT_NAT_DNAT, NFTA_NAT_FAMILY: NFPROTO_IPV4, NFTA_NAT_REG_ADDR_MIN,
-            // NFTA_NAT_REG_PROTO_MIN
-            attributes: vec![number(1, 1), number(2, 2), number(3, 1), number(5, 2)],
-        },
+        load(1, address.to_vec()),
     ];
+    // NFTA_NAT_TYPE, NFTA_NAT_FAMILY: NFPROTO_IPV4, NFTA_NAT_REG_ADDR_MIN
+    let mut attributes = vec![number(1, kind), number(2, 2), number(3, 1)];
+    if let Some((attribute, port)) = port {
+        expressions.push(load(2, port));
+        attributes.push(number(attribute, 2));
+    }
+    expressions.push(Expressions::Other { expression_type: "nat".to_owned(), attributes });
     let chain = vec![
         ChainAttribute::Table(name.to_owned()),
         ChainAttribute::Name(name.to_owned()),
-        // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST
-        hook_attribute(Place { hook: 3, priority: -100 }),
+        hook_attribute(place),
         ChainAttribute::Type("nat".to_owned()),
     ];
     let expressions = expressions.into_iter().map(Into::into).collect();

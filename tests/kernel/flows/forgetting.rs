@@ -1,20 +1,34 @@
 //! Verdicts for connections are taken back.
 
-use tokio_nfqueue::{Divert, ErrorKind, FlowMarks, FlowTuple, Hook, Queue, Rule};
+use std::net::{SocketAddr, SocketAddrV4};
 
-use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
-use crate::common::next;
+use tokio_nfqueue::{Divert, ErrorKind, FlowMarks, FlowTuple, Hook, Protocol, Queue, Rule};
+
+use super::{
+    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
+    segments::{Hosts, echo},
+    table, to_port,
+};
+use crate::{
+    common::{
+        next,
+        rules::{self, NetfilterProtoFamily},
+    },
+    support,
+};
 
 tests![
     one all_connections_are_forgotten,
     one one_connection_is_forgotten_by_either_direction,
-    one unknown_connections_are_not_forgotten,
+    one connections_without_a_verdict_are_not_forgotten,
+    one translated_connections_are_forgotten_by_any_of_their_addresses,
+    one echo_requests_are_forgotten_by_their_identifier,
     one connections_of_an_earlier_table_are_new,
     one tables_with_other_marks_do_not_concern_each_other,
     one table_without_flow_marks_has_no_flows,
 ];
 
-fn rules(talks: &[Talk]) -> Vec<Rule> {
+fn rules_of(talks: &[Talk]) -> Vec<Rule> {
     talks.iter().map(|talk| to_port(Hook::Output, talk.port()).to_queue(0)).collect()
 }
 
@@ -62,7 +76,7 @@ async fn all_connections_are_forgotten() {
     for decision in DECISIONS {
         let talks = four();
         let mut queue = bind();
-        let divert = table(rules(&talks)).install().unwrap();
+        let divert = table(rules_of(&talks)).install().unwrap();
         decide(&mut queue, &talks, decision).await;
         assert_eq!(undecided(&mut queue, &talks).await, [false; 4], "{decision:?}");
         divert.forget_flows().unwrap();
@@ -77,7 +91,7 @@ async fn one_connection_is_forgotten_by_either_direction() {
     for decision in DECISIONS {
         let talks = four();
         let mut queue = bind();
-        let divert = table(rules(&talks)).install().unwrap();
+        let divert = table(rules_of(&talks)).install().unwrap();
         decide(&mut queue, &talks, decision).await;
         for (index, talk) in talks.iter().enumerate() {
             let (client, server) = talk.addresses();
@@ -89,9 +103,14 @@ async fn one_connection_is_forgotten_by_either_direction() {
     }
 }
 
-async fn unknown_connections_are_not_forgotten() {
+async fn connections_without_a_verdict_are_not_forgotten() {
     let talk = Talk::loopback(LOOPBACKS[0]);
-    let divert = table(rules(&[talk])).install().unwrap();
+    let mut queue = bind();
+    let (client, server) = talk.addresses();
+    let divert = table(rules_of(std::slice::from_ref(&talk))).install().unwrap();
+    talk.ask(1);
+    pass(&mut queue).await;
+    assert!(!divert.forget_flow(FlowTuple::udp(client, server)).unwrap());
     for address in LOOPBACKS {
         assert!(!divert.forget_flow(FlowTuple::tcp((address, 1), (address, 2))).unwrap());
     }
@@ -99,12 +118,82 @@ async fn unknown_connections_are_not_forgotten() {
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
 }
 
+/// The destination is translated, and perhaps the source: the queue shows the former.
+async fn translated_connections_are_forgotten_by_any_of_their_addresses() {
+    for (decision, nth) in DECISIONS.into_iter().flat_map(|decision| [(decision, 1), (decision, 2)]) {
+        for masquerade in [false, true] {
+            let talk = Talk::loopback(LOOPBACKS[0]);
+            let service = support::udp((LOOPBACKS[0], 0)).local_addr().unwrap();
+            rules::install_nat(&format!("nat_{}", service.port()), service.port(), talk.port()).unwrap();
+            if masquerade {
+                rules::install_source_nat(&format!("snat_{}", service.port()), talk.port(), [127, 0, 0, 9]).unwrap();
+            }
+            talk.client.connect(service).unwrap();
+            let (client, server) = talk.addresses();
+            let mut queue = bind();
+            let divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+            let mut tuples = vec![(client, service), (service, client), (client, server), (server, client)];
+            if masquerade && nth == 2 {
+                let translated = SocketAddr::from(([127, 0, 0, 9], client.port()));
+                tuples.extend([(translated, server), (server, translated)]);
+            }
+            for tuple in tuples {
+                let case = format!("{decision:?} {nth} {masquerade} {tuple:?}");
+                for _ in 1..nth {
+                    talk.ask(1);
+                    pass(&mut queue).await;
+                }
+                talk.ask(2);
+                let packet = next(&mut queue).await;
+                assert_eq!(packet.payload()[22..24], talk.port().to_be_bytes(), "{case}");
+                confirm(decision.for_flow(packet)).await.unwrap();
+                talk.ask(3);
+                queue_is_empty(&mut queue);
+                let (source, destination) = tuple;
+                let other = FlowTuple::udp(source, SocketAddr::new(destination.ip(), destination.port() ^ 1));
+                assert!(!divert.forget_flow(other).unwrap(), "{case}");
+                assert!(divert.forget_flow(FlowTuple::udp(source, destination)).unwrap(), "{case}");
+                assert!(!divert.forget_flow(FlowTuple::udp(source, destination)).unwrap(), "{case}");
+            }
+            rules::remove(NetfilterProtoFamily::IPv4, &format!("nat_{}", service.port())).unwrap();
+            if masquerade {
+                rules::remove(NetfilterProtoFamily::IPv4, &format!("snat_{}", service.port())).unwrap();
+            }
+        }
+    }
+}
+
+async fn echo_requests_are_forgotten_by_their_identifier() {
+    let hosts = Hosts::new();
+    for decision in DECISIONS {
+        let mut queue = bind();
+        let divert = table([Rule::new(Hook::Forward).protocol(Protocol::Icmp).to_queue(0)]).install().unwrap();
+        let [client, server] = hosts.addresses();
+        let ping = || hosts.client.send(&echo(*client.ip(), *server.ip(), false, 7), *server.ip());
+        let flow = |source: SocketAddrV4, destination: SocketAddrV4, id| FlowTuple {
+            protocol: 1,
+            source: SocketAddrV4::new(*source.ip(), id).into(),
+            destination: SocketAddrV4::new(*destination.ip(), 0).into(),
+        };
+        for (source, destination) in [(client, server), (server, client)] {
+            ping();
+            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
+            ping();
+            hosts.arrived();
+            queue_is_empty(&mut queue);
+            assert!(!divert.forget_flow(flow(source, destination, 8)).unwrap());
+            assert!(divert.forget_flow(flow(source, destination, 7)).unwrap());
+        }
+        divert.close().unwrap();
+    }
+}
+
 /// What the kernel does when the process is killed: the socket that owns the table is closed.
 async fn connections_of_an_earlier_table_are_new() {
     for decision in DECISIONS {
         let talks = four();
         let mut queue = bind();
-        let divert = table(rules(&talks)).install().unwrap();
+        let divert = table(rules_of(&talks)).install().unwrap();
         decide(&mut queue, &talks, decision).await;
         drop(divert);
         drop(queue);
@@ -112,7 +201,7 @@ async fn connections_of_an_earlier_table_are_new() {
         talks[1].ask(2);
         talks[1].asked(2);
         let mut queue = bind();
-        let _divert = table(rules(&talks)).install().unwrap();
+        let _divert = table(rules_of(&talks)).install().unwrap();
         assert_eq!(undecided(&mut queue, &talks).await, [true; 4], "{decision:?}");
     }
 }
@@ -121,7 +210,7 @@ async fn tables_with_other_marks_do_not_concern_each_other() {
     let talks = four();
     let other = FlowMarks::new(0x700);
     let mut queue = bind();
-    let _divert = table(rules(&talks)).install().unwrap();
+    let _divert = table(rules_of(&talks)).install().unwrap();
     decide(&mut queue, &talks, Decision::Accept).await;
     let mut second_queue = Queue::builder(1).flow_marks(other).bind().unwrap();
     let second_rules = talks.iter().map(|talk| to_port(Hook::Input, talk.port()).to_queue(1));

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use tokio_nfqueue::{Direction, Divert, FlowMarks, FlowTuple, Hook, Match, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{Direction, Divert, FlowMarks, Hook, Match, Priority, Protocol, Queue, Rule};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused, sent, table, to_port,
@@ -155,24 +155,6 @@ async fn connections_with_address_translation() {
                 decided_at(decision, nth, &talk, hook).await;
                 rules::remove(NetfilterProtoFamily::IPv4, &name).unwrap();
             }
-        }
-    }
-    for decision in DECISIONS {
-        let talk = Talk::loopback(LOOPBACKS[0]);
-        let service = support::udp((LOOPBACKS[0], 0)).local_addr().unwrap();
-        rules::install_nat(&format!("nat_{}", service.port()), service.port(), talk.port()).unwrap();
-        talk.client.connect(service).unwrap();
-        let (client, server) = talk.addresses();
-        let mut queue = bind();
-        let divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
-        for tuple in [(client, service), (service, client), (client, server), (server, client)] {
-            talk.ask(1);
-            pass(&mut queue).await;
-            talk.ask(2);
-            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
-            talk.ask(3);
-            queue_is_empty(&mut queue);
-            assert!(divert.forget_flow(FlowTuple::udp(tuple.0, tuple.1)).unwrap(), "{decision:?} {tuple:?}");
         }
     }
 }
