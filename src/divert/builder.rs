@@ -361,10 +361,9 @@ impl DivertBuilder {
 
     /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
     ///
-    /// The script makes an ordinary table, which no process owns. Above each rule that iptables has
-    /// too, a comment contains its command; for rules for both IPv4 and IPv6 it is that of
-    /// `iptables`. With [`flow_marks`](Self::flow_marks), the script names denied connections by
-    /// addresses and ports of the packet, where the installed rules use those of the connection.
+    /// The script makes an ordinary table, which no process owns. With
+    /// [`flow_marks`](Self::flow_marks), the script names denied connections by addresses and ports
+    /// of the packet, where the installed rules use those of the connection.
     /// Without a [table name](Self::table), the table is called `tokio_nfqueue`.
     ///
     /// # Errors

@@ -83,13 +83,6 @@ impl Condition for Amount {
         let field = if self.bytes { "bytes" } else { "packets" };
         format!("ct {field} {} {}", if negated { ">" } else { "<=" }, self.limit)
     }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let mode = if self.bytes { "bytes" } else { "packets" };
-        let exclamation = if negated { "! " } else { "" };
-        let range = format!("0:{}", self.limit);
-        Some(format!("-m connbytes {exclamation}--connbytes {range} --connbytes-dir both --connbytes-mode {mode}"))
-    }
 }
 
 // uapi/linux/netfilter/nf_tables.h

@@ -6,7 +6,7 @@ use crate::types::Hook;
 
 use super::{
     super::{encoder::Encoder, facts::Facts},
-    Condition, Match, Order, Values, exclamation, operator,
+    Condition, Match, Order, Values, operator,
 };
 
 impl Match {
@@ -53,9 +53,5 @@ impl Condition for User {
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
         format!("meta skuid {}{}", operator(negated), self.0)
-    }
-
-    fn iptables(&self, facts: &Facts<'_>, negated: bool) -> Option<String> {
-        (facts.hook != Hook::Input).then(|| format!("-m owner {}--uid-owner {}", exclamation(negated), self.0))
     }
 }
