@@ -1,5 +1,11 @@
 //! Tables for porting programs from other libraries.
 //!
+//! A program that releases packets in another order than they came in needs one change. This crate
+//! sends the verdicts of one flush in the order of the packets' ids, whatever the order of
+//! `submit`; the other libraries send each verdict at once. With
+//! [`FlushPolicy::immediate`](crate::FlushPolicy::immediate), or with
+//! [`flush`](crate::VerdictSink::flush) after each verdict, the order of the verdicts is kept.
+//!
 //! # libnetfilter_queue
 //!
 //! | other library | this crate |
