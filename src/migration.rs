@@ -32,7 +32,7 @@
 //! | `nfq_get_indev_name` and its like, `nlif_*` | [`Packet::interface_name`](crate::Packet::interface_name) |
 //! | `nfq_get_packet_hw` | [`Packet::hardware_address`](crate::Packet::hardware_address) |
 //! | `nfq_get_skbinfo` | [`is_checksum_ready`](crate::Packet::is_checksum_ready), [`is_gso`](crate::Packet::is_gso), [`is_checksum_unverified`](crate::Packet::is_checksum_unverified) |
-//! | `nfq_get_uid`, `nfq_get_gid` | [`Packet::uid`](crate::Packet::uid), [`Packet::gid`](crate::Packet::gid) |
+//! | `nfq_get_uid`, `nfq_get_gid` | [`Packet::uid`](crate::Packet::uid), [`Packet::gid`](crate::Packet::gid); at the input hook they are the receiver's in either library |
 //! | `nfq_get_secctx` | [`Packet::security_context`](crate::Packet::security_context) |
 //! | `nfq_get_payload` | [`Packet::payload`](crate::Packet::payload), [`Packet::payload_bytes`](crate::Packet::payload_bytes) |
 //! | `nfq_nlmsg_parse` and the attributes by number | [`Packet::attribute`](crate::Packet::attribute), [`Packet::attributes`](crate::Packet::attributes) |
