@@ -1,6 +1,6 @@
 //! nf_tables rules that `Divert` does not support.
 
-use std::io;
+use std::{io, net::Ipv4Addr};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
@@ -53,9 +53,16 @@ pub fn install(
     )
 }
 
-/// Sends IPv4 datagrams of this host, to any address and the port `from`, to 127.0.0.1 and the port
+/// Sends IPv4 packets of this host, to any address and the port `from`, to 127.0.0.1 and the port
 /// `to` instead (destination NAT).
 pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
+    // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST
+    install_nat_at(name, Place { hook: 3, priority: -100 }, from, (Ipv4Addr::LOCALHOST, to))
+}
+
+/// Sends the IPv4 packets of a hook, to any address and the port `from`, to another address and
+/// port instead (destination NAT).
+pub fn install_nat_at(name: &str, place: Place, from: u16, to: (Ipv4Addr, u16)) -> io::Result<()> {
     let number = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
     let load = |register, value: Vec<u8>| {
         Expressions::Immediate(vec![
@@ -76,8 +83,8 @@ pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
             Cmp::Op(Operator::Equal),
             Cmp::Data(DataAttribute::Value(from.to_be_bytes().to_vec())),
         ]),
-        load(1, vec![127, 0, 0, 1]),
-        load(2, to.to_be_bytes().to_vec()),
+        load(1, to.0.octets().to_vec()),
+        load(2, to.1.to_be_bytes().to_vec()),
         Expressions::Other {
             expression_type: "nat".to_owned(),
             // NFTA_NAT_TYPE: NFT_NAT_DNAT, NFTA_NAT_FAMILY: NFPROTO_IPV4, NFTA_NAT_REG_ADDR_MIN,
@@ -88,8 +95,7 @@ pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
     let chain = vec![
         ChainAttribute::Table(name.to_owned()),
         ChainAttribute::Name(name.to_owned()),
-        // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST
-        hook_attribute(Place { hook: 3, priority: -100 }),
+        hook_attribute(place),
         ChainAttribute::Type("nat".to_owned()),
     ];
     let expressions = expressions.into_iter().map(Into::into).collect();
@@ -153,6 +159,11 @@ pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec
             (NfTablesMessage::NewObject(attributes), NLM_F_CREATE | NLM_F_ACK),
         ],
     )
+}
+
+/// Removes an object. `attributes` are its table, name and type.
+pub fn remove_object(family: NetfilterProtoFamily, attributes: Vec<DefaultNla>) -> io::Result<()> {
+    transact(family, vec![(NfTablesMessage::DeleteObject(attributes), NLM_F_ACK)])
 }
 
 /// As [`install`], with a rule that sends everything to a queue: by the `queue` expression
