@@ -51,8 +51,8 @@ pub enum Advice {
     },
 }
 
-/// The kernel's own limit, in versions that keep the packets in a hash table (Linux 6.12.117, 6.18
-/// and later).
+/// The kernel's own limit, in versions that keep the packets of each queue in a hash table (Linux
+/// 6.12.83, 6.18.24 and later).
 const LONGEST_QUEUE: u32 = 65_536;
 
 /// What the counters advise. `wanted` is the receive buffer in bytes that was requested, or that a

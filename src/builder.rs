@@ -81,7 +81,7 @@ impl QueueBuilder {
     /// [`fail_open`](Self::fail_open): accepts them). Must not be 0. Default: 1024, as in the
     /// kernel.
     ///
-    /// Linux 6.12.117, 6.18 and later queue at most 65 536 packets, whatever the value.
+    /// Linux 6.12.83, 6.18.24 and later queue at most 65 536 packets, whatever the value.
     #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
     pub fn max_len(mut self, packets: u32) -> Self {
         self.max_len = packets;
@@ -103,12 +103,23 @@ impl QueueBuilder {
     ///
     /// Turn it off to see packets as they are on the wire. Leave it on for a bridge, because the
     /// kernel loses the link-layer headers of the segments (Linux 6.1 and 6.12).
+    ///
+    /// If it is off and the kernel tracks connections, a UDP super-packet (`UDP_SEGMENT`) that
+    /// opens a connection needs care. Its segments must be accepted in the order of their ids. If
+    /// the first one is dropped, or accepted after another one, the kernel drops all but one of
+    /// them: no counter reports it, and the verdicts are acknowledged. The verdicts of one flush
+    /// are in this order. Earlier kernels (from 6.1.107 and 6.10.7 until 6.12.75 and 6.18.14; Linux
+    /// 6.1 and 6.6 still) drop all segments before they are queued. Segments arrive in any order,
+    /// and on every kernel, if they are queued before connection tracking: at prerouting or output
+    /// with a priority below −200, such as `Priority::RAW`. With GSO on, the super-packet is one
+    /// packet, and nothing is lost.
     #[doc(alias = "NFQA_CFG_F_GSO")]
     pub fn gso(self, on: bool) -> Self {
         self.flag(FLAG_GSO, on)
     }
 
-    /// Requests the user and group id of the socket that sent a packet. Default: off.
+    /// Requests the user and group id of a packet's local socket: of its sender, and at the input
+    /// hook of its *receiver*. See [`Packet::uid`](crate::Packet::uid). Default: off.
     ///
     /// Linux 3.14 and later.
     #[doc(alias = "NFQA_CFG_F_UID_GID")]

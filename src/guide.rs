@@ -53,6 +53,36 @@
 //!   another order on purpose, use [`FlushPolicy::immediate`](crate::FlushPolicy::immediate), or
 //!   flush after each verdict.
 //!
+//! # Rules
+//!
+//! - A rule that matches everything at the output hook also queues IPv6 neighbour discovery. IPv6
+//!   stops working if a policy drops what it does not know. Accept ICMPv6 in a rule before it, or
+//!   exclude it: `unless(Match::protocol(Protocol::Icmpv6))`. ARP does not pass these hooks.
+//! - Such a rule also queues the packets that the program itself sends. A policy that asks a
+//!   resolver before it decides then waits for a packet that waits for the policy. Set a mark on
+//!   the sockets of the program (`SO_MARK`) and exclude it with `Rule::unless_mark`, or exclude the
+//!   user of the program: `unless(Match::user(id))`.
+//! - `Match::first_packets` does not limit a burst. While the first packets of a connection wait in
+//!   a queue, the kernel does not count them, and further packets match as well.
+//! - A `Divert` fails open. When the process ends, also when it is killed, the kernel removes the
+//!   rules, and the packets pass unfiltered. To fail closed, install the rules with `nft`, from a
+//!   file that `Divert::to_nft` has printed, and without `bypass`: the kernel then drops the
+//!   packets while no process has the queue bound.
+//!
+//! # Connection tracking
+//!
+//! Two packets of a new connection may share one entry of connection tracking before the kernel has
+//! confirmed it, that is before one of them has left the host or has been delivered. The kernel
+//! drops such a packet (Linux 6.1.107, 6.10.7 and later). No counter reports it, and a verdict for
+//! it is acknowledged.
+//!
+//! - The segments of a UDP super-packet (`UDP_SEGMENT`) that opens a connection:
+//!   [`gso(false)`](crate::QueueBuilder::gso) says how they arrive.
+//! - Broadcast and multicast through a bridge with `br_netfilter`. At the forward hook of IP, the
+//!   first packet of a connection is lost before it is queued. It arrives if the rule is at the
+//!   prerouting hook, if the rule excludes these destinations, or if the kernel does not track
+//!   connections.
+//!
 //! # Shutdown
 //!
 //! - Dropping the stream closes the queue. `let (_, verdicts) = queue.split()` drops the stream at

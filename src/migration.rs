@@ -1,5 +1,11 @@
 //! Tables for porting programs from other libraries.
 //!
+//! A program that releases packets in another order than they came in needs one change. This crate
+//! sends the verdicts of one flush in the order of the packets' ids, whatever the order of
+//! `submit`; the other libraries send each verdict at once. With
+//! [`FlushPolicy::immediate`](crate::FlushPolicy::immediate), or with
+//! [`flush`](crate::VerdictSink::flush) after each verdict, the order of the verdicts is kept.
+//!
 //! # libnetfilter_queue
 //!
 //! | other library | this crate |
@@ -26,7 +32,7 @@
 //! | `nfq_get_indev_name` and its like, `nlif_*` | [`Packet::interface_name`](crate::Packet::interface_name) |
 //! | `nfq_get_packet_hw` | [`Packet::hardware_address`](crate::Packet::hardware_address) |
 //! | `nfq_get_skbinfo` | [`is_checksum_ready`](crate::Packet::is_checksum_ready), [`is_gso`](crate::Packet::is_gso), [`is_checksum_unverified`](crate::Packet::is_checksum_unverified) |
-//! | `nfq_get_uid`, `nfq_get_gid` | [`Packet::uid`](crate::Packet::uid), [`Packet::gid`](crate::Packet::gid) |
+//! | `nfq_get_uid`, `nfq_get_gid` | [`Packet::uid`](crate::Packet::uid), [`Packet::gid`](crate::Packet::gid); at the input hook they are the receiver's in either library |
 //! | `nfq_get_secctx` | [`Packet::security_context`](crate::Packet::security_context) |
 //! | `nfq_get_payload` | [`Packet::payload`](crate::Packet::payload), [`Packet::payload_bytes`](crate::Packet::payload_bytes) |
 //! | `nfq_nlmsg_parse` and the attributes by number | [`Packet::attribute`](crate::Packet::attribute), [`Packet::attributes`](crate::Packet::attributes) |

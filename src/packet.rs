@@ -156,15 +156,23 @@ impl Packet {
         packet::hardware_address(self.attribute(attribute::HARDWARE_ADDRESS)?)
     }
 
-    /// User id of the local socket that sent the packet. It needs
+    /// User id of the packet's local socket. It needs
     /// [`uid_gid`](crate::QueueBuilder::uid_gid). `None` if there is no such socket.
+    ///
+    /// At [`Output`](Hook::Output) and [`Postrouting`](Hook::Postrouting) this is the socket that
+    /// sent the packet. At [`Input`](Hook::Input) it is the socket that will *receive* it, if the
+    /// kernel knows it already: an established connection or a connected UDP socket has one, an
+    /// unconnected UDP socket or a listening one has none. A policy that judges senders by their
+    /// user must look at the [`hook`](Self::hook) first. The kernel's own packets, such as resets
+    /// and ICMP errors, have none.
     #[doc(alias = "NFQA_UID")]
     pub fn uid(&self) -> Option<u32> {
         self.raw.be32(attribute::UID)
     }
 
-    /// Group id of the local socket that sent the packet. It needs
-    /// [`uid_gid`](crate::QueueBuilder::uid_gid). `None` if there is no such socket.
+    /// Group id of the packet's local socket. It needs
+    /// [`uid_gid`](crate::QueueBuilder::uid_gid). `None` if there is no such socket. At
+    /// [`Input`](Hook::Input) it is that of the receiver: see [`uid`](Self::uid).
     #[doc(alias = "NFQA_GID")]
     pub fn gid(&self) -> Option<u32> {
         self.raw.be32(attribute::GID)

@@ -6,7 +6,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 use super::{
     encoder::{Encoder, QueueMethod, number},
     facts::Facts,
-    family::{IpVersion, TableFamily},
+    family::TableFamily,
     flow_chain::FlowChain,
 };
 
@@ -108,11 +108,6 @@ impl Change {
         }
         format!("{field} set {field} & {:#010x} | {:#x}", !self.mask, self.value)
     }
-
-    pub(super) fn iptables(self) -> String {
-        let target = if self.field == Field::ConnectionMark { "CONNMARK" } else { "MARK" };
-        format!("-j {target} --set-xmark {:#x}/{:#x}", self.value, self.mask)
-    }
 }
 
 impl Action {
@@ -165,30 +160,6 @@ impl Action {
                 format!("queue num {range} {}", flags.join(",")).trim_end().to_owned()
             }
         }
-    }
-
-    /// The target of iptables, if the action has one.
-    pub(super) fn iptables(self, facts: &Facts<'_>) -> Option<String> {
-        Some(match self {
-            Self::Accept => "-j ACCEPT".to_owned(),
-            Self::Drop => "-j DROP".to_owned(),
-            Self::ResetTcp => "-j REJECT --reject-with tcp-reset".to_owned(),
-            Self::Unreachable if facts.version == Some(IpVersion::V6) => {
-                "-j REJECT --reject-with icmp6-port-unreachable".to_owned()
-            }
-            Self::Unreachable => "-j REJECT --reject-with icmp-port-unreachable".to_owned(),
-            Self::Continue | Self::Goto(_) | Self::Jump(_) | Self::Return => return None,
-            Self::Queue(Queues { first, last, fanout, bypass }) => {
-                let mut text = if first == last {
-                    format!("-j NFQUEUE --queue-num {first}")
-                } else {
-                    format!("-j NFQUEUE --queue-balance {first}:{last}")
-                };
-                text.push_str(if bypass { " --queue-bypass" } else { "" });
-                text.push_str(if fanout { " --queue-cpu-fanout" } else { "" });
-                text
-            }
-        })
     }
 }
 

@@ -155,10 +155,9 @@ impl DivertBuilder {
     ///
     /// If there is no room, a connection is denied only as long as connection tracking has an
     /// entry for it: not if its first packet was denied, so that its next packet comes to the
-    /// queue. A rejected connection is then dropped. The kernel takes about 150 bytes for each connection,
-    /// and for the tables 40 bytes for each that there is room for. A sender whose every packet is
-    /// a new connection that the policy denies takes all the room: give such packets a verdict for
-    /// the packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).
+    /// queue. A rejected connection is then dropped. A sender whose every packet is a new
+    /// connection that the policy denies takes all the room: give such packets a verdict for the
+    /// packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).
     pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
         self.denied = (capacity, timeout);
         self
@@ -364,10 +363,9 @@ impl DivertBuilder {
 
     /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
     ///
-    /// The script makes an ordinary table, which no process owns. Above each rule that iptables has
-    /// too, a comment contains its command; for rules for both IPv4 and IPv6 it is that of
-    /// `iptables`. With [`flow_marks`](Self::flow_marks), the script names denied connections by
-    /// addresses and ports of the packet, where the installed rules use those of the connection.
+    /// The script makes an ordinary table, which no process owns. With
+    /// [`flow_marks`](Self::flow_marks), the script names denied connections by addresses and ports
+    /// of the packet, where the installed rules use those of the connection.
     /// Without a [table name](Self::table), the table is called `tokio_nfqueue`.
     ///
     /// # Errors

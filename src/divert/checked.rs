@@ -92,37 +92,6 @@ impl KernelRule<'_> {
         parts.join(" ")
     }
 
-    /// The same as a command of iptables or ip6tables, if that has all of it.
-    pub(super) fn iptables(&self) -> Option<String> {
-        let program = match (self.facts.table, self.facts.version) {
-            (TableFamily::Bridge, _) => return None,
-            (_, Some(IpVersion::V6)) => "ip6tables",
-            _ => "iptables",
-        };
-        let rejects = matches!(self.action, Action::ResetTcp | Action::Unreachable);
-        let (table, chain) = match self.place.hook {
-            Hook::Prerouting | Hook::Postrouting if rejects => return None,
-            Hook::Prerouting => ("mangle", "PREROUTING"),
-            Hook::Postrouting => ("mangle", "POSTROUTING"),
-            Hook::Input => ("filter", "INPUT"),
-            Hook::Forward => ("filter", "FORWARD"),
-            Hook::Output => ("filter", "OUTPUT"),
-            Hook::Other(_) => return None,
-        };
-        let (table, target) = match (self.changes.as_slice(), self.action) {
-            ([], action) => (table, action.iptables(&self.facts)?),
-            ([change], Action::Continue) => ("mangle", change.iptables()),
-            _ => return None,
-        };
-        let mut parts = vec![format!("{program} -t {table} -A {chain}")];
-        for (condition, negated) in &self.conditions {
-            parts.push(condition.condition().iptables(&self.facts, *negated)?);
-        }
-        parts.extend(self.comment.map(|text| format!("-m comment --comment \"{text}\"")));
-        parts.push(target);
-        Some(parts.join(" "))
-    }
-
     pub(super) fn queues(&self) -> bool {
         matches!(self.action, Action::Queue(_) | Action::Goto(Target::Queues(_)))
     }

@@ -12,6 +12,10 @@ pub enum TableFamily {
     /// IPv6 only.
     Ip6,
     /// Frames that pass a bridge, of any protocol.
+    ///
+    /// With `br_netfilter`, rules for IP see them as well. There, the first broadcast or multicast
+    /// packet of a tracked connection is lost at the forward hook: see
+    /// [`guide`](crate::guide#connection-tracking).
     Bridge,
 }
 

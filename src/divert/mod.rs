@@ -88,6 +88,14 @@ pub use self::{
 /// # }
 /// ```
 ///
+/// # Fail open, or fail closed
+///
+/// When the process ends, is killed or crashes, its rules are gone, and the packets pass
+/// unfiltered: a `Divert` fails open. For a firewall that must fail closed, install the rules with
+/// `nft -f`, before the program starts: [`to_nft`](Self::to_nft) prints them. These rules stay, and
+/// without [`bypass`](Rule::bypass) the kernel drops the packets while no process has the queue
+/// bound.
+///
 /// # Changes while it is installed
 ///
 /// [`replace_rules`](Self::replace_rules) replaces all rules in one step. [`set`](Self::set)

@@ -215,6 +215,21 @@ impl Rule {
     ///
     /// While no socket has the queue bound, the kernel drops them, unless [`bypass`](Self::bypass)
     /// is set. Therefore bind the queue before you install the rule.
+    ///
+    /// A rule without conditions at [`Output`](Hook::Output) also queues IPv6 neighbour discovery,
+    /// and what the program itself sends, such as a question to a resolver on which a verdict
+    /// depends. Exclude both:
+    ///
+    /// ```
+    /// use tokio_nfqueue::{Hook, Match, Protocol, Rule};
+    ///
+    /// let rule = Rule::new(Hook::Output)
+    ///     .unless(Match::protocol(Protocol::Icmpv6))
+    ///     // The program sets this mark on its sockets (SO_MARK).
+    ///     .unless_mark(0x40, 0x40)
+    ///     .to_queue(0);
+    /// # let _ = rule;
+    /// ```
     #[doc(alias = "NFQUEUE")]
     pub fn to_queue(self, queue: u16) -> Self {
         self.to_queues(queue..=queue)

@@ -10,7 +10,7 @@ use super::{
     tuple,
 };
 
-/// The table in the language of nft, with the rules as commands of iptables in comments.
+/// The table in the language of nft.
 pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layout<'_>) -> String {
     let Surroundings { family, sets, flows, .. } = surroundings;
     let mut text = format!("table {} {table} {{\n", family.name());
@@ -21,7 +21,7 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
         line(&mut text, 2, format_args!("flags timeout"));
         line(&mut text, 2, format_args!("size {}", set.size()));
         if let Some(timeout) = set.default_timeout() {
-            line(&mut text, 2, format_args!("timeout {}ms", timeout.as_millis()));
+            line(&mut text, 2, format_args!("timeout {}", time(timeout)));
         }
         line(&mut text, 1, format_args!("}}"));
     }
@@ -31,7 +31,7 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             line(&mut text, 2, format_args!("type {of}"));
             line(&mut text, 2, format_args!("flags dynamic,timeout"));
             line(&mut text, 2, format_args!("size {size}"));
-            line(&mut text, 2, format_args!("timeout {}ms", timeout.as_millis()));
+            line(&mut text, 2, format_args!("timeout {}", time(timeout)));
             line(&mut text, 1, format_args!("}}"));
         };
         for denied in DeniedSet::all(family) {
@@ -54,9 +54,6 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
         // A script has no need to name connections by translated addresses.
         let is_printed = |rule: &&KernelRule<'_>| !matches!(rule.remember, Some(Remember::Translated(_)));
         for rule in layout.rules_of(chain).filter(is_printed) {
-            if let Some(command) = rule.index.filter(|_| chain.base.is_some()).and_then(|_| rule.iptables()) {
-                line(&mut text, 2, format_args!("# {command}"));
-            }
             line(&mut text, 2, format_args!("{}", rule.nft()));
         }
         line(&mut text, 1, format_args!("}}"));
@@ -65,7 +62,39 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
     text
 }
 
+/// A time as nft writes it, such as `1d2h3m4s5ms`. It reads numbers of at most 8 digits
+/// (`time_parse`), so the unit must grow with the time.
+fn time(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let parts = [
+        (seconds / 86_400, "d"),
+        (seconds / 3600 % 24, "h"),
+        (seconds / 60 % 60, "m"),
+        (seconds % 60, "s"),
+        (time.subsec_millis().into(), "ms"),
+    ];
+    parts.iter().filter(|(number, _)| *number > 0).map(|(number, unit)| format!("{number}{unit}")).collect()
+}
+
 fn line(text: &mut String, depth: usize, content: std::fmt::Arguments<'_>) {
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{}{content}", "\t".repeat(depth));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_outs_are_printed_in_units_that_nft_reads() {
+        let printed = |milliseconds| time(Duration::from_millis(milliseconds));
+        assert_eq!(printed(1), "1ms");
+        assert_eq!(printed(1500), "1s500ms");
+        assert_eq!(printed(60_000), "1m");
+        assert_eq!(printed(100_000_000), "1d3h46m40s");
+        assert_eq!(printed(86_400_001), "1d1ms");
+        assert_eq!(printed(3_153_600_000_000), "36500d");
+        assert_eq!(printed(3_153_599_999_999), "36499d23h59m59s999ms");
+        assert_eq!(time(Duration::from_micros(1999)), "1ms");
+    }
 }

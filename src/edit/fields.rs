@@ -45,6 +45,10 @@ impl Edit {
 
     /// Sets the destination address.
     ///
+    /// The kernel chooses the route again only at the hooks prerouting and output. At forward and
+    /// postrouting the packet still goes to the next hop of its old destination, and at input it is
+    /// still delivered to this host.
+    ///
     /// This also works for fragments. Set the address in every fragment of a datagram. In the first
     /// fragment, the transport checksum is updated.
     ///

@@ -70,6 +70,9 @@ pub use self::{
 ///   direction need the reverse change. With connection tracking, change the packet before the
 ///   kernel first tracks the connection (hooks prerouting and output, priority below −200).
 ///   Otherwise the tracked connection differs from the real one.
+/// * It does not choose a route. At forward and postrouting, a packet with another destination goes
+///   to the next hop of the old one, and is usually lost. Change destinations at prerouting or
+///   output.
 /// * It does not update signatures. After a change, TCP's MD5 and AO options and any authentication
 ///   inside the payload are wrong.
 /// * It does not change the packet that an ICMP error quotes, which has its own addresses and
@@ -98,19 +101,21 @@ pub use self::{
 ///   IPv6 routing header with segments left. The kernel would give the segments wrong checksums.
 ///
 /// To edit without these limits, use `gso(false)`. GSO gains most for TCP, and the limits concern
-/// mostly UDP. So a program that edits both binds two queues:
+/// mostly UDP. So a program that edits both binds two queues. Where the kernel tracks connections,
+/// the queue with `gso(false)` belongs before connection tracking. Otherwise the kernel may drop
+/// segments of new UDP connections, as [`gso`](crate::QueueBuilder::gso) describes.
 ///
 /// ```no_run
 /// use futures::{TryStreamExt, stream};
-/// use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};
+/// use tokio_nfqueue::{Divert, Hook, Priority, Protocol, Queue, Rule};
 ///
 /// # async fn example() -> Result<(), tokio_nfqueue::Error> {
 /// let tcp = Queue::builder(0).gso(true).bind()?;
 /// let udp = Queue::builder(1).gso(false).bind()?;
-/// let rule = Rule::new(Hook::Forward);
+/// let rule = Rule::new(Hook::Prerouting);
 /// let _divert = Divert::builder()
 ///     .rule(rule.clone().protocol(Protocol::Tcp).to_queue(0))
-///     .rule(rule.protocol(Protocol::Udp).to_queue(1))
+///     .rule(rule.protocol(Protocol::Udp).priority(Priority::RAW).to_queue(1))
 ///     .install()?;
 /// let mut packets = stream::select(tcp, udp);
 /// while let Some(packet) = packets.try_next().await? {

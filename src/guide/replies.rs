@@ -76,6 +76,24 @@
 //! - Stateful rules on other hosts need nothing: for them, the reply belongs to the connection that
 //!   they have seen.
 //!
+//! # Behind address translation
+//!
+//! Behind a rule for destination NAT, the first packet of a connection carries the translated
+//! address. An injected reply comes from that address, to which the client has sent nothing, and
+//! the client ignores it. Two ways work:
+//!
+//! - [`Packet::reject`](crate::Packet::reject): the kernel translates its own resets and errors
+//!   back.
+//! - A queue before the translation, at prerouting with a priority below −100, such as
+//!   `Priority::MANGLE`. There the packet has the address that the client knows.
+//!
+//! # After a verdict for the connection
+//!
+//! `drop().for_flow()` at the input hook denies the connection in both directions. A reply that is
+//! injected afterwards is a packet of that connection: a rule at the output hook drops it, and
+//! [`send`](crate::Injector::send) returns an error. Reply with `reject().for_flow()`, or drop each
+//! packet alone with `drop()`, for as long as packets are to be replied to.
+//!
 //! # Not to reply to oneself
 //!
 //! - The rule for the queue must not match the replies. If ports or addresses do not exclude them,

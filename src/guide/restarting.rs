@@ -25,9 +25,10 @@
 //! # }
 //! ```
 //!
-//! The rules should not vanish with the process: make them with `nft`. A `Divert` with a table name
-//! of its own has [`install_when_free`](crate::DivertBuilder::install_when_free), but its removal
-//! drops queued packets.
+//! The rules should not vanish with the process: make them with `nft`. While there are no rules,
+//! packets pass unseen. A `Divert` with a table name of its own has
+//! [`install_when_free`](crate::DivertBuilder::install_when_free), but its removal drops queued
+//! packets.
 //!
 //! # The hand-over
 //!

@@ -72,3 +72,7 @@
 //!
 //! Install rules after that, or with `bypass`. A packet that meets a rule whose queue nobody has
 //! bound is dropped otherwise.
+//!
+//! The rules of a `Divert` are removed when the service ends or is killed, and packets pass
+//! unfiltered until it has been started again. A service that must fail closed has its rules
+//! installed by `nft` before it starts, without `bypass`.

@@ -122,10 +122,16 @@
 //!   [`Kernel::set_capable`], [`Kernel::fail_sends`], [`Kernel::fail_receives`].
 //! - Several queues, groups of queues: [`Kernel::bind`], [`Kernel::namespace`].
 //! - Packets that come back: [`TestPacket::unless_mark`] is the condition of the rule.
+//! - Tokio's paused clock: `#[tokio::test(start_paused = true)]`. It and the clock of the simulated
+//!   kernel are independent. When the runtime is idle, Tokio's clock jumps to its next timer, so a
+//!   policy that sleeps for an hour takes no time. Deadlines, flush policies and `close` follow the
+//!   kernel's clock, which [`Kernel::advance`] moves: a `tokio::time::timeout` around something
+//!   that waits for that clock expires at once.
 //!
 //! A test need not be small: in an optimized build, about a thousand packets in a millisecond go
 //! through the simulated kernel and this crate (the benchmark `simulated` in `benches`).
 //!
+//! [`Kernel::advance`]: crate::simulated::Kernel::advance
 //! [`TestPacket`]: crate::simulated::TestPacket
 //! [`TestPacket::from_pcap`]: crate::simulated::TestPacket::from_pcap
 //! [`TestPacket::unless_mark`]: crate::simulated::TestPacket::unless_mark

@@ -207,6 +207,39 @@ async fn without_moving_the_clock_time_passes_by_itself() {
     assert!(held.is_expired());
 }
 
+/// The two clocks are independent: Tokio's jumps when the runtime is idle, and the kernel's does
+/// not.
+#[tokio::test(start_paused = true)]
+async fn a_paused_clock_of_tokio_does_not_move_the_clock_of_the_kernel() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let (kernel, queue) = queue(Queue::builder(0).deadline(HOUR, Action::Drop)).unwrap();
+    let (mut packets, _sink) = queue.split();
+    let begin = Instant::now();
+    tokio::spawn(async move {
+        while let Some(packet) = packets.recv().await {
+            let packet = packet.unwrap();
+            tokio::spawn(async move {
+                let slow = packet.payload().ends_with(b"slow");
+                tokio::time::sleep(HOUR * if slow { 1000 } else { 10 }).await;
+                packet.accept().submit().unwrap();
+            });
+        }
+    });
+    // A time-out of Tokio's clock does not expire while there are packets to read.
+    let sent: Vec<Sent> = (0..100).map(|_| kernel.send(datagram(b"fast"))).collect();
+    for sent in &sent {
+        let outcome = tokio::time::timeout(20 * HOUR, sent.outcome()).await;
+        assert!(outcome.expect("the sleep ends before the time-out").accepted);
+    }
+    let slow = kernel.send(datagram(b"slow"));
+    assert!(tokio::time::timeout(20 * HOUR, slow.outcome()).await.is_err());
+    assert!(slow.is_waiting(), "the deadline follows the clock of the kernel");
+    kernel.advance(HOUR * 2);
+    let outcome = slow.outcome().await;
+    assert_eq!((outcome.accepted, outcome.cause), (false, Cause::Verdict));
+    assert!(begin.elapsed() < HOUR);
+}
+
 #[tokio::test]
 async fn ids_wrap() {
     let kernel = Kernel::new();

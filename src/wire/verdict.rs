@@ -199,6 +199,25 @@ mod tests {
         }
     }
 
+    /// Linux before 6.1.167, 6.12.78 and 6.18.19 leaks a packet whose verdict has one field alone
+    /// (`nfqa_parse_bridge`).
+    #[test]
+    fn a_vlan_tag_is_always_encoded_with_protocol_and_control_field() {
+        for protocol in [0, 0x8100, 0x88a8, u16::MAX] {
+            for control in [0, 1, 0x2005, u16::MAX] {
+                let attachments = Attachments { vlan: Some(Vlan { protocol, control }), ..Attachments::default() };
+                let mut buffer = Vec::new();
+                let fields = VerdictFields::plain(Action::Accept);
+                encode_single(&mut buffer, (1, false), 0, 1, &fields, &attachments);
+                let nested = [
+                    [6_u16.to_ne_bytes(), attribute::VLAN_PROTOCOL.to_ne_bytes(), protocol.to_be_bytes(), [0; 2]],
+                    [6_u16.to_ne_bytes(), attribute::VLAN_CONTROL.to_ne_bytes(), control.to_be_bytes(), [0; 2]],
+                ];
+                assert_eq!(buffer[36..], *nested.as_flattened().as_flattened());
+            }
+        }
+    }
+
     #[test]
     fn plain_verdicts_take_32_bytes() {
         let mut buffer = Vec::new();

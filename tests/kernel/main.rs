@@ -46,6 +46,7 @@ mod replacement;
 mod rules;
 mod simulated;
 mod statistics;
+mod surprises;
 mod unanswered;
 mod verdicts;
 
@@ -86,6 +87,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     statistics::tests,
     overload::tests,
     promises::tests,
+    surprises::tests,
     examples::tests,
     #[cfg(feature = "edit")]
     examples::dns_firewall::tests,

@@ -26,6 +26,7 @@ tests![
     one the_mark_of_the_sender_is_reported,
     one a_timestamp_is_reported_if_the_kernel_took_one,
     one user_and_group_ids_are_reported_on_request,
+    one user_and_group_at_input_are_those_of_the_receiver,
     one the_class_of_a_control_group_is_reported,
     one a_short_copy_range_truncates,
     one metadata_mode_has_no_payload,
@@ -148,6 +149,50 @@ async fn user_and_group_ids_are_reported_on_request() {
         let expected = on.then(|| (common::outer_id("uid_map"), common::outer_id("gid_map")));
         assert_eq!(packet.uid().zip(packet.gid()), expected);
     }
+}
+
+/// A socket of this user and group.
+fn udp_of(id: u32, address: Ipv4Addr) -> UdpSocket {
+    let open = move || {
+        // Of the thread alone.
+        let (user, group) = (rustix::thread::Uid::from_raw(id), rustix::thread::Gid::from_raw(id));
+        rustix::thread::set_thread_res_gid(group, group, group).unwrap();
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+        support::udp((address, 0))
+    };
+    std::thread::spawn(open).join().unwrap()
+}
+
+async fn user_and_group_at_input_are_those_of_the_receiver() {
+    if common::outer_id("uid_map") != 0 || !nix::unistd::geteuid().is_root() {
+        return eprintln!("not tried, for there is only one user");
+    }
+    let peer = support::veth();
+    let sender = peer.run(|| udp_of(1000, peer.far_v4));
+    let receiver = udp_of(2000, peer.near_v4);
+    sender.connect(receiver.local_addr().unwrap()).unwrap();
+    // The kernel finds the socket of an established connection before the input hook, and an
+    // unconnected one behind it.
+    for (connected, expected) in [(false, None), (true, Some((2000, 2000)))] {
+        if connected {
+            receiver.connect(sender.local_addr().unwrap()).unwrap();
+        }
+        let mut queue = Queue::builder(0).uid_gid(true).bind().unwrap();
+        let divert = divert([Rule::new(Hook::Input).protocol(Protocol::Udp).to_queue(0)]);
+        sender.send(b"it").unwrap();
+        let packet = next(&mut queue).await;
+        assert_eq!(packet.uid().zip(packet.gid()), expected, "connected: {connected}");
+        packet.accept().confirm().await.unwrap();
+        queue.close().await.unwrap();
+        divert.close().unwrap();
+    }
+    // Of a packet of this host, they are those of the sender.
+    let mut queue = Queue::builder(0).uid_gid(true).bind().unwrap();
+    let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
+    receiver.send(b"reply").unwrap();
+    let packet = next(&mut queue).await;
+    assert_eq!(packet.uid().zip(packet.gid()), Some((2000, 2000)));
+    packet.accept().submit().unwrap();
 }
 
 async fn the_class_of_a_control_group_is_reported() {

@@ -13,6 +13,8 @@ tests![
     both each_packet_is_decided_once_in_random_order_and_several_flushes,
     both one_flush_sends_every_kind_of_verdict,
     one one_flush_releases_packets_in_the_order_of_their_ids,
+    one immediate_releases_packets_in_the_order_of_their_verdicts,
+    one a_flush_after_each_verdict_keeps_the_order_of_the_verdicts,
     one no_batch_decides_a_held_packet,
 ];
 
@@ -128,6 +130,27 @@ async fn one_flush_releases_packets_in_the_order_of_their_ids() {
         assert_eq!(delivered, Vec::from_iter(0..100));
     }
     assert_eq!(delivered.len(), 100);
+}
+
+async fn immediate_releases_packets_in_the_order_of_their_verdicts() {
+    reversed(FlushPolicy::immediate(), false).await;
+}
+
+async fn a_flush_after_each_verdict_keeps_the_order_of_the_verdicts() {
+    reversed(FlushPolicy::default(), true).await;
+}
+
+async fn reversed(policy: FlushPolicy, flush: bool) {
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let traffic = Traffic::new(100);
+    for packet in hold(&mut queue, &traffic, 0..100).await.into_iter().rev() {
+        queue.sink().submit(packet.accept()).unwrap();
+        if flush {
+            queue.sink().flush().await.unwrap();
+        }
+    }
+    queue.sink().flush().await.unwrap();
+    assert_eq!(traffic.delivered(), Vec::from_iter((0..100).rev()));
 }
 
 async fn no_batch_decides_a_held_packet() {

@@ -390,23 +390,6 @@ fn a_condition_is_replaced_only_by_the_short_methods() {
 }
 
 #[test]
-fn rules_are_printed_for_iptables() {
-    let text = |rule: Rule| rule.check(0, surroundings(&[])).unwrap()[0].iptables();
-    let rule = tcp().interface("eth*").source_address(Ipv4Addr::new(10, 1, 2, 3), 8);
-    assert_eq!(
-        text(rule.unless(Match::destination_ports([80_u16, 443])).comment("web").bypass(true)).unwrap(),
-        "iptables -t filter -A OUTPUT -o eth+ -s 10.0.0.0/8 -p tcp -m multiport ! --dports 80,443 \
-         -m comment --comment \"web\" -j NFQUEUE --queue-num 1 --queue-bypass"
-    );
-    assert_eq!(
-        text(Rule::new(Hook::Prerouting).ipv6().set_mark(1, 0xff)).unwrap(),
-        "ip6tables -t mangle -A PREROUTING -j MARK --set-xmark 0x1/0xff"
-    );
-    assert_eq!(text(Rule::new(Hook::Output).count()), None);
-    assert_eq!(text(Rule::new(Hook::Output).when(Match::rate_above(Rate::packets_per_second(1))).drop()), None);
-}
-
-#[test]
 fn fragments_are_reassembled_where_a_rule_needs_it() {
     let needs = |rule: Rule| rule.check(0, surroundings(&[])).unwrap()[0].needs_reassembly();
     let at = |hook| Rule::new(hook).protocol(Protocol::Udp).accept();

@@ -8,7 +8,7 @@ use super::{
         facts::Facts,
         family::IpVersion,
     },
-    Condition, Match, Order, Values, exclamation, nft_ranges, operator,
+    Condition, Match, Order, Values, nft_ranges, operator,
 };
 
 impl Match {
@@ -122,15 +122,6 @@ impl Condition for Addresses {
             }),
         };
         format!("{protocol} {field} {}{value}", operator(negated))
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let [network] = self.networks.as_slice() else { return None };
-        let option = match self.end {
-            Endpoint::Source => "-s",
-            Endpoint::Destination => "-d",
-        };
-        Some(format!("{}{option} {}", exclamation(negated), network.text()))
     }
 }
 

@@ -13,7 +13,11 @@ use super::{
 impl Match {
     /// The first `count` packets of each connection, in both directions together.
     ///
-    /// A super-packet (GSO) counts as one. The condition needs connection tracking; see
+    /// A super-packet (GSO) counts as one. Packets that wait in a queue are not counted before the
+    /// first of them has been accepted: in a burst at the beginning of a connection, more than
+    /// `count` packets match. A program that must see no more than `count` counts itself.
+    ///
+    /// The condition needs connection tracking; see
     /// [`DivertBuilder::track_connections`](crate::DivertBuilder::track_connections). It also needs
     /// the kernel to count the packets of connections (`net.netfilter.nf_conntrack_acct`), which it
     /// does from the installation of the rule on, and until it is switched off. Connections that
@@ -82,13 +86,6 @@ impl Condition for Amount {
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
         let field = if self.bytes { "bytes" } else { "packets" };
         format!("ct {field} {} {}", if negated { ">" } else { "<=" }, self.limit)
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let mode = if self.bytes { "bytes" } else { "packets" };
-        let exclamation = if negated { "! " } else { "" };
-        let range = format!("0:{}", self.limit);
-        Some(format!("-m connbytes {exclamation}--connbytes {range} --connbytes-dir both --connbytes-mode {mode}"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     super::{encoder::Encoder, facts::Facts},
-    Condition, Match, Needs, Order, exclamation, operator,
+    Condition, Match, Needs, Order, operator,
 };
 
 impl Match {
@@ -109,11 +109,6 @@ impl Condition for States {
         let names: Vec<&str> = self.0.iter().map(|state| state.name()).collect();
         format!("ct state {}{{ {} }}", operator(negated), names.join(", "))
     }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let names: Vec<String> = self.0.iter().map(|state| state.name().to_uppercase()).collect();
-        Some(format!("-m conntrack {}--ctstate {}", exclamation(negated), names.join(",")))
-    }
 }
 
 impl Condition for Direction {
@@ -144,11 +139,6 @@ impl Condition for Direction {
             Self::Reply => "reply",
         };
         format!("ct direction {}{name}", operator(negated))
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let name = if (*self == Self::Reply) == negated { "ORIGINAL" } else { "REPLY" };
-        Some(format!("-m conntrack --ctdir {name}"))
     }
 }
 

@@ -6,7 +6,7 @@ use crate::types::Hook;
 
 use super::{
     super::{encoder::Encoder, facts::Facts},
-    Condition, Match, Order, exclamation, operator,
+    Condition, Match, Order, operator,
 };
 
 impl Match {
@@ -114,18 +114,6 @@ impl Condition for Interface {
             Side::Output => "oifname",
         };
         format!("{key} {}\"{}\"", operator(negated), self.name)
-    }
-
-    fn iptables(&self, facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let option = match self.side(facts) {
-            Side::Input => "-i",
-            Side::Output => "-o",
-        };
-        let name = match self.name.strip_suffix('*') {
-            Some(beginning) => format!("{beginning}+"),
-            None => self.name.clone(),
-        };
-        Some(format!("{}{option} {name}", exclamation(negated)))
     }
 }
 

@@ -4,7 +4,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     super::{encoder::Encoder, facts::Facts},
-    Condition, Match, Needs, Order, exclamation,
+    Condition, Match, Needs, Order,
 };
 
 impl Match {
@@ -70,11 +70,6 @@ impl Condition for Mark {
         let field = if self.of_connection { "ct mark" } else { "meta mark" };
         let operator = if negated { "!=" } else { "==" };
         format!("{field} & {:#010x} {operator} {:#x}", self.mask, self.value)
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let name = if self.of_connection { "connmark" } else { "mark" };
-        Some(format!("-m {name} {}--mark {:#x}/{:#x}", exclamation(negated), self.value, self.mask))
     }
 }
 

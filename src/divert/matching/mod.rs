@@ -103,11 +103,6 @@ pub(super) trait Condition: fmt::Debug + Send + Sync {
 
     /// The condition in the language of nft.
     fn nft(&self, facts: &Facts<'_>, negated: bool) -> String;
-
-    /// The options of iptables, if it has such a condition.
-    fn iptables(&self, _facts: &Facts<'_>, _negated: bool) -> Option<String> {
-        None
-    }
 }
 
 /// The order in which the kernel checks the conditions of a rule.
@@ -156,11 +151,6 @@ pub(super) struct Values {
 /// `!= ` or nothing.
 fn operator(negated: bool) -> &'static str {
     if negated { "!= " } else { "" }
-}
-
-/// `! ` or nothing.
-fn exclamation(negated: bool) -> &'static str {
-    if negated { "! " } else { "" }
 }
 
 /// Ranges as nft writes them: `1-3`, or `{ 1-3, 7 }`.

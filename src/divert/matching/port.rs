@@ -7,7 +7,7 @@ use super::{
         encoder::{Encoder, Endpoint, PORT, REG_1, Range, merge},
         facts::Facts,
     },
-    Condition, Match, Needs, Order, ProtocolNeed, Values, exclamation, nft_ranges, operator,
+    Condition, Match, Needs, Order, ProtocolNeed, Values, nft_ranges, operator,
 };
 
 impl Match {
@@ -113,25 +113,5 @@ impl Condition for Ports {
             Endpoint::Destination => "dport",
         };
         format!("th {field} {}{}", operator(negated), nft_ranges(&self.ranges(), |port| port.to_string()))
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let field = match self.end {
-            Endpoint::Source => "--sport",
-            Endpoint::Destination => "--dport",
-        };
-        let ports: Vec<String> = self
-            .ranges()
-            .iter()
-            .map(|(first, last)| if first == last { first.to_string() } else { format!("{first}:{last}") })
-            .collect();
-        match ports.as_slice() {
-            [one] => Some(format!("{}{field} {one}", exclamation(negated))),
-            // The match of iptables holds 15 numbers.
-            several if several.len() <= 7 => {
-                Some(format!("-m multiport {}{field}s {}", exclamation(negated), several.join(",")))
-            }
-            _ => None,
-        }
     }
 }

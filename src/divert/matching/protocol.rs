@@ -8,7 +8,7 @@ use super::{
         facts::Facts,
         family::IpVersion,
     },
-    Condition, Match, Order, Values, exclamation, nft_ranges, operator,
+    Condition, Match, Order, Values, nft_ranges, operator,
 };
 
 impl Match {
@@ -100,17 +100,5 @@ impl Condition for Protocols {
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
         format!("meta l4proto {}{}", operator(negated), nft_ranges(&self.ranges(), |number| number.to_string()))
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let [number] = self.numbers.as_slice() else { return None };
-        let name = match number {
-            1 => "icmp".to_owned(),
-            6 => "tcp".to_owned(),
-            17 => "udp".to_owned(),
-            58 => "ipv6-icmp".to_owned(),
-            number => number.to_string(),
-        };
-        Some(format!("{}-p {name}", exclamation(negated)))
     }
 }

@@ -119,13 +119,6 @@ impl Condition for Limit {
             (true, _) => format!("limit rate {over}{} bytes/{unit} burst {burst} bytes", self.rate.count),
         }
     }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let below = self.over == negated;
-        (below && !self.rate.bytes).then(|| {
-            format!("-m limit --limit {}/{} --limit-burst {}", self.rate.count, self.rate.unit(), self.rate.burst)
-        })
-    }
 }
 
 // uapi/linux/netfilter/nf_tables.h

@@ -4,7 +4,7 @@ use std::ops::BitOr;
 
 use super::{
     super::{encoder::Encoder, facts::Facts, family::IpVersion},
-    Condition, Match, Needs, Order, ProtocolNeed, Values, exclamation, operator,
+    Condition, Match, Needs, Order, ProtocolNeed, Values, operator,
 };
 
 impl Match {
@@ -55,10 +55,11 @@ impl TcpFlags {
     /// No flag.
     pub const NONE: Self = Self(0);
 
-    fn names(self, separator: &str, none: &str) -> String {
+    /// The flags as nft writes them.
+    fn nft(self) -> String {
         const NAMES: [&str; 8] = ["fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr"];
         let names: Vec<&str> = (0..8).filter(|bit| self.0 & 1 << bit != 0).map(|bit| NAMES[bit]).collect();
-        if names.is_empty() { none.to_owned() } else { names.join(separator) }
+        if names.is_empty() { "0x0".to_owned() } else { names.join(" | ") }
     }
 }
 
@@ -107,14 +108,7 @@ impl Condition for Flags {
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
         let operator = if negated { "!=" } else { "==" };
-        format!("tcp flags & ({}) {operator} {}", self.of.names(" | ", "0x0"), self.set.names(" | ", "0x0"))
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        // iptables has no names for ECE and CWR.
-        let names = |flags: TcpFlags| flags.names(",", "NONE").to_uppercase();
-        (self.of.0 & 0xc0 == 0)
-            .then(|| format!("{}--tcp-flags {} {}", exclamation(negated), names(self.of), names(self.set)))
+        format!("tcp flags & ({}) {operator} {}", self.of.nft(), self.set.nft())
     }
 }
 
@@ -167,13 +161,5 @@ impl Condition for IcmpType {
             IpVersion::V6 => "icmpv6",
         };
         format!("{protocol} type {}{}", operator(negated), self.number)
-    }
-
-    fn iptables(&self, _facts: &Facts<'_>, negated: bool) -> Option<String> {
-        let option = match self.version {
-            IpVersion::V4 => "--icmp-type",
-            IpVersion::V6 => "--icmpv6-type",
-        };
-        Some(format!("{}{option} {}", exclamation(negated), self.number))
     }
 }

@@ -6,15 +6,19 @@ use crate::types::Hook;
 
 use super::{
     super::{encoder::Encoder, facts::Facts},
-    Condition, Match, Order, Values, exclamation, operator,
+    Condition, Match, Order, Values, operator,
 };
 
 impl Match {
     /// Packets of a local socket that this user opened: at `Output` and `Postrouting`, and at
-    /// `Input` as far as the kernel knows the socket already.
+    /// `Input` of the socket that receives them, as far as the kernel knows it already.
     ///
-    /// A packet without a socket does not match, also if the condition is negated. The number is
-    /// that of the user namespace of the network namespace.
+    /// A packet without a socket does not match, also if the condition is negated. The kernel's own
+    /// packets, such as IPv6 neighbour discovery, have none. The number is that of the user
+    /// namespace of the network namespace.
+    ///
+    /// With [`Rule::unless`](crate::Rule::unless) it keeps the packets that a program itself sends
+    /// out of its queue, if the program has a user of its own.
     #[doc(alias = "skuid")]
     pub fn user(id: u32) -> Self {
         Self::new(User(id))
@@ -53,9 +57,5 @@ impl Condition for User {
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
         format!("meta skuid {}{}", operator(negated), self.0)
-    }
-
-    fn iptables(&self, facts: &Facts<'_>, negated: bool) -> Option<String> {
-        (facts.hook != Hook::Input).then(|| format!("-m owner {}--uid-owner {}", exclamation(negated), self.0))
     }
 }

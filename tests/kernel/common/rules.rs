@@ -1,6 +1,6 @@
 //! nf_tables rules that `Divert` does not support.
 
-use std::io;
+use std::{io, net::Ipv4Addr};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
@@ -53,17 +53,24 @@ pub fn install(
     )
 }
 
-/// Sends IPv4 datagrams of this host, to any address and the port `from`, to 127.0.0.1 and the port
+/// Sends IPv4 packets of this host, to any address and the port `from`, to 127.0.0.1 and the port
 /// `to` instead (destination NAT).
 pub fn install_nat(name: &str, from: u16, to: u16) -> io::Result<()> {
+    // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST
+    install_nat_at(name, Place { hook: 3, priority: -100 }, from, (Ipv4Addr::LOCALHOST, to))
+}
+
+/// Sends the IPv4 packets of a hook, to any address and the port `from`, to another address and
+/// port instead (destination NAT).
+pub fn install_nat_at(name: &str, place: Place, from: u16, to: (Ipv4Addr, u16)) -> io::Result<()> {
     // NFTA_NAT_REG_PROTO_MIN
-    let port = (5, to.to_be_bytes().to_vec());
-    // NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST, NFT_NAT_DNAT
-    translate(name, Place { hook: 3, priority: -100 }, from, 1, [127, 0, 0, 1], Some(port))
+    let port = (5, to.1.to_be_bytes().to_vec());
+    // NFT_NAT_DNAT
+    translate(name, place, from, 1, to.0, Some(port))
 }
 
 /// Gives IPv4 datagrams to the port `port` this source address (source NAT).
-pub fn install_source_nat(name: &str, port: u16, source: [u8; 4]) -> io::Result<()> {
+pub fn install_source_nat(name: &str, port: u16, source: Ipv4Addr) -> io::Result<()> {
     // NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC, NFT_NAT_SNAT
     translate(name, Place { hook: 4, priority: 100 }, port, 0, source, None)
 }
@@ -73,7 +80,7 @@ fn translate(
     place: Place,
     destination: u16,
     kind: u32,
-    address: [u8; 4],
+    address: Ipv4Addr,
     port: Option<(u16, Vec<u8>)>,
 ) -> io::Result<()> {
     let number = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
@@ -96,7 +103,7 @@ fn translate(
             Cmp::Op(Operator::Equal),
             Cmp::Data(DataAttribute::Value(destination.to_be_bytes().to_vec())),
         ]),
-        load(1, address.to_vec()),
+        load(1, address.octets().to_vec()),
     ];
     // NFTA_NAT_TYPE, NFTA_NAT_FAMILY: NFPROTO_IPV4, NFTA_NAT_REG_ADDR_MIN
     let mut attributes = vec![number(1, kind), number(2, 2), number(3, 1)];
@@ -172,6 +179,11 @@ pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec
             (NfTablesMessage::NewObject(attributes), NLM_F_CREATE | NLM_F_ACK),
         ],
     )
+}
+
+/// Removes an object. `attributes` are its table, name and type.
+pub fn remove_object(family: NetfilterProtoFamily, attributes: Vec<DefaultNla>) -> io::Result<()> {
+    transact(family, vec![(NfTablesMessage::DeleteObject(attributes), NLM_F_ACK)])
 }
 
 /// As [`install`], with a rule that sends everything to a queue: by the `queue` expression

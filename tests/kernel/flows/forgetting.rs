@@ -126,7 +126,8 @@ async fn translated_connections_are_forgotten_by_any_of_their_addresses() {
             let service = support::udp((LOOPBACKS[0], 0)).local_addr().unwrap();
             rules::install_nat(&format!("nat_{}", service.port()), service.port(), talk.port()).unwrap();
             if masquerade {
-                rules::install_source_nat(&format!("snat_{}", service.port()), talk.port(), [127, 0, 0, 9]).unwrap();
+                rules::install_source_nat(&format!("snat_{}", service.port()), talk.port(), [127, 0, 0, 9].into())
+                    .unwrap();
             }
             talk.client.connect(service).unwrap();
             let (client, server) = talk.addresses();

@@ -17,6 +17,7 @@ use super::udp_out;
 tests![
     sync script_is_accepted_by_nft,
     sync script_with_flow_marks_is_accepted_by_nft,
+    sync time_outs_of_any_length_are_accepted_by_nft,
     sync script_has_all_parts,
     sync comments_are_listed_by_nft,
     sync names_that_nft_cannot_read_are_refused,
@@ -164,6 +165,20 @@ fn script_with_flow_marks_is_accepted_by_nft() {
     }
 }
 
+fn time_outs_of_any_length_are_accepted_by_nft() {
+    let years = Duration::from_secs(100 * 365 * 86_400);
+    let milliseconds = [1, 999, 1000, 1001, 60_000, 99_999_999, 100_000_000, 86_400_001, 31_536_061_001];
+    for timeout in milliseconds.map(Duration::from_millis).into_iter().chain([years - Duration::from_millis(1), years])
+    {
+        let set = NamedSet::new("hosts", [SetField::Ipv4Address]).timeout(timeout);
+        let builder = Divert::builder().set(set).flow_marks(FlowMarks::default()).denied_flows(10, timeout);
+        let script = builder.rule(Rule::new(Hook::Input).count()).to_nft().unwrap();
+        if let Some(result) = run("nft", &["-c", "-f", "-"], &script) {
+            assert!(result.is_ok(), "{timeout:?}: {}\n{script}", result.unwrap_err());
+        }
+    }
+}
+
 fn script_has_all_parts() {
     let divert = Divert::builder()
         .table("example")
@@ -185,16 +200,14 @@ table inet example {
 		type ipv4_addr . inet_service
 		flags timeout
 		size 65535
-		timeout 60000ms
+		timeout 1m
 	}
 	chain input_before_150 {
 		type filter hook input priority -150; policy accept;
-		# iptables -t mangle -A INPUT -i eth+ -m comment --comment \"from outside\" -j MARK --set-xmark 0x1/0x1
 		iifname \"eth*\" counter meta mark set meta mark & 0xfffffffe | 0x1 comment \"from outside\"
 	}
 	chain input {
 		type filter hook input priority 0; policy accept;
-		# iptables -t filter -A INPUT -p tcp --dport 25 -j REJECT --reject-with tcp-reset
 		meta l4proto 6 th dport 25 counter reject with tcp reset
 	}
 	chain output {
