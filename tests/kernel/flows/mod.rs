@@ -1,6 +1,7 @@
 //! Verdicts for whole connections: "a verdict can speak for its whole connection; with `Divert` the
 //! kernel then passes, drops or rejects the rest by itself" (ARCHITECTURE.md, promise 12).
 
+mod adversary;
 mod denied;
 mod forgetting;
 mod refused;
@@ -23,7 +24,8 @@ use crate::{
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let modules = [udp::tests(), tcp::tests(), denied::tests(), forgetting::tests(), refused::tests()];
+    let modules =
+        [udp::tests(), tcp::tests(), denied::tests(), forgetting::tests(), refused::tests(), adversary::tests()];
     modules.into_iter().flatten().collect()
 }
 
