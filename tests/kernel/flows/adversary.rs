@@ -13,7 +13,7 @@ mod strangers;
 mod walk;
 mod world;
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Trial;
 
@@ -34,7 +34,7 @@ fn random_walk() {
     let seed = variable(SEED).unwrap_or_else(by_clock);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut adversary = Adversary::new(seed);
-    runtime.block_on(adversary.walk(Instant::now() + Duration::from_secs(seconds)));
+    runtime.block_on(adversary.walk(Duration::from_secs(seconds)));
     let broken = &adversary.broken;
     eprintln!("adversary, {SEED}={seed}: {:#?}", adversary.totals);
     if broken.is_empty() {

@@ -216,7 +216,8 @@ impl Model {
             return None;
         }
         let of_denied = verdicts.denials.iter().find(|denial| {
-            denial.confirmed < sent.at && (denial.side == sent.side || denial.both || !verdicts.grants.is_empty())
+            let either = denial.both || sent.kind == Kind::Error || !verdicts.grants.is_empty();
+            denial.confirmed < sent.at && (denial.side == sent.side || either)
         });
         Some(match (of_denied, sent.kind) {
             (Some(denial), kind) => {
@@ -308,8 +309,9 @@ impl Model {
         let sent = &self.sent[&number];
         let accepted = sent.questions.iter().all(|question| question.answer.is_some_and(Answer::accepts));
         let certain = self.verdicts.get(&sent.connection).is_none_or(|verdicts| {
-            let before = |denial: &Denial| denial.confirmed < sent.at && denial.side != sent.side && !denial.both;
-            !verdicts.uncertain && verdicts.denials.iter().all(before)
+            // One that came later may have been for a packet that was on its way.
+            let harmless = |denial: &Denial| denial.confirmed > sent.at || denial.side != sent.side && !denial.both;
+            !verdicts.uncertain && verdicts.denials.iter().all(harmless)
         });
         accepted && certain && sent.arrived.is_none()
     }

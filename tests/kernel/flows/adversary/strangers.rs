@@ -43,14 +43,17 @@ impl Stranger {
         let protocol = if random.one_in(2) { Protocol::Tcp } else { Protocol::Udp };
         let rule = || Rule::new(hook).priority(priority).protocol(protocol);
         let mark = mark(random);
-        let new = || Match::connection_state([ConnectionState::New]);
+        // Until the other side replies, all packets of a connection are new.
+        let new = |rule: Rule| {
+            rule.when(Match::connection_state([ConnectionState::New])).when(Match::connection_mark(0, u32::MAX))
+        };
         let (what, overwrites, builder) = match random.below(if overwriting { 5 } else { 4 }) {
             0 | 1 => ("an empty chain".to_owned(), false, builder.chain(hook, Some(priority.into()))),
             2 => (format!("packet mark {mark:#x} for {protocol:?}"), false, builder.rule(rule().set_mark(mark, u32::MAX))),
             3 => (
                 format!("connection mark {mark:#x} for new {protocol:?}"),
                 false,
-                builder.rule(rule().when(new()).set_connection_mark(mark, u32::MAX)),
+                builder.rule(new(rule()).set_connection_mark(mark, u32::MAX)),
             ),
             _ => (
                 format!("connection mark {mark:#x} for all {protocol:?}"),

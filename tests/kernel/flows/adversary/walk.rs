@@ -76,6 +76,8 @@ pub(super) struct Adversary {
     used: BTreeSet<(bool, [SocketAddr; 2])>,
     ports: u32,
     waiting: Vec<Waiting>,
+    /// Packets that were accepted in a way that they must arrive.
+    due: Vec<u32>,
     time: Time,
     numbers: u32,
     log: Vec<(Time, String)>,
@@ -120,6 +122,7 @@ impl Adversary {
             used: BTreeSet::new(),
             ports: 0,
             waiting: Vec::new(),
+            due: Vec::new(),
             time: 0,
             numbers: 0,
             log: Vec::new(),
@@ -128,8 +131,9 @@ impl Adversary {
         }
     }
 
-    /// Goes on until then.
-    pub(super) async fn walk(&mut self, until: Instant) {
+    /// Goes on for so long, and for the time in which it waits for what is lost.
+    pub(super) async fn walk(&mut self, duration: Duration) {
+        let mut until = Instant::now() + duration;
         while Instant::now() < until {
             self.begin_round().await;
             for _ in 0..ROUND {
@@ -138,7 +142,9 @@ impl Adversary {
                     break;
                 }
             }
+            let waits = Instant::now();
             self.end_round().await;
+            until += waits.elapsed();
         }
     }
 
@@ -188,6 +194,7 @@ impl Adversary {
             let all = 0..self.waiting.len();
             self.decide(all.rev().collect()).await;
         }
+        self.await_due().await;
         self.strangers.clear();
         self.connections.clear();
         self.divert = None;
@@ -498,9 +505,8 @@ impl Adversary {
         paths.sort_unstable_by_key(|path| *path as u8);
         paths.dedup();
         self.settle(&paths).await;
-        for number in alone {
-            self.awaited(number).await;
-        }
+        alone.retain(|number| !self.is_translated(self.model.sent[number].connection));
+        self.due.extend(alone);
     }
 
     fn confirmed(&mut self, number: u32, answer: Answer, result: Result<(), Error>) {
@@ -522,18 +528,21 @@ impl Adversary {
         }
     }
 
-    /// An accepted packet arrives, unless another hook asks about it. Only the first that is lost is
+    /// Accepted packets arrive, unless another hook asks about them. Once one is lost, no other is
     /// waited for.
-    async fn awaited(&mut self, number: u32) {
-        if self.broken.contains_key(ACCEPTED_LOST) {
-            return;
-        }
+    async fn await_due(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while self.model.must_arrive(number) && !self.waiting.iter().any(|waiting| waiting.number == number) {
-            let id = self.model.sent[&number].connection;
-            if Instant::now() > deadline || self.is_translated(id) {
-                let lost = (!self.is_translated(id)).then(|| self.model.lost(number));
-                return self.report(lost);
+        loop {
+            let (model, waiting) = (&self.model, &self.waiting);
+            let is_due = |number: &u32| model.must_arrive(*number) && !waiting.iter().any(|other| other.number == *number);
+            self.due.retain(is_due);
+            let Some(number) = self.due.first().copied() else { return };
+            if self.broken.contains_key(ACCEPTED_LOST) {
+                return self.due.clear();
+            }
+            if Instant::now() > deadline {
+                let lost = self.model.lost(number);
+                self.report(Some(lost));
             }
             self.drain().await;
             self.receive();
