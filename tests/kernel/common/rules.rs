@@ -132,7 +132,10 @@ pub fn install_redirection(
     };
     let other = |expression_type: &str, attributes: &[(u16, u32)]| Expressions::Other {
         expression_type: expression_type.to_owned(),
-        attributes: attributes.iter().map(|(kind, value)| DefaultNla::new(*kind, value.to_be_bytes().to_vec())).collect(),
+        attributes: attributes
+            .iter()
+            .map(|(kind, value)| DefaultNla::new(*kind, value.to_be_bytes().to_vec()))
+            .collect(),
     };
     let mut expressions = matches(from);
     expressions.push(Expressions::Immediate(vec![

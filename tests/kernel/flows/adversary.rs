@@ -5,15 +5,20 @@
 //! `NFQUEUE_FLOWS_SECONDS` is the time for each test (20, and 5 for each case of reused ports);
 //! `NFQUEUE_FLOWS_SEED` repeats a random walk.
 
+mod answered;
 mod connection;
 mod model;
 mod nat;
+mod reuse;
 mod segment;
 mod strangers;
 mod walk;
 mod world;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    ops::RangeInclusive,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use libtest_mimic::Trial;
 
@@ -25,16 +30,30 @@ const SEED: &str = "NFQUEUE_FLOWS_SEED";
 
 pub(crate) fn tests() -> Vec<Trial> {
     let name = |name| common::test_name(module_path!(), name);
-    vec![support::test_unbounded(&name("adversary_breaks_no_promise"), || support::isolated(random_walk))]
+    let reuse = |range: Option<RangeInclusive<u16>>| {
+        let duration = Duration::from_secs(variable(SECONDS).unwrap_or(5));
+        support::isolated(|| runtime().block_on(reuse::every_syn_is_queued(range, duration)));
+    };
+    let mut tests = vec![
+        support::test_unbounded(&name("adversary_breaks_no_promise"), || support::isolated(random_walk)),
+        support::test_unbounded(&name("adversary_reuses_few_ports"), move || reuse(Some(40_000..=40_999))),
+        support::test_unbounded(&name("adversary_reuses_the_default_ports"), move || reuse(None)),
+    ];
+    tests.extend(common::one(&name("adversary_is_refused_at_once"), answered::rejected_first_packets_are_answered));
+    tests
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
 fn random_walk() {
     let seconds = variable(SECONDS).unwrap_or(20);
-    let by_clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_millis() as u64 % 1_000_000);
+    let by_clock =
+        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_millis() as u64 % 1_000_000);
     let seed = variable(SEED).unwrap_or_else(by_clock);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut adversary = Adversary::new(seed);
-    runtime.block_on(adversary.walk(Duration::from_secs(seconds)));
+    runtime().block_on(adversary.walk(Duration::from_secs(seconds)));
     let broken = &adversary.broken;
     eprintln!("adversary, {SEED}={seed}: {:#?}", adversary.totals);
     if broken.is_empty() {

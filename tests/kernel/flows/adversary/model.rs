@@ -35,8 +35,9 @@ pub(super) type Time = u64;
 /// A packet came to the queue.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Question {
-    pub(super) at: Time,
-    pub(super) answer: Option<Answer>,
+    at: Time,
+    /// And when it was submitted.
+    answer: Option<(Answer, Time)>,
 }
 
 /// A packet that was sent.
@@ -55,8 +56,18 @@ pub(super) struct Sent {
 }
 
 impl Sent {
-    fn denied_itself(&self) -> bool {
-        self.questions.iter().any(|question| question.answer.is_some_and(|answer| !answer.accepts()))
+    /// The last verdict.
+    fn answer(&self) -> Option<Answer> {
+        self.questions.last()?.answer.map(|(answer, _)| answer)
+    }
+
+    /// Whether it waited for a verdict at any time since then.
+    fn waited_since(&self, then: Time) -> bool {
+        self.questions.iter().any(|question| question.answer.is_none_or(|(_, decided)| decided > then))
+    }
+
+    fn is_accepted(&self) -> bool {
+        self.questions.iter().all(|question| question.answer.is_some_and(|(answer, _)| answer.accepts()))
     }
 }
 
@@ -129,10 +140,10 @@ impl Verdicts {
             // A denial after the packet was queued, or in the same flush, wins.
             denial.confirmed < sent.at && grant.queued < denial.confirmed && (denial.side == grant.side || denial.both)
         });
-        let begun_anew =
-            self.syns.iter().any(|&(number, queued, decided)| {
-                number != grant.number && queued > grant.submitted && decided < sent.at
-            });
+        let begun_anew = self
+            .syns
+            .iter()
+            .any(|&(number, queued, decided)| number != grant.number && queued > grant.submitted && decided < sent.at);
         grant.submitted < sent.at && !denied && !begun_anew
     }
 }
@@ -176,7 +187,7 @@ impl Model {
     /// A packet has come to the queue.
     pub(super) fn queued(&mut self, number: u32, at: Time, strict: bool) -> Option<Violation> {
         let sent = self.sent.get_mut(&number)?;
-        let denied_before = sent.denied_itself();
+        let denied_before = sent.answer().is_some_and(|answer| !answer.accepts());
         sent.questions.push(Question { at, answer: None });
         let sent = &self.sent[&number];
         let verdicts = self.verdicts.get(&sent.connection)?;
@@ -207,7 +218,7 @@ impl Model {
         let sent = self.sent.get_mut(&number)?;
         sent.arrived.get_or_insert(at);
         let sent = &self.sent[&number];
-        if sent.denied_itself() {
+        if sent.answer().is_some_and(|answer| !answer.accepts()) {
             return Some(self.violation(DROPPED_ARRIVED, number));
         }
         let nothing = Verdicts::default();
@@ -255,11 +266,16 @@ impl Model {
     }
 
     /// Records a verdict before it is submitted.
-    pub(super) fn answered(&mut self, number: u32, answer: Answer, at: Time, others_wait: bool) {
+    pub(super) fn answered(&mut self, number: u32, answer: Answer, at: Time) {
         let Some(sent) = self.sent.get_mut(&number) else { return };
         let Some(question) = sent.questions.last_mut() else { return };
-        question.answer = Some(answer);
-        let (queued, side, kind, connection) = (question.at, sent.side, sent.kind, sent.connection);
+        question.answer = Some((answer, at));
+        let queued = question.at;
+        let (side, kind, connection, known) = (sent.side, sent.kind, sent.connection, sent.known);
+        // Of two first packets that wait at once, the kernel may keep the verdict of one.
+        let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
+        let waits = |other: &u32| *other != number && self.sent[other].waited_since(queued);
+        let alone = known || !numbers.iter().any(waits);
         let verdicts = self.of(connection);
         if kind != Kind::Error && answer.accepts() {
             for denial in &mut verdicts.denials {
@@ -269,7 +285,7 @@ impl Model {
         if kind == Kind::Error {
             // The verdict is for the error alone.
         } else if answer == Answer::AcceptFlow {
-            let clean = !others_wait && verdicts.denials.is_empty();
+            let clean = alone && verdicts.denials.is_empty();
             verdicts.grants.push(Grant { number, side, queued, submitted: at, clean });
         }
         if kind == Kind::Syn && answer.accepts() {
@@ -286,7 +302,7 @@ impl Model {
         let (side, both) = (sent.side, sent.known && sent.valid);
         let (connection, certain) = (sent.connection, sent.valid || sent.kind == Kind::Syn);
         let passes = |other: &Sent| {
-            let asked = other.questions.iter().any(|question| question.answer.is_none_or(Answer::accepts));
+            let asked = !other.questions.is_empty() && other.answer().is_none_or(Answer::accepts);
             other.side != side && other.kind != Kind::Error && (other.arrived.is_some() || asked)
         };
         let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
@@ -307,13 +323,12 @@ impl Model {
     /// Whether a packet that was accepted must arrive.
     pub(super) fn must_arrive(&self, number: u32) -> bool {
         let sent = &self.sent[&number];
-        let accepted = sent.questions.iter().all(|question| question.answer.is_some_and(Answer::accepts));
         let certain = self.verdicts.get(&sent.connection).is_none_or(|verdicts| {
-            // One that came later may have been for a packet that was on its way.
-            let harmless = |denial: &Denial| denial.confirmed > sent.at || denial.side != sent.side && !denial.both;
+            // A later one may hold at the next hook, or for what the kernel has taken for one connection.
+            let harmless = |denial: &Denial| denial.confirmed < sent.at && denial.side != sent.side && !denial.both;
             !verdicts.uncertain && verdicts.denials.iter().all(harmless)
         });
-        accepted && certain && sent.arrived.is_none()
+        sent.is_accepted() && certain && sent.arrived.is_none()
     }
 
     pub(super) fn has_denial(&self, connection: usize) -> bool {

@@ -49,7 +49,11 @@ impl Stranger {
         };
         let (what, overwrites, builder) = match random.below(if overwriting { 5 } else { 4 }) {
             0 | 1 => ("an empty chain".to_owned(), false, builder.chain(hook, Some(priority.into()))),
-            2 => (format!("packet mark {mark:#x} for {protocol:?}"), false, builder.rule(rule().set_mark(mark, u32::MAX))),
+            2 => (
+                format!("packet mark {mark:#x} for {protocol:?}"),
+                false,
+                builder.rule(rule().set_mark(mark, u32::MAX)),
+            ),
             3 => (
                 format!("connection mark {mark:#x} for new {protocol:?}"),
                 false,

@@ -16,8 +16,7 @@ use tokio_nfqueue::{
 use super::{
     connection::{Connection, Kind, PATHS, Path},
     model::{ACCEPTED_LOST, Answer, Model, REFUSED, Sent, Side, Time, Violation},
-    nat,
-    segment,
+    nat, segment,
     strangers::Stranger,
     world::{Host, SILENT_PORTS, World},
 };
@@ -68,6 +67,8 @@ pub(super) struct Adversary {
     divert: Option<Divert>,
     round: Round,
     strangers: Vec<Stranger>,
+    /// One of them has overwritten marks of connections.
+    overwritten: bool,
     churn: usize,
     model: Model,
     connections: Vec<Connection>,
@@ -96,11 +97,8 @@ struct Round {
 }
 
 /// At each of these, every packet passes one hook with a queue, and over loopback two.
-const HOOKS: [&[Hook]; 3] = [
-    &[Hook::Prerouting, Hook::Output],
-    &[Hook::Forward, Hook::Input, Hook::Output],
-    &[Hook::Postrouting, Hook::Input],
-];
+const HOOKS: [&[Hook]; 3] =
+    [&[Hook::Prerouting, Hook::Output], &[Hook::Forward, Hook::Input, Hook::Output], &[Hook::Postrouting, Hook::Input]];
 
 impl Adversary {
     pub(super) fn new(seed: u64) -> Self {
@@ -115,6 +113,7 @@ impl Adversary {
             divert: None,
             round,
             strangers: Vec::new(),
+            overwritten: false,
             churn: 0,
             model: Model::default(),
             connections: Vec::new(),
@@ -183,6 +182,7 @@ impl Adversary {
         let builder = Divert::builder().flow_marks(marks).priority(self.round.priority);
         self.divert = Some(builder.rules(self.rules(false)).install().expect("install the rules"));
         self.model = Model::default();
+        self.overwritten = false;
         self.retired.clear();
         stay_on_one_cpu();
         self.settle(&PATHS).await;
@@ -382,7 +382,8 @@ impl Adversary {
                 Err(error) => panic!("{error:?}"),
             };
             let at = self.tick();
-            let label = segment::label(packet.payload()).and_then(|label| Some((label, self.model.sent.get(&label.number)?)));
+            let label =
+                segment::label(packet.payload()).and_then(|label| Some((label, self.model.sent.get(&label.number)?)));
             let Some((label, sent)) = label else {
                 // A reset or an error of the kernel.
                 others = true;
@@ -393,7 +394,7 @@ impl Adversary {
             let (number, hook, connection) = (label.number, packet.hook(), sent.connection);
             self.totals.queued += 1;
             self.log_of(connection, at, format!("packet {number} is queued at {hook:?}"));
-            let strict = !self.strangers.iter().any(|stranger| stranger.overwrites);
+            let strict = !self.overwritten;
             let violation = self.model.queued(number, at, strict);
             self.report(violation);
             self.waiting.push(Waiting { number, connection, hook, packet, churn: self.churn });
@@ -485,14 +486,12 @@ impl Adversary {
             let sent = &self.model.sent[&number];
             let (kind, at) = (sent.kind, self.tick());
             let answer = self.answer(kind, hook);
-            let others = ids.iter().chain(self.waiting.iter().map(|waiting| &waiting.connection));
-            let others_wait = others.filter(|id| **id == connection).count() > 1;
             left -= 1;
             let how = if together { format!("in a flush with {} more", ids.len() - 1) } else { "alone".to_owned() };
             self.log_of(connection, at, format!("packet {number}: {answer:?}, {how}"));
             *self.totals.verdicts.entry(name(answer)).or_default() += 1;
             paths.extend(self.path_of(connection));
-            self.model.answered(number, answer, at, others_wait);
+            self.model.answered(number, answer, at);
             submitted.push((number, answer, verdict(packet, answer).confirm()));
             if !together || left == 0 {
                 self.queue.as_ref().expect("a queue").flush().await.expect("flush");
@@ -534,7 +533,8 @@ impl Adversary {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let (model, waiting) = (&self.model, &self.waiting);
-            let is_due = |number: &u32| model.must_arrive(*number) && !waiting.iter().any(|other| other.number == *number);
+            let is_due =
+                |number: &u32| model.must_arrive(*number) && !waiting.iter().any(|other| other.number == *number);
             self.due.retain(is_due);
             let Some(number) = self.due.first().copied() else { return };
             if self.broken.contains_key(ACCEPTED_LOST) {
@@ -565,6 +565,7 @@ impl Adversary {
             let number = self.totals.strangers as u32;
             let stranger = Stranger::new(&mut self.random, number, self.round.hooks, self.round.overwriting);
             self.note(format!("comes: {}", stranger.what));
+            self.overwritten |= stranger.overwrites;
             self.strangers.push(stranger);
         }
         self.churn += 1;

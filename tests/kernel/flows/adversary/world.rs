@@ -7,8 +7,8 @@ use std::{
 };
 
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, send, sendto, setsockopt,
-    socket, sockopt,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, send, sendto, setsockopt, socket,
+    sockopt,
 };
 use socket2::{Domain, SockFilter, Socket, Type};
 use tokio_nfqueue::{Divert, Hook, Match, Protocol, Rule};
@@ -105,7 +105,8 @@ impl World {
 
     /// The address of a host; for this host the one that is next to `neighbour`.
     pub(super) fn address(&self, host: Host, neighbour: Host, v6: bool) -> IpAddr {
-        let side = if Host::Left == (if host == Host::This { neighbour } else { host }) { &self.left } else { &self.right };
+        let side =
+            if Host::Left == (if host == Host::This { neighbour } else { host }) { &self.left } else { &self.right };
         match (host, neighbour, v6) {
             (Host::This, Host::This, false) => Ipv4Addr::LOCALHOST.into(),
             (Host::This, Host::This, true) => std::net::Ipv6Addr::LOCALHOST.into(),
