@@ -124,9 +124,14 @@ impl Connection {
         !self.translated && if self.tcp { self.orderly && self.phase == Phase::Open } else { self.passed }
     }
 
-    /// What comes next, and from which side.
-    pub(super) fn draw(&self, random: &mut Random) -> (Side, Kind) {
+    /// What comes next, and from which side. `denied`: one tries to be rid of a denial.
+    pub(super) fn draw(&self, denied: bool, random: &mut Random) -> (Side, Kind) {
         let any = random.below(2);
+        if self.tcp && denied && random.one_in(2) {
+            let kinds =
+                [Kind::Rst, Kind::Rst, Kind::Syn, Kind::Syn, Kind::Data, Kind::Data, Kind::RstData, Kind::Error];
+            return (usize::from(random.one_in(4)), kinds[random.below(kinds.len())]);
+        }
         if random.one_in(12) && self.phase != Phase::Fresh {
             return (any, Kind::Error);
         }

@@ -203,8 +203,9 @@ impl Model {
             return Some(violation);
         }
         let accepted = |grant: &Grant| {
-            let arrived = self.sent.get(&grant.number).and_then(|granted| granted.arrived);
-            grant.clean && verdicts.holds(grant, sent) && arrived.is_some_and(|arrived| arrived < sent.at)
+            let granted = &self.sent[&grant.number];
+            let alone = grant.clean && granted.questions.len() == 1;
+            alone && verdicts.holds(grant, sent) && granted.arrived.is_some_and(|arrived| arrived < sent.at)
         };
         let undisturbed = strict && verdicts.denials.is_empty() && sent.valid && sent.known;
         if undisturbed && !sent.kind.begins_tcp() && sent.kind != Kind::Error && verdicts.grants.iter().any(accepted) {
@@ -329,6 +330,10 @@ impl Model {
             !verdicts.uncertain && verdicts.denials.iter().all(harmless)
         });
         sent.is_accepted() && certain && sent.arrived.is_none()
+    }
+
+    pub(super) fn has_arrived(&self, number: u32) -> bool {
+        self.sent[&number].arrived.is_some()
     }
 
     pub(super) fn has_denial(&self, connection: usize) -> bool {

@@ -18,13 +18,12 @@ use crate::{
     support::{self, VethOptions},
 };
 
-/// Connections a second.
-const RATE: u32 = 450;
 /// The client's last connection.
 const LAST: u8 = b'.';
 
-/// The client takes its ports from this range; `None`: from the default one.
-pub(super) async fn every_syn_is_queued(ports: Option<RangeInclusive<u16>>, duration: Duration) {
+/// The client takes its ports from this range; `None`: from the default one. It opens `rate`
+/// connections a second.
+pub(super) async fn every_syn_is_queued(ports: Option<RangeInclusive<u16>>, rate: u32, duration: Duration) {
     let [left, right] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
     support::forwarding();
     left.route_through_near();
@@ -39,7 +38,7 @@ pub(super) async fn every_syn_is_queued(ports: Option<RangeInclusive<u16>>, dura
     let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0);
     let _divert = table([rule]).install().expect("install the rule");
     let server = thread::spawn(move || serve(&listener));
-    let client = left.spawn(move || connect(to, duration));
+    let client = left.spawn(move || connect(to, rate, duration));
     let mut syns = BTreeSet::new();
     while !client.is_finished() {
         let packet = tokio::time::timeout(Duration::from_millis(10), next(&mut queue)).await;
@@ -72,7 +71,7 @@ fn serve(listener: &TcpListener) {
 }
 
 /// Opens connections, not faster than at the rate; returns their number.
-fn connect(to: SocketAddr, duration: Duration) -> usize {
+fn connect(to: SocketAddr, rate: u32, duration: Duration) -> usize {
     let begin = Instant::now();
     let mut connections = 0;
     loop {
@@ -88,7 +87,7 @@ fn connect(to: SocketAddr, duration: Duration) -> usize {
         if last {
             return connections;
         }
-        let next = begin + Duration::from_secs(1) * connections as u32 / RATE;
+        let next = begin + Duration::from_secs(1) * connections as u32 / rate;
         thread::sleep(next.saturating_duration_since(Instant::now()));
     }
 }

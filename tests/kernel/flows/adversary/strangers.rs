@@ -23,8 +23,8 @@ fn mark(random: &mut Random) -> u32 {
             0 => 0x4000_0000,
             1 => 0x6d6f_6c65,
             2 => 0xffff_0000,
-            3 => random.below(8) as u32 * low & marks.mask(),
-            4 => random.below(8) as u32 * low & marks.mask() | 0x77,
+            3 => (random.below(8) as u32 * low) & marks.mask(),
+            4 => (random.below(8) as u32 * low) & marks.mask() | 0x77,
             _ => 1 + random.below(0xffff) as u32,
         };
         if mark != 0 && !of_verdicts.contains(&(mark & marks.mask())) {

@@ -1,5 +1,10 @@
 //! The adversary: a random walk through everything that may happen to connections and verdicts.
 
+mod decide;
+mod disturb;
+mod report;
+mod traffic;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -8,19 +13,16 @@ use std::{
 };
 
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
-use tokio_nfqueue::{
-    Divert, Error, ErrorKind, FlowMarks, FlushDecision, FlushPolicy, Hook, Match, Packet, Protocol, Queue, Rule,
-    TryRecvError, Verdict,
-};
+use tokio_nfqueue::{Divert, FlowMarks, FlushDecision, FlushPolicy, Hook, Match, Packet, Protocol, Queue, Rule};
 
 use super::{
     connection::{Connection, Kind, PATHS, Path},
-    model::{ACCEPTED_LOST, Answer, Model, REFUSED, Sent, Side, Time, Violation},
+    model::{Model, Sent, Side, Time},
     nat, segment,
     strangers::Stranger,
     world::{Host, SILENT_PORTS, World},
 };
-use crate::common::{PATIENCE, Random};
+use crate::common::Random;
 
 /// Connections at a time.
 const CONNECTIONS: usize = 12;
@@ -28,8 +30,6 @@ const CONNECTIONS: usize = 12;
 const WAITING: usize = 40;
 /// How many steps a table exists.
 const ROUND: usize = 2000;
-/// For how many broken promises of each kind the history is kept.
-const KEPT: usize = 3;
 
 /// A packet in the queue.
 struct Waiting {
@@ -174,6 +174,8 @@ impl Adversary {
         seconds("udp_timeout", "1", "120");
         seconds("udp_timeout_stream", "1", "120");
         seconds("tcp_timeout_close", "1", "10");
+        // So that the table of connections does not fill up.
+        seconds("tcp_timeout_established", "60", "120");
         self.note(format!("a new table: {:?}", self.round));
         let marks = FlowMarks::default();
         // Verdicts are sent when the test says so.
@@ -231,7 +233,8 @@ impl Adversary {
             0..4 => self.stranger(),
             4..7 => self.replace(),
             7 => self.forget(),
-            8..300 if !self.waiting.is_empty() => {
+            8..10 if !self.waiting.is_empty() => self.ambush().await,
+            10..300 if !self.waiting.is_empty() => {
                 let picks = self.some_waiting();
                 self.decide(picks).await;
             }
@@ -295,7 +298,8 @@ impl Adversary {
         let Connection { id, path, .. } = self.connections[index];
         let mut numbers = Vec::new();
         for _ in 0..count {
-            let (side, kind) = self.connections[index].draw(&mut self.random);
+            let denied = self.model.has_denial(id);
+            let (side, kind) = self.connections[index].draw(denied, &mut self.random);
             if self.connections[index].can_send(side) {
                 numbers.push(self.send_one(index, side, kind));
             }
@@ -335,298 +339,18 @@ impl Adversary {
         number
     }
 
-    /// Waits until all that was sent has been queued, has arrived, or is lost.
-    ///
-    /// The kernel handles packets of one CPU, to which this thread is bound, in their order. So what
-    /// has not come before a packet that is never queued does not come.
-    async fn settle(&mut self, paths: &[Path]) {
-        let mut missing = BTreeSet::new();
-        for path in paths {
-            let [a, b] = path.hosts();
-            for (from, to) in [(a, b), (b, a)] {
-                for v6 in [false, true] {
-                    self.numbers += 1;
-                    let packet = segment::sentinel(
-                        self.world.address(from, to, v6),
-                        self.world.address(to, from, v6),
-                        self.numbers,
-                    );
-                    self.world.send(from, &packet);
-                    missing.insert(self.numbers);
-                }
-            }
-        }
-        let deadline = Instant::now() + PATIENCE;
-        while !missing.is_empty() {
-            self.drain().await;
-            for number in self.receive() {
-                missing.remove(&number);
-            }
-            assert!(Instant::now() < deadline, "{} sentinels are lost on {paths:?}", missing.len());
-        }
-        self.drain().await;
-        self.receive();
-    }
-
-    /// Takes what is in the queue.
-    async fn drain(&mut self) {
-        let mut others = false;
-        loop {
-            let packet = match self.queue.as_mut().expect("a queue").try_recv() {
-                Ok(packet) => packet,
-                Err(TryRecvError::Empty) if others => {
-                    others = false;
-                    continue;
-                }
-                Err(TryRecvError::Empty) => return,
-                Err(error) => panic!("{error:?}"),
-            };
-            let at = self.tick();
-            let label =
-                segment::label(packet.payload()).and_then(|label| Some((label, self.model.sent.get(&label.number)?)));
-            let Some((label, sent)) = label else {
-                // A reset or an error of the kernel.
-                others = true;
-                let result = packet.accept().submit();
-                self.check(result, None);
-                continue;
-            };
-            let (number, hook, connection) = (label.number, packet.hook(), sent.connection);
-            self.totals.queued += 1;
-            self.log_of(connection, at, format!("packet {number} is queued at {hook:?}"));
-            let strict = !self.overwritten;
-            let violation = self.model.queued(number, at, strict);
-            self.report(violation);
-            self.waiting.push(Waiting { number, connection, hook, packet, churn: self.churn });
-        }
-    }
-
-    /// Takes what has arrived; returns the numbers.
-    fn receive(&mut self) -> Vec<u32> {
-        let labels = self.world.arrived();
-        for label in &labels {
-            let Some(sent) = self.model.sent.get(&label.number) else { continue };
-            let (id, side, unqueued) = (sent.connection, sent.side, sent.questions.is_empty());
-            let error = sent.kind == Kind::Error;
-            let at = self.tick();
-            self.totals.arrived += 1;
-            self.totals.passed_unqueued += usize::from(unqueued);
-            let how = if unqueued { ", unqueued" } else { "" };
-            self.log_of(id, at, format!("packet {} arrives{how}", label.number));
-            if let Some(connection) = self.connections.iter_mut().find(|connection| connection.id == id)
-                && !error
-            {
-                connection.passed = true;
-                if connection.translated && side == 0 {
-                    connection.seen[1] = label.from;
-                }
-            }
-            let violation = self.model.arrived(label.number, at);
-            self.report(violation);
-        }
-        labels.into_iter().map(|label| label.number).collect()
-    }
-
-    /// Which of the waiting packets are decided next.
-    fn some_waiting(&mut self) -> Vec<usize> {
-        let mut all: Vec<usize> = (0..self.waiting.len()).collect();
-        if self.random.one_in(2) {
-            let id = self.waiting[self.random.below(all.len())].connection;
-            all.retain(|index| self.waiting[*index].connection == id);
-        }
-        self.random.shuffle(&mut all);
-        all.truncate(1 + self.random.below(6));
-        all
-    }
-
-    fn answer(&mut self, kind: Kind, hook: Hook) -> Answer {
-        let opening = matches!(kind, Kind::Syn | Kind::SynAck | Kind::Ack);
-        let answer = match self.random.below(100) {
-            0..55 if opening => Answer::Accept,
-            0..35 => Answer::Accept,
-            35..65 => Answer::AcceptFlow,
-            65..72 => Answer::Drop,
-            72..84 => Answer::DropFlow,
-            84..90 => Answer::Reject,
-            _ => Answer::RejectFlow,
-        };
-        match answer {
-            Answer::Reject if hook == Hook::Postrouting => Answer::Drop,
-            Answer::RejectFlow if hook == Hook::Postrouting => Answer::DropFlow,
-            answer => answer,
-        }
-    }
-
-    /// Decides the waiting packets with these indices, in random order: one by one, or in one
-    /// flush.
-    async fn decide(&mut self, mut picks: Vec<usize>) {
-        picks.sort_unstable_by(|a, b| b.cmp(a));
-        let mut picked: Vec<Waiting> = picks.into_iter().map(|index| self.waiting.remove(index)).collect();
-        if picked.is_empty() {
-            return;
-        }
-        self.random.shuffle(&mut picked);
-        let together = self.random.one_in(2);
-        self.totals.together += usize::from(together && picked.len() > 1);
-        let mut alone = Vec::new();
-        let mut paths: Vec<Path> = Vec::new();
-        let mut submitted = Vec::new();
-        let mut left = picked.len();
-        let same = |a: &Waiting, id| a.connection == id;
-        for index in 0..picked.len() {
-            let id = picked[index].connection;
-            let others = picked.iter().chain(&self.waiting).filter(|other| same(other, id)).count() > 1;
-            if !others && picked[index].churn == self.churn {
-                alone.push(picked[index].number);
-            }
-        }
-        let ids: Vec<usize> = picked.iter().map(|waiting| waiting.connection).collect();
-        for waiting in picked {
-            let Waiting { number, connection, hook, packet, .. } = waiting;
-            let sent = &self.model.sent[&number];
-            let (kind, at) = (sent.kind, self.tick());
-            let answer = self.answer(kind, hook);
-            left -= 1;
-            let how = if together { format!("in a flush with {} more", ids.len() - 1) } else { "alone".to_owned() };
-            self.log_of(connection, at, format!("packet {number}: {answer:?}, {how}"));
-            *self.totals.verdicts.entry(name(answer)).or_default() += 1;
-            paths.extend(self.path_of(connection));
-            self.model.answered(number, answer, at);
-            submitted.push((number, answer, verdict(packet, answer).confirm()));
-            if !together || left == 0 {
-                self.queue.as_ref().expect("a queue").flush().await.expect("flush");
-                for (number, answer, confirmation) in std::mem::take(&mut submitted) {
-                    let result = confirmation.await;
-                    self.confirmed(number, answer, result);
-                }
-            }
-        }
-        paths.sort_unstable_by_key(|path| *path as u8);
-        paths.dedup();
-        self.settle(&paths).await;
-        alone.retain(|number| !self.is_translated(self.model.sent[number].connection));
-        self.due.extend(alone);
-    }
-
-    fn confirmed(&mut self, number: u32, answer: Answer, result: Result<(), Error>) {
-        let at = self.tick();
-        let (kind, connection) = (self.model.sent[&number].kind, self.model.sent[&number].connection);
-        match result {
-            Ok(()) => self.model.confirmed(number, answer, at),
-            // A chain has gone, with the packets that waited.
-            Err(error) if error.kind() == ErrorKind::PacketGone => self.model.of(connection).uncertain = true,
-            Err(error) if kind == Kind::Error && error.kind() == ErrorKind::InvalidInput => {}
-            Err(error) => self.check(Err(error), Some(connection)),
-        }
-    }
-
-    fn check(&mut self, result: Result<(), Error>, connection: Option<usize>) {
-        if let Err(error) = result {
-            let connection = connection.unwrap_or_default();
-            self.report(Some(Violation { promise: REFUSED, connection, detail: error.to_string() }));
-        }
-    }
-
-    /// Accepted packets arrive, unless another hook asks about them. Once one is lost, no other is
-    /// waited for.
-    async fn await_due(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let (model, waiting) = (&self.model, &self.waiting);
-            let is_due =
-                |number: &u32| model.must_arrive(*number) && !waiting.iter().any(|other| other.number == *number);
-            self.due.retain(is_due);
-            let Some(number) = self.due.first().copied() else { return };
-            if self.broken.contains_key(ACCEPTED_LOST) {
-                return self.due.clear();
-            }
-            if Instant::now() > deadline {
-                let lost = self.model.lost(number);
-                self.report(Some(lost));
-            }
-            self.drain().await;
-            self.receive();
-        }
-    }
-
     fn is_translated(&self, id: usize) -> bool {
         self.connections.iter().chain(self.retired.values()).any(|other| other.id == id && other.translated)
-    }
-
-    /// Another program's table comes or goes.
-    fn stranger(&mut self) {
-        if self.strangers.len() > 2 || (!self.strangers.is_empty() && self.random.one_in(2)) {
-            let index = self.random.below(self.strangers.len());
-            let stranger = self.strangers.remove(index);
-            self.note(format!("goes: {}", stranger.what));
-            drop(stranger);
-        } else {
-            self.totals.strangers += 1;
-            let number = self.totals.strangers as u32;
-            let stranger = Stranger::new(&mut self.random, number, self.round.hooks, self.round.overwriting);
-            self.note(format!("comes: {}", stranger.what));
-            self.overwritten |= stranger.overwrites;
-            self.strangers.push(stranger);
-        }
-        self.churn += 1;
-    }
-
-    /// Other rules, which ask about the same packets.
-    fn replace(&mut self) {
-        self.totals.replaced += 1;
-        let rules = self.rules(self.random.clone().one_in(2));
-        self.random.below(2);
-        self.note("the rules are replaced".to_owned());
-        self.churn += 1;
-        self.divert.as_ref().expect("a table").replace_rules(rules).expect("replace the rules");
-    }
-
-    fn forget(&mut self) {
-        self.totals.forgotten += 1;
-        self.note("all flows are forgotten".to_owned());
-        self.divert.as_ref().expect("a table").forget_flows().expect("forget all flows");
-        self.model.forget();
     }
 
     fn path_of(&self, id: usize) -> Option<Path> {
         self.connections.iter().chain(self.retired.values()).find(|other| other.id == id).map(|other| other.path)
     }
 
-    fn log_of(&mut self, id: usize, at: Time, text: String) {
-        let all = self.connections.iter_mut().chain(self.retired.values_mut());
-        if let Some(connection) = { all }.find(|other| other.id == id) {
-            connection.log.push((at, text));
-        }
-    }
-
     fn retire(&mut self, id: usize) {
         if let Some(index) = self.connections.iter().position(|connection| connection.id == id) {
             self.retired.insert(id, self.connections.remove(index));
         }
-    }
-
-    fn report(&mut self, violation: Option<Violation>) {
-        let Some(Violation { promise, connection, detail }) = violation else { return };
-        let history = self.history(connection, &detail);
-        let (count, kept) = self.broken.entry(promise).or_default();
-        *count += 1;
-        if kept.len() < KEPT {
-            kept.push(history);
-        }
-        // What follows from it is not another one.
-        self.model.of(connection).uncertain = true;
-        self.retire(connection);
-    }
-
-    /// What has happened to a connection.
-    fn history(&self, id: usize, detail: &str) -> String {
-        let all = self.connections.iter().chain(self.retired.values());
-        let own = { all }.find(|connection| connection.id == id).map_or(&[][..], |connection| &connection.log);
-        let mut events: Vec<&(Time, String)> = own.iter().chain(&self.log).collect();
-        events.sort();
-        let lines: Vec<String> = events.iter().map(|(at, text)| format!("    {at:>8}  {text}")).collect();
-        let present: Vec<&str> = self.strangers.iter().map(|stranger| &*stranger.what).collect();
-        format!("  {detail}; connection {id}; strangers: {present:?}\n{}", lines.join("\n"))
     }
 }
 
@@ -636,26 +360,4 @@ fn stay_on_one_cpu() {
     let mut only = CpuSet::new();
     only.set(sched_getcpu());
     sched_setaffinity(None, &only).expect("bind the thread to a CPU");
-}
-
-fn verdict(packet: Packet, answer: Answer) -> Verdict {
-    match answer {
-        Answer::Accept => packet.accept(),
-        Answer::AcceptFlow => packet.accept().for_flow(),
-        Answer::Drop => packet.drop(),
-        Answer::DropFlow => packet.drop().for_flow(),
-        Answer::Reject => packet.reject(),
-        Answer::RejectFlow => packet.reject().for_flow(),
-    }
-}
-
-fn name(answer: Answer) -> &'static str {
-    match answer {
-        Answer::Accept => "accept",
-        Answer::AcceptFlow => "accept for flow",
-        Answer::Drop => "drop",
-        Answer::DropFlow => "drop for flow",
-        Answer::Reject => "reject",
-        Answer::RejectFlow => "reject for flow",
-    }
 }
