@@ -38,6 +38,9 @@ pub(super) struct Question {
     at: Time,
     /// And when it was submitted.
     answer: Option<(Answer, Time)>,
+    /// Until then no other packet of a connection that the kernel did not know waited: the kernel
+    /// keeps one of two new connections between the same ports, with its verdict and its packet.
+    alone: bool,
 }
 
 /// A packet that was sent.
@@ -188,7 +191,7 @@ impl Model {
     pub(super) fn queued(&mut self, number: u32, at: Time, strict: bool) -> Option<Violation> {
         let sent = self.sent.get_mut(&number)?;
         let denied_before = sent.answer().is_some_and(|answer| !answer.accepts());
-        sent.questions.push(Question { at, answer: None });
+        sent.questions.push(Question { at, answer: None, alone: false });
         let sent = &self.sent[&number];
         let verdicts = self.verdicts.get(&sent.connection)?;
         if verdicts.uncertain {
@@ -268,15 +271,16 @@ impl Model {
 
     /// Records a verdict before it is submitted.
     pub(super) fn answered(&mut self, number: u32, answer: Answer, at: Time) {
-        let Some(sent) = self.sent.get_mut(&number) else { return };
-        let Some(question) = sent.questions.last_mut() else { return };
-        question.answer = Some((answer, at));
-        let queued = question.at;
-        let (side, kind, connection, known) = (sent.side, sent.kind, sent.connection, sent.known);
-        // Of two first packets that wait at once, the kernel may keep the verdict of one.
+        let Some(sent) = self.sent.get(&number) else { return };
+        let Some(&Question { at: queued, .. }) = sent.questions.last() else { return };
+        let (side, kind, connection) = (sent.side, sent.kind, sent.connection);
         let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
         let waits = |other: &u32| *other != number && self.sent[other].waited_since(queued);
-        let alone = known || !numbers.iter().any(waits);
+        let alone = sent.known || !numbers.iter().any(waits);
+        if let Some(question) = self.sent.get_mut(&number).and_then(|sent| sent.questions.last_mut()) {
+            question.answer = Some((answer, at));
+            question.alone = alone;
+        }
         let verdicts = self.of(connection);
         if kind != Kind::Error && answer.accepts() {
             for denial in &mut verdicts.denials {
@@ -329,7 +333,8 @@ impl Model {
             let harmless = |denial: &Denial| denial.confirmed < sent.at && denial.side != sent.side && !denial.both;
             !verdicts.uncertain && verdicts.denials.iter().all(harmless)
         });
-        sent.is_accepted() && certain && sent.arrived.is_none()
+        let alone = sent.questions.iter().all(|question| question.alone);
+        sent.is_accepted() && alone && certain && sent.arrived.is_none()
     }
 
     pub(super) fn has_arrived(&self, number: u32) -> bool {

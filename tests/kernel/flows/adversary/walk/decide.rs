@@ -55,17 +55,12 @@ impl Adversary {
         self.random.shuffle(&mut picked);
         let together = self.random.one_in(2);
         self.totals.together += usize::from(together && picked.len() > 1);
-        let mut alone = Vec::new();
         let mut paths: Vec<Path> = Vec::new();
         let mut submitted = Vec::new();
         let mut left = picked.len();
-        for one in &picked {
-            // The kernel keeps one of two new connections between the same ports, with its packet.
-            let same = picked.iter().chain(&self.waiting).filter(|other| other.connection == one.connection);
-            if same.count() == 1 && one.churn == self.churn {
-                alone.push(one.number);
-            }
-        }
+        // A chain that has come or gone may have dropped them.
+        let still = picked.iter().filter(|waiting| waiting.churn == self.churn);
+        let mut due: Vec<u32> = still.map(|waiting| waiting.number).collect();
         let ids: Vec<usize> = picked.iter().map(|waiting| waiting.connection).collect();
         for waiting in picked {
             let Waiting { number, connection, hook, packet, .. } = waiting;
@@ -90,8 +85,8 @@ impl Adversary {
         paths.sort_unstable_by_key(|path| *path as u8);
         paths.dedup();
         self.settle(&paths).await;
-        alone.retain(|number| self.is_due(*number));
-        self.due.extend(alone);
+        due.retain(|number| self.is_due(*number));
+        self.due.extend(due);
     }
 
     pub(super) fn confirmed(&mut self, number: u32, answer: Answer, result: Result<(), Error>) {
