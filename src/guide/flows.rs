@@ -94,8 +94,8 @@
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
 //! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
 //! seconds after the verdict, as it may have crossed the denied one. After that it passes:
-//! otherwise a sender with a forged address could block the connections of others. Later packets of such a
-//! connection come to the queue, and cannot leave it, while the denial is remembered.
+//! otherwise a sender with a forged address could block the connections of others. Later packets of
+//! such a connection come to the queue, and cannot leave it, while the denial is remembered.
 //!
 //! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
 //!

@@ -1,6 +1,10 @@
 //! nf_tables rules that `Divert` does not support.
 
-use std::{io, net::Ipv4Addr};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
+};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
@@ -112,6 +116,82 @@ fn translate(
         attributes.push(number(attribute, 2));
     }
     expressions.push(Expressions::Other { expression_type: "nat".to_owned(), attributes });
+    install_nat_chain(NetfilterProtoFamily::IPv4, name, place, expressions)
+}
+
+/// Sends packets to the host `from` and these ports to the host `to` instead, with the same port
+/// (destination NAT); `masquerade`: under an address of this host.
+pub fn install_redirection(
+    name: &str,
+    from: IpAddr,
+    ports: RangeInclusive<u16>,
+    to: IpAddr,
+    masquerade: bool,
+) -> io::Result<()> {
+    let octets = |address| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let (family, number, destination) = match to {
+        IpAddr::V4(_) => (NetfilterProtoFamily::IPv4, 2, 16),
+        IpAddr::V6(_) => (NetfilterProtoFamily::IPv6, 10, 24),
+    };
+    let load = |base, offset, length| {
+        Expressions::Payload(vec![
+            Payload::DestinationRegister(Register::Other(1)),
+            Payload::Base(base),
+            Payload::Offset(offset),
+            Payload::Len(length),
+        ])
+    };
+    let compare = |operator, value: Vec<u8>| {
+        Expressions::Cmp(vec![
+            Cmp::SourceRegister(Register::Reg1),
+            Cmp::Op(operator),
+            Cmp::Data(DataAttribute::Value(value)),
+        ])
+    };
+    let matches = |address| {
+        vec![
+            load(1, destination, octets(address).len() as u32),
+            compare(Operator::Equal, octets(address)),
+            load(2, 2, 2),
+            compare(Operator::GreatherThanEqual, ports.start().to_be_bytes().to_vec()),
+            compare(Operator::LessThanEqual, ports.end().to_be_bytes().to_vec()),
+        ]
+    };
+    let other = |expression_type: &str, attributes: &[(u16, u32)]| Expressions::Other {
+        expression_type: expression_type.to_owned(),
+        attributes: attributes
+            .iter()
+            .map(|(kind, value)| DefaultNla::new(*kind, value.to_be_bytes().to_vec()))
+            .collect(),
+    };
+    let mut expressions = matches(from);
+    expressions.push(Expressions::Immediate(vec![
+        Immediate::DestinationRegister(Register::Other(1)),
+        Immediate::Data(DataAttribute::Value(octets(to))),
+    ]));
+    // NFTA_NAT_TYPE: NFT_NAT_DNAT, NFTA_NAT_FAMILY, NFTA_NAT_REG_ADDR_MIN
+    expressions.push(other("nat", &[(1, 1), (2, number), (3, 1)]));
+    // NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST
+    install_nat_chain(family, name, Place { hook: 0, priority: -100 }, expressions)?;
+    if masquerade {
+        let mut expressions = matches(to);
+        expressions.push(other("masq", &[]));
+        // NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC
+        install_nat_chain(family, &format!("{name}_back"), Place { hook: 4, priority: 100 }, expressions)?;
+    }
+    Ok(())
+}
+
+/// Adds a rule to a base chain of type `nat`, as [`install`] does.
+fn install_nat_chain(
+    family: NetfilterProtoFamily,
+    name: &str,
+    place: Place,
+    expressions: Vec<Expressions>,
+) -> io::Result<()> {
     let chain = vec![
         ChainAttribute::Table(name.to_owned()),
         ChainAttribute::Name(name.to_owned()),
@@ -124,13 +204,11 @@ fn translate(
         RuleAttribute::Chain(name.to_owned()),
         RuleAttribute::Expressions(expressions),
     ];
+    let table = vec![TableAttribute::Name(name.to_owned())];
     transact(
-        NetfilterProtoFamily::IPv4,
+        family,
         vec![
-            (
-                NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(name.to_owned())] }),
-                NLM_F_CREATE,
-            ),
+            (NfTablesMessage::NewTable(TableMessage { attributes: table }), NLM_F_CREATE),
             (NfTablesMessage::NewChain(ChainMessage { attributes: chain }), NLM_F_CREATE | NLM_F_EXCL),
             (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
         ],
