@@ -1,6 +1,7 @@
 //! Verdicts for whole connections: "a verdict can speak for its whole connection; with `Divert` the
 //! kernel then passes, drops or rejects the rest by itself" (ARCHITECTURE.md, promise 12).
 
+mod attack;
 mod denied;
 mod forgetting;
 mod meeting;
@@ -29,6 +30,7 @@ use crate::{
 
 pub(crate) fn tests() -> Vec<Trial> {
     let modules = [
+        attack::tests(),
         udp::tests(),
         tcp::tests(),
         denied::tests(),
