@@ -2,6 +2,7 @@
 //! kernel then passes, drops or rejects the rest by itself" (ARCHITECTURE.md, promise 12).
 
 mod adversary;
+mod attack;
 mod denied;
 mod forgetting;
 mod meeting;
@@ -31,6 +32,7 @@ use crate::{
 pub(crate) fn tests() -> Vec<Trial> {
     let modules = [
         adversary::tests(),
+        attack::tests(),
         udp::tests(),
         tcp::tests(),
         denied::tests(),

@@ -159,7 +159,7 @@ pub(super) fn datagram(from: SocketAddrV4, to: SocketAddrV4, data: &[u8]) -> Vec
     bytes
 }
 
-fn unreachable(from: SocketAddrV4, to: SocketAddrV4, quoted: &[u8]) -> Vec<u8> {
+pub(super) fn unreachable(from: SocketAddrV4, to: SocketAddrV4, quoted: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), 64)
         .icmpv4(Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port));
     let mut bytes = Vec::new();
