@@ -114,7 +114,11 @@ impl Shared {
                 let error = Error::new(ErrorKind::InvalidInput, "send verdict");
                 let bytes = sender.datagram.len();
                 let detail = format!("the message of {bytes} bytes is longer than the socket's send buffer allows");
+                // A batch behind it would decide its packet as well.
+                let rest = plan.split_off(end);
                 machine.impossible(plan.remove(begin), first, error.with_detail(detail).with_source(source.into()));
+                machine.unsent(rest, sender.sequence.wrapping_add(1));
+                machine.flush();
                 self.last_sent.store(sender.sequence, Ordering::Release);
                 return begin;
             }
