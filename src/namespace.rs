@@ -128,10 +128,12 @@ impl NetworkNamespace {
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
         let namespace = self.descriptor()?;
         thread::scope(|scope| {
-            let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+            let builder = thread::Builder::new().name("netns".to_owned());
+            let run = || {
                 move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
                 Ok(body())
-            })?;
+            };
+            let thread = sys::with_signals_blocked(|| builder.spawn_scoped(scope, run))?;
             match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),

@@ -15,7 +15,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU32},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -32,7 +32,7 @@ use super::{
     receiver::Receiver,
     sender::Sender,
     socket::{self, Socket},
-    sys::Owner,
+    sys::{self, Owner},
     timer::{Timer, TimerTarget},
     trace::Trace,
 };
@@ -81,6 +81,8 @@ pub(crate) struct Shared {
     pub(super) timer: OnceLock<Timer>,
     /// Whether the timer thread has watched the socket before.
     pub(super) watched: AtomicBool,
+    /// The process that used the queue last: [`sys::process`].
+    process: AtomicU64,
     /// The sequence number of the last message whose send has returned. It is written after the
     /// send, and read before the socket is found empty: by then the kernel's replies up to this
     /// number have been received.
@@ -156,6 +158,7 @@ impl Shared {
             may_be_closed: Arc::new(Notify::new()),
             timer: OnceLock::new(),
             watched: AtomicBool::new(false),
+            process: sys::process().into(),
             last_sent: AtomicU32::new(0),
             hold: AtomicU8::new(0),
             ready_fd: OnceLock::new(),
@@ -176,6 +179,7 @@ impl Shared {
     /// Runs `body` under the lock, and performs the effects after releasing it. The caller must
     /// hold no lock.
     pub(super) fn with<R>(&self, body: impl FnOnce(&mut Core) -> R) -> R {
+        self.look_for_fork();
         let mut core = self.core();
         let result = body(&mut core);
         if !core.machine.has_effects() {
@@ -186,6 +190,16 @@ impl Shared {
         drop(core);
         self.perform(effects, pending);
         result
+    }
+
+    /// In a child by `fork`, at the first use of the queue: the timer thread and the threads that
+    /// were about to perform effects have stayed in the parent. The caller must hold no lock.
+    pub(super) fn look_for_fork(&self) {
+        let process = sys::process();
+        if self.process.load(Ordering::Relaxed) != process && self.process.swap(process, Ordering::Relaxed) != process {
+            self.watched.store(false, Ordering::Relaxed);
+            self.with(|core| core.machine.forked());
+        }
     }
 
     /// Performs effects that were postponed. The caller must hold no lock.

@@ -29,6 +29,7 @@ pub(crate) struct Received {
 
 impl Shared {
     pub(crate) fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Received, Error>>> {
+        self.look_for_fork();
         let mut looked = false;
         loop {
             if self.is_held() {
@@ -161,6 +162,7 @@ impl Shared {
         if let Some(ready_fd) = self.ready_fd.get() {
             ready_fd.lower();
         }
+        self.look_for_fork();
         loop {
             let mut receiver = lock(&self.receiver);
             if let Some(packet) = self.take_packet(&mut receiver) {

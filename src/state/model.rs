@@ -204,6 +204,13 @@ impl World {
                     self.machine.set_driven(driven);
                 }
                 1..=8 => self.begin_hand_over(),
+                9 => {
+                    // The queue goes on in a child by `fork`: the thread that was to carry out
+                    // these effects has stayed in the parent.
+                    self.decide();
+                    drop(self.machine.take_effects());
+                    self.machine.forked();
+                }
                 _ => {}
             },
         }
@@ -492,7 +499,10 @@ impl World {
         {
             let error = Error::new(ErrorKind::InvalidInput, "send verdict");
             self.machine.ledger.ids_of(&plan[begin]).into_iter().for_each(|id| self.refused(id));
+            let rest = plan.split_off(end);
             self.machine.impossible(plan.remove(begin), first, error);
+            self.machine.unsent(rest, self.sequence.wrapping_add(1));
+            self.machine.flush();
             self.sent = self.sequence;
             return begin;
         }
