@@ -32,6 +32,9 @@
 //!   such a thread may not send is [refused](crate::VerdictSink::refusals). Its packet gets the
 //!   default action when a thread of the runtime can send again. If that does not happen within 3
 //!   s, the stream ends with `NotPermitted`.
+//! - The thread asks for its capabilities with `capget` after each send. If a seccomp filter
+//!   refuses that call, only the kernel's replies show whether a verdict was refused; such a reply
+//!   can be lost if the receive buffer is full. Allow `capget`.
 //! - A thread that flushes also sends the verdicts of other threads, with its own capabilities.
 //! - The timer thread has the capabilities of the thread that bound the first queue. It sends only
 //!   while no verdict has been refused because the capability was missing.

@@ -191,7 +191,7 @@ impl Shared {
 
     /// Whether the calling thread has the capability that the kernel checks.
     fn is_capable_here(&self) -> bool {
-        self.network_owner != Owner::Foreign && self.socket.is_capable()
+        self.network_owner != Owner::Foreign && self.is_capable()
     }
 
     /// The other owner of the queue, in words.

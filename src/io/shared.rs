@@ -280,7 +280,7 @@ impl Shared {
 
     /// Checks whether the calling thread has the capability, after it was missing.
     pub(super) fn probe(&self) {
-        let permitted = self.socket.is_capable();
+        let permitted = self.is_capable();
         self.with(|core| match permitted {
             true => core.machine.permitted(),
             false => core.machine.still_missing(),

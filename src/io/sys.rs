@@ -45,10 +45,11 @@ pub(crate) fn register<T: Owning>(inner: T, interest: Interest) -> Option<io::Re
     Some(registered.ok()?.map_err(|error| error.into_parts().1))
 }
 
-/// Whether the calling thread has an effective `CAP_NET_ADMIN` in its own user namespace.
-pub(crate) fn has_net_admin() -> bool {
-    // It never fails for an existing thread. If it did, the kernel's replies would show the truth.
-    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
+/// Whether the calling thread has an effective `CAP_NET_ADMIN` in its own user namespace; `None` if
+/// the thread may not ask. A seccomp filter can refuse the call.
+pub(crate) fn has_net_admin() -> Option<bool> {
+    let sets = capabilities(None).ok()?;
+    Some(sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
 /// The user namespace that owns the calling thread's network namespace, as far as the thread can
