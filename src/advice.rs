@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use rustix::io::Errno;
+
 use crate::{io::kernel::KernelStats, types::Stats};
 
 /// A limit that has cost packets, and what to do about it: from
@@ -97,9 +99,14 @@ impl fmt::Display for Advice {
                 if let Some(errno) = errno {
                     write!(f, " ({})", std::io::Error::from_raw_os_error(*errno))?;
                 }
-                f.write_str(
-                    ", so it is unknown how many packets found the queue full: root or CAP_DAC_READ_SEARCH is needed",
-                )
+                f.write_str(", so it is unknown how many packets found the queue full")?;
+                match errno.map(Errno::from_raw_os_error) {
+                    Some(Errno::ACCESS | Errno::PERM) | None => {
+                        f.write_str(": root or CAP_DAC_READ_SEARCH is needed when the queue is bound")
+                    }
+                    Some(Errno::NOENT) => f.write_str(": mount /proc before the queue is bound"),
+                    Some(_) => Ok(()),
+                }
             }
             Self::DecideFaster { dropped, max_len } => write!(
                 f,
@@ -159,6 +166,8 @@ mod tests {
         let advice = advise(&stats(0, 1024, 1000), Err(Some(13)), 1000);
         assert_eq!(advice, [Advice::KernelCountersUnreadable { errno: Some(13) }]);
         assert!(advice[0].to_string().contains("CAP_DAC_READ_SEARCH"), "{}", advice[0]);
+        let advice = advise(&stats(0, 1024, 1000), Err(Some(2)), 1000);
+        assert!(advice[0].to_string().contains("mount /proc"), "{}", advice[0]);
     }
 
     #[test]

@@ -17,7 +17,10 @@ use rustix::{
 #[cfg(feature = "test-util")]
 use crate::io::memory::MemoryKernel;
 use crate::{
-    io::sys,
+    io::{
+        kernel::{NO_PROC, lacks_proc},
+        sys,
+    },
     types::{Error, ErrorKind},
 };
 
@@ -68,7 +71,10 @@ impl NetworkNamespace {
     /// # Errors
     /// `/proc` is not mounted.
     pub fn current() -> Result<Self, Error> {
-        Self::open("/proc/thread-self/ns/net")
+        Self::open("/proc/thread-self/ns/net").map_err(|error| match lacks_proc() {
+            true => error.with_detail(NO_PROC),
+            false => error,
+        })
     }
 
     /// The namespace of a socket: the one in which it was opened, whichever process holds it now.

@@ -241,6 +241,7 @@ impl VerdictSink {
     ///
     /// # Errors
     /// * `Closed`: the queue is not bound any more.
+    /// * `Unsupported`: `/proc` was not mounted when the queue was bound.
     /// * `NotPermitted`: the file could not be opened when the queue was bound, or when it was
     ///   taken over and the predecessor had not opened it either. Its mode is 0440: only root of
     ///   the user namespace that owns the network namespace may read it, and processes with

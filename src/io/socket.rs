@@ -128,7 +128,19 @@ impl Unregistered {
     }
 }
 
+impl AsFd for Unregistered {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Unregistered {
+    /// Sends a message to the kernel, which executes it before this returns. Returns whether it was
+    /// sent.
+    pub(crate) fn send(&self, message: &[u8]) -> bool {
+        rustix::net::send(self, message, SendFlags::empty()).is_ok()
+    }
+
     /// A netlink socket that another process has opened and connected. The caller has checked that
     /// it is one.
     pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, Error> {

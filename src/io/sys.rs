@@ -63,11 +63,12 @@ pub(crate) enum Owner {
     Foreign,
 }
 
-/// The owner of the calling thread's network namespace.
-pub(crate) fn network_owner() -> Owner {
+/// The owner of the calling thread's network namespace, in which the socket was opened.
+pub(crate) fn network_owner(socket: impl AsFd) -> Owner {
     match std::fs::File::open("/proc/thread-self/ns/net") {
         Ok(namespace) => network_owner_of(namespace),
-        Err(_) => Owner::Foreign,
+        // Without /proc. The kernel refuses this unless the thread has `CAP_NET_ADMIN` there.
+        Err(_) => network_namespace_of(socket).map_or(Owner::Foreign, network_owner_of),
     }
 }
 
