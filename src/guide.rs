@@ -49,7 +49,9 @@
 //! - When any hook of the network namespace is unregistered (a base chain or its table is deleted,
 //!   an `iptables-nft-restore` replaces everything, an owner of tables exits), the kernel drops all
 //!   queued packets of all queues in the namespace. Verdicts for them are counted in
-//!   [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least).
+//!   [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least), and reported by an event and by
+//!   [`Advice::DroppedWhileQueued`](crate::Advice::DroppedWhileQueued). This also happens when a
+//!   program deletes and builds its own table again, whatever that table does.
 //! - When a base chain is added at the same hook, with the priority of the queue's chain or an
 //!   earlier one, packets that wait are queued again with new ids after they have been accepted.
 //! - When an interface goes down, the kernel drops the queued packets that arrived on it or would
@@ -133,6 +135,7 @@
 //! | `deadline expired` | DEBUG | `count`, `packet` |
 //! | `verdict too late` | DEBUG | `count`, `packet` |
 //! | `packets lost to a full receive buffer` | WARN | `count`; once for each episode |
+//! | `packets dropped by the kernel while they were queued` | WARN | `count`, `packet` (not for a batch), `likely_cause` |
 //! | `verdict refused` | WARN | `count`, `packet` |
 //! | `malformed message` | WARN | `count`, `packet` |
 //! | `send failed` | WARN | `count` |

@@ -252,12 +252,13 @@ impl VerdictSink {
         self.queue.kernel_stats()
     }
 
-    /// Which limits have cost packets so far, and what to raise them to. Empty if no limit has. If
+    /// What has cost packets so far, and what to do about it: limits that were reached, and base
+    /// chains or interfaces with which the kernel dropped queued packets. Empty if nothing has. If
     /// the kernel's counters cannot be read, an entry says so, because packets that found the queue
     /// full are then not seen.
     pub fn advice(&self) -> Vec<Advice> {
         let kernel = self.queue.bound_kernel_stats().map_err(|error| error.raw_os_error());
-        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer())
+        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer(), self.queue.dropped_while_queued())
     }
 
     /// Whether the queue is closing or closed.

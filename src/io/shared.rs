@@ -358,6 +358,11 @@ impl Shared {
         stats
     }
 
+    /// See [`Machine::dropped_while_queued`].
+    pub(crate) fn dropped_while_queued(&self) -> u64 {
+        self.core().machine.dropped_while_queued()
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.core().machine.life().has_ended()
     }

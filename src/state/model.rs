@@ -122,6 +122,7 @@ impl World {
             room,
             actions: HashMap::new(),
             gone: BTreeSet::new(),
+            dropped: 0,
             bound: true,
         };
         Self {
@@ -194,6 +195,7 @@ impl World {
                 for id in gone {
                     self.kernel.queued.remove(&id);
                     self.kernel.gone.insert(id);
+                    self.kernel.dropped += 1;
                 }
             }
             97 => self.detach(),
@@ -608,6 +610,8 @@ impl World {
         let stats = self.machine.stats();
         let sum = taken(&stats) + stats.held.in_flight as u64;
         assert_eq!(stats.received.packets, sum, "{stats:?}");
+        // No false alarm.
+        assert!(self.machine.dropped_while_queued() <= self.kernel.dropped, "{stats:?}");
     }
 
     /// Every decided packet got an allowed action.

@@ -62,6 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if count > WIDEST_SEARCH {
                 self.ledger.forbid_batches();
             } else {
+                self.sending.doubtful = true;
                 // It is unknown which of them the kernel still holds, so each gets a message of its
                 // own.
                 for offset in 0..count {
