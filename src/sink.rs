@@ -93,7 +93,9 @@ impl VerdictSink {
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
     /// counted in [`Sent::refusals_unread`](crate::stats::Sent::refusals_unread). If there are
     /// several such streams, each error goes to one of them. The stream ends when the queue is
-    /// closed. It does not keep the queue open.
+    /// closed and every packet that was handed out has been decided or dropped: verdicts for
+    /// packets that the closing queue has decided are reported, too. It does not keep the queue
+    /// open.
     pub fn refusals(&self) -> Refusals {
         Refusals { queue: Arc::clone(&self.queue), ended: false }
     }
@@ -314,7 +316,7 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// The next error; `None` when the queue is closed.
+    /// The next error; `None` when the queue is closed and no packet is held any more.
     ///
     /// # Cancel safety
     /// Cancel safe: no error is lost.

@@ -23,7 +23,7 @@ use crate::{
 
 impl Shared {
     /// Decides packets that were received and not handed out.
-    fn decide_unread(&self, action: Action) {
+    pub(super) fn decide_unread(&self, action: Action) {
         let unread = std::mem::take(&mut lock(&self.receiver).packets);
         self.core().machine.decide_unread(unread.iter().map(|packet| packet.id), action);
     }

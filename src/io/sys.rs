@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
@@ -166,9 +166,9 @@ pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Res
 
 /// A number for this process: a child that it makes by `fork` or `clone` has another one, for as
 /// long as it has a copy of this program's memory.
-pub(crate) fn process() -> u64 {
-    static NUMBER: OnceLock<Option<&'static AtomicU64>> = OnceLock::new();
-    static NEXT: AtomicU64 = AtomicU64::new(1);
+pub(crate) fn process() -> usize {
+    static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
+    static NEXT: AtomicUsize = AtomicUsize::new(1);
     match NUMBER.get_or_init(wiped_on_fork) {
         Some(number) => match number.load(Ordering::Relaxed) {
             0 => {
@@ -182,24 +182,24 @@ pub(crate) fn process() -> u64 {
             number => number,
         },
         // Not as good: a child in another pid namespace may have the same id.
-        None => u64::from(std::process::id()),
+        None => std::process::id() as usize,
     }
 }
 
 /// A number that the kernel sets to 0 in a child process; `None` before Linux 4.14.
 #[allow(unsafe_code)]
-fn wiped_on_fork() -> Option<&'static AtomicU64> {
+fn wiped_on_fork() -> Option<&'static AtomicUsize> {
     // The kernel maps and clears whole pages.
-    const LENGTH: usize = size_of::<AtomicU64>();
+    const LENGTH: usize = size_of::<AtomicUsize>();
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: without an address, it is a new mapping that nobody else uses.
     let page = unsafe { mmap_anonymous(std::ptr::null_mut(), LENGTH, protection, MapFlags::PRIVATE) }.ok()?;
     // SAFETY: the mapping is the one that was just made, and nothing refers to it yet.
     unsafe { madvise(page, LENGTH, Advice::LinuxWipeOnFork) }.ok()?;
     // SAFETY: the page is aligned, readable and writable, is never unmapped, and contains zeros,
-    // which are valid for an `AtomicU64`. That a child finds zeros again is no write in this
+    // which are valid for an `AtomicUsize`. That a child finds zeros again is no write in this
     // process.
-    Some(unsafe { &*page.cast::<AtomicU64>() })
+    Some(unsafe { &*page.cast::<AtomicUsize>() })
 }
 
 /// Runs `body` while the calling thread blocks all signals, so that a thread that it starts blocks

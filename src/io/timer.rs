@@ -17,7 +17,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::Instant,
@@ -60,10 +60,10 @@ impl Timer {
         };
         #[cfg(not(feature = "test-util"))]
         let QueueClock::System = clock;
-        static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
+        static NEXT_KEY: AtomicUsize = AtomicUsize::new(0);
         let timer = Self {
             timed: Timed(timed),
-            key: NEXT_KEY.fetch_add(1, Ordering::Relaxed),
+            key: NEXT_KEY.fetch_add(1, Ordering::Relaxed) as u64,
             #[cfg(feature = "test-util")]
             memory,
         };
@@ -206,7 +206,7 @@ impl State {
 /// process finds its own without a lock, which another thread might hold at the time of a `fork`.
 #[derive(Debug)]
 struct Generation {
-    process: u64,
+    process: usize,
     thread: Arc<TimerThread>,
     next: OnceLock<Box<Generation>>,
 }
@@ -216,7 +216,7 @@ static FIRST: OnceLock<Box<Generation>> = OnceLock::new();
 /// The generation of this process if it has one, and otherwise the last one before it and where it
 /// belongs.
 fn find(
-    process: u64,
+    process: usize,
 ) -> Result<&'static Generation, (Option<&'static Generation>, &'static OnceLock<Box<Generation>>)> {
     let (mut place, mut last) = (&FIRST, None);
     while let Some(generation) = place.get() {

@@ -152,6 +152,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.notices.push(Notice::Reply(waiter, Err(error)));
     }
 
+    /// The streams of refusals may have ended.
+    pub(crate) fn wake_refusals(&mut self) {
+        self.effects.wake_refusals = true;
+    }
+
     /// How many packets have been lost so far.
     pub(crate) fn lost(&self) -> u64 {
         self.counters.lost.packets
