@@ -62,8 +62,8 @@ impl GroupSink {
         join_all(self.sinks.iter().map(VerdictSink::flush)).await.into_iter().collect()
     }
 
-    /// The refusals of all queues: see [`VerdictSink::refusals`]. It ends when all queues are
-    /// closed.
+    /// The refusals of all queues: see [`VerdictSink::refusals`]. It ends when those of all queues
+    /// have ended.
     pub fn refusals(&self) -> impl FusedStream<Item = Error> + Send + Unpin + use<> {
         select_all(self.sinks.iter().map(VerdictSink::refusals))
     }

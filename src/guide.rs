@@ -14,7 +14,9 @@
 //!   `close` at its time-out. So these work while a task is busy for long without an `await`, while
 //!   a current-thread runtime is outside of `block_on`, and after the runtime has ended. The thread
 //!   sleeps while nothing is due. While there is traffic, it wakes once in each `max_delay` of the
-//!   flush policy.
+//!   flush policy. It blocks all signals except those that report a fault of the thread itself
+//!   (`SIGSEGV`, `SIGBUS`, `SIGFPE`, `SIGILL`, `SIGTRAP`, `SIGSYS`), so a program may read its
+//!   signals from a `signalfd`.
 //! - [`AfterReadyTasks`](crate::FlushDecision::AfterReadyTasks) needs the runtime. If the runtime
 //!   does not get to it, the thread asks the policy again after `max_delay`; for a custom policy,
 //!   after 1 ms.
@@ -30,6 +32,9 @@
 //!   such a thread may not send is [refused](crate::VerdictSink::refusals). Its packet gets the
 //!   default action when a thread of the runtime can send again. If that does not happen within 3
 //!   s, the stream ends with `NotPermitted`.
+//! - The thread asks for its capabilities with `capget` after each send. If a seccomp filter
+//!   refuses that call, only the kernel's replies show whether a verdict was refused; such a reply
+//!   can be lost if the receive buffer is full. Allow `capget`.
 //! - A thread that flushes also sends the verdicts of other threads, with its own capabilities.
 //! - The timer thread has the capabilities of the thread that bound the first queue. It sends only
 //!   while no verdict has been refused because the capability was missing.
@@ -44,7 +49,9 @@
 //! - When any hook of the network namespace is unregistered (a base chain or its table is deleted,
 //!   an `iptables-nft-restore` replaces everything, an owner of tables exits), the kernel drops all
 //!   queued packets of all queues in the namespace. Verdicts for them are counted in
-//!   [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least).
+//!   [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least), and reported by an event and by
+//!   [`Advice::DroppedWhileQueued`](crate::Advice::DroppedWhileQueued). This also happens when a
+//!   program deletes and builds its own table again, whatever that table does.
 //! - When a base chain is added at the same hook, with the priority of the queue's chain or an
 //!   earlier one, packets that wait are queued again with new ids after they have been accepted.
 //! - When an interface goes down, the kernel drops the queued packets that arrived on it or would
@@ -90,8 +97,27 @@
 //! - A queue whose stream was dropped stays bound, with length 0, while a packet is still held. The
 //!   kernel drops new packets (with `on_unanswered(Accept)` it accepts them), and `bypass` in the
 //!   rule has no effect until the queue is unbound.
-//! - A child process made by `fork` has a copy of the queue's socket. If the child drops the queue,
-//!   it unbinds the parent's.
+//!
+//! # Children by `fork`
+//!
+//! - A child has the sockets of its parent's queues, and no timer thread. Its first call of a
+//!   queue's function, or of `bind`, starts a thread of its own. So a daemon may bind its queues
+//!   before or after it forks. If it binds them before, time limits hold in the child from its
+//!   first call for the queue on.
+//! - After the fork one of the two processes may use the queue. If that is the child, the parent
+//!   ends with `std::process::exit` or `_exit`, which drop nothing. If it is the parent, the child
+//!   calls `exec` or `_exit`. As long as the child exists without `exec`, it keeps the queue bound.
+//! - For the kernel, both are the owner of the queue. Each receives packets that the other one then
+//!   does not see. Each can decide the packets that were held at the time of the fork: of two
+//!   verdicts, the first is executed. If one drops the queue, it unbinds that of the other. If one
+//!   drops a packet, the packet gets the default action.
+//! - `fork` copies locks as they are. If another thread (a worker of the runtime, or the timer
+//!   thread while it sends) uses the queue at the time of the fork, a call for this queue in the
+//!   child may wait indefinitely. So fork before packets arrive. Queues that the child binds itself
+//!   are not affected.
+//! - A multi-thread runtime does not exist in the child: only the thread that forked does. A
+//!   current-thread runtime works there if the parent ends. While both run, they take each other's
+//!   events.
 //!
 //! # Memory and descriptors
 //!
@@ -139,6 +165,7 @@
 //! | `deadline expired` | DEBUG | `count`, `packet` |
 //! | `verdict too late` | DEBUG | `count`, `packet` |
 //! | `packets lost to a full receive buffer` | WARN | `count`; once for each episode |
+//! | `packets dropped by the kernel while they were queued` | WARN | `count`, `packet` (not for a batch), `likely_cause` |
 //! | `verdict refused` | WARN | `count`, `packet` |
 //! | `malformed message` | WARN | `count`, `packet` |
 //! | `send failed` | WARN | `count` |
@@ -147,6 +174,7 @@
 //! | `deadlines of unread packets are not kept` | ERROR | `error` |
 //! | `queue failed` | ERROR | `count` |
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
+//! | `the timer thread cannot be started` | ERROR | `error`; in no span; only in a child by `fork` |
 
 pub mod flows;
 pub mod kernels;

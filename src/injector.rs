@@ -155,7 +155,9 @@ impl Injector {
     /// Each error concerns only this packet.
     /// * `InvalidInput`: the bytes are not one complete IPv4 or IPv6 packet; its length field
     ///   differs from their number.
-    /// * `Unsupported`: the packet is IPv6, and the system has no IPv6.
+    /// * `Unsupported`: the packet is IPv6, and the system has no IPv6, or no IPv6 address from
+    ///   which to send there (`EADDRNOTAVAIL`): IPv6 may be switched off
+    ///   (`net.ipv6.conf.*.disable_ipv6`).
     /// * `NoRuntime`: the send buffer is full, and the runtime is shutting down.
     /// * `Other`, with [`raw_os_error`](Error::raw_os_error): `EMSGSIZE`, the packet is longer than
     ///   the MTU of the interface; `ENETUNREACH` or `EHOSTUNREACH`, there is no route; `EPERM`, a

@@ -17,7 +17,10 @@ use rustix::{
 #[cfg(feature = "test-util")]
 use crate::io::memory::MemoryKernel;
 use crate::{
-    io::sys,
+    io::{
+        kernel::{NO_PROC, lacks_proc},
+        sys,
+    },
     types::{Error, ErrorKind},
 };
 
@@ -68,7 +71,10 @@ impl NetworkNamespace {
     /// # Errors
     /// `/proc` is not mounted.
     pub fn current() -> Result<Self, Error> {
-        Self::open("/proc/thread-self/ns/net")
+        Self::open("/proc/thread-self/ns/net").map_err(|error| match lacks_proc() {
+            true => error.with_detail(NO_PROC),
+            false => error,
+        })
     }
 
     /// The namespace of a socket: the one in which it was opened, whichever process holds it now.
@@ -128,10 +134,12 @@ impl NetworkNamespace {
     pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
         let namespace = self.descriptor()?;
         thread::scope(|scope| {
-            let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+            let builder = thread::Builder::new().name("netns".to_owned());
+            let run = || {
                 move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
                 Ok(body())
-            })?;
+            };
+            let thread = sys::with_signals_blocked(|| builder.spawn_scoped(scope, run))?;
             match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),

@@ -93,7 +93,9 @@ impl VerdictSink {
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
     /// counted in [`Sent::refusals_unread`](crate::stats::Sent::refusals_unread). If there are
     /// several such streams, each error goes to one of them. The stream ends when the queue is
-    /// closed. It does not keep the queue open.
+    /// closed and every packet that was handed out has been decided or dropped: verdicts for
+    /// packets that the closing queue has decided are reported, too. It does not keep the queue
+    /// open.
     pub fn refusals(&self) -> Refusals {
         Refusals { queue: Arc::clone(&self.queue), ended: false }
     }
@@ -241,6 +243,7 @@ impl VerdictSink {
     ///
     /// # Errors
     /// * `Closed`: the queue is not bound any more.
+    /// * `Unsupported`: `/proc` was not mounted when the queue was bound.
     /// * `NotPermitted`: the file could not be opened when the queue was bound, or when it was
     ///   taken over and the predecessor had not opened it either. Its mode is 0440: only root of
     ///   the user namespace that owns the network namespace may read it, and processes with
@@ -251,12 +254,13 @@ impl VerdictSink {
         self.queue.kernel_stats()
     }
 
-    /// Which limits have cost packets so far, and what to raise them to. Empty if no limit has. If
+    /// What has cost packets so far, and what to do about it: limits that were reached, and base
+    /// chains or interfaces with which the kernel dropped queued packets. Empty if nothing has. If
     /// the kernel's counters cannot be read, an entry says so, because packets that found the queue
     /// full are then not seen.
     pub fn advice(&self) -> Vec<Advice> {
         let kernel = self.queue.bound_kernel_stats().map_err(|error| error.raw_os_error());
-        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer())
+        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer(), self.queue.dropped_while_queued())
     }
 
     /// Whether the queue is closing or closed.
@@ -312,7 +316,7 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// The next error; `None` when the queue is closed.
+    /// The next error; `None` when the queue is closed and no packet is held any more.
     ///
     /// # Cancel safety
     /// Cancel safe: no error is lost.

@@ -67,6 +67,11 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         }
         (Some(Errno::NOENT), Some(Subject::Hooks(_) | Subject::Flows)) => (ErrorKind::Unsupported, None),
         (Some(Errno::OPNOTSUPP | Errno::AFNOSUPPORT), _) => (ErrorKind::Unsupported, None),
+        // nf_ct_netns_do_get
+        (Some(Errno::PROTO), _) => (
+            ErrorKind::Unsupported,
+            Some("the kernel has no connection tracking for this family; for bridges it is NF_CONNTRACK_BRIDGE"),
+        ),
         (Some(Errno::MSGSIZE), None) => (ErrorKind::InvalidInput, Some("too many rules for one transaction")),
         (Some(Errno::AGAIN), None) => (ErrorKind::TimedOut, Some("the kernel did not reply")),
         _ => match lacking {

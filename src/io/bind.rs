@@ -26,7 +26,7 @@ use super::{
 use crate::{
     state::{FixedSettings, Limits, Machine, flush::FlushPolicy},
     types::{Error, ErrorKind},
-    wire::config::{Config, FLAG_CONNTRACK, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
+    wire::config::{Command, Config, FLAG_CONNTRACK, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
 };
 
 /// Descriptors that belong to the network namespace in which they were opened.
@@ -41,7 +41,18 @@ impl Opened {
     pub(crate) fn new(settings: &Settings, config: &Config) -> Self {
         let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
         let socket = Unregistered::open(settings.receive_buffer.unwrap_or_else(wanted));
-        Self { socket, table: KernelTable::open(), network_owner: sys::network_owner() }
+        let mut table = KernelTable::open();
+        if table.is_missing() {
+            // The kernel loads the module when the first message for it comes (nfnetlink_rcv_msg).
+            // This message has a socket of its own, so that nobody waits for the reply.
+            let mut message = Vec::new();
+            Config { command: Some(Command::Nothing), ..Config::default() }.encode(&mut message, 1, settings.queue);
+            if Unregistered::open(0).is_ok_and(|socket| socket.send(&message)) {
+                table = KernelTable::open();
+            }
+        }
+        let network_owner = socket.as_ref().map_or(Owner::Foreign, sys::network_owner);
+        Self { socket, table, network_owner }
     }
 
     /// Opens a socket of a kernel in memory.
@@ -191,7 +202,7 @@ impl Shared {
 
     /// Whether the calling thread has the capability that the kernel checks.
     fn is_capable_here(&self) -> bool {
-        self.network_owner != Owner::Foreign && self.socket.is_capable()
+        self.network_owner != Owner::Foreign && self.is_capable()
     }
 
     /// The other owner of the queue, in words.

@@ -23,7 +23,7 @@ use crate::{
 
 impl Shared {
     /// Decides packets that were received and not handed out.
-    fn decide_unread(&self, action: Action) {
+    pub(super) fn decide_unread(&self, action: Action) {
         let unread = std::mem::take(&mut lock(&self.receiver).packets);
         self.core().machine.decide_unread(unread.iter().map(|packet| packet.id), action);
     }
@@ -40,7 +40,8 @@ impl Shared {
         let result = [flags, length].iter().try_for_each(|config| self.configure_surely("close queue", config));
         // The reply was behind everything that was queued.
         self.decide_unread(action);
-        let capable = self.socket.was_capable();
+        // If it is unknown, the result is the kernel's answer.
+        let capable = self.socket.was_capable().unwrap_or(false);
         self.with(|core| core.machine.stopped(result, capable));
     }
 
@@ -68,7 +69,7 @@ impl Shared {
         let config = Config { command: Some(Command::Unbind), ..Config::default() };
         let result = self.configure_surely("unbind queue", &config);
         let error = result.as_ref().err().map(ToString::to_string);
-        let capable = self.socket.was_capable();
+        let capable = self.socket.was_capable().unwrap_or(false);
         if self.with(|core| core.machine.unbound(result, capable)) {
             self.trace.closed(error, &self.stats());
         }

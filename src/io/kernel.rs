@@ -3,6 +3,8 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
 
+use rustix::io::Errno;
+
 use super::sys::Owner;
 use crate::types::{Error, ErrorKind};
 
@@ -32,12 +34,35 @@ pub struct KernelStats {
 /// The file, opened in a network namespace. Its content is that of this namespace, whichever thread
 /// reads it.
 #[derive(Debug)]
-pub(crate) struct KernelTable(io::Result<File>);
+pub(crate) struct KernelTable(Result<File, Unopened>);
+
+/// Why the file is not open.
+#[derive(Debug)]
+enum Unopened {
+    Failed(io::Error),
+    NoProc,
+    OtherNamespace,
+}
+
+/// Whether `/proc` is missing. It belongs to the calling thread's mount namespace.
+pub(crate) fn lacks_proc() -> bool {
+    // Not `/proc` itself: the directory exists when nothing is mounted there.
+    !std::fs::exists("/proc/thread-self").unwrap_or(true)
+}
+
+/// For the detail of an error.
+pub(crate) const NO_PROC: &str = "/proc is not mounted";
 
 impl KernelTable {
     /// That of the calling thread's network namespace. An error is reported when it is read.
     pub(crate) fn open() -> Self {
-        Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue"))
+        Self(File::open("/proc/thread-self/net/netfilter/nfnetlink_queue").map_err(|source| {
+            if source.kind() == io::ErrorKind::NotFound && lacks_proc() {
+                Unopened::NoProc
+            } else {
+                Unopened::Failed(source)
+            }
+        }))
     }
 
     /// The file, opened in another process.
@@ -45,9 +70,15 @@ impl KernelTable {
         Self(Ok(file))
     }
 
-    /// That of another network namespace, which nobody has opened.
+    /// That of another network namespace than the calling thread's, which nobody has opened.
     pub(crate) fn out_of_reach() -> Self {
-        Self(Err(io::ErrorKind::PermissionDenied.into()))
+        Self(Err(if lacks_proc() { Unopened::NoProc } else { Unopened::OtherNamespace }))
+    }
+
+    /// Whether the kernel has no such file, though `/proc` is mounted: the module has not been
+    /// loaded.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(&self.0, Err(Unopened::Failed(source)) if source.kind() == io::ErrorKind::NotFound)
     }
 
     pub(crate) fn file(&self) -> Option<&File> {
@@ -57,15 +88,16 @@ impl KernelTable {
     /// None: the kernel is one in memory.
     #[cfg(feature = "test-util")]
     pub(crate) fn none() -> Self {
-        Self(Err(io::ErrorKind::NotFound.into()))
+        Self(Err(Unopened::Failed(io::ErrorKind::NotFound.into())))
     }
 
     /// The line of a queue; `None` if the queue is not bound.
     pub(crate) fn read(&self, queue: u16) -> Result<Option<KernelStats>, Error> {
+        const OPERATION: &str = "read /proc/net/netfilter/nfnetlink_queue";
         let failed = |source: io::Error| {
-            let missing = source.kind() == io::ErrorKind::NotFound;
-            let denied = source.kind() == io::ErrorKind::PermissionDenied;
-            let error = Error::os("read /proc/net/netfilter/nfnetlink_queue", source);
+            let (missing, denied) =
+                (source.kind() == io::ErrorKind::NotFound, source.kind() == io::ErrorKind::PermissionDenied);
+            let error = Error::os(OPERATION, source);
             match error.kind() {
                 _ if denied => error.with_kind(ErrorKind::NotPermitted).with_detail(UNREADABLE),
                 _ if missing => error.with_kind(ErrorKind::Unsupported).with_detail("nfnetlink_queue is missing"),
@@ -75,7 +107,16 @@ impl KernelTable {
         let again = |source: &io::Error| {
             source.raw_os_error().map_or_else(|| source.kind().into(), io::Error::from_raw_os_error)
         };
-        let file = self.0.as_ref().map_err(|source| failed(again(source)))?;
+        let file = self.0.as_ref().map_err(|unopened| match unopened {
+            Unopened::Failed(source) => failed(again(source)),
+            Unopened::NoProc => {
+                let source = Errno::NOENT.into();
+                Error::os(OPERATION, source).with_kind(ErrorKind::Unsupported).with_detail(NO_PROC)
+            }
+            Unopened::OtherNamespace => Error::new(ErrorKind::NotPermitted, OPERATION).with_detail(
+                "the queue is in another network namespace, and the process that had it before had not opened the file",
+            ),
+        })?;
         let mut text = Vec::new();
         loop {
             let start = text.len();

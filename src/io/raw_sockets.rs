@@ -122,6 +122,10 @@ fn explain(source: io::Error, to: IpAddr) -> Error {
     match errno {
         Some(Errno::PERM) => error.with_detail("a rule at the output or postrouting hook dropped it"),
         Some(Errno::MSGSIZE) => error.with_detail("it is longer than the MTU of the interface"),
+        // ip6_dst_lookup_tail finds no source address.
+        Some(Errno::ADDRNOTAVAIL) if to.is_ipv6() => error.with_kind(ErrorKind::Unsupported).with_detail(
+            "this host has no IPv6 address from which to send there; IPv6 may be switched off (disable_ipv6)",
+        ),
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH) => error.with_detail(format!("there is no route to {to}")),
         Some(Errno::NOBUFS) => error.with_detail("no memory, or the interface's queue is full"),
         _ => error,

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     state::{Change, VerdictMessage},
     types::{Error, ErrorKind},
-    wire::config::{Config, CopyMode},
+    wire::config::{Command, Config, CopyMode},
 };
 
 /// The result of sending a datagram.
@@ -62,7 +62,8 @@ impl Shared {
         {
             let mut core = self.core();
             if core.machine.is_permission_missing() {
-                if self.socket.is_capable() {
+                // If it is unknown, `probe` asks the kernel soon, and without this lock.
+                if self.socket.is_capable() == Some(true) {
                     core.machine.permitted();
                 } else {
                     core.machine.refuse_gathered();
@@ -114,7 +115,11 @@ impl Shared {
                 let error = Error::new(ErrorKind::InvalidInput, "send verdict");
                 let bytes = sender.datagram.len();
                 let detail = format!("the message of {bytes} bytes is longer than the socket's send buffer allows");
+                // A batch behind it would decide its packet as well.
+                let rest = plan.split_off(end);
                 machine.impossible(plan.remove(begin), first, error.with_detail(detail).with_source(source.into()));
+                machine.unsent(rest, sender.sequence.wrapping_add(1));
+                machine.flush();
                 self.last_sent.store(sender.sequence, Ordering::Release);
                 return begin;
             }
@@ -150,13 +155,22 @@ impl Shared {
                 };
             }
         }
-        if in_doubt {
+        // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its reply may be
+        // lost to a full buffer (nfnetlink_rcv, netlink_ack).
+        let capable = self.socket.was_capable();
+        if in_doubt || capable.is_none() {
             // The reply, if there is one, is in the receive buffer now.
             let _ = self.receive_all();
         }
-        // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its reply may be
-        // lost to a full buffer (nfnetlink_rcv, netlink_ack).
-        if self.socket.was_capable() { Outcome::Sent } else { Outcome::Refused }
+        if capable == Some(false) { Outcome::Refused } else { Outcome::Sent }
+    }
+
+    /// Whether the kernel lets the calling thread send. The caller must hold no lock.
+    pub(super) fn is_capable(&self) -> bool {
+        self.socket.is_capable().unwrap_or_else(|| {
+            let config = Config { command: Some(Command::Nothing), ..Config::default() };
+            self.configure("check the capability for queue", &config).is_ok()
+        })
     }
 
     /// Sends, and tries again while the kernel is out of memory.

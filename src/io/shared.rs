@@ -15,7 +15,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU32},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -32,7 +32,7 @@ use super::{
     receiver::Receiver,
     sender::Sender,
     socket::{self, Socket},
-    sys::Owner,
+    sys::{self, Owner},
     timer::{Timer, TimerTarget},
     trace::Trace,
 };
@@ -81,12 +81,16 @@ pub(crate) struct Shared {
     pub(super) timer: OnceLock<Timer>,
     /// Whether the timer thread has watched the socket before.
     pub(super) watched: AtomicBool,
+    /// The process that used the queue last: [`sys::process`].
+    process: AtomicUsize,
     /// The sequence number of the last message whose send has returned. It is written after the
     /// send, and read before the socket is found empty: by then the kernel's replies up to this
     /// number have been received.
     pub(super) last_sent: AtomicU32,
     /// Whether the queue is being handed over: see [`Hold`](super::handover::Hold).
     pub(super) hold: AtomicU8,
+    /// How many packets have been handed out. It is written under the receive lock.
+    pub(super) handed_out: AtomicUsize,
     /// For event loops that wait for a descriptor.
     pub(super) ready_fd: OnceLock<ReadyFd>,
     pub(super) trace: Trace,
@@ -102,6 +106,8 @@ pub(super) struct Core {
     pub(super) waiting: Vec<Waker>,
     /// Tasks that wait for refusals.
     pub(super) refusals: Vec<Waker>,
+    /// How many packets that were handed out have come back, with a verdict or without.
+    pub(super) given_back: usize,
 }
 
 /// What must be delivered to users' code.
@@ -147,7 +153,7 @@ impl Shared {
         receiver: Receiver,
         network_owner: Owner,
     ) -> Self {
-        let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new() };
+        let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new(), given_back: 0 };
         Self {
             sender: Mutex::new(Sender::new(socket.max_send())),
             receiver: Mutex::new(receiver),
@@ -156,8 +162,10 @@ impl Shared {
             may_be_closed: Arc::new(Notify::new()),
             timer: OnceLock::new(),
             watched: AtomicBool::new(false),
+            process: sys::process().into(),
             last_sent: AtomicU32::new(0),
             hold: AtomicU8::new(0),
+            handed_out: AtomicUsize::new(0),
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),
             network_owner,
@@ -176,6 +184,7 @@ impl Shared {
     /// Runs `body` under the lock, and performs the effects after releasing it. The caller must
     /// hold no lock.
     pub(super) fn with<R>(&self, body: impl FnOnce(&mut Core) -> R) -> R {
+        self.look_for_fork();
         let mut core = self.core();
         let result = body(&mut core);
         if !core.machine.has_effects() {
@@ -186,6 +195,16 @@ impl Shared {
         drop(core);
         self.perform(effects, pending);
         result
+    }
+
+    /// In a child by `fork`, at the first use of the queue: the timer thread and the threads that
+    /// were about to perform effects have stayed in the parent. The caller must hold no lock.
+    pub(super) fn look_for_fork(&self) {
+        let process = sys::process();
+        if self.process.load(Ordering::Relaxed) != process && self.process.swap(process, Ordering::Relaxed) != process {
+            self.watched.store(false, Ordering::Relaxed);
+            self.with(|core| core.machine.forked());
+        }
     }
 
     /// Performs effects that were postponed. The caller must hold no lock.
@@ -266,7 +285,7 @@ impl Shared {
 
     /// Checks whether the calling thread has the capability, after it was missing.
     pub(super) fn probe(&self) {
-        let permitted = self.socket.is_capable();
+        let permitted = self.is_capable();
         self.with(|core| match permitted {
             true => core.machine.permitted(),
             false => core.machine.still_missing(),
@@ -297,6 +316,7 @@ impl Shared {
             if late.is_some() {
                 core.machine.report_late(id);
             }
+            self.given_back(core);
             late
         });
         // Dropping a payload may run users' code.
@@ -315,6 +335,7 @@ impl Shared {
         let late = self.with(|core| {
             let late = core.machine.decide(id, decision).err();
             core.machine.flush();
+            self.given_back(core);
             late
         });
         if let Some(waiter) = late.and_then(|decision| decision.extras?.confirm) {
@@ -331,7 +352,24 @@ impl Shared {
 
     /// The owner of a packet has dropped it.
     pub(crate) fn abandoned(&self, id: u32) {
-        self.with(|core| core.machine.abandon(id));
+        self.with(|core| {
+            core.machine.abandon(id);
+            self.given_back(core);
+        });
+    }
+
+    /// A packet that was handed out has come back: with the last one of a closed queue, the streams
+    /// of refusals end.
+    fn given_back(&self, core: &mut Core) {
+        core.given_back = core.given_back.wrapping_add(1);
+        if core.machine.life().is_closed() && !self.is_any_held(core) {
+            core.machine.wake_refusals();
+        }
+    }
+
+    /// Whether a packet that was handed out has not come back.
+    pub(super) fn is_any_held(&self, core: &Core) -> bool {
+        core.given_back != self.handed_out.load(Ordering::Relaxed)
     }
 
     /// The memory of a packet has been freed.
@@ -347,6 +385,11 @@ impl Shared {
         let mut stats = self.core().machine.stats();
         stats.limits.receive_buffer = self.socket.receive_buffer();
         stats
+    }
+
+    /// See [`Machine::dropped_while_queued`].
+    pub(crate) fn dropped_while_queued(&self) -> u64 {
+        self.core().machine.dropped_while_queued()
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -418,6 +461,10 @@ impl Shared {
 
 impl TimerTarget for Shared {
     fn fire(self: Arc<Self>) {
+        let overdue = self.core().machine.overdue_while_stopping();
+        if let Some(action) = overdue {
+            self.decide_unread(action);
+        }
         self.with(|core| core.machine.fire());
     }
 

@@ -128,7 +128,19 @@ impl Unregistered {
     }
 }
 
+impl AsFd for Unregistered {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Unregistered {
+    /// Sends a message to the kernel, which executes it before this returns. Returns whether it was
+    /// sent.
+    pub(crate) fn send(&self, message: &[u8]) -> bool {
+        rustix::net::send(self, message, SendFlags::empty()).is_ok()
+    }
+
     /// A netlink socket that another process has opened and connected. The caller has checked that
     /// it is one.
     pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
@@ -190,22 +202,23 @@ impl Socket {
         Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
     }
 
-    /// Whether the kernel lets the calling thread send now.
-    pub(crate) fn is_capable(&self) -> bool {
+    /// Whether the kernel lets the calling thread send now; `None` if that is unknown.
+    pub(crate) fn is_capable(&self) -> Option<bool> {
         match self.fd.get_ref() {
             Transport::Netlink(_) => sys::has_net_admin(),
             #[cfg(feature = "test-util")]
-            Transport::Memory(socket) => socket.kernel.is_capable(),
+            Transport::Memory(socket) => Some(socket.kernel.is_capable()),
         }
     }
 
-    /// Whether the kernel let the calling thread send when it sent last. A thread does not regain
-    /// the capability while it sends: if it has the capability now, it had it during the send.
-    pub(crate) fn was_capable(&self) -> bool {
+    /// Whether the kernel let the calling thread send when it sent last; `None` if that is unknown.
+    /// A thread does not regain the capability while it sends: if it has the capability now, it had
+    /// it during the send.
+    pub(crate) fn was_capable(&self) -> Option<bool> {
         match self.fd.get_ref() {
             Transport::Netlink(_) => sys::has_net_admin(),
             #[cfg(feature = "test-util")]
-            Transport::Memory(socket) => socket.kernel.was_capable(),
+            Transport::Memory(socket) => Some(socket.kernel.was_capable()),
         }
     }
 

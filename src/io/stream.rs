@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::BorrowedFd,
     pin::pin,
-    sync::{Arc, MutexGuard},
+    sync::{Arc, MutexGuard, atomic::Ordering},
     task::{Context, Poll, Waker},
     time::Instant,
 };
@@ -29,6 +29,7 @@ pub(crate) struct Received {
 
 impl Shared {
     pub(crate) fn poll_packet(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Received, Error>>> {
+        self.look_for_fork();
         let mut looked = false;
         loop {
             if self.is_held() {
@@ -106,7 +107,9 @@ impl Shared {
         receiver.packets.pop_front().map(|packet| self.hand_out(packet))
     }
 
+    /// The caller holds the receive lock.
     fn hand_out(self: &Arc<Self>, packet: RawPacket) -> Received {
+        self.handed_out.store(self.handed_out.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         Received { guard: VerdictGuard::new(Arc::clone(self), &packet), packet }
     }
 
@@ -161,6 +164,7 @@ impl Shared {
         if let Some(ready_fd) = self.ready_fd.get() {
             ready_fd.lower();
         }
+        self.look_for_fork();
         loop {
             let mut receiver = lock(&self.receiver);
             if let Some(packet) = self.take_packet(&mut receiver) {
@@ -236,7 +240,8 @@ impl Shared {
         if let Some(error) = core.machine.next_refusal() {
             return Poll::Ready(Some(error));
         }
-        if core.machine.life().is_closed() {
+        // A verdict for a packet that is still held will be too late.
+        if core.machine.life().is_closed() && !self.is_any_held(&core) {
             return Poll::Ready(None);
         }
         if !core.refusals.iter().any(|other| other.will_wake(&waker)) {

@@ -5,6 +5,10 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use bytes::BytesMut;
@@ -12,6 +16,7 @@ use rustix::{
     fs::fstatfs,
     io::Errno,
     ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode},
+    mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous},
     net::{RecvFlags, recv, sockopt::socket_type},
     thread::{CapabilitySet, capabilities},
 };
@@ -40,10 +45,11 @@ pub(crate) fn register<T: Owning>(inner: T, interest: Interest) -> Option<io::Re
     Some(registered.ok()?.map_err(|error| error.into_parts().1))
 }
 
-/// Whether the calling thread has an effective `CAP_NET_ADMIN` in its own user namespace.
-pub(crate) fn has_net_admin() -> bool {
-    // It never fails for an existing thread. If it did, the kernel's replies would show the truth.
-    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
+/// Whether the calling thread has an effective `CAP_NET_ADMIN` in its own user namespace; `None` if
+/// the thread may not ask. A seccomp filter can refuse the call.
+pub(crate) fn has_net_admin() -> Option<bool> {
+    let sets = capabilities(None).ok()?;
+    Some(sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
 /// The user namespace that owns the calling thread's network namespace, as far as the thread can
@@ -57,11 +63,12 @@ pub(crate) enum Owner {
     Foreign,
 }
 
-/// The owner of the calling thread's network namespace.
-pub(crate) fn network_owner() -> Owner {
+/// The owner of the calling thread's network namespace, in which the socket was opened.
+pub(crate) fn network_owner(socket: impl AsFd) -> Owner {
     match std::fs::File::open("/proc/thread-self/ns/net") {
         Ok(namespace) => network_owner_of(namespace),
-        Err(_) => Owner::Foreign,
+        // Without /proc. The kernel refuses this unless the thread has `CAP_NET_ADMIN` there.
+        Err(_) => network_namespace_of(socket).map_or(Owner::Foreign, network_owner_of),
     }
 }
 
@@ -155,4 +162,79 @@ pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Res
     // that much of it.
     unsafe { room.set_len(received) };
     Ok(length)
+}
+
+/// A number for this process: a child that it makes by `fork` or `clone` has another one, for as
+/// long as it has a copy of this program's memory.
+pub(crate) fn process() -> usize {
+    static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
+    static NEXT: AtomicUsize = AtomicUsize::new(1);
+    match NUMBER.get_or_init(wiped_on_fork) {
+        Some(number) => match number.load(Ordering::Relaxed) {
+            0 => {
+                // A child's numbers begin after those that its ancestors have used.
+                let new = NEXT.fetch_add(1, Ordering::Relaxed);
+                match number.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed) {
+                    Ok(_) => new,
+                    Err(number) => number,
+                }
+            }
+            number => number,
+        },
+        // Not as good: a child in another pid namespace may have the same id.
+        None => std::process::id() as usize,
+    }
+}
+
+/// A number that the kernel sets to 0 in a child process; `None` before Linux 4.14.
+#[allow(unsafe_code)]
+fn wiped_on_fork() -> Option<&'static AtomicUsize> {
+    // The kernel maps and clears whole pages.
+    const LENGTH: usize = size_of::<AtomicUsize>();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: without an address, it is a new mapping that nobody else uses.
+    let page = unsafe { mmap_anonymous(std::ptr::null_mut(), LENGTH, protection, MapFlags::PRIVATE) }.ok()?;
+    // SAFETY: the mapping is the one that was just made, and nothing refers to it yet.
+    unsafe { madvise(page, LENGTH, Advice::LinuxWipeOnFork) }.ok()?;
+    // SAFETY: the page is aligned, readable and writable, is never unmapped, and contains zeros,
+    // which are valid for an `AtomicUsize`. That a child finds zeros again is no write in this
+    // process.
+    Some(unsafe { &*page.cast::<AtomicUsize>() })
+}
+
+/// Runs `body` while the calling thread blocks all signals, so that a thread that it starts blocks
+/// them from its first instruction. Otherwise a signal that all other threads block, to read it
+/// from a `signalfd`, would be delivered to that thread.
+///
+/// Signals that report a fault of the thread itself are not blocked: the kernel would end the
+/// process instead of calling their handlers.
+#[allow(unsafe_code)]
+pub(crate) fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
+    const OF_FAULTS: [libc::c_int; 6] =
+        [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
+    /// Restores the mask when it is dropped.
+    struct Restore(libc::sigset_t);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: it reads a set that the C library has filled.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+        }
+    }
+    // The C library's function leaves out the two signals that the library itself needs, with which
+    // it lets all threads call `setuid` and the like.
+    //
+    // SAFETY: a `sigset_t` is plain data, for which zeros are valid. Each function writes one set,
+    // which exists, and the signals are valid.
+    let before = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        for signal in OF_FAULTS {
+            libc::sigdelset(&raw mut all, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+        before
+    };
+    let _restore = Restore(before);
+    body()
 }

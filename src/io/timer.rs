@@ -4,6 +4,10 @@
 //! for long, and a current-thread runtime may be outside of `block_on`, or may have ended. So this
 //! thread does what is due if nobody else has done it by then. There is one thread for the process.
 //! The first queue starts it, and it sleeps while nothing is due.
+//!
+//! A child by `fork` has no copy of the thread. The first use of a timer there starts another one,
+//! with descriptors of its own: those that it has inherited are its parent's as well. Nor does it
+//! touch the parent's locks, one of which the thread may have held.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -11,7 +15,10 @@ use std::{
     num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Instant,
 };
@@ -23,13 +30,13 @@ use rustix::{
 
 #[cfg(feature = "test-util")]
 use super::clock::MemoryTimer;
-use super::clock::QueueClock;
 pub(crate) use super::clock::TimerTarget;
+use super::{clock::QueueClock, sys};
 
 /// One timer.
 #[derive(Debug)]
 pub(crate) struct Timer {
-    timer: Arc<TimerThread>,
+    timed: Timed,
     key: u64,
     /// For a clock that is not the system's.
     #[cfg(feature = "test-util")]
@@ -53,18 +60,15 @@ impl Timer {
         };
         #[cfg(not(feature = "test-util"))]
         let QueueClock::System = clock;
-        let timer = TimerThread::get()?;
-        let mut state = timer.state();
-        let key = state.next_key;
-        state.next_key += 1;
-        state.timers.insert(key, Entry { timed, at: None });
-        drop(state);
-        Ok(Self {
-            timer,
-            key,
+        static NEXT_KEY: AtomicUsize = AtomicUsize::new(0);
+        let timer = Self {
+            timed: Timed(timed),
+            key: NEXT_KEY.fetch_add(1, Ordering::Relaxed) as u64,
             #[cfg(feature = "test-util")]
             memory,
-        })
+        };
+        TimerThread::get()?.state().entry(&timer);
+        Ok(timer)
     }
 
     /// Has [`TimerTarget::fire`] called at this time or before.
@@ -77,8 +81,16 @@ impl Timer {
                 None => return,
             },
         };
-        let mut state = self.timer.state();
-        let Some(entry) = state.timers.get_mut(&self.key) else { return };
+        let thread = match TimerThread::get() {
+            Ok(thread) => thread,
+            Err(error) => {
+                // Only in a child by `fork`. The next timer that is set tries again.
+                tracing::error!(target: "tokio_nfqueue", %error, "the timer thread cannot be started");
+                return;
+            }
+        };
+        let mut state = thread.state();
+        let entry = state.entry(self);
         let before = entry.at;
         if before.is_some_and(|before| before <= at) {
             return;
@@ -95,7 +107,7 @@ impl Timer {
         drop(state);
         if must_wake {
             // It fails only if the counter would exceed 2^64 - 2, and then the thread is awake.
-            let _ = rustix::io::write(&self.timer.wake, &1_u64.to_ne_bytes());
+            let _ = rustix::io::write(&thread.wake, &1_u64.to_ne_bytes());
         }
     }
 
@@ -110,11 +122,13 @@ impl Timer {
     /// Has [`TimerTarget::readable`] called once, as soon as the descriptor is readable. `again` is
     /// whether this has been requested before.
     pub(crate) fn watch(&self, fd: impl AsFd, again: bool) -> io::Result<()> {
+        let thread = TimerThread::get()?;
+        thread.state().entry(self);
         let (data, flags) = (epoll::EventData::new_u64(self.key), epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
         if again {
-            epoll::modify(&self.timer.epoll, fd, data, flags)?;
+            epoll::modify(&thread.epoll, fd, data, flags)?;
         } else {
-            epoll::add(&self.timer.epoll, fd, data, flags)?;
+            epoll::add(&thread.epoll, fd, data, flags)?;
         }
         Ok(())
     }
@@ -124,17 +138,30 @@ impl Timer {
     /// Ends a [`watch`](Self::watch), if there is one. Closing the descriptor does not suffice if
     /// another process has a copy.
     pub(crate) fn unwatch(&self, fd: impl AsFd) {
-        let _ = epoll::delete(&self.timer.epoll, fd);
+        if let Some(thread) = TimerThread::started() {
+            let _ = epoll::delete(&thread.epoll, fd);
+        }
     }
 }
 
 impl Drop for Timer {
     fn drop(&mut self) {
-        let mut state = self.timer.state();
+        let Some(thread) = TimerThread::started() else { return };
+        let mut state = thread.state();
         let entry = state.timers.remove(&self.key);
         if let Some(Entry { at: Some(at), .. }) = entry {
             state.order.remove(&(at, self.key));
         }
+    }
+}
+
+/// What a timer calls.
+#[derive(Clone)]
+struct Timed(Weak<dyn TimerTarget>);
+
+impl std::fmt::Debug for Timed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Timed")
     }
 }
 
@@ -149,7 +176,6 @@ struct TimerThread {
 
 #[derive(Debug, Default)]
 struct State {
-    next_key: u64,
     timers: HashMap<u64, Entry>,
     order: BTreeSet<(Instant, u64)>,
     /// The thread sleeps, or is about to, until `until` (`None`: without a limit) or until it is
@@ -158,33 +184,91 @@ struct State {
     until: Option<Instant>,
 }
 
+#[derive(Debug)]
 struct Entry {
-    timed: Weak<dyn TimerTarget>,
+    timed: Timed,
     at: Option<Instant>,
 }
 
-impl std::fmt::Debug for Entry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.at.fmt(f)
+impl State {
+    /// The entry of a timer. There may be none yet if the timer was made before a `fork`.
+    fn entry(&mut self, timer: &Timer) -> &mut Entry {
+        self.timers.entry(timer.key).or_insert_with(|| Entry { timed: timer.timed.clone(), at: None })
+    }
+
+    /// The timers that a child process has inherited.
+    fn inherited(mut self) -> Self {
+        Self { timers: std::mem::take(&mut self.timers), order: std::mem::take(&mut self.order), ..Self::default() }
     }
 }
 
-impl TimerThread {
-    fn get() -> io::Result<Arc<Self>> {
-        static KEEPER: Mutex<Option<Arc<TimerThread>>> = Mutex::new(None);
-        let mut timer = KEEPER.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(timer) = &*timer {
-            return Ok(Arc::clone(timer));
+/// The thread of a process, and those of its descendants that have inherited this from it. Each
+/// process finds its own without a lock, which another thread might hold at the time of a `fork`.
+#[derive(Debug)]
+struct Generation {
+    process: usize,
+    thread: Arc<TimerThread>,
+    next: OnceLock<Box<Generation>>,
+}
+
+static FIRST: OnceLock<Box<Generation>> = OnceLock::new();
+
+/// The generation of this process if it has one, and otherwise the last one before it and where it
+/// belongs.
+fn find(
+    process: usize,
+) -> Result<&'static Generation, (Option<&'static Generation>, &'static OnceLock<Box<Generation>>)> {
+    let (mut place, mut last) = (&FIRST, None);
+    while let Some(generation) = place.get() {
+        if generation.process == process {
+            return Ok(generation);
         }
+        (place, last) = (&generation.next, Some(&**generation));
+    }
+    Err((last, place))
+}
+
+impl TimerThread {
+    /// That of this process, if it has been started.
+    fn started() -> Option<&'static Self> {
+        find(sys::process()).ok().map(|generation| &*generation.thread)
+    }
+
+    /// That of this process.
+    fn get() -> io::Result<&'static Self> {
+        match Self::started() {
+            Some(thread) => Ok(thread),
+            None => Self::start(),
+        }
+    }
+
+    #[cold]
+    fn start() -> io::Result<&'static Self> {
+        static STARTING: Mutex<()> = Mutex::new(());
+        let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = sys::process();
+        let (last, place) = match find(process) {
+            Ok(generation) => return Ok(&generation.thread),
+            Err(end) => end,
+        };
         let new = Arc::new(Self {
             state: Mutex::default(),
             wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         });
-        let runner = Arc::clone(&new);
-        thread::Builder::new().name("nfqueue-timer".to_owned()).spawn(move || runner.run())?;
-        *timer = Some(Arc::clone(&new));
-        Ok(new)
+        {
+            // The thread waits for this lock.
+            let mut state = new.state();
+            let runner = Arc::clone(&new);
+            let builder = thread::Builder::new().name("nfqueue-timer".to_owned());
+            sys::with_signals_blocked(|| builder.spawn(move || runner.run()))?;
+            // If the parent's thread held the lock, each timer comes when it is set again.
+            if let Some(mut inherited) = last.and_then(|last| last.thread.state.try_lock().ok()) {
+                *state = std::mem::take(&mut *inherited).inherited();
+            }
+        }
+        let generation = Generation { process, thread: new, next: OnceLock::new() };
+        Ok(&place.get_or_init(|| Box::new(generation)).thread)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -217,7 +301,7 @@ impl TimerThread {
                     state.order.pop_first();
                     let entry = state.timers.get_mut(&key)?;
                     entry.at = None;
-                    let timed = entry.timed.upgrade();
+                    let timed = entry.timed.0.upgrade();
                     drop(state);
                     if timed.is_some() {
                         return timed;
@@ -272,7 +356,7 @@ impl TimerThread {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let (events, _) = epoll::wait(&self.epoll, &mut events, Some(&now))?;
         for event in events {
-            let timed = self.state().timers.get(&event.data.u64()).and_then(|entry| entry.timed.upgrade());
+            let timed = self.state().timers.get(&event.data.u64()).and_then(|entry| entry.timed.0.upgrade());
             if let Some(timed) = timed {
                 guard(|| timed.readable());
             }

@@ -7,6 +7,9 @@ use crate::{
     types::{Action, Error, Stats},
 };
 
+/// `nf_queue_nf_hook_drop` and `nfqnl_dev_drop`.
+const LIKELY_CAUSE: &str = "a base chain was deleted, with its table or by iptables, or an interface went down";
+
 /// The span of a queue, and its events.
 #[derive(Debug)]
 pub(crate) struct Trace {
@@ -67,6 +70,10 @@ impl Trace {
             ReportKind::Unanswered => event!(self, DEBUG, count, packet, "default action"),
             ReportKind::Expired => event!(self, DEBUG, count, packet, "deadline expired"),
             ReportKind::Late => event!(self, DEBUG, count, packet, "verdict too late"),
+            ReportKind::Dropped => {
+                let likely_cause = LIKELY_CAUSE;
+                event!(self, WARN, count, packet, likely_cause, "packets dropped by the kernel while they were queued")
+            }
             ReportKind::Refused => event!(self, WARN, count, packet, "verdict refused"),
             ReportKind::Malformed => event!(self, WARN, count, packet, "malformed message"),
             ReportKind::Unsent => event!(self, WARN, count, "send failed"),

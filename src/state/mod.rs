@@ -203,6 +203,11 @@ struct Sending {
     /// The kernel refused a datagram although the thread had the capability: only replies show
     /// whether a datagram was executed.
     distrust: bool,
+    /// Verdicts may have been sent for packets that the kernel had released or lost. From then on a
+    /// verdict that finds no packet does not prove that the kernel dropped it.
+    doubtful: bool,
+    /// Packets that the kernel has certainly dropped while they were queued.
+    dropped: u64,
     /// When to send again after a failure, and the pause after the next failure.
     retry: Option<(Instant, Duration)>,
     batches: SentBatches,
@@ -327,6 +332,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     fn in_flight(&self) -> usize {
         self.ledger.undecided() + self.ledger.gathered() + self.sending.leaving
+    }
+
+    /// How many packets the kernel has dropped while they were queued: they arrived, no verdict was
+    /// sent before, and the first one found nothing. Those of a batch that found others are not
+    /// known.
+    pub(crate) fn dropped_while_queued(&self) -> u64 {
+        self.sending.dropped
     }
 
     pub(crate) fn limits(&self) -> Limits {

@@ -122,6 +122,7 @@ impl World {
             room,
             actions: HashMap::new(),
             gone: BTreeSet::new(),
+            dropped: 0,
             bound: true,
         };
         Self {
@@ -194,6 +195,7 @@ impl World {
                 for id in gone {
                     self.kernel.queued.remove(&id);
                     self.kernel.gone.insert(id);
+                    self.kernel.dropped += 1;
                 }
             }
             97 => self.detach(),
@@ -204,6 +206,13 @@ impl World {
                     self.machine.set_driven(driven);
                 }
                 1..=8 => self.begin_hand_over(),
+                9 => {
+                    // The queue goes on in a child by `fork`: the thread that was to carry out
+                    // these effects has stayed in the parent.
+                    self.decide();
+                    drop(self.machine.take_effects());
+                    self.machine.forked();
+                }
                 _ => {}
             },
         }
@@ -492,7 +501,10 @@ impl World {
         {
             let error = Error::new(ErrorKind::InvalidInput, "send verdict");
             self.machine.ledger.ids_of(&plan[begin]).into_iter().for_each(|id| self.refused(id));
+            let rest = plan.split_off(end);
             self.machine.impossible(plan.remove(begin), first, error);
+            self.machine.unsent(rest, self.sequence.wrapping_add(1));
+            self.machine.flush();
             self.sent = self.sequence;
             return begin;
         }
@@ -598,6 +610,8 @@ impl World {
         let stats = self.machine.stats();
         let sum = taken(&stats) + stats.held.in_flight as u64;
         assert_eq!(stats.received.packets, sum, "{stats:?}");
+        // No false alarm.
+        assert!(self.machine.dropped_while_queued() <= self.kernel.dropped, "{stats:?}");
     }
 
     /// Every decided packet got an allowed action.

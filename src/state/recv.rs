@@ -62,6 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if count > WIDEST_SEARCH {
                 self.ledger.forbid_batches();
             } else {
+                self.sending.doubtful = true;
                 // It is unknown which of them the kernel still holds, so each gets a message of its
                 // own.
                 for offset in 0..count {
@@ -149,6 +150,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
         };
         self.notices.push(Notice::Reply(waiter, Err(error)));
+    }
+
+    /// The streams of refusals may have ended.
+    pub(crate) fn wake_refusals(&mut self) {
+        self.effects.wake_refusals = true;
     }
 
     /// How many packets have been lost so far.

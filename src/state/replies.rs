@@ -93,6 +93,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             // The thread had the capability shortly after, or the capability has no effect here:
             // what was executed is not known any more.
             self.sending.distrust = true;
+            self.sending.doubtful = true;
             self.ledger.forbid_batches();
             self.missing_permission();
             if let (Some(action), Some(id)) = (action, id)
@@ -110,6 +111,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             // The interface went down, a hook was unregistered, or the queue was unbound: the
             // packets left the queue without a verdict.
             self.counters.sent.gone_at_least += count;
+            if !self.sending.doubtful {
+                self.sending.dropped += count;
+                self.note(ReportKind::Dropped, count, id);
+            }
             return false;
         }
         self.counters.sent.refused += count;

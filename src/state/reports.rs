@@ -13,6 +13,8 @@ pub(crate) enum ReportKind {
     Expired,
     /// Verdicts were submitted for packets that had already been decided.
     Late,
+    /// The kernel dropped packets while they were queued.
+    Dropped,
     /// The kernel refused verdicts.
     Refused,
     /// Messages from the kernel could not be parsed.
@@ -27,7 +29,7 @@ pub(crate) enum ReportKind {
     Failed,
 }
 
-const KINDS: usize = 10;
+const KINDS: usize = 11;
 
 /// A log event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,8 +27,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 // It was begun by a drop, which waits without limit, or by a caller with a longer
                 // time-out.
                 *old = old.tighten(limit);
+                // Also if the time is over already: the timer knows what nobody has been handed.
                 let now = self.clock.now();
-                self.end_wait(now);
                 self.rearm_timer(now);
                 return false;
             }
@@ -132,6 +132,16 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.look_for_the_end();
     }
 
+    /// The action for packets that nobody has been handed, if the time-out is over while the queue
+    /// is being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: nobody
+    /// owes their verdicts.
+    pub(crate) fn overdue_while_stopping(&self) -> Option<Action> {
+        match self.life {
+            LifeCycle::Stopping { action, limit: WaitLimit::At(at), .. } if at <= self.clock.now() => Some(action),
+            _ => None,
+        }
+    }
+
     /// Stops waiting for verdicts if the time-out is over.
     pub(super) fn end_wait(&mut self, now: Instant) {
         let (action, limit) = match &mut self.life {
@@ -144,15 +154,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         *limit = WaitLimit::Over;
         self.look_for_permission(now);
         let ids = self.ledger.undecided_ids();
-        let left = ids.len() + self.ledger.gathered();
+        let owed = ids.len();
         self.decide_unread(ids.into_iter(), action);
-        if left > 0 {
-            let detail = format!("{left} packets were still undecided after the time-out");
-            let error = Error::new(ErrorKind::TimedOut, format!("close queue {}", self.settings.queue));
-            self.close_error.get_or_insert_with(|| error.with_detail(detail));
+        if owed > 0 {
+            self.timed_out(format!("{owed} packets were still undecided after the time-out"));
+        }
+        if self.ledger.gathered() > 0 {
             self.request_flush();
         }
         self.look_for_the_end();
+    }
+
+    fn timed_out(&mut self, detail: String) {
+        let error = Error::new(ErrorKind::TimedOut, format!("close queue {}", self.settings.queue));
+        self.close_error.get_or_insert_with(|| error.with_detail(detail));
     }
 
     /// Lets the queue be unbound if nothing is owed any more.
@@ -166,6 +181,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 || self.is_broken()
                 || limit == WaitLimit::Over && self.sending.retry.is_some());
         if self.ledger.undecided() == 0 && (sent || hopeless) {
+            let unsent = self.ledger.gathered();
+            if unsent > 0 && limit == WaitLimit::Over {
+                self.timed_out(format!("{unsent} verdicts could not be sent before the time-out"));
+            }
             self.life = LifeCycle::Unbinding { action, limit };
             self.effects.unbind = true;
         }

@@ -55,6 +55,33 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.rearm_timer(now);
     }
 
+    /// This is a child process: the threads that were to carry out effects have stayed in the
+    /// parent, and so has the timer thread. Doing a step twice does no harm.
+    pub(crate) fn forked(&mut self) {
+        if self.gathering.policy.is_none() {
+            // It was being called.
+            self.gathering.policy = Some(FlushPolicy::default());
+        }
+        if self.ledger.gathered() > 0 {
+            self.request_flush();
+        }
+        match self.life {
+            LifeCycle::Open => self.effects.watch |= self.settings.deadline.is_some(),
+            LifeCycle::Stopping { action, failed: false, .. } => self.effects.drain = Some(action),
+            LifeCycle::Unbinding { .. } => self.effects.unbind = true,
+            LifeCycle::Stopping { failed: true, .. }
+            | LifeCycle::Waiting { .. }
+            | LifeCycle::HandingOver { .. }
+            | LifeCycle::Closed { .. } => {}
+        }
+        self.effects.wake_stream = true;
+        self.effects.wake_waiting = true;
+        self.effects.wake_refusals = true;
+        self.effects.call_driver = true;
+        self.timer = None;
+        self.rearm_timer(self.clock.now());
+    }
+
     /// Sets the timer for the next time at which something is due.
     pub(super) fn rearm_timer(&mut self, now: Instant) {
         let permission = match self.permission {

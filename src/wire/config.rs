@@ -61,6 +61,9 @@ impl Config {
 pub(crate) enum Command {
     Bind = 1,
     Unbind = 2,
+    /// `PF_BIND`. It concerns no queue and does nothing since Linux 3.8; the kernel checks the
+    /// capability, as for every message.
+    Nothing = 3,
 }
 
 /// How much of each packet the kernel copies.

@@ -29,6 +29,8 @@ tests![
     both a_waiting_stream_is_woken_by_close,
     both close_may_be_called_several_times,
     one verdicts_after_close_are_late,
+    both refusals_end_when_every_packet_of_a_closed_queue_is_decided,
+    both a_time_out_of_zero_is_enough_for_packets_that_nobody_has_read,
     sync close_works_in_another_runtime,
 ];
 
@@ -350,6 +352,55 @@ async fn verdicts_after_close_are_late() {
             _ => return drop((packet, sink)),
         };
         assert_eq!(error.kind(), ErrorKind::Expired, "{error}");
+    }
+}
+
+async fn refusals_end_when_every_packet_of_a_closed_queue_is_decided() {
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(Duration::from_millis(1)));
+    let traffic = Traffic::new(6);
+    let mut packets = hold(&mut queue, &traffic, 0..6).await;
+    let sink = queue.sink();
+    let mut refusals = sink.refusals();
+    soon("the shutdown", queue.close()).await.unwrap_err();
+    // Read from before and after the late verdicts, in one task and in another.
+    assert!(futures::poll!(std::pin::pin!(refusals.recv())).is_pending());
+    let reading = tokio::spawn(async move {
+        let mut kinds = Vec::new();
+        while let Some(error) = refusals.recv().await {
+            kinds.push((error.kind(), error.packet_id()));
+        }
+        kinds
+    });
+    let mut expected = Vec::new();
+    for packet in packets.split_off(3) {
+        tokio::task::yield_now().await;
+        expected.push((ErrorKind::Expired, Some(packet.id())));
+        packet.accept().submit().unwrap();
+    }
+    // These are no refusals: the owner drops one, detaches and drops one, and is told of the third.
+    drop(packets.remove(0));
+    drop(packets.remove(0).detach());
+    assert!(!reading.is_finished(), "a packet is still held");
+    soon("the reply", packets.remove(0).accept().confirm()).await.unwrap_err();
+    assert_eq!(soon("the end of the refusals", reading).await.unwrap(), expected);
+    assert!(soon("the end of the refusals", sink.refusals().recv()).await.is_none());
+}
+
+async fn a_time_out_of_zero_is_enough_for_packets_that_nobody_has_read() {
+    let traffic = Traffic::new(50);
+    for round in 0..40 {
+        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+        traffic.send(0..25);
+        // In every second round some have been received with the first one.
+        if round % 2 == 0 {
+            next(&mut queue).await.accept().submit().unwrap();
+        }
+        traffic.send(25..50);
+        let sink = queue.sink();
+        let closings = futures::future::join(sink.close_within(Duration::ZERO), queue.close_within(Duration::ZERO));
+        let results = soon("the shutdown", closings).await;
+        assert!(results.0.is_ok() && results.1.is_ok(), "round {round}: {results:?}");
+        traffic.expect(0..50).await;
     }
 }
 

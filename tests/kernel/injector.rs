@@ -22,6 +22,7 @@ tests![
     one an_interface_must_exist,
     one without_the_capability_it_is_not_bound,
     one errors_name_the_reason,
+    one where_ipv6_is_switched_off_its_packets_are_unsupported,
     one incomplete_packets_are_not_sent,
     both send_waits_while_the_buffer_is_full,
     both the_sink_waits_while_the_buffer_is_full,
@@ -181,6 +182,27 @@ async fn errors_name_the_reason() {
         divert.close().unwrap();
         // None of them ends anything.
         injector.send(&datagram(from, to, b"")).await.unwrap();
+    }
+}
+
+async fn where_ipv6_is_switched_off_its_packets_are_unsupported() {
+    let peer = support::veth();
+    let injector = Injector::builder().bind().unwrap();
+    let before = Injector::builder().interface(&*peer.near).bind().unwrap();
+    for interface in ["all", "default"] {
+        std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1").unwrap();
+    }
+    let after = Injector::builder().bind().unwrap();
+    let [(from_v4, to_v4), (from, to)] = ways(&peer);
+    for injector in [injector, before, after] {
+        for (from, to) in
+            [(from, to), (from, "[::1]:9".parse().unwrap()), (to.ip(), "[2001:db8::1]:9".parse().unwrap())]
+        {
+            let error = injector.send(&datagram(from, to, b"text")).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            assert!(error.to_string().contains("IPv6"), "{error}");
+        }
+        injector.send(&datagram(from_v4, to_v4, b"text")).await.unwrap();
     }
 }
 

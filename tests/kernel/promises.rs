@@ -720,6 +720,13 @@ impl Subscriber {
     }
 }
 
+/// Records the names of events and spans of this thread, until the guard is dropped.
+pub(crate) fn record_events() -> (Arc<Mutex<Vec<String>>>, tracing::subscriber::DefaultGuard) {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let subscriber = Subscriber { sink: Arc::default(), events: Arc::clone(&events) };
+    (events, tracing::subscriber::set_default(subscriber))
+}
+
 async fn subscribers_may_call_the_queue() {
     traced(|_| ()).await;
 }

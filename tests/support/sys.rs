@@ -48,6 +48,64 @@ pub fn replace_descriptor(number: RawFd, with: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a child by `fork` that runs `body`, and waits for its end. Returns whether it has
+/// succeeded: `body` has returned.
+pub fn in_a_fork(body: impl FnOnce()) -> io::Result<bool> {
+    // SAFETY: the C library leaves its own locks (memory, streams) free in the child. The callers
+    // fork while no other thread of their process runs more than the crate's timer thread, which
+    // sleeps.
+    let pid = match unsafe { libc::fork() } {
+        -1 => return Err(io::Error::last_os_error()),
+        0 => {
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            // SAFETY: it accesses no memory. Nothing of the parent is dropped.
+            unsafe { libc::_exit(i32::from(result.is_err())) }
+        }
+        pid => pid,
+    };
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` outlives the call.
+        match unsafe { libc::waitpid(pid, &raw mut status, 0) } {
+            -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+            -1 => return Err(io::Error::last_os_error()),
+            _ => return Ok(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0),
+        }
+    }
+}
+
+/// Makes `capget` fail with this error number, by a seccomp filter, in this thread and in those
+/// that it starts.
+#[cfg(target_pointer_width = "64")]
+pub fn refuse_capget(errno: libc::c_int) -> io::Result<()> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let mut filter = [
+        // The number of the system call is the first field of `seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        libc::sock_filter { jf: 1, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_capget as u32) },
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: these two read the numbers, and a program whose filter exists and has that length.
+    let result = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// As a daemon does: a child by `fork` goes on, and the process itself ends.
+pub fn go_on_in_a_fork() -> io::Result<()> {
+    // SAFETY: as in `in_a_fork`.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(()),
+        // SAFETY: it accesses no memory.
+        _ => unsafe { libc::_exit(0) },
+    }
+}
+
 /// Makes a child by `fork`, which has copies of all descriptors and sleeps. Returns its id. It ends
 /// by itself after an hour at the latest.
 pub fn fork_sleeper() -> io::Result<libc::pid_t> {

@@ -48,6 +48,8 @@ pub(super) struct Kernel {
     pub(super) actions: HashMap<u32, Action>,
     /// Packets that left the queue without a verdict, or were not queued.
     pub(super) gone: BTreeSet<u32>,
+    /// How many were dropped while they were queued.
+    pub(super) dropped: u64,
     pub(super) bound: bool,
 }
 

@@ -14,6 +14,11 @@
 //! | SIGSTOP beyond the deadline | `deadlines_that_expired_in_a_stopped_process_are_kept_when_it_goes_on` | 100 | 100 | 0 | 0 | 1 |
 //! | a child by `fork` has the socket | `a_queue_that_a_forked_child_shares_works_and_closes` | 100 | 100 | 0 | 0 | 7 |
 //! | the same, and SIGKILL | `a_killed_process_whose_forked_child_lives_keeps_the_queue_bound` | 50 | 30 | 0 | the 20 queued | none: the queue lives as long as a copy of its socket |
+//! | bound after `fork`, in a child and in its child | `a_queue_that_is_bound_after_a_fork_keeps_its_time_limits` | 3 each | 3 each | 0 | 0 | 1, 7 |
+//! | a daemon: the queue's process goes on in a child | `a_forked_child_that_continues_with_the_queue_keeps_its_time_limits` | 5 | 5 | 0 | 0 | 1, 7 |
+//! | `capget` refused by seccomp | `where_capget_is_refused_every_verdict_is_sent` | 60 | 60 | 0 | 0 | 1, 7 |
+//! | the same, and privileges dropped | `where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability` | 2 | 1 | 0 | 1; the refused verdict is reported, and the stream ends with the reason | 6 |
+//! | no `/proc` | `without_proc_a_queue_works_and_errors_name_the_reason` | 10 | 10 | 0 | 0 | 1, 10 |
 //! | runtime shut down with packets held | `unanswered::packets_of_a_runtime_that_shuts_down_get_the_default_action` | 50 | 50 or 0, by the default action | 0 | 0 | 1 |
 //! | 8 queues flooded, out of order, 50 bogus verdicts a packet | `eight_flooded_queues_with_bogus_verdicts_agree_with_the_kernel_to_the_packet` | n | n - by rule | as the kernel counts | as the kernel counts; of those received 0 | 1, 2, 3, 5, 6 |
 //! | base chain of another program deleted, 10 times | `a_base_chain_that_another_program_deletes_costs_only_what_was_queued` | 170 | 100 | 0 | the 70 queued, counted as gone | 6 |
@@ -55,19 +60,32 @@ use libtest_mimic::Trial;
 
 mod errnos;
 mod flood;
+mod forked;
 mod killed;
 mod limits;
 mod network;
+mod proc;
 mod process;
+mod seccomp;
 mod stopped;
 
 const SECONDS: &str = "TOKIO_NFQUEUE_FAULTS_SECONDS";
 
 pub(crate) fn tests() -> Vec<Trial> {
-    [killed::tests, stopped::tests, network::tests, errnos::tests, limits::tests, flood::tests]
-        .iter()
-        .flat_map(|tests| tests())
-        .collect()
+    [
+        killed::tests,
+        stopped::tests,
+        forked::tests,
+        seccomp::tests,
+        proc::tests,
+        network::tests,
+        errnos::tests,
+        limits::tests,
+        flood::tests,
+    ]
+    .iter()
+    .flat_map(|tests| tests())
+    .collect()
 }
 
 /// The whole `main` of the processes that these tests start; `None` in all others.

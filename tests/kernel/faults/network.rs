@@ -1,16 +1,21 @@
 //! Interfaces that go down and up, and base chains of other programs.
 
-use tokio_nfqueue::{Divert, ErrorKind, Hook, Packet, Protocol, Queue, Rule};
+use std::time::Duration;
+
+use tokio_nfqueue::{Action, Advice, Divert, ErrorKind, FlushPolicy, Hook, Packet, Protocol, Queue, Rule};
 
 use super::process::{Process, say, wait_for_the_end};
 use crate::{
-    common::{Traffic, account, eventually, hold, next, number, soon, start},
+    common::{Traffic, account, eventually, hold, next, number, soon, start, without_net_admin},
+    promises::record_events,
     support,
 };
 
 tests![
     both an_interface_that_goes_down_and_up_costs_only_what_was_queued,
     both a_base_chain_that_another_program_deletes_costs_only_what_was_queued,
+    one packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause,
+    one late_verdicts_are_not_taken_for_packets_that_the_kernel_dropped,
 ];
 
 const ROUNDS: u32 = 10;
@@ -71,6 +76,79 @@ async fn a_base_chain_that_another_program_deletes_costs_only_what_was_queued() 
     assert_fields!(stats, decided.accepted: u64::from(ROUNDS * DECIDED), sent.gone_at_least: u64::from(ROUNDS * HELD));
     assert_fields!(stats, sent.refusals: 0);
     assert_fields!(kernel, queue_full: 0, socket_full: 0, last_id: stats.received.packets);
+}
+
+/// The event for packets that the kernel has dropped.
+const DROPPED: &str = "packets dropped by the kernel while they were queued";
+
+async fn packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause() {
+    let (events, _recording) = record_events();
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
+    let traffic = Traffic::new(20);
+    for packet in hold(&mut queue, &traffic, 0..5).await {
+        packet.accept().submit().unwrap();
+    }
+    traffic.expect(0..5).await;
+    assert_eq!(queue.advice(), []);
+    let mut dropped = 0;
+    for confirmed in [false, true] {
+        let (mut other, _) = Process::start("table");
+        let mut held = hold(&mut queue, &traffic, 5..12).await;
+        other.kill();
+        eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
+        if confirmed {
+            held.truncate(1);
+            dropped += 6;
+        }
+        dropped += held.len() as u64;
+        gone(held).await;
+        // The default action of the rest is sent.
+        eventually("the replies", || queue.try_recv().is_err() && queue.stats().sent.gone_at_least == dropped).await;
+    }
+    assert_eq!(queue.advice(), [Advice::DroppedWhileQueued { packets: dropped }]);
+    let text = queue.advice()[0].to_string();
+    for cause in ["14 packets", "base chain", "iptables", "interface"] {
+        assert!(text.contains(cause), "{text}");
+    }
+    // Frequent events are reported once a second.
+    let events = events.lock().unwrap();
+    let reported = events.iter().filter(|event| *event == DROPPED).count();
+    assert!((1..=2).contains(&reported), "{events:?}");
+}
+
+async fn late_verdicts_are_not_taken_for_packets_that_the_kernel_dropped() {
+    const SHORT: Duration = Duration::from_millis(50);
+    let (events, _recording) = record_events();
+    let traffic = Traffic::new(20);
+    // Verdicts after the deadline, after close, after a refusal and for packets that were dropped.
+    let (mut queue, divert) =
+        start(Queue::builder(0).flush_policy(FlushPolicy::immediate()).deadline(SHORT, Action::Drop));
+    let held = hold(&mut queue, &traffic, 0..5).await;
+    eventually("the deadline", || held.iter().all(|packet| packet.is_expired())).await;
+    held.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    let mut held = hold(&mut queue, &traffic, 5..10).await;
+    without_net_admin(|| held.remove(0).accept().submit().unwrap());
+    held.remove(0).accept().submit().unwrap();
+    drop(held.remove(0));
+    traffic.send(10..12);
+    let sink = queue.sink();
+    soon("the shutdown", queue.close_within(SHORT / 5)).await.unwrap_err();
+    held.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    drop(divert);
+
+    let (mut queue, divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
+    let held = hold(&mut queue, &traffic, 12..15).await;
+    let second = queue.sink();
+    drop(queue);
+    held.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    eventually("the queue is unbound", || account(0).is_none()).await;
+    drop(divert);
+    for sink in [sink, second] {
+        assert_eq!((sink.advice(), sink.stats().sent.gone_at_least), (vec![], 0));
+    }
+    let events = events.lock().unwrap();
+    assert!(!events.iter().any(|event| event == DROPPED), "{events:?}");
+    assert!(events.iter().any(|event| event == "verdict too late"), "{events:?}");
 }
 
 /// Decides packets that the kernel has dropped. The reply to the last one comes behind all others.

@@ -16,7 +16,7 @@ use nix::{
 };
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
-use super::{limits, network};
+use super::{forked, limits, network, proc, seccomp};
 use crate::support;
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
@@ -103,9 +103,12 @@ impl Drop for Process {
 
 /// Does a whole test in a process of its own, because the test changes what belongs to a process.
 ///
+/// Returns what it has printed to the standard error stream, once that has been closed: also by its
+/// children.
+///
 /// # Panics
 /// When the process fails.
-pub(super) fn in_a_process(mode: &str) {
+pub(super) fn in_a_process(mode: &str) -> String {
     let output = Command::new(std::env::current_exe().unwrap())
         .env(CHILD, mode)
         .stdin(Stdio::null())
@@ -115,6 +118,7 @@ pub(super) fn in_a_process(mode: &str) {
     let text = String::from_utf8_lossy(&output.stderr);
     eprint!("{text}");
     assert!(output.status.success(), "{mode}: {}: {text}", output.status);
+    text.into_owned()
 }
 
 /// The whole `main` of the processes.
@@ -132,6 +136,12 @@ pub(super) fn child() -> Option<ExitCode> {
                 accept_all(queue, false, &format!("ready {forked}")).await;
             });
         }
+        "signals" => forked::signals(),
+        "daemon" => forked::daemon(),
+        "heir" => forked::heir(),
+        mode if mode.starts_with(seccomp::MODE) => seccomp::child(mode),
+        "proc" => proc::hidden(),
+        "proc, no capability" => proc::without_capability(),
         "table" => network::own_a_table(),
         "descriptors" => in_runtime(limits::few_descriptors()),
         "memory" => in_runtime(limits::little_memory()),
@@ -142,7 +152,7 @@ pub(super) fn child() -> Option<ExitCode> {
     std::process::exit(0);
 }
 
-fn in_runtime(body: impl Future<Output = ()>) {
+pub(super) fn in_runtime(body: impl Future<Output = ()>) {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(body);
 }
 

@@ -175,6 +175,14 @@ fn what_the_kernel_lacks_is_named() {
             assert!(error.to_string().contains("NFT_QUEUE"), "{error}");
         }
     }
+    let rule = Rule::new(Hook::Forward).first_packets(1).count();
+    match Divert::builder().family(TableFamily::Bridge).rule(rule).install() {
+        Ok(divert) => divert.close().unwrap(),
+        Err(error) => {
+            assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+            assert!(error.to_string().contains("NF_CONNTRACK_BRIDGE"), "{error}");
+        }
+    }
     let rule = Rule::new(Hook::Input).protocol(Protocol::Tcp).reject();
     match Divert::builder().family(TableFamily::Bridge).rule(rule).install() {
         Ok(divert) => divert.close().unwrap(),

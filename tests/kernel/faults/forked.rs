@@ -1,0 +1,200 @@
+//! The timer thread and its process: signals, and children by `fork`, which have no copy of the
+//! thread.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+    time::Duration,
+};
+
+use nix::{
+    sys::{
+        signal::{SigSet, Signal, kill},
+        signalfd::SignalFd,
+    },
+    unistd::Pid,
+};
+use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue, QueueBuilder};
+
+use super::process::{in_a_process, in_runtime};
+use crate::{
+    common::{PORT, divert, next, number, soon, udp_in},
+    support,
+};
+
+tests![
+    sync the_timer_thread_blocks_the_signals_that_are_sent_to_a_process,
+    sync a_queue_that_is_bound_after_a_fork_keeps_its_time_limits,
+    sync a_forked_child_that_continues_with_the_queue_keeps_its_time_limits,
+];
+
+fn the_timer_thread_blocks_the_signals_that_are_sent_to_a_process() {
+    in_a_process("signals");
+}
+
+fn a_queue_that_is_bound_after_a_fork_keeps_its_time_limits() {
+    in_a_process("daemon");
+}
+
+fn a_forked_child_that_continues_with_the_queue_keeps_its_time_limits() {
+    let text = in_a_process("heir");
+    assert!(text.contains(KEPT), "the child has failed: {text}");
+}
+
+/// What the child prints at its end: its exit status is nobody's.
+const KEPT: &str = "every time limit was kept";
+
+/// As a program that reads its signals from a descriptor: it blocks them after `bind`.
+pub(super) fn signals() {
+    in_runtime(async {
+        let _queue = Queue::builder(0).bind().unwrap();
+        let signals: SigSet = [Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGHUP].into_iter().collect();
+        signals.thread_block().unwrap();
+        let descriptor = SignalFd::new(&signals).unwrap();
+        for signal in &signals {
+            // If the timer thread did not block it, it would end the process.
+            kill(Pid::this(), signal).unwrap();
+            let read = descriptor.read_signal().unwrap().unwrap();
+            assert_eq!(read.ssi_signo.cast_signed(), signal as i32);
+        }
+    });
+    assert_eq!(threads_that_take_signals(), 1, "that of the program");
+}
+
+/// The number of threads of this process that do not block `SIGTERM`, or any other signal that is
+/// sent to a process.
+fn threads_that_take_signals() -> usize {
+    // Those that a thread causes by a fault of its own, those that no thread can block, and the two
+    // that the C library needs.
+    let exempt = [
+        Signal::SIGSEGV as i32,
+        Signal::SIGBUS as i32,
+        Signal::SIGFPE as i32,
+        Signal::SIGILL as i32,
+        Signal::SIGTRAP as i32,
+        Signal::SIGSYS as i32,
+        Signal::SIGKILL as i32,
+        Signal::SIGSTOP as i32,
+        32,
+        33,
+    ];
+    let exempt = exempt.iter().fold(0_u64, |mask, signal| mask | 1 << (signal - 1));
+    let threads = fs::read_dir("/proc/self/task").unwrap();
+    let blocked = threads.map(|thread| {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    });
+    blocked.filter(|blocked| blocked | exempt != u64::MAX).count()
+}
+
+/// A process whose parent has had a queue, in two generations.
+pub(super) fn daemon() {
+    in_runtime(async { soon("the shutdown", Queue::builder(0).bind().unwrap().close()).await.unwrap() });
+    let child = || {
+        keep_time_limits();
+        assert!(support::in_a_fork(keep_time_limits).unwrap());
+    };
+    assert!(support::in_a_fork(child).unwrap());
+    // Its own thread has not been disturbed.
+    keep_time_limits();
+}
+
+/// Gathered verdicts are sent within this time.
+const MAX_DELAY: Duration = Duration::from_millis(20);
+const DEADLINE: Duration = Duration::from_millis(300);
+const CLOSE_WITHIN: Duration = Duration::from_millis(50);
+
+fn builder() -> QueueBuilder {
+    Queue::builder(0).on_unanswered(Action::Accept).flush_policy(FlushPolicy::fixed(100, MAX_DELAY))
+}
+
+/// Numbered datagrams to a receiver that blocks the thread.
+struct Numbers {
+    sender: UdpSocket,
+    receiver: UdpSocket,
+}
+
+impl Numbers {
+    fn new() -> Self {
+        Self { sender: support::udp((Ipv4Addr::LOCALHOST, 0)), receiver: support::udp((Ipv4Addr::LOCALHOST, PORT)) }
+    }
+
+    fn send(&self, number: u32) {
+        self.sender.send_to(&number.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
+    }
+
+    /// Blocks the thread, so that only the timer thread can have the datagram delivered.
+    #[track_caller]
+    fn receive(&self, expected: u32) {
+        let mut datagram = [0; 4];
+        self.receiver.recv(&mut datagram).unwrap_or_else(|error| panic!("datagram {expected}: {error}"));
+        assert_eq!(u32::from_be_bytes(datagram), expected);
+    }
+}
+
+async fn take(queue: &mut Queue, numbers: &Numbers, expected: u32) -> Packet {
+    numbers.send(expected);
+    let packet = next(queue).await;
+    assert_eq!(number(&packet), expected);
+    packet
+}
+
+/// Asserts that a new queue sends gathered verdicts, keeps deadlines and ends `close_within`, while
+/// its runtime is blocked.
+fn keep_time_limits() {
+    in_runtime(async {
+        let numbers = Numbers::new();
+        let _divert = divert([udp_in().to_queue(0)]);
+        let mut queue = builder().bind().unwrap();
+        take(&mut queue, &numbers, 0).await.accept().submit().unwrap();
+        numbers.receive(0);
+        let held = take(&mut queue, &numbers, 1).await;
+        let error = soon("the shutdown", queue.close_within(CLOSE_WITHIN)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        numbers.receive(1);
+        drop(held);
+
+        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().unwrap();
+        let held = take(&mut queue, &numbers, 2).await;
+        numbers.receive(2);
+        // Nobody reads this one.
+        numbers.send(3);
+        numbers.receive(3);
+        drop(held);
+        soon("the shutdown", queue.close()).await.unwrap();
+    });
+}
+
+/// A daemon that has bound its queue before it forks: it goes on in the child.
+pub(super) fn heir() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let numbers = Numbers::new();
+    let (mut queue, divert, mut held) = runtime.block_on(async {
+        let divert = divert([udp_in().to_queue(0)]);
+        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().unwrap();
+        let mut held = Vec::new();
+        for index in 0..3 {
+            held.push(take(&mut queue, &numbers, index).await);
+        }
+        held.remove(0).accept().submit().unwrap();
+        (queue, divert, held)
+    });
+    support::go_on_in_a_fork().unwrap();
+    held.remove(0).accept().submit().unwrap();
+    numbers.receive(0);
+    numbers.receive(1);
+    // By their deadlines: one that was held at the fork, and one that nobody reads.
+    numbers.receive(2);
+    numbers.send(3);
+    numbers.receive(3);
+    runtime.block_on(async {
+        let last = take(&mut queue, &numbers, 4).await;
+        let error = soon("the shutdown", queue.close_within(CLOSE_WITHIN)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        numbers.receive(4);
+        drop(last);
+    });
+    drop((held, divert));
+    eprintln!("{KEPT}");
+}

@@ -1,0 +1,108 @@
+//! A seccomp filter that refuses `capget`, as a container or a service may have it.
+
+use nix::libc::{ENOSYS, EPERM};
+use tokio_nfqueue::{Action, ErrorKind, Queue};
+
+use super::process::{DEADLINE, in_a_process, in_runtime};
+use crate::{
+    common::{Traffic, account, divert, give_up_capabilities, hold, next, soon, udp_in},
+    support,
+};
+
+tests![
+    sync where_capget_is_refused_every_verdict_is_sent,
+    sync where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability,
+    sync where_capget_is_refused_a_second_owner_is_named,
+];
+
+/// How the modes of these processes begin; the errno follows.
+pub(super) const MODE: &str = "capget";
+
+fn where_capget_is_refused_every_verdict_is_sent() {
+    for errno in [EPERM, ENOSYS] {
+        in_a_process(&format!("{MODE} {errno} verdicts"));
+    }
+}
+
+fn where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability() {
+    for errno in [EPERM, ENOSYS] {
+        in_a_process(&format!("{MODE} {errno} lost"));
+    }
+}
+
+fn where_capget_is_refused_a_second_owner_is_named() {
+    for errno in [EPERM, ENOSYS] {
+        in_a_process(&format!("{MODE} {errno} owner"));
+    }
+}
+
+pub(super) fn child(mode: &str) {
+    let words: Vec<&str> = mode.split(' ').collect();
+    let [MODE, errno, what] = words[..] else { panic!("{mode:?}") };
+    support::refuse_capget(errno.parse().unwrap()).unwrap();
+    assert!(rustix::thread::capabilities(None).is_err(), "the filter works");
+    match what {
+        "verdicts" => in_runtime(verdicts()),
+        "lost" => in_runtime(lost()),
+        "owner" => in_runtime(owner()),
+        what => panic!("{what:?}"),
+    }
+}
+
+async fn verdicts() {
+    let _divert = divert([udp_in().to_queue(0)]);
+    let traffic = Traffic::new(60);
+    let mut queue = Queue::builder(0).bind().unwrap();
+    for round in 0..5 {
+        let numbers = round * 10..round * 10 + 10;
+        for packet in hold(&mut queue, &traffic, numbers.clone()).await {
+            packet.accept().submit().unwrap();
+        }
+        traffic.expect(numbers).await;
+    }
+    let sink = queue.sink();
+    soon("the shutdown", queue.close()).await.unwrap();
+    assert_fields!(sink.stats(), decided.accepted: 50, sent.refusals: 0, held.in_flight: 0);
+    assert_eq!(account(0), None);
+
+    let mut queue = Queue::builder(0).deadline(DEADLINE, Action::Accept).bind().unwrap();
+    let held = hold(&mut queue, &traffic, 50..60).await;
+    traffic.expect(50..60).await;
+    drop(held);
+    soon("the shutdown", queue.close()).await.unwrap();
+}
+
+async fn lost() {
+    let _divert = divert([udp_in().to_queue(0)]);
+    let traffic = Traffic::new(10);
+    let mut queue = Queue::builder(0).bind().unwrap();
+    let sink = queue.sink();
+    let mut held = hold(&mut queue, &traffic, 0..2).await;
+    held.remove(0).accept().submit().unwrap();
+    traffic.expect([0]).await;
+    give_up_capabilities();
+    let last = held.remove(0);
+    let id = last.id();
+    last.accept().submit().unwrap();
+    let error = soon("the refusal", sink.refusals().recv()).await.unwrap();
+    assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)), "{error}");
+    let error = soon("the end of the stream", queue.recv()).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    assert!(soon("the end of the stream", queue.recv()).await.is_none());
+    traffic.expect_nothing();
+}
+
+async fn owner() {
+    let mut queue = Queue::builder(0).bind().unwrap();
+    let error = Queue::builder(0).bind().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}");
+    let _divert = divert([udp_in().to_queue(0)]);
+    let traffic = Traffic::new(1);
+    traffic.send([0]);
+    next(&mut queue).await.accept().submit().unwrap();
+    traffic.expect([0]).await;
+    give_up_capabilities();
+    let error = Queue::builder(1).bind().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
+    assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+}
