@@ -274,7 +274,9 @@ impl Adversary {
                 let (end, instead) = nat::end(&self.world, v6, &mut self.random);
                 (ends[1], translated) = (end, Some(instead));
             }
-            if ends[0] == ends[1] || !self.used.insert((tcp, ends)) {
+            // In either direction.
+            let pair = [ends[0].min(ends[1]), ends[0].max(ends[1])];
+            if ends[0] == ends[1] || !self.used.insert((tcp, pair)) {
                 continue;
             }
             break (path, ends, translated);
