@@ -230,7 +230,7 @@ impl QueueBuilder {
     ///
     /// [`Packet::priority`](crate::Packet::priority) then returns the priority without the code of
     /// the rules, and [`Verdict::priority`](crate::Verdict::priority) must not be such a code
-    /// (`0xa800_0000` to `0xafff_ffff`). The marks of packets are not used.
+    /// (`0xa800_0000` to `0xafff_ffff` with the default marks). The marks of packets are not used.
     pub fn flow_marks(mut self, marks: FlowMarks) -> Self {
         self.flow_marks = Some(marks);
         self

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use crate::{
     io::{RawPacket, VerdictGuard},
-    types::{Action, Error, Family, Hook, PacketId, Vlan, flow_codes},
+    types::{Action, Error, Family, Hook, PacketId, Vlan, flow_codes::FlowCodes},
     verdict::Verdict,
     wire::{attribute, packet},
 };
@@ -111,7 +111,7 @@ impl Packet {
     #[doc(alias = "NFQA_PRIORITY")]
     pub fn priority(&self) -> u32 {
         let priority = self.raw.be32(attribute::PRIORITY).unwrap_or(0);
-        if self.guard.flow_marks().is_some() { flow_codes::original(priority) } else { priority }
+        self.guard.flow_marks().map_or(priority, |(marks, _)| FlowCodes::of(marks).original(priority))
     }
 
     /// When the packet was received. `None` for packets from this host, and if the network stack

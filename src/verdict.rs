@@ -21,7 +21,10 @@ use crate::wire::{conntrack::encode_changes, expectation::Expectation};
 use crate::{
     io::{Shared, VerdictExtras, VerdictGuard},
     state::{Decision, Origin},
-    types::{Action, Error, ErrorKind, Hook, PacketId, Vlan, flow_codes as codes},
+    types::{
+        Action, Error, ErrorKind, Hook, PacketId, Vlan,
+        flow_codes::{self, FlowCodes},
+    },
     wire::{MAX_PAYLOAD, verdict::VerdictFields},
 };
 
@@ -447,10 +450,8 @@ impl Verdict {
         {
             return Err("conntrack_mark: the mask has bits of the queue's flow marks");
         }
-        #[cfg(not(feature = "conntrack"))]
-        let _ = marks;
-        if self.priority.is_some_and(codes::is_code) {
-            return Err("priority: 0xa8000000 to 0xafffffff are used for flow marks");
+        if self.priority.is_some_and(|priority| FlowCodes::of(marks).has(priority)) {
+            return Err("priority: it is one of the codes of the queue's flow marks");
         }
         if !self.for_flow {
             return Ok(());
@@ -458,7 +459,7 @@ impl Verdict {
         if !matches!(self.action, Action::Accept | Action::Drop) {
             return Err("for_flow: the action must be accept, drop or reject");
         }
-        if self.action == Action::Accept && self.priority.is_some_and(|priority| priority > codes::ORIGINAL) {
+        if self.action == Action::Accept && self.priority.is_some_and(|priority| priority > flow_codes::ORIGINAL) {
             return Err("for_flow: the new priority must be less than 2^24");
         }
         Ok(())
@@ -468,28 +469,29 @@ impl Verdict {
     /// less than it says. Verdicts of rules behind the queue are codes in the priority of an
     /// accepted packet.
     fn action_and_priority(&self) -> (Action, Option<u32>, Option<&'static str>) {
-        let Some((_, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
-        let own = self.priority.unwrap_or(codes::original(queued));
+        let Some((marks, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
+        let codes = FlowCodes::of(marks);
+        let own = self.priority.unwrap_or(codes.original(queued));
         if !self.for_flow && !self.reject {
             // This verdict skips the chain behind the queue.
-            let restored = self.action == Action::Stop && codes::is_code(queued);
+            let restored = self.action == Action::Stop && codes.has(queued);
             return (self.action, if restored { Some(own) } else { self.priority }, None);
         }
         let can_reject = self.guard.hook() != Hook::Postrouting;
         let no_reject = (self.reject && !can_reject).then_some("the kernel cannot reject packets at Postrouting");
         let accept = self.action == Action::Accept;
-        match queued & codes::CODE {
-            codes::QUEUED if accept => (Action::Accept, Some(codes::ACCEPTED | own), None),
-            codes::QUEUED if self.for_flow => {
-                let code = if self.reject && can_reject { codes::REJECTED } else { codes::DROPPED };
+        match queued & flow_codes::CODE {
+            code if code == codes.queued() && accept => (Action::Accept, Some(codes.accepted() | own), None),
+            code if code == codes.queued() && self.for_flow => {
+                let code = if self.reject && can_reject { codes.rejected() } else { codes.dropped() };
                 (Action::Accept, Some(code), no_reject)
             }
-            codes::QUEUED | codes::ALONE => {
+            code if code == codes.queued() || code == codes.alone() => {
                 let alone = self.for_flow.then_some("the packet is of no connection; the verdict holds for it alone");
                 let reason = no_reject.or(alone);
                 match (accept, self.reject && can_reject) {
                     (true, _) => (Action::Accept, self.priority, reason),
-                    (false, true) => (Action::Accept, Some(codes::REJECTED_PACKET), reason),
+                    (false, true) => (Action::Accept, Some(codes.rejected_packet()), reason),
                     (false, false) => (Action::Drop, None, reason),
                 }
             }

@@ -110,7 +110,7 @@ impl Remember {
             Self::Replied(version) => {
                 let add = |of| format!("add @{PORTS} {{ {} timeout {}s }}", tuple::nft_ports(of), RECENT.as_secs());
                 let [ports, reversed] = Of::Connection.both().map(add);
-                [ports, reversed, update(replied(version), tuple::nft(version, Of::Connection))].join(" ")
+                [update(replied(version), tuple::nft(version, Of::Connection)), ports, reversed].join(" ")
             }
             // nft has no type for the ports of a connection.
             Self::Translated(_) => String::new(),
@@ -139,13 +139,14 @@ impl Remember {
                 encoder.update_set(recent(version), None);
             }
             Self::Replied(version) => {
+                // The tuple comes first: its set limits how much room of the ports these take.
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                encoder.update_set(replied(version), None);
                 for of in Of::Connection.both() {
                     tuple::load_ports(of, REG32_00, encoder);
                     // Those of a denied connection must not be removed earlier.
                     encoder.add_to_set(PORTS, RECENT);
                 }
-                tuple::load(version, Of::Connection, REG32_00, encoder);
-                encoder.update_set(replied(version), None);
             }
         }
     }
@@ -195,10 +196,16 @@ pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
 /// The set of the ports of denied connections.
 pub(super) const PORTS: &str = "flow_denied_ports";
 
-/// The elements of [`PORTS`] for this number of connections: two for each.
+/// The elements of [`PORTS`] for this number of denied connections: two for each, and room for the
+/// connections of which a packet has been rejected. The kernel removes expired elements once a
+/// second, so they may be there twice.
 pub(super) fn ports_capacity(connections: u32) -> u32 {
-    connections.saturating_mul(2)
+    connections.saturating_add(4 * REPLIED).saturating_mul(2)
 }
+
+/// The number of connections of which a packet has been rejected within [`RECENT`] that are
+/// remembered, for each IP version. A reply to a further one may come to the queue.
+pub(super) const REPLIED: u32 = 1024;
 
 /// `NF_IP_PRI_CONNTRACK`
 const CONNECTION_TRACKING: i32 = -200;

@@ -6,7 +6,7 @@ use crate::types::Hook;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FlowChain {
     Back(Way),
-    New(Way),
+    Inherits,
     Begins,
     Accepted,
     Stray(Way),
@@ -32,7 +32,6 @@ impl FlowChain {
         let rejecting = |name: &str, can_reject| if can_reject { name.to_owned() } else { format!("{name}_never") };
         let (name, way) = match self {
             Self::Back(way) => ("back", way),
-            Self::New(way) => ("new", way),
             Self::Stray(way) => ("stray", way),
             Self::Listed(way) => ("listed", way),
             Self::Reversed(way) => ("reversed", way),
@@ -41,6 +40,7 @@ impl FlowChain {
             Self::Rejected(way) => ("rejected", way),
             Self::Replies(way) => ("replies", way),
             Self::Crossed => return "flow_crossed".to_owned(),
+            Self::Inherits => return "flow_inherits".to_owned(),
             Self::Begins => return "flow_begins".to_owned(),
             Self::Accepted => return "flow_accepted".to_owned(),
             Self::ForgetAccept => return "flow_forget_accept".to_owned(),

@@ -18,20 +18,23 @@
 //! | chain | packets that come to it |
 //! |---|---|
 //! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
-//! | `flow_new` | have an entry that no packet has confirmed |
-//! | `flow_begins` | begin a connection: TCP SYN, SCTP INIT, DCCP Request |
+//! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table |
+//! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_stray` | belong to no connection, as connection tracking sees it |
 //! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
 //! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
 //! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
 //! | `flow_forget_accept` | belong to an accepted connection with such a tuple |
-//! | `flow_accepted` | belong to a connection that was accepted by its first packet |
+//! | `flow_accepted` | belong to a connection that was accepted by such a packet, and not yet answered |
 //! | `flow_denied`, `flow_rejected` | are denied |
 //! | `flow_replies` | may be replies of this host to a rejected packet |
 //! | `flow_verdict_accept`, `flow_save`, `flow_save_first` | have a verdict that accepts their connection |
 //! | `flow_verdict_drop`, `flow_verdict_reject`, `flow_reject_packet` | have another verdict |
 
-use crate::types::{Hook, flow_codes as codes};
+use crate::types::{
+    Hook,
+    flow_codes::{self, FlowCodes},
+};
 
 use super::{
     action::{Action, Change, Field, Queues, Target},
@@ -58,7 +61,7 @@ impl<'a> Chained<'a> {
         Self { chain: chain.into(), place, surroundings, rules: Vec::new() }
     }
 
-    /// A chain of [`common_chains`].
+    /// A chain of [`Flows::common_rules`].
     fn common(chain: FlowChain, way: Way, surroundings: Surroundings<'a>) -> Self {
         Self::new(chain.name(), Place { hook: way.hook(), priority: 0 }, surroundings)
     }
@@ -180,6 +183,31 @@ fn jump(chain: FlowChain) -> Action {
     Action::Jump(Target::Flow(chain))
 }
 
+/// The conditions, each perhaps negated, under which this is the first place of the table that a
+/// packet comes to. `None` if it never is. A verdict that the packet has had at an earlier place
+/// stands in the connection's mark.
+fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Match, bool)>> {
+    let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
+    if places.iter().any(|other| other.hook == place.hook && other.priority < place.priority) {
+        return None;
+    }
+    // Packets over the loopback interface come from `Output` or `Postrouting`, where each table
+    // with this hook has a place too.
+    let not_from_here = || vec![(Match::on_loopback(), true)];
+    match place.hook {
+        Hook::Prerouting => Some(not_from_here()),
+        Hook::Input => (!has(Hook::Prerouting)).then(not_from_here),
+        Hook::Forward => (!has(Hook::Prerouting)).then(Vec::new),
+        Hook::Output => Some(Vec::new()),
+        _ => match (has(Hook::Output), has(Hook::Prerouting) || has(Hook::Forward)) {
+            (false, false) => Some(Vec::new()),
+            (false, true) => Some(vec![(Match::arrived(), true)]),
+            (true, false) => Some(vec![(Match::arrived(), false)]),
+            (true, true) => None,
+        },
+    }
+}
+
 /// The other hook that packets of a connection of this host traverse.
 fn opposite(hook: Hook) -> Option<Hook> {
     match hook {
@@ -196,33 +224,6 @@ pub(super) fn places(places: &[Place]) -> Vec<Place> {
     all.sort();
     all.dedup();
     all
-}
-
-/// The chains that stay as they are while the table exists, except those of a place. Chains come
-/// before those that lead to them.
-pub(super) fn common_chains() -> Vec<Chain> {
-    use FlowChain as C;
-    let common =
-        [C::VerdictDrop, C::SaveFirst, C::Save, C::VerdictAccept, C::ForgetAccept, C::Accepted, C::Begins, C::Crossed];
-    let rejecting = [true, false]
-        .into_iter()
-        .flat_map(|can_reject| [C::VerdictReject { can_reject }, C::RejectPacket { can_reject }]);
-    let of_way = Way::ALL.into_iter().flat_map(|way| {
-        let chains = [
-            C::Replies(way),
-            C::Rejected(way),
-            C::Denied(way),
-            C::ReversedDenied(way),
-            C::Reversed(way),
-            C::Listed(way),
-            C::Stray(way),
-            C::New(way),
-            C::Back(way),
-        ];
-        chains.into_iter().filter(move |chain| way.has_replies() || *chain != C::Replies(way))
-    });
-    let chains = common.into_iter().chain(rejecting).chain(of_way);
-    chains.map(|chain| Chain { name: chain.name(), base: None, fixed: true }).collect()
 }
 
 /// The chain behind a place.
@@ -257,14 +258,24 @@ impl<'a> Flows<'a> {
         Match::connection_mark(value, self.table.marks.mask())
     }
 
+    fn codes(self) -> FlowCodes {
+        FlowCodes::of(self.table.marks)
+    }
+
+    /// Packets whose priority is a code of this table.
+    fn has_code(self) -> Match {
+        Match::priority(self.codes().value, flow_codes::MASK)
+    }
+
     fn save(self, value: u32) -> Change {
         Change { field: Field::ConnectionMark, value, mask: self.table.marks.mask() }
     }
 
-    /// The rules of [`common_chains`].
+    /// The rules that stay as they are while the table exists, except those of a place.
     pub(super) fn common_rules(self) -> Vec<KernelRule<'a>> {
         let mut chains = vec![
             self.begins(),
+            self.inherits(),
             self.crossed(),
             self.accepted(),
             self.forget_accept(),
@@ -277,8 +288,7 @@ impl<'a> Flows<'a> {
             chains.extend([self.verdict_reject(can_reject), self.reject_packet(can_reject)]);
         }
         for way in Way::ALL {
-            let of_way =
-                [Self::back, Self::new_connections, Self::stray, Self::listed, Self::reversed, Self::reversed_denied];
+            let of_way = [Self::back, Self::stray, Self::listed, Self::reversed, Self::reversed_denied];
             chains.extend(of_way.map(|chain| chain(self, way)));
             chains.extend([self.denied(way), self.rejected(way)]);
             chains.extend(way.has_replies().then(|| self.replies(way)));
@@ -297,27 +307,22 @@ impl<'a> Flows<'a> {
 
     fn denying_verdicts(self, chain: &mut Chained<'a>, way: Way) {
         let can_reject = way.can_reject();
+        let codes = self.codes();
         for (code, target) in [
-            (codes::DROPPED, FlowChain::VerdictDrop),
-            (codes::REJECTED, FlowChain::VerdictReject { can_reject }),
-            (codes::REJECTED_PACKET, FlowChain::RejectPacket { can_reject }),
+            (codes.dropped(), FlowChain::VerdictDrop),
+            (codes.rejected(), FlowChain::VerdictReject { can_reject }),
+            (codes.rejected_packet(), FlowChain::RejectPacket { can_reject }),
         ] {
             chain.push(&[Match::priority(code, u32::MAX)], goto(target));
         }
     }
 
-    fn new_connections(self, way: Way) -> Chained<'a> {
+    /// An entry gets its mark from the connection that has announced it (`init_conntrack`).
+    fn inherits(self) -> Chained<'a> {
         let marks = self.table.marks;
-        let mut chain = self.of_way(FlowChain::New(way), way);
-        // A packet that is queued twice with one unconfirmed entry is dropped
-        // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
-        if way.has_replies() {
-            chain.push(&[], jump(FlowChain::Replies(way)));
-        }
-        // An entry gets its mark from the connection that has announced it (`init_conntrack`). The
-        // mark `accepting` may also be of a verdict that this packet had at an earlier hook.
+        let mut chain = self.common(FlowChain::Inherits);
         chain.change(&[self.marked(marks.accepted())], self.save(0));
-        chain.change(&[Match::expected(), self.marked(marks.accepting())], self.save(0));
+        chain.change(&[self.marked(marks.accepting())], self.save(0));
         chain
     }
 
@@ -326,22 +331,32 @@ impl<'a> Flows<'a> {
     fn begins(self) -> Chained<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Begins);
-        // A verdict that this very packet had at an earlier hook.
-        chain.push(&[self.marked(marks.accepting())], Action::Return);
         chain.push(&[self.marked(marks.denied())], Action::Return);
         // Packets of the older connection may be in the queue: their verdicts do not hold for the
         // new one.
-        let again = self.save(marks.begun_again());
-        chain.change(&[self.marked(marks.accepted())], again);
-        chain.change(&[Match::answered()], again);
+        let confirmed = chain.push(&[], Action::Continue);
+        confirmed.conditions.push((Match::unconfirmed(), true));
+        confirmed.changes.push(self.save(marks.begun_again()));
+        // Another program may copy the mark of the packet to the connection, as it has copied that
+        // of the connection to the packet before.
+        for value in [marks.accepted(), marks.accepting()] {
+            let change = Change { field: Field::Mark, value: 0, mask: marks.mask() };
+            chain.change(&[Match::mark(value, marks.mask())], change);
+        }
         chain
     }
 
+    /// The answer to a SYN shows that the connection is the one whose first packet was accepted.
+    /// Until then, packets of an older one are asked about.
     fn accepted(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Accepted);
-        chain.push(&[Match::unconfirmed()], Action::Return);
+        let compared = TcpFlags::SYN | TcpFlags::RST | TcpFlags::ACK;
+        let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
+        let accepted = self.save(self.table.marks.accepted());
+        chain.change(&[Match::protocol(Protocol::Tcp), answer], accepted);
+        chain.push(&[Match::protocol(Protocol::Tcp)], Action::Return);
         chain.push_first(&[], Action::Return, None);
-        chain.change(&[], self.save(self.table.marks.accepted()));
+        chain.change(&[], accepted);
         chain
     }
 
@@ -349,19 +364,22 @@ impl<'a> Flows<'a> {
     /// about the window of a TCP connection.
     fn stray(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Stray(way), way);
-        let of = Of::Packet;
-        let listed = Match::listed(of);
-        for set in DeniedSet::all(self.surroundings.family) {
-            let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
-            chain.push_for(set.version, &[listed.clone(), Match::denied(set, of)], action);
-        }
+        let listed = Match::listed(Of::Packet);
+        let deny = |chain: &mut Chained<'a>, protocol: Option<Protocol>, of: Of| {
+            for set in DeniedSet::all(self.surroundings.family) {
+                let conditions: Vec<Match> =
+                    protocol.map(Match::protocol).into_iter().chain([listed.clone(), Match::denied(set, of)]).collect();
+                let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
+                let rule = chain.push(&conditions, action);
+                rule.facts.version = Some(set.version);
+                rule.remember = Some(Remember::Denied(set, of));
+                rule.counts = !set.reject;
+            }
+        };
+        deny(&mut chain, None, Of::Packet);
         chain.push_first(&[], Action::Return, None);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            for set in DeniedSet::all(self.surroundings.family) {
-                let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
-                let conditions = [Match::protocol(protocol), listed.clone(), Match::denied(set, of.reversed())];
-                chain.push_for(set.version, &conditions, action);
-            }
+            deny(&mut chain, Some(protocol), Of::PacketReversed);
         }
         chain
     }
@@ -408,8 +426,9 @@ impl<'a> Flows<'a> {
         let mut chain = self.of_way(FlowChain::ReversedDenied(way), way);
         let of = Of::ConnectionReversed;
         for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
-            let rejected = [Match::denied(set, of)];
-            chain.push(&rejected, goto(FlowChain::Rejected(way))).facts.version = Some(set.version);
+            let rule = chain.push(&[Match::denied(set, of)], goto(FlowChain::Rejected(way)));
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, of));
         }
         chain.remember(false, &[], of, Action::Continue);
         chain.drop();
@@ -493,7 +512,6 @@ impl<'a> Flows<'a> {
     fn save_chain(self) -> Chained<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Save);
-        chain.push(&[Match::unconfirmed()], goto(FlowChain::SaveFirst));
         chain.push_first(&[], goto(FlowChain::SaveFirst), None);
         chain.push(&[self.marked(marks.begun_again())], Action::Return);
         chain.change(&[], self.save(marks.accepted()));
@@ -535,16 +553,29 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The rules before the user's.
-    pub(super) fn first_rules(self, place: Place) -> Vec<KernelRule<'a>> {
+    /// The rules before the user's. `places` are all places of the table.
+    pub(super) fn first_rules(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let marks = self.table.marks;
         let way = Way::of(place.hook);
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
-        chain.push(&[has_code()], jump(FlowChain::Back(way)));
+        chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
         let stray = Match::connection_state([ConnectionState::Invalid, ConnectionState::Untracked]);
         chain.push(&[stray], jump(FlowChain::Stray(way)));
-        chain.push(&[Match::unconfirmed()], jump(FlowChain::New(way)));
-        chain.push_first(&[], jump(FlowChain::Begins), None);
+        let first = first_traversal(place, places);
+        if let Some(first) = &first {
+            let rule = chain.push(&[Match::unconfirmed()], jump(FlowChain::Inherits));
+            rule.conditions.extend(first.clone());
+        }
+        // A packet that is queued twice with one unconfirmed entry is dropped
+        // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
+        if way.has_replies() {
+            chain.push(&[Match::unconfirmed()], jump(FlowChain::Replies(way)));
+        }
+        if let Some(first) = &first {
+            let start = chain.rules.len();
+            chain.push_first(&[], jump(FlowChain::Begins), None);
+            chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.extend(first.clone()));
+        }
         chain.push(&[Match::listed(Of::Connection)], jump(FlowChain::Listed(way)));
         chain.push(&[self.marked(marks.denied())], goto(FlowChain::Denied(way)));
         chain.push(&[self.marked(marks.accepting())], jump(FlowChain::Accepted));
@@ -563,20 +594,18 @@ impl<'a> Flows<'a> {
         let marks = self.table.marks;
         let mut chain = Chained::new(Target::Queues(queues).name(), place, self.surroundings);
         chain.push(&[self.marked(marks.accepted())], Action::Accept);
-        // The packet has no verdict yet, and the connection it begins not either.
-        let again = self.save(marks.begun_again());
-        chain.push_first(&[self.marked(marks.accepting())], Action::Continue, Some(again));
-        let code = |code| Change { field: Field::Priority, value: code, mask: codes::CODE };
-        let has = |code| Match::priority(code, codes::CODE);
-        chain.change(&[has(0)], code(codes::ALONE));
+        let codes = self.codes();
+        let code = |code| Change { field: Field::Priority, value: code, mask: flow_codes::CODE };
+        let has = |code| Match::priority(code, flow_codes::CODE);
+        chain.change(&[has(0)], code(codes.alone()));
         let known = Match::connection_state([ConnectionState::New, ConnectionState::Established]);
-        chain.change(&[has(codes::ALONE), known], code(codes::QUEUED));
+        chain.change(&[has(codes.alone()), known], code(codes.queued()));
         // The first packet of a connection that another one has announced. ICMP errors are related
         // too.
-        let related = [has(codes::ALONE), Match::connection_state([ConnectionState::Related])];
+        let related = [has(codes.alone()), Match::connection_state([ConnectionState::Related])];
         let rule = chain.push(&related, Action::Continue);
         rule.conditions.push((Match::protocols([Protocol::Icmp, Protocol::Icmpv6]), true));
-        rule.changes.push(code(codes::QUEUED));
+        rule.changes.push(code(codes.queued()));
         chain.push(&[], Action::Queue(queues)).counts = true;
         let mut rules = chain.rules;
         rules.iter_mut().for_each(|rule| rule.index = index);
@@ -588,19 +617,19 @@ impl<'a> Flows<'a> {
         let way = Way::of(place.hook);
         let behind = chain_behind(place, self.surroundings.priority);
         let mut chain = Chained::new(behind.name, place, self.surroundings);
-        chain.push(&[], Action::Accept).conditions.push((has_code(), true));
+        chain.push(&[], Action::Accept).conditions.push((self.has_code(), true));
         self.denying_verdicts(&mut chain, way);
-        let accepted = Match::priority(codes::ACCEPTED, codes::CODE);
-        chain.push(&[accepted], jump(FlowChain::VerdictAccept));
+        let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
+        chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
+        // Of two first packets that waited at once, the other one's verdict has accepted.
+        let start = chain.rules.len();
+        let again = self.save(self.table.marks.begun_again());
+        chain.push_first(&[self.marked(self.table.marks.accepting())], Action::Continue, Some(again));
+        chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
         chain.change(&[], CLEAR);
         chain.rules
     }
 }
 
-/// Packets whose priority is a code.
-fn has_code() -> Match {
-    Match::priority(codes::VALUE, codes::MASK)
-}
-
 /// Leaves the packet's own priority.
-const CLEAR: Change = Change { field: Field::Priority, value: 0, mask: codes::CODE };
+const CLEAR: Change = Change { field: Field::Priority, value: 0, mask: flow_codes::CODE };

@@ -25,9 +25,14 @@ impl<'a> Layout<'a> {
         let Some(table) = surroundings.flows else {
             return Self { chains: places.iter().map(base).collect(), rules };
         };
-        let mut chains = flows::common_chains();
         let flows = Flows::new(table, surroundings);
         let mut all = flows.common_rules();
+        let mut chains: Vec<Chain> = Vec::new();
+        for rule in &all {
+            if chains.last().is_none_or(|last| last.name != rule.chain) {
+                chains.push(Chain { name: rule.chain.clone(), base: None, fixed: true });
+            }
+        }
         for rule in &rules {
             let Action::Goto(target @ Target::Queues(queues)) = rule.action else { continue };
             let chain = Chain { name: target.name(), base: None, fixed: false };
@@ -36,16 +41,17 @@ impl<'a> Layout<'a> {
                 all.extend(flows.queue_rules(rule.index, queues, rule.place));
             }
         }
-        for place in &flows::places(places) {
+        let all_places = flows::places(places);
+        for place in &all_places {
             // A new hook comes before those of the same priority (`nf_hook_entries_grow`), so that
             // nothing can come between these chains.
             chains.push(flows::chain_behind(*place, surroundings.priority));
             chains.push(base(place));
-            all.extend(flows.first_rules(*place));
+            all.extend(flows.first_rules(*place, &all_places));
             all.extend(flows.rules_behind(*place));
         }
         all.extend(rules);
-        for place in &flows::places(places) {
+        for place in &all_places {
             all.extend(flows.last_rules(*place));
         }
         Self { chains, rules: all }

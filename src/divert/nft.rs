@@ -197,8 +197,10 @@ impl<'a> Batch<'a> {
             let name = denied::translated(version);
             self.create_denied_set(name, tuple::key(version), Some(data), flows.capacity, flows);
             let briefly = FlowTable { timeout: denied::RECENT, ..flows };
-            for name in [denied::recent(version), denied::replied(version)] {
-                self.create_denied_set(name, tuple::key(version), None, flows.capacity, briefly);
+            for (name, capacity) in
+                [(denied::recent(version), flows.capacity), (denied::replied(version), denied::REPLIED)]
+            {
+                self.create_denied_set(name, tuple::key(version), None, capacity, briefly);
             }
         }
         let capacity = denied::ports_capacity(flows.capacity);

@@ -38,9 +38,8 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             set(denied.name(), &tuple::nft_type(denied.version), flows.capacity, flows.timeout);
         }
         for version in denied::versions(family) {
-            for name in [denied::recent(version), denied::replied(version)] {
-                set(name, &tuple::nft_type(version), flows.capacity, denied::RECENT);
-            }
+            set(denied::recent(version), &tuple::nft_type(version), flows.capacity, denied::RECENT);
+            set(denied::replied(version), &tuple::nft_type(version), denied::REPLIED, denied::RECENT);
         }
         let capacity = denied::ports_capacity(flows.capacity);
         set(denied::PORTS, "inet_service . inet_service", capacity, flows.timeout);

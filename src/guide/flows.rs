@@ -64,12 +64,18 @@
 //!   `for_flow` is then reported by `refusals`.
 //! - A connection that another one has announced (a helper of connection tracking expects it) comes
 //!   to the queue, also if the other one is accepted. If the other one is denied, it is denied.
-//! - A SYN on an accepted connection's addresses and ports ends the accept, whoever sent it. The
-//!   connection's packets then come to the queue again.
-//! - If a connection has begun on the addresses and ports of an older one, and conntrack has not
-//!   yet removed the older one's entry, only a verdict for the packet that begins it (the SYN) can
-//!   accept it. `accept().for_flow()` for a later packet holds for that packet: packets of both
-//!   connections may wait in the queue.
+//! - A SYN on an accepted connection's addresses and ports ends the accept, also if its sender has
+//!   forged them. The connection's packets then come to the queue again. A SYN from the side that
+//!   has not begun the connection is an exception: connection tracking calls it invalid and does
+//!   not count it to the connection. It comes to the queue, and the accept of the older connection
+//!   stays: it holds for later segments that fit into the older connection's window.
+//! - If a SYN comes while conntrack has an entry with its addresses and ports (of an older
+//!   connection, or of the same one if the SYN is sent again), only a verdict for a SYN can accept
+//!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
+//!   both connections may wait in the queue. Of two SYNs that wait at once, the later verdict holds
+//!   for both.
+//! - After `accept().for_flow()` for a SYN, packets come to the queue until the server has answered
+//!   with a SYN. So the hook must see both directions.
 //!
 //! # Where two verdicts meet
 //!
@@ -95,14 +101,26 @@
 //! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
 //! seconds after the verdict, as it may have crossed the denied one. After that it passes:
 //! otherwise a sender with a forged address could block the connections of others. Later packets of
-//! such a connection come to the queue, and cannot leave it, while the denial is remembered.
+//! such a connection come to the queue, and cannot leave it, while the denial is remembered. So do
+//! packets of the denied side, if the other side's packets have passed before the verdict: for
+//! connection tracking these have begun the connection.
+//!
+//! The addresses of a packet can be forged:
+//!
+//! - A sender that forges a client's address can have the client's connection denied. Let the kernel
+//!   drop what comes from the wrong side (`rp_filter`), or name the interface in the rule.
+//! - A policy that accepts forged packets of a server before it denies their connection denies the
+//!   client's own connection on the same ports too: conntrack counts both to one.
+//! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
+//!   translation these are not the connection's, and the packet has no receiver who knows them.
+//!   ICMP messages that connection tracking calls invalid are not denied.
 //!
 //! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
 //!
 //! # Rejected connections
 //!
-//! Only this host's own replies pass: resets without data and ICMP errors that no process has sent.
-//! Resets and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to
+//! Only this host's own replies pass: resets without data and ICMP errors that no process has sent
+//! (or a process of root that has closed its raw socket while the error waited elsewhere). Resets and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to
 //! the first packet is never queued, whatever the rules are: the kernel would drop it
 //! (`nfqnl_enqueue_packet`), and the client would wait.
 //!
@@ -135,6 +153,7 @@
 //!   the chain behind the queue exists. A verdict for a connection is another code. The chain at
 //!   the same hook, directly behind the queue, carries the verdict out and restores the priority.
 //!   Priorities do not decide about routes, and the packet's mark is not used at all.
+//! - Tables with other flow marks have other codes, so that none reads another's.
 //! - [`FlowMarks`](crate::FlowMarks) are three bits of the *connection's* mark, for accepted
 //!   connections. All three are compared, so that the mark of another program is a verdict only if
 //!   it has exactly the same value.

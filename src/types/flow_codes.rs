@@ -6,39 +6,81 @@
 //! lower three bytes remain the packet's own priority. The verdicts that drop the packet are whole
 //! numbers, because they may be read where a packet of another origin can be: before the queue,
 //! when the packet traverses the hook once more.
+//!
+//! Tables with other marks have other codes: a chain that another table registers while a packet
+//! waits comes between, and must not carry out what is not for it.
+
+use super::FlowMarks;
 
 /// The bits that tell codes from ordinary priorities.
 pub(crate) const MASK: u32 = 0xf800_0000;
-/// The value of these bits in a code. As a traffic control class it has the major number 0xa800 or
-/// higher, which the kernel assigns to no class by itself.
-pub(crate) const VALUE: u32 = 0xa800_0000;
 /// The bits of the code itself.
 pub(crate) const CODE: u32 = 0xff00_0000;
 /// The bits that remain for the packet's own priority.
 pub(crate) const ORIGINAL: u32 = !CODE;
 
-/// On its way to the queue: a packet of a connection.
-pub(crate) const QUEUED: u32 = 0xa800_0000;
-/// On its way to the queue: a packet without a connection, or an ICMP error about one. A verdict
-/// can hold for the packet only.
-pub(crate) const ALONE: u32 = 0xa900_0000;
-/// The verdict accepts the connection.
-pub(crate) const ACCEPTED: u32 = 0xaa00_0000;
-/// The verdict drops the connection.
-pub(crate) const DROPPED: u32 = 0xac5d_19e3;
-/// The verdict rejects the connection.
-pub(crate) const REJECTED: u32 = 0xad5d_19e3;
-/// The verdict rejects the packet alone.
-pub(crate) const REJECTED_PACKET: u32 = 0xae5d_19e3;
-
-/// Whether a priority is a code.
-pub(crate) const fn is_code(priority: u32) -> bool {
-    priority & MASK == VALUE
+/// The codes of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FlowCodes {
+    /// The value of [`MASK`] in a code. As a traffic control class it has a major number of 0x8800
+    /// or higher, which the kernel does not come to by itself.
+    pub(crate) value: u32,
 }
 
-/// The packet's own priority.
-pub(crate) const fn original(priority: u32) -> u32 {
-    if is_code(priority) { priority & ORIGINAL } else { priority }
+/// The value for the default marks.
+const DEFAULT: u32 = 0xa800_0000;
+
+impl FlowCodes {
+    pub(crate) const fn of(marks: FlowMarks) -> Self {
+        if marks.mask() == FlowMarks::DEFAULT {
+            return Self { value: DEFAULT };
+        }
+        // One of the other fourteen values. The multiplier is 2^32 divided by the golden ratio.
+        let hash = marks.mask().wrapping_mul(0x9e37_79b1) >> 16;
+        let value = 0x8800_0000 + hash % 14 * 0x0800_0000;
+        Self { value: if value >= DEFAULT { value + 0x0800_0000 } else { value } }
+    }
+
+    /// On its way to the queue: a packet of a connection.
+    pub(crate) const fn queued(self) -> u32 {
+        self.value
+    }
+
+    /// On its way to the queue: a packet without a connection, or an ICMP error about one. A
+    /// verdict can hold for the packet only.
+    pub(crate) const fn alone(self) -> u32 {
+        self.value | 0x0100_0000
+    }
+
+    /// The verdict accepts the connection.
+    pub(crate) const fn accepted(self) -> u32 {
+        self.value | 0x0200_0000
+    }
+
+    /// The verdict drops the connection.
+    pub(crate) const fn dropped(self) -> u32 {
+        self.value | 0x045d_19e3
+    }
+
+    /// The verdict rejects the connection.
+    pub(crate) const fn rejected(self) -> u32 {
+        self.value | 0x055d_19e3
+    }
+
+    /// The verdict rejects the packet alone.
+    pub(crate) const fn rejected_packet(self) -> u32 {
+        self.value | 0x065d_19e3
+    }
+
+    /// Whether a priority is a code of this table.
+    pub(crate) const fn has(self, priority: u32) -> bool {
+        priority & MASK == self.value
+    }
+
+    /// The packet's own priority.
+    pub(crate) const fn original(self, priority: u32) -> u32 {
+        if self.has(priority) { priority & ORIGINAL } else { priority }
+    }
 }
 
 #[cfg(test)]
@@ -47,14 +89,40 @@ mod tests {
 
     #[test]
     fn codes_differ_and_are_told_from_ordinary_priorities() {
-        let codes = [QUEUED, ALONE, ACCEPTED, DROPPED, REJECTED, REJECTED_PACKET];
-        for (index, code) in codes.into_iter().enumerate() {
-            assert!(is_code(code) && codes[..index].iter().all(|other| other & CODE != code & CODE), "{code:#x}");
+        for mask in [FlowMarks::DEFAULT, 7, 0xe000_0000, 0x0007_0000] {
+            let codes = FlowCodes::of(FlowMarks::new(mask));
+            let all = [
+                codes.queued(),
+                codes.alone(),
+                codes.accepted(),
+                codes.dropped(),
+                codes.rejected(),
+                codes.rejected_packet(),
+            ];
+            for (index, code) in all.into_iter().enumerate() {
+                assert!(codes.has(code) && all[..index].iter().all(|other| other & CODE != code & CODE), "{code:#x}");
+            }
+            for priority in [0, 7, 0x0001_0010, 0x00ff_ffff, 0x8001_0010] {
+                assert!(!codes.has(priority), "{priority:#x}");
+                assert_eq!(codes.original(priority), priority);
+            }
+            assert_eq!(codes.original(codes.queued() | 0x0001_0010), 0x0001_0010);
         }
-        for priority in [0, 7, 0x0001_0010, 0x00ff_ffff, 0x8001_0010, u32::MAX] {
-            assert!(!is_code(priority), "{priority:#x}");
-            assert_eq!(original(priority), priority);
+    }
+
+    #[test]
+    fn other_marks_have_other_codes_than_the_default() {
+        let default = FlowCodes::of(FlowMarks::default());
+        assert_eq!((default.queued(), default.dropped()), (0xa800_0000, 0xac5d_19e3));
+        let mut values = Vec::new();
+        for shift in 0..29 {
+            let codes = FlowCodes::of(FlowMarks::new(7 << shift));
+            assert_ne!(codes, default);
+            assert!((0x8800_0000..=0xf800_0000).contains(&codes.value) && codes.value & !MASK == 0);
+            values.push(codes.value);
         }
-        assert_eq!(original(QUEUED | 0x0001_0010), 0x0001_0010);
+        values.sort();
+        values.dedup();
+        assert!(values.len() > 8, "{values:x?}");
     }
 }

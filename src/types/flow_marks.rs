@@ -25,6 +25,8 @@ const DENIED: u8 = 0b110;
 const ACCEPTED: u8 = 0b111;
 
 impl FlowMarks {
+    pub(crate) const DEFAULT: u32 = 0x0000_1012;
+
     /// Returns the marks in the lowest three bits of `mask`. The others of its bits are not used.
     ///
     /// A mask with fewer than three bits is refused by `bind` and `install`.
@@ -51,8 +53,8 @@ impl FlowMarks {
         self.place(ACCEPTED)
     }
 
-    /// The mark of a connection that was accepted by the packet that began it. The connection's
-    /// next packet changes it to [`accepted`](Self::accepted).
+    /// The mark of a connection that was accepted by the SYN that began it. The answer to the SYN
+    /// changes it to [`accepted`](Self::accepted).
     pub const fn accepting(self) -> u32 {
         self.place(ACCEPTING)
     }
@@ -100,7 +102,7 @@ impl Default for FlowMarks {
     /// Amazon VPC CNI (`0x80`). OpenWrt's mwan3 (`0x3f00`) and NordVPN (`0xe1f1`) use one of the
     /// bits, which is the value of no verdict.
     fn default() -> Self {
-        Self::new(0x0000_1012)
+        Self::new(Self::DEFAULT)
     }
 }
 

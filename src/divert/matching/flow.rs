@@ -48,16 +48,6 @@ impl Match {
         Self::status(IPS_CONFIRMED, 0)
     }
 
-    /// Packets of connections that have been answered.
-    pub(in super::super) fn answered() -> Self {
-        Self::status(IPS_SEEN_REPLY, IPS_SEEN_REPLY)
-    }
-
-    /// Packets of connections that another connection has announced.
-    pub(in super::super) fn expected() -> Self {
-        Self::status(IPS_EXPECTED, IPS_EXPECTED)
-    }
-
     /// Packets of connections whose destination has been translated.
     pub(in super::super) fn destination_translated() -> Self {
         Self::status(IPS_DST_NAT, IPS_DST_NAT)
@@ -247,8 +237,6 @@ impl Condition for Flow {
 /// uapi/linux/netfilter/nf_tables.h, enum nft_ct_keys
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
-const IPS_EXPECTED: u32 = 1 << 0;
-const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_CONFIRMED: u32 = 1 << 3;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h

@@ -208,7 +208,7 @@ async fn other_bits_of_both_marks_stay() {
             rule.destination_port(talk.port()).when(condition).count()
         };
         let rules = Divert::builder().rule(before).rule(behind(Match::mark(0x1008_0001, u32::MAX)));
-        let accepted = 0x8010_0042 | if decision.is_some() { marks.accepting() } else { 0 };
+        let accepted = 0x8010_0042 | if decision.is_some() { marks.accepted() } else { 0 };
         let others = rules.rule(behind(Match::connection_mark(accepted, u32::MAX))).install().unwrap();
         let _divert =
             Divert::builder().flow_marks(marks).rule(to_port(Hook::Output, talk.port()).to_queue(0)).install().unwrap();

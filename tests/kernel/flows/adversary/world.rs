@@ -78,7 +78,7 @@ impl World {
         support::forwarding();
         unlimited_icmp_errors();
         let raw = |family, protocol| {
-            let socket = nix::libc::c_int::from(protocol);
+            let socket = i32::from(protocol);
             let domain = if family == AddressFamily::Inet { Domain::IPV4 } else { Domain::IPV6 };
             let socket = Socket::new(domain, Type::RAW, Some(socket.into())).expect("open a raw socket");
             socket.set_nonblocking(true).expect("set non-blocking");
