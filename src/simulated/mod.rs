@@ -73,6 +73,9 @@ use crate::{
 };
 
 mod connection;
+#[cfg(test)]
+mod flow_tests;
+mod flows;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod message;
@@ -85,6 +88,7 @@ mod segment;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod tuple;
 
 pub use self::{
     connection::Connection,
@@ -173,6 +177,15 @@ impl Kernel {
     /// The mark of a connection (`ct mark`), by the id of the [`Connection`].
     pub fn connection_mark(&self, connection: u32) -> Option<u32> {
         self.0.inner().model.connection_mark(connection)
+    }
+
+    /// Forgets all verdicts for connections, as
+    #[cfg_attr(feature = "divert", doc = "[`Divert::forget_flows`](crate::Divert::forget_flows)")]
+    #[cfg_attr(not(feature = "divert"), doc = "`Divert::forget_flows`")]
+    /// does: the next packets of these connections come to the queue. Packets that are in a queue
+    /// are not affected.
+    pub fn forget_flows(&self) {
+        self.0.inner().model.forget_flows();
     }
 
     /// Adds an interface, for [`Packet::interface_name`](crate::Packet::interface_name).
@@ -297,9 +310,9 @@ impl Shared {
 }
 
 impl MemoryKernel for Shared {
-    fn open(&self, signal: Signal) -> u32 {
+    fn open(&self, signal: Signal, with_flows: bool) -> u32 {
         let mut inner = self.inner();
-        let port = inner.model.open(true);
+        let port = inner.model.open(true, with_flows);
         inner.signals.insert(port, signal);
         port
     }
