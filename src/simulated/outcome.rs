@@ -18,8 +18,8 @@ pub struct Outcome {
     /// Whether the packet has continued on its way; otherwise it was dropped. If the packet was
     /// segmented: whether every segment has continued.
     pub accepted: bool,
-    /// Whether the packet was rejected: it was dropped, and the kernel has replied to its sender. If
-    /// the packet was segmented: whether one of the segments was rejected.
+    /// Whether the packet was rejected: it was dropped, and the kernel has replied to its sender.
+    /// If the packet was segmented: whether one of the segments was rejected.
     pub rejected: bool,
     /// What decided that.
     pub cause: Cause,
@@ -36,7 +36,8 @@ pub struct Outcome {
     pub vlan: Option<Vlan>,
     /// The packet's link-layer header, in the bridge family.
     pub layer2_header: Option<Bytes>,
-    /// The mark of the packet's connection, if it has one.
+    /// The mark of the packet's [`Connection`](super::Connection), if it has one. Verdicts for
+    /// connections do not change it.
     pub connection_mark: Option<u32>,
     /// The packet from its network header on. Empty if the packet was segmented.
     pub payload: Bytes,

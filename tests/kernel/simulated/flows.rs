@@ -75,7 +75,7 @@ async fn run(world: World, scenario: Scenario) -> Vec<String> {
 /// Two hosts with this one between them, and a queue at the forward hook.
 enum World {
     Simulated { kernel: Kernel, queue: Queue, sent: Vec<(bool, Sent)> },
-    Real { hosts: Hosts, queue: Queue, _divert: Divert },
+    Real { hosts: Box<Hosts>, queue: Queue, _divert: Box<Divert> },
 }
 
 impl World {
@@ -85,13 +85,13 @@ impl World {
     }
 
     fn real() -> Self {
-        let hosts = Hosts::new();
+        let hosts = Box::new(Hosts::new());
         unlimited_icmp_errors();
         let marks = FlowMarks::default();
         let queue = Queue::builder(0).flow_marks(marks).bind().unwrap();
         let rule = Rule::new(Hook::Forward).unless(Match::protocol(Protocol::Other(LAST)));
         let divert = Divert::builder().flow_marks(marks).rule(rule.to_queue(0)).install().unwrap();
-        Self::Real { hosts, queue, _divert: divert }
+        Self::Real { hosts, queue, _divert: Box::new(divert) }
     }
 
     fn queue(&mut self) -> &mut Queue {
@@ -474,21 +474,25 @@ async fn a_protocol_without_ports(script: &mut Script) {
     }
 }
 
-/// Several datagram flows at once. No entry of connection tracking ends within the time of this.
+/// Several datagram flows at once. No entry of connection tracking ends within the time of a round.
 async fn random_packets_and_verdicts(script: &mut Script) {
     const DECISIONS: [Decide; 7] = [ACCEPT, ACCEPT, DROP, REJECT, ACCEPT_FLOW, DROP_FLOW, REJECT_FLOW];
-    let mut random = Random::new(1);
-    for _ in 0..400 {
-        if !script.waiting.is_empty() && !random.one_in(3) {
-            let index = random.below(script.waiting.len());
-            script.decide(index, DECISIONS[random.below(DECISIONS.len())]).await;
-            continue;
+    const PORTS: usize = 16;
+    for round in 0..5 {
+        let mut random = Random::new(round as u64);
+        for _ in 0..300 {
+            if !script.waiting.is_empty() && !random.one_in(3) {
+                let index = random.below(script.waiting.len());
+                script.decide(index, DECISIONS[random.below(DECISIONS.len())]).await;
+                continue;
+            }
+            script.client_port = (50_000 + round * PORTS + random.below(PORTS)) as u16;
+            match random.below(8) {
+                0 => script.error(|[from, to]| datagram(from, to, b"data")),
+                _ => script.datagram(!random.one_in(3)),
+            }
+            script.look();
         }
-        script.client_port = 50_000 + random.below(16) as u16;
-        match random.below(8) {
-            0 => script.error(|[from, to]| datagram(from, to, b"data")),
-            _ => script.datagram(!random.one_in(3)),
-        }
-        script.look();
+        script.all(ACCEPT).await;
     }
 }
