@@ -177,6 +177,8 @@ pub(crate) fn unlimited_icmp_errors() {
     for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
         std::fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
     }
+    // The limit for all receivers together (`icmp_global_allow`).
+    std::fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
 }
 
 /// Nothing waits in the queue.
