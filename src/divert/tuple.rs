@@ -69,9 +69,12 @@ impl FlowTuple {
 
     /// The connection with this key, whose destination has been translated to what the data says.
     pub(super) fn translated(key: &[u8], data: &[u8]) -> Option<Self> {
-        let (address_length, ip): (usize, fn(&[u8]) -> Option<IpAddr>) = match key.len() {
-            20 => (4, |bytes| Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into())),
-            _ => (16, |bytes| Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into())),
+        let address_length = if key.len() == 20 { 4 } else { 16 };
+        let ip = |bytes: &[u8]| -> Option<IpAddr> {
+            Some(match <[u8; 4]>::try_from(bytes) {
+                Ok(octets) => Ipv4Addr::from(octets).into(),
+                Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into(),
+            })
         };
         let port = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
         let source = SocketAddr::new(ip(key.get(..address_length)?)?, port(key, 2 * address_length + 4)?);

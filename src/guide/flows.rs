@@ -107,8 +107,8 @@
 //!
 //! The addresses of a packet can be forged:
 //!
-//! - A sender that forges a client's address can have the client's connection denied. Let the kernel
-//!   drop what comes from the wrong side (`rp_filter`), or name the interface in the rule.
+//! - A sender that forges a client's address can have the client's connection denied. Let the
+//!   kernel drop what comes from the wrong side (`rp_filter`), or name the interface in the rule.
 //! - A policy that accepts forged packets of a server before it denies their connection denies the
 //!   client's own connection on the same ports too: conntrack counts both to one.
 //! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
@@ -120,8 +120,9 @@
 //! # Rejected connections
 //!
 //! Only this host's own replies pass: resets without data and ICMP errors that no process has sent
-//! (or a process of root that has closed its raw socket while the error waited elsewhere). Resets and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to
-//! the first packet is never queued, whatever the rules are: the kernel would drop it
+//! (or a process of root that has closed its raw socket while the error waited elsewhere). Resets
+//! and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to the first
+//! packet is never queued, whatever the rules are: the kernel would drop it
 //! (`nfqnl_enqueue_packet`), and the client would wait.
 //!
 //! - In the middle of a connection, the sender of the rejected packet is reset at once, and the

@@ -91,7 +91,7 @@ fn denied(kernel: &Kernel, packet: TestPacket, rejected: bool) {
 
 #[tokio::test]
 async fn packets_of_an_accepted_connection_do_not_come_to_the_queue() {
-    for packets in [[question(), question(), answer()], [syn(), request(), response()]] {
+    for packets in [[question(), question(), answer()], [syn(), request(), syn_ack()]] {
         let (kernel, mut queue) = bind();
         let [first, there, back] = packets.map(|packet| packet.priority(5));
         let outcome = decided(&kernel, &mut queue, first, ACCEPT).await;
@@ -199,6 +199,7 @@ async fn a_syn_ends_the_accept() {
             decided(&kernel, &mut queue, packet, ACCEPT).await;
         }
         decided(&kernel, &mut queue, syn(), ACCEPT).await;
+        assert!(unseen(&kernel, syn_ack()).accepted);
         assert!(unseen(&kernel, request()).accepted);
     }
 }
@@ -256,7 +257,7 @@ async fn an_accept_ends_with_its_connection() {
     // TCP
     decided(&kernel, &mut queue, syn(), ACCEPT).await;
     kernel.advance(Duration::from_secs(4 * 86_400));
-    unseen(&kernel, response());
+    unseen(&kernel, syn_ack());
     kernel.advance(Duration::from_secs(5 * 86_400));
     decided(&kernel, &mut queue, response(), ACCEPT).await;
 }

@@ -259,10 +259,8 @@ impl Flows {
 
     /// `to_queue_N`
     fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<Fate> {
-        if let Some(connection) = packet.connection {
-            if self.mark(connection) == Mark::Accepted {
-                return Some(Fate::Accepted);
-            }
+        if packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
+            return Some(Fate::Accepted);
         }
         packet.priority = *priority;
         if *priority & flow_codes::CODE == 0 {
