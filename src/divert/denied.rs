@@ -95,6 +95,8 @@ pub(super) enum Remember {
     Recent(IpVersion),
     /// A connection of which a packet has just been rejected.
     Replied(IpVersion),
+    /// A connection that a packet without an entry begins, by the packet's addresses and ports.
+    Begun(IpVersion),
 }
 
 impl Remember {
@@ -107,6 +109,10 @@ impl Remember {
                 [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
+            Self::Begun(version) => {
+                let [ports, reversed] = Of::Packet.both().map(|of| update(PORTS, tuple::nft_ports(of)));
+                [update(begun(version), tuple::nft(version, Of::Packet)), ports, reversed].join(" ")
+            }
             Self::Replied(version) => {
                 let add = |of| format!("add @{PORTS} {{ {} timeout {}s }}", tuple::nft_ports(of), RECENT.as_secs());
                 let [ports, reversed] = Of::Connection.both().map(add);
@@ -137,6 +143,15 @@ impl Remember {
             Self::Recent(version) => {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(recent(version), None);
+            }
+            Self::Begun(version) => {
+                // The tuple comes first, as below.
+                tuple::load(version, Of::Packet, REG32_00, encoder);
+                encoder.update_set(begun(version), None);
+                for of in Of::Packet.both() {
+                    tuple::load_ports(of, REG32_00, encoder);
+                    encoder.update_set(PORTS, None);
+                }
             }
             Self::Replied(version) => {
                 // The tuple comes first: its set limits how much room of the ports these take.
@@ -176,6 +191,18 @@ pub(super) fn replied(version: IpVersion) -> &'static str {
     }
 }
 
+/// The set of connections that packets without an entry have begun.
+pub(super) fn begun(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "flow_begun_ip",
+        IpVersion::V6 => "flow_begun_ip6",
+    }
+}
+
+/// The number of connections that packets without an entry have begun and that are remembered, for
+/// each IP version. A further packet that would begin one so is dropped.
+pub(super) const BEGUN: u32 = 4096;
+
 /// For how long the other side's first packet is taken for an answer to the denied one, if the
 /// protocol does not tell and no rule asks about it. Longer, and a sender with forged addresses
 /// could block the connections of others for longer.
@@ -189,7 +216,8 @@ pub(super) fn versions(family: TableFamily) -> impl Iterator<Item = IpVersion> {
 
 /// The names of all sets and maps of a table.
 pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
-    let of_versions = versions(family).flat_map(|version| [translated(version), recent(version), replied(version)]);
+    let of_versions =
+        versions(family).flat_map(|version| [translated(version), recent(version), replied(version), begun(version)]);
     DeniedSet::all(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
 }
 
@@ -197,10 +225,10 @@ pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
 pub(super) const PORTS: &str = "flow_denied_ports";
 
 /// The elements of [`PORTS`] for this number of denied connections: two for each, and room for the
-/// connections of which a packet has been rejected. The kernel removes expired elements once a
-/// second, so they may be there twice.
+/// others, of both IP versions. The kernel removes expired elements once a second, so that rejected
+/// ones may be there twice.
 pub(super) fn ports_capacity(connections: u32) -> u32 {
-    connections.saturating_add(4 * REPLIED).saturating_mul(2)
+    connections.saturating_add(4 * REPLIED + 2 * BEGUN).saturating_mul(2)
 }
 
 /// The number of connections of which a packet has been rejected within [`RECENT`] that are

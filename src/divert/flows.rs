@@ -20,6 +20,8 @@
 //! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
 //! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table |
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
+//! | `flow_begun_stray`, `flow_begun_record` | pass, and belong to no connection, as connection tracking sees it |
+//! | `flow_begun_again` | belong to a connection that such a packet has begun |
 //! | `flow_stray` | belong to no connection, as connection tracking sees it |
 //! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
 //! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
@@ -276,6 +278,9 @@ impl<'a> Flows<'a> {
         let mut chains = vec![
             self.begins(),
             self.inherits(),
+            self.begun_stray(),
+            self.begun_record(),
+            self.begun_again(),
             self.crossed(),
             self.accepted(),
             self.forget_accept(),
@@ -346,6 +351,35 @@ impl<'a> Flows<'a> {
         chain
     }
 
+    /// Connection tracking calls a SYN invalid that comes from the side which has not begun the older
+    /// connection, as it sees it. The connection's later packets it may count to the older one.
+    fn begun_stray(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BegunStray);
+        chain.push_first(&[], goto(FlowChain::BegunRecord), None);
+        chain
+    }
+
+    /// A packet that cannot be remembered does not pass.
+    fn begun_record(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BegunRecord);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Return);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Begun(version));
+        }
+        chain.drop();
+        chain
+    }
+
+    fn begun_again(self) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.common(FlowChain::BegunAgain);
+        for value in [marks.accepted(), marks.accepting()] {
+            chain.change(&[self.marked(value)], self.save(marks.begun_again()));
+        }
+        chain
+    }
+
     /// The answer to a SYN shows that the connection is the one whose first packet was accepted.
     /// Until then, packets of an older one are asked about.
     fn accepted(self) -> Chained<'a> {
@@ -354,9 +388,10 @@ impl<'a> Flows<'a> {
         let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
         let accepted = self.save(self.table.marks.accepted());
         chain.change(&[Match::protocol(Protocol::Tcp), answer], accepted);
-        chain.push(&[Match::protocol(Protocol::Tcp)], Action::Return);
         chain.push_first(&[], Action::Return, None);
-        chain.change(&[], accepted);
+        for protocol in [SCTP, DCCP] {
+            chain.change(&[Match::protocol(protocol)], accepted);
+        }
         chain
     }
 
@@ -392,6 +427,11 @@ impl<'a> Flows<'a> {
             }
         }
         chain.push_denied(Of::Connection, |_| goto(FlowChain::Denied(way)));
+        for version in denied::versions(self.surroundings.family) {
+            for of in Of::Connection.both() {
+                chain.push_for(version, &[Match::begun(version, of)], jump(FlowChain::BegunAgain));
+            }
+        }
         chain.push_denied(Of::ConnectionReversed, |_| goto(FlowChain::Reversed(way)));
         chain
     }
@@ -559,8 +599,7 @@ impl<'a> Flows<'a> {
         let way = Way::of(place.hook);
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
         chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
-        let stray = Match::connection_state([ConnectionState::Invalid, ConnectionState::Untracked]);
-        chain.push(&[stray], jump(FlowChain::Stray(way)));
+        chain.push(&[stray()], jump(FlowChain::Stray(way)));
         let first = first_traversal(place, places);
         if let Some(first) = &first {
             let rule = chain.push(&[Match::unconfirmed()], jump(FlowChain::Inherits));
@@ -586,6 +625,7 @@ impl<'a> Flows<'a> {
     pub(super) fn last_rules(self, place: Place) -> Vec<KernelRule<'a>> {
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
         chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
+        chain.push(&[stray()], jump(FlowChain::BegunStray));
         chain.rules
     }
 
@@ -621,6 +661,7 @@ impl<'a> Flows<'a> {
         self.denying_verdicts(&mut chain, way);
         let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
         chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
+        chain.push(&[stray()], jump(FlowChain::BegunStray));
         // Of two first packets that waited at once, the other one's verdict has accepted.
         let start = chain.rules.len();
         let again = self.save(self.table.marks.begun_again());
@@ -629,6 +670,11 @@ impl<'a> Flows<'a> {
         chain.change(&[], CLEAR);
         chain.rules
     }
+}
+
+/// Packets without an entry.
+fn stray() -> Match {
+    Match::connection_state([ConnectionState::Invalid, ConnectionState::Untracked])
 }
 
 /// Leaves the packet's own priority.

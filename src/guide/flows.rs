@@ -64,11 +64,11 @@
 //!   `for_flow` is then reported by `refusals`.
 //! - A connection that another one has announced (a helper of connection tracking expects it) comes
 //!   to the queue, also if the other one is accepted. If the other one is denied, it is denied.
-//! - A SYN on an accepted connection's addresses and ports ends the accept, also if its sender has
-//!   forged them. The connection's packets then come to the queue again. A SYN from the side that
-//!   has not begun the connection is an exception: connection tracking calls it invalid and does
-//!   not count it to the connection. It comes to the queue, and the accept of the older connection
-//!   stays: it holds for later segments that fit into the older connection's window.
+//! - A SYN on an accepted connection's addresses and ports ends the accept, from either side, also
+//!   if its sender has forged them. The connection's packets then come to the queue again. (If
+//!   connection tracking does not count the SYN to the connection, it ends the accept when it
+//!   passes. The table remembers 4096 such for each IP version, as long as denials; while there is
+//!   no room, it drops them.)
 //! - If a SYN comes while conntrack has an entry with its addresses and ports (of an older
 //!   connection, or of the same one if the SYN is sent again), only a verdict for a SYN can accept
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of

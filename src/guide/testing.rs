@@ -114,12 +114,99 @@
 //! # }
 //! ```
 //!
+//! # Verdicts for connections
+//!
+//! If the queue is bound with [`flow_marks`], the simulated kernel does what a `Divert` with flow
+//! marks does: see [`simulated`](crate::simulated#verdicts-for-connections). A policy that decides
+//! TCP connections by their first packet:
+//!
+//! ```
+//! use tokio_nfqueue::{Error, FlowMarks, Packet, Queue, QueueBuilder, Verdict};
+//!
+//! fn settings() -> QueueBuilder {
+//!     Queue::builder(0).flow_marks(FlowMarks::default())
+//! }
+//!
+//! async fn serve(mut queue: Queue) -> Result<(), Error> {
+//!     while let Some(packet) = queue.recv().await {
+//!         decide(packet?).submit()?;
+//!     }
+//!     Ok(())
+//! }
+//!
+//! fn decide(packet: Packet) -> Verdict {
+//!     match packet.payload().get(22..24) {
+//!         Some([0, 80]) => packet.accept().for_flow(),
+//!         Some([0, 23]) => packet.drop().for_flow(),
+//!         _ => packet.reject(),
+//!     }
+//! }
+//!
+//! // The tests.
+//! use std::net::SocketAddr;
+//!
+//! use tokio_nfqueue::simulated::{self, Cause, TestPacket};
+//!
+//! fn connection(port: u16) -> [SocketAddr; 2] {
+//!     [([10, 0, 0, 1], 4000).into(), ([10, 0, 0, 2], port).into()]
+//! }
+//!
+//! async fn later_packets_of_an_accepted_connection_are_not_queued() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings())?;
+//!     tokio::spawn(serve(queue));
+//!     let [client, server] = connection(80);
+//!     assert!(kernel.send(TestPacket::tcp_syn(client, server)).outcome().await.accepted);
+//!     for [from, to] in [[client, server], [server, client]] {
+//!         let outcome = kernel.send(TestPacket::tcp(from, to, b"data")).outcome().await;
+//!         assert!(outcome.accepted);
+//!         assert_eq!((outcome.cause, outcome.queue), (Cause::FlowVerdict, None));
+//!     }
+//!     // Another connection on the same ports is asked about.
+//!     let outcome = kernel.send(TestPacket::tcp_syn(client, server)).outcome().await;
+//!     assert_eq!(outcome.cause, Cause::Verdict);
+//!     Ok(())
+//! }
+//!
+//! async fn a_denied_connection_stays_denied() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings())?;
+//!     tokio::spawn(serve(queue));
+//!     let [client, server] = connection(23);
+//!     let first = kernel.send(TestPacket::tcp_syn(client, server)).outcome().await;
+//!     assert!(!first.accepted && !first.rejected);
+//!     assert_eq!(first.cause, Cause::Verdict);
+//!     let later = kernel.send(TestPacket::tcp(client, server, b"login")).outcome().await;
+//!     assert!(!later.accepted);
+//!     assert_eq!(later.cause, Cause::FlowVerdict);
+//!     Ok(())
+//! }
+//!
+//! async fn others_get_a_reset() -> Result<(), Error> {
+//!     let (kernel, queue) = simulated::queue(settings())?;
+//!     tokio::spawn(serve(queue));
+//!     let [client, server] = connection(25);
+//!     let outcome = kernel.send(TestPacket::tcp_syn(client, server)).outcome().await;
+//!     assert!(outcome.rejected && !outcome.accepted);
+//!     Ok(())
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Error> {
+//! #     later_packets_of_an_accepted_connection_are_not_queued().await?;
+//! #     a_denied_connection_stays_denied().await?;
+//! #     others_get_a_reset().await
+//! # }
+//! ```
+//!
+//! Address translation and several hooks are not simulated. Test rules, and policies that depend on
+//! them, on the real kernel.
+//!
 //! # What else a test can do
 //!
 //! - Packets of other protocols, hooks, interfaces, marks and connections: [`TestPacket`]; packets
 //!   from a capture file: [`TestPacket::from_pcap`].
 //! - Faults: [`Kernel::take_interface_down`], [`Kernel::unregister_hook`],
 //!   [`Kernel::set_capable`], [`Kernel::fail_sends`], [`Kernel::fail_receives`].
+//! - Verdicts for connections taken back: [`Kernel::forget_flows`].
 //! - Several queues, groups of queues: [`Kernel::bind`], [`Kernel::namespace`].
 //! - Packets that come back: [`TestPacket::unless_mark`] is the condition of the rule.
 //! - Tokio's paused clock: `#[tokio::test(start_paused = true)]`. It and the clock of the simulated
@@ -131,6 +218,7 @@
 //! A test need not be small: in an optimized build, about a thousand packets in a millisecond go
 //! through the simulated kernel and this crate (the benchmark `simulated` in `benches`).
 //!
+//! [`flow_marks`]: crate::QueueBuilder::flow_marks
 //! [`Kernel::advance`]: crate::simulated::Kernel::advance
 //! [`TestPacket`]: crate::simulated::TestPacket
 //! [`TestPacket::from_pcap`]: crate::simulated::TestPacket::from_pcap
@@ -140,5 +228,6 @@
 //! [`Kernel::set_capable`]: crate::simulated::Kernel::set_capable
 //! [`Kernel::fail_sends`]: crate::simulated::Kernel::fail_sends
 //! [`Kernel::fail_receives`]: crate::simulated::Kernel::fail_receives
+//! [`Kernel::forget_flows`]: crate::simulated::Kernel::forget_flows
 //! [`Kernel::bind`]: crate::simulated::Kernel::bind
 //! [`Kernel::namespace`]: crate::simulated::Kernel::namespace

@@ -59,7 +59,8 @@ impl Opened {
     #[cfg(feature = "test-util")]
     pub(crate) fn in_memory(kernel: &Arc<dyn MemoryKernel>, settings: &Settings, config: &Config) -> Self {
         let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
-        let socket = Unregistered::open_in_memory(kernel, settings.receive_buffer.unwrap_or_else(wanted));
+        let receive_buffer = settings.receive_buffer.unwrap_or_else(wanted);
+        let socket = Unregistered::open_in_memory(kernel, receive_buffer, settings.flow_marks);
         Self { socket, table: KernelTable::none(), network_owner: Owner::Own }
     }
 }

@@ -31,6 +31,18 @@ impl Clock for QueueClock {
     }
 }
 
+impl QueueClock {
+    /// Whether time passes only when somebody moves the clock.
+    #[inline]
+    pub(super) fn stands_still(&self) -> bool {
+        match self {
+            Self::System => false,
+            #[cfg(feature = "test-util")]
+            Self::Memory(clock) => clock.stands_still(),
+        }
+    }
+}
+
 #[cfg(feature = "test-util")]
 pub(crate) use memory::{MemoryClock, MemoryTimer};
 
@@ -52,6 +64,10 @@ mod memory {
 
     /// A clock that runs with the system's until it is moved for the first time. From then on it
     /// stands still except when it is moved.
+    ///
+    /// While it runs, the timer thread does what is due. When it stands still, the timer thread has
+    /// no part: what is due is done by the thread that moves the clock or sets the timer. So a
+    /// history on one thread does not depend on when the system runs another one.
     #[derive(Debug, Default)]
     pub(crate) struct MemoryClock(Mutex<State>);
 
@@ -71,6 +87,10 @@ mod memory {
 
         pub(crate) fn now(&self) -> Instant {
             self.state().stopped.unwrap_or_else(Instant::now)
+        }
+
+        pub(crate) fn stands_still(&self) -> bool {
+            self.state().stopped.is_some()
         }
 
         /// A timer on this clock.
@@ -143,15 +163,12 @@ mod memory {
     /// While it exists, no other thread calls the target.
     struct Calling<'a> {
         timer: &'a MemoryTimer,
-        /// `None` if this thread is calling the target already.
-        guard: Option<MutexGuard<'a, ()>>,
+        _guard: MutexGuard<'a, ()>,
     }
 
     impl Drop for Calling<'_> {
         fn drop(&mut self) {
-            if self.guard.is_some() {
-                *self.timer.caller() = None;
-            }
+            *self.timer.caller() = None;
         }
     }
 
@@ -176,11 +193,16 @@ mod memory {
             let mut alarm = self.alarm();
             alarm.at = Some(alarm.at.map_or(at, |before| before.min(at)));
             drop(alarm);
-            match self.clock.state().stopped {
-                None => Some(at),
-                // What is due already is not left to the next move of the clock.
-                Some(now) => (at <= now).then(Instant::now),
+            if !self.stands_still() {
+                return Some(at);
             }
+            // What is due already is not left to the next move of the clock.
+            self.fire_if_due();
+            None
+        }
+
+        pub(crate) fn stands_still(&self) -> bool {
+            self.clock.stands_still()
         }
 
         /// The timer thread is going to watch this descriptor.
@@ -192,31 +214,45 @@ mod memory {
             self.caller.lock().unwrap_or_else(PoisonError::into_inner)
         }
 
-        fn calling(&self) -> Calling<'_> {
+        /// `None` if this thread is calling the target already.
+        fn calling(&self) -> Option<Calling<'_>> {
             let thread = thread::current().id();
             if *self.caller() == Some(thread) {
-                return Calling { timer: self, guard: None };
+                return None;
             }
             let guard = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
             *self.caller() = Some(thread);
-            Calling { timer: self, guard: Some(guard) }
+            Some(Calling { timer: self, _guard: guard })
         }
 
+        fn is_due(&self) -> bool {
+            self.at().is_some_and(|at| at <= self.clock.now())
+        }
+
+        /// Fires until nothing is due: the target may set the timer again.
         fn fire_if_due(&self) {
-            let _calling = self.calling();
-            let now = self.clock.now();
-            let due = self.alarm().at.take_if(|at| *at <= now).is_some();
-            if let Some(target) = self.target.upgrade().filter(|_| due) {
-                target.fire();
+            while self.is_due() {
+                // A call of the target that sets the timer is followed by another one, here or in
+                // `report_readable`.
+                let Some(_calling) = self.calling() else { return };
+                let now = self.clock.now();
+                let due = self.alarm().at.take_if(|at| *at <= now).is_some();
+                if let Some(target) = self.target.upgrade().filter(|_| due) {
+                    target.fire();
+                }
             }
         }
 
         fn report_readable(&self) {
-            let _calling = self.calling();
-            let readable = self.alarm().watched.take_if(|fd| is_readable(fd)).is_some();
-            if let Some(target) = self.target.upgrade().filter(|_| readable) {
-                target.readable();
+            {
+                // A waker that the target calls may move the clock.
+                let _calling = self.calling();
+                let readable = self.alarm().watched.take_if(|fd| is_readable(fd)).is_some();
+                if let Some(target) = self.target.upgrade().filter(|_| readable) {
+                    target.readable();
+                }
             }
+            self.fire_if_due();
         }
     }
 
@@ -232,6 +268,10 @@ mod memory {
         }
 
         fn readable(self: Arc<Self>) {
+            // Whoever moves the clock reports it.
+            if self.clock.stands_still() {
+                return;
+            }
             let _calling = self.calling();
             if self.alarm().watched.take().is_some()
                 && let Some(target) = self.target.upgrade()

@@ -19,7 +19,8 @@ use super::{clock::MemoryClock, kernel::KernelStats};
 /// A kernel in memory, as the sockets of this crate see it.
 pub(crate) trait MemoryKernel: Debug + Send + Sync {
     /// Opens a socket, and returns its port id. `signal` is to be readable while the socket is.
-    fn open(&self, signal: Signal) -> u32;
+    /// `flow_marks`: packets are sent to its queues by rules with flow marks.
+    fn open(&self, signal: Signal, flow_marks: Option<crate::types::FlowMarks>) -> u32;
     fn close(&self, port: u32);
     /// Executes a datagram before it returns. The caller may hold locks: nobody is woken.
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno>;
@@ -71,9 +72,9 @@ pub(crate) struct MemorySocket {
 }
 
 impl MemorySocket {
-    pub(super) fn open(kernel: Arc<dyn MemoryKernel>) -> io::Result<Self> {
+    pub(super) fn open(kernel: Arc<dyn MemoryKernel>, flow_marks: Option<crate::types::FlowMarks>) -> io::Result<Self> {
         let signal = Signal::new()?;
-        let port = kernel.open(signal.clone());
+        let port = kernel.open(signal.clone(), flow_marks);
         Ok(Self { kernel, port, signal })
     }
 

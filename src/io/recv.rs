@@ -1,12 +1,12 @@
 //! Receiving: packets go to the stream, and replies to whoever waits for them.
 
-use std::{io, sync::atomic::Ordering, time::Instant};
+use std::{io, sync::atomic::Ordering};
 
 use super::{
     receiver::{RECEIVE_BATCH, Receiver, Round},
     shared::{Shared, lock},
 };
-use crate::state::Arrival;
+use crate::state::{Arrival, Clock};
 
 impl Shared {
     /// Receives up to `limit` datagrams. Returns true if the socket was found empty. The caller
@@ -36,7 +36,7 @@ impl Shared {
         }
         let lost_before = machine.lost();
         if receiver.packets.len() > already {
-            receiver.busy_poll.arrived(Instant::now);
+            receiver.busy_poll.arrived(|| self.clock.now());
             let new = receiver.packets.range(already..);
             if !machine.arrived(new.map(|packet| Arrival { id: packet.id, storage: packet.storage })) {
                 round.decided = receiver.packets.split_off(already);

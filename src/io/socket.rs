@@ -117,10 +117,11 @@ impl Unregistered {
     pub(crate) fn open_in_memory(
         kernel: &std::sync::Arc<dyn MemoryKernel>,
         receive_buffer: usize,
+        flow_marks: Option<crate::types::FlowMarks>,
     ) -> Result<Self, Error> {
         // SO_SNDBUF of a new socket (`net.core.wmem_default`), less than which is free.
         const MAX_SEND: usize = 212_992 - 32;
-        let socket = MemorySocket::open(std::sync::Arc::clone(kernel))
+        let socket = MemorySocket::open(std::sync::Arc::clone(kernel), flow_marks)
             .map_err(|source| Error::os("open a socket in memory", source))?;
         let port_id = socket.port;
         let receive_buffer = kernel.set_receive_buffer(port_id, receive_buffer);

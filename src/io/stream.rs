@@ -7,7 +7,6 @@ use std::{
     pin::pin,
     sync::{Arc, MutexGuard, atomic::Ordering},
     task::{Context, Poll, Waker},
-    time::Instant,
 };
 
 use tokio::task::coop;
@@ -19,6 +18,7 @@ use super::{
     receiver::{RECEIVE_BATCH, Receiver},
     shared::{Shared, lock},
 };
+use crate::state::Clock;
 use crate::types::{Error, ErrorKind, TryRecvError};
 
 /// A packet for the stream, and the right to decide it.
@@ -58,7 +58,8 @@ impl Shared {
                 // The task has used its budget: Tokio lets other tasks run.
                 Poll::Pending if !coop::has_budget_remaining() => return Poll::Pending,
                 Poll::Pending => {
-                    if !receiver.busy_poll.empty(Instant::now()) {
+                    // On a clock that stands still the limit would never be over.
+                    if !receiver.busy_poll.empty(self.clock.now()) || self.clock.stands_still() {
                         return Poll::Pending;
                     }
                     if looked {
@@ -76,7 +77,7 @@ impl Shared {
             };
             // After a long pause the packet is probably alone. Whether more have come is checked
             // after it has been decided.
-            let most = if receiver.busy_poll.is_idle(Instant::now()) { 1 } else { RECEIVE_BATCH };
+            let most = if receiver.busy_poll.is_idle(self.clock.now()) { 1 } else { RECEIVE_BATCH };
             let received = self.receive(&mut receiver, most);
             let none = receiver.packets.is_empty();
             drop(receiver);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::tuple::Packet;
 use crate::wire::kernel_side::{ConnectionFields, ConntrackOrder, Tuple, encode_connection};
 
 /// The connection of a test packet: see
@@ -107,23 +108,7 @@ impl Connections {
 }
 
 fn tuple(packet: &[u8]) -> Option<Tuple> {
-    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-    let sliced = SlicedPacket::from_ip(packet).ok()?;
-    let (source, destination, protocol) = match sliced.net? {
-        NetSlice::Ipv4(ip) => {
-            let header = ip.header();
-            (header.source_addr().into(), header.destination_addr().into(), ip.payload_ip_number())
-        }
-        NetSlice::Ipv6(ip) => {
-            let header = ip.header();
-            (header.source_addr().into(), header.destination_addr().into(), ip.payload().ip_number)
-        }
-        _ => return None,
-    };
-    let ports = match sliced.transport {
-        Some(TransportSlice::Udp(udp)) => Some((udp.source_port(), udp.destination_port())),
-        Some(TransportSlice::Tcp(tcp)) => Some((tcp.source_port(), tcp.destination_port())),
-        _ => None,
-    };
-    Some(Tuple { source, destination, protocol: protocol.0, ports })
+    let packet = Packet::parse(packet)?;
+    let Packet { source, destination, protocol, .. } = packet;
+    Some(Tuple { source, destination, protocol, ports: packet.ports() })
 }

@@ -40,9 +40,38 @@
 //! real kernel.
 //!
 //! There is no network stack: a packet that was accepted has its outcome at once, without the
-//! chains behind the queue. There are no rules beyond the packet's own
+//! chains of other programs. There are no rules beyond the packet's own
 //! ([`to_queue`](TestPacket::to_queue), [`bypass`](TestPacket::bypass),
-//! [`unless_mark`](TestPacket::unless_mark)). Expectations in verdicts are ignored.
+//! [`unless_mark`](TestPacket::unless_mark)) and those for connections. Expectations in verdicts
+//! are ignored.
+//!
+//! # Verdicts for connections
+//!
+//! Packets for a queue that was bound with [`flow_marks`](crate::QueueBuilder::flow_marks) are sent
+//! to it as a `Divert` with flow marks does, whatever the marks are:
+//! [`for_flow`](crate::Verdict::for_flow) and [`Packet::reject`](crate::Packet::reject) do what
+//! [`guide::flows`](crate::guide::flows) says. The outcome of a packet that such a verdict decides
+//! without the queue has [`Cause::FlowVerdict`]; packets to which the kernel replies are
+//! [`rejected`](Outcome::rejected). The replies themselves are not sent.
+//!
+//! - The bytes of a packet say which connection it belongs to: addresses, ports, flags, and what an
+//!   ICMP error quotes. [`TestPacket::of_connection`] makes no difference. In the middle of an
+//!   unknown TCP connection, a segment with ACK and without SYN, FIN and RST begins a connection;
+//!   other segments belong to none.
+//! - A connection exists after a packet of it was accepted. It ends when no packet has come for the
+//!   default time of Linux: 30 s for UDP and ICMP (UDP with replies after its first two seconds:
+//!   120 s), 210 s for SCTP, 12 hours for DCCP, 5 days for TCP, 10 minutes for other protocols.
+//!   Denials hold for 10 minutes. FIN, RST and the TCP window make no difference.
+//! - The rules belong to the number of the queue. They and what they remember stay when the queue
+//!   is unbound, as with a `Divert` that stays installed; [`Kernel::forget_flows`] forgets the
+//!   verdicts. All queues of a kernel share them.
+//!
+//! Not simulated: address translation, packets that traverse several hooks, connections that a
+//! helper expects, keys of PPTP, limits on the number of denied connections, the marks of
+//! connections ([`Outcome::connection_mark`] does not show verdicts), first packets and segments
+//! that connection tracking drops because another one of the connection passed before. A packet is
+//! looked at where it is sent to the queue, and not at the hook of this host's packets in the other
+//! direction.
 
 use std::{
     cell::Cell,
@@ -69,10 +98,13 @@ use crate::{
     },
     namespace::NetworkNamespace,
     queue::Queue,
-    types::Error,
+    types::{Error, FlowMarks},
 };
 
 mod connection;
+#[cfg(test)]
+mod flow_tests;
+mod flows;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod message;
@@ -85,6 +117,7 @@ mod segment;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod tuple;
 
 pub use self::{
     connection::Connection,
@@ -173,6 +206,15 @@ impl Kernel {
     /// The mark of a connection (`ct mark`), by the id of the [`Connection`].
     pub fn connection_mark(&self, connection: u32) -> Option<u32> {
         self.0.inner().model.connection_mark(connection)
+    }
+
+    /// Forgets all verdicts for connections, as
+    #[cfg_attr(feature = "divert", doc = "[`Divert::forget_flows`](crate::Divert::forget_flows)")]
+    #[cfg_attr(not(feature = "divert"), doc = "`Divert::forget_flows`")]
+    /// does: the next packets of these connections come to the queue. Packets that are in a queue
+    /// are not affected.
+    pub fn forget_flows(&self) {
+        self.0.inner().model.forget_flows();
     }
 
     /// Adds an interface, for [`Packet::interface_name`](crate::Packet::interface_name).
@@ -297,9 +339,9 @@ impl Shared {
 }
 
 impl MemoryKernel for Shared {
-    fn open(&self, signal: Signal) -> u32 {
+    fn open(&self, signal: Signal, flow_marks: Option<FlowMarks>) -> u32 {
         let mut inner = self.inner();
-        let port = inner.model.open(true);
+        let port = inner.model.open(true, flow_marks);
         inner.signals.insert(port, signal);
         port
     }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::{
     connection::Connections,
+    flows::{Fate, FlowPacket, Flows},
     message::{SMALL, charge, fields, linear_charge},
     outcome::{Cause, Outcome},
     packet::TestPacket,
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::{
     io::kernel::KernelStats,
-    types::{Action, PacketId},
+    types::{Action, FlowMarks, PacketId},
     wire::{
         MAX_PAYLOAD,
         config::{FLAG_CONNTRACK, FLAG_FAIL_OPEN, FLAG_GSO, FLAGS_ALL},
@@ -34,6 +35,8 @@ pub(super) struct Model<T> {
     sockets: BTreeMap<u32, Socket>,
     queues: BTreeMap<u16, Queue<T>>,
     connections: Connections,
+    /// What a `Divert` with flow marks does.
+    flows: Flows,
     next_port: u32,
     /// The id of the first packet of a queue that is bound later.
     pub(super) first_id: u32,
@@ -75,6 +78,8 @@ struct Skb<T> {
     /// The last queue and id.
     place: Option<(u16, u32)>,
     replaced: bool,
+    /// If rules with flow marks have seen it.
+    flow: Option<FlowPacket>,
 }
 
 /// A bound queue (`struct nfqnl_instance`).
@@ -110,6 +115,7 @@ impl<T> Default for Model<T> {
             sockets: BTreeMap::new(),
             queues: BTreeMap::new(),
             connections: Connections::default(),
+            flows: Flows::default(),
             // As the kernel's, for all but a process's first socket: negative.
             next_port: 0x8000_0001,
             first_id: 1,
@@ -128,11 +134,11 @@ impl<T> Default for Model<T> {
 // Sockets.
 
 impl<T: Clone> Model<T> {
-    /// Opens a socket, and returns its port id.
-    pub(super) fn open(&mut self, no_enobufs: bool) -> u32 {
+    /// Opens a socket, and returns its port id. `flow_marks`: its queues have flow marks.
+    pub(super) fn open(&mut self, no_enobufs: bool, flow_marks: Option<FlowMarks>) -> u32 {
         let port = self.next_port;
         self.next_port = self.next_port.wrapping_add(1);
-        self.sockets.insert(port, Socket::new(no_enobufs));
+        self.sockets.insert(port, Socket::new(no_enobufs, flow_marks));
         port
     }
 
@@ -292,6 +298,7 @@ impl<T: Clone> Model<T> {
             dropped_socket: 0,
         };
         self.queues.insert(number, queue);
+        self.flows.bound(number, self.sockets.get(&port).and_then(|socket| socket.flow_marks));
         self.default_queue.get_or_insert(number);
     }
 
@@ -323,17 +330,26 @@ impl<T: Clone> Model<T> {
         if let Some(connection) = packet.connection() {
             self.connections.add(connection, &packet.payload);
         }
-        let skb = Skb { tag, segment: (0, 1), packet, action: None, verdicts: 0, place: None, replaced: false };
+        let skb =
+            Skb { tag, segment: (0, 1), packet, action: None, verdicts: 0, place: None, replaced: false, flow: None };
         self.evaluate(Box::new(skb), now);
     }
 
     /// The rule that sends packets to a queue.
-    fn evaluate(&mut self, skb: Box<Skb<T>>, now: Duration) {
-        let packet = &skb.packet;
-        if packet.unless.is_some_and(|(value, mask)| packet.mark & mask == value & mask) {
+    fn evaluate(&mut self, mut skb: Box<Skb<T>>, now: Duration) {
+        let packet = &mut skb.packet;
+        let matches = packet.unless.is_none_or(|(value, mask)| packet.mark & mask != value & mask);
+        let (queue, bypass) = (packet.queue.or(self.default_queue), packet.bypass);
+        // Flow marks do not work in the bridge family.
+        if let Some(codes) = queue.and_then(|queue| self.flows.codes(queue)).filter(|_| !packet.is_bridge()) {
+            let flow = skb.flow.get_or_insert_with(|| self.flows.track(&packet.payload, packet.hook, codes, now));
+            if let Some(fate) = self.flows.before_queue(flow, &mut packet.priority, matches, now) {
+                return self.leave(*skb, Cause::FlowVerdict, fate, now);
+            }
+        }
+        if !matches {
             return self.finish(*skb, Cause::Rule, true, now);
         }
-        let (queue, bypass) = (packet.queue.or(self.default_queue), packet.bypass);
         match queue {
             Some(queue) => self.enqueue(skb, queue, bypass, now),
             None => self.finish(*skb, Cause::NotBound, bypass, now),
@@ -416,15 +432,36 @@ impl<T: Clone> Model<T> {
         Ok(())
     }
 
-    fn finish(&mut self, skb: Skb<T>, cause: Cause, accepted: bool, now: Duration) {
-        let Skb { tag, segment, packet, action, verdicts, place, replaced } = skb;
+    /// The packet leaves the queue, or is not queued. If it is accepted, the rules behind the queue
+    /// come next.
+    fn finish(&mut self, mut skb: Skb<T>, cause: Cause, accepted: bool, now: Duration) {
+        let fate = match &mut skb.flow {
+            _ if !accepted => Fate::Dropped,
+            None => Fate::Accepted,
+            Some(flow) => {
+                let stops = skb.action == Some(Action::Stop);
+                self.flows.behind_queue(flow, &mut skb.packet.priority, stops, now)
+            }
+        };
+        // What was accepted on its way from the queue, and is not, had a verdict that denies.
+        if accepted && fate != Fate::Accepted {
+            skb.action = Some(Action::Drop);
+        }
+        self.leave(skb, cause, fate, now);
+    }
+
+    fn leave(&mut self, skb: Skb<T>, cause: Cause, fate: Fate, now: Duration) {
+        let Skb { tag, segment, packet, action, verdicts, place, replaced, flow } = skb;
+        let accepted = fate == Fate::Accepted;
+        let own_priority = flow.filter(|_| !accepted).map(|flow| flow.own_priority(packet.priority));
         let outcome = Outcome {
             accepted,
+            rejected: fate == Fate::Rejected,
             cause,
             action,
             verdicts,
             mark: packet.mark,
-            priority: packet.priority,
+            priority: own_priority.unwrap_or(packet.priority),
             vlan: packet.vlan(),
             layer2_header: packet.layer2().map(Bytes::copy_from_slice),
             connection_mark: packet.connection().and_then(|connection| self.connections.mark(connection.id)),
@@ -436,6 +473,11 @@ impl<T: Clone> Model<T> {
             segments: Vec::new(),
         };
         self.finished.push(Finished { tag, segment, outcome });
+    }
+
+    /// Forgets the verdicts for connections.
+    pub(super) fn forget_flows(&mut self) {
+        self.flows.forget();
     }
 
     pub(super) fn connection_mark(&self, id: u32) -> Option<u32> {

@@ -18,9 +18,13 @@ pub struct Outcome {
     /// Whether the packet has continued on its way; otherwise it was dropped. If the packet was
     /// segmented: whether every segment has continued.
     pub accepted: bool,
+    /// Whether the packet was rejected: it was dropped, and the kernel has replied to its sender.
+    /// If the packet was segmented: whether one of the segments was rejected.
+    pub rejected: bool,
     /// What decided that.
     pub cause: Cause,
-    /// The last verdict; `None` if there was none.
+    /// The action of the last verdict; `None` if there was none. A packet that was
+    /// [rejected](crate::Packet::reject) has [`Action::Drop`].
     pub action: Option<Action>,
     /// How many verdicts the packet had: more than one if it was repeated or requeued.
     pub verdicts: u32,
@@ -32,7 +36,8 @@ pub struct Outcome {
     pub vlan: Option<Vlan>,
     /// The packet's link-layer header, in the bridge family.
     pub layer2_header: Option<Bytes>,
-    /// The mark of the packet's connection, if it has one.
+    /// The mark of the packet's [`Connection`](super::Connection), if it has one. Verdicts for
+    /// connections do not change it.
     pub connection_mark: Option<u32>,
     /// The packet from its network header on. Empty if the packet was segmented.
     pub payload: Bytes,
@@ -52,6 +57,7 @@ impl fmt::Debug for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outcome")
             .field("accepted", &self.accepted)
+            .field("rejected", &self.rejected)
             .field("cause", &self.cause)
             .field("action", &self.action)
             .field("verdicts", &self.verdicts)
@@ -72,6 +78,9 @@ impl fmt::Debug for Outcome {
 pub enum Cause {
     /// A verdict.
     Verdict,
+    /// The verdict for the connection, [given](crate::Verdict::for_flow) to an earlier packet: the
+    /// packet did not come to the queue.
+    FlowVerdict,
     /// The packet's mark excludes it: [`TestPacket::unless_mark`](super::TestPacket::unless_mark).
     Rule,
     /// The queue was not bound. The packet was accepted if the rule has
@@ -176,6 +185,7 @@ impl Slot {
         let last = segments.iter().max_by_key(|segment| segment.at).cloned();
         state.outcome = last.map(|last| Outcome {
             accepted: segments.iter().all(|segment| segment.accepted),
+            rejected: segments.iter().any(|segment| segment.rejected),
             payload: Bytes::new(),
             segments,
             ..last

@@ -225,7 +225,8 @@ impl TestPacket {
     }
 
     /// The connection that the packet belongs to. The queue gets its entry with
-    /// [`conntrack`](crate::QueueBuilder::conntrack).
+    /// [`conntrack`](crate::QueueBuilder::conntrack). Verdicts for connections follow the packet's
+    /// bytes, and not this: see [`simulated`](super#verdicts-for-connections).
     pub fn of_connection(mut self, connection: Connection) -> Self {
         self.rare().connection = Some(connection);
         self

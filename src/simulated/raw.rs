@@ -19,7 +19,7 @@ pub struct RawSocket {
 impl Kernel {
     /// Opens a netlink socket. `no_enobufs` is the socket option `NETLINK_NO_ENOBUFS`.
     pub fn raw_socket(&self, no_enobufs: bool) -> RawSocket {
-        let port = self.0.inner().model.open(no_enobufs);
+        let port = self.0.inner().model.open(no_enobufs, None);
         RawSocket { kernel: self.clone(), port }
     }
 

@@ -16,12 +16,14 @@ pub(super) struct Socket {
     no_enobufs: bool,
     congested: bool,
     overrun: bool,
+    /// Its queues have flow marks. No message of the program says that.
+    pub(super) flow_marks: Option<crate::types::FlowMarks>,
     /// Memory for the next messages.
     spare: Vec<Vec<u8>>,
 }
 
 impl Socket {
-    pub(super) fn new(no_enobufs: bool) -> Self {
+    pub(super) fn new(no_enobufs: bool, flow_marks: Option<crate::types::FlowMarks>) -> Self {
         Self {
             inbox: VecDeque::new(),
             charged: 0,
@@ -29,6 +31,7 @@ impl Socket {
             no_enobufs,
             congested: false,
             overrun: false,
+            flow_marks,
             spare: Vec::new(),
         }
     }

@@ -4,7 +4,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     super::{
-        denied::{DeniedSet, PORTS, recent, replied},
+        denied::{DeniedSet, PORTS, begun, recent, replied},
         encoder::{Encoder, REG32_00},
         facts::Facts,
         family::IpVersion,
@@ -34,6 +34,7 @@ enum Flow {
     /// Source and destination exchanged.
     Recent(IpVersion),
     Replied(IpVersion),
+    Begun(IpVersion, Of),
     OfUser,
     OnLoopback,
     Arrived,
@@ -87,6 +88,11 @@ impl Match {
         Self::new(Flow::Replied(version))
     }
 
+    /// Packets of connections that packets without an entry have begun.
+    pub(in super::super) fn begun(version: IpVersion, of: Of) -> Self {
+        Self::new(Flow::Begun(version, of))
+    }
+
     /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
     /// not match, also if the condition is negated.
     pub(in super::super) fn of_user() -> Self {
@@ -128,7 +134,12 @@ impl Condition for Flow {
     fn needs(&self) -> Needs {
         let tracking = matches!(
             self,
-            Self::Status { .. } | Self::Listed(_) | Self::Denied(..) | Self::Recent(_) | Self::Replied(_)
+            Self::Status { .. }
+                | Self::Listed(_)
+                | Self::Denied(..)
+                | Self::Recent(_)
+                | Self::Replied(_)
+                | Self::Begun(..)
         );
         Needs { tracking, ..Needs::default() }
     }
@@ -183,6 +194,12 @@ impl Condition for Flow {
                     encoder.named_set(replied(version), negated);
                 }
             }
+            Self::Begun(version, of) => {
+                if !encoder.encoding.trial {
+                    tuple::load(version, of, REG32_00, encoder);
+                    encoder.named_set(begun(version), negated);
+                }
+            }
             Self::OfUser => {
                 // Loading the number ends the rule if there is no such socket. No user has the
                 // highest number.
@@ -224,6 +241,9 @@ impl Condition for Flow {
             }
             Self::Replied(version) => {
                 format!("{} {}@{}", tuple::nft(version, Of::Connection), operator(negated), replied(version))
+            }
+            Self::Begun(version, of) => {
+                format!("{} {}@{}", tuple::nft(version, of), operator(negated), begun(version))
             }
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),

@@ -28,6 +28,9 @@ pub(crate) struct Totals {
     /// Verdicts refused because the capability was missing.
     pub(crate) refused: u64,
     pub(crate) faults: u64,
+    /// Of everything that came of the last history, with its times. `None` if threads ran in an
+    /// order that the seed does not determine.
+    pub(crate) digest: Option<u64>,
 }
 
 impl AddAssign for Totals {
@@ -41,6 +44,7 @@ impl AddAssign for Totals {
         self.late += other.late;
         self.refused += other.refused;
         self.faults += other.faults;
+        self.digest = other.digest;
     }
 }
 

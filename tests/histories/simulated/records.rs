@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    hash::{DefaultHasher, Hash, Hasher},
     time::Duration,
 };
 
@@ -42,6 +43,9 @@ pub(crate) struct Records {
     /// Until when the queues recover from a fault.
     pub(crate) disturbed_until: Duration,
     pub(crate) faults: u64,
+    /// When the history began.
+    pub(crate) begin: Duration,
+    digest: DefaultHasher,
 }
 
 #[derive(Debug)]
@@ -150,6 +154,16 @@ impl Records {
         wrong
     }
 
+    /// Makes the counters a part of the digest.
+    pub(crate) fn note(&mut self, stats: &Stats) {
+        stats.iter().for_each(|counter| counter.hash(&mut self.digest));
+    }
+
+    /// Of all outcomes that have been checked, and of the counters.
+    pub(crate) fn digest(&self) -> u64 {
+        self.digest.finish()
+    }
+
     fn is_elsewhere(&self, place: Place, serial: usize) -> bool {
         let returns = matches!(
             self.places.get(&place).map(|handed_out| &handed_out.done),
@@ -178,6 +192,10 @@ impl Records {
                     let refusal = place.and_then(|place| self.refusals.get(&place));
                     wrong.push(format!("packet {serial}: {what}: {leaf:?}, {done:?}, {refusal:?}"));
                 }
+                let place = (leaf.queue, leaf.id.map(|id| id.get()), leaf.mark, &leaf.payload);
+                let at = leaf.at.saturating_sub(self.begin);
+                (serial, place, leaf.accepted, format!("{:?} {:?}", leaf.cause, leaf.action), at)
+                    .hash(&mut self.digest);
                 totals.accepted += u64::from(leaf.accepted);
                 totals.dropped += u64::from(!leaf.accepted);
                 totals.undecided += u64::from(leaf.cause != Cause::Verdict);

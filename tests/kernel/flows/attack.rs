@@ -29,6 +29,8 @@ tests![
     one a_syn_that_no_rule_queues_inherits_no_accept,
     one a_syn_speaks_not_for_the_older_connection,
     one of_two_syns_the_later_verdict_holds,
+    one a_syn_that_conntrack_calls_invalid_ends_the_accept,
+    one a_connection_picked_up_in_reverse_passes_no_accept_on,
     one a_verdict_of_another_table_does_not_accept,
     one a_denial_survives_another_table,
     one a_program_that_restores_marks_restores_no_accept,
@@ -170,6 +172,56 @@ async fn of_two_syns_the_later_verdict_holds() {
 }
 
 const OTHER: FlowMarks = FlowMarks::new(0x0007_0000);
+
+/// The client may answer it.
+async fn a_syn_that_conntrack_calls_invalid_ends_the_accept() {
+    let hosts = Hosts::new();
+    for asked in [true, false] {
+        hosts.another_port();
+        let mut queue = bind();
+        let rule = if asked { tcp() } else { tcp().unless(Match::tcp_syn()) };
+        let divert = table([rule]).install().unwrap();
+        hosts.client(SYN, (1000, 0), b"");
+        if asked {
+            pass_segment(&mut queue, SYN).await;
+        }
+        hosts.server(SYN_ACK, (5000, 1001), b"");
+        pass_segment(&mut queue, SYN_ACK).await;
+        hosts.client(ACK, (1001, 5001), b"request");
+        confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        hosts.server(ACK, (5001, 1008), b"response");
+        queue_is_empty(&mut queue);
+        hosts.server(SYN, (5009, 0), b"");
+        if asked {
+            pass_segment(&mut queue, SYN).await;
+        }
+        hosts.client(SYN_ACK, (1007, 5010), b"");
+        pass_segment(&mut queue, SYN_ACK).await;
+        hosts.server(ACK, (5010, 1008), b"data");
+        pass_segment(&mut queue, ACK).await;
+        divert.close().unwrap();
+    }
+}
+
+/// Connection tracking has seen the server's data first. Then the server resets, and the client
+/// begins anew.
+async fn a_connection_picked_up_in_reverse_passes_no_accept_on() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    hosts.server(ACK, (5001, 1001), b"data");
+    confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    hosts.client(ACK, (1001, 5005), b"data");
+    hosts.server(RST, (5005, 0), b"");
+    assert_eq!(hosts.arrived(), [1, 2]);
+    queue_is_empty(&mut queue);
+    hosts.client(SYN, (1005, 0), b"");
+    pass_segment(&mut queue, SYN).await;
+    hosts.server(SYN_ACK, (5005, 1006), b"");
+    pass_segment(&mut queue, SYN_ACK).await;
+    hosts.client(ACK, (1006, 5006), b"request");
+    pass_segment(&mut queue, ACK).await;
+}
 
 /// Another table with flow marks at the same place.
 fn another_table(port: u16) -> (Queue, Divert) {

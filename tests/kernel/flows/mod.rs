@@ -10,7 +10,7 @@ mod others;
 mod refused;
 mod replies;
 mod reuse;
-mod segments;
+pub(crate) mod segments;
 mod tcp;
 mod udp;
 
@@ -177,10 +177,12 @@ fn sent(mut send: impl FnMut() -> io::Result<usize>) {
 }
 
 /// Lets the kernel send as many ICMP errors as there are reasons for.
-fn unlimited_icmp_errors() {
+pub(crate) fn unlimited_icmp_errors() {
     for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
         std::fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
     }
+    // The limit for all receivers together (`icmp_global_allow`).
+    std::fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
 }
 
 /// Nothing waits in the queue.

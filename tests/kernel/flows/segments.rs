@@ -15,14 +15,14 @@ use crate::support::{self, Peer, VethOptions};
 
 const SERVER: u16 = 80;
 
-pub(super) const SYN: u8 = 0x02;
-pub(super) const RST: u8 = 0x04;
-pub(super) const ACK: u8 = 0x10;
-pub(super) const SYN_ACK: u8 = SYN | ACK;
-pub(super) const RST_ACK: u8 = RST | ACK;
+pub(crate) const SYN: u8 = 0x02;
+pub(crate) const RST: u8 = 0x04;
+pub(crate) const ACK: u8 = 0x10;
+pub(crate) const SYN_ACK: u8 = SYN | ACK;
+pub(crate) const RST_ACK: u8 = RST | ACK;
 
 /// A host behind this one.
-pub(super) struct Side {
+pub(crate) struct Side {
     peer: Peer,
     raw: OwnedFd,
     /// Drops what arrives, so that no kernel answers: the last packets of a round, and others.
@@ -31,12 +31,12 @@ pub(super) struct Side {
 }
 
 /// The protocol of the last packet of a round, for experiments (RFC 3692).
-pub(super) const LAST: u8 = 253;
+pub(crate) const LAST: u8 = 253;
 
 /// Two hosts behind this one, which forwards.
-pub(super) struct Hosts {
-    pub(super) client: Side,
-    pub(super) server: Side,
+pub(crate) struct Hosts {
+    pub(crate) client: Side,
+    pub(crate) server: Side,
     client_port: Cell<u16>,
 }
 
@@ -52,11 +52,11 @@ impl Side {
         Self { peer, raw, sink, seen: AtomicU64::new(0) }
     }
 
-    pub(super) fn address(&self) -> Ipv4Addr {
+    pub(crate) fn address(&self) -> Ipv4Addr {
         self.peer.far_v4
     }
 
-    pub(super) fn send(&self, packet: &[u8], to: Ipv4Addr) {
+    pub(crate) fn send(&self, packet: &[u8], to: Ipv4Addr) {
         support::send_raw_ipv4(&self.raw, packet, to).unwrap();
     }
 
@@ -67,20 +67,20 @@ impl Side {
 }
 
 impl Hosts {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let [client, server] = [1, 2].map(Side::new);
         support::forwarding();
         Self { client, server, client_port: Cell::new(40_000) }
     }
 
     /// From now on the client uses another port.
-    pub(super) fn another_port(&self) {
+    pub(crate) fn another_port(&self) {
         self.client_port.set(self.client_port.get() + 1);
     }
 
     /// The numbers of packets that have arrived at the server and at the client since the last
     /// call.
-    pub(super) fn arrived(&self) -> [u64; 2] {
+    pub(crate) fn arrived(&self) -> [u64; 2] {
         let sides = [(&self.client, &self.server), (&self.server, &self.client)];
         sides.map(|(from, to)| {
             let [last, _] = to.counts();
@@ -95,7 +95,7 @@ impl Hosts {
     }
 
     /// Those of the client and of the server.
-    pub(super) fn addresses(&self) -> [SocketAddrV4; 2] {
+    pub(crate) fn addresses(&self) -> [SocketAddrV4; 2] {
         [
             SocketAddrV4::new(self.client.address(), self.client_port.get()),
             SocketAddrV4::new(self.server.address(), SERVER),
@@ -103,25 +103,25 @@ impl Hosts {
     }
 
     /// The client sends a segment with these flags, numbers and data.
-    pub(super) fn client(&self, flags: u8, numbers: (u32, u32), data: &[u8]) {
+    pub(crate) fn client(&self, flags: u8, numbers: (u32, u32), data: &[u8]) {
         let [client, server] = self.addresses();
         self.client.send(&segment(client, server, flags, numbers, data), *server.ip());
     }
 
-    pub(super) fn server(&self, flags: u8, numbers: (u32, u32), data: &[u8]) {
+    pub(crate) fn server(&self, flags: u8, numbers: (u32, u32), data: &[u8]) {
         let [client, server] = self.addresses();
         self.server.send(&segment(server, client, flags, numbers, data), *client.ip());
     }
 
     /// The client sends a datagram, or the server.
-    pub(super) fn datagram(&self, of_client: bool) {
+    pub(crate) fn datagram(&self, of_client: bool) {
         let [client, server] = self.addresses();
         let (side, from, to) = if of_client { (&self.client, client, server) } else { (&self.server, server, client) };
         side.send(&datagram(from, to, b"data"), *to.ip());
     }
 
     /// The server sends an ICMP error about a segment of the client.
-    pub(super) fn error(&self) {
+    pub(crate) fn error(&self) {
         let [client, server] = self.addresses();
         let quoted = segment(client, server, ACK, (1001, 5001), b"data");
         self.server.send(&unreachable(server, client, &quoted[..28]), *client.ip());
@@ -129,7 +129,7 @@ impl Hosts {
 }
 
 /// A TCP segment.
-pub(super) fn segment(
+pub(crate) fn segment(
     from: SocketAddrV4,
     to: SocketAddrV4,
     flags: u8,
@@ -152,14 +152,14 @@ pub(super) fn segment(
     bytes
 }
 
-pub(super) fn datagram(from: SocketAddrV4, to: SocketAddrV4, data: &[u8]) -> Vec<u8> {
+pub(crate) fn datagram(from: SocketAddrV4, to: SocketAddrV4, data: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), 64).udp(from.port(), to.port());
     let mut bytes = Vec::new();
     builder.write(&mut bytes, data).unwrap();
     bytes
 }
 
-pub(super) fn unreachable(from: SocketAddrV4, to: SocketAddrV4, quoted: &[u8]) -> Vec<u8> {
+pub(crate) fn unreachable(from: SocketAddrV4, to: SocketAddrV4, quoted: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), 64)
         .icmpv4(Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port));
     let mut bytes = Vec::new();
@@ -168,7 +168,7 @@ pub(super) fn unreachable(from: SocketAddrV4, to: SocketAddrV4, quoted: &[u8]) -
 }
 
 /// An echo request, or the reply.
-pub(super) fn echo(from: Ipv4Addr, to: Ipv4Addr, reply: bool, id: u16) -> Vec<u8> {
+pub(crate) fn echo(from: Ipv4Addr, to: Ipv4Addr, reply: bool, id: u16) -> Vec<u8> {
     let header = IcmpEchoHeader { id, seq: 1 };
     let kind = if reply { Icmpv4Type::EchoReply(header) } else { Icmpv4Type::EchoRequest(header) };
     let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64).icmpv4(kind);

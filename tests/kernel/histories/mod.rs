@@ -83,7 +83,7 @@ pub(crate) fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals,
     });
     let thread = thread.map_err(|error| error.to_string())?;
     // Nothing is sent: the channel closes when the thread ends for any reason.
-    match ended.recv_timeout(PATIENCE * 6) {
+    match ended.recv_timeout(PATIENCE * 20) {
         Err(RecvTimeoutError::Timeout) => Err("hangs".to_owned()),
         _ => thread.join().unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());

@@ -34,6 +34,11 @@ use crate::{
     support::{self, Peer},
 };
 
+/// How long a thread may be in the kernel. Closing the socket of a table waits for a kernel thread
+/// (`nft_rcv_nl_event`, `flush_work`), and deleting a chain for `synchronize_rcu`: more than 40 s
+/// beside three busy loops on two CPUs.
+const HANGS: Duration = Duration::from_secs(300);
+
 /// Runs the history of a plan.
 ///
 /// # Errors
@@ -275,11 +280,11 @@ impl History {
     }
 
     async fn until(&self, what: &str, mut condition: impl FnMut() -> bool) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + HANGS;
         while !condition() {
             self.receive();
             if Instant::now() > deadline {
-                return Err(format!("waited {PATIENCE:?} in vain until {what}; {}", self.state()));
+                return Err(format!("waited {HANGS:?} in vain until {what}; {}", self.state()));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -6,6 +6,7 @@ use libtest_mimic::Trial;
 use self::worlds::{Real, Simulated};
 use crate::{common, support};
 
+mod flows;
 mod messages;
 mod scenarios;
 mod worlds;
@@ -27,7 +28,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             assert!(different.is_empty() && seen.len() == expected.len(), "{different}\nreal: {seen:#?}");
         })
     };
-    scenarios::ALL.iter().copied().filter(|(name, _)| !is_different(name)).map(trial).collect()
+    scenarios::ALL.iter().copied().filter(|(name, _)| !is_different(name)).map(trial).chain(flows::tests()).collect()
 }
 
 /// The model is that of Linux 6.18. What is known to be different on this kernel is left out.

@@ -1,0 +1,430 @@
+//! What the rules of a `Divert` with flow marks do, as a pure model: the time is handed in. The
+//! names of its chains stand beside what is taken from them (`divert/flows.rs`).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use super::tuple::{DCCP, ICMP, ICMPV6, Part, SCTP, Seen, TCP, Tuple, UDP, UDP_LITE, look};
+use crate::types::{
+    FlowMarks, Hook,
+    flow_codes::{self, FlowCodes},
+};
+
+/// The rules of a table, with what they remember, and connection tracking as far as they need it.
+#[derive(Debug, Default)]
+pub(super) struct Flows {
+    /// The queues that the rules send packets to.
+    queues: BTreeMap<u16, FlowCodes>,
+    /// The confirmed entries, by the tuples of their first packets.
+    entries: HashMap<Tuple, Entry>,
+    /// Denied connections, until when. Those that are rejected are remembered apart.
+    dropped: Memory,
+    rejected: Memory,
+    /// Connections that have just been denied by their first packet.
+    recent: Memory,
+    last_id: u64,
+}
+
+/// An entry of connection tracking.
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    mark: Mark,
+    /// IPS_SEEN_REPLY
+    answered: bool,
+    confirmed_at: Duration,
+    expires_at: Duration,
+}
+
+/// The values of [`FlowMarks`](crate::FlowMarks).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Mark {
+    #[default]
+    None,
+    Accepting,
+    Accepted,
+    BegunAgain,
+    Denied,
+}
+
+/// A packet that the rules see, with its connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FlowPacket {
+    seen: Option<Seen>,
+    /// `None` if it belongs to no connection (`INVALID`, `UNTRACKED`).
+    connection: Option<Connection>,
+    can_reject: bool,
+    codes: FlowCodes,
+    /// The priority while a code has its place.
+    priority: u32,
+}
+
+/// The entry that a packet belongs to.
+#[derive(Debug, Clone, Copy)]
+struct Connection {
+    id: u64,
+    original: Tuple,
+    /// The mark of an entry that no packet has confirmed.
+    mark: Mark,
+    is_new: bool,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    Accepted,
+    Dropped,
+    /// Dropped, and the kernel has replied to the sender.
+    Rejected,
+}
+
+impl FlowPacket {
+    /// The priority of a packet that was dropped, as it was without a code.
+    pub(super) fn own_priority(&self, priority: u32) -> u32 {
+        if self.codes.has(priority) { self.priority } else { priority }
+    }
+
+    fn is_first(&self) -> bool {
+        self.seen.is_some_and(|seen| seen.part == Part::First)
+    }
+
+    fn is_error(&self) -> bool {
+        self.seen.is_some_and(|seen| seen.part == Part::Error)
+    }
+
+    fn reject(&self) -> Fate {
+        let gets_replies = self.seen.is_none_or(|seen| seen.gets_replies);
+        if self.can_reject && gets_replies { Fate::Rejected } else { Fate::Dropped }
+    }
+}
+
+// What the model calls.
+
+impl Flows {
+    /// A queue has been bound, with flow marks or without.
+    pub(super) fn bound(&mut self, queue: u16, marks: Option<FlowMarks>) {
+        match marks {
+            Some(marks) => self.queues.insert(queue, FlowCodes::of(marks)),
+            None => self.queues.remove(&queue),
+        };
+    }
+
+    /// The codes of the rules that send packets to this queue, if such rules do.
+    pub(super) fn codes(&self, queue: u16) -> Option<FlowCodes> {
+        self.queues.get(&queue).copied()
+    }
+
+    /// Forgets all verdicts (`Divert::forget_flows`).
+    pub(super) fn forget(&mut self) {
+        self.dropped = Memory::default();
+        self.rejected = Memory::default();
+        self.recent = Memory::default();
+        self.entries.values_mut().for_each(|entry| entry.mark = Mark::None);
+    }
+
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Finds the connection of a packet (`nf_conntrack_in`).
+    pub(super) fn track(&mut self, packet: &[u8], hook: u8, codes: FlowCodes, now: Duration) -> FlowPacket {
+        let seen = look(packet);
+        let connection = seen.and_then(|seen| self.connection(seen, now));
+        FlowPacket { seen, connection, can_reject: hook != Hook::Postrouting.number(), codes, priority: 0 }
+    }
+
+    /// The rules before the queue. `matches`: whether the user's rule matches. `None` if the packet
+    /// is to be queued, with a code in its priority, or goes on because no rule matches.
+    pub(super) fn before_queue(
+        &mut self,
+        packet: &mut FlowPacket,
+        priority: &mut u32,
+        matches: bool,
+        now: Duration,
+    ) -> Option<Fate> {
+        self.first_rules(packet, priority, now).or_else(|| match matches {
+            true => self.queue_rules(packet, priority),
+            false => self.last_rules(packet, now),
+        })
+    }
+
+    /// The rules behind the queue, for a packet that has been accepted so far. `stops`: its verdict
+    /// skips them.
+    pub(super) fn behind_queue(
+        &mut self,
+        packet: &mut FlowPacket,
+        priority: &mut u32,
+        stops: bool,
+        now: Duration,
+    ) -> Fate {
+        let codes = packet.codes;
+        if codes.has(*priority) && !stops {
+            if let Some(fate) = self.denying_verdict(packet, *priority, now) {
+                return fate;
+            }
+            if *priority & flow_codes::CODE == codes.accepted() {
+                self.verdict_accept(packet, now);
+            } else if let Some(connection) = packet.connection
+                && packet.is_first()
+                && self.mark(connection) == Mark::Accepting
+            {
+                self.set_mark(connection, Mark::BegunAgain);
+            }
+            *priority = codes.original(*priority);
+        }
+        self.confirm(packet, now);
+        Fate::Accepted
+    }
+}
+
+// The chains before the queue.
+
+impl Flows {
+    fn first_rules(&mut self, packet: &FlowPacket, priority: &mut u32, now: Duration) -> Option<Fate> {
+        if packet.codes.has(*priority) {
+            // `flow_back`
+            if let Some(fate) = self.denying_verdict(packet, *priority, now) {
+                return Some(fate);
+            }
+            *priority = packet.codes.original(*priority);
+        }
+        let Some(connection) = packet.connection else { return self.stray(packet, now) };
+        let is_unconfirmed = self.is_unconfirmed(connection);
+        if packet.is_first() {
+            self.begins(connection);
+        }
+        let original = connection.original;
+        if self.is_denied(original, now) {
+            return Some(self.denied(packet, original, now));
+        }
+        if self.is_denied(original.reversed(), now) {
+            if !is_unconfirmed {
+                self.forget_accept(connection);
+            } else if !packet.is_first() && original.has_first_packets() {
+                return Some(self.denied(packet, original.reversed(), now));
+            }
+        }
+        match self.mark(connection) {
+            Mark::Denied => return Some(self.denied(packet, original, now)),
+            Mark::Accepting if packet.seen.is_some_and(|seen| seen.answers) => {
+                self.set_mark(connection, Mark::Accepted)
+            }
+            _ => {}
+        }
+        None
+    }
+
+    /// `flow_begins`
+    fn begins(&mut self, connection: Connection) {
+        if !self.is_unconfirmed(connection) && self.mark(connection) != Mark::Denied {
+            self.set_mark(connection, Mark::BegunAgain);
+        }
+    }
+
+    /// `flow_stray`
+    fn stray(&mut self, packet: &FlowPacket, now: Duration) -> Option<Fate> {
+        let Seen { tuple, part, .. } = packet.seen?;
+        // Of ICMP, these rules see no identifiers.
+        if matches!(part, Part::Error | Part::Reply) {
+            return None;
+        }
+        let of_other_side = part != Part::First && tuple.has_first_packets();
+        for (tuple, counts) in [(tuple, true), (tuple.reversed(), of_other_side)] {
+            if counts && self.is_denied(tuple, now) {
+                return Some(self.denied(packet, tuple, now));
+            }
+        }
+        None
+    }
+
+    /// `flow_denied`, `flow_reversed_denied`
+    fn denied(&mut self, packet: &FlowPacket, original: Tuple, now: Duration) -> Fate {
+        if self.rejected.contains(original, now) {
+            self.rejected.remember(original, DENIED_FOR, now);
+            return packet.reject();
+        }
+        self.dropped.remember(original, DENIED_FOR, now);
+        Fate::Dropped
+    }
+
+    /// `flow_forget_accept`
+    fn forget_accept(&mut self, connection: Connection) {
+        if matches!(self.mark(connection), Mark::Accepted | Mark::Accepting) {
+            self.set_mark(connection, Mark::None);
+        }
+    }
+
+    /// `to_queue_N`
+    fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<Fate> {
+        if let Some(connection) = packet.connection {
+            if self.mark(connection) == Mark::Accepted {
+                return Some(Fate::Accepted);
+            }
+        }
+        packet.priority = *priority;
+        if *priority & flow_codes::CODE == 0 {
+            let has_connection = packet.connection.is_some() && !packet.is_error();
+            *priority |= if has_connection { packet.codes.queued() } else { packet.codes.alone() };
+        }
+        None
+    }
+
+    /// `flow_crossed`: no rule has decided about the packet.
+    fn last_rules(&self, packet: &FlowPacket, now: Duration) -> Option<Fate> {
+        let connection = packet.connection.filter(|connection| self.is_unconfirmed(*connection))?;
+        let crossed = !packet.is_first() && self.recent.contains(connection.original.reversed(), now);
+        crossed.then_some(Fate::Dropped)
+    }
+}
+
+// The chains behind the queue.
+
+impl Flows {
+    /// The verdicts that deny.
+    fn denying_verdict(&mut self, packet: &FlowPacket, priority: u32, now: Duration) -> Option<Fate> {
+        let codes = packet.codes;
+        let (memory, fate) = match priority {
+            code if code == codes.dropped() => (&mut self.dropped, Fate::Dropped),
+            code if code == codes.rejected() => (&mut self.rejected, packet.reject()),
+            code if code == codes.rejected_packet() => return Some(packet.reject()),
+            _ => return None,
+        };
+        if let Some(connection) = packet.connection {
+            memory.remember(connection.original, DENIED_FOR, now);
+            if self.is_unconfirmed(connection) {
+                self.recent.remember(connection.original, RECENT, now);
+            }
+            self.set_mark(connection, Mark::Denied);
+        }
+        Some(fate)
+    }
+
+    /// `flow_verdict_accept`, `flow_save`
+    fn verdict_accept(&mut self, packet: &mut FlowPacket, now: Duration) {
+        let Some(connection) = &mut packet.connection else { return };
+        let mark = self.mark(*connection);
+        let original = connection.original;
+        // A denial wins, whichever comes first.
+        if mark == Mark::Denied || self.is_denied(original, now) || self.is_denied(original.reversed(), now) {
+            return;
+        }
+        let is_first = packet.seen.is_some_and(|seen| seen.part == Part::First);
+        let mark = match mark {
+            _ if is_first => Mark::Accepting,
+            Mark::BegunAgain => return,
+            _ => Mark::Accepted,
+        };
+        if self.is_unconfirmed(*connection) {
+            connection.mark = mark;
+        } else {
+            self.set_mark(*connection, mark);
+        }
+    }
+
+    fn is_denied(&self, tuple: Tuple, now: Duration) -> bool {
+        self.dropped.contains(tuple, now) || self.rejected.contains(tuple, now)
+    }
+}
+
+// Connection tracking.
+
+impl Flows {
+    fn connection(&mut self, seen: Seen, now: Duration) -> Option<Connection> {
+        let Seen { tuple, part, .. } = seen;
+        let found = self.find(tuple, now).map(|original| (original, original != tuple || part == Part::Reply));
+        if let Some((original, is_reply)) = found {
+            let entry = self.entries.get_mut(&original)?;
+            if part != Part::Error {
+                entry.answered |= is_reply;
+                entry.expires_at = now + idle_time(original, entry, now);
+            }
+            return Some(Connection { id: entry.id, original, mark: Mark::None, is_new: false });
+        }
+        matches!(part, Part::First | Part::Any).then(|| {
+            self.last_id += 1;
+            Connection { id: self.last_id, original: tuple, mark: Mark::None, is_new: true }
+        })
+    }
+
+    /// The tuple of the first packet of a connection that is confirmed.
+    fn find(&self, tuple: Tuple, now: Duration) -> Option<Tuple> {
+        let lives = |tuple: &Tuple| self.entries.get(tuple).is_some_and(|entry| entry.expires_at > now);
+        [tuple, tuple.reversed()].into_iter().find(lives)
+    }
+
+    fn entry(&self, connection: Connection) -> Option<&Entry> {
+        self.entries.get(&connection.original).filter(|entry| entry.id == connection.id)
+    }
+
+    fn is_unconfirmed(&self, connection: Connection) -> bool {
+        connection.is_new && self.entry(connection).is_none()
+    }
+
+    fn mark(&self, connection: Connection) -> Mark {
+        self.entry(connection).map_or(connection.mark, |entry| entry.mark)
+    }
+
+    /// Sets the mark of a confirmed entry. What an entry that is gone would get is lost.
+    fn set_mark(&mut self, connection: Connection, mark: Mark) {
+        if let Some(entry) = self.entries.get_mut(&connection.original).filter(|entry| entry.id == connection.id) {
+            entry.mark = mark;
+        }
+    }
+
+    /// `__nf_conntrack_confirm`: of several entries with one tuple, the first one remains.
+    fn confirm(&mut self, packet: &FlowPacket, now: Duration) {
+        let Some(Connection { id, original, mark, is_new: true }) = packet.connection else { return };
+        if self.find(original, now).is_some() {
+            return;
+        }
+        if self.entries.len() >= MOST_BEFORE_PURGE && self.entries.len() == self.entries.capacity() {
+            self.entries.retain(|_, entry| entry.expires_at > now);
+        }
+        let mut entry = Entry { id, mark, answered: false, confirmed_at: now, expires_at: now };
+        entry.expires_at += idle_time(original, &entry, now);
+        self.entries.insert(original, entry);
+    }
+}
+
+/// For how long an entry is kept after a packet: the defaults of Linux.
+fn idle_time(tuple: Tuple, entry: &Entry, now: Duration) -> Duration {
+    const DAY: u64 = 86_400;
+    /// `stream_ts`: a short exchange is no stream.
+    const STREAM: Duration = Duration::from_secs(2);
+    let is_stream = entry.answered && now > entry.confirmed_at + STREAM;
+    Duration::from_secs(match tuple.protocol {
+        TCP => 5 * DAY,
+        DCCP => DAY / 2,
+        SCTP => 210,
+        UDP | UDP_LITE if is_stream => 120,
+        UDP | UDP_LITE | ICMP | ICMPV6 => 30,
+        _ => 600,
+    })
+}
+
+/// Tuples, each until a time.
+#[derive(Debug, Default)]
+struct Memory(HashMap<Tuple, Duration>);
+
+impl Memory {
+    fn contains(&self, tuple: Tuple, now: Duration) -> bool {
+        self.0.get(&tuple).is_some_and(|until| *until > now)
+    }
+
+    fn remember(&mut self, tuple: Tuple, time: Duration, now: Duration) {
+        if self.0.len() >= MOST_BEFORE_PURGE && self.0.len() == self.0.capacity() {
+            self.0.retain(|_, until| *until > now);
+        }
+        self.0.insert(tuple, now + time);
+    }
+}
+
+/// The default of `DivertBuilder::denied_flows`.
+const DENIED_FOR: Duration = Duration::from_secs(600);
+/// For how long the other side's first packet is taken for an answer to the denied one.
+const RECENT: Duration = Duration::from_secs(2);
+/// What has expired is removed when a larger map is full.
+const MOST_BEFORE_PURGE: usize = 1024;
