@@ -24,6 +24,15 @@ impl Answer {
     pub(super) fn denies_flow(self) -> bool {
         matches!(self, Self::DropFlow | Self::RejectFlow)
     }
+
+    /// The same for the packet alone.
+    fn alone(self) -> Self {
+        match self {
+            Self::Accept | Self::AcceptFlow => Self::Accept,
+            Self::Drop | Self::DropFlow => Self::Drop,
+            Self::Reject | Self::RejectFlow => Self::Reject,
+        }
+    }
 }
 
 /// The side of a connection that sends a packet: 0 for the one that usually begins.
@@ -54,6 +63,7 @@ pub(super) struct Sent {
     pub(super) valid: bool,
     /// Whether the kernel certainly knew the connection then, and in which direction it began.
     pub(super) known: bool,
+    pub(super) loopback: bool,
     pub(super) questions: Vec<Question>,
     pub(super) arrived: Option<Time>,
 }
@@ -67,6 +77,13 @@ impl Sent {
     /// Whether it waited for a verdict at any time since then.
     fn waited_since(&self, then: Time) -> bool {
         self.questions.iter().any(|question| question.answer.is_none_or(|(_, decided)| decided > then))
+    }
+
+    /// Whether it has passed any hook, as far as one can know: an entry of connection tracking may
+    /// be its own.
+    fn may_have_passed(&self) -> bool {
+        let accepted = |question: &Question| question.answer.is_some_and(|(answer, _)| answer.accepts());
+        self.arrived.is_some() || self.questions.iter().any(accepted)
     }
 
     fn is_accepted(&self) -> bool {
@@ -93,6 +110,11 @@ pub(super) struct Denial {
     confirmed: Time,
     /// It certainly holds for the other side's packets too: the kernel knew the connection.
     both: bool,
+    /// The side that has begun the connection, as connection tracking sees it, if that is certain.
+    original: Option<Side>,
+    /// The other direction's own connection may have begun since. "Later packets of such a
+    /// connection come to the queue, and cannot leave it, while the denial is remembered."
+    begun_reversed: bool,
     /// The other side has a connection of its own between the same ports, so that the kernel may
     /// count packets of this side as replies.
     crossed: bool,
@@ -111,12 +133,12 @@ pub(super) struct Violation {
 pub(super) struct Verdicts {
     pub(super) grants: Vec<Grant>,
     pub(super) denials: Vec<Denial>,
-    /// Accepted SYNs: number, when they were queued, when they were decided.
+    /// Accepted SYNs: number, when they were first queued, when they were decided.
     syns: Vec<(u32, Time, Time)>,
     /// The packets sent.
     pub(super) numbers: Vec<u32>,
-    /// What a verdict holds for is not certain: for example, it was for a packet that the kernel had
-    /// dropped. Nothing follows from it.
+    /// What a verdict holds for is not certain: for example, it was for a packet that the kernel
+    /// had dropped. Nothing follows from it.
     pub(super) uncertain: bool,
 }
 
@@ -124,8 +146,19 @@ impl Verdicts {
     /// Denials that certainly hold for a packet.
     fn denial_of(&self, sent: &Sent) -> Option<&Denial> {
         self.denials.iter().find(|denial| {
+            // "The other side of a denied connection may begin a connection of its own, on the same
+            // addresses and ports: its first packet (a SYN, or any packet of a protocol without
+            // one) comes to the queue if a rule matches it." The other side is the one that has not
+            // begun the connection, whoever has sent the denied packet.
+            let begins_reversed = match sent.kind {
+                Kind::Syn => denial.original != Some(sent.side),
+                Kind::Udp => denial.original != Some(sent.side) && !(denial.both && sent.known),
+                _ => false,
+            };
             denial.confirmed < sent.at
                 && sent.kind != Kind::Error
+                && !begins_reversed
+                && !denial.begun_reversed
                 && match denial.side == sent.side {
                     true => !denial.crossed,
                     false => denial.both && !sent.kind.begins(),
@@ -143,6 +176,8 @@ impl Verdicts {
             // A denial after the packet was queued, or in the same flush, wins.
             denial.confirmed < sent.at && grant.queued < denial.confirmed && (denial.side == grant.side || denial.both)
         });
+        // "Of two SYNs that wait at once, the later verdict holds for both": also if they wait at
+        // different hooks.
         let begun_anew = self
             .syns
             .iter()
@@ -187,6 +222,54 @@ impl Model {
         Violation { promise, connection: sent.connection, detail }
     }
 
+    /// Whether an accepted verdict holds for a later packet, and not for its own packet only.
+    fn is_lasting(&self, grant: &Grant, sent: &Sent) -> bool {
+        let numbers = self.verdicts.get(&sent.connection).map_or(&[][..], |verdicts| &verdicts.numbers);
+        let packets = || numbers.iter().map(|number| (*number, &self.sent[number]));
+        let syns = || packets().filter(|(_, other)| other.kind == Kind::Syn && other.at < sent.at);
+        if self.sent[&grant.number].kind == Kind::Syn {
+            // "After `accept().for_flow()` for a SYN, packets come to the queue until the server
+            // has answered with a SYN."
+            let answer = |other: &Sent| {
+                let passed = other.arrived.is_some_and(|arrived| arrived < sent.at);
+                other.kind == Kind::SynAck && other.side != grant.side && other.at > grant.submitted && passed
+            };
+            // "A SYN on an accepted connection's addresses and ports ends the accept", also if it
+            // is dropped.
+            let last = syns().all(|(number, _)| number <= grant.number);
+            return last && packets().any(|(_, other)| answer(other));
+        }
+        // "If a SYN comes while conntrack has an entry with its addresses and ports (of an older
+        // connection, or of the same one if the SYN is sent again), only a verdict for a SYN can
+        // accept the connection."
+        let has_entry = |syn: u32| {
+            packets()
+                .take_while(|(number, _)| *number < syn)
+                .any(|(_, other)| other.kind != Kind::Error && (other.may_have_passed() || other.answer().is_none()))
+        };
+        syns().all(|(syn, _)| !has_entry(syn))
+    }
+
+    /// The side that has begun the connection, as connection tracking sees it when a packet is
+    /// denied. `None` if it may have begun in mid-stream, or with packets of both sides.
+    fn original(&self, denied: &Sent) -> Option<Side> {
+        let numbers = self.verdicts.get(&denied.connection).map_or(&[][..], |verdicts| &verdicts.numbers);
+        let packets = || numbers.iter().map(|number| &self.sent[number]).filter(|other| other.kind != Kind::Error);
+        let first = packets().next()?;
+        let reply = packets().find(|other| other.side != first.side);
+        match reply {
+            None => Some(first.side),
+            // Nothing of the other side was under way when the kernel began to know it.
+            Some(reply) => {
+                let settled = match denied.kind {
+                    Kind::Udp => packets().any(|other| other.arrived.is_some_and(|arrived| arrived < reply.at)),
+                    _ => first.kind == Kind::Syn,
+                };
+                (denied.known && denied.valid && settled).then_some(first.side)
+            }
+        }
+    }
+
     /// A packet has come to the queue.
     pub(super) fn queued(&mut self, number: u32, at: Time, strict: bool) -> Option<Violation> {
         let sent = self.sent.get_mut(&number)?;
@@ -208,7 +291,10 @@ impl Model {
         let accepted = |grant: &Grant| {
             let granted = &self.sent[&grant.number];
             let alone = grant.clean && granted.questions.len() == 1;
-            alone && verdicts.holds(grant, sent) && granted.arrived.is_some_and(|arrived| arrived < sent.at)
+            alone
+                && verdicts.holds(grant, sent)
+                && granted.arrived.is_some_and(|arrived| arrived < sent.at)
+                && self.is_lasting(grant, sent)
         };
         let undisturbed = strict && verdicts.denials.is_empty() && sent.valid && sent.known;
         if undisturbed && !sent.kind.begins_tcp() && sent.kind != Kind::Error && verdicts.grants.iter().any(accepted) {
@@ -264,15 +350,22 @@ impl Model {
             return Some(self.violation(BLOCKED, number));
         }
         let mut earlier = verdicts.numbers.iter().filter(|other| **other < number).map(|other| &self.sent[other]);
-        let first = !earlier.any(|other| other.side == sent.side || other.kind == Kind::Error);
+        // If anything has passed, the kernel takes this packet for a reply to it. So does it over
+        // loopback with a packet that was denied at its second hook. All rules of the test queue
+        // UDP; where none does, a packet "is dropped for two seconds after the verdict, as it may
+        // have crossed the denied one" (How long a denial holds).
+        let first =
+            !earlier.any(|other| other.side == sent.side || other.kind == Kind::Error || other.may_have_passed());
         let others = verdicts.denials.iter().all(|denial| denial.side != sent.side && !denial.both);
-        (first && others && sent.kind.begins()).then(|| self.violation(OTHER_SIDE_BLOCKED, number))
+        let violates = first && others && !sent.loopback && sent.kind.begins();
+        violates.then(|| self.violation(OTHER_SIDE_BLOCKED, number))
     }
 
     /// Records a verdict before it is submitted.
     pub(super) fn answered(&mut self, number: u32, answer: Answer, at: Time) {
         let Some(sent) = self.sent.get(&number) else { return };
         let Some(&Question { at: queued, .. }) = sent.questions.last() else { return };
+        let first_queued = sent.questions[0].at;
         let (side, kind, connection) = (sent.side, sent.kind, sent.connection);
         let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
         let waits = |other: &u32| *other != number && self.sent[other].waited_since(queued);
@@ -285,6 +378,7 @@ impl Model {
         if kind != Kind::Error && answer.accepts() {
             for denial in &mut verdicts.denials {
                 denial.crossed |= denial.side != side && !denial.both;
+                denial.begun_reversed |= kind.begins() && denial.original != Some(side);
             }
         }
         if kind == Kind::Error {
@@ -294,7 +388,19 @@ impl Model {
             verdicts.grants.push(Grant { number, side, queued, submitted: at, clean });
         }
         if kind == Kind::Syn && answer.accepts() {
-            verdicts.syns.push((number, queued, at));
+            verdicts.syns.push((number, first_queued, at));
+        }
+    }
+
+    /// "The packet belongs to no connection: connection tracking calls it invalid": "The verdict
+    /// then holds for the packet alone."
+    pub(super) fn of_no_connection(&mut self, number: u32) {
+        let Some(sent) = self.sent.get_mut(&number) else { return };
+        let connection = sent.connection;
+        if let Some((answer, at)) = sent.questions.last_mut().and_then(|question| question.answer.as_mut()) {
+            *answer = answer.alone();
+            let at = *at;
+            self.of(connection).grants.retain(|grant| (grant.number, grant.submitted) != (number, at));
         }
     }
 
@@ -312,9 +418,11 @@ impl Model {
         };
         let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
         let crossed = !both && numbers.iter().any(|other| passes(&self.sent[other]));
+        let original = self.original(&self.sent[&number]);
         let verdicts = self.of(connection);
         verdicts.uncertain |= !certain;
-        verdicts.denials.push(Denial { number, side, confirmed: at, both, crossed });
+        let begun_reversed = false;
+        verdicts.denials.push(Denial { number, side, confirmed: at, both, original, begun_reversed, crossed });
     }
 
     /// All verdicts for connections are taken back.
@@ -329,7 +437,8 @@ impl Model {
     pub(super) fn must_arrive(&self, number: u32) -> bool {
         let sent = &self.sent[&number];
         let certain = self.verdicts.get(&sent.connection).is_none_or(|verdicts| {
-            // A later one may hold at the next hook, or for what the kernel has taken for one connection.
+            // A later one may hold at the next hook, or for what the kernel has taken for one
+            // connection.
             let harmless = |denial: &Denial| denial.confirmed < sent.at && denial.side != sent.side && !denial.both;
             !verdicts.uncertain && verdicts.denials.iter().all(harmless)
         });

@@ -335,8 +335,9 @@ impl Adversary {
         let (id, from) = (connection.id, connection.path.hosts()[side]);
         self.totals.sent += 1;
         self.totals.sent_to_denied += usize::from(self.model.has_denial(id));
-        let questions = Vec::new();
-        self.model.sends(number, Sent { connection: id, side, kind, at, valid, known, questions, arrived: None });
+        let loopback = connection.path == Path::Loopback;
+        let (questions, arrived) = (Vec::new(), None);
+        self.model.sends(number, Sent { connection: id, side, kind, at, valid, known, loopback, questions, arrived });
         self.world.send(from, &packet);
         number
     }

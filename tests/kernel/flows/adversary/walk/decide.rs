@@ -96,6 +96,8 @@ impl Adversary {
             Ok(()) => self.model.confirmed(number, answer, at),
             // A chain has gone, with the packets that waited.
             Err(error) if error.kind() == ErrorKind::PacketGone => self.model.of(connection).uncertain = true,
+            // "The packet belongs to no connection", whatever it seemed to be when it was sent.
+            Err(error) if error.to_string().contains("is of no connection") => self.model.of_no_connection(number),
             Err(error) if kind == Kind::Error && error.kind() == ErrorKind::InvalidInput => {}
             Err(error) => self.check(Err(error), Some(connection)),
         }

@@ -16,8 +16,8 @@ use crate::common::PATIENCE;
 impl Adversary {
     /// Waits until all that was sent has been queued, has arrived, or is lost.
     ///
-    /// The kernel handles packets of one CPU, to which this thread is bound, in their order. So what
-    /// has not come before a packet that is never queued does not come.
+    /// The kernel handles packets of one CPU, to which this thread is bound, in their order. So
+    /// what has not come before a packet that is never queued does not come.
     pub(super) async fn settle(&mut self, paths: &[Path]) {
         let mut missing = BTreeSet::new();
         for path in paths {
