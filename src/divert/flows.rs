@@ -351,8 +351,9 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// Connection tracking calls a SYN invalid that comes from the side which has not begun the older
-    /// connection, as it sees it. The connection's later packets it may count to the older one.
+    /// Connection tracking calls a SYN invalid that comes from the side which has not begun the
+    /// older connection, as it sees it. Later packets of the new connection it may count to the
+    /// older one.
     fn begun_stray(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::BegunStray);
         chain.push_first(&[], goto(FlowChain::BegunRecord), None);
@@ -454,6 +455,8 @@ impl<'a> Flows<'a> {
     /// that it begins a connection, it has not.
     fn crossed(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Crossed);
+        // A verdict has accepted it, see `rules_behind`.
+        chain.push(&[self.marked(self.table.marks.begun_again())], Action::Return);
         chain.push_first(&[], Action::Return, None);
         for version in denied::versions(self.surroundings.family) {
             chain.push_for(version, &[Match::recent(version)], Action::Drop);
@@ -621,10 +624,19 @@ impl<'a> Flows<'a> {
         chain.rules
     }
 
-    /// The rules behind the user's.
-    pub(super) fn last_rules(self, place: Place) -> Vec<KernelRule<'a>> {
+    /// The rules behind the user's. `places` are all places of the table.
+    pub(super) fn last_rules(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
-        chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
+        // At a later place, a rule may ask about the packet.
+        let later = |hook: &Hook| places.iter().any(|other| other.hook == *hook);
+        let is_last = match place.hook {
+            Hook::Prerouting => ![Hook::Input, Hook::Forward, Hook::Postrouting].iter().any(later),
+            Hook::Forward | Hook::Output => !later(&Hook::Postrouting),
+            _ => true,
+        };
+        if is_last && !places.iter().any(|other| other.hook == place.hook && other.priority > place.priority) {
+            chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
+        }
         chain.push(&[stray()], jump(FlowChain::BegunStray));
         chain.rules
     }
@@ -662,6 +674,13 @@ impl<'a> Flows<'a> {
         let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
         chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
         chain.push(&[stray()], jump(FlowChain::BegunStray));
+        // For the chain `flow_crossed` of a later place.
+        for version in denied::versions(self.surroundings.family) {
+            let conditions = [Match::unconfirmed(), self.marked(0), Match::recent(version)];
+            chain.push_for(version, &conditions, Action::Continue);
+            let change = self.save(self.table.marks.begun_again());
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.changes.push(change));
+        }
         // Of two first packets that waited at once, the other one's verdict has accepted.
         let start = chain.rules.len();
         let again = self.save(self.table.marks.begun_again());

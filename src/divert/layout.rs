@@ -52,7 +52,7 @@ impl<'a> Layout<'a> {
         }
         all.extend(rules);
         for place in &all_places {
-            all.extend(flows.last_rules(*place));
+            all.extend(flows.last_rules(*place, &all_places));
         }
         Self { chains, rules: all }
     }
