@@ -133,6 +133,9 @@ pub(super) struct Violation {
 pub(super) struct Verdicts {
     pub(super) grants: Vec<Grant>,
     pub(super) denials: Vec<Denial>,
+    /// Its addresses are translated. A segment that connection tracking calls invalid is not: it
+    /// goes to this host, where it is of another connection, and ends nothing.
+    pub(super) translated: bool,
     /// Accepted SYNs: number, when they were first queued, when they were decided.
     syns: Vec<(u32, Time, Time)>,
     /// The packets sent.
@@ -387,7 +390,7 @@ impl Model {
             let clean = alone && verdicts.denials.is_empty();
             verdicts.grants.push(Grant { number, side, queued, submitted: at, clean });
         }
-        if kind == Kind::Syn && answer.accepts() {
+        if kind == Kind::Syn && answer.accepts() && !verdicts.translated {
             verdicts.syns.push((number, first_queued, at));
         }
     }

@@ -67,8 +67,8 @@ pub(super) struct Adversary {
     divert: Option<Divert>,
     round: Round,
     strangers: Vec<Stranger>,
-    /// One of them has overwritten marks of connections.
-    overwritten: bool,
+    /// One of them has overwritten marks of connections, or packets have come back.
+    accepts_lost: bool,
     churn: usize,
     model: Model,
     connections: Vec<Connection>,
@@ -113,7 +113,7 @@ impl Adversary {
             divert: None,
             round,
             strangers: Vec::new(),
-            overwritten: false,
+            accepts_lost: false,
             churn: 0,
             model: Model::default(),
             connections: Vec::new(),
@@ -184,7 +184,7 @@ impl Adversary {
         let builder = Divert::builder().flow_marks(marks).priority(self.round.priority);
         self.divert = Some(builder.rules(self.rules(false)).install().expect("install the rules"));
         self.model = Model::default();
-        self.overwritten = false;
+        self.accepts_lost = false;
         self.retired.clear();
         stay_on_one_cpu();
         self.settle(&PATHS).await;
@@ -285,6 +285,7 @@ impl Adversary {
         let budget = 4 + self.random.below(30);
         let mut connection = Connection::new(self.totals.connections, path, tcp, ends, budget);
         connection.translated = translated.is_some();
+        self.model.of(connection.id).translated = translated.is_some();
         connection.seen[0] = translated;
         let protocol = if tcp { "TCP" } else { "UDP" };
         let about = format!("{protocol} {path:?} {} and {}, translated: {:?}", ends[0], ends[1], connection.seen[0]);

@@ -17,7 +17,7 @@ impl Adversary {
             let number = self.totals.strangers as u32;
             let stranger = Stranger::new(&mut self.random, number, self.round.hooks, self.round.overwriting);
             self.note(format!("comes: {}", stranger.what));
-            self.overwritten |= stranger.overwrites;
+            self.accepts_lost |= stranger.overwrites;
             self.strangers.push(stranger);
         }
         self.churn += 1;
@@ -45,6 +45,8 @@ impl Adversary {
             self.decide(all.collect()).await;
         }
         self.replace();
+        // Accepts of packets that have come back hold for nothing: no rule has asked again.
+        self.accepts_lost = true;
     }
 
     pub(super) fn forget(&mut self) {

@@ -73,7 +73,7 @@ impl Adversary {
             let (number, hook, connection) = (label.number, packet.hook(), sent.connection);
             self.totals.queued += 1;
             self.log_of(connection, at, format!("packet {number} is queued at {hook:?}"));
-            let strict = !self.overwritten;
+            let strict = !self.accepts_lost;
             let violation = self.model.queued(number, at, strict);
             self.report(violation);
             self.waiting.push(Waiting { number, connection, hook, packet, churn: self.churn });
