@@ -4,6 +4,7 @@ use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
+    chain::{Place, chain_name},
     encoder::{Encoder, QueueMethod, number},
     facts::Facts,
     family::TableFamily,
@@ -37,6 +38,9 @@ pub(super) enum Target {
     Queues(Queues),
     /// Carries out verdicts for connections.
     Flow(FlowChain),
+    /// The chain of a place, in a table with this default priority, for packets that are not of an
+    /// established connection.
+    Unusual(Place, i32),
 }
 
 impl Target {
@@ -51,6 +55,7 @@ impl Target {
                 name
             }
             Self::Flow(chain) => chain.name(),
+            Self::Unusual(place, default) => format!("{}_unusual", chain_name(place, default)),
         }
     }
 }

@@ -11,6 +11,8 @@ pub(super) enum FlowChain {
     BegunRecord,
     BegunAgain,
     Begins,
+    /// Those of other protocols than TCP.
+    BeginsOther,
     Accepted,
     Stray(Way),
     Listed(Way),
@@ -25,8 +27,12 @@ pub(super) enum FlowChain {
     Save,
     SaveFirst,
     VerdictDrop,
-    VerdictReject { can_reject: bool },
-    RejectPacket { can_reject: bool },
+    VerdictReject {
+        can_reject: bool,
+    },
+    RejectPacket {
+        can_reject: bool,
+    },
 }
 
 impl FlowChain {
@@ -47,6 +53,7 @@ impl FlowChain {
             Self::BegunRecord => return "flow_begun_record".to_owned(),
             Self::BegunAgain => return "flow_begun_again".to_owned(),
             Self::Inherits => return "flow_inherits".to_owned(),
+            Self::BeginsOther => return "flow_begins_other".to_owned(),
             Self::Begins => return "flow_begins".to_owned(),
             Self::Accepted => return "flow_accepted".to_owned(),
             Self::ForgetAccept => return "flow_forget_accept".to_owned(),

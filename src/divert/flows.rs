@@ -9,6 +9,7 @@
 //! | chain | content |
 //! |---|---|
 //! | a base chain of the user's rules | first the rules of [`Flows::first_rules`], which stop packets of denied connections; last those of [`Flows::last_rules`] |
+//! | `CHAIN_unusual` | packets that are not of an established connection |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
 //! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
 //!
@@ -277,6 +278,7 @@ impl<'a> Flows<'a> {
     pub(super) fn common_rules(self) -> Vec<KernelRule<'a>> {
         let mut chains = vec![
             self.begins(),
+            self.begins_other(),
             self.inherits(),
             self.begun_stray(),
             self.begun_record(),
@@ -320,6 +322,14 @@ impl<'a> Flows<'a> {
         ] {
             chain.push(&[Match::priority(code, u32::MAX)], goto(target));
         }
+    }
+
+    fn begins_other(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BeginsOther);
+        let [_, sctp, dccp] = first_packets();
+        chain.push(&sctp, goto(FlowChain::Begins));
+        chain.push(&dccp, goto(FlowChain::Begins));
+        chain
     }
 
     /// An entry gets its mark from the connection that has announced it (`init_conntrack`).
@@ -602,26 +612,43 @@ impl<'a> Flows<'a> {
         let way = Way::of(place.hook);
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
         chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
-        chain.push(&[stray()], jump(FlowChain::Stray(way)));
+        // Packets of an established connection are not concerned.
+        let states =
+            [ConnectionState::New, ConnectionState::Related, ConnectionState::Invalid, ConnectionState::Untracked];
+        let unusual = Target::Unusual(place, self.surroundings.priority);
+        chain.push(&[Match::connection_state(states)], Action::Jump(unusual));
         let first = first_traversal(place, places);
         if let Some(first) = &first {
-            let rule = chain.push(&[Match::unconfirmed()], jump(FlowChain::Inherits));
+            let [syn, ..] = first_packets();
+            let rule = chain.push(&syn, jump(FlowChain::Begins));
             rule.conditions.extend(first.clone());
-        }
-        // A packet that is queued twice with one unconfirmed entry is dropped
-        // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
-        if way.has_replies() {
-            chain.push(&[Match::unconfirmed()], jump(FlowChain::Replies(way)));
-        }
-        if let Some(first) = &first {
-            let start = chain.rules.len();
-            chain.push_first(&[], jump(FlowChain::Begins), None);
-            chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.extend(first.clone()));
+            let rule = chain.push(&[Match::higher_protocol(17)], jump(FlowChain::BeginsOther));
+            rule.conditions.extend(first.clone());
         }
         chain.push(&[Match::listed(Of::Connection)], jump(FlowChain::Listed(way)));
         chain.push(&[self.marked(marks.denied())], goto(FlowChain::Denied(way)));
         chain.push(&[self.marked(marks.accepting())], jump(FlowChain::Accepted));
+
+        let mut unusual = Chained::new(unusual.name(), place, self.surroundings);
+        let confirmed = unusual.push(&[], Action::Return);
+        confirmed.conditions.push((Match::unconfirmed(), true));
+        unusual.push(&[stray()], goto(FlowChain::Stray(way)));
+        if let Some(first) = first {
+            unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
+        }
+        // A packet that is queued twice with one unconfirmed entry is dropped
+        // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
+        if way.has_replies() {
+            unusual.push(&[], jump(FlowChain::Replies(way)));
+        }
+        chain.rules.append(&mut unusual.rules);
         chain.rules
+    }
+
+    /// The chain of a place for packets that are not of an established connection.
+    pub(super) fn unusual(self, place: Place) -> Chain {
+        let name = Target::Unusual(place, self.surroundings.priority).name();
+        Chain { name, base: None, fixed: false }
     }
 
     /// The rules behind the user's. `places` are all places of the table.

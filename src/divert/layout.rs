@@ -47,6 +47,7 @@ impl<'a> Layout<'a> {
             // nothing can come between these chains.
             chains.push(flows::chain_behind(*place, surroundings.priority));
             chains.push(base(place));
+            chains.push(flows.unusual(*place));
             all.extend(flows.first_rules(*place, &all_places));
             all.extend(flows.rules_behind(*place));
         }

@@ -28,6 +28,8 @@ enum Flow {
     },
     /// The length of the packet from its network header on.
     Length(u32),
+    /// A transport protocol with a higher number.
+    HigherProtocol(u8),
     /// The ports of denied connections.
     Listed(Of),
     Denied(DeniedSet, Of),
@@ -66,6 +68,11 @@ impl Match {
     /// Packets of this length, from the network header on.
     pub(in super::super) fn length(bytes: u32) -> Self {
         Self::new(Flow::Length(bytes))
+    }
+
+    /// Packets of a transport protocol with a higher number.
+    pub(in super::super) fn higher_protocol(number: u8) -> Self {
+        Self::new(Flow::HigherProtocol(number))
     }
 
     /// Packets with the ports of a denied connection, in either direction.
@@ -170,6 +177,10 @@ impl Condition for Flow {
                 encoder.meta(MetaKey::Length);
                 encoder.equal(bytes.to_ne_bytes().to_vec(), negated);
             }
+            Self::HigherProtocol(number) => {
+                encoder.meta(MetaKey::L4Proto);
+                encoder.at_most(vec![number], !negated);
+            }
             Self::Listed(of) => {
                 if !encoder.encoding.trial {
                     tuple::load_ports(of, REG32_00, encoder);
@@ -234,6 +245,7 @@ impl Condition for Flow {
             Self::Priority { mask: u32::MAX, value } => format!("meta priority {}{value:#x}", operator(negated)),
             Self::Priority { mask, value } => format!("meta priority & {mask:#x} {equal} {value:#x}"),
             Self::Length(bytes) => format!("meta length {}{bytes}", operator(negated)),
+            Self::HigherProtocol(number) => format!("meta l4proto {} {number}", if negated { "<=" } else { ">" }),
             Self::Listed(of) => format!("{} {}@{PORTS}", tuple::nft_ports(of), operator(negated)),
             Self::Denied(set, of) => format!("{} {}@{}", tuple::nft(set.version, of), operator(negated), set.name()),
             Self::Recent(version) => {
