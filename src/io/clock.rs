@@ -225,13 +225,10 @@ mod memory {
             Some(Calling { timer: self, _guard: guard })
         }
 
-        fn is_due(&self) -> bool {
-            self.at().is_some_and(|at| at <= self.clock.now())
-        }
-
-        /// Fires until nothing is due: the target may set the timer again.
+        /// Fires until nothing is due: the target may set the timer again. While the clock runs, the
+        /// timer thread calls again for that.
         fn fire_if_due(&self) {
-            while self.is_due() {
+            loop {
                 // A call of the target that sets the timer is followed by another one, here or in
                 // `report_readable`.
                 let Some(_calling) = self.calling() else { return };
@@ -239,6 +236,9 @@ mod memory {
                 let due = self.alarm().at.take_if(|at| *at <= now).is_some();
                 if let Some(target) = self.target.upgrade().filter(|_| due) {
                     target.fire();
+                }
+                if !due || !self.stands_still() {
+                    return;
                 }
             }
         }
