@@ -225,8 +225,8 @@ mod memory {
             Some(Calling { timer: self, _guard: guard })
         }
 
-        /// Fires until nothing is due: the target may set the timer again. While the clock runs, the
-        /// timer thread calls again for that.
+        /// Fires until nothing is due: the target may set the timer again. While the clock runs,
+        /// the timer thread calls again for that.
         fn fire_if_due(&self) {
             loop {
                 // A call of the target that sets the timer is followed by another one, here or in
