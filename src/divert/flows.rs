@@ -448,7 +448,7 @@ impl<'a> Flows<'a> {
     }
 
     /// The entry of the denied connection may be lost, and a packet of the other side have made a
-    /// new one. But a packet that begins a connection begins one that nobody has denied: with
+    /// new one. But a packet that begins a connection begins one that no verdict has denied: with
     /// forged addresses, anybody could otherwise block the connections of others.
     fn reversed(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Reversed(way), way);

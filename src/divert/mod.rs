@@ -278,8 +278,8 @@ impl Divert {
     /// translation. Returns whether there was a verdict.
     ///
     /// Blocks the thread: it walks the entries of connection tracking, and if the connection was
-    /// denied, the kernel then waits until no CPU uses the old set (35 ms measured on Linux 6.18
-    /// with two cores). From an async task, call it in `spawn_blocking`.
+    /// denied, the kernel then waits until no CPU uses the old set, as for
+    /// [`install`](DivertBuilder::install). From an async task, call it in `spawn_blocking`.
     ///
     /// # Errors
     ///

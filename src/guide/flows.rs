@@ -167,8 +167,6 @@
 //!   its verdict accepts, it comes to the queue again.
 //! - [`Stats`](crate::Stats) counts a packet that is dropped or rejected behind the queue as
 //!   accepted, because for the queue it is. The counters of `nft list ruleset` tell.
-//! - Packets of accepted connections at 11 million datagrams a second cost what `RESULTS.md` in
-//!   `benches` says.
 //!
 //! # Other programs
 //!

@@ -268,7 +268,7 @@ mod memory {
         }
 
         fn readable(self: Arc<Self>) {
-            // Whoever moves the clock reports it.
+            // The thread that moves the clock reports it.
             if self.clock.stands_still() {
                 return;
             }
