@@ -156,8 +156,10 @@
 //!     tokio::spawn(serve(queue));
 //!     let [client, server] = connection(80);
 //!     assert!(kernel.send(TestPacket::tcp_syn(client, server)).outcome().await.accepted);
-//!     for [from, to] in [[client, server], [server, client]] {
-//!         let outcome = kernel.send(TestPacket::tcp(from, to, b"data")).outcome().await;
+//!     let answer = TestPacket::tcp_syn_ack(server, client);
+//!     let request = TestPacket::tcp(client, server, b"request");
+//!     for packet in [answer, request] {
+//!         let outcome = kernel.send(packet).outcome().await;
 //!         assert!(outcome.accepted);
 //!         assert_eq!((outcome.cause, outcome.queue), (Cause::FlowVerdict, None));
 //!     }

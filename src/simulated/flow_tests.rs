@@ -55,7 +55,8 @@ fn with_flags(segment: &TestPacket, flags: u8) -> TestPacket {
 }
 
 fn syn_ack() -> TestPacket {
-    with_flags(&response(), 0x12)
+    let [client, server] = addresses();
+    TestPacket::tcp_syn_ack(server, client)
 }
 
 type Decide = fn(Packet) -> Verdict;

@@ -96,6 +96,17 @@ impl TestPacket {
         Self::complete(bytes)
     }
 
+    /// The server's answer to [`tcp_syn`](Self::tcp_syn): flags SYN and ACK, no payload.
+    ///
+    /// # Panics
+    /// As [`udp`](Self::udp).
+    pub fn tcp_syn_ack(source: SocketAddr, destination: SocketAddr) -> Self {
+        let builder = ip(source.ip(), destination.ip()).tcp(source.port(), destination.port(), 1, 64_240).syn().ack(2);
+        let mut bytes = Vec::with_capacity(builder.size(0));
+        builder.write(&mut bytes, &[]).expect(TOO_LONG);
+        Self::complete(bytes)
+    }
+
     /// An echo request (ping), with identifier 1 and sequence number 1.
     ///
     /// # Panics
