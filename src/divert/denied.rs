@@ -93,6 +93,8 @@ pub(super) enum Remember {
     Translated(IpVersion),
     /// A connection that has just been denied.
     Recent(IpVersion),
+    /// No longer the connection of the other side that has just been denied.
+    NotRecent(IpVersion),
     /// A connection of which a packet has just been rejected.
     Replied(IpVersion),
     /// A connection that a packet without an entry begins, by the packet's addresses and ports.
@@ -109,6 +111,9 @@ impl Remember {
                 [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
+            Self::NotRecent(version) => {
+                format!("delete @{} {{ {} }}", recent(version), tuple::nft(version, Of::ConnectionReversed))
+            }
             Self::Begun(version) => {
                 let [ports, reversed] = Of::Packet.both().map(|of| update(PORTS, tuple::nft_ports(of)));
                 [update(begun(version), tuple::nft(version, Of::Packet)), ports, reversed].join(" ")
@@ -143,6 +148,10 @@ impl Remember {
             Self::Recent(version) => {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(recent(version), None);
+            }
+            Self::NotRecent(version) => {
+                tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
+                encoder.delete_from_set(recent(version));
             }
             Self::Begun(version) => {
                 // The tuple comes first, as below.

@@ -307,6 +307,16 @@ impl Encoder {
         self.other("dynset", attributes);
     }
 
+    /// Deletes the element in the registers from the first on, if it is there (`nft_rhash_delete`).
+    pub(super) fn delete_from_set(&mut self, name: &str) {
+        let attributes = vec![
+            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+            number(NFTA_DYNSET_OP, NFT_DYNSET_OP_DELETE),
+            number(NFTA_DYNSET_SREG_KEY, REG_1),
+        ];
+        self.other("dynset", attributes);
+    }
+
     /// Loads bytes into the first register.
     pub(super) fn value(&mut self, value: Vec<u8>) {
         self.list.push(Expressions::Immediate(vec![
@@ -393,6 +403,7 @@ const NFTA_DYNSET_SREG_DATA: u16 = 5;
 const NFTA_DYNSET_TIMEOUT: u16 = 6;
 const NFT_DYNSET_OP_ADD: u32 = 0;
 const NFT_DYNSET_OP_UPDATE: u32 = 1;
+const NFT_DYNSET_OP_DELETE: u32 = 2;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;
 const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;

@@ -465,8 +465,6 @@ impl<'a> Flows<'a> {
     /// that it begins a connection, it has not.
     fn crossed(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Crossed);
-        // A verdict has accepted it, see `rules_behind`.
-        chain.push(&[self.marked(self.table.marks.begun_again())], Action::Return);
         chain.push_first(&[], Action::Return, None);
         for version in denied::versions(self.surroundings.family) {
             chain.push_for(version, &[Match::recent(version)], Action::Drop);
@@ -701,12 +699,11 @@ impl<'a> Flows<'a> {
         let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
         chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
         chain.push(&[stray()], jump(FlowChain::BegunStray));
-        // For the chain `flow_crossed` of a later place.
+        // A verdict has accepted it: the chain `flow_crossed` of a later place lets it pass. A mark
+        // could not tell it so, because others may overwrite it on the way.
         for version in denied::versions(self.surroundings.family) {
-            let conditions = [Match::unconfirmed(), self.marked(0), Match::recent(version)];
-            chain.push_for(version, &conditions, Action::Continue);
-            let change = self.save(self.table.marks.begun_again());
-            chain.rules.last_mut().into_iter().for_each(|rule| rule.changes.push(change));
+            chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
         }
         // Of two first packets that waited at once, the other one's verdict has accepted.
         let start = chain.rules.len();

@@ -99,8 +99,7 @@
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
 //! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
-//! seconds after the verdict, as it may have crossed the denied one; a later hook of the table may
-//! do so even if a verdict has accepted it. After that it passes:
+//! seconds after the verdict, as it may have crossed the denied one. After that it passes:
 //! otherwise a sender with a forged address could block the connections of others. Later packets of
 //! such a connection come to the queue, and cannot leave it, while the denial is remembered. So do
 //! packets of the denied side, if the other side's packets have passed before the verdict: for

@@ -173,6 +173,9 @@ impl Flows {
             {
                 self.set_mark(connection, Mark::BegunAgain);
             }
+            if let Some(connection) = packet.connection {
+                self.recent.forget(connection.original.reversed());
+            }
             *priority = codes.original(*priority);
         }
         self.confirm(packet, now);
@@ -410,6 +413,10 @@ struct Memory(HashMap<Tuple, Duration>);
 impl Memory {
     fn contains(&self, tuple: Tuple, now: Duration) -> bool {
         self.0.get(&tuple).is_some_and(|until| *until > now)
+    }
+
+    fn forget(&mut self, tuple: Tuple) {
+        self.0.remove(&tuple);
     }
 
     fn remember(&mut self, tuple: Tuple, time: Duration, now: Duration) {

@@ -134,8 +134,6 @@ impl Adversary {
         self.model.must_arrive(number)
             && !self.waiting.iter().any(|waiting| waiting.number == number)
             && !self.is_translated(self.model.sent[&number].connection)
-            // "A later hook of the table may drop it."
-            && !self.model.has_denial(self.model.sent[&number].connection)
     }
 }
 
