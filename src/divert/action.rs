@@ -38,8 +38,9 @@ pub(super) enum Target {
     Queues(Queues),
     /// Carries out verdicts for connections.
     Flow(FlowChain),
-    /// The chain of a place, in a table with this default priority, for packets that are not of an
-    /// established connection.
+    /// The chain of a place, in a table with this default priority, before the user's rules.
+    First(Place, i32),
+    /// The same, for packets that are not of an established connection.
     Unusual(Place, i32),
 }
 
@@ -55,6 +56,7 @@ impl Target {
                 name
             }
             Self::Flow(chain) => chain.name(),
+            Self::First(place, default) => format!("{}_first", chain_name(place, default)),
             Self::Unusual(place, default) => format!("{}_unusual", chain_name(place, default)),
         }
     }

@@ -92,6 +92,12 @@ impl KernelRule<'_> {
         parts.join(" ")
     }
 
+    /// Whether nft has a form of the rule.
+    pub(super) fn has_nft(&self) -> bool {
+        let empty = |(condition, negated): &(Match, bool)| condition.condition().nft(&self.facts, *negated).is_empty();
+        !self.conditions.iter().any(empty) && !matches!(self.remember, Some(Remember::Translated(_)))
+    }
+
     pub(super) fn queues(&self) -> bool {
         matches!(self.action, Action::Queue(_) | Action::Goto(Target::Queues(_)))
     }

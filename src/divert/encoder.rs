@@ -121,22 +121,52 @@ impl Encoder {
 
     /// Loads the source or the destination address into a register.
     pub(super) fn address(&mut self, version: IpVersion, end: Endpoint, register: u32) {
-        let (offset, length) = match (version, end) {
-            (IpVersion::V4, Endpoint::Source) => (12, 4),
-            (IpVersion::V4, Endpoint::Destination) => (16, 4),
-            (IpVersion::V6, Endpoint::Source) => (8, 16),
-            (IpVersion::V6, Endpoint::Destination) => (24, 16),
-        };
+        let (offset, length) = address(version, end);
         self.payload(NFT_PAYLOAD_NETWORK_HEADER, offset, length, register);
+    }
+
+    /// That of the packet that an ICMP error quotes.
+    pub(super) fn quoted_address(&mut self, version: IpVersion, end: Endpoint, register: u32) {
+        let (offset, length) = address(version, end);
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, QUOTED + offset, length, register);
+    }
+
+    /// Loads the protocol of the packet that an ICMP error quotes into a register.
+    pub(super) fn quoted_protocol(&mut self, version: IpVersion, register: u32) {
+        let offset = match version {
+            IpVersion::V4 => 9,
+            IpVersion::V6 => 6,
+        };
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, QUOTED + offset, 1, register);
+    }
+
+    /// Loads a port of the packet that an ICMP error quotes, whose header has no options, into a
+    /// register.
+    pub(super) fn quoted_port(&mut self, version: IpVersion, end: Endpoint, register: u32) {
+        let header = match version {
+            IpVersion::V4 => 20,
+            IpVersion::V6 => 40,
+        };
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, QUOTED + header + port(end), 2, register);
+    }
+
+    /// Loads what connection tracking has in place of the ports of an echo request into two
+    /// registers: identifier, type and code. The packet is the reply.
+    pub(super) fn echo_request(&mut self, version: IpVersion, register: u32) {
+        let request = match version {
+            IpVersion::V4 => 8,
+            IpVersion::V6 => 128,
+        };
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 4, 2, register);
+        self.list.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Other(register + 1)),
+            Immediate::Data(DataAttribute::Value(vec![request, 0, 0, 0])),
+        ]));
     }
 
     /// Loads the source or the destination port into a register.
     pub(super) fn port(&mut self, end: Endpoint, register: u32) {
-        let offset = match end {
-            Endpoint::Source => 0,
-            Endpoint::Destination => 2,
-        };
-        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 2, register);
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, port(end), 2, register);
     }
 
     /// Loads a byte of the transport header into the first register.
@@ -330,6 +360,27 @@ impl Encoder {
         self.list.push(Expressions::Other { expression_type: name.to_owned(), attributes });
     }
 }
+
+/// Offset and length in the network header.
+fn address(version: IpVersion, end: Endpoint) -> (u32, u32) {
+    match (version, end) {
+        (IpVersion::V4, Endpoint::Source) => (12, 4),
+        (IpVersion::V4, Endpoint::Destination) => (16, 4),
+        (IpVersion::V6, Endpoint::Source) => (8, 16),
+        (IpVersion::V6, Endpoint::Destination) => (24, 16),
+    }
+}
+
+/// Offset in the transport header.
+fn port(end: Endpoint) -> u32 {
+    match end {
+        Endpoint::Source => 0,
+        Endpoint::Destination => 2,
+    }
+}
+
+/// Where an ICMP error quotes a packet.
+const QUOTED: u32 = 8;
 
 /// Selects the source or the destination of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

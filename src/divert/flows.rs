@@ -8,8 +8,10 @@
 //!
 //! | chain | content |
 //! |---|---|
-//! | a base chain of the user's rules | first the rules of [`Flows::first_rules`], which stop packets of denied connections; last those of [`Flows::last_rules`] |
-//! | `CHAIN_unusual` | packets that are not of an established connection |
+//! | a base chain of the user's rules | first a jump to `CHAIN_first`; last the rules of [`Flows::last_rules`] |
+//! | `CHAIN_first` | stops packets of denied connections |
+//! | `CHAIN_unusual` | the same for packets that are not of an established connection |
+//! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
 //! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
 //!
@@ -23,11 +25,11 @@
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_begun_stray`, `flow_begun_record` | pass, and belong to no connection, as connection tracking sees it |
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |
-//! | `flow_stray` | belong to no connection, as connection tracking sees it |
+//! | `flow_stray`, `flow_stray_icmp` | belong to no connection, as connection tracking sees it |
 //! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
-//! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
+//! | `flow_reversed`, `flow_reversed_first`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
+//! | `flow_beside` | have been accepted by a verdict, and may have such a tuple |
 //! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
-//! | `flow_forget_accept` | belong to an accepted connection with such a tuple |
 //! | `flow_accepted` | belong to a connection that was accepted by such a packet, and not yet answered |
 //! | `flow_denied`, `flow_rejected` | are denied |
 //! | `flow_replies` | may be replies of this host to a rejected packet |
@@ -229,6 +231,12 @@ pub(super) fn places(places: &[Place]) -> Vec<Place> {
     all
 }
 
+/// The chain of a place without rules of the user.
+pub(super) fn opposite_chain(place: Place, default_priority: i32) -> Chain {
+    let name = format!("{}_opposite", chain_name(place, default_priority));
+    Chain { name, base: Some((place, ChainType::Filter)), fixed: false }
+}
+
 /// The chain behind a place.
 pub(super) fn chain_behind(place: Place, default_priority: i32) -> Chain {
     let name = format!("{}_flows", chain_name(place, default_priority));
@@ -280,12 +288,13 @@ impl<'a> Flows<'a> {
             self.begins(),
             self.begins_other(),
             self.inherits(),
+            self.stray_icmp(),
             self.begun_stray(),
             self.begun_record(),
             self.begun_again(),
             self.crossed(),
             self.accepted(),
-            self.forget_accept(),
+            self.beside(),
             self.verdict_accept(),
             self.save_chain(),
             self.save_first(),
@@ -295,7 +304,8 @@ impl<'a> Flows<'a> {
             chains.extend([self.verdict_reject(can_reject), self.reject_packet(can_reject)]);
         }
         for way in Way::ALL {
-            let of_way = [Self::back, Self::stray, Self::listed, Self::reversed, Self::reversed_denied];
+            let of_way =
+                [Self::back, Self::stray, Self::listed, Self::reversed, Self::reversed_first, Self::reversed_denied];
             chains.extend(of_way.map(|chain| chain(self, way)));
             chains.extend([self.denied(way), self.rejected(way)]);
             chains.extend(way.has_replies().then(|| self.replies(way)));
@@ -349,8 +359,7 @@ impl<'a> Flows<'a> {
         chain.push(&[self.marked(marks.denied())], Action::Return);
         // Packets of the older connection may be in the queue: their verdicts do not hold for the
         // new one.
-        let confirmed = chain.push(&[], Action::Continue);
-        confirmed.conditions.push((Match::unconfirmed(), true));
+        let confirmed = chain.push(&[Match::confirmed()], Action::Continue);
         confirmed.changes.push(self.save(marks.begun_again()));
         // Another program may copy the mark of the packet to the connection, as it has copied that
         // of the connection to the packet before.
@@ -410,6 +419,7 @@ impl<'a> Flows<'a> {
     /// about the window of a TCP connection.
     fn stray(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Stray(way), way);
+        chain.push(&[Match::protocols([Protocol::Icmp, Protocol::Icmpv6])], goto(FlowChain::StrayIcmp));
         let listed = Match::listed(Of::Packet);
         let deny = |chain: &mut Chained<'a>, protocol: Option<Protocol>, of: Of| {
             for set in DeniedSet::all(self.surroundings.family) {
@@ -426,6 +436,26 @@ impl<'a> Flows<'a> {
         chain.push_first(&[], Action::Return, None);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
             deny(&mut chain, Some(protocol), Of::PacketReversed);
+        }
+        chain
+    }
+
+    /// Errors about packets of denied connections, and replies to denied echo requests. The errors
+    /// are not rejected: no ICMP error is sent about one.
+    fn stray_icmp(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::StrayIcmp);
+        for set in DeniedSet::all(self.surroundings.family) {
+            let protocol = match set.version {
+                IpVersion::V4 => Protocol::Icmp,
+                IpVersion::V6 => Protocol::Icmpv6,
+            };
+            for of in [Of::Quoted(set.version), Of::QuotedReversed(set.version), Of::EchoReply(set.version)] {
+                let conditions =
+                    [Match::protocol(protocol), Match::icmp_about(of), Match::listed(of), Match::denied(set, of)];
+                let rule = chain.push(&conditions, Action::Drop);
+                rule.facts.version = Some(set.version);
+                rule.counts = true;
+            }
         }
         chain
     }
@@ -447,16 +477,48 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The entry of the denied connection may be lost, and a packet of the other side have made a
-    /// new one. But a packet that begins a connection begins one that no verdict has denied: with
-    /// forged addresses, anybody could otherwise block the connections of others.
+    /// The connection's tuple is that of a denied one, reversed. If a packet has begun it after the
+    /// denial, it is one of its own, which no verdict has denied: with forged addresses, anybody
+    /// could otherwise block the connections of others. If not, its packets have crossed the denied
+    /// one, or the entry of the denied connection was lost and the other side has made a new one.
     fn reversed(self, way: Way) -> Chained<'a> {
+        let marks = self.table.marks;
         let mut chain = self.of_way(FlowChain::Reversed(way), way);
-        let confirmed = chain.push(&[], goto(FlowChain::ForgetAccept));
-        confirmed.conditions.push((Match::unconfirmed(), true));
-        chain.push_first(&[], Action::Return, None);
+        chain.push(&[Match::unconfirmed()], goto(FlowChain::ReversedFirst(way)));
+        chain.push(&[self.marked(marks.begun_again())], Action::Return);
+        // A verdict has accepted the SYN that has begun it.
+        let syn = chain.push(&[self.marked(marks.accepting())], Action::Return);
+        syn.changes.push(self.save(marks.begun_again()));
+        chain.push(&[], goto(FlowChain::ReversedDenied(way)));
+        chain
+    }
+
+    fn reversed_first(self, way: Way) -> Chained<'a> {
+        let own = self.save(self.table.marks.begun_again());
+        let mut chain = self.of_way(FlowChain::ReversedFirst(way), way);
+        chain.push_first(&[], Action::Return, Some(own));
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
             chain.push(&[Match::protocol(protocol)], goto(FlowChain::ReversedDenied(way)));
+        }
+        chain.change(&[], own);
+        chain
+    }
+
+    /// A verdict has accepted a packet that has come before the denial: the connection is asked
+    /// about, and `flow_crossed` of a later place lets the packet pass. The latter is not told by a
+    /// mark, because others may overwrite it on the way.
+    fn beside(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Beside);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::NotRecent(version));
+        }
+        let own = self.save(self.table.marks.begun_again());
+        for set in DeniedSet::all(self.surroundings.family) {
+            let rule = chain.push(&[Match::denied(set, Of::ConnectionReversed)], Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.changes.push(own);
         }
         chain
     }
@@ -483,15 +545,6 @@ impl<'a> Flows<'a> {
         }
         chain.remember(false, &[], of, Action::Continue);
         chain.drop();
-        chain
-    }
-
-    /// Two verdicts have met: each packet of the connection is asked about.
-    fn forget_accept(self) -> Chained<'a> {
-        let marks = self.table.marks;
-        let mut chain = self.common(FlowChain::ForgetAccept);
-        chain.change(&[self.marked(marks.accepted())], self.save(0));
-        chain.change(&[self.marked(marks.accepting())], self.save(0));
         chain
     }
 
@@ -604,17 +657,43 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The rules before the user's. `places` are all places of the table.
+    /// The chains of a place before the user's rules.
+    pub(super) fn first_chains(self, place: Place) -> [Chain; 2] {
+        let default = self.surroundings.priority;
+        let targets = [Target::First(place, default), Target::Unusual(place, default)];
+        targets.map(|target| Chain { name: target.name(), base: None, fixed: false })
+    }
+
+    /// The rule before the user's.
+    pub(super) fn first_rule(self, place: Place) -> KernelRule<'a> {
+        let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
+        chain.push(&[], Action::Jump(Target::First(place, self.surroundings.priority)));
+        chain.rules.remove(0)
+    }
+
+    /// The rules of a place that only packets of the other direction traverse. `places` are those
+    /// of the user's rules, `all` also others of this kind.
+    pub(super) fn opposite_rules(self, place: Place, places: &[Place], all: &[Place]) -> Vec<KernelRule<'a>> {
+        let mut chain = Chained::new(opposite_chain(place, self.surroundings.priority).name, place, self.surroundings);
+        // At `Output`, the packets of the other direction on the loopback interface have met the
+        // same rules.
+        if place.hook == Hook::Input && places.iter().any(|other| other.hook == Hook::Output) {
+            chain.push(&[Match::on_loopback()], Action::Accept);
+        }
+        chain.push(&[], Action::Jump(Target::First(place, self.surroundings.priority)));
+        let mut last = self.last_rules(place, all);
+        last.iter_mut().for_each(|rule| rule.chain.clone_from(&chain.chain));
+        chain.rules.extend(last);
+        chain.rules
+    }
+
+    /// The rules of [`first_chains`](Self::first_chains). `places` are all places of the table.
     pub(super) fn first_rules(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let marks = self.table.marks;
         let way = Way::of(place.hook);
-        let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
+        let target = Target::First(place, self.surroundings.priority);
+        let mut chain = Chained::new(target.name(), place, self.surroundings);
         chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
-        // Packets of an established connection are not concerned.
-        let states =
-            [ConnectionState::New, ConnectionState::Related, ConnectionState::Invalid, ConnectionState::Untracked];
-        let unusual = Target::Unusual(place, self.surroundings.priority);
-        chain.push(&[Match::connection_state(states)], Action::Jump(unusual));
         let first = first_traversal(place, places);
         if let Some(first) = &first {
             let [syn, ..] = first_packets();
@@ -623,13 +702,21 @@ impl<'a> Flows<'a> {
             let rule = chain.push(&[Match::higher_protocol(17)], jump(FlowChain::BeginsOther));
             rule.conditions.extend(first.clone());
         }
+        // Nothing else concerns most packets. An entry that no packet has confirmed may have
+        // inherited its mark.
+        let accepted = chain.push(&[self.marked(marks.accepted()), Match::confirmed()], Action::Return);
+        accepted.conditions.push((Match::listed(Of::Connection), true));
+        // Packets of an established connection are not concerned.
+        let states =
+            [ConnectionState::New, ConnectionState::Related, ConnectionState::Invalid, ConnectionState::Untracked];
+        let unusual = Target::Unusual(place, self.surroundings.priority);
+        chain.push(&[Match::connection_state(states)], Action::Jump(unusual));
         chain.push(&[Match::listed(Of::Connection)], jump(FlowChain::Listed(way)));
         chain.push(&[self.marked(marks.denied())], goto(FlowChain::Denied(way)));
         chain.push(&[self.marked(marks.accepting())], jump(FlowChain::Accepted));
 
         let mut unusual = Chained::new(unusual.name(), place, self.surroundings);
-        let confirmed = unusual.push(&[], Action::Return);
-        confirmed.conditions.push((Match::unconfirmed(), true));
+        unusual.push(&[Match::confirmed()], Action::Return);
         unusual.push(&[stray()], goto(FlowChain::Stray(way)));
         if let Some(first) = first {
             unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
@@ -641,12 +728,6 @@ impl<'a> Flows<'a> {
         }
         chain.rules.append(&mut unusual.rules);
         chain.rules
-    }
-
-    /// The chain of a place for packets that are not of an established connection.
-    pub(super) fn unusual(self, place: Place) -> Chain {
-        let name = Target::Unusual(place, self.surroundings.priority).name();
-        Chain { name, base: None, fixed: false }
     }
 
     /// The rules behind the user's. `places` are all places of the table.
@@ -699,12 +780,7 @@ impl<'a> Flows<'a> {
         let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
         chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
         chain.push(&[stray()], jump(FlowChain::BegunStray));
-        // A verdict has accepted it: the chain `flow_crossed` of a later place lets it pass. A mark
-        // could not tell it so, because others may overwrite it on the way.
-        for version in denied::versions(self.surroundings.family) {
-            chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
-            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
-        }
+        chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Beside));
         // Of two first packets that waited at once, the other one's verdict has accepted.
         let start = chain.rules.len();
         let again = self.save(self.table.marks.begun_again());

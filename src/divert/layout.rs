@@ -43,16 +43,22 @@ impl<'a> Layout<'a> {
         }
         let all_places = flows::places(places);
         for place in &all_places {
-            // A new hook comes before those of the same priority (`nf_hook_entries_grow`), so that
-            // nothing can come between these chains.
-            chains.push(flows::chain_behind(*place, surroundings.priority));
-            chains.push(base(place));
-            chains.push(flows.unusual(*place));
+            chains.extend(flows.first_chains(*place));
             all.extend(flows.first_rules(*place, &all_places));
-            all.extend(flows.rules_behind(*place));
+            if places.contains(place) {
+                // A new hook comes before those of the same priority (`nf_hook_entries_grow`), so
+                // that nothing can come between these chains.
+                chains.push(flows::chain_behind(*place, surroundings.priority));
+                chains.push(base(place));
+                all.push(flows.first_rule(*place));
+                all.extend(flows.rules_behind(*place));
+            } else {
+                chains.push(flows::opposite_chain(*place, surroundings.priority));
+                all.extend(flows.opposite_rules(*place, places, &all_places));
+            }
         }
         all.extend(rules);
-        for place in &all_places {
+        for place in places {
             all.extend(flows.last_rules(*place, &all_places));
         }
         Self { chains, rules: all }

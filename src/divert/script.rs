@@ -4,8 +4,8 @@ use std::{fmt::Write, time::Duration};
 
 use super::{
     chain::hook_name,
-    checked::{KernelRule, Surroundings},
-    denied::{self, DeniedSet, Remember},
+    checked::Surroundings,
+    denied::{self, DeniedSet},
     layout::Layout,
     tuple,
 };
@@ -51,9 +51,7 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             let (kind, hook) = (kind.name(), hook_name(place.hook));
             line(&mut text, 2, format_args!("type {kind} hook {hook} priority {}; policy accept;", place.priority));
         }
-        // A script has no need to name connections by translated addresses.
-        let is_printed = |rule: &&KernelRule<'_>| !matches!(rule.remember, Some(Remember::Translated(_)));
-        for rule in layout.rules_of(chain).filter(is_printed) {
+        for rule in layout.rules_of(chain).filter(|rule| rule.has_nft()) {
             line(&mut text, 2, format_args!("{}", rule.nft()));
         }
         line(&mut text, 1, format_args!("}}"));

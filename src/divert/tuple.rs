@@ -121,6 +121,14 @@ pub(super) enum Of {
     Packet,
     /// The same, source and destination exchanged.
     PacketReversed,
+    /// Those of the packet that an ICMP error quotes. [`Match::icmp_about`] must come before.
+    ///
+    /// [`Match::icmp_about`]: super::matching::Match::icmp_about
+    Quoted(IpVersion),
+    /// The same, source and destination exchanged.
+    QuotedReversed(IpVersion),
+    /// Those of the echo request that an echo reply answers.
+    EchoReply(IpVersion),
 }
 
 impl Of {
@@ -130,6 +138,9 @@ impl Of {
             Self::ConnectionReversed => Self::Connection,
             Self::Packet => Self::PacketReversed,
             Self::PacketReversed => Self::Packet,
+            Self::Quoted(version) => Self::QuotedReversed(version),
+            // Of ICMP, no packet has the reversed tuple.
+            Self::QuotedReversed(version) | Self::EchoReply(version) => Self::Quoted(version),
         }
     }
 
@@ -140,8 +151,10 @@ impl Of {
     /// Of a source and a destination, the one that comes first, and the other.
     fn order<T>(self, source: T, destination: T) -> [T; 2] {
         match self {
-            Self::Connection | Self::Packet => [source, destination],
-            Self::ConnectionReversed | Self::PacketReversed => [destination, source],
+            Self::Connection | Self::Packet | Self::Quoted(_) => [source, destination],
+            Self::ConnectionReversed | Self::PacketReversed | Self::QuotedReversed(_) | Self::EchoReply(_) => {
+                [destination, source]
+            }
         }
     }
 }
@@ -165,13 +178,15 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
     for (key, end) in keys.into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination)) {
         match of {
             Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
-            Of::Packet | Of::PacketReversed => encoder.address(version, end, register),
+            Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.address(version, end, register),
+            Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_address(version, end, register),
         }
         register += words;
     }
     match of {
         Of::Connection | Of::ConnectionReversed => load_original(CT_PROTOCOL, register, encoder),
-        Of::Packet | Of::PacketReversed => encoder.meta_into(MetaKey::L4Proto, register),
+        Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.meta_into(MetaKey::L4Proto, register),
+        Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_protocol(version, register),
     }
     load_ports(of, register + 1, encoder);
 }
@@ -179,11 +194,15 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
 /// Loads the ports into two registers. For protocols without ports, those of the connection are
 /// numbers that connection tracking uses in their place.
 pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
+    if let Of::EchoReply(version) = of {
+        return encoder.echo_request(version, register);
+    }
     let keys = of.order(CT_PROTO_SRC, CT_PROTO_DST).into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
     for ((key, end), register) in keys.zip(register..) {
         match of {
             Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
-            Of::Packet | Of::PacketReversed => encoder.port(end, register),
+            Of::Quoted(version) | Of::QuotedReversed(version) => encoder.quoted_port(version, end, register),
+            _ => encoder.port(end, register),
         }
     }
 }

@@ -101,9 +101,8 @@
 //! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
 //! seconds after the verdict, as it may have crossed the denied one. After that it passes:
 //! otherwise a sender with a forged address could block the connections of others. Later packets of
-//! such a connection come to the queue, and cannot leave it, while the denial is remembered. So do
-//! packets of the denied side, if the other side's packets have passed before the verdict: for
-//! connection tracking these have begun the connection.
+//! such a connection come to the queue, and cannot leave it, while the denial is remembered. If the
+//! other side's packets have passed before the verdict, they are of the denied connection.
 //!
 //! The addresses of a packet can be forged:
 //!
@@ -113,7 +112,9 @@
 //!   client's own connection on the same ports too: conntrack counts both to one.
 //! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
 //!   translation these are not the connection's, and the packet has no receiver who knows them.
-//!   ICMP messages that connection tracking calls invalid are not denied.
+//! - An ICMP message that connection tracking calls invalid is denied if it quotes a packet of a
+//!   denied connection, or is the reply to a denied echo request. It is not if the quoted packet
+//!   has IP options or extension headers, or is itself ICMP.
 //!
 //! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
 //!
@@ -170,7 +171,8 @@
 //! # Other programs
 //!
 //! A program that overwrites the whole mark of connections (`ct mark set`) erases accepts: the
-//! connections come to the queue again. It does not erase denials. One that writes exactly
+//! connections come to the queue again. It does not erase denials. Beside a denied connection, the
+//! other side's own is then denied too. One that writes exactly
 //! [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose marks
 //! that no other program uses. A second `Divert` at an earlier priority sees resets of this host
 //! for connections that the first has rejected.

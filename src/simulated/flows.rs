@@ -173,8 +173,12 @@ impl Flows {
             {
                 self.set_mark(connection, Mark::BegunAgain);
             }
-            if let Some(connection) = packet.connection {
+            // `flow_beside`
+            if let Some(connection) = packet.connection.filter(|connection| self.is_unconfirmed(*connection)) {
                 self.recent.forget(connection.original.reversed());
+                if self.is_denied(connection.original.reversed(), now) {
+                    self.mark_packet(packet, Mark::BegunAgain);
+                }
             }
             *priority = codes.original(*priority);
         }
@@ -186,7 +190,7 @@ impl Flows {
 // The chains before the queue.
 
 impl Flows {
-    fn first_rules(&mut self, packet: &FlowPacket, priority: &mut u32, now: Duration) -> Option<Fate> {
+    fn first_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32, now: Duration) -> Option<Fate> {
         if packet.codes.has(*priority) {
             // `flow_back`
             if let Some(fate) = self.denying_verdict(packet, *priority, now) {
@@ -204,11 +208,15 @@ impl Flows {
             return Some(self.denied(packet, original, now));
         }
         if self.is_denied(original.reversed(), now) {
-            if !is_unconfirmed {
-                self.forget_accept(connection);
-            } else if !packet.is_first() && original.has_first_packets() {
+            // `flow_reversed`: a packet has begun it after the denial, or it has crossed that.
+            let is_own = match is_unconfirmed {
+                true => packet.is_first() || !original.has_first_packets(),
+                false => matches!(self.mark(connection), Mark::BegunAgain | Mark::Accepting),
+            };
+            if !is_own {
                 return Some(self.denied(packet, original.reversed(), now));
             }
+            self.mark_packet(packet, Mark::BegunAgain);
         }
         match self.mark(connection) {
             Mark::Denied => return Some(self.denied(packet, original, now)),
@@ -230,9 +238,11 @@ impl Flows {
     /// `flow_stray`
     fn stray(&mut self, packet: &FlowPacket, now: Duration) -> Option<Fate> {
         let Seen { tuple, part, .. } = packet.seen?;
-        // Of ICMP, these rules see no identifiers.
+        // `flow_stray_icmp`
         if matches!(part, Part::Error | Part::Reply) {
-            return None;
+            let sees = part == Part::Reply || tuple.has_ports();
+            let denied = sees && (self.is_denied(tuple, now) || self.is_denied(tuple.reversed(), now));
+            return denied.then_some(Fate::Dropped);
         }
         let of_other_side = part != Part::First && tuple.has_first_packets();
         for (tuple, counts) in [(tuple, true), (tuple.reversed(), of_other_side)] {
@@ -251,13 +261,6 @@ impl Flows {
         }
         self.dropped.remember(original, DENIED_FOR, now);
         Fate::Dropped
-    }
-
-    /// `flow_forget_accept`
-    fn forget_accept(&mut self, connection: Connection) {
-        if matches!(self.mark(connection), Mark::Accepted | Mark::Accepting) {
-            self.set_mark(connection, Mark::None);
-        }
     }
 
     /// `to_queue_N`
@@ -305,8 +308,8 @@ impl Flows {
 
     /// `flow_verdict_accept`, `flow_save`
     fn verdict_accept(&mut self, packet: &mut FlowPacket, now: Duration) {
-        let Some(connection) = &mut packet.connection else { return };
-        let mark = self.mark(*connection);
+        let Some(connection) = packet.connection else { return };
+        let mark = self.mark(connection);
         let original = connection.original;
         // A denial wins, whichever comes first.
         if mark == Mark::Denied || self.is_denied(original, now) || self.is_denied(original.reversed(), now) {
@@ -318,11 +321,7 @@ impl Flows {
             Mark::BegunAgain => return,
             _ => Mark::Accepted,
         };
-        if self.is_unconfirmed(*connection) {
-            connection.mark = mark;
-        } else {
-            self.set_mark(*connection, mark);
-        }
+        self.mark_packet(packet, mark);
     }
 
     fn is_denied(&self, tuple: Tuple, now: Duration) -> bool {
@@ -366,6 +365,15 @@ impl Flows {
 
     fn mark(&self, connection: Connection) -> Mark {
         self.entry(connection).map_or(connection.mark, |entry| entry.mark)
+    }
+
+    /// Sets the mark of the entry that a packet belongs to.
+    fn mark_packet(&mut self, packet: &mut FlowPacket, mark: Mark) {
+        match &mut packet.connection {
+            Some(connection) if self.is_unconfirmed(*connection) => connection.mark = mark,
+            Some(connection) => self.set_mark(*connection, mark),
+            None => {}
+        }
     }
 
     /// Sets the mark of a confirmed entry. What an entry that is gone would get is lost.

@@ -22,6 +22,10 @@ impl Tuple {
         Self { source: self.destination, destination: self.source, ports: (destination, source), ..self }
     }
 
+    pub(super) fn has_ports(self) -> bool {
+        matches!(self.protocol, TCP | UDP | UDP_LITE | SCTP | DCCP)
+    }
+
     /// Whether the protocol shows which packets begin a connection.
     pub(super) fn has_first_packets(self) -> bool {
         matches!(self.protocol, TCP | SCTP | DCCP)

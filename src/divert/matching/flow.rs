@@ -5,7 +5,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 use super::{
     super::{
         denied::{DeniedSet, PORTS, begun, recent, replied},
-        encoder::{Encoder, REG32_00},
+        encoder::{Encoder, PROTOCOL as ONE_BYTE, REG32_00},
         facts::Facts,
         family::IpVersion,
         tuple::{self, Of},
@@ -42,6 +42,7 @@ enum Flow {
     Arrived,
     SctpInit,
     DccpRequest,
+    IcmpAbout(Of),
 }
 
 impl Match {
@@ -49,6 +50,11 @@ impl Match {
     /// connection does not match, also if the condition is negated.
     pub(in super::super) fn unconfirmed() -> Self {
         Self::status(IPS_CONFIRMED, 0)
+    }
+
+    /// All other packets of connections.
+    pub(in super::super) fn confirmed() -> Self {
+        Self::status(IPS_CONFIRMED, IPS_CONFIRMED)
     }
 
     /// Packets of connections whose destination has been translated.
@@ -126,6 +132,12 @@ impl Match {
     /// DCCP.
     pub(in super::super) fn dccp_request() -> Self {
         Self::new(Flow::DccpRequest)
+    }
+
+    /// ICMP errors, of which the packet that they quote has a header without options or extensions;
+    /// or echo replies. The rule must be limited to ICMP of the version.
+    pub(in super::super) fn icmp_about(of: Of) -> Self {
+        Self::new(Flow::IcmpAbout(of))
     }
 }
 
@@ -234,6 +246,23 @@ impl Condition for Flow {
                 encoder.mask(vec![0x1e]);
                 encoder.equal(vec![0], negated);
             }
+            Self::IcmpAbout(of) => {
+                encoder.transport_byte(0);
+                match of {
+                    Of::EchoReply(IpVersion::V4) => encoder.equal(vec![0], false),
+                    Of::EchoReply(IpVersion::V6) => encoder.equal(vec![129], false),
+                    Of::Quoted(IpVersion::V6) | Of::QuotedReversed(IpVersion::V6) => {
+                        encoder.at_most(vec![4], false);
+                    }
+                    _ => {
+                        // Destination unreachable to redirect, time exceeded, parameter problem.
+                        let types = [(3, 5), (11, 12)];
+                        encoder.one_of(ONE_BYTE, &types, false);
+                        encoder.transport_byte(8);
+                        encoder.equal(vec![0x45], false);
+                    }
+                }
+            }
         }
     }
 
@@ -262,6 +291,8 @@ impl Condition for Flow {
             Self::Arrived => format!("meta iif {}0", operator(!negated)),
             Self::SctpInit => format!("@th,32,32 {}0", operator(negated)),
             Self::DccpRequest => format!("@th,64,8 & 0x1e {equal} 0"),
+            // nft cannot look such tuples up in a set.
+            Self::IcmpAbout(_) => String::new(),
         }
     }
 }

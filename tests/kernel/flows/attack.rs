@@ -11,7 +11,7 @@ use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Packet, Protocol, Queue, Rul
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK, datagram, unreachable},
+    segments::{ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, unreachable},
     table, to_port,
 };
 use crate::{
@@ -31,6 +31,10 @@ tests![
     one of_two_syns_the_later_verdict_holds,
     one a_syn_that_conntrack_calls_invalid_ends_the_accept,
     one a_connection_picked_up_in_reverse_passes_no_accept_on,
+    one the_reply_to_a_denied_echo_request_is_dropped,
+    one an_icmp_error_about_a_denied_first_packet_is_dropped,
+    one a_datagram_that_crosses_a_denied_one_opens_nothing,
+    one a_segment_that_crosses_a_denied_one_opens_nothing,
     one a_verdict_of_another_table_does_not_accept,
     one a_denial_survives_another_table,
     one a_program_that_restores_marks_restores_no_accept,
@@ -169,6 +173,66 @@ async fn of_two_syns_the_later_verdict_holds() {
         pass_segment(&mut queue, SYN_ACK).await;
         divert.close().unwrap();
     }
+}
+
+/// Connection tracking has no entry any more, and calls it invalid.
+async fn the_reply_to_a_denied_echo_request_is_dropped() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses().map(|address| *address.ip());
+    let mut queue = bind();
+    let rule = Rule::new(Hook::Forward).unless(Match::protocol(Protocol::Other(LAST))).to_queue(0);
+    let _divert = table([rule]).install().unwrap();
+    hosts.client.send(&echo(client, server, false, 7), server);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.client.send(&echo(client, server, false, 7), server);
+    queue_is_empty(&mut queue);
+    hosts.server.send(&echo(server, client, true, 7), client);
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [0, 0]);
+}
+
+async fn an_icmp_error_about_a_denied_first_packet_is_dropped() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    hosts.client(ACK, (1001, 5001), b"data");
+    confirm(waiting(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
+    hosts.error();
+    assert_eq!(hosts.arrived(), [0, 0]);
+}
+
+/// No rule asks about the server's packets.
+async fn a_datagram_that_crosses_a_denied_one_opens_nothing() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let [client, _] = hosts.addresses();
+    let rule = Rule::new(Hook::Forward).protocol(Protocol::Udp).source_address(*client.ip(), 32);
+    let _divert = table([rule.to_queue(0)]).install().unwrap();
+    hosts.datagram(true);
+    let denied = next(&mut queue).await;
+    hosts.datagram(false);
+    confirm(denied.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 1]);
+    for _ in 0..3 {
+        hosts.datagram(false);
+    }
+    assert_eq!(hosts.arrived(), [0, 0]);
+}
+
+/// Connection tracking has lost the entry of a connection, and both sides send.
+async fn a_segment_that_crosses_a_denied_one_opens_nothing() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let [client, _] = hosts.addresses();
+    let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp).source_address(*client.ip(), 32);
+    let _divert = table([rule.to_queue(0)]).install().unwrap();
+    hosts.client(ACK, (1001, 5001), b"bad");
+    let denied = waiting(&mut queue, ACK).await;
+    hosts.server(ACK, (5001, 1001), b"data");
+    confirm(denied.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 1]);
+    hosts.server(ACK, (5005, 1001), b"data");
+    assert_eq!(hosts.arrived(), [0, 0]);
 }
 
 const OTHER: FlowMarks = FlowMarks::new(0x0007_0000);

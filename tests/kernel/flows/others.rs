@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
 
-use super::{LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
+use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
 use crate::{
     common::{
         next,
@@ -20,6 +20,7 @@ tests![
     one priorities_of_other_programs_stay,
     one stop_leaves_no_trace_on_the_packet,
     one a_program_with_other_marks_ignores_those_of_its_predecessor,
+    one verdicts_hold_at_a_hook_that_new_rules_have_added,
 ];
 
 /// A VPN's kill switch: what has another mark is unreachable.
@@ -191,6 +192,33 @@ async fn a_program_with_other_marks_ignores_those_of_its_predecessor() {
             talk.asked(number);
             divert.close().unwrap();
             queue.close().await.unwrap();
+        }
+    }
+}
+
+/// Before, only packets of the other direction were looked at there.
+async fn verdicts_hold_at_a_hook_that_new_rules_have_added() {
+    for hooks in [[Hook::Output, Hook::Input], [Hook::Input, Hook::Output]] {
+        for decision in DECISIONS {
+            let talk = Talk::loopback(LOOPBACKS[0]);
+            let mut queue = bind();
+            let divert = table([to_port(hooks[0], 1).to_queue(0)]).install().unwrap();
+            divert.replace_rules([to_port(hooks[1], talk.port()).to_queue(0)]).unwrap();
+            talk.ask(1);
+            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
+            match decision {
+                Decision::Accept => talk.asked(1),
+                Decision::Reject => talk.refused("the first"),
+                Decision::Drop => {}
+            }
+            talk.ask(2);
+            match decision {
+                Decision::Accept => talk.asked(2),
+                Decision::Reject => talk.refused("the second"),
+                Decision::Drop => talk.silent(),
+            }
+            queue_is_empty(&mut queue);
+            divert.close().unwrap();
         }
     }
 }

@@ -98,7 +98,7 @@ pub(super) struct Grant {
     pub(super) side: Side,
     queued: Time,
     submitted: Time,
-    /// No other packet of the connection waited then, and none was denied before.
+    /// No other packet of the connection waited then, and none was denied when it came.
     pub(super) clean: bool,
 }
 
@@ -140,6 +140,9 @@ pub(super) struct Verdicts {
     syns: Vec<(u32, Time, Time)>,
     /// The packets sent.
     pub(super) numbers: Vec<u32>,
+    /// The last packet that was sent before a denial was forgotten: its entry, which no packet had
+    /// confirmed, may have begun beside the denied connection.
+    beside: Option<u32>,
     /// What a verdict holds for is not certain: for example, it was for a packet that the kernel
     /// had dropped. Nothing follows from it.
     pub(super) uncertain: bool,
@@ -387,11 +390,15 @@ impl Model {
         if kind == Kind::Error {
             // The verdict is for the error alone.
         } else if answer == Answer::AcceptFlow {
-            let clean = alone && verdicts.denials.is_empty();
+            let beside = verdicts.beside.is_some_and(|last| number <= last);
+            let clean = alone && verdicts.denials.is_empty() && !beside;
             verdicts.grants.push(Grant { number, side, queued, submitted: at, clean });
         }
         if kind == Kind::Syn && answer.accepts() && !verdicts.translated {
             verdicts.syns.push((number, first_queued, at));
+        } else if kind == Kind::Syn {
+            // It has come back, or to a later hook, and begins nothing.
+            verdicts.syns.retain(|(other, ..)| *other != number);
         }
     }
 
@@ -431,6 +438,9 @@ impl Model {
     /// All verdicts for connections are taken back.
     pub(super) fn forget(&mut self) {
         for verdicts in self.verdicts.values_mut() {
+            if !verdicts.denials.is_empty() {
+                verdicts.beside = verdicts.numbers.last().copied();
+            }
             verdicts.grants.clear();
             verdicts.denials.clear();
         }
