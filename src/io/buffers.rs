@@ -28,6 +28,8 @@ const ATTRIBUTES: usize = 8 * 1024;
 #[derive(Debug)]
 pub(crate) struct BufferPool {
     landing: Buffers,
+    /// For the second of two datagrams.
+    second: Buffers,
     small: Buffers,
     large: Buffers,
     longest: usize,
@@ -39,6 +41,7 @@ impl BufferPool {
         let longest = payload + ATTRIBUTES;
         Self {
             landing: Buffers::new(longest, 32),
+            second: Buffers::new(longest, 32),
             small: Buffers::new(SMALL_BUFFER, 256),
             large: Buffers::new(LARGE_BUFFER, 32),
             longest,
@@ -51,6 +54,7 @@ impl BufferPool {
         let longest = payload + ATTRIBUTES;
         if longest > self.longest {
             self.landing = Buffers::new(longest, 32);
+            self.second = Buffers::new(longest, 32);
             self.longest = longest;
         }
     }
@@ -63,6 +67,25 @@ impl BufferPool {
     /// Receives one datagram. Returns its full length, even if the buffer was shorter.
     pub(super) fn receive(&mut self, socket: impl AsFd) -> rustix::io::Result<usize> {
         sys::receive(socket, self.landing())
+    }
+
+    /// Receives up to two datagrams. Returns how many, at least one; then the first one is the last
+    /// [received](Self::received).
+    pub(super) fn receive_two(&mut self, socket: impl AsFd) -> rustix::io::Result<usize> {
+        sys::receive_two(socket, self.landings())
+    }
+
+    /// The empty buffers for the next two datagrams.
+    pub(super) fn landings(&mut self) -> [&mut BytesMut; 2] {
+        [&mut self.landing, &mut self.second].map(|buffers| {
+            buffers.current.clear();
+            buffers.room(self.longest)
+        })
+    }
+
+    /// The second of two datagrams is the last received from now on.
+    pub(super) fn turn_to_second(&mut self) {
+        std::mem::swap(&mut self.landing, &mut self.second);
     }
 
     /// The empty buffer for the next datagram.

@@ -17,31 +17,26 @@ pub(super) struct BusyPoll {
     empty_since: Option<Instant>,
 }
 
-/// After a pause of this length, receiving several packets at once saves nothing.
-const LONG_PAUSE: Duration = Duration::from_micros(100);
-
 impl BusyPoll {
     pub(super) fn new(limit: Duration) -> Self {
         Self { limit, mean: Duration::MAX, empty_since: None }
     }
 
-    /// The stream is empty. Returns whether to poll again instead of sleeping.
-    pub(super) fn empty(&mut self, now: Instant) -> bool {
+    /// The stream is empty. Returns whether to poll again instead of sleeping. Reads the clock only
+    /// if it is needed.
+    pub(super) fn empty(&mut self, now: impl FnOnce() -> Instant) -> bool {
+        if self.limit.is_zero() {
+            return false;
+        }
+        let now = now();
         let since = *self.empty_since.get_or_insert(now);
         // Whether packets follow closely, and the limit is not over.
         self.mean < self.limit && now.saturating_duration_since(since) < self.limit
     }
 
-    /// Whether the stream has been empty for long.
-    pub(super) fn is_idle(&self, now: Instant) -> bool {
-        self.empty_since.is_some_and(|since| now.saturating_duration_since(since) >= LONG_PAUSE)
-    }
-
     /// Packets have been received. Reads the clock only if it is needed.
     pub(super) fn arrived(&mut self, now: impl FnOnce() -> Instant) {
-        if let Some(since) = self.empty_since.take()
-            && !self.limit.is_zero()
-        {
+        if let Some(since) = self.empty_since.take() {
             let most = self.limit * 4;
             let pause = now().saturating_duration_since(since).min(most);
             self.mean = (self.mean.min(most) * 7 + pause) / 8;
@@ -59,7 +54,7 @@ mod tests {
     /// polled.
     fn awake(busy: &mut BusyPoll, now: &mut Instant, pauses: &[u64]) -> usize {
         let awake = pauses.iter().filter(|pause| {
-            let awake = busy.empty(*now);
+            let awake = busy.empty(|| *now);
             *now += Duration::from_micros(**pause);
             busy.arrived(|| *now);
             awake
@@ -83,20 +78,9 @@ mod tests {
     fn it_sleeps_when_the_limit_is_over() {
         let (mut busy, mut now) = (BusyPoll::new(LIMIT), Instant::now());
         awake(&mut busy, &mut now, &[1; 100]);
-        assert!(busy.empty(now));
-        assert!(busy.empty(now + LIMIT / 2));
-        assert!(!busy.empty(now + LIMIT));
-    }
-
-    #[test]
-    fn a_long_pause_means_idle() {
-        let (mut busy, start) = (BusyPoll::new(LIMIT), Instant::now());
-        assert!(!busy.is_idle(start));
-        busy.empty(start);
-        assert!(!busy.is_idle(start + LONG_PAUSE / 2));
-        assert!(busy.is_idle(start + LONG_PAUSE));
-        busy.arrived(|| start + LONG_PAUSE);
-        assert!(!busy.is_idle(start + 2 * LONG_PAUSE));
+        assert!(busy.empty(|| now));
+        assert!(busy.empty(|| now + LIMIT / 2));
+        assert!(!busy.empty(|| now + LIMIT));
     }
 
     #[test]

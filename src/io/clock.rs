@@ -175,6 +175,7 @@ mod memory {
     #[derive(Debug, Default)]
     struct Alarm {
         at: Option<Instant>,
+        number: u64,
         /// The descriptor whose readability has not been reported yet.
         watched: Option<Arc<OwnedFd>>,
     }
@@ -188,13 +189,16 @@ mod memory {
             self.alarm().at
         }
 
-        /// Sets the timer. Returns when the timer thread must fire it, if it must.
-        pub(crate) fn set(&self, at: Instant) -> Option<Instant> {
+        /// Sets the timer. Returns what the timer thread must do, if it must do anything.
+        pub(crate) fn set(&self, new: crate::state::Alarm) -> Option<crate::state::Alarm> {
             let mut alarm = self.alarm();
-            alarm.at = Some(alarm.at.map_or(at, |before| before.min(at)));
+            if alarm.number > new.number {
+                return None;
+            }
+            (alarm.at, alarm.number) = (new.at, new.number);
             drop(alarm);
             if !self.stands_still() {
-                return Some(at);
+                return Some(new);
             }
             // What is due already is not left to the next move of the clock.
             self.fire_if_due();
@@ -336,7 +340,7 @@ mod tests {
             while begin.elapsed() < Duration::from_nanos(100 * (round % 400)) {
                 std::hint::spin_loop();
             }
-            timer.set(at);
+            timer.set(crate::state::Alarm { at: Some(at), number: round });
             moving.recv().unwrap();
             firing.recv_timeout(Duration::from_secs(10)).unwrap_or_else(|_| panic!("round {round}"));
         }

@@ -80,6 +80,7 @@ impl Shared {
     pub(crate) async fn close(&self, action: Action, timeout: Duration) -> Result<(), Error> {
         let limit = self.clock.now().checked_add(timeout).map_or(WaitLimit::Never, WaitLimit::At);
         self.trace.closing(action);
+        self.prove_sent();
         if self.with(|core| core.machine.begin_close(action, limit)) {
             self.drain_gently(action).await;
         }
@@ -100,6 +101,7 @@ impl Shared {
     /// The receive half has been dropped.
     pub(crate) fn stream_dropped(&self) {
         let action = self.settings.on_unanswered;
+        self.prove_sent();
         if self.with(|core| core.machine.begin_close(action, WaitLimit::Never)) {
             self.trace.closing(action);
             self.drain(action);

@@ -133,6 +133,7 @@ impl Shared {
             return Err(error.with_detail("the queue of a simulated kernel stays in its process"));
         }
         let limit = self.clock.now().checked_add(within).map_or(WaitLimit::Never, WaitLimit::At);
+        self.prove_sent();
         self.with(|core| {
             if core.machine.begin_hand_over(limit) {
                 self.hold.store(Hold::Paused as u8, Ordering::SeqCst);

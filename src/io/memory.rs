@@ -28,6 +28,8 @@ pub(crate) trait MemoryKernel: Debug + Send + Sync {
     fn wake(&self);
     /// Appends a datagram to `room`, up to its capacity.
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno>;
+    /// As `receive`, up to two datagrams. Returns how many, and whether there are no more.
+    fn receive_two(&self, port: u32, rooms: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno>;
     /// Returns the resulting size.
     fn set_receive_buffer(&self, port: u32, bytes: usize) -> usize;
     /// Whether the caller may send.

@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -14,6 +15,8 @@ pub(super) struct ReadyFd {
     /// Contains the socket and `received`.
     epoll: OwnedFd,
     received: OwnedFd,
+    /// Whether `received` is readable. Only its changes cost a system call.
+    raised: Mutex<bool>,
 }
 
 impl ReadyFd {
@@ -23,18 +26,24 @@ impl ReadyFd {
         for fd in [socket, received.as_fd()] {
             epoll::add(&epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
-        Ok(Self { epoll, received })
+        Ok(Self { epoll, received, raised: Mutex::new(false) })
     }
 
     /// There are packets, or the stream has ended.
     pub(super) fn raise(&self) {
-        // It fails only if it is readable anyway.
-        let _ = rustix::io::write(&self.received, &1_u64.to_ne_bytes());
+        let mut raised = self.raised.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut *raised, true) {
+            // It fails only if it is readable anyway.
+            let _ = rustix::io::write(&self.received, &1_u64.to_ne_bytes());
+        }
     }
 
-    /// Packets are about to be taken.
+    /// There are no packets. Whether the stream has ended is still to be checked.
     pub(super) fn lower(&self) {
-        let _ = rustix::io::read(&self.received, &mut [0; 8]);
+        let mut raised = self.raised.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut *raised) {
+            let _ = rustix::io::read(&self.received, &mut [0; 8]);
+        }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

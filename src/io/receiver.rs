@@ -6,7 +6,7 @@ use super::{
     buffers::BufferPool,
     busy_poll::BusyPoll,
     raw_packet::RawPacket,
-    socket::{Received, Socket},
+    socket::{Few, Received, Socket},
 };
 use crate::wire::{Message, Messages, PacketMessage, Reply};
 
@@ -23,6 +23,10 @@ pub(super) struct Receiver {
     /// Packets of a datagram that contains several messages.
     found: Vec<PacketMessage>,
     pub(super) busy_poll: BusyPoll,
+    /// The last datagram came alone: most likely, so will the next one.
+    alone: bool,
+    /// The second of two datagrams is in its buffer: the first one ended its round.
+    second_waits: bool,
 }
 
 /// What a round of receiving brought besides packets for the stream.
@@ -40,6 +44,12 @@ pub(super) struct Round {
 }
 
 impl Round {
+    /// What the kernel has accounted for the datagrams at most, in bytes: it rounds the length of a
+    /// buffer up to twice as much, and adds less than 1 KiB of its own (`skb->truesize`).
+    pub(super) fn charge(&self) -> usize {
+        4 * self.bytes as usize + 2048 * self.datagrams
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.datagrams == 0 && self.overruns == 0
     }
@@ -48,7 +58,14 @@ impl Round {
 impl Receiver {
     /// For payloads of up to `payload` bytes.
     pub(super) fn new(payload: usize, busy_poll: BusyPoll) -> Self {
-        Self { buffers: BufferPool::new(payload), packets: VecDeque::new(), found: Vec::new(), busy_poll }
+        Self {
+            buffers: BufferPool::new(payload),
+            packets: VecDeque::new(),
+            found: Vec::new(),
+            busy_poll,
+            alone: true,
+            second_waits: false,
+        }
     }
 
     /// Makes room for payloads of up to `payload` bytes. It never shrinks: the kernel may still
@@ -67,24 +84,63 @@ impl Receiver {
     /// # Errors
     /// The socket cannot be used any more.
     pub(super) fn receive(&mut self, socket: &Socket, limit: usize, round: &mut Round) -> io::Result<bool> {
+        if std::mem::take(&mut self.second_waits) {
+            self.buffers.turn_to_second();
+            if !self.received(round) {
+                return Ok(false);
+            }
+        } else if self.alone && limit > 0 {
+            match socket.receive_two(&mut self.buffers)? {
+                Few::Empty => return Ok(true),
+                Few::Overrun => round.overruns += 1,
+                Few::Datagrams { two, emptied } => {
+                    self.alone = !two;
+                    if !self.received(round) {
+                        self.second_waits = two;
+                        return Ok(false);
+                    }
+                    if two {
+                        self.buffers.turn_to_second();
+                        if !self.received(round) {
+                            return Ok(false);
+                        }
+                    }
+                    if emptied {
+                        return Ok(true);
+                    }
+                }
+            }
+        }
         for _ in 0..limit {
             match socket.receive(&mut self.buffers)? {
-                Received::Empty => return Ok(true),
+                Received::Empty => {
+                    self.alone = round.datagrams <= 1;
+                    return Ok(true);
+                }
                 Received::Overrun => round.overruns += 1,
                 Received::Datagram => {
-                    round.datagrams += 1;
-                    round.bytes += self.buffers.received().len() as u64;
-                    self.parse_datagram(round);
-                    if !round.malformed.is_empty() {
-                        // The round ends here, so that the state learns of it after the packets
-                        // before and before the packets behind: a packet without an id lies in the
-                        // next gap of the ids, and no batch may cover it.
+                    if !self.received(round) {
                         return Ok(false);
                     }
                 }
             }
         }
         Ok(false)
+    }
+
+    /// Whether a datagram has been received, but is in no round yet.
+    pub(super) fn has_second(&self) -> bool {
+        self.second_waits
+    }
+
+    /// Takes the datagram just received. Returns false if the round ends here, so that the state
+    /// learns of a malformed message after the packets before and before the packets behind: a
+    /// packet without an id lies in the next gap of the ids, and no batch may cover it.
+    fn received(&mut self, round: &mut Round) -> bool {
+        round.datagrams += 1;
+        round.bytes += self.buffers.received().len() as u64;
+        self.parse_datagram(round);
+        round.malformed.is_empty()
     }
 
     /// Splits the datagram just received into messages.

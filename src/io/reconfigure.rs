@@ -77,6 +77,7 @@ impl Shared {
         lock(&self.receiver).grow(limits.payload);
         if self.settings.receive_buffer.is_none() {
             self.socket.grow_receive_buffer(receive_buffer(limits, self.settings.attributes))?;
+            self.core().machine.set_receive_buffer(self.socket.receive_buffer());
         }
         Ok(())
     }

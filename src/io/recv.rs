@@ -16,7 +16,15 @@ impl Shared {
     /// # Errors
     /// The socket cannot be used any more.
     pub(super) fn receive(&self, receiver: &mut Receiver, limit: usize) -> io::Result<bool> {
-        if self.is_frozen() {
+        let mut result = self.receive_a_round(receiver, limit);
+        while receiver.has_second() && result.is_ok() {
+            result = self.receive_a_round(receiver, 0);
+        }
+        result
+    }
+
+    fn receive_a_round(&self, receiver: &mut Receiver, limit: usize) -> io::Result<bool> {
+        if self.is_frozen() && !receiver.has_second() {
             // Not `true`: the socket was not found empty.
             return Ok(false);
         }
@@ -48,8 +56,7 @@ impl Shared {
         for reply in round.replies.drain(..) {
             machine.replied(reply);
         }
-        // After a limit of one, it is not known yet whether there is more.
-        machine.end_receive_round(round.bytes, round.overruns, lost_before, emptied, limit > 1);
+        machine.end_receive_round(round.bytes, round.charge(), round.overruns, lost_before, emptied);
         if self.settings.deadline.is_some() {
             // What its deadline has decided is not handed out, and its memory is not kept for a
             // stream that nobody polls.
@@ -85,6 +92,15 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// Finds out whether the kernel has executed all verdicts that were sent. The caller must hold
+    /// no lock.
+    pub(super) fn prove_sent(&self) {
+        if self.core().machine.has_unproven() {
+            let _ = self.receive_all();
+            self.perform_pending();
+        }
     }
 
     /// Receives packets that may have been unread for long, so that their deadlines start.

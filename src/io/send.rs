@@ -15,7 +15,7 @@ use super::{
     stream::unusable,
 };
 use crate::{
-    state::{Change, VerdictMessage},
+    state::{Change, Proof, VerdictMessage},
     types::{Error, ErrorKind},
     wire::config::{Command, Config, CopyMode},
 };
@@ -59,6 +59,9 @@ impl Shared {
     /// Returns messages with extras, to be dropped without a lock.
     fn send_round(&self, sender: &mut Sender) -> Vec<VerdictMessage<Box<VerdictExtras>>> {
         let mut plan = std::mem::take(&mut sender.messages);
+        if self.core().machine.must_prove() {
+            let _ = self.receive_all();
+        }
         {
             let mut core = self.core();
             if core.machine.is_permission_missing() {
@@ -99,8 +102,8 @@ impl Shared {
     ) -> usize {
         let first = sender.sequence.wrapping_add(1);
         let end = begin + sender.encode(&plan[begin..], self.settings.queue);
-        let in_doubt = self.core().machine.begin_send(first, &mut plan[begin..end]);
-        let outcome = self.transmit(&sender.datagram, in_doubt);
+        let proof = self.core().machine.begin_send(first, &mut plan[begin..end]);
+        let outcome = self.transmit(&sender.datagram, proof);
         let mut core = self.core();
         let machine = &mut core.machine;
         match outcome {
@@ -142,8 +145,9 @@ impl Shared {
         end
     }
 
-    /// Sends the datagram, and finds out whether the kernel executed it.
-    fn transmit(&self, datagram: &[u8], in_doubt: bool) -> Outcome {
+    /// Sends the datagram, and finds out whether the kernel executed it, unless that is proven
+    /// later.
+    fn transmit(&self, datagram: &[u8], proof: Proof) -> Outcome {
         match self.send_with_retry(datagram) {
             Ok(()) => {}
             Err(error) => {
@@ -155,10 +159,13 @@ impl Shared {
                 };
             }
         }
+        if proof == Proof::Later {
+            return Outcome::Sent;
+        }
         // The kernel discards a datagram whose sender has no CAP_NET_ADMIN, and its reply may be
         // lost to a full buffer (nfnetlink_rcv, netlink_ack).
         let capable = self.socket.was_capable();
-        if in_doubt || capable.is_none() {
+        if proof == Proof::Replies || capable.is_none() {
             // The reply, if there is one, is in the receive buffer now.
             let _ = self.receive_all();
         }

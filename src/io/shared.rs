@@ -153,6 +153,8 @@ impl Shared {
         receiver: Receiver,
         network_owner: Owner,
     ) -> Self {
+        let mut machine = machine;
+        machine.set_receive_buffer(socket.receive_buffer());
         let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new(), given_back: 0 };
         Self {
             sender: Mutex::new(Sender::new(socket.max_send())),
@@ -227,8 +229,8 @@ impl Shared {
             wake_waiting: _,
             wake_refusals,
         } = effects;
-        if let (Some(at), Some(timer)) = (timer, self.timer.get()) {
-            timer.set(at);
+        if let (Some(alarm), Some(timer)) = (timer, self.timer.get()) {
+            timer.set(alarm);
         }
         if call_driver {
             self.signal.notify_one();

@@ -77,6 +77,17 @@ pub(crate) enum Received {
     Overrun,
 }
 
+/// The result of receiving up to two datagrams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Few {
+    /// One datagram is in the buffer, or two. `emptied`: there are no others now.
+    Datagrams { two: bool, emptied: bool },
+    /// There is no datagram now.
+    Empty,
+    /// The receive buffer had overflowed.
+    Overrun,
+}
+
 /// A netlink socket that is not registered with a runtime.
 #[derive(Debug)]
 pub(crate) struct Unregistered {
@@ -338,6 +349,25 @@ impl Socket {
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Ok(Received::Empty),
                 Err(Errno::NOBUFS) => Ok(Received::Overrun),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+
+    /// Receives up to two datagrams into `buffers` by one system call, which also finds out whether
+    /// there are more.
+    pub(crate) fn receive_two(&self, buffers: &mut BufferPool) -> io::Result<Few> {
+        loop {
+            let received = match self.fd.get_ref() {
+                Transport::Netlink(socket) => buffers.receive_two(socket).map(|count| (count, count < 2)),
+                #[cfg(feature = "test-util")]
+                Transport::Memory(socket) => socket.kernel.receive_two(socket.port, buffers.landings()),
+            };
+            return match received {
+                Ok((count, emptied)) => Ok(Few::Datagrams { two: count == 2, emptied }),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Ok(Few::Empty),
+                Err(Errno::NOBUFS) => Ok(Few::Overrun),
                 Err(errno) => Err(errno.into()),
             };
         }

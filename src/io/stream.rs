@@ -58,8 +58,18 @@ impl Shared {
                 // The task has used its budget: Tokio lets other tasks run.
                 Poll::Pending if !coop::has_budget_remaining() => return Poll::Pending,
                 Poll::Pending => {
+                    let polls_again = receiver.busy_poll.empty(|| self.clock.now());
+                    // The last round has found the socket empty.
+                    if !looked {
+                        drop(receiver);
+                        self.with(|core| core.machine.stream_empty());
+                        receiver = lock(&self.receiver);
+                        if !receiver.packets.is_empty() {
+                            continue;
+                        }
+                    }
                     // On a clock that stands still the limit would never be over.
-                    if !receiver.busy_poll.empty(self.clock.now()) || self.clock.stands_still() {
+                    if !polls_again || self.clock.stands_still() {
                         return Poll::Pending;
                     }
                     if looked {
@@ -75,10 +85,7 @@ impl Shared {
                     return Poll::Ready(Some(Err(error.fatal())));
                 }
             };
-            // After a long pause the packet is probably alone. Whether more have come is checked
-            // after it has been decided.
-            let most = if receiver.busy_poll.is_idle(self.clock.now()) { 1 } else { RECEIVE_BATCH };
-            let received = self.receive(&mut receiver, most);
+            let received = self.receive(&mut receiver, RECEIVE_BATCH);
             let none = receiver.packets.is_empty();
             drop(receiver);
             match received {
@@ -162,9 +169,6 @@ impl Shared {
     }
 
     pub(crate) fn try_packet(self: &Arc<Self>) -> Result<Received, TryRecvError> {
-        if let Some(ready_fd) = self.ready_fd.get() {
-            ready_fd.lower();
-        }
         self.look_for_fork();
         loop {
             let mut receiver = lock(&self.receiver);
@@ -175,6 +179,10 @@ impl Shared {
                     ready_fd.raise();
                 }
                 return Ok(packet);
+            }
+            // Whoever receives packets needs the receive lock first, and raises it afterwards.
+            if let Some(ready_fd) = self.ready_fd.get() {
+                ready_fd.lower();
             }
             match self.end_of_stream(None) {
                 None => {}

@@ -164,6 +164,41 @@ pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Res
     Ok(length)
 }
 
+/// Receives up to two datagrams, as [`receive`] does each. Returns how many there were, at least
+/// one. If there was only one, the socket was empty after it: the kernel looks for the second one
+/// without waiting, and this socket has no other errors (`do_recvmmsg` would keep one for the next
+/// call).
+#[allow(unsafe_code)]
+pub(crate) fn receive_two(socket: impl AsFd, rooms: [&mut BytesMut; 2]) -> rustix::io::Result<usize> {
+    // SAFETY: both are plain data, for which zeros are valid.
+    let (mut headers, mut vectors): ([libc::mmsghdr; 2], [libc::iovec; 2]) =
+        unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+    let mut rooms = rooms;
+    for ((header, vector), room) in headers.iter_mut().zip(&mut vectors).zip(&mut rooms) {
+        room.clear();
+        let spare = room.spare_capacity_mut();
+        (vector.iov_base, vector.iov_len) = (spare.as_mut_ptr().cast(), spare.len());
+        (header.msg_hdr.msg_iov, header.msg_hdr.msg_iovlen) = (&raw mut *vector, 1);
+    }
+    let flags = (libc::MSG_TRUNC | libc::MSG_DONTWAIT) as _;
+    // SAFETY: the descriptor is open for as long as it is borrowed. The headers refer to vectors,
+    // and these to spare capacity of the buffers, all of which exist until the call returns.
+    let count =
+        unsafe { libc::recvmmsg(socket.as_fd().as_raw_fd(), headers.as_mut_ptr(), 2, flags, std::ptr::null_mut()) };
+    let count = usize::try_from(count).map_err(|_| last_error())?;
+    for (header, room) in headers.iter().zip(&mut rooms).take(count) {
+        let received = (header.msg_len as usize).min(room.capacity());
+        // SAFETY: the buffer was empty, so its spare capacity began where it begins, and the kernel
+        // has filled that much of it: the length of the datagram, or all of it.
+        unsafe { room.set_len(received) };
+    }
+    Ok(count)
+}
+
+fn last_error() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
 /// A number for this process: a child that it makes by `fork` or `clone` has another one, for as
 /// long as it has a copy of this program's memory.
 pub(crate) fn process() -> usize {

@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     task::Poll,
     time::{Duration, Instant},
 };
@@ -13,22 +16,27 @@ use super::{
     clock::QueueClock,
     timer::{Timer, TimerTarget},
 };
-use crate::{state::Clock, types::Error};
+use crate::{
+    state::{Alarm, Clock},
+    types::Error,
+};
 
 /// A timer for one task.
 #[derive(Debug)]
 pub(crate) struct Ticks {
-    alarm: Arc<Alarm>,
+    task: Arc<Task>,
+    /// Of the last alarm.
+    number: AtomicU64,
     timer: Timer,
     pub(crate) clock: QueueClock,
 }
 
 #[derive(Debug, Default)]
-struct Alarm {
+struct Task {
     waker: AtomicWaker,
 }
 
-impl TimerTarget for Alarm {
+impl TimerTarget for Task {
     fn fire(self: Arc<Self>) {
         self.waker.wake();
     }
@@ -38,20 +46,22 @@ impl TimerTarget for Alarm {
 
 impl Ticks {
     pub(crate) fn new(clock: QueueClock) -> io::Result<Self> {
-        let alarm = Arc::new(Alarm::default());
-        let timed: Weak<Alarm> = Arc::downgrade(&alarm);
-        Ok(Self { timer: Timer::new(timed as Weak<dyn TimerTarget>, &clock)?, alarm, clock })
+        let task = Arc::new(Task::default());
+        let timed: Weak<Task> = Arc::downgrade(&task);
+        let timer = Timer::new(timed as Weak<dyn TimerTarget>, &clock)?;
+        Ok(Self { timer, task, number: AtomicU64::new(0), clock })
     }
 
     /// Waits until `at`; for ever if it is `None`.
     pub(crate) async fn wait(&self, at: Option<Instant>) {
         std::future::poll_fn(|cx| {
             let Some(at) = at else { return Poll::Pending };
-            self.alarm.waker.register(cx.waker());
+            self.task.waker.register(cx.waker());
             if at <= self.clock.now() {
                 return Poll::Ready(());
             }
-            self.timer.set(at);
+            let number = self.number.fetch_add(1, Ordering::Relaxed);
+            self.timer.set(Alarm { at: Some(at), number });
             Poll::Pending
         })
         .await;

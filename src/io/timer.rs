@@ -12,7 +12,6 @@
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -20,18 +19,19 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll},
-    time::Timespec,
+    event::{PollFd, PollFlags, epoll, poll},
+    time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
 };
 
 #[cfg(feature = "test-util")]
 use super::clock::MemoryTimer;
 pub(crate) use super::clock::TimerTarget;
 use super::{clock::QueueClock, sys};
+use crate::state::Alarm;
 
 /// One timer.
 #[derive(Debug)]
@@ -71,13 +71,13 @@ impl Timer {
         Ok(timer)
     }
 
-    /// Has [`TimerTarget::fire`] called at this time or before.
-    pub(crate) fn set(&self, at: Instant) {
+    /// Has [`TimerTarget::fire`] called at this time, or not at all.
+    pub(crate) fn set(&self, alarm: Alarm) {
         #[cfg(feature = "test-util")]
-        let at = match &self.memory {
-            None => at,
-            Some(memory) => match memory.set(at) {
-                Some(at) => at,
+        let alarm = match &self.memory {
+            None => alarm,
+            Some(memory) => match memory.set(alarm) {
+                Some(alarm) => alarm,
                 None => return,
             },
         };
@@ -91,24 +91,18 @@ impl Timer {
         };
         let mut state = thread.state();
         let entry = state.entry(self);
-        let before = entry.at;
-        if before.is_some_and(|before| before <= at) {
+        if entry.number > alarm.number {
             return;
         }
-        entry.at = Some(at);
+        entry.number = alarm.number;
+        let before = std::mem::replace(&mut entry.at, alarm.at);
         if let Some(before) = before {
             state.order.remove(&(before, self.key));
         }
-        state.order.insert((at, self.key));
-        let must_wake = state.sleeping && state.until.is_none_or(|until| at < until);
-        if must_wake {
-            state.sleeping = false;
+        if let Some(at) = alarm.at {
+            state.order.insert((at, self.key));
         }
-        drop(state);
-        if must_wake {
-            // It fails only if the counter would exceed 2^64 - 2, and then the thread is awake.
-            let _ = rustix::io::write(&thread.wake, &1_u64.to_ne_bytes());
-        }
+        thread.program(&mut state);
     }
 
     /// Also lets the clock of a kernel in memory report when the descriptor is readable.
@@ -155,6 +149,7 @@ impl Drop for Timer {
         let entry = state.timers.remove(&self.key);
         if let Some(Entry { at: Some(at), .. }) = entry {
             state.order.remove(&(at, self.key));
+            thread.program(&mut state);
         }
     }
 }
@@ -172,8 +167,9 @@ impl std::fmt::Debug for Timed {
 #[derive(Debug)]
 struct TimerThread {
     state: Mutex<State>,
-    /// Made readable to wake the thread.
-    wake: OwnedFd,
+    /// Readable when the first time has been reached. To set it does not wake the thread, as it
+    /// would to change the time for which the thread sleeps.
+    alarm: OwnedFd,
     /// The descriptors that are watched.
     epoll: OwnedFd,
 }
@@ -182,22 +178,22 @@ struct TimerThread {
 struct State {
     timers: HashMap<u64, Entry>,
     order: BTreeSet<(Instant, u64)>,
-    /// The thread sleeps, or is about to, until `until` (`None`: without a limit) or until it is
-    /// woken.
-    sleeping: bool,
-    until: Option<Instant>,
+    /// The time to which the alarm is set.
+    programmed: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Entry {
     timed: Timed,
     at: Option<Instant>,
+    /// That of the last [`Alarm`].
+    number: u64,
 }
 
 impl State {
     /// The entry of a timer. There may be none yet if the timer was made before a `fork`.
     fn entry(&mut self, timer: &Timer) -> &mut Entry {
-        self.timers.entry(timer.key).or_insert_with(|| Entry { timed: timer.timed.clone(), at: None })
+        self.timers.entry(timer.key).or_insert_with(|| Entry { timed: timer.timed.clone(), at: None, number: 0 })
     }
 
     /// The timers that a child process has inherited.
@@ -257,7 +253,7 @@ impl TimerThread {
         };
         let new = Arc::new(Self {
             state: Mutex::default(),
-            wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            alarm: timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         });
         {
@@ -269,6 +265,7 @@ impl TimerThread {
             // If the parent's thread held the lock, each timer comes when it is set again.
             if let Some(mut inherited) = last.and_then(|last| last.thread.state.try_lock().ok()) {
                 *state = std::mem::take(&mut *inherited).inherited();
+                new.program(&mut state);
             }
         }
         let generation = Generation { process, thread: new, next: OnceLock::new() };
@@ -279,9 +276,25 @@ impl TimerThread {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sets the alarm to the first time, if it is set to another one.
+    fn program(&self, state: &mut State) {
+        let first = state.order.first().map(|(at, _)| *at);
+        if state.programmed == first {
+            return;
+        }
+        state.programmed = first;
+        let until = first.map(|at| at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1)));
+        // Zero clears it.
+        let until = until.unwrap_or_default();
+        let value = Timespec { tv_sec: until.as_secs() as _, tv_nsec: until.subsec_nanos().into() };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        // It fails only for values out of range.
+        if let Err(error) = timerfd_settime(&self.alarm, TimerfdTimerFlags::empty(), &once) {
+            tracing::error!(target: "tokio_nfqueue", %error, "the timer cannot be set");
+        }
+    }
+
     fn run(&self) {
-        // The default slack of 50 µs is half of a short time limit.
-        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
         loop {
             while let Some(timed) = self.due() {
                 guard(|| timed.fire());
@@ -289,7 +302,7 @@ impl TimerThread {
             if let Err(error) = self.sleep() {
                 // The thread must not end: no time limit would hold.
                 tracing::error!(target: "tokio_nfqueue", %error, "the timer thread cannot sleep");
-                thread::sleep(std::time::Duration::from_millis(1));
+                thread::sleep(Duration::from_millis(1));
             }
         }
     }
@@ -298,49 +311,31 @@ impl TimerThread {
     fn due(&self) -> Option<Arc<dyn TimerTarget>> {
         loop {
             let mut state = self.state();
-            state.sleeping = false;
-            let first = state.order.first().copied();
-            match first {
-                Some((at, key)) if at <= Instant::now() => {
-                    state.order.pop_first();
-                    let entry = state.timers.get_mut(&key)?;
-                    entry.at = None;
-                    let timed = entry.timed.0.upgrade();
-                    drop(state);
-                    if timed.is_some() {
-                        return timed;
-                    }
-                }
-                next => {
-                    state.sleeping = true;
-                    state.until = next.map(|(at, _)| at);
-                    return None;
-                }
+            let Some((_, key)) = state.order.first().copied().filter(|(at, _)| *at <= Instant::now()) else {
+                self.program(&mut state);
+                return None;
+            };
+            state.order.pop_first();
+            let entry = state.timers.get_mut(&key)?;
+            entry.at = None;
+            let timed = entry.timed.0.upgrade();
+            drop(state);
+            if timed.is_some() {
+                return timed;
             }
         }
     }
 
+    /// Until the alarm, or until a watched descriptor is readable.
     fn sleep(&self) -> io::Result<()> {
-        let until = {
-            let state = self.state();
-            // The thread has been woken in between: there is something new to check.
-            if !state.sleeping {
-                return self.clear_wake();
-            }
-            state.until
-        };
-        let timeout = until.map(|until| {
-            let left = until.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs() as _, tv_nsec: left.subsec_nanos().into() }
-        });
-        let mut fds = [PollFd::new(&self.wake, PollFlags::IN), PollFd::new(&self.epoll, PollFlags::IN)];
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(()),
+        let mut fds = [PollFd::new(&self.alarm, PollFlags::IN), PollFd::new(&self.epoll, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => return Ok(()),
             result => result?,
         };
-        let [wake, watched] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
-        if wake {
-            self.clear_wake()?;
+        let [alarm, watched] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+        if alarm {
+            self.clear_alarm()?;
         }
         if watched {
             self.tell_readable()?;
@@ -348,8 +343,9 @@ impl TimerThread {
         Ok(())
     }
 
-    fn clear_wake(&self) -> io::Result<()> {
-        match rustix::io::read(&self.wake, &mut [0; 8]) {
+    fn clear_alarm(&self) -> io::Result<()> {
+        match rustix::io::read(&self.alarm, &mut [0; 8]) {
+            // Whoever sets it meanwhile makes it readable again.
             Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
@@ -377,10 +373,12 @@ fn guard(body: impl FnOnce()) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::mpsc::{Sender, channel},
-        time::Duration,
+    use std::sync::{
+        atomic::AtomicU64,
+        mpsc::{Sender, channel},
     };
+
+    use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
 
@@ -400,6 +398,11 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(30);
 
+    fn set(timer: &Timer, at: Option<Instant>) {
+        static NUMBER: AtomicU64 = AtomicU64::new(2);
+        timer.set(Alarm { at, number: NUMBER.fetch_add(1, Ordering::Relaxed) });
+    }
+
     #[test]
     fn timers_fire_not_before_their_time_and_again_when_set_again() {
         let (sender, receiver) = channel();
@@ -408,14 +411,23 @@ mod tests {
         let timer = Timer::new(timed, &QueueClock::System).unwrap();
         for _ in 0..3 {
             let at = Instant::now() + Duration::from_micros(300);
-            timer.set(at + Duration::from_secs(1000));
-            timer.set(at);
-            timer.set(at + Duration::from_secs(1));
+            for time in [None, Some(at + Duration::from_secs(1000)), Some(at)] {
+                set(&timer, time);
+            }
+            // One that has been overtaken.
+            timer.set(Alarm { at: Some(at + Duration::from_secs(1)), number: 1 });
             assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
             assert!(Instant::now() >= at);
         }
-        timer.set(Instant::now() - Duration::from_millis(1));
+        set(&timer, Some(Instant::now() - Duration::from_millis(1)));
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+        // One that is cleared does not fire; the next one does.
+        set(&timer, Some(Instant::now() + Duration::from_millis(30)));
+        set(&timer, None);
+        let at = Instant::now() + Duration::from_millis(60);
+        set(&timer, Some(at));
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+        assert!(Instant::now() >= at);
     }
 
     #[test]
@@ -431,7 +443,7 @@ mod tests {
         timer.watch(&event, true).unwrap();
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("readable"));
         // It is not watched any more: the next call is that of the timer itself.
-        timer.set(Instant::now() + Duration::from_millis(20));
+        set(&timer, Some(Instant::now() + Duration::from_millis(20)));
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
     }
 }

@@ -365,6 +365,19 @@ impl MemoryKernel for Shared {
         to_wake.into_iter().for_each(Waker::wake);
     }
 
+    fn receive_two(&self, port: u32, [first, second]: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno> {
+        self.receive(port, first)?;
+        let (is_readable, fails) = {
+            let model = &self.inner().model;
+            (model.is_readable(port), model.next_receive_fails(port))
+        };
+        // `do_recvmmsg` keeps an error for the next call.
+        match (is_readable && !fails).then(|| self.receive(port, second)) {
+            Some(Ok(())) => Ok((2, false)),
+            Some(Err(_)) | None => Ok((1, !is_readable)),
+        }
+    }
+
     fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
         let mut inner = self.inner();
         let result = inner.model.receive(port, room);

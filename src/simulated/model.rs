@@ -168,6 +168,11 @@ impl<T: Clone> Model<T> {
         self.sockets.get_mut(&port).ok_or(Errno::BADF)?.receive(room)
     }
 
+    /// Whether the next attempt to receive fails, although there may be a datagram.
+    pub(super) fn next_receive_fails(&self, port: u32) -> bool {
+        !self.receive_errors.is_empty() || self.sockets.get(&port).is_none_or(Socket::has_overrun)
+    }
+
     /// Whether the message found room.
     fn deliver(&mut self, port: u32, fill: impl FnOnce(&mut Vec<u8>), charge: usize) -> bool {
         let Some(socket) = self.sockets.get_mut(&port) else { return false };

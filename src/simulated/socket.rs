@@ -46,6 +46,10 @@ impl Socket {
         self.inbox.is_empty()
     }
 
+    pub(super) fn has_overrun(&self) -> bool {
+        self.overrun
+    }
+
     pub(super) fn is_readable(&self) -> bool {
         self.overrun || !self.inbox.is_empty()
     }

@@ -16,8 +16,8 @@ pub(crate) struct Effects {
     pub(crate) flush: bool,
     /// Wake the driver task.
     pub(crate) call_driver: bool,
-    /// Have [`Machine::fire`] called at this time or before.
-    pub(crate) timer: Option<Instant>,
+    /// When to call [`Machine::fire`].
+    pub(crate) timer: Option<Alarm>,
     /// Call a custom policy and return it by [`Machine::policy_decided`].
     pub(crate) ask: Option<Box<(FlushPolicy, FlushContext)>>,
     /// Receive: packets may have been unread for some time.
@@ -62,6 +62,14 @@ impl Effects {
             && self.ask.is_none()
             && self.drain.is_none()
     }
+}
+
+/// When [`Machine::fire`] is to be called next. `None`: it need not be called. Of two alarms, the
+/// one with the higher number counts: the threads that set them may overtake each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Alarm {
+    pub(crate) at: Option<Instant>,
+    pub(crate) number: u64,
 }
 
 /// What the caller must deliver once it has released the lock.

@@ -189,8 +189,8 @@ impl FlushPolicy {
         }
     }
 
-    /// The interval at which the timer fires while there is traffic, so that it need not be set for
-    /// each verdict. `None`: it is set for each.
+    /// The interval at which the timer fires while verdicts wait again and again, so that it need
+    /// not be set for each. `None`: it is set for each.
     pub(crate) fn linger(&self) -> Option<Duration> {
         match self.0 {
             Kind::Adaptive { max_delay } | Kind::Fixed { max_delay, .. } if max_delay >= SHORTEST_LINGER => {

@@ -45,6 +45,7 @@ mod reports;
 mod send;
 mod shutdown;
 mod timer;
+mod unproven;
 mod verdicts;
 
 use self::{
@@ -54,14 +55,16 @@ use self::{
     ledger::{Ledger, NO_TOKEN},
     memory::HeldMemory,
     reports::Reports,
+    unproven::{Unproven, Verdict},
 };
 pub(crate) use self::{
-    effects::{Effects, Notice},
+    effects::{Alarm, Effects, Notice},
     handover::Position,
     ledger::{Decision, Origin, VerdictMessage},
     life_cycle::{LifeCycle, WaitLimit},
     memory::Storage,
     reports::{Report, ReportKind},
+    unproven::Proof,
 };
 
 /// The source of the time.
@@ -156,7 +159,7 @@ pub(crate) struct Machine<E: Carried, K> {
     /// For the first caller that waits for the graceful shutdown.
     close_error: Option<Error>,
     /// When [`fire`](Machine::fire) is called next.
-    timer: Option<Instant>,
+    alarm: Alarm,
     effects: Effects,
     notices: Vec<Notice<E>>,
 }
@@ -178,6 +181,8 @@ struct Gathering {
     backlog: bool,
     /// The driver has been woken, to report when the ready tasks have run.
     wait_for_tasks: bool,
+    /// How often verdicts have begun to wait since the timer fired last.
+    waits: u32,
 }
 
 /// The rounds of sending. There is at most one at a time, under the send lock.
@@ -188,8 +193,6 @@ struct Sending {
     under_way: bool,
     rounds_started: u64,
     rounds_ended: u64,
-    /// `rounds_started` when the timer last fired.
-    rounds_at_timer: u64,
     /// Packets whose verdicts have left the ledger, but are not in the datagram being sent.
     leaving: usize,
     /// Messages in the datagram that is being sent.
@@ -211,6 +214,7 @@ struct Sending {
     /// When to send again after a failure, and the pause after the next failure.
     retry: Option<(Instant, Duration)>,
     batches: SentBatches,
+    unproven: Unproven,
     /// Replies to messages up to this sequence number are for the process that had the queue
     /// before.
     inherited: Option<u32>,
@@ -276,7 +280,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             refusals: VecDeque::new(),
             failure: None,
             close_error: None,
-            timer: None,
+            alarm: Alarm::default(),
             effects: Effects::NOTHING,
             notices: Vec::new(),
         }
@@ -302,10 +306,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Has [`fire`](Self::fire) called at this time or before. It may also be called earlier
     /// without need.
     fn set_timer(&mut self, at: Instant) {
-        if self.timer.is_none_or(|alarm| at < alarm) {
-            self.timer = Some(at);
-            self.effects.timer = Some(at);
+        if self.alarm.at.is_none_or(|alarm| at < alarm) {
+            self.change_timer(Some(at));
         }
+    }
+
+    fn change_timer(&mut self, at: Option<Instant>) {
+        self.alarm = Alarm { at, number: self.alarm.number + 1 };
+        self.effects.timer = Some(self.alarm);
     }
 
     /// There are packets for the stream.

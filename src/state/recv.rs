@@ -98,21 +98,23 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.push_refusal(error);
     }
 
-    /// Ends a round of receiving. `bytes` and `overruns` are totals of the round. With `emptied`
-    /// the socket was found empty after every message up to this sequence number had been sent.
+    /// Ends a round of receiving. `bytes` and `overruns` are totals of the round, and `charge` what
+    /// the kernel has accounted for it at most, in bytes. With `emptied` the socket was found empty
+    /// after every message up to this sequence number had been sent.
     pub(crate) fn end_receive_round(
         &mut self,
         bytes: u64,
+        charge: usize,
         overruns: u64,
         lost_before: u64,
         emptied: Option<u32>,
-        more: bool,
     ) {
         self.receiving.receives += 1;
-        self.gathering.backlog = more && emptied.is_none();
+        self.gathering.backlog = emptied.is_none();
         self.counters.received.bytes += bytes;
         self.counters.lost.overruns += overruns;
         self.receiving.lossless = overruns == 0 && self.counters.lost.packets == lost_before;
+        self.sending.unproven.received(charge, !self.receiving.lossless);
         if !self.receiving.lossless && !self.receiving.losing {
             self.receiving.losing = true;
             self.counters.lost.overrun_episodes += 1;
@@ -133,6 +135,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         self.sending.inherited = None;
         self.sending.batches.forget(sent);
+        let again = self.sending.unproven.emptied(sent);
+        self.send_again(again);
         while let Some(awaited) = self.awaiting.pop_sent(sent) {
             self.reply_is_lost(awaited);
         }

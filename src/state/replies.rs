@@ -33,6 +33,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 return;
             }
         }
+        // Another error proves that it was executed.
+        if let Some(verdict) = self.sending.unproven.replied(first)
+            && reply.error == Some(Errno::PERM)
+        {
+            return self.refused_before(verdict);
+        }
         let failed = reply.error.map(|errno| reply_error(errno, &reply));
         match self.awaiting.remove(reply.sequence) {
             Some(Awaited::Config { change, waiter, operation }) => {
@@ -81,7 +87,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Counts a verdict that the kernel did not take. Returns whether to report that to its owner.
     pub(super) fn not_taken(&mut self, reply: &Reply, confirmed: Option<u32>) -> bool {
-        let (action, count, id) = match reply.refused {
+        let (action, mut count, id) = match reply.refused {
             Refused::Verdict { id, action } => (action, 1, Some(id)),
             Refused::Batch { .. } => match self.sending.batches.take(reply.sequence) {
                 Some((action, count)) => (Some(action), count, None),
@@ -103,6 +109,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.decide_again(id);
             }
             return true;
+        }
+        if reply.error == Some(Errno::NOENT) {
+            // They were sent twice.
+            match id {
+                Some(id) if self.sending.unproven.has_gone(id) => return false,
+                Some(_) => {}
+                None => count -= self.sending.unproven.have_gone(count),
+            }
         }
         if let Some(action) = action {
             self.counters.uncount_decided(action, count);

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use super::{
-    Awaited, Carried, Change, Clock, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, Notice, Origin, PAUSES, Permission,
-    ReportKind, VerdictMessage, missing_capability, plain,
+    Awaited, Carried, Change, Clock, Decision, LASTING, MAX_KNOWN_REFUSED, Machine, NO_TOKEN, Notice, Origin, PAUSES,
+    Permission, Proof, ReportKind, Verdict, VerdictMessage, flush::FlushReason, missing_capability,
 };
 use crate::{
     types::{Error, ErrorKind, PacketId},
@@ -20,8 +20,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         self.sending.rounds_started += 1;
         self.sending.under_way = true;
-        self.gathering.oldest = None;
-        self.gathering.due = None;
+        self.end_waiting();
         let before = plan.len();
         self.sending.leaving = self.ledger.gathered();
         self.ledger.settle(self.arrivals.rounds(), plan);
@@ -38,6 +37,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         );
         self.sending.under_way = false;
         self.sending.rounds_ended = self.sending.rounds_started;
+        if self.ledger.gathered() == 0 {
+            self.sending.unproven.all_sent(self.sending.last);
+        }
     }
 
     /// The send lock has been released. Returns whether another thread has requested a round while
@@ -122,8 +124,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(crate) fn refuse_gathered(&mut self) {
         self.sending.wanted = false;
         self.sending.rounds_started += 1;
-        self.gathering.oldest = None;
-        self.gathering.due = None;
+        self.end_waiting();
         let taken = self.ledger.take_back_gathered();
         self.missing_permission();
         for (id, decision) in taken {
@@ -131,12 +132,35 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// Begins to send a datagram. Returns true if only the replies to it can tell whether it was
-    /// executed.
+    /// The receive buffer has this size in bytes, as the kernel accounts them.
+    pub(crate) fn set_receive_buffer(&mut self, bytes: usize) {
+        self.sending.unproven.set_room(bytes);
+    }
+
+    /// Whether the caller must receive until the socket is empty before it begins a round: a batch
+    /// would also decide a packet whose verdict the kernel has discarded.
+    pub(crate) fn must_prove(&self) -> bool {
+        self.has_unproven() && self.ledger.gathered() > 1
+    }
+
+    /// Whether the kernel may have discarded a verdict, and no reply has been read yet.
+    pub(crate) fn has_unproven(&self) -> bool {
+        !self.sending.unproven.is_empty()
+    }
+
+    /// Begins to send a datagram. Returns how to find out whether it was executed.
     ///
     /// From now on its packets count as decided, because replies may be received before the send
     /// has returned.
-    pub(crate) fn begin_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) -> bool {
+    pub(crate) fn begin_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) -> Proof {
+        let proof = self.proof(messages);
+        if let (Proof::Later, [VerdictMessage::Single { id, decision }]) = (proof, &*messages) {
+            let verdict = Verdict { id: *id, fields: decision.fields, origin: decision.origin };
+            self.sending.unproven.begin(first, verdict, || self.clock.now());
+            if let Some(at) = self.sending.unproven.due() {
+                self.set_timer(at);
+            }
+        }
         self.sending.watched = Some((first, false));
         self.sending.begun = messages.len();
         let mut sequence = first;
@@ -155,7 +179,23 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.sending.last = Some(sequence);
             sequence = sequence.wrapping_add(1);
         }
-        self.sending.distrust
+        proof
+    }
+
+    fn proof(&self, messages: &[VerdictMessage<E>]) -> Proof {
+        match messages {
+            _ if self.sending.distrust => Proof::Replies,
+            [VerdictMessage::Single { decision, .. }]
+                if decision.extras.is_none()
+                    && self.life.is_open()
+                    && self.gathering.driven
+                    && !self.gathering.backlog
+                    && self.sending.unproven.has_room() =>
+            {
+                Proof::Later
+            }
+            _ => Proof::Capability,
+        }
     }
 
     /// Whether a reply has refused the datagram that is being sent.
@@ -167,6 +207,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// `messages` may include some that were not in the datagram. Returns whether a reply has
     /// reported the refusal already.
     pub(super) fn end_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) -> bool {
+        self.sending.unproven.replied(first);
         let mut sequence = first;
         for message in messages.iter_mut().take(std::mem::take(&mut self.sending.begun)) {
             let (action, count) = (message.fields().action, message.count());
@@ -192,7 +233,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.awaiting.push(sequence, Awaited::Config { change, waiter, operation });
     }
 
-    /// A datagram has been sent and executed.
+    /// A datagram has been sent and executed; or the latter is proven later.
     pub(crate) fn sent(&mut self, messages: &[VerdictMessage<E>]) {
         self.counters.sent.sends += 1;
         self.counters.sent.messages += messages.len() as u64;
@@ -216,7 +257,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         self.counters.sent.sends += 1;
         self.missing_permission();
-        let by_queue = |origin, fields: &VerdictFields| (origin == Origin::Queue).then_some(fields.action);
+        let by_queue = |origin, fields: &VerdictFields| (origin == Origin::Queue).then_some(*fields);
         for message in messages {
             self.sending.leaving -= message.count();
             let ids = self.ledger.ids_of(&message);
@@ -230,11 +271,44 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.ledger.reopen(id, NO_TOKEN);
                 match by_queue {
                     // The queue's own decision stays the same.
-                    Some(action) => drop(self.ledger.decide(id, plain(action))),
+                    Some(fields) => self.decide_as_before(id, fields),
                     None => self.refuse(id, extras.take(), missing_capability()),
                 }
             }
         }
+    }
+
+    /// The kernel has refused a verdict because the capability was missing, as a reply shows only
+    /// now.
+    pub(super) fn refused_before(&mut self, verdict: Verdict) {
+        self.missing_permission();
+        if !self.ledger.reopen(verdict.id, NO_TOKEN) {
+            return;
+        }
+        self.counters.uncount_decided(verdict.fields.action, 1);
+        match verdict.origin {
+            // The queue's own decision stays the same.
+            Origin::Queue => self.decide_as_before(verdict.id, verdict.fields),
+            Origin::Owner => self.refuse(verdict.id, None, missing_capability()),
+        }
+        self.ask_policy(FlushReason::Verdict);
+    }
+
+    /// The kernel may have refused these verdicts, and its replies may be lost. They are sent
+    /// again: if they were executed, the kernel finds no packets. So nobody is told if they are
+    /// refused now.
+    pub(super) fn send_again(&mut self, verdicts: Vec<Verdict>) {
+        for Verdict { id, fields, .. } in verdicts {
+            if self.ledger.reopen(id, NO_TOKEN) {
+                self.counters.uncount_decided(fields.action, 1);
+                self.decide_as_before(id, fields);
+                self.request_flush();
+            }
+        }
+    }
+
+    fn decide_as_before(&mut self, id: u32, fields: VerdictFields) {
+        drop(self.ledger.decide(id, Decision { fields, extras: None, origin: Origin::Queue }));
     }
 
     /// A message for one packet can never be sent. The packet gets the default action.

@@ -163,6 +163,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Some(oldest) => oldest,
             None => *self.gathering.oldest.insert(self.clock.now()),
         };
+        if self.gathering.due.is_none() {
+            self.gathering.waits = self.gathering.waits.saturating_add(1);
+        }
         let due = self.gathering.due.map_or(oldest + delay, |earlier| earlier.min(oldest + delay));
         self.gathering.due = Some(due);
         self.set_timer(due);

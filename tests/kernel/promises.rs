@@ -765,6 +765,8 @@ async fn traced(check: impl FnOnce(&[String])) {
     soon("the reply", queue.sink().reconfigure(&Reconfigure::new().max_len(77))).await.unwrap();
     let late = packets.remove(0);
     without_capabilities(|| packets.remove(0).accept().submit().unwrap());
+    // This thread reads the kernel's reply: only its events are recorded.
+    soon("the reply", packets.remove(0).accept().confirm()).await.unwrap();
     drop(packets);
     let verdicts = queue.sink();
     eventually("the deadline", || late.is_expired()).await;

@@ -6,7 +6,7 @@ use tokio_nfqueue::{Action, Advice, Divert, ErrorKind, FlushPolicy, Hook, Packet
 
 use super::process::{Process, say, wait_for_the_end};
 use crate::{
-    common::{Traffic, account, eventually, hold, next, number, soon, start, without_net_admin},
+    common::{PATIENCE, Traffic, account, eventually, hold, next, number, soon, start, without_net_admin},
     promises::record_events,
     support,
 };
@@ -117,7 +117,8 @@ async fn packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_t
 }
 
 async fn late_verdicts_are_not_taken_for_packets_that_the_kernel_dropped() {
-    const SHORT: Duration = Duration::from_millis(50);
+    // Longer on a slow machine, on which the packets would expire before the queue is closed.
+    const SHORT: Duration = Duration::from_millis(PATIENCE.as_millis() as u64 / 600);
     let (events, _recording) = record_events();
     let traffic = Traffic::new(20);
     // Verdicts after the deadline, after close, after a refusal and for packets that were dropped.
