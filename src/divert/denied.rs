@@ -93,6 +93,8 @@ pub(super) enum Remember {
     Translated(IpVersion),
     /// A connection that has just been denied.
     Recent(IpVersion),
+    /// A connection of the other side, beside a denied one.
+    Beside(IpVersion),
     /// No longer the connection of the other side that has just been denied.
     NotRecent(IpVersion),
     /// A connection of which a packet has just been rejected.
@@ -111,6 +113,7 @@ impl Remember {
                 [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
+            Self::Beside(version) => update(beside(version), tuple::nft(version, Of::Connection)),
             Self::NotRecent(version) => {
                 format!("delete @{} {{ {} }}", recent(version), tuple::nft(version, Of::ConnectionReversed))
             }
@@ -148,6 +151,10 @@ impl Remember {
             Self::Recent(version) => {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(recent(version), None);
+            }
+            Self::Beside(version) => {
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                encoder.update_set(beside(version), None);
             }
             Self::NotRecent(version) => {
                 tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
@@ -208,6 +215,18 @@ pub(super) fn begun(version: IpVersion) -> &'static str {
     }
 }
 
+/// The set of connections of the other side beside denied ones.
+pub(super) fn beside(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "flow_beside_ip",
+        IpVersion::V6 => "flow_beside_ip6",
+    }
+}
+
+/// The number of connections beside denied ones that are remembered, for each IP version. Further
+/// ones are taken for the denied ones.
+pub(super) const BESIDE: u32 = 4096;
+
 /// The number of connections that packets without an entry have begun and that are remembered, for
 /// each IP version. A further packet that would begin one so is dropped.
 pub(super) const BEGUN: u32 = 4096;
@@ -226,7 +245,7 @@ pub(super) fn versions(family: TableFamily) -> impl Iterator<Item = IpVersion> {
 /// The names of all sets and maps of a table.
 pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
     let of_versions =
-        versions(family).flat_map(|version| [translated(version), recent(version), replied(version), begun(version)]);
+        versions(family).flat_map(|version| [translated, recent, replied, begun, beside].map(|name| name(version)));
     DeniedSet::all(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
 }
 

@@ -27,8 +27,9 @@
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |
 //! | `flow_stray`, `flow_stray_icmp` | belong to no connection, as connection tracking sees it |
 //! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
-//! | `flow_reversed`, `flow_reversed_first`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
-//! | `flow_beside` | have been accepted by a verdict, and may have such a tuple |
+//! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
+//! | `flow_beside`, `flow_beside_begins` | pass, and may begin a connection with such a tuple |
+//! | `flow_alone` | pass, and belong to a connection that was accepted by a packet that begins one |
 //! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
 //! | `flow_accepted` | belong to a connection that was accepted by such a packet, and not yet answered |
 //! | `flow_denied`, `flow_rejected` | are denied |
@@ -135,6 +136,11 @@ impl<'a> Chained<'a> {
     /// is no room in another's set.
     fn remember_verdict(&mut self, reject: bool) {
         self.remember(reject, &[], Of::Connection, Action::Continue);
+        // Where no packet shows that it begins a connection, the other side's next packet is of the
+        // same conversation, also without its entry.
+        let start = self.rules.len();
+        self.remember(reject, &[Match::answered()], Of::ConnectionReversed, Action::Continue);
+        self.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((begin_so(), true)));
         self.remember_translated();
         for version in denied::versions(self.surroundings.family) {
             let rule = self.push(&[Match::unconfirmed()], Action::Continue);
@@ -295,6 +301,8 @@ impl<'a> Flows<'a> {
             self.crossed(),
             self.accepted(),
             self.beside(),
+            self.beside_begins(),
+            self.alone(),
             self.verdict_accept(),
             self.save_chain(),
             self.save_first(),
@@ -304,8 +312,7 @@ impl<'a> Flows<'a> {
             chains.extend([self.verdict_reject(can_reject), self.reject_packet(can_reject)]);
         }
         for way in Way::ALL {
-            let of_way =
-                [Self::back, Self::stray, Self::listed, Self::reversed, Self::reversed_first, Self::reversed_denied];
+            let of_way = [Self::back, Self::stray, Self::listed, Self::reversed, Self::reversed_denied];
             chains.extend(of_way.map(|chain| chain(self, way)));
             chains.extend([self.denied(way), self.rejected(way)]);
             chains.extend(way.has_replies().then(|| self.replies(way)));
@@ -408,10 +415,8 @@ impl<'a> Flows<'a> {
         let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
         let accepted = self.save(self.table.marks.accepted());
         chain.change(&[Match::protocol(Protocol::Tcp), answer], accepted);
-        chain.push_first(&[], Action::Return, None);
-        for protocol in [SCTP, DCCP] {
-            chain.change(&[Match::protocol(protocol)], accepted);
-        }
+        chain.change(&[Match::protocol(SCTP), Match::sctp_init_ack()], accepted);
+        chain.change(&[Match::protocol(DCCP), Match::dccp_response()], accepted);
         chain
     }
 
@@ -478,47 +483,46 @@ impl<'a> Flows<'a> {
     }
 
     /// The connection's tuple is that of a denied one, reversed. If a packet has begun it after the
-    /// denial, it is one of its own, which no verdict has denied: with forged addresses, anybody
-    /// could otherwise block the connections of others. If not, its packets have crossed the denied
-    /// one, or the entry of the denied connection was lost and the other side has made a new one.
+    /// denial (`flow_beside_ip`), it is one of its own, which no verdict has denied: with forged
+    /// addresses, anybody could otherwise block the connections of others. If not, its packets have
+    /// crossed the denied one, or the entry of the denied connection was lost and the other side
+    /// has made a new one.
     fn reversed(self, way: Way) -> Chained<'a> {
-        let marks = self.table.marks;
         let mut chain = self.of_way(FlowChain::Reversed(way), way);
-        chain.push(&[Match::unconfirmed()], goto(FlowChain::ReversedFirst(way)));
-        chain.push(&[self.marked(marks.begun_again())], Action::Return);
-        // A verdict has accepted the SYN that has begun it.
-        let syn = chain.push(&[self.marked(marks.accepting())], Action::Return);
-        syn.changes.push(self.save(marks.begun_again()));
-        chain.push(&[], goto(FlowChain::ReversedDenied(way)));
-        chain
-    }
-
-    fn reversed_first(self, way: Way) -> Chained<'a> {
-        let own = self.save(self.table.marks.begun_again());
-        let mut chain = self.of_way(FlowChain::ReversedFirst(way), way);
-        chain.push_first(&[], Action::Return, Some(own));
-        for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            chain.push(&[Match::protocol(protocol)], goto(FlowChain::ReversedDenied(way)));
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::beside(version)], Action::Return);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::Beside(version)));
         }
-        chain.change(&[], own);
+        chain.push_first(&[], Action::Return, None);
+        // With address translation, both connections can exist.
+        chain.push(&[Match::confirmed()], Action::Return).conditions.push((Match::not_translated(), true));
+        chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
+        chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
         chain
     }
 
-    /// A verdict has accepted a packet that has come before the denial: the connection is asked
-    /// about, and `flow_crossed` of a later place lets the packet pass. The latter is not told by a
-    /// mark, because others may overwrite it on the way.
+    /// The packet passes.
     fn beside(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Beside);
-        for version in denied::versions(self.surroundings.family) {
-            let rule = chain.push(&[], Action::Continue);
-            rule.facts.version = Some(version);
-            rule.remember = Some(Remember::NotRecent(version));
+        let codes = self.codes();
+        for denied in [codes.dropped(), codes.rejected(), codes.rejected_packet()] {
+            chain.push(&[Match::priority(denied, u32::MAX)], Action::Return);
         }
-        let own = self.save(self.table.marks.begun_again());
-        for set in DeniedSet::all(self.surroundings.family) {
-            let rule = chain.push(&[Match::denied(set, Of::ConnectionReversed)], Action::Continue);
-            rule.facts.version = Some(set.version);
-            rule.changes.push(own);
+        chain.push_denied(Of::ConnectionReversed, |_| goto(FlowChain::BesideBegins));
+        chain
+    }
+
+    /// It begins a connection beside a denied one.
+    fn beside_begins(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BesideBegins);
+        let first = first_packets().into_iter().map(|first| (first.to_vec(), false));
+        for (conditions, others) in first.chain([(vec![begin_so()], true)]) {
+            for version in denied::versions(self.surroundings.family) {
+                let rule = chain.push(&[], Action::Return);
+                rule.facts.version = Some(version);
+                rule.conditions.extend(conditions.iter().map(|condition| (condition.clone(), others)));
+                rule.remember = Some(Remember::Beside(version));
+            }
         }
         chain
     }
@@ -552,6 +556,13 @@ impl<'a> Flows<'a> {
     fn denied(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Denied(way), way);
         chain.remember_translated();
+        for set in DeniedSet::all(self.surroundings.family) {
+            let of = Of::ConnectionReversed;
+            let rule = chain.push(&[Match::denied(set, of)], Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.conditions.push((begin_so(), true));
+            rule.remember = Some(Remember::Denied(set, of));
+        }
         for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
             let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
             rule.facts.version = Some(set.version);
@@ -617,7 +628,9 @@ impl<'a> Flows<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Save);
         chain.push_first(&[], goto(FlowChain::SaveFirst), None);
-        chain.push(&[self.marked(marks.begun_again())], Action::Return);
+        for undecided in [marks.begun_again(), marks.accepting()] {
+            chain.push(&[self.marked(undecided)], Action::Return);
+        }
         chain.change(&[], self.save(marks.accepted()));
         chain
     }
@@ -684,6 +697,10 @@ impl<'a> Flows<'a> {
         let mut last = self.last_rules(place, all);
         last.iter_mut().for_each(|rule| rule.chain.clone_from(&chain.chain));
         chain.rules.extend(last);
+        chain.push(&[stray()], jump(FlowChain::BegunStray));
+        for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
+            chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
+        }
         chain.rules
     }
 
@@ -743,7 +760,6 @@ impl<'a> Flows<'a> {
         if is_last && !places.iter().any(|other| other.hook == place.hook && other.priority > place.priority) {
             chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
         }
-        chain.push(&[stray()], jump(FlowChain::BegunStray));
         chain.rules
     }
 
@@ -770,25 +786,54 @@ impl<'a> Flows<'a> {
         rules
     }
 
+    /// Packets whose verdict accepts their connection.
+    fn verdict_accepts(self) -> Match {
+        Match::priority(self.codes().accepted(), flow_codes::CODE)
+    }
+
+    /// Of two first packets that waited at once, the other one's verdict has accepted, and this one
+    /// passes alone.
+    fn alone(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Alone);
+        chain.push_first(&[], Action::Return, Some(self.save(self.table.marks.begun_again())));
+        let accepted = self.verdict_accepts();
+        chain.rules.iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
+        chain
+    }
+
     /// The rules of [`chain_behind`].
     pub(super) fn rules_behind(self, place: Place) -> Vec<KernelRule<'a>> {
         let way = Way::of(place.hook);
         let behind = chain_behind(place, self.surroundings.priority);
         let mut chain = Chained::new(behind.name, place, self.surroundings);
+        // What passes, also by a rule of the user that accepts it.
+        chain.push(&[stray()], jump(FlowChain::BegunStray));
+        chain.push(&[self.marked(self.table.marks.accepting())], jump(FlowChain::Alone));
+        for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
+            chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
+        }
+        // What has come from the queue.
         chain.push(&[], Action::Accept).conditions.push((self.has_code(), true));
         self.denying_verdicts(&mut chain, way);
-        let accepted = Match::priority(self.codes().accepted(), flow_codes::CODE);
+        let accepted = self.verdict_accepts();
         chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
-        chain.push(&[stray()], jump(FlowChain::BegunStray));
-        chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Beside));
-        // Of two first packets that waited at once, the other one's verdict has accepted.
-        let start = chain.rules.len();
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
+        }
         let again = self.save(self.table.marks.begun_again());
-        chain.push_first(&[self.marked(self.table.marks.accepting())], Action::Continue, Some(again));
+        let start = chain.rules.len();
+        let known = [self.marked(self.table.marks.accepted()), Match::confirmed()];
+        chain.push_first(&known, Action::Continue, Some(again));
         chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
         chain.change(&[], CLEAR);
         chain.rules
     }
+}
+
+/// Packets of protocols that have packets of [`first_packets`].
+fn begin_so() -> Match {
+    Match::protocols([Protocol::Tcp, SCTP, DCCP])
 }
 
 /// Packets without an entry.

@@ -196,7 +196,10 @@ impl<'a> Batch<'a> {
             let data = tuple::translated(version);
             let name = denied::translated(version);
             self.create_denied_set(name, tuple::key(version), Some(data), flows.capacity, flows);
-            self.create_denied_set(denied::begun(version), tuple::key(version), None, denied::BEGUN, flows);
+            for (name, capacity) in [(denied::begun(version), denied::BEGUN), (denied::beside(version), denied::BESIDE)]
+            {
+                self.create_denied_set(name, tuple::key(version), None, capacity, flows);
+            }
             let briefly = FlowTable { timeout: denied::RECENT, ..flows };
             for (name, capacity) in
                 [(denied::recent(version), flows.capacity), (denied::replied(version), denied::REPLIED)]

@@ -39,6 +39,7 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
         }
         for version in denied::versions(family) {
             set(denied::begun(version), &tuple::nft_type(version), denied::BEGUN, flows.timeout);
+            set(denied::beside(version), &tuple::nft_type(version), denied::BESIDE, flows.timeout);
             set(denied::recent(version), &tuple::nft_type(version), flows.capacity, denied::RECENT);
             set(denied::replied(version), &tuple::nft_type(version), denied::REPLIED, denied::RECENT);
         }

@@ -51,7 +51,7 @@
 //! |---|---|---|
 //! | TCP | a segment with SYN and without ACK and RST | never |
 //! | SCTP | a packet with the verification tag 0 (INIT) | never |
-//! | DCCP | a Request | never |
+//! | DCCP, if the kernel tracks it (`CONFIG_NF_CT_PROTO_DCCP`; otherwise as "all others") | a Request | never |
 //! | UDP, UDP-Lite | the first packet after none has come for 30 s, or for 2 minutes after replies (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`) | the second uses the same ports before that time |
 //! | ICMP echo | the first request after none has come for 30 s (`nf_conntrack_icmp_timeout`) | it has the same identifier |
 //! | GRE with keys of PPTP | the first packet after 30 s, or 3 minutes after replies | it has the same key |
@@ -86,7 +86,8 @@
 //!
 //! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
 //! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
-//! connection's next packet comes to the queue.
+//! connection's next packet comes to the queue. (On Linux 6.1 it holds: the packet gets the entry
+//! that was kept. On 6.12 and later it does not.)
 //!
 //! # How long a denial holds
 //!
@@ -100,9 +101,14 @@
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
 //! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
 //! seconds after the verdict, as it may have crossed the denied one. After that it passes:
-//! otherwise a sender with a forged address could block the connections of others. Later packets of
-//! such a connection come to the queue, and cannot leave it, while the denial is remembered. If the
-//! other side's packets have passed before the verdict, they are of the denied connection.
+//! otherwise a sender with a forged address could block the connections of others. (It also passes
+//! if a rule of yours accepts it.) Later packets of such a connection come to the queue, and cannot
+//! leave it, while the denial is remembered. The table remembers 4096 such connections for each IP
+//! version, as long as denials; while there is no room, later packets of further ones are denied.
+//!
+//! If the other side's packets have passed before the verdict, they are of the denied connection.
+//! So is what the other side sends after a verdict on a connection to which both have sent, also
+//! when connection tracking has lost the connection; of TCP, SCTP and DCCP all but a first packet.
 //!
 //! The addresses of a packet can be forged:
 //!
@@ -114,7 +120,10 @@
 //!   translation these are not the connection's, and the packet has no receiver who knows them.
 //! - An ICMP message that connection tracking calls invalid is denied if it quotes a packet of a
 //!   denied connection, or is the reply to a denied echo request. It is not if the quoted packet
-//!   has IP options or extension headers, or is itself ICMP.
+//!   has IP options or extension headers, is a later fragment, or is itself ICMP.
+//! - A packet that a program of this host puts on the loopback interface itself, past `Output`
+//!   (`AF_PACKET`, `tc`), is looked at only at the hooks of the rules.
+//! - The tuples of denied connections do not contain the zone of connection tracking.
 //!
 //! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
 //!
@@ -171,8 +180,7 @@
 //! # Other programs
 //!
 //! A program that overwrites the whole mark of connections (`ct mark set`) erases accepts: the
-//! connections come to the queue again. It does not erase denials. Beside a denied connection, the
-//! other side's own is then denied too. One that writes exactly
+//! connections come to the queue again. It does not erase denials. One that writes exactly
 //! [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose marks
 //! that no other program uses. A second `Divert` at an earlier priority sees resets of this host
 //! for connections that the first has rejected.

@@ -24,6 +24,8 @@ pub(super) struct Flows {
     rejected: Memory,
     /// Connections that have just been denied by their first packet.
     recent: Memory,
+    /// Connections of the other side beside denied ones.
+    beside: Memory,
     last_id: u64,
 }
 
@@ -121,6 +123,7 @@ impl Flows {
         self.dropped = Memory::default();
         self.rejected = Memory::default();
         self.recent = Memory::default();
+        self.beside = Memory::default();
         self.entries.values_mut().for_each(|entry| entry.mark = Mark::None);
     }
 
@@ -161,23 +164,23 @@ impl Flows {
         now: Duration,
     ) -> Fate {
         let codes = packet.codes;
+        let accepts = *priority & flow_codes::CODE == codes.accepted();
+        if !stops {
+            let denied = [codes.dropped(), codes.rejected(), codes.rejected_packet()].contains(priority);
+            self.passes(packet, accepts, denied, now);
+        }
         if codes.has(*priority) && !stops {
             if let Some(fate) = self.denying_verdict(packet, *priority, now) {
                 return fate;
             }
-            if *priority & flow_codes::CODE == codes.accepted() {
+            if accepts {
                 self.verdict_accept(packet, now);
-            } else if let Some(connection) = packet.connection
-                && packet.is_first()
-                && self.mark(connection) == Mark::Accepting
-            {
-                self.set_mark(connection, Mark::BegunAgain);
             }
-            // `flow_beside`
-            if let Some(connection) = packet.connection.filter(|connection| self.is_unconfirmed(*connection)) {
-                self.recent.forget(connection.original.reversed());
-                if self.is_denied(connection.original.reversed(), now) {
-                    self.mark_packet(packet, Mark::BegunAgain);
+            if let Some(connection) = packet.connection {
+                if self.is_unconfirmed(connection) {
+                    self.recent.forget(connection.original.reversed());
+                } else if packet.is_first() && !accepts && self.mark(connection) == Mark::Accepted {
+                    self.set_mark(connection, Mark::BegunAgain);
                 }
             }
             *priority = codes.original(*priority);
@@ -208,15 +211,12 @@ impl Flows {
             return Some(self.denied(packet, original, now));
         }
         if self.is_denied(original.reversed(), now) {
-            // `flow_reversed`: a packet has begun it after the denial, or it has crossed that.
-            let is_own = match is_unconfirmed {
-                true => packet.is_first() || !original.has_first_packets(),
-                false => matches!(self.mark(connection), Mark::BegunAgain | Mark::Accepting),
-            };
-            if !is_own {
+            // `flow_reversed`
+            if self.beside.contains(original, now) {
+                self.beside.remember(original, DENIED_FOR, now);
+            } else if !packet.is_first() && (!is_unconfirmed || original.has_first_packets()) {
                 return Some(self.denied(packet, original.reversed(), now));
             }
-            self.mark_packet(packet, Mark::BegunAgain);
         }
         match self.mark(connection) {
             Mark::Denied => return Some(self.denied(packet, original, now)),
@@ -255,6 +255,12 @@ impl Flows {
 
     /// `flow_denied`, `flow_reversed_denied`
     fn denied(&mut self, packet: &FlowPacket, original: Tuple, now: Duration) -> Fate {
+        let reversed = original.reversed();
+        for memory in [&mut self.dropped, &mut self.rejected] {
+            if !original.has_first_packets() && memory.contains(reversed, now) {
+                memory.remember(reversed, DENIED_FOR, now);
+            }
+        }
         if self.rejected.contains(original, now) {
             self.rejected.remember(original, DENIED_FOR, now);
             return packet.reject();
@@ -287,9 +293,24 @@ impl Flows {
 // The chains behind the queue.
 
 impl Flows {
+    /// `flow_alone`, `flow_beside`
+    fn passes(&mut self, packet: &mut FlowPacket, accepts: bool, denied: bool, now: Duration) {
+        let Some(connection) = packet.connection else { return };
+        if packet.is_first() && !accepts && self.mark(connection) == Mark::Accepting {
+            self.mark_packet(packet, Mark::BegunAgain);
+        }
+        let original = connection.original;
+        let begins = packet.is_first() || !original.has_first_packets();
+        let may_begin = self.is_unconfirmed(connection) || self.mark(connection) == Mark::BegunAgain;
+        if begins && may_begin && !denied && self.is_denied(original.reversed(), now) {
+            self.beside.remember(original, DENIED_FOR, now);
+        }
+    }
+
     /// The verdicts that deny.
     fn denying_verdict(&mut self, packet: &FlowPacket, priority: u32, now: Duration) -> Option<Fate> {
         let codes = packet.codes;
+        let answered = packet.connection.is_some_and(|it| self.entry(it).is_some_and(|entry| entry.answered));
         let (memory, fate) = match priority {
             code if code == codes.dropped() => (&mut self.dropped, Fate::Dropped),
             code if code == codes.rejected() => (&mut self.rejected, packet.reject()),
@@ -298,6 +319,9 @@ impl Flows {
         };
         if let Some(connection) = packet.connection {
             memory.remember(connection.original, DENIED_FOR, now);
+            if answered && !connection.original.has_first_packets() {
+                memory.remember(connection.original.reversed(), DENIED_FOR, now);
+            }
             if self.is_unconfirmed(connection) {
                 self.recent.remember(connection.original, RECENT, now);
             }
@@ -318,7 +342,7 @@ impl Flows {
         let is_first = packet.seen.is_some_and(|seen| seen.part == Part::First);
         let mark = match mark {
             _ if is_first => Mark::Accepting,
-            Mark::BegunAgain => return,
+            Mark::BegunAgain | Mark::Accepting => return,
             _ => Mark::Accepted,
         };
         self.mark_packet(packet, mark);

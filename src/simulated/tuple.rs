@@ -124,13 +124,19 @@ pub(super) fn look(packet: &[u8]) -> Option<Seen> {
             }
         }
         SCTP if *transport.get(4..)?.first_chunk()? == [0; 4] => Part::First,
-        SCTP => Part::Later,
+        SCTP => {
+            answers = transport.get(12) == Some(&2);
+            Part::Later
+        }
         // The type is in four bits.
         DCCP if transport.get(8)? >> 1 & 0xf == 0 => Part::First,
+        DCCP => {
+            answers = transport.get(8)? >> 1 & 0xf == 1;
+            Part::Any
+        }
         _ if is_reply => Part::Reply,
         _ => Part::Any,
     };
-    answers |= matches!(tuple.protocol, SCTP | DCCP) && part != Part::First;
     Some(Seen { tuple, part, answers, gets_replies })
 }
 

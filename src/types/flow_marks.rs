@@ -64,9 +64,8 @@ impl FlowMarks {
         self.place(DENIED)
     }
 
-    /// The mark of an entry of connection tracking on which another connection has begun, or of one
-    /// that has begun beside a denied connection of the other side. Only the verdict of a packet
-    /// that begins a connection can accept the connection.
+    /// The mark of an entry of connection tracking on which another connection has begun. Only the
+    /// verdict of a packet that begins a connection can accept the connection.
     pub const fn begun_again(self) -> u32 {
         self.place(BEGUN_AGAIN)
     }

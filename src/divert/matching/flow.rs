@@ -4,7 +4,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     super::{
-        denied::{DeniedSet, PORTS, begun, recent, replied},
+        denied::{DeniedSet, PORTS, begun, beside, recent, replied},
         encoder::{Encoder, PROTOCOL as ONE_BYTE, REG32_00},
         facts::Facts,
         family::IpVersion,
@@ -37,11 +37,14 @@ enum Flow {
     Recent(IpVersion),
     Replied(IpVersion),
     Begun(IpVersion, Of),
+    Beside(IpVersion),
     OfUser,
     OnLoopback,
     Arrived,
     SctpInit,
-    DccpRequest,
+    SctpInitAck,
+    /// The type of a packet.
+    Dccp(u8),
     IcmpAbout(Of),
 }
 
@@ -106,6 +109,21 @@ impl Match {
         Self::new(Flow::Begun(version, of))
     }
 
+    /// Packets of connections of the other side beside denied ones.
+    pub(in super::super) fn beside(version: IpVersion) -> Self {
+        Self::new(Flow::Beside(version))
+    }
+
+    /// Packets of connections of which both sides have sent packets.
+    pub(in super::super) fn answered() -> Self {
+        Self::status(IPS_SEEN_REPLY, IPS_SEEN_REPLY)
+    }
+
+    /// Packets of connections without address translation.
+    pub(in super::super) fn not_translated() -> Self {
+        Self::status(IPS_SRC_NAT | IPS_DST_NAT, 0)
+    }
+
     /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
     /// not match, also if the condition is negated.
     pub(in super::super) fn of_user() -> Self {
@@ -131,7 +149,18 @@ impl Match {
     /// The first packet of a DCCP connection (RFC 4340, section 5.1). The rule must be limited to
     /// DCCP.
     pub(in super::super) fn dccp_request() -> Self {
-        Self::new(Flow::DccpRequest)
+        Self::new(Flow::Dccp(0))
+    }
+
+    /// The answer to `sctp_init`: its first chunk is INIT ACK (RFC 9260, section 3.2). The rule
+    /// must be limited to SCTP.
+    pub(in super::super) fn sctp_init_ack() -> Self {
+        Self::new(Flow::SctpInitAck)
+    }
+
+    /// The answer to a Request of DCCP. The rule must be limited to DCCP.
+    pub(in super::super) fn dccp_response() -> Self {
+        Self::new(Flow::Dccp(1))
     }
 
     /// ICMP errors, of which the packet that they quote has a header without options or extensions;
@@ -159,6 +188,7 @@ impl Condition for Flow {
                 | Self::Recent(_)
                 | Self::Replied(_)
                 | Self::Begun(..)
+                | Self::Beside(_)
         );
         Needs { tracking, ..Needs::default() }
     }
@@ -223,6 +253,12 @@ impl Condition for Flow {
                     encoder.named_set(begun(version), negated);
                 }
             }
+            Self::Beside(version) => {
+                if !encoder.encoding.trial {
+                    tuple::load(version, Of::Connection, REG32_00, encoder);
+                    encoder.named_set(beside(version), negated);
+                }
+            }
             Self::OfUser => {
                 // Loading the number ends the rule if there is no such socket. No user has the
                 // highest number.
@@ -241,10 +277,14 @@ impl Condition for Flow {
                 encoder.transport(4, 4);
                 encoder.equal(vec![0; 4], negated);
             }
-            Self::DccpRequest => {
+            Self::SctpInitAck => {
+                encoder.transport_byte(12);
+                encoder.equal(vec![2], negated);
+            }
+            Self::Dccp(kind) => {
                 encoder.transport_byte(8);
                 encoder.mask(vec![0x1e]);
-                encoder.equal(vec![0], negated);
+                encoder.equal(vec![kind << 1], negated);
             }
             Self::IcmpAbout(of) => {
                 encoder.transport_byte(0);
@@ -286,11 +326,15 @@ impl Condition for Flow {
             Self::Begun(version, of) => {
                 format!("{} {}@{}", tuple::nft(version, of), operator(negated), begun(version))
             }
+            Self::Beside(version) => {
+                format!("{} {}@{}", tuple::nft(version, Of::Connection), operator(negated), beside(version))
+            }
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
             Self::Arrived => format!("meta iif {}0", operator(!negated)),
             Self::SctpInit => format!("@th,32,32 {}0", operator(negated)),
-            Self::DccpRequest => format!("@th,64,8 & 0x1e {equal} 0"),
+            Self::SctpInitAck => format!("@th,96,8 {}2", operator(negated)),
+            Self::Dccp(kind) => format!("@th,64,8 & 0x1e {equal} {:#x}", kind << 1),
             // nft cannot look such tuples up in a set.
             Self::IcmpAbout(_) => String::new(),
         }
@@ -300,7 +344,9 @@ impl Condition for Flow {
 /// uapi/linux/netfilter/nf_tables.h, enum nft_ct_keys
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
+const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_CONFIRMED: u32 = 1 << 3;
+const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h
 const ARPHRD_LOOPBACK: u16 = 772;

@@ -9,7 +9,7 @@ use super::{
     segments::{ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo},
     table, to_port,
 };
-use crate::common::next;
+use crate::common::{kernel_release, next};
 
 tests![
     one a_denial_wins_over_an_accept_of_another_first_packet,
@@ -134,7 +134,10 @@ async fn an_accept_of_a_lost_entry_is_forgotten() {
     talk.asked(1);
     talk.asked(2);
     talk.ask(3);
-    super::pass(&mut queue).await;
+    // Linux 6.1 gives the packet the entry that was kept; 6.12 and later do not.
+    if kernel_release() >= (6, 12) {
+        super::pass(&mut queue).await;
+    }
     talk.asked(3);
 }
 

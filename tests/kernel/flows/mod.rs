@@ -3,6 +3,7 @@
 
 mod adversary;
 mod attack;
+mod attack_more;
 mod denied;
 mod forgetting;
 mod meeting;
@@ -33,6 +34,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     let modules = [
         adversary::tests(),
         attack::tests(),
+        attack_more::tests(),
         udp::tests(),
         tcp::tests(),
         denied::tests(),

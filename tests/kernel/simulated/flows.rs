@@ -337,6 +337,10 @@ async fn two_first_packets(script: &mut Script) {
             }
         }
     }
+    // An older kernel gives the second packet the entry of the first one.
+    if common::kernel_release() < (6, 12) {
+        return;
+    }
     script.client_port += 1;
     script.datagram(true);
     script.datagram(true);

@@ -133,10 +133,7 @@ impl Adversary {
     pub(super) fn is_due(&self, number: u32) -> bool {
         let connection = self.model.sent[&number].connection;
         let waits = self.waiting.iter().any(|waiting| waiting.number == number);
-        // "Beside a denied connection, the other side's own is then denied too": only its mark
-        // tells that it began later.
-        let overwritten = self.round.overwriting && self.model.has_denial(connection);
-        self.model.must_arrive(number) && !waits && !self.is_translated(connection) && !overwritten
+        self.model.must_arrive(number) && !waits && !self.is_translated(connection)
     }
 }
 
