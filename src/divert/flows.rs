@@ -219,6 +219,23 @@ fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Match, bool)>>
     }
 }
 
+/// Whether packets come to no later place of `places`, except over the loopback interface.
+fn is_last(place: Place, places: &[Place]) -> bool {
+    let later = |hook: Hook| places.iter().any(|other| other.hook == hook);
+    is_last_but_for_input(place, places) && !(place.hook == Hook::Prerouting && later(Hook::Input))
+}
+
+/// The same for forwarded packets and those that leave; others may come to `Input`.
+fn is_last_but_for_input(place: Place, places: &[Place]) -> bool {
+    let later = |hook: Hook| places.iter().any(|other| other.hook == hook);
+    let last_hook = match place.hook {
+        Hook::Prerouting => !later(Hook::Forward) && !later(Hook::Postrouting),
+        Hook::Forward | Hook::Output => !later(Hook::Postrouting),
+        _ => true,
+    };
+    last_hook && !places.iter().any(|other| other.hook == place.hook && other.priority > place.priority)
+}
+
 /// The other hook that packets of a connection of this host traverse.
 fn opposite(hook: Hook) -> Option<Hook> {
     match hook {
@@ -685,8 +702,8 @@ impl<'a> Flows<'a> {
     }
 
     /// The rules of a place that only packets of the other direction traverse. `places` are those
-    /// of the user's rules, `all` also others of this kind.
-    pub(super) fn opposite_rules(self, place: Place, places: &[Place], all: &[Place]) -> Vec<KernelRule<'a>> {
+    /// of the user's rules.
+    pub(super) fn opposite_rules(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let mut chain = Chained::new(opposite_chain(place, self.surroundings.priority).name, place, self.surroundings);
         // At `Output`, the packets of the other direction on the loopback interface have met the
         // same rules.
@@ -694,13 +711,10 @@ impl<'a> Flows<'a> {
             chain.push(&[Match::on_loopback()], Action::Accept);
         }
         chain.push(&[], Action::Jump(Target::First(place, self.surroundings.priority)));
-        let mut last = self.last_rules(place, all);
+        let mut last = self.last_rules(place, places);
         last.iter_mut().for_each(|rule| rule.chain.clone_from(&chain.chain));
         chain.rules.extend(last);
-        chain.push(&[stray()], jump(FlowChain::BegunStray));
-        for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
-            chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
-        }
+        self.push_passing(&mut chain, place, places);
         chain.rules
     }
 
@@ -747,20 +761,25 @@ impl<'a> Flows<'a> {
         chain.rules
     }
 
-    /// The rules behind the user's. `places` are all places of the table.
+    /// The rules behind the user's. `places` are those of rules of the user.
     pub(super) fn last_rules(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let mut chain = Chained::new(chain_name(place, self.surroundings.priority), place, self.surroundings);
         // At a later place, a rule may ask about the packet.
-        let later = |hook: &Hook| places.iter().any(|other| other.hook == *hook);
-        let is_last = match place.hook {
-            Hook::Prerouting => ![Hook::Input, Hook::Forward, Hook::Postrouting].iter().any(later),
-            Hook::Forward | Hook::Output => !later(&Hook::Postrouting),
-            _ => true,
-        };
-        if is_last && !places.iter().any(|other| other.hook == place.hook && other.priority > place.priority) {
+        if is_last(place, places) {
             chain.push(&[Match::unconfirmed(), Match::listed(Of::Connection)], jump(FlowChain::Crossed));
         }
         chain.rules
+    }
+
+    /// Adds the rules for packets that pass a place.
+    fn push_passing(self, chain: &mut Chained<'a>, place: Place, places: &[Place]) {
+        chain.push(&[stray()], jump(FlowChain::BegunStray));
+        // At a later place, a verdict may deny the packet.
+        if is_last_but_for_input(place, places) {
+            for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
+                chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
+            }
+        }
     }
 
     /// The rules of a chain that sends packets to queues, for the rule of this index.
@@ -801,17 +820,14 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The rules of [`chain_behind`].
-    pub(super) fn rules_behind(self, place: Place) -> Vec<KernelRule<'a>> {
+    /// The rules of [`chain_behind`]. `places` are those of rules of the user.
+    pub(super) fn rules_behind(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
         let way = Way::of(place.hook);
         let behind = chain_behind(place, self.surroundings.priority);
         let mut chain = Chained::new(behind.name, place, self.surroundings);
         // What passes, also by a rule of the user that accepts it.
-        chain.push(&[stray()], jump(FlowChain::BegunStray));
+        self.push_passing(&mut chain, place, places);
         chain.push(&[self.marked(self.table.marks.accepting())], jump(FlowChain::Alone));
-        for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
-            chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
-        }
         // What has come from the queue.
         chain.push(&[], Action::Accept).conditions.push((self.has_code(), true));
         self.denying_verdicts(&mut chain, way);

@@ -51,15 +51,15 @@ impl<'a> Layout<'a> {
                 chains.push(flows::chain_behind(*place, surroundings.priority));
                 chains.push(base(place));
                 all.push(flows.first_rule(*place));
-                all.extend(flows.rules_behind(*place));
+                all.extend(flows.rules_behind(*place, places));
             } else {
                 chains.push(flows::opposite_chain(*place, surroundings.priority));
-                all.extend(flows.opposite_rules(*place, places, &all_places));
+                all.extend(flows.opposite_rules(*place, places));
             }
         }
         all.extend(rules);
         for place in places {
-            all.extend(flows.last_rules(*place, &all_places));
+            all.extend(flows.last_rules(*place, places));
         }
         Self { chains, rules: all }
     }

@@ -126,7 +126,7 @@ impl Shared {
         let operation = || format!("bind queue {}", settings.queue);
         let Opened { socket, table, network_owner } = opened;
         let limits = limits_of(config, UNLIMITED);
-        let socket = Socket::register(socket?).map_err(|error| error.with_operation(operation()))?;
+        let socket = Socket::new(socket?).map_err(|error| error.with_operation(operation()))?;
         let fixed =
             FixedSettings { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
         let machine = Machine::new(fixed, policy, limits, socket.first_id(), socket.clock());

@@ -275,7 +275,7 @@ impl Shared {
             None => KernelTable::out_of_reach(),
         };
         let socket = Unregistered::adopt(socket.try_clone().map_err(os)?)?;
-        let socket = Socket::register(socket).map_err(|error| error.with_operation(operation()))?;
+        let socket = Socket::new(socket).map_err(|error| error.with_operation(operation()))?;
 
         let limits = Limits { max_len: record.max_len, payload: record.payload as usize };
         let mut receiver = Receiver::new(record.longest as usize, BusyPoll::new(settings.busy_poll));

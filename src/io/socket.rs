@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -16,9 +16,12 @@ use rustix::{
     io::Errno,
     net::{SendFlags, sockopt},
 };
-use tokio::io::{
-    Interest,
-    unix::{AsyncFd, AsyncFdReadyGuard},
+use tokio::{
+    io::{
+        Interest,
+        unix::{AsyncFd, AsyncFdReadyGuard},
+    },
+    runtime::Handle,
 };
 
 use super::{buffers::BufferPool, clock::QueueClock, sys, timer::Timer};
@@ -54,12 +57,16 @@ impl AsRawFd for Transport {
 }
 
 // Both kinds own their descriptor, and never exchange it.
-impl sys::Owning for Transport {}
+impl sys::Owning for Arc<Transport> {}
 
-/// A non-blocking netlink socket of the netfilter family, registered with a runtime.
+/// A non-blocking netlink socket of the netfilter family, with the runtime that wakes its stream.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    fd: AsyncFd<Transport>,
+    transport: Arc<Transport>,
+    runtime: Handle,
+    /// Registered with the runtime when the stream is polled first: a queue that only `try_recv`
+    /// reads must not wake the runtime for each packet.
+    registered: OnceLock<AsyncFd<Arc<Transport>>>,
     port_id: u32,
     receive_buffer: AtomicUsize,
     /// The longest datagram that the kernel takes, in bytes.
@@ -126,13 +133,13 @@ impl Unregistered {
     /// Opens a socket of a kernel in memory.
     #[cfg(feature = "test-util")]
     pub(crate) fn open_in_memory(
-        kernel: &std::sync::Arc<dyn MemoryKernel>,
+        kernel: &Arc<dyn MemoryKernel>,
         receive_buffer: usize,
         flow_marks: Option<crate::types::FlowMarks>,
     ) -> Result<Self, Error> {
         // SO_SNDBUF of a new socket (`net.core.wmem_default`), less than which is free.
         const MAX_SEND: usize = 212_992 - 32;
-        let socket = MemorySocket::open(std::sync::Arc::clone(kernel), flow_marks)
+        let socket = MemorySocket::open(Arc::clone(kernel), flow_marks)
             .map_err(|source| Error::os("open a socket in memory", source))?;
         let port_id = socket.port;
         let receive_buffer = kernel.set_receive_buffer(port_id, receive_buffer);
@@ -203,20 +210,33 @@ fn set_receive_buffer(socket: &Netlink, bytes: usize) -> Result<usize, Error> {
     sockopt::socket_recv_buffer_size(socket).map_err(|e| Error::os("read SO_RCVBUF", e.into()))
 }
 
+/// The readiness of the socket, to be cleared when it has been found empty.
+pub(crate) type Ready<'a> = AsyncFdReadyGuard<'a, Arc<Transport>>;
+
+/// Registers with the current runtime. `None` if it has no I/O driver.
+fn register(transport: &Arc<Transport>) -> Option<io::Result<AsyncFd<Arc<Transport>>>> {
+    sys::register(Arc::clone(transport), Interest::READABLE)
+}
+
 impl Socket {
-    /// Registers a socket with the current runtime.
-    pub(crate) fn register(unregistered: Unregistered) -> Result<Self, Error> {
+    /// A socket for the current runtime, which must have an I/O driver.
+    pub(crate) fn new(unregistered: Unregistered) -> Result<Self, Error> {
         let Unregistered { socket, port_id, receive_buffer, max_send } = unregistered;
-        let fd = match sys::register(socket, Interest::READABLE) {
-            Some(registered) => registered.map_err(|source| Error::os("register netlink socket", source))?,
-            None => return Err(Error::new(ErrorKind::NoRuntime, "register netlink socket")),
-        };
-        Ok(Self { fd, port_id, receive_buffer: receive_buffer.into(), max_send })
+        let no_runtime = || Error::new(ErrorKind::NoRuntime, "register netlink socket");
+        let runtime = Handle::try_current().map_err(|_| no_runtime())?;
+        let transport = Arc::new(socket);
+        // Only to find out whether that works.
+        match register(&transport) {
+            Some(registered) => drop(registered.map_err(|source| Error::os("register netlink socket", source))?),
+            None => return Err(no_runtime()),
+        }
+        let registered = OnceLock::new();
+        Ok(Self { transport, runtime, registered, port_id, receive_buffer: receive_buffer.into(), max_send })
     }
 
     /// Whether the kernel lets the calling thread send now; `None` if that is unknown.
     pub(crate) fn is_capable(&self) -> Option<bool> {
-        match self.fd.get_ref() {
+        match &*self.transport {
             Transport::Netlink(_) => sys::has_net_admin(),
             #[cfg(feature = "test-util")]
             Transport::Memory(socket) => Some(socket.kernel.is_capable()),
@@ -227,7 +247,7 @@ impl Socket {
     /// A thread does not regain the capability while it sends: if it has the capability now, it had
     /// it during the send.
     pub(crate) fn was_capable(&self) -> Option<bool> {
-        match self.fd.get_ref() {
+        match &*self.transport {
             Transport::Netlink(_) => sys::has_net_admin(),
             #[cfg(feature = "test-util")]
             Transport::Memory(socket) => Some(socket.kernel.was_capable()),
@@ -236,7 +256,7 @@ impl Socket {
 
     /// The id that the kernel gives to a queue's first packet.
     pub(crate) fn first_id(&self) -> u32 {
-        match self.fd.get_ref() {
+        match &*self.transport {
             // nfqnl counts a queue's packets from 1 (`++queue->id_sequence`).
             Transport::Netlink(_) => 1,
             #[cfg(feature = "test-util")]
@@ -246,7 +266,7 @@ impl Socket {
 
     /// The clock of the kernel.
     pub(crate) fn clock(&self) -> QueueClock {
-        match self.fd.get_ref() {
+        match &*self.transport {
             Transport::Netlink(_) => QueueClock::System,
             #[cfg(feature = "test-util")]
             Transport::Memory(socket) => QueueClock::Memory(socket.kernel.clock()),
@@ -255,7 +275,7 @@ impl Socket {
 
     /// Whether the kernel is one in memory.
     pub(crate) fn is_in_memory(&self) -> bool {
-        match self.fd.get_ref() {
+        match &*self.transport {
             Transport::Netlink(_) => false,
             #[cfg(feature = "test-util")]
             Transport::Memory(_) => true,
@@ -265,7 +285,7 @@ impl Socket {
     /// The counters of a queue in a kernel in memory; `None` for the real kernel.
     #[cfg(feature = "test-util")]
     pub(crate) fn stats_in_memory(&self, queue: u16) -> Option<Option<KernelStats>> {
-        match self.fd.get_ref() {
+        match &*self.transport {
             Transport::Netlink(_) => None,
             Transport::Memory(socket) => Some(socket.kernel.stats(queue)),
         }
@@ -283,7 +303,7 @@ impl Socket {
         static GROWING: Mutex<()> = Mutex::new(());
         let _one_at_a_time = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
         if bytes > self.receive_buffer() {
-            let came = match self.fd.get_ref() {
+            let came = match &*self.transport {
                 Transport::Netlink(socket) => set_receive_buffer(socket, bytes)?,
                 #[cfg(feature = "test-util")]
                 Transport::Memory(socket) => socket.kernel.set_receive_buffer(socket.port, bytes),
@@ -296,15 +316,15 @@ impl Socket {
     /// Lets the timer thread report when the socket is readable.
     pub(crate) fn watch(&self, timer: &Timer, again: bool) -> io::Result<()> {
         #[cfg(feature = "test-util")]
-        if let Transport::Memory(socket) = self.fd.get_ref() {
+        if let Transport::Memory(socket) = &*self.transport {
             timer.watch_in_memory(socket.descriptor());
         }
-        timer.watch(self.fd.get_ref(), again)
+        timer.watch(&*self.transport, again)
     }
 
     /// The descriptor.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.get_ref().as_fd()
+        self.transport.as_fd()
     }
 
     /// The size of the receive buffer in bytes, as the kernel accounts them.
@@ -320,7 +340,7 @@ impl Socket {
     /// The name of an interface in the socket's network namespace (SIOCGIFNAME uses the socket's
     /// namespace, not the caller's).
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
-        let name = match self.fd.get_ref() {
+        let name = match &*self.transport {
             Transport::Netlink(socket) => rustix::net::netdevice::index_to_name(socket, index),
             #[cfg(feature = "test-util")]
             Transport::Memory(socket) => socket.kernel.interface_name(index),
@@ -332,14 +352,25 @@ impl Socket {
 
     /// Ready when the socket may be readable. Keeps only the last waker, so only the stream may use
     /// it.
-    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<AsyncFdReadyGuard<'_, Transport>>> {
-        self.fd.poll_read_ready(cx)
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<Ready<'_>>> {
+        let registered = match self.registered.get() {
+            Some(registered) => registered,
+            None => {
+                let _entered = self.runtime.enter();
+                match register(&self.transport) {
+                    Some(Ok(registered)) => self.registered.get_or_init(|| registered),
+                    Some(Err(source)) => return Poll::Ready(Err(source)),
+                    None => return Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+                }
+            }
+        };
+        registered.poll_read_ready(cx)
     }
 
     /// Receives one datagram into `buffers`, if there is one.
     pub(crate) fn receive(&self, buffers: &mut BufferPool) -> io::Result<Received> {
         loop {
-            let received = match self.fd.get_ref() {
+            let received = match &*self.transport {
                 Transport::Netlink(socket) => buffers.receive(socket).map(drop),
                 #[cfg(feature = "test-util")]
                 Transport::Memory(socket) => socket.kernel.receive(socket.port, buffers.landing()),
@@ -358,7 +389,7 @@ impl Socket {
     /// there are more.
     pub(crate) fn receive_two(&self, buffers: &mut BufferPool) -> io::Result<Few> {
         loop {
-            let received = match self.fd.get_ref() {
+            let received = match &*self.transport {
                 Transport::Netlink(socket) => buffers.receive_two(socket).map(|count| (count, count < 2)),
                 #[cfg(feature = "test-util")]
                 Transport::Memory(socket) => socket.kernel.receive_two(socket.port, buffers.landings()),
@@ -376,7 +407,7 @@ impl Socket {
     /// Called after sending, without a lock: what a kernel in memory has done may wake tasks.
     pub(crate) fn sent(&self) {
         #[cfg(feature = "test-util")]
-        if let Transport::Memory(socket) = self.fd.get_ref() {
+        if let Transport::Memory(socket) = &*self.transport {
             socket.kernel.wake();
         }
     }
@@ -384,7 +415,7 @@ impl Socket {
     /// Sends one datagram to the kernel, which executes it before this returns. It never blocks.
     pub(crate) fn send(&self, datagram: &[u8]) -> Result<(), Errno> {
         loop {
-            let sent = match self.fd.get_ref() {
+            let sent = match &*self.transport {
                 Transport::Netlink(socket) => rustix::net::send(socket, datagram, SendFlags::empty()).map(drop),
                 #[cfg(feature = "test-util")]
                 Transport::Memory(socket) => socket.kernel.send(socket.port, datagram),

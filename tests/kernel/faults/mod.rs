@@ -68,6 +68,7 @@ mod proc;
 mod process;
 mod seccomp;
 mod stopped;
+mod wakes;
 
 const SECONDS: &str = "TOKIO_NFQUEUE_FAULTS_SECONDS";
 
@@ -77,6 +78,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         stopped::tests,
         forked::tests,
         seccomp::tests,
+        wakes::tests,
         proc::tests,
         network::tests,
         errnos::tests,

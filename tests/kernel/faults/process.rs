@@ -16,7 +16,7 @@ use nix::{
 };
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
-use super::{forked, limits, network, proc, seccomp};
+use super::{forked, limits, network, proc, seccomp, wakes};
 use crate::support;
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
@@ -140,6 +140,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "daemon" => forked::daemon(),
         "heir" => forked::heir(),
         mode if mode.starts_with(seccomp::MODE) => seccomp::child(mode),
+        mode if mode.starts_with(wakes::MODE) => wakes::child(mode),
         "proc" => proc::hidden(),
         "proc, no capability" => proc::without_capability(),
         "table" => network::own_a_table(),
