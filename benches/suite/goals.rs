@@ -1,7 +1,7 @@
 //! The goals of this crate, as ratios within one run.
 
 use super::{
-    busy, capability, drain, flood, floor, flows, latency, memory, ours, peers,
+    busy, capability, drain, everyday, flood, floor, flows, latency, memory, ours, peers,
     report::library,
     summary::{Book, Summary},
     tcp, waits,
@@ -90,6 +90,33 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         goal(&text("defaults", "classic loop without GSO"), AtLeast(8.0), tcp(defaults, tcp::CLASSIC));
         let library = beside.and_then(|book| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, defaults, library::NAME)));
         goal(&text("defaults", "libnetfilter_queue"), AtLeast(8.0), library);
+    }
+    let everyday =
+        |rate, figure, contender, reference| middle(book.ratio(&everyday::section(rate), figure, contender, reference));
+    for recv in ours::RECV.map(|contender| contender.name) {
+        let rates = everyday::RATES;
+        let (raw, blocking) = (everyday::raw_loop(recv), everyday::BLOCKING.name);
+        for (what, figure, reference, name, limit) in [
+            ("CPU a packet", latency::CPU, raw, "raw AsyncFd loop", 1.15),
+            ("CPU a packet", latency::CPU, blocking, blocking, 1.35),
+            ("p99", latency::P99, blocking, blocking, 1.2),
+        ] {
+            for rate in rates {
+                let text = format!("{what} at {rate}/s: {recv} / {name}");
+                goal(&text, AtMost(limit), everyday(rate, figure, recv, reference));
+            }
+        }
+        for (what, figure, limit) in [
+            ("system calls a packet", everyday::CALLS, 3.2),
+            ("wake-ups a second of threads other than the consumer's", everyday::WAKE_UPS, 10.0),
+        ] {
+            for rate in &rates[..2] {
+                let measured = book.median(&everyday::section(*rate), recv, figure);
+                goal(&format!("{what} at {rate}/s: {recv}"), AtMost(limit), measured);
+            }
+        }
+        let median = everyday(rates[0], latency::MEDIAN, recv, blocking);
+        goal(&format!("p50 at {}/s: {recv} / {blocking}", rates[0]), AtMost(1.15), median);
     }
     let [no_queue, tracked, every, first, _] = flows::Way::ALL.map(flows::Way::name);
     let flow = |section, figure, reference| middle(book.ratio(section, figure, first, reference));

@@ -9,6 +9,7 @@ pub mod capability;
 pub mod child;
 pub mod consumer;
 pub mod drain;
+pub mod everyday;
 pub mod flood;
 pub mod floor;
 pub mod flows;
