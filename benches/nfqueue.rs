@@ -152,9 +152,9 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
         own = own.step(ledger_cost::name(outstanding, order), run);
     }
-    let mut datagrams = Section::new(flows::DATAGRAMS, scale.rounds);
+    let mut datagrams = Section::new(flows::DATAGRAMS, scale.many_rounds);
     let mut streams = Section::new(flows::STREAM, scale.rounds);
-    let mut connections = Section::new(flows::CONNECTIONS, scale.rounds);
+    let mut connections = Section::new(flows::CONNECTIONS, scale.many_rounds);
     for way in flows::Way::ALL {
         datagrams = datagrams.step(way.name(), move |book| flows::datagrams(way, &scale, book));
         streams = streams.step(way.name(), move |book| flows::stream(way, &scale, book));

@@ -198,6 +198,18 @@ impl AsRawFd for Floor {
     }
 }
 
+/// As a C program that leaves the rest of a connection to rules: accepts each packet with a mark,
+/// until `over`. A packet wakes it. `bound` is called when the queue is bound.
+pub fn mark_all(job: &Job, mark: u32, bound: impl FnOnce(), mut over: impl FnMut() -> bool) {
+    let mut floor = Floor::new(job, Floor::one);
+    bound();
+    let [a, b, c, d] = mark.to_be_bytes();
+    while !over() {
+        // NFQA_MARK
+        floor.one_with(&[8, 0, 3, 0, a, b, c, d]);
+    }
+}
+
 fn push_verdict(messages: &mut Vec<u8>, kind: u16, id: [u8; 4], more: &[u8]) {
     let mut header = [12, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     header[4..8].copy_from_slice(&ACCEPT.to_be_bytes());

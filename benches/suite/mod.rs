@@ -25,6 +25,8 @@ pub mod peers;
 pub mod plan;
 pub mod plots;
 pub mod report;
+#[path = "../../tests/kernel/common/rules.rs"]
+pub mod rules;
 pub mod summary;
 #[path = "../../tests/support/mod.rs"]
 pub mod support;
