@@ -8,7 +8,7 @@
 use std::{fs, path::Path, process::ExitCode};
 
 use suite::{
-    busy, capability, child, drain, flood, floor, flows, goals, latency, memory,
+    busy, capability, child, drain, everyday, flood, floor, flows, goals, latency, memory,
     options::{Options, Scale, USAGE},
     ours, peers,
     plan::{self, Section},
@@ -108,6 +108,15 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         latencies
     });
 
+    let everyday = everyday::RATES.map(|rate| {
+        let mut everyday = Section::new(everyday::SECTION, scale.rounds);
+        for contender in everyday::contenders(rate) {
+            let run = move |book: &mut Book| everyday::measure(&contender, rate, &scale, book);
+            everyday = everyday.step(format!("{}, {rate}/s", contender.name), run);
+        }
+        everyday
+    });
+
     let mut sweep = Section::new(latency::SWEEP_SECTION, scale.few_rounds);
     for rate in latency::SWEEP {
         let run = move |book: &mut Book| latency::sweep(&ours::ACCEPT_ALL, rate, &scale, book);
@@ -143,9 +152,9 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         let run = move |book: &mut Book| ledger_cost::measure(outstanding, order, scale.packets * 30, book);
         own = own.step(ledger_cost::name(outstanding, order), run);
     }
-    let mut datagrams = Section::new(flows::DATAGRAMS, scale.rounds);
+    let mut datagrams = Section::new(flows::DATAGRAMS, scale.many_rounds);
     let mut streams = Section::new(flows::STREAM, scale.rounds);
-    let mut connections = Section::new(flows::CONNECTIONS, scale.rounds);
+    let mut connections = Section::new(flows::CONNECTIONS, scale.many_rounds);
     for way in flows::Way::ALL {
         datagrams = datagrams.step(way.name(), move |book| flows::datagrams(way, &scale, book));
         streams = streams.step(way.name(), move |book| flows::stream(way, &scale, book));
@@ -153,13 +162,8 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
     }
     let many = Section::new(flows::MANY, 1).step(flows::OURS, move |book| flows::many(&scale, book));
 
-    let [low, middle, high] = latencies;
-    vec![
-        cpu,
-        saturated,
-        low,
-        middle,
-        high,
+    let first = [cpu, saturated].into_iter().chain(latencies).chain(everyday);
+    let rest = [
         busy_host,
         goodput,
         datagrams,
@@ -173,7 +177,8 @@ fn sections(scale: &Scale) -> Vec<Section<'static>> {
         allocations,
         held,
         own,
-    ]
+    ];
+    first.chain(rest).collect()
 }
 
 fn ledger_steps() -> impl Iterator<Item = (usize, ledger_cost::Order)> {

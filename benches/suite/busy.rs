@@ -91,7 +91,7 @@ impl Drop for BusyThread {
 
 /// The clock of a thread's CPU time, encoded as by `pthread_getcpuclockid`
 /// (include/linux/posix-timers_types.h: CPUCLOCK_PERTHREAD_MASK, CPUCLOCK_SCHED).
-fn clock_of(thread: i32) -> ClockId {
+pub fn clock_of(thread: i32) -> ClockId {
     const PER_THREAD: i32 = 4;
     const SCHED: i32 = 2;
     ClockId::from_raw((!thread << 3) | PER_THREAD | SCHED)

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
+use tokio::runtime::{Builder, Runtime};
 use tokio_nfqueue::Stats;
+
+use super::measure::CONSUMER;
 
 /// A contender and its name.
 #[derive(Clone, Copy)]
@@ -33,7 +36,8 @@ pub struct Job {
     pub copy_range: u32,
     /// Whether the kernel queues GSO packets whole.
     pub gso: bool,
-    /// The longest delay of the flush policy, for contenders that have one.
+    /// The longest delay of the flush policy, for contenders that have one. Zero: the immediate
+    /// policy.
     pub max_delay: Option<Duration>,
     /// How long to busy-poll an empty queue, for contenders that can. `None`: their default.
     pub busy_poll: Option<Duration>,
@@ -87,9 +91,48 @@ impl Until {
         self.decided(packets);
     }
 
+    /// Whether all that have been received have been decided.
+    pub fn settled(&self) -> bool {
+        self.decided.load(Relaxed) >= self.received.load(Relaxed)
+    }
+
     /// How many have been decided so far.
     pub fn count(&self) -> u64 {
         self.decided.load(Relaxed)
+    }
+}
+
+/// Threads of a Tokio runtime.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Threads {
+    /// A current-thread runtime.
+    One,
+    /// A multi-thread runtime with two workers.
+    Two,
+}
+
+/// A runtime for the loop of a consumer.
+pub struct Runner {
+    pub runtime: Runtime,
+    threads: Threads,
+}
+
+impl Runner {
+    pub fn new(threads: Threads) -> Self {
+        let mut builder = match threads {
+            Threads::One => Builder::new_current_thread(),
+            Threads::Two => Builder::new_multi_thread(),
+        };
+        let builder = builder.worker_threads(2).thread_name(CONSUMER).enable_all();
+        Self { runtime: builder.build().expect("start a runtime"), threads }
+    }
+
+    /// Runs a loop to its end, on a worker if there are workers.
+    pub fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        match self.threads {
+            Threads::One => self.runtime.block_on(work),
+            Threads::Two => self.runtime.block_on(self.runtime.spawn(work)).expect("the task does not panic"),
+        }
     }
 }
 
@@ -117,7 +160,7 @@ impl Running {
             }
             consumer.stats()
         };
-        let thread = thread::Builder::new().name("consumer".into()).spawn(body).expect("start a thread");
+        let thread = thread::Builder::new().name(CONSUMER.into()).spawn(body).expect("start a thread");
         let running = Self { until, go, done, thread };
         running.wait()
     }

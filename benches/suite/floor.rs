@@ -1,12 +1,17 @@
 //! The floor: the least work that any program must do. Raw netlink loops that accept every packet
 //! and check nothing.
 
-use std::sync::Arc;
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use tokio::io::{Interest, unix::AsyncFd};
 
-use super::consumer::{Consumer, Contender, Job, Until};
+use super::consumer::{Consumer, Contender, Job, Runner, Threads, Until};
 
 pub const ONE: Contender =
     Contender { name: "floor: recv 1, verdict 1", make: |job| Box::new(Floor::new(job, Floor::one)), queues: 1 };
@@ -16,6 +21,20 @@ pub const PACKED: Contender =
     Contender { name: "floor: packed singles", make: |job| Box::new(Floor::new(job, Floor::packed)), queues: 1 };
 
 pub const ALL: [Contender; 3] = [ONE, BATCH, PACKED];
+
+/// A Tokio program without any crate for NFQUEUE, on each runtime.
+pub const ASYNC: [Contender; 2] = [
+    Contender {
+        name: "raw AsyncFd loop, current_thread",
+        make: |job| Box::new(Async::new(job, Threads::One)),
+        queues: 1,
+    },
+    Contender {
+        name: "raw AsyncFd loop, multi_thread",
+        make: |job| Box::new(Async::new(job, Threads::Two)),
+        queues: 1,
+    },
+];
 
 /// The most packets that are received before their verdicts are sent.
 const GATHERED: usize = 64;
@@ -62,7 +81,7 @@ impl Floor {
             attributes.extend([8, 0, kind, 0]);
             attributes.extend(value.to_be_bytes());
         }
-        push(&mut self.messages, CONFIG, REQUEST | ACK, &attributes);
+        push(&mut self.messages, CONFIG, REQUEST | ACK, &[&attributes]);
         self.socket.send_to(&self.messages, &SocketAddr::new(0, 0), 0).expect("send the configuration");
         self.messages.clear();
         let (answer, _) = self.socket.recv_from_full().expect("receive the reply");
@@ -70,8 +89,13 @@ impl Floor {
     }
 
     fn one(&mut self) -> usize {
+        self.one_with(&[])
+    }
+
+    /// `more` follows the verdict in the message.
+    fn one_with(&mut self, more: &[u8]) -> usize {
         let id = self.receive(RecvFlags::empty()).expect("a blocking read brings a packet");
-        push_verdict(&mut self.messages, VERDICT, id);
+        push_verdict(&mut self.messages, VERDICT, id, more);
         self.send();
         1
     }
@@ -84,19 +108,19 @@ impl Floor {
         {
             (last, count) = (id, count + 1);
         }
-        push_verdict(&mut self.messages, VERDICT_BATCH, last);
+        push_verdict(&mut self.messages, VERDICT_BATCH, last, &[]);
         self.send();
         count
     }
 
     fn packed(&mut self) -> usize {
         let first = self.receive(RecvFlags::empty()).expect("a blocking read brings a packet");
-        push_verdict(&mut self.messages, VERDICT, first);
+        push_verdict(&mut self.messages, VERDICT, first, &[]);
         let mut count = 1;
         while count < GATHERED
             && let Some(id) = self.receive(RecvFlags::DONTWAIT)
         {
-            push_verdict(&mut self.messages, VERDICT, id);
+            push_verdict(&mut self.messages, VERDICT, id, &[]);
             count += 1;
         }
         self.send();
@@ -128,18 +152,77 @@ impl Consumer for Floor {
     }
 }
 
-fn push_verdict(messages: &mut Vec<u8>, kind: u16, id: [u8; 4]) {
+/// Reads until `EAGAIN`, and sends the verdict of each packet at once.
+struct Async {
+    /// The queue, while no task uses it. Dropped before the runtime.
+    floor: Option<AsyncFd<Floor>>,
+    runner: Runner,
+}
+
+impl Async {
+    fn new(job: &Job, threads: Threads) -> Self {
+        let runner = Runner::new(threads);
+        let inside = runner.runtime.enter();
+        // SAFETY: a floor has one socket from its start to its end.
+        let floor = unsafe { AsyncFd::register(Floor::new(job, Floor::one)) }.expect("register a socket");
+        drop(inside);
+        Self { floor: Some(floor), runner }
+    }
+}
+
+impl Consumer for Async {
+    fn consume(&mut self, until: &Arc<Until>) {
+        let (mut floor, until) = (self.floor.take().expect("no task uses it"), Arc::clone(until));
+        self.floor = Some(self.runner.run(async move {
+            let receive =
+                |floor: &mut Floor| floor.receive(RecvFlags::DONTWAIT).ok_or(io::ErrorKind::WouldBlock.into());
+            while !until.over() {
+                let id = floor.async_io_mut(Interest::READABLE, receive).await.expect("receive a packet");
+                push_verdict(&mut floor.get_mut().messages, VERDICT, id, &[]);
+                // The kernel reads verdicts within the system call, so none waits.
+                let send = |floor: &mut Floor| {
+                    floor.send();
+                    Ok(())
+                };
+                floor.async_io_mut(Interest::WRITABLE, send).await.expect("send a verdict");
+                until.both(1);
+            }
+            floor
+        }));
+    }
+}
+
+impl AsRawFd for Floor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// As a C program that leaves the rest of a connection to rules: accepts each packet with a mark,
+/// until `over`. A packet wakes it. `bound` is called when the queue is bound.
+pub fn mark_all(job: &Job, mark: u32, bound: impl FnOnce(), mut over: impl FnMut() -> bool) {
+    let mut floor = Floor::new(job, Floor::one);
+    bound();
+    let [a, b, c, d] = mark.to_be_bytes();
+    while !over() {
+        // NFQA_MARK
+        floor.one_with(&[8, 0, 3, 0, a, b, c, d]);
+    }
+}
+
+fn push_verdict(messages: &mut Vec<u8>, kind: u16, id: [u8; 4], more: &[u8]) {
     let mut header = [12, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     header[4..8].copy_from_slice(&ACCEPT.to_be_bytes());
     header[8..].copy_from_slice(&id);
-    push(messages, kind, REQUEST, &header);
+    push(messages, kind, REQUEST, &[&header, more]);
 }
 
-fn push(messages: &mut Vec<u8>, kind: u16, flags: u16, attributes: &[u8]) {
+fn push(messages: &mut Vec<u8>, kind: u16, flags: u16, attributes: &[&[u8]]) {
     let mut header = [0; 20];
-    header[..4].copy_from_slice(&(20 + attributes.len() as u32).to_ne_bytes());
+    let length: usize = attributes.iter().map(|attributes| attributes.len()).sum();
+    header[..4].copy_from_slice(&(20 + length as u32).to_ne_bytes());
     header[4..6].copy_from_slice(&kind.to_ne_bytes());
     header[6..8].copy_from_slice(&flags.to_ne_bytes());
     messages.extend_from_slice(&header);
-    messages.extend_from_slice(attributes);
+    attributes.iter().for_each(|attributes| messages.extend_from_slice(attributes));
 }

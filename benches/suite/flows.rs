@@ -7,25 +7,35 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        mpsc::channel,
     },
     thread,
     time::{Duration, Instant},
 };
 
-use nix::sys::{
-    resource::{UsageWho, getrusage},
-    socket::{
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Meta, MetaKey, Operator, Payload, Register};
+use nix::{
+    libc::{IPPROTO_TCP, IPPROTO_UDP},
+    sys::socket::{
         setsockopt,
         sockopt::{Linger, UdpGroSegment},
     },
-    time::TimeVal,
+    time::ClockId,
 };
-use tokio::{runtime::Builder, sync::oneshot};
+use tokio::{
+    runtime::Builder,
+    sync::oneshot::{self, error::TryRecvError},
+};
 use tokio_nfqueue::{Divert, FlowMarks, Hook, Protocol, Queue, Rule};
 
 use super::{
+    busy::clock_of,
+    consumer::Job,
+    floor,
     memory::resident,
     options::Scale,
+    rules::{self, Expressions, NetfilterProtoFamily as Family, Place},
     summary::Book,
     support,
     traffic::{BURST, PORT, Sender, abyss},
@@ -44,6 +54,12 @@ pub const FORGET: &str = "forget_flows, s";
 pub const DECIDE: &str = "flows decided per second";
 pub const OURS: &str = "this crate";
 
+/// The mark of accepted connections of [`Way::ByHand`].
+const MARK: u32 = 1;
+/// The settings of the queue, for all ways.
+const MAX_LEN: u32 = 65_536;
+const COPY_RANGE: u32 = 128;
+
 /// What comes to the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -56,10 +72,14 @@ pub enum Way {
     FirstPacket,
     /// The first four packets of each connection, each of which is accepted.
     FirstFour,
+    /// The first packet of each connection, to a blocking loop that marks it. Rules written by
+    /// hand accept the rest of the connection.
+    ByHand,
 }
 
 impl Way {
-    pub const ALL: [Self; 5] = [Self::NoQueue, Self::Tracked, Self::EveryPacket, Self::FirstPacket, Self::FirstFour];
+    pub const ALL: [Self; 6] =
+        [Self::NoQueue, Self::Tracked, Self::EveryPacket, Self::FirstPacket, Self::FirstFour, Self::ByHand];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -68,6 +88,7 @@ impl Way {
             Self::EveryPacket => "every packet",
             Self::FirstPacket => "first packet decides",
             Self::FirstFour => "first four packets",
+            Self::ByHand => "first packet, C loop, rules by hand",
         }
     }
 
@@ -75,6 +96,10 @@ impl Way {
         let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(PORT).to_queue(0);
         let builder = match self {
             Self::NoQueue => return None,
+            Self::ByHand => {
+                install_by_hand(protocol).expect("install rules");
+                return None;
+            }
             Self::Tracked => Divert::builder().chain(Hook::Output, None).track_connections(),
             Self::EveryPacket => Divert::builder().rule(rule),
             Self::FirstPacket => Divert::builder().flow_marks(FlowMarks::default()).rule(rule),
@@ -89,22 +114,27 @@ struct Consumer {
     divert: Option<Divert>,
     end: oneshot::Sender<()>,
     thread: thread::JoinHandle<()>,
-    /// CPU time of the thread in nanoseconds.
-    cpu: Arc<AtomicU64>,
+    /// The clock of the thread's CPU time.
+    clock: ClockId,
 }
 
 impl Consumer {
     fn start(way: Way, protocol: Protocol) -> Self {
         let (end, mut ended) = oneshot::channel();
-        let (bound, is_bound) = std::sync::mpsc::channel();
-        let cpu = Arc::new(AtomicU64::new(0));
-        let spent = Arc::clone(&cpu);
+        let (tell, is_bound) = channel();
+        let bound = move || tell.send(rustix::thread::gettid().as_raw_nonzero().get()).expect("report");
         let thread = thread::spawn(move || {
+            if way == Way::ByHand {
+                let job = Job { max_len: MAX_LEN, copy_range: COPY_RANGE, gso: true, ..Job::default() };
+                floor::mark_all(&job, MARK, bound, || ended.try_recv() != Err(TryRecvError::Empty));
+                return;
+            }
             let runtime = Builder::new_current_thread().enable_all().build().expect("start a runtime");
             runtime.block_on(async {
-                let builder = Queue::builder(0).max_len(65_536).copy_range(128).flow_marks(FlowMarks::default());
+                let builder =
+                    Queue::builder(0).max_len(MAX_LEN).copy_range(COPY_RANGE).flow_marks(FlowMarks::default());
                 let mut queue = builder.bind().expect("bind a queue");
-                bound.send(()).expect("report");
+                bound();
                 let mut packets = Vec::new();
                 loop {
                     tokio::select! {
@@ -116,29 +146,64 @@ impl Consumer {
                         let verdict = if way == Way::FirstPacket { verdict.for_flow() } else { verdict };
                         verdict.submit().expect("submit");
                     }
-                    spent.store(thread_cpu().as_nanos() as u64, Relaxed);
                 }
             });
         });
-        is_bound.recv().expect("the queue is bound");
-        Self { divert: way.rules(protocol), end, thread, cpu }
+        let clock = clock_of(is_bound.recv().expect("the queue is bound"));
+        Self { divert: way.rules(protocol), end, thread, clock }
     }
 
     fn cpu(&self) -> Duration {
-        Duration::from_nanos(self.cpu.load(Relaxed))
+        self.clock.now().expect("read a thread's clock").into()
     }
 
     fn stop(self) {
         drop(self.divert);
         let _ = self.end.send(());
+        while !self.thread.is_finished() {
+            wake();
+        }
         self.thread.join().expect("the consumer ends");
     }
 }
 
-fn thread_cpu() -> Duration {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD).expect("getrusage");
-    let duration = |time: TimeVal| Duration::new(time.tv_sec() as u64, time.tv_usec() as u32 * 1000);
-    duration(usage.user_time()) + duration(usage.system_time())
+/// The rules of a program that does without this crate's: packets of a connection without the mark
+/// go to the queue, and the mark of a verdict becomes the connection's.
+fn install_by_hand(protocol: Protocol) -> io::Result<()> {
+    let (number, ipv4) = (|kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec()), Family::IPv4);
+    let register = || Register::Other(1);
+    let compare = |operator, value: &[u8]| {
+        let value = DataAttribute::Value(value.to_vec());
+        Expressions::Cmp(vec![Cmp::SourceRegister(Register::Reg1), Cmp::Op(operator), Cmp::Data(value)])
+    };
+    let meta = |key| Expressions::Meta(vec![Meta::DestinationRegister(register()), Meta::Key(key)]);
+    // NFTA_CT_KEY: NFT_CT_MARK, and NFTA_CT_DREG or NFTA_CT_SREG
+    let connection_mark = |direction| Expressions::Other {
+        expression_type: "ct".to_owned(),
+        attributes: vec![number(2, 3), number(direction, 1)],
+    };
+    let protocol = if protocol == Protocol::Udp { IPPROTO_UDP } else { IPPROTO_TCP };
+    // The destination port, of the transport header.
+    let port = vec![Payload::DestinationRegister(register()), Payload::Base(2), Payload::Offset(2), Payload::Len(2)];
+    let unmarked = [
+        meta(MetaKey::L4Proto),
+        compare(Operator::Equal, &[protocol as u8]),
+        Expressions::Payload(port),
+        compare(Operator::Equal, &PORT.to_be_bytes()),
+        connection_mark(1),
+        compare(Operator::NotEqual, &MARK.to_ne_bytes()),
+    ];
+    // NF_INET_LOCAL_OUT
+    rules::install_queue_if(ipv4, "by_hand", Place { hook: 3, priority: 0 }, &unmarked, 0)?;
+    let save = vec![meta(MetaKey::Mark), compare(Operator::Equal, &MARK.to_ne_bytes()), connection_mark(4)];
+    rules::install(ipv4, "by_hand_save", Some(Place { hook: 3, priority: 1 }), save)
+}
+
+/// Packets that come to the queue, if there is one.
+fn wake() {
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
+    let _ = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|socket| socket.send_to(b"x", to));
+    let _ = TcpStream::connect_timeout(&to, Duration::from_millis(1));
 }
 
 /// The super-packets that have come to a receiver, whether or not it had room.
@@ -231,8 +296,12 @@ pub fn connections(way: Way, scale: &Scale, book: &mut Book) {
         let run = |time: Duration| {
             let (start, cpu, mut count) = (Instant::now(), consumer.cpu(), 0_u32);
             while start.elapsed() < time {
-                connect().expect("a connection");
-                count += 1;
+                match connect() {
+                    Ok(()) => count += 1,
+                    // One of some ten thousand, whatever program has the queue.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+                    Err(error) => panic!("connect: {error}"),
+                }
             }
             let cpu = consumer.cpu().saturating_sub(cpu);
             (f64::from(count) / start.elapsed().as_secs_f64(), cpu.as_secs_f64() * 1e6 / f64::from(count))

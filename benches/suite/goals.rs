@@ -1,7 +1,7 @@
 //! The goals of this crate, as ratios within one run.
 
 use super::{
-    busy, capability, drain, flood, floor, flows, latency, memory, ours, peers,
+    busy, capability, drain, everyday, flood, floor, flows, latency, memory, ours, peers,
     report::library,
     summary::{Book, Summary},
     tcp, waits,
@@ -91,13 +91,40 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
         let library = beside.and_then(|book| middle(book.ratio(tcp::SECTION, tcp::GOODPUT, defaults, library::NAME)));
         goal(&text("defaults", "libnetfilter_queue"), AtLeast(8.0), library);
     }
-    let [no_queue, tracked, every, first, _] = flows::Way::ALL.map(flows::Way::name);
+    let everyday =
+        |rate, figure, contender, reference| middle(book.ratio(&everyday::section(rate), figure, contender, reference));
+    for recv in ours::RECV.map(|contender| contender.name) {
+        let rates = everyday::RATES;
+        let (raw, blocking) = (everyday::raw_loop(recv), everyday::BLOCKING.name);
+        for (what, figure, reference, name, limit) in [
+            ("CPU a packet", latency::CPU, raw, "raw AsyncFd loop", 1.15),
+            ("CPU a packet", latency::CPU, blocking, blocking, 1.35),
+            ("p99", latency::P99, blocking, blocking, 1.2),
+        ] {
+            for rate in rates {
+                let text = format!("{what} at {rate}/s: {recv} / {name}");
+                goal(&text, AtMost(limit), everyday(rate, figure, recv, reference));
+            }
+        }
+        for (what, figure, limit) in [
+            ("system calls a packet", everyday::CALLS, 3.2),
+            ("wake-ups a second of threads other than the consumer's", everyday::WAKE_UPS, 10.0),
+        ] {
+            for rate in &rates[..2] {
+                let measured = book.median(&everyday::section(*rate), recv, figure);
+                goal(&format!("{what} at {rate}/s: {recv}"), AtMost(limit), measured);
+            }
+        }
+        let median = everyday(rates[0], latency::MEDIAN, recv, blocking);
+        goal(&format!("p50 at {}/s: {recv} / {blocking}", rates[0]), AtMost(1.15), median);
+    }
+    let [no_queue, tracked, every, first, _, by_hand] = flows::Way::ALL.map(flows::Way::name);
     let flow = |section, figure, reference| middle(book.ratio(section, figure, first, reference));
     let datagrams = "datagrams/s, flows decided by their first packet";
     goal(&format!("{datagrams} / no queue"), AtLeast(0.9), flow(flows::DATAGRAMS, flows::RATE, no_queue));
     goal(
-        &format!("{datagrams} / connection tracking, no queue"),
-        AtLeast(0.78),
+        "accepted flow, datagrams / tracked host without queue",
+        AtLeast(0.95),
         flow(flows::DATAGRAMS, flows::RATE, tracked),
     );
     goal(&format!("{datagrams} / every packet queued"), AtLeast(5.0), flow(flows::DATAGRAMS, flows::RATE, every));
@@ -105,6 +132,8 @@ pub fn all(book: &Book, beside: Option<&Book>) -> Vec<Goal> {
     goal("TCP goodput: flow decided by its first packet / no queue", AtLeast(0.95), stream);
     let connections = flow(flows::CONNECTIONS, flows::RATE, no_queue);
     goal("short TCP connections/s: first packet decides / no queue", AtLeast(0.8), connections);
+    let connections = flow(flows::CONNECTIONS, flows::RATE, by_hand);
+    goal("short connections / C loop with hand-written rules", AtLeast(0.95), connections);
     for cap in waits::CAPS {
         let wait = |rate| book.median(waits::SECTION, &waits::name(cap, rate), waits::P999);
         let longest = waits::RATES.into_iter().filter_map(wait).reduce(f64::max);

@@ -6,7 +6,7 @@ use super::{
     busy::BusyThread,
     consumer::{Contender, Job, Running},
     floor,
-    measure::Moment,
+    measure::{Moment, other_sleeps},
     options::Scale,
     ours,
     paced::Paced,
@@ -91,14 +91,17 @@ pub struct Outcome {
     latencies: Vec<f64>,
     /// CPU time of the consumer: of all threads except the sender's and the busy one.
     cpu: Duration,
+    /// Wake-ups per second of threads that are neither the sender's nor the consumer's.
+    pub other_wake_ups: f64,
     stats: Option<Stats>,
 }
 
 pub fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
-    if !outcome.latencies.is_empty() {
-        for (figure, percent) in [(MEDIAN, 50.0), (P99, 99.0), (P999, 99.9)] {
-            book.note(section, name, figure, percentile(&outcome.latencies, percent));
-        }
+    for (figure, percent) in [(MEDIAN, 50.0), (P99, 99.0), (P999, 99.9)] {
+        // If all are lost, the round still counts: figures are compared round by round.
+        let latency =
+            if outcome.latencies.is_empty() { f64::INFINITY } else { percentile(&outcome.latencies, percent) };
+        book.note(section, name, figure, latency);
     }
     if outcome.queued {
         let decided = (outcome.sent - outcome.lost).max(1);
@@ -108,6 +111,17 @@ pub fn note(book: &mut Book, section: &str, name: &str, outcome: &Outcome) {
 }
 
 pub fn run(contender: Option<&Contender>, rate: u64, scale: &Scale, host: Host) -> Outcome {
+    run_then(contender, rate, scale, host, |_| ()).0
+}
+
+/// Calls `then` after the measurement, while the contender still runs.
+pub fn run_then<T: Send>(
+    contender: Option<&Contender>,
+    rate: u64,
+    scale: &Scale,
+    host: Host,
+    then: impl FnOnce(&mut Paced) -> T + Send,
+) -> (Outcome, T) {
     support::isolated(|| {
         let busy = (host == Host::Busy).then(BusyThread::start);
         let of_busy = || busy.as_ref().map_or(Duration::ZERO, BusyThread::cpu);
@@ -118,19 +132,24 @@ pub fn run(contender: Option<&Contender>, rate: u64, scale: &Scale, host: Host) 
         });
         let mut paced = Paced::new(rate);
         paced.run(scale.warm_up);
-        let (start, busy_before) = (Moment::now(), of_busy());
+        let (sleeps, busy_before, start) = (other_sleeps(), of_busy(), Moment::now());
         let sent = paced.run(scale.window);
-        let cpu = start.cost().cpu().saturating_sub(of_busy() - busy_before);
+        let cost = start.cost();
+        let cpu = cost.cpu().saturating_sub(of_busy() - busy_before);
+        let wake_ups = other_sleeps().saturating_sub(sleeps);
         let mut latencies: Vec<f64> = paced.arrivals.iter().map(|arrival| arrival.latency_us()).collect();
         latencies.sort_by(f64::total_cmp);
+        let more = then(&mut paced);
         let stats = queue.and_then(|(running, _divert)| running.stop(|| paced.kick()));
-        Outcome {
+        let outcome = Outcome {
             queued: contender.is_some(),
             sent,
             lost: sent - (latencies.len() as u64).min(sent),
             latencies,
             cpu,
+            other_wake_ups: wake_ups as f64 / cost.wall.as_secs_f64(),
             stats,
-        }
+        };
+        (outcome, more)
     })
 }

@@ -2,6 +2,7 @@
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    fs,
     ops::{Add, AddAssign},
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
@@ -87,6 +88,29 @@ impl Cpu {
             |time: TimeVal| Duration::from_secs(time.tv_sec() as u64) + Duration::from_micros(time.tv_usec() as u64);
         Self { user: duration(usage.user_time()), system: duration(usage.system_time()) }
     }
+}
+
+/// The name of the threads that decide packets.
+pub const CONSUMER: &str = "consumer";
+
+/// The ids of all threads of the process but the calling one.
+pub fn other_threads() -> Vec<i32> {
+    let own = rustix::thread::gettid().as_raw_nonzero().get();
+    let tasks = fs::read_dir("/proc/self/task").expect("list the threads");
+    let ids = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter(|id| *id != own).collect()
+}
+
+/// How often threads other than the calling one and those called [`CONSUMER`] have slept so far.
+/// Each time something has woken them, or will.
+pub fn other_sleeps() -> u64 {
+    let sleeps = |id: i32| {
+        let status = fs::read_to_string(format!("/proc/self/task/{id}/status")).ok()?;
+        let field = |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim()));
+        if field("Name:")? == CONSUMER { None } else { field("voluntary_ctxt_switches:")?.parse::<u64>().ok() }
+    };
+    // A thread may have ended since it was listed.
+    other_threads().into_iter().filter_map(sleeps).sum()
 }
 
 /// The system's allocator. It counts allocations while that is switched on.

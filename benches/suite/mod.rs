@@ -9,6 +9,7 @@ pub mod capability;
 pub mod child;
 pub mod consumer;
 pub mod drain;
+pub mod everyday;
 pub mod flood;
 pub mod floor;
 pub mod flows;
@@ -24,6 +25,8 @@ pub mod peers;
 pub mod plan;
 pub mod plots;
 pub mod report;
+#[path = "../../tests/kernel/common/rules.rs"]
+pub mod rules;
 pub mod summary;
 #[path = "../../tests/support/mod.rs"]
 pub mod support;

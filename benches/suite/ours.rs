@@ -9,15 +9,17 @@ use std::{
 };
 
 use futures::{StreamExt, future::select_all};
+use rustix::event::{PollFd, PollFlags, poll};
 use tokio::{
-    runtime::{Builder, Runtime},
     sync::mpsc::{UnboundedReceiver, unbounded_channel},
-    task::JoinSet,
+    task::{JoinSet, yield_now},
 };
-use tokio_nfqueue::{FlushPolicy, Packet, PacketStream, Queue, Stats, Verdict, VerdictSink};
+use tokio_nfqueue::{
+    FlushPolicy, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Stats, TryRecvError, Verdict, VerdictSink,
+};
 
 use super::{
-    consumer::{Consumer, Contender, Job, Until, WHOLE},
+    consumer::{Consumer, Contender, Job, Runner, Threads, Until, WHOLE},
     paced,
     summary::Random,
 };
@@ -68,6 +70,38 @@ const fn contender(name: &'static str, make: fn(&Job) -> Box<dyn Consumer>) -> C
     Contender { name, make, queues: 1 }
 }
 
+/// A way of receiving, on each runtime.
+macro_rules! on_both {
+    ($name:literal, |$job:ident, $threads:ident| $make:expr) => {
+        [
+            contender(concat!($name, ", current_thread"), |$job| {
+                let $threads = Threads::One;
+                $make
+            }),
+            contender(concat!($name, ", multi_thread"), |$job| {
+                let $threads = Threads::Two;
+                $make
+            }),
+        ]
+    };
+}
+
+pub const RECV: [Contender; 2] = on_both!("recv", |job, threads| Ours::bind(job, Way::Recv, threads));
+pub const RECV_MANY: [Contender; 2] = on_both!("recv_many", |job, threads| Ours::bind(job, Way::AcceptAll, threads));
+/// The other ways of receiving.
+pub const OTHER_WAYS: [[Contender; 2]; 5] = [
+    on_both!("stream", |job, threads| Ours::bind(job, Way::AcceptNext, threads)),
+    on_both!("a task a packet", |job, threads| Ours::bind(job, Way::TaskAPacket, threads)),
+    on_both!("one queue of a QueueGroup", |job, threads| Grouped::bind(job, threads)),
+    on_both!("recv, FlushPolicy::immediate", |job, threads| {
+        Ours::bind(&Job { max_delay: Some(Duration::ZERO), ..*job }, Way::Recv, threads)
+    }),
+    on_both!("recv, adaptive(100 ms)", |job, threads| {
+        Ours::bind(&Job { max_delay: Some(Duration::from_millis(100)), ..*job }, Way::Recv, threads)
+    }),
+];
+pub const POLL: Contender = contender("try_recv, poll(2)", |job| Ours::bind(job, Way::Poll, Threads::One));
+
 /// The limit of the contenders that busy-poll. By default none does.
 pub const BUSY_POLL_LIMIT: Duration = Duration::from_micros(30);
 
@@ -98,6 +132,9 @@ const HELD: usize = 256 / TASKS;
 enum Way {
     AcceptAll,
     AcceptNext,
+    Recv,
+    TaskAPacket,
+    Poll,
     EightTasks,
     Timed,
     Mixed,
@@ -106,40 +143,30 @@ enum Way {
     FourQueues,
 }
 
-/// Worker threads of the runtime.
-#[derive(Clone, Copy, PartialEq)]
-enum Threads {
-    One,
-    Two,
-}
-
 type Halves = Vec<(PacketStream, VerdictSink)>;
 
 struct Ours {
     way: Way,
-    threads: Threads,
     /// The queues, while no task uses them. Dropped before the runtime.
     halves: Option<Halves>,
-    runtime: Runtime,
+    runner: Runner,
 }
 
 impl Ours {
     fn bind(job: &Job, way: Way, threads: Threads) -> Box<dyn Consumer> {
-        let runtime = match threads {
-            Threads::One => Builder::new_current_thread().enable_all().build(),
-            Threads::Two => Builder::new_multi_thread().worker_threads(2).enable_all().build(),
-        };
-        let runtime = runtime.expect("start a runtime");
-        let inside = runtime.enter();
+        let runner = Runner::new(threads);
+        let inside = runner.runtime.enter();
         let queues = if way == Way::FourQueues { 4 } else { 1 };
-        let halves = (0..queues).map(|number| builder(number, job).bind().expect("bind a queue").split()).collect();
+        let halves = (0..queues)
+            .map(|number| settings(Queue::builder(number), job).bind().expect("bind a queue").split())
+            .collect();
         drop(inside);
-        Box::new(Self { way, threads, halves: Some(halves), runtime })
+        Box::new(Self { way, halves: Some(halves), runner })
     }
 }
 
-fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
-    let builder = Queue::builder(number).max_len(job.max_len).receive_buffer(job.receive_buffer).gso(job.gso);
+fn settings(builder: QueueBuilder, job: &Job) -> QueueBuilder {
+    let builder = builder.max_len(job.max_len).receive_buffer(job.receive_buffer).gso(job.gso);
     let builder = match job.copy_range {
         0 => builder.copy_metadata(),
         WHOLE => builder,
@@ -150,6 +177,7 @@ fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
         None => builder,
     };
     match job.max_delay {
+        Some(Duration::ZERO) => builder.flush_policy(FlushPolicy::immediate()),
         Some(delay) => builder.flush_policy(FlushPolicy::adaptive(delay)),
         None => builder,
     }
@@ -157,16 +185,53 @@ fn builder(number: u16, job: &Job) -> tokio_nfqueue::QueueBuilder {
 
 impl Consumer for Ours {
     fn consume(&mut self, until: &Arc<Until>) {
-        let halves = self.halves.take().expect("no task uses them");
-        let work = work(self.way, halves, Arc::clone(until));
-        self.halves = Some(match self.threads {
-            Threads::One => self.runtime.block_on(work),
-            Threads::Two => self.runtime.block_on(self.runtime.spawn(work)).expect("the task does not panic"),
-        });
+        let mut halves = self.halves.take().expect("no task uses them");
+        if self.way == Way::Poll {
+            poll_loop(&mut halves[0], until);
+        }
+        self.halves = Some(self.runner.run(work(self.way, halves, Arc::clone(until))));
     }
 
     fn stats(&self) -> Option<Stats> {
         self.halves.as_ref().map(|halves| halves[0].1.stats())
+    }
+}
+
+/// Decides packets, each of which comes from a new future.
+macro_rules! one_by_one {
+    ($until:expr, $receive:expr, $decide:expr) => {
+        while !$until.over() {
+            $decide($receive.await.expect("the queue is open").expect("receive"));
+            $until.received(1);
+        }
+    };
+}
+
+/// Several queues as one, of which one gets all packets.
+struct Grouped {
+    /// While no task uses it. Dropped before the runtime.
+    queues: Option<QueueGroup>,
+    runner: Runner,
+}
+
+impl Grouped {
+    fn bind(job: &Job, threads: Threads) -> Box<dyn Consumer> {
+        let runner = Runner::new(threads);
+        let inside = runner.runtime.enter();
+        let queues = QueueGroup::bind(0..=3, |builder| settings(builder, job)).expect("bind the queues");
+        drop(inside);
+        Box::new(Self { queues: Some(queues), runner })
+    }
+}
+
+impl Consumer for Grouped {
+    fn consume(&mut self, until: &Arc<Until>) {
+        let (mut queues, until) = (self.queues.take().expect("no task uses them"), Arc::clone(until));
+        self.queues = Some(self.runner.run(async move {
+            one_by_one!(until, queues.recv(), |packet| submit(packet, &until));
+            queues.flush().await.expect("flush");
+            queues
+        }));
     }
 }
 
@@ -177,13 +242,15 @@ async fn work(way: Way, mut halves: Halves, until: Arc<Until>) -> Halves {
     for (packets, verdicts) in &mut halves {
         match way {
             Way::AcceptAll => accept_all(packets, verdicts, &until).await,
-            Way::AcceptNext => accept_next(packets, verdicts, &until).await,
+            Way::AcceptNext => one_by_one!(until, packets.next(), |packet| submit(packet, &until)),
+            Way::Recv => one_by_one!(until, packets.recv(), |packet| submit(packet, &until)),
+            Way::TaskAPacket => task_a_packet(packets, &until).await,
             Way::EightTasks => eight_tasks(packets, verdicts, &until, |_, _| ()).await,
             Way::Timed => eight_tasks(packets, verdicts, &until, note_time).await,
             Way::Mixed => mixed(packets, verdicts, &until).await,
             Way::Rewrite => each(packets, verdicts, &until, rewritten).await,
             Way::Confirm => confirm(packets, verdicts, &until).await,
-            Way::FourQueues => {}
+            Way::FourQueues | Way::Poll => {}
         }
         verdicts.flush().await.expect("flush");
     }
@@ -210,11 +277,36 @@ async fn each(
     }
 }
 
-async fn accept_next(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+fn submit(packet: Packet, until: &Until) {
+    packet.accept().submit().expect("submit");
+    until.decided(1);
+}
+
+async fn task_a_packet(packets: &mut PacketStream, until: &Arc<Until>) {
+    let start = |packet| {
+        let until = Arc::clone(until);
+        tokio::spawn(async move { submit(packet, &until) });
+    };
+    one_by_one!(until, packets.recv(), start);
+    while !until.settled() {
+        yield_now().await;
+    }
+}
+
+/// As a program without a runtime.
+fn poll_loop((packets, _): &mut (PacketStream, VerdictSink), until: &Until) {
+    let fd = packets.readable_fd().expect("a descriptor").try_clone_to_owned().expect("duplicate it");
     while !until.over() {
-        let packet = packets.next().await.expect("the queue is open").expect("receive");
-        verdicts.submit(packet.accept()).expect("submit");
-        until.both(1);
+        match packets.try_recv() {
+            Ok(packet) => {
+                submit(packet, until);
+                until.received(1);
+            }
+            Err(TryRecvError::Empty) => {
+                poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).expect("poll");
+            }
+            Err(error) => panic!("receive: {error}"),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    busy, capability, drain, flood, floor, flows,
+    busy, capability, drain, everyday, flood, floor, flows,
     goals::{self, Goal, Wanted},
     latency, machine, memory, ours, peers,
     summary::{Book, Summary},
@@ -53,6 +53,7 @@ pub fn whole(book: &Book, beside: Option<&Book>, ledger: &[String], quick: bool)
     section(&mut text, "CPU time per packet, prefilled queue", cpu_table(book, beside));
     section(&mut text, "Throughput under a flood", flood_table(book, beside));
     section(&mut text, "One-way latency, µs", latency_table(book));
+    section(&mut text, "Everyday rates", everyday_table(book));
     section(&mut text, "Busy host: sender, consumer and a third busy thread on two processors", busy_table(book));
     section(&mut text, "TCP goodput, one stream", tcp_table(book, beside));
     section(&mut text, "Decided flows", flow_table(book));
@@ -253,6 +254,50 @@ fn busy_table(book: &Book) -> Vec<Vec<String>> {
                 .map(|figure| book.ratio(&section, figure, name, floor::ONE.name).map_or("–".to_owned(), spread2));
             let cells = [name.to_owned(), rate.to_string()].into_iter().chain(spreads).chain(ratios);
             table.push(cells.chain([significant(lost)]).collect());
+        }
+    }
+    table
+}
+
+fn everyday_table(book: &Book) -> Vec<Vec<String>> {
+    let mut table = header(&[
+        "blocking and raw loops, nfq, and this crate by its ways of receiving",
+        "packets/s",
+        "CPU µs per packet",
+        "p50 µs",
+        "p99 µs",
+        "system calls per packet",
+        "other threads' wake-ups/s",
+        "CPU / raw AsyncFd loop",
+        "CPU / blocking",
+        "p50 / blocking",
+        "p99 / blocking",
+        "lost %",
+    ]);
+    for rate in everyday::RATES {
+        let section = everyday::section(rate);
+        for name in everyday::contenders(rate).map(|contender| contender.name) {
+            let Some(cpu) = book.get(&section, name, latency::CPU) else { continue };
+            let cpu = Summary { median: cpu.median / 1e3, least: cpu.least / 1e3, most: cpu.most / 1e3, ..cpu };
+            let get = |figure| book.get(&section, name, figure).map_or("–".to_owned(), spread);
+            let middle = |figure| book.median(&section, name, figure).map_or("–".to_owned(), significant);
+            let ratio =
+                |figure, reference| book.ratio(&section, figure, name, reference).map_or("–".to_owned(), spread2);
+            let blocking = everyday::BLOCKING.name;
+            table.push(vec![
+                name.to_owned(),
+                rate.to_string(),
+                spread(cpu),
+                get(latency::MEDIAN),
+                get(latency::P99),
+                middle(everyday::CALLS),
+                middle(everyday::WAKE_UPS),
+                ratio(latency::CPU, everyday::raw_loop(name)),
+                ratio(latency::CPU, blocking),
+                ratio(latency::MEDIAN, blocking),
+                ratio(latency::P99, blocking),
+                middle(latency::LOST),
+            ]);
         }
     }
     table

@@ -1,10 +1,21 @@
-//! System calls per packet. They are counted by tracing a child with ptrace, which is exact and
-//! needs no privilege.
+//! System calls per packet. Those of a prefilled queue are counted by tracing a child with ptrace,
+//! which is exact and needs no privilege, but slow. At a steady rate the kernel counts them as
+//! performance events, if it can and if the process is root.
 
-use std::process::Stdio;
+use std::{
+    fs,
+    fs::File,
+    io::Read,
+    os::fd::{FromRawFd, OwnedFd},
+    process::Stdio,
+    sync::OnceLock,
+    thread,
+};
 
 use nix::{
     libc,
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
     sys::{
         ptrace::{self, Options},
         signal::{Signal, raise},
@@ -14,7 +25,7 @@ use nix::{
 };
 use std::time::Duration;
 
-use super::{child, consumer::Contender, drain, summary::Book, support};
+use super::{child, consumer::Contender, drain, measure::other_threads, summary::Book, support};
 
 pub const SECTION: &str = "system calls";
 pub const RECEIVES: &str = "receives/packet";
@@ -136,5 +147,62 @@ impl Counts {
             libc::SYS_sendto | libc::SYS_sendmsg | libc::SYS_sendmmsg => self.sends += 1,
             _ => self.others += 1,
         }
+    }
+}
+
+/// Counts the system calls of all threads that existed when it was made, except the thread that
+/// made it.
+pub struct Counter(Vec<File>);
+
+impl Counter {
+    /// `None` if the kernel cannot count them, or does not let this process.
+    pub fn of_other_threads() -> Option<Self> {
+        static EVENT: OnceLock<Option<u64>> = OnceLock::new();
+        let event = (*EVENT.get_or_init(event))?;
+        // A thread may have ended since it was listed.
+        let counters: Vec<_> = other_threads().into_iter().filter_map(|thread| open(event, thread)).collect();
+        (!counters.is_empty()).then_some(Self(counters))
+    }
+
+    pub fn count(&mut self) -> u64 {
+        let read = |counter: &mut File| {
+            let mut count = [0; 8];
+            counter.read_exact(&mut count).expect("read a counter");
+            u64::from_ne_bytes(count)
+        };
+        self.0.iter_mut().map(read).sum()
+    }
+}
+
+/// The number of the event "a system call begins".
+fn event() -> Option<u64> {
+    const FOLDER: &str = "/sys/kernel/tracing";
+    let read = || fs::read_to_string(format!("{FOLDER}/events/raw_syscalls/sys_enter/id")).ok()?.trim().parse().ok();
+    let mounted = || {
+        // The mount is visible to this thread only, and ends with it.
+        unshare(CloneFlags::CLONE_NEWNS).ok()?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).ok()?;
+        mount(Some("tracefs"), FOLDER, Some("tracefs"), MsFlags::empty(), None::<&str>).ok()?;
+        read()
+    };
+    read().or_else(|| thread::scope(|scope| scope.spawn(mounted).join().expect("the thread does not panic")))
+}
+
+/// Begins to count an event of a thread.
+fn open(event: u64, thread: i32) -> Option<File> {
+    const TRACEPOINT: u32 = 2;
+    const CLOSE_ON_EXEC: libc::c_ulong = 8;
+    // struct perf_event_attr, of which the rest is zero: type, size, config
+    let mut attributes = [0; 64];
+    attributes[..4].copy_from_slice(&TRACEPOINT.to_ne_bytes());
+    attributes[4..8].copy_from_slice(&64_u32.to_ne_bytes());
+    attributes[8..16].copy_from_slice(&event.to_ne_bytes());
+    let (any_processor, no_group) = (-1, -1);
+    // SAFETY: the kernel reads as many bytes as `attributes` says that it has. A result that is not
+    // negative is a new descriptor, which nobody else owns.
+    unsafe {
+        let number = libc::SYS_perf_event_open;
+        let fd = libc::syscall(number, attributes.as_ptr(), thread, any_processor, no_group, CLOSE_ON_EXEC);
+        (fd >= 0).then(|| OwnedFd::from_raw_fd(fd as i32).into())
     }
 }

@@ -267,9 +267,20 @@ pub fn remove_object(family: NetfilterProtoFamily, attributes: Vec<DefaultNla>) 
 /// As [`install`], with a rule that sends everything to a queue: by the `queue` expression
 /// (`NFT_QUEUE`), or by the xtables target (`NFT_COMPAT`) if the kernel lacks the expression.
 pub fn install_queue(family: NetfilterProtoFamily, name: &str, place: Place, queue: u16) -> io::Result<()> {
-    match install(family, name, Some(place), vec![queue_expression(queue)]) {
+    install_queue_if(family, name, place, &[], queue)
+}
+
+/// As [`install_queue`], for packets that meet the conditions.
+pub fn install_queue_if(
+    family: NetfilterProtoFamily,
+    name: &str,
+    place: Place,
+    conditions: &[Expressions],
+    queue: u16,
+) -> io::Result<()> {
+    match install(family, name, Some(place), [conditions, &[queue_expression(queue)]].concat()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            install(family, name, Some(place), vec![queue_target(queue)])
+            install(family, name, Some(place), [conditions, &[queue_target(queue)]].concat())
         }
         result => result,
     }
