@@ -89,6 +89,9 @@ impl VerdictSink {
     /// [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least), and
     /// [`confirm`](Self::confirm) reports it as `PacketGone`.
     ///
+    /// What the kernel refuses because the capability is missing is reported when the socket is
+    /// read next: while nobody polls the stream, 250 ms after the verdict was sent at the latest.
+    ///
     /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
     /// counted in [`Sent::refusals_unread`](crate::stats::Sent::refusals_unread). If there are
