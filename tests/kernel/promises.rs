@@ -727,6 +727,14 @@ pub(crate) fn record_events() -> (Arc<Mutex<Vec<String>>>, tracing::subscriber::
     (events, tracing::subscriber::set_default(subscriber))
 }
 
+/// Records the names of events and spans of all threads of this process, for ever.
+pub(crate) fn record_all_events() -> Arc<Mutex<Vec<String>>> {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let subscriber = Subscriber { sink: Arc::default(), events: Arc::clone(&events) };
+    tracing::subscriber::set_global_default(subscriber).unwrap();
+    events
+}
+
 async fn subscribers_may_call_the_queue() {
     traced(|_| ()).await;
 }

@@ -4,17 +4,17 @@ use std::time::Duration;
 
 use tokio_nfqueue::{Action, Advice, Divert, ErrorKind, FlushPolicy, Hook, Packet, Protocol, Queue, Rule};
 
-use super::process::{Process, say, wait_for_the_end};
+use super::process::{Process, in_a_process, say, wait_for_the_end};
 use crate::{
     common::{PATIENCE, Traffic, account, eventually, hold, next, number, soon, start, without_net_admin},
-    promises::record_events,
+    promises::{record_all_events, record_events},
     support,
 };
 
 tests![
     both an_interface_that_goes_down_and_up_costs_only_what_was_queued,
     both a_base_chain_that_another_program_deletes_costs_only_what_was_queued,
-    one packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause,
+    sync packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause,
     one late_verdicts_are_not_taken_for_packets_that_the_kernel_dropped,
 ];
 
@@ -81,8 +81,16 @@ async fn a_base_chain_that_another_program_deletes_costs_only_what_was_queued() 
 /// The event for packets that the kernel has dropped.
 const DROPPED: &str = "packets dropped by the kernel while they were queued";
 
-async fn packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause() {
-    let (events, _recording) = record_events();
+/// In a process of its own: any thread may read the reply, and reports it then.
+fn packets_that_the_kernel_drops_while_they_are_queued_are_reported_with_the_likely_cause() {
+    in_a_process(EVENTS);
+}
+
+/// The mode of that process.
+pub(super) const EVENTS: &str = "events";
+
+pub(super) async fn dropped_packets_are_reported() {
+    let events = record_all_events();
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::immediate()));
     let traffic = Traffic::new(20);
     for packet in hold(&mut queue, &traffic, 0..5).await {

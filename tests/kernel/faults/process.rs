@@ -144,6 +144,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "proc" => proc::hidden(),
         "proc, no capability" => proc::without_capability(),
         "table" => network::own_a_table(),
+        network::EVENTS => in_runtime(network::dropped_packets_are_reported()),
         "descriptors" => in_runtime(limits::few_descriptors()),
         "memory" => in_runtime(limits::little_memory()),
         "thousand" => in_runtime(limits::thousand_queues()),
