@@ -358,7 +358,8 @@ impl Packet {
         self.repeat().mark(mark)
     }
 
-    /// Accepts the packet and skips the remaining chains of the hook.
+    /// Accepts the packet and skips the remaining chains of the hook. With flow marks, the chain
+    /// behind the queue is one of them: [`guide::flows`](crate::guide::flows).
     #[doc(alias = "NF_STOP")]
     pub fn stop(self) -> Verdict {
         self.decide(Action::Stop)

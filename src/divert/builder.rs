@@ -149,9 +149,9 @@ impl DivertBuilder {
         self
     }
 
-    /// How many dropped and rejected connections the table remembers, and for how long after their
-    /// last packet. Default: 65 535, and ten minutes: five times the longest interval in which TCP
-    /// sends a segment again.
+    /// How many dropped and how many rejected connections of each IP version the table remembers at
+    /// least, and for how long after their last packet. Default: 65 535, and ten minutes: five times
+    /// the longest interval in which TCP sends a segment again.
     ///
     /// If there is no room, a connection is denied only as long as connection tracking has an
     /// entry for it: not if its first packet was denied, so that its next packet comes to the

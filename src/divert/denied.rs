@@ -95,6 +95,8 @@ pub(super) enum Remember {
     Recent(IpVersion),
     /// A connection of the other side, beside a denied one.
     Beside(IpVersion),
+    /// The other side's connection is no longer one beside a denied one: it is denied itself.
+    NotBeside(IpVersion),
     /// No longer the connection of the other side that has just been denied.
     NotRecent(IpVersion),
     /// A connection of which a packet has just been rejected.
@@ -107,6 +109,8 @@ impl Remember {
     /// In the language of nft.
     pub(super) fn nft(self) -> String {
         let update = |name: &str, key: String| format!("update @{name} {{ {key} }}");
+        let delete =
+            |name: &str, version| format!("delete @{name} {{ {} }}", tuple::nft(version, Of::ConnectionReversed));
         match self {
             Self::Denied(set, of) => {
                 let [ports, reversed] = of.both().map(|of| update(PORTS, tuple::nft_ports(of)));
@@ -114,9 +118,8 @@ impl Remember {
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
             Self::Beside(version) => update(beside(version), tuple::nft(version, Of::Connection)),
-            Self::NotRecent(version) => {
-                format!("delete @{} {{ {} }}", recent(version), tuple::nft(version, Of::ConnectionReversed))
-            }
+            Self::NotBeside(version) => delete(beside(version), version),
+            Self::NotRecent(version) => delete(recent(version), version),
             Self::Begun(version) => {
                 let [ports, reversed] = Of::Packet.both().map(|of| update(PORTS, tuple::nft_ports(of)));
                 [update(begun(version), tuple::nft(version, Of::Packet)), ports, reversed].join(" ")
@@ -155,6 +158,10 @@ impl Remember {
             Self::Beside(version) => {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(beside(version), None);
+            }
+            Self::NotBeside(version) => {
+                tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
+                encoder.delete_from_set(beside(version));
             }
             Self::NotRecent(version) => {
                 tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);

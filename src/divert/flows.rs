@@ -141,6 +141,11 @@ impl<'a> Chained<'a> {
         let start = self.rules.len();
         self.remember(reject, &[Match::answered()], Of::ConnectionReversed, Action::Continue);
         self.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((begin_so(), true)));
+        for version in denied::versions(self.surroundings.family) {
+            let rule = self.push(&[], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::NotBeside(version));
+        }
         self.remember_translated();
         for version in denied::versions(self.surroundings.family) {
             let rule = self.push(&[Match::unconfirmed()], Action::Continue);
@@ -249,6 +254,12 @@ fn opposite(hook: Hook) -> Option<Hook> {
 pub(super) fn places(places: &[Place]) -> Vec<Place> {
     let others = places.iter().filter_map(|place| Some(Place { hook: opposite(place.hook)?, ..*place }));
     let mut all: Vec<Place> = places.iter().copied().chain(others).collect();
+    // `Input` is later than `Prerouting`, but not for packets that are forwarded.
+    let has = |hook: Hook| places.iter().any(|place| place.hook == hook);
+    if has(Hook::Input) && !has(Hook::Forward) && !has(Hook::Postrouting) {
+        let before = places.iter().filter(|place| place.hook == Hook::Prerouting);
+        all.extend(before.map(|place| Place { hook: Hook::Forward, ..*place }));
+    }
     all.sort();
     all.dedup();
     all
@@ -399,6 +410,8 @@ impl<'a> Flows<'a> {
     /// older one.
     fn begun_stray(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::BegunStray);
+        // It does not pass.
+        chain.push(&[Match::priority(self.codes().rejected_packet(), u32::MAX)], Action::Return);
         chain.push_first(&[], goto(FlowChain::BegunRecord), None);
         chain
     }
@@ -432,8 +445,9 @@ impl<'a> Flows<'a> {
         let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
         let accepted = self.save(self.table.marks.accepted());
         chain.change(&[Match::protocol(Protocol::Tcp), answer], accepted);
-        chain.change(&[Match::protocol(SCTP), Match::sctp_init_ack()], accepted);
-        chain.change(&[Match::protocol(DCCP), Match::dccp_response()], accepted);
+        let by_other_side = Match::is_reply(true);
+        chain.change(&[Match::protocol(SCTP), Match::sctp_init_ack(), by_other_side.clone()], accepted);
+        chain.change(&[Match::protocol(DCCP), Match::dccp_response(), by_other_side], accepted);
         chain
     }
 
@@ -506,13 +520,13 @@ impl<'a> Flows<'a> {
     /// has made a new one.
     fn reversed(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Reversed(way), way);
+        // The denied side would begin its connection again.
+        chain.push_first(&[Match::is_reply(true)], goto(FlowChain::ReversedDenied(way)), None);
         for version in denied::versions(self.surroundings.family) {
             chain.push_for(version, &[Match::beside(version)], Action::Return);
             chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::Beside(version)));
         }
         chain.push_first(&[], Action::Return, None);
-        // With address translation, both connections can exist.
-        chain.push(&[Match::confirmed()], Action::Return).conditions.push((Match::not_translated(), true));
         chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
         chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
         chain
@@ -537,6 +551,7 @@ impl<'a> Flows<'a> {
             for version in denied::versions(self.surroundings.family) {
                 let rule = chain.push(&[], Action::Return);
                 rule.facts.version = Some(version);
+                rule.conditions.push((Match::is_reply(false), false));
                 rule.conditions.extend(conditions.iter().map(|condition| (condition.clone(), others)));
                 rule.remember = Some(Remember::Beside(version));
             }
@@ -559,6 +574,13 @@ impl<'a> Flows<'a> {
     fn reversed_denied(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::ReversedDenied(way), way);
         let of = Of::ConnectionReversed;
+        // Without first packets, it is the same conversation also when its entry is gone.
+        for set in DeniedSet::all(self.surroundings.family) {
+            let rule = chain.push(&[Match::denied(set, of)], Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.conditions.push((begin_so(), true));
+            rule.remember = Some(Remember::Denied(set, Of::Connection));
+        }
         for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
             let rule = chain.push(&[Match::denied(set, of)], goto(FlowChain::Rejected(way)));
             rule.facts.version = Some(set.version);
@@ -811,12 +833,15 @@ impl<'a> Flows<'a> {
     }
 
     /// Of two first packets that waited at once, the other one's verdict has accepted, and this one
-    /// passes alone.
+    /// passes alone. A packet without a code, or another program's priority in its place, has not
+    /// waited here.
     fn alone(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Alone);
         chain.push_first(&[], Action::Return, Some(self.save(self.table.marks.begun_again())));
         let accepted = self.verdict_accepts();
-        chain.rules.iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
+        for rule in &mut chain.rules {
+            rule.conditions.extend([(accepted.clone(), true), (Match::priority(0, flow_codes::CODE), true)]);
+        }
         chain
     }
 

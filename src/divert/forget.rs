@@ -66,8 +66,8 @@ pub(super) fn forget_marks(
     Ok(found.into_inner())
 }
 
-/// The elements of the sets of denied connections that are this connection, which has these tuples:
-/// set and key.
+/// The elements of the sets of denied connections, and of those beside denied ones, that are this
+/// connection, which has these tuples: set and key.
 pub(super) fn denied_elements(
     connection: &mut Connection,
     table: &str,
@@ -86,7 +86,8 @@ pub(super) fn denied_elements(
     }
     keys.sort();
     keys.dedup();
-    let names: Vec<&str> = DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map]).collect();
+    let names: Vec<&str> =
+        DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map, denied::beside(version)]).collect();
     let mut found = Vec::new();
     for key in keys {
         for name in &names {

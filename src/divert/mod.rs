@@ -309,7 +309,7 @@ impl Divert {
                 Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
                 result => {
                     result.map_err(|refusal| refused(operation(), &batch.commands, &[], refusal))?;
-                    break true;
+                    break found.iter().any(|(set, _)| *set != denied::beside(version));
                 }
             }
         };

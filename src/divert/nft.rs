@@ -190,7 +190,9 @@ impl<'a> Batch<'a> {
     /// Creates the sets to which rules add denied connections.
     pub(super) fn create_denied_sets(&mut self, family: TableFamily, flows: FlowTable) {
         for set in DeniedSet::all(family) {
-            self.create_denied_set(set.name(), tuple::key(set.version), None, flows.capacity, flows);
+            // Conversations without first packets have a tuple for each direction.
+            let capacity = flows.capacity.saturating_mul(2);
+            self.create_denied_set(set.name(), tuple::key(set.version), None, capacity, flows);
         }
         for version in denied::versions(family) {
             let data = tuple::translated(version);

@@ -35,7 +35,8 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             line(&mut text, 1, format_args!("}}"));
         };
         for denied in DeniedSet::all(family) {
-            set(denied.name(), &tuple::nft_type(denied.version), flows.capacity, flows.timeout);
+            let capacity = flows.capacity.saturating_mul(2);
+            set(denied.name(), &tuple::nft_type(denied.version), capacity, flows.timeout);
         }
         for version in denied::versions(family) {
             set(denied::begun(version), &tuple::nft_type(version), denied::BEGUN, flows.timeout);

@@ -115,7 +115,7 @@ impl FlowTuple {
 pub(super) enum Of {
     /// Those of the connection: of the first packet, before address translation.
     Connection,
-    /// The same, source and destination exchanged.
+    /// Those of the other side's packets, before address translation.
     ConnectionReversed,
     /// Those of the packet.
     Packet,
@@ -148,6 +148,11 @@ impl Of {
         [self, self.reversed()]
     }
 
+    /// Of a connection: whose tuple.
+    fn direction(self) -> u8 {
+        if self == Self::ConnectionReversed { IP_CT_DIR_REPLY } else { IP_CT_DIR_ORIGINAL }
+    }
+
     /// Of a source and a destination, the one that comes first, and the other.
     fn order<T>(self, source: T, destination: T) -> [T; 2] {
         match self {
@@ -172,19 +177,19 @@ fn fields(version: IpVersion) -> [ValueType; 5] {
 pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut Encoder) {
     let words = fields(version)[0].length as u32 / 4;
     let keys = match version {
-        IpVersion::V4 => of.order(CT_SRC_IP, CT_DST_IP),
-        IpVersion::V6 => of.order(CT_SRC_IP6, CT_DST_IP6),
+        IpVersion::V4 => [CT_SRC_IP, CT_DST_IP],
+        IpVersion::V6 => [CT_SRC_IP6, CT_DST_IP6],
     };
     for (key, end) in keys.into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination)) {
         match of {
-            Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
+            Of::Connection | Of::ConnectionReversed => load_field(key, of.direction(), register, encoder),
             Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.address(version, end, register),
             Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_address(version, end, register),
         }
         register += words;
     }
     match of {
-        Of::Connection | Of::ConnectionReversed => load_original(CT_PROTOCOL, register, encoder),
+        Of::Connection | Of::ConnectionReversed => load_field(CT_PROTOCOL, of.direction(), register, encoder),
         Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.meta_into(MetaKey::L4Proto, register),
         Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_protocol(version, register),
     }
@@ -197,18 +202,14 @@ pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
     if let Of::EchoReply(version) = of {
         return encoder.echo_request(version, register);
     }
-    let keys = of.order(CT_PROTO_SRC, CT_PROTO_DST).into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
+    let keys = [CT_PROTO_SRC, CT_PROTO_DST].into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
     for ((key, end), register) in keys.zip(register..) {
         match of {
-            Of::Connection | Of::ConnectionReversed => load_original(key, register, encoder),
+            Of::Connection | Of::ConnectionReversed => load_field(key, of.direction(), register, encoder),
             Of::Quoted(version) | Of::QuotedReversed(version) => encoder.quoted_port(version, end, register),
             _ => encoder.port(end, register),
         }
     }
-}
-
-fn load_original(key: u32, register: u32, encoder: &mut Encoder) {
-    load_field(key, IP_CT_DIR_ORIGINAL, register, encoder);
 }
 
 fn load_field(key: u32, direction: u8, register: u32, encoder: &mut Encoder) {

@@ -125,6 +125,9 @@
 //!   (`AF_PACKET`, `tc`), is looked at only at the hooks of the rules.
 //! - The tuples of denied connections do not contain the zone of connection tracking.
 //!
+//! `stop()` skips the chain behind the queue, which learns nothing of the packet: it ends no
+//! accept, and begins no connection beside a denied one. Use `accept()`.
+//!
 //! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
 //!
 //! # Rejected connections

@@ -71,6 +71,8 @@ struct Connection {
     /// The mark of an entry that no packet has confirmed.
     mark: Mark,
     is_new: bool,
+    /// Of the side that has not begun the connection.
+    is_reply: bool,
 }
 
 /// What becomes of a packet.
@@ -167,7 +169,8 @@ impl Flows {
         let accepts = *priority & flow_codes::CODE == codes.accepted();
         if !stops {
             let denied = [codes.dropped(), codes.rejected(), codes.rejected_packet()].contains(priority);
-            self.passes(packet, accepts, denied, now);
+            let alone = !accepts && *priority & flow_codes::CODE != 0;
+            self.passes(packet, alone, denied, now);
         }
         if codes.has(*priority) && !stops {
             if let Some(fate) = self.denying_verdict(packet, *priority, now) {
@@ -212,15 +215,25 @@ impl Flows {
         }
         if self.is_denied(original.reversed(), now) {
             // `flow_reversed`
+            if packet.is_first() && connection.is_reply {
+                return Some(self.denied(packet, original.reversed(), now));
+            }
             if self.beside.contains(original, now) {
                 self.beside.remember(original, DENIED_FOR, now);
             } else if !packet.is_first() && (!is_unconfirmed || original.has_first_packets()) {
+                if !original.has_first_packets() {
+                    let memory = match self.rejected.contains(original.reversed(), now) {
+                        true => &mut self.rejected,
+                        false => &mut self.dropped,
+                    };
+                    memory.remember(original, DENIED_FOR, now);
+                }
                 return Some(self.denied(packet, original.reversed(), now));
             }
         }
         match self.mark(connection) {
             Mark::Denied => return Some(self.denied(packet, original, now)),
-            Mark::Accepting if packet.seen.is_some_and(|seen| seen.answers) => {
+            Mark::Accepting if packet.seen.is_some_and(|seen| seen.answers) && connection.is_reply => {
                 self.set_mark(connection, Mark::Accepted)
             }
             _ => {}
@@ -294,13 +307,13 @@ impl Flows {
 
 impl Flows {
     /// `flow_alone`, `flow_beside`
-    fn passes(&mut self, packet: &mut FlowPacket, accepts: bool, denied: bool, now: Duration) {
+    fn passes(&mut self, packet: &mut FlowPacket, alone: bool, denied: bool, now: Duration) {
         let Some(connection) = packet.connection else { return };
-        if packet.is_first() && !accepts && self.mark(connection) == Mark::Accepting {
+        if packet.is_first() && alone && self.mark(connection) == Mark::Accepting {
             self.mark_packet(packet, Mark::BegunAgain);
         }
         let original = connection.original;
-        let begins = packet.is_first() || !original.has_first_packets();
+        let begins = !connection.is_reply && (packet.is_first() || !original.has_first_packets());
         let may_begin = self.is_unconfirmed(connection) || self.mark(connection) == Mark::BegunAgain;
         if begins && may_begin && !denied && self.is_denied(original.reversed(), now) {
             self.beside.remember(original, DENIED_FOR, now);
@@ -318,6 +331,7 @@ impl Flows {
             _ => return None,
         };
         if let Some(connection) = packet.connection {
+            self.beside.forget(connection.original.reversed());
             memory.remember(connection.original, DENIED_FOR, now);
             if answered && !connection.original.has_first_packets() {
                 memory.remember(connection.original.reversed(), DENIED_FOR, now);
@@ -365,11 +379,11 @@ impl Flows {
                 entry.answered |= is_reply;
                 entry.expires_at = now + idle_time(original, entry, now);
             }
-            return Some(Connection { id: entry.id, original, mark: Mark::None, is_new: false });
+            return Some(Connection { id: entry.id, original, mark: Mark::None, is_new: false, is_reply });
         }
         matches!(part, Part::First | Part::Any).then(|| {
             self.last_id += 1;
-            Connection { id: self.last_id, original: tuple, mark: Mark::None, is_new: true }
+            Connection { id: self.last_id, original: tuple, mark: Mark::None, is_new: true, is_reply: false }
         })
     }
 
@@ -409,7 +423,7 @@ impl Flows {
 
     /// `__nf_conntrack_confirm`: of several entries with one tuple, the first one remains.
     fn confirm(&mut self, packet: &FlowPacket, now: Duration) {
-        let Some(Connection { id, original, mark, is_new: true }) = packet.connection else { return };
+        let Some(Connection { id, original, mark, is_new: true, .. }) = packet.connection else { return };
         if self.find(original, now).is_some() {
             return;
         }

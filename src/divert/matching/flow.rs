@@ -38,6 +38,8 @@ enum Flow {
     Replied(IpVersion),
     Begun(IpVersion, Of),
     Beside(IpVersion),
+    /// `ct direction`
+    IsReply(bool),
     OfUser,
     OnLoopback,
     Arrived,
@@ -119,9 +121,9 @@ impl Match {
         Self::status(IPS_SEEN_REPLY, IPS_SEEN_REPLY)
     }
 
-    /// Packets of connections without address translation.
-    pub(in super::super) fn not_translated() -> Self {
-        Self::status(IPS_SRC_NAT | IPS_DST_NAT, 0)
+    /// Packets of the side that has not begun the connection, or of the one that has.
+    pub(in super::super) fn is_reply(reply: bool) -> Self {
+        Self::new(Flow::IsReply(reply))
     }
 
     /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
@@ -189,6 +191,7 @@ impl Condition for Flow {
                 | Self::Replied(_)
                 | Self::Begun(..)
                 | Self::Beside(_)
+                | Self::IsReply(_)
         );
         Needs { tracking, ..Needs::default() }
     }
@@ -257,6 +260,12 @@ impl Condition for Flow {
                 if !encoder.encoding.trial {
                     tuple::load(version, Of::Connection, REG32_00, encoder);
                     encoder.named_set(beside(version), negated);
+                }
+            }
+            Self::IsReply(reply) => {
+                if !encoder.encoding.trial {
+                    encoder.connection(CT_DIRECTION);
+                    encoder.equal(vec![reply.into()], negated);
                 }
             }
             Self::OfUser => {
@@ -329,6 +338,9 @@ impl Condition for Flow {
             Self::Beside(version) => {
                 format!("{} {}@{}", tuple::nft(version, Of::Connection), operator(negated), beside(version))
             }
+            Self::IsReply(reply) => {
+                format!("ct direction {}{}", operator(negated), if reply { "reply" } else { "original" })
+            }
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
             Self::Arrived => format!("meta iif {}0", operator(!negated)),
@@ -342,11 +354,11 @@ impl Condition for Flow {
 }
 
 /// uapi/linux/netfilter/nf_tables.h, enum nft_ct_keys
+const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
 const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_CONFIRMED: u32 = 1 << 3;
-const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h
 const ARPHRD_LOOPBACK: u16 = 772;

@@ -36,31 +36,31 @@ tests![
     one a_replaced_place_denies_what_was_denied_before,
 ];
 
-fn forwarded(protocol: Protocol) -> Rule {
+pub(super) fn forwarded(protocol: Protocol) -> Rule {
     Rule::new(Hook::Forward).protocol(protocol)
 }
 
-fn tcp() -> Rule {
+pub(super) fn tcp() -> Rule {
     forwarded(Protocol::Tcp).to_queue(0)
 }
 
-async fn waiting(queue: &mut Queue) -> Packet {
+pub(super) async fn waiting(queue: &mut Queue) -> Packet {
     tokio::time::timeout(Duration::from_secs(3), next(queue)).await.expect("no packet has come to the queue")
 }
 
 /// The next packet, which has these flags.
-async fn segment(queue: &mut Queue, flags: u8) -> Packet {
+pub(super) async fn segment(queue: &mut Queue, flags: u8) -> Packet {
     let packet = waiting(queue).await;
     assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
     packet
 }
 
-async fn pass_segment(queue: &mut Queue, flags: u8) {
+pub(super) async fn pass_segment(queue: &mut Queue, flags: u8) {
     confirm(segment(queue, flags).await.accept()).await.unwrap();
 }
 
 /// A connection whose packets are accepted one by one.
-async fn opened(hosts: &Hosts, queue: &mut Queue) {
+pub(super) async fn opened(hosts: &Hosts, queue: &mut Queue) {
     hosts.client(SYN, (1000, 0), b"");
     pass_segment(queue, SYN).await;
     hosts.server(SYN_ACK, (5000, 1001), b"");
@@ -233,14 +233,14 @@ fn packet(protocol: u8, from: SocketAddrV4, to: SocketAddrV4, rest: &[u8]) -> Ve
     bytes
 }
 
-const SCTP: u8 = 132;
-const INIT: u8 = 1;
-const INIT_ACK: u8 = 2;
-const COOKIE_ECHO: u8 = 10;
-const COOKIE_ACK: u8 = 11;
+pub(super) const SCTP: u8 = 132;
+pub(super) const INIT: u8 = 1;
+pub(super) const INIT_ACK: u8 = 2;
+pub(super) const COOKIE_ECHO: u8 = 10;
+pub(super) const COOKIE_ACK: u8 = 11;
 
 /// One side sends a packet with this verification tag and one chunk.
-fn sctp(hosts: &Hosts, of_client: bool, tag: u32, kind: u8, body: &[u8]) {
+pub(super) fn sctp(hosts: &Hosts, of_client: bool, tag: u32, kind: u8, body: &[u8]) {
     let [client, server] = hosts.addresses();
     let (side, from, to) = if of_client { (&hosts.client, client, server) } else { (&hosts.server, server, client) };
     let length = 4 + body.len() as u16;
@@ -252,7 +252,7 @@ fn sctp(hosts: &Hosts, of_client: bool, tag: u32, kind: u8, body: &[u8]) {
 }
 
 /// The body of INIT and INIT ACK.
-fn initiation(tag: u32) -> Vec<u8> {
+pub(super) fn initiation(tag: u32) -> Vec<u8> {
     [tag.to_be_bytes(), 65_535_u32.to_be_bytes(), [0, 1, 0, 1], 1_u32.to_be_bytes()].concat()
 }
 

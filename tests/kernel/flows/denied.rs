@@ -34,7 +34,8 @@ async fn other_side_of_a_dropped_connection_is_dropped_too() {
 }
 
 async fn when_there_is_no_room_the_next_packet_comes_to_the_queue() {
-    let talks: Vec<Talk> = (0..3).map(|_| Talk::loopback(LOOPBACKS[0])).collect();
+    // Each takes one of the four places; a conversation of both sides takes two.
+    let talks: Vec<Talk> = (0..5).map(|_| Talk::loopback(LOOPBACKS[0])).collect();
     let mut queue = bind();
     let rules = talks.iter().map(|talk| to_port(Hook::Output, talk.port()).to_queue(0));
     let _divert = table(rules).denied_flows(2, Duration::from_secs(60)).install().unwrap();
@@ -43,14 +44,14 @@ async fn when_there_is_no_room_the_next_packet_comes_to_the_queue() {
         confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
         talk.silent();
     }
-    for talk in &talks[..2] {
+    for talk in &talks[..4] {
         talk.ask(2);
         queue_is_empty(&mut queue);
         talk.silent();
     }
-    talks[2].ask(2);
+    talks[4].ask(2);
     pass(&mut queue).await;
-    talks[2].asked(2);
+    talks[4].asked(2);
 }
 
 async fn denied_connection_is_forgotten_after_its_time() {

@@ -4,6 +4,7 @@
 mod adversary;
 mod attack;
 mod attack_more;
+mod attack_third;
 mod denied;
 mod forgetting;
 mod meeting;
@@ -35,6 +36,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         adversary::tests(),
         attack::tests(),
         attack_more::tests(),
+        attack_third::tests(),
         udp::tests(),
         tcp::tests(),
         denied::tests(),
