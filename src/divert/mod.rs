@@ -3,6 +3,7 @@
 mod action;
 mod builder;
 mod chain;
+mod chained;
 mod checked;
 mod denied;
 mod dump;
