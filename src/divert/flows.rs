@@ -35,6 +35,8 @@
 //! | `flow_replies` | may be replies of this host to a rejected packet |
 //! | `flow_verdict_accept`, `flow_save`, `flow_save_first` | have a verdict that accepts their connection |
 //! | `flow_verdict_drop`, `flow_verdict_reject`, `flow_reject_packet` | have another verdict |
+//!
+//! With [`offload`](super::offload) there are more.
 
 use crate::types::{
     Hook,
@@ -50,6 +52,7 @@ use super::{
     family::IpVersion,
     flow_chain::{FlowChain, Way},
     matching::{ConnectionState, Match, Protocol, TcpFlags},
+    offload,
     tuple::Of,
 };
 
@@ -175,6 +178,9 @@ impl<'a> Flows<'a> {
             chains.extend([self.denied(way), self.rejected(way)]);
             chains.extend(way.has_replies().then(|| self.replies(way)));
         }
+        if self.surroundings.offloads() {
+            chains.extend(offload::common_chains(self.surroundings));
+        }
         chains.into_iter().flat_map(|chain| chain.rules).collect()
     }
 
@@ -222,6 +228,10 @@ impl<'a> Flows<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Begins);
         chain.push(&[self.marked(marks.denied())], Action::Return);
+        // The older connection may be in the flowtable, or come into it at this moment.
+        if self.surroundings.offloads() {
+            chain.push(&[Match::assured()], jump(FlowChain::Recall));
+        }
         // Packets of the older connection may be in the queue: their verdicts do not hold for the
         // new one.
         let confirmed = chain.push(&[Match::confirmed()], Action::Continue);
@@ -496,6 +506,7 @@ impl<'a> Flows<'a> {
     fn verdict_drop(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::VerdictDrop);
         chain.remember_verdict(false);
+        self.recall(&mut chain);
         chain.change(&[], self.save(self.table.marks.denied()));
         chain.drop();
         chain
@@ -505,9 +516,19 @@ impl<'a> Flows<'a> {
         let way = if can_reject { Way::In } else { Way::Leaving };
         let mut chain = self.of_way(FlowChain::VerdictReject { can_reject }, way);
         chain.remember_verdict(true);
+        self.recall(&mut chain);
         chain.change(&[], self.save(self.table.marks.denied()));
         chain.reject(can_reject);
         chain
+    }
+
+    /// The denied connection may be in the flowtable, or come into it at this moment: by a packet
+    /// that has seen its mark before, and not that it is listed.
+    fn recall(self, chain: &mut Chained<'a>) {
+        if self.surroundings.offloads() {
+            let rule = chain.push(&[self.marked(self.table.marks.accepted())], Action::Continue);
+            rule.remember = Some(Remember::Recalled);
+        }
     }
 
     fn reject_packet(self, can_reject: bool) -> Chained<'a> {
@@ -613,9 +634,20 @@ impl<'a> Flows<'a> {
     }
 
     /// The rules of a chain that sends packets to queues, for the rule of this index.
-    pub(super) fn queue_rules(self, index: Option<usize>, queues: Queues, place: Place) -> Vec<KernelRule<'a>> {
+    pub(super) fn queue_rules(
+        self,
+        index: Option<usize>,
+        target: Target,
+        queues: Queues,
+        place: Place,
+    ) -> Vec<KernelRule<'a>> {
         let marks = self.table.marks;
-        let mut chain = Chained::new(Target::Queues(queues).name(), place, self.surroundings);
+        let mut chain = Chained::new(target.name(), place, self.surroundings);
+        if let Target::OffloadOrQueues(_) = target {
+            let established = Match::connection_state([ConnectionState::Established]);
+            let protocols = Match::protocols([Protocol::Tcp, Protocol::Udp]);
+            chain.push(&[self.marked(marks.accepted()), established, protocols], jump(FlowChain::Offload));
+        }
         chain.push(&[self.marked(marks.accepted())], Action::Accept);
         let codes = self.codes();
         let code = |code| Change { field: Field::Priority, value: code, mask: flow_codes::CODE };
