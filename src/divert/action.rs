@@ -7,7 +7,7 @@ use super::{
     chain::{Place, chain_name},
     encoder::{Encoder, QueueMethod, number},
     facts::Facts,
-    family::TableFamily,
+    family::{IpVersion, TableFamily},
     flow_chain::FlowChain,
 };
 
@@ -29,6 +29,8 @@ pub(super) enum Action {
     Jump(Target),
     /// Continue in the chain that has led to this one.
     Return,
+    /// Put the connection into the flowtable, if the kernel can, and continue with the next rule.
+    Offload,
 }
 
 /// A chain to which rules lead.
@@ -36,6 +38,8 @@ pub(super) enum Action {
 pub(super) enum Target {
     /// Sends packets to queues, except those of accepted connections.
     Queues(Queues),
+    /// The same at `Forward`, in a table with a flowtable: puts accepted connections into it.
+    OffloadOrQueues(Queues),
     /// Carries out verdicts for connections.
     Flow(FlowChain),
     /// The chain of a place, in a table with this default priority, before the user's rules.
@@ -48,6 +52,7 @@ impl Target {
     /// The name of the chain.
     pub(super) fn name(self) -> String {
         match self {
+            Self::OffloadOrQueues(queues) => format!("{}_forward", Self::Queues(queues).name()),
             Self::Queues(Queues { first, last, fanout, bypass }) => {
                 let mut name = format!("to_queue_{first}");
                 name.push_str(&if first == last { String::new() } else { format!("_{last}") });
@@ -77,6 +82,10 @@ pub(super) enum Field {
     Mark,
     Priority,
     ConnectionMark,
+    /// The priority becomes what the packet has as TTL or hop limit, and that becomes 0.
+    TakenTtl(IpVersion),
+    /// The reverse. The priority becomes 0.
+    RestoredTtl(IpVersion),
 }
 
 /// `field = field & !mask | value`
@@ -98,6 +107,18 @@ impl Change {
                 encoder.bitwise(keep, value);
                 return encoder.set_connection(CT_MARK);
             }
+            Field::TakenTtl(version) => {
+                encoder.ttl(version);
+                encoder.set_meta(MetaKey::Priority);
+                encoder.value(vec![0]);
+                return encoder.set_ttl(version);
+            }
+            Field::RestoredTtl(version) => {
+                encoder.meta(MetaKey::Priority);
+                encoder.set_ttl(version);
+                encoder.value(vec![0; 4]);
+                return encoder.set_meta(MetaKey::Priority);
+            }
         };
         encoder.meta(key);
         encoder.bitwise(keep, value);
@@ -109,6 +130,13 @@ impl Change {
             Field::Mark => "meta mark",
             Field::Priority => "meta priority",
             Field::ConnectionMark => "ct mark",
+            Field::TakenTtl(version) => {
+                let ttl = ttl(version);
+                let map: Vec<String> = TTLS.map(|ttl| format!("{ttl} : {ttl:#x}")).collect();
+                return format!("meta priority set {ttl} map {{ {} }} {ttl} set 0", map.join(", "));
+            }
+            // See `KernelRule::nft_rules`.
+            Field::RestoredTtl(_) => return String::new(),
         };
         if self.mask == u32::MAX {
             return format!("{field} set {:#x}", self.value);
@@ -138,6 +166,10 @@ impl Action {
             Self::Goto(target) => encoder.chain(NFT_GOTO, target.name()),
             Self::Jump(target) => encoder.chain(NFT_JUMP, target.name()),
             Self::Return => encoder.verdict(NFT_RETURN.cast_unsigned()),
+            Self::Offload => {
+                let name = DefaultNla::new(NFTA_FLOW_TABLE_NAME, [FLOWTABLE.as_bytes(), b"\0"].concat());
+                encoder.other("flow_offload", vec![name]);
+            }
         }
     }
 
@@ -150,6 +182,7 @@ impl Action {
             Self::Goto(target) => format!("goto {}", target.name()),
             Self::Jump(target) => format!("jump {}", target.name()),
             Self::Return => "return".to_owned(),
+            Self::Offload => format!("flow add @{FLOWTABLE}"),
             Self::ResetTcp => "reject with tcp reset".to_owned(),
             Self::Unreachable => match facts.table {
                 TableFamily::Inet | TableFamily::Bridge => "reject with icmpx type port-unreachable",
@@ -167,6 +200,20 @@ impl Action {
                 format!("queue num {range} {}", flags.join(",")).trim_end().to_owned()
             }
         }
+    }
+}
+
+/// The name of the flowtable.
+pub(super) const FLOWTABLE: &str = "flow_accepted_connections";
+
+/// The TTLs and hop limits that [`Field::TakenTtl`] takes.
+pub(super) const TTLS: std::ops::RangeInclusive<u8> = 2..=255;
+
+/// The field in the language of nft.
+pub(super) fn ttl(version: IpVersion) -> &'static str {
+    match version {
+        IpVersion::V4 => "ip ttl",
+        IpVersion::V6 => "ip6 hoplimit",
     }
 }
 
@@ -207,6 +254,7 @@ fn reject(kind: u32, code: u8, encoder: &mut Encoder) {
 const NFT_JUMP: i32 = -3;
 const NFT_GOTO: i32 = -4;
 const NFT_RETURN: i32 = -5;
+const NFTA_FLOW_TABLE_NAME: u16 = 1;
 const NFTA_QUEUE_NUM: u16 = 1;
 const NFTA_QUEUE_TOTAL: u16 = 2;
 const NFTA_QUEUE_FLAGS: u16 = 3;

@@ -21,6 +21,7 @@ use super::{
     forget::forget_marks,
     layout::Layout,
     nft::{Batch, ChainKind, Subject},
+    offload::{Interfaces, SHORTEST_DENIAL},
     priority::Priority,
     rule::Rule,
     script::script,
@@ -49,6 +50,7 @@ pub struct DivertBuilder {
     flow_marks: Option<FlowMarks>,
     /// Capacity and time-out of the sets of denied connections.
     denied: (u32, Duration),
+    offload: Option<Interfaces>,
     rules: Vec<Rule>,
 }
 
@@ -65,6 +67,7 @@ impl DivertBuilder {
             defragment: None,
             flow_marks: None,
             denied: (65_535, Duration::from_secs(600)),
+            offload: None,
             rules: Vec::new(),
         }
     }
@@ -150,8 +153,8 @@ impl DivertBuilder {
     }
 
     /// How many dropped and how many rejected connections of each IP version the table remembers at
-    /// least, and for how long after their last packet. Default: 65 535, and ten minutes: five times
-    /// the longest interval in which TCP sends a segment again.
+    /// least, and for how long after their last packet. Default: 65 535, and ten minutes: five
+    /// times the longest interval in which TCP sends a segment again.
     ///
     /// If there is no room, a connection is denied only as long as connection tracking has an
     /// entry for it: not if its first packet was denied, so that its next packet comes to the
@@ -160,6 +163,45 @@ impl DivertBuilder {
     /// packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).
     pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
         self.denied = (capacity, timeout);
+        self
+    }
+
+    /// Lets accepted connections leave the hooks: TCP and UDP that this host forwards between these
+    /// interfaces, after [`accept().for_flow()`](crate::Verdict::for_flow). Default: off.
+    ///
+    /// The kernel then forwards their packets when they arrive, past all hooks (an nf_tables
+    /// flowtable). [`guide::flows`](crate::guide::flows#accepted-connections-past-the-hooks) says
+    /// what the price is. In short:
+    ///
+    /// - Nothing sees the packets any more: no rule and no counter of this table or of another
+    ///   program, at `Prerouting`, `Forward` and `Postrouting`. A rule that drops them, changes
+    ///   them or sends them to another table's queue misses them.
+    /// - The list of interfaces is static.
+    ///
+    /// What begins a connection is still asked about, and a denial holds.
+    ///
+    /// It needs [`flow_marks`](Self::flow_marks), the family [`Inet`](TableFamily::Inet), a rule or
+    /// a [chain](Self::chain) at [`Forward`](Hook::Forward), and [denials](Self::denied_flows) that
+    /// are remembered for at least 60 s. Both interfaces of a connection must be named.
+    ///
+    /// An interface must carry packets of its own: Ethernet, a bridge, a VLAN, WireGuard or TUN. It
+    /// cannot be the port of a bridge or a bond, a tunnel of another kind, PPP, or one that carries
+    /// another of these interfaces. Do not name an interface with macvlan or ipvlan children in
+    /// other network namespaces that forward packets themselves.
+    ///
+    /// A rule with a [rate](super::Match::rate_above) at these hooks is refused, unless it is
+    /// limited to certain TCP flags or connection states.
+    /// [`first_bytes`](super::Match::first_bytes) counts offloaded packets too.
+    pub fn offload(mut self, interfaces: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.offload = Some(Interfaces::Named(interfaces.into_iter().map(Into::into).collect()));
+        self
+    }
+
+    /// As [`offload`](Self::offload), between all interfaces that are up when the table is
+    /// installed, except those that `offload` cannot name. Of an interface and one that it carries,
+    /// such as a VLAN, it is the latter.
+    pub fn offload_all(mut self) -> Self {
+        self.offload = Some(Interfaces::All);
         self
     }
 
@@ -218,15 +260,16 @@ impl DivertBuilder {
     ///   namespace that owns the network namespace, or a capability that
     ///   [`namespace`](Self::namespace) needs.
     /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, with flow marks no
-    ///   `NF_CT_NETLINK`, no tables with owners (before Linux 5.12), neither the `queue` expression
-    ///   nor the `NFQUEUE` target, or lacks another expression that a rule needs.
+    ///   `NF_CT_NETLINK`, with [`offload`](Self::offload) no flowtables, no tables with owners
+    ///   (before Linux 5.12), neither the `queue` expression nor the `NFQUEUE` target, or lacks
+    ///   another expression that a rule needs.
     /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
     /// * [`Other`](ErrorKind::Other): a table of this name exists (`EEXIST`, or `EPERM` if another
     ///   socket owns it), [`namespace`](Self::namespace) is not a network namespace, or the kernel
     ///   returns another error.
     pub fn install(&self) -> Result<Divert, Error> {
-        let connection = self.open()?;
-        self.install_on(connection).map_err(|(error, _)| error)
+        let (connection, devices) = self.open()?;
+        self.install_on(connection, &devices).map_err(|(error, _)| error)
     }
 
     /// As [`install`](Self::install), but waits while another socket owns a table of this name, and
@@ -253,16 +296,16 @@ impl DivertBuilder {
     pub fn install_when_free(&self) -> impl Future<Output = Result<Divert, Error>> + Send + use<> {
         let builder = self.clone();
         let opened = match Handle::try_current() {
-            Ok(runtime) => builder.open().map(|connection| (runtime, connection)),
+            Ok(runtime) => builder.open().map(|opened| (runtime, opened)),
             Err(_) => Err(Error::new(ErrorKind::NoRuntime, "install rules")),
         };
         async move {
-            let (runtime, mut connection) = opened?;
+            let (runtime, (mut connection, devices)) = opened?;
             let mut pauses = Pauses::new("install rules", QueueClock::System)?;
-            let builder = Arc::new(builder);
+            let builder = Arc::new((builder, devices));
             loop {
                 let installer = Arc::clone(&builder);
-                let installing = runtime.spawn_blocking(move || installer.install_on(connection));
+                let installing = runtime.spawn_blocking(move || installer.0.install_on(connection, &installer.1));
                 let result = installing.await;
                 match result
                     .map_err(|source| Error::new(ErrorKind::NoRuntime, "install rules").with_source(source.into()))?
@@ -280,37 +323,50 @@ impl DivertBuilder {
         }
     }
 
-    /// Checks the rules, and opens the socket.
-    fn open(&self) -> Result<Connection, Error> {
+    /// Checks the rules, and opens the socket. Also returns the interfaces of the flowtable.
+    fn open(&self) -> Result<(Connection, Vec<String>), Error> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
-        let surroundings = self.check().map_err(invalid)?;
-        check_rules(&self.rules, surroundings).map_err(invalid)?;
+        self.check(&[]).map_err(invalid)?;
+        let devices = self.devices("install rules")?;
+        check_rules(&self.rules, self.check(&devices).map_err(invalid)?).map_err(invalid)?;
         let failed = |error| Error::os("open a netlink socket for nf_tables", error);
         let open = || Connection::open(self.family);
         let opened = match &self.namespace {
             None => open(),
             Some(namespace) => namespace.run(open)?,
         };
-        opened.map_err(failed)
+        Ok((opened.map_err(failed)?, devices))
+    }
+
+    /// The interfaces of the flowtable.
+    fn devices(&self, operation: &'static str) -> Result<Vec<String>, Error> {
+        let Some(interfaces) = &self.offload else { return Ok(Vec::new()) };
+        let listed = match &self.namespace {
+            None => interfaces.names(),
+            Some(namespace) => namespace.run(|| interfaces.names())?,
+        };
+        let names = listed.map_err(|error| Error::os("list the interfaces", error))?;
+        names.map_err(|reason| Error::new(ErrorKind::InvalidInput, operation).with_detail(reason))
     }
 
     /// Returns the socket if there is an error.
-    fn install_on(&self, mut connection: Connection) -> Result<Divert, (Error, Connection)> {
-        match self.transact(&mut connection) {
+    fn install_on(&self, mut connection: Connection, devices: &[String]) -> Result<Divert, (Error, Connection)> {
+        match self.transact(&mut connection, devices) {
             Ok((table, state)) => {
                 let Installed { priority, flows, method, places, hooks, chains } = state;
                 let rules = self.rules.clone();
                 let state = State { connection, method, places, hooks, rules, foreign: None, chains };
                 let sets = self.sets.clone();
-                Ok(Divert { table, family: self.family, priority, flows, sets, state: Mutex::new(state) })
+                let offload = devices.to_vec();
+                Ok(Divert { table, family: self.family, priority, flows, sets, offload, state: Mutex::new(state) })
             }
             Err(error) => Err((error, connection)),
         }
     }
 
-    fn transact(&self, connection: &mut Connection) -> Result<(String, Installed), Error> {
+    fn transact(&self, connection: &mut Connection, devices: &[String]) -> Result<(String, Installed), Error> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
-        let surroundings = self.check().map_err(invalid)?;
+        let surroundings = self.check(devices).map_err(invalid)?;
         let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
         let places = self.places(&rules);
         let layout = Layout::new(rules, &places, surroundings);
@@ -329,9 +385,13 @@ impl DivertBuilder {
             self.sets.iter().for_each(|set| batch.create_set(set));
             if let Some(flows) = surroundings.flows {
                 batch.create_denied_sets(self.family, flows);
+                if surroundings.offloads() {
+                    batch.create_recalled_set(flows);
+                    batch.create_flowtable(devices);
+                }
             }
             let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
-            layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind));
+            layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind, devices));
             rules.iter().for_each(|rule| batch.add_rule(rule));
             batch.commands
         };
@@ -365,7 +425,8 @@ impl DivertBuilder {
     ///
     /// The script makes an ordinary table, which no process owns. With
     /// [`flow_marks`](Self::flow_marks), the script names denied connections by addresses and ports
-    /// of the packet, where the installed rules use those of the connection.
+    /// of the packet, where the installed rules use those of the connection. With
+    /// [`offload_all`](Self::offload_all), it names the interfaces that are up now.
     /// Without a [table name](Self::table), the table is called `tokio_nfqueue`.
     ///
     /// # Errors
@@ -375,13 +436,19 @@ impl DivertBuilder {
     /// `_`, and begins with a letter.
     pub fn to_nft(&self) -> Result<String, Error> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "print rules").with_detail(detail);
-        let surroundings = self.check().map_err(invalid)?;
+        self.check(&[]).map_err(invalid)?;
+        let devices = match &self.offload {
+            Some(Interfaces::Named(names)) => names.clone(),
+            _ => self.devices("print rules")?,
+        };
+        let surroundings = self.check(&devices).map_err(invalid)?;
         let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
         let table = self.table.as_deref().unwrap_or("tokio_nfqueue");
         print(table, surroundings, &self.rules, &self.places(&rules))
     }
 
-    fn check(&self) -> Result<Surroundings<'_>, String> {
+    /// `devices` are the interfaces of the flowtable.
+    fn check<'a>(&'a self, devices: &'a [String]) -> Result<Surroundings<'a>, String> {
         self.table.as_deref().map_or(Ok(()), check_table_name)?;
         if self.rules.is_empty() && self.sets.is_empty() && self.chains.is_empty() {
             return Err("there is no rule; add one with rule()".to_owned());
@@ -408,7 +475,25 @@ impl DivertBuilder {
                 return Err(format!("set {name:?}: name: flow marks need a set of this name"));
             }
         }
-        Ok(Surroundings { family: self.family, sets: &self.sets, priority: self.priority.number(), flows })
+        if let Some(interfaces) = &self.offload {
+            interfaces.check()?;
+            let Some(flows) = flows else { return Err("offload: it needs flow marks".to_owned()) };
+            if self.family != TableFamily::Inet {
+                return Err("offload: it needs a table of the family inet".to_owned());
+            }
+            if flows.timeout < SHORTEST_DENIAL {
+                return Err(format!("offload: denied flows must be remembered for at least {SHORTEST_DENIAL:?}"));
+            }
+            let hooks = self.rules.iter().map(|rule| rule.hook).chain(self.chains.iter().map(|(hook, _)| *hook));
+            if !hooks.into_iter().any(|hook| hook == Hook::Forward) {
+                return Err("offload: there is no rule or chain at forward".to_owned());
+            }
+            if self.sets.iter().any(|set| set.name() == denied::RECALLED) {
+                return Err(format!("set {:?}: name: offload needs a set of this name", denied::RECALLED));
+            }
+        }
+        let priority = self.priority.number();
+        Ok(Surroundings { family: self.family, sets: &self.sets, priority, flows, offload: devices })
     }
 
     fn places(&self, rules: &[KernelRule<'_>]) -> Vec<Place> {

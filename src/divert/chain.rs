@@ -12,6 +12,13 @@ pub(super) struct Chain {
     pub(super) fixed: bool,
 }
 
+/// The hook of packets that arrive by an interface, before all others. A chain there is bound to
+/// interfaces (`NF_INET_INGRESS`, uapi/linux/netfilter.h).
+pub(super) const INGRESS: Hook = Hook::Other(5);
+
+/// The priority of the flowtable at this hook: that of other programs' flowtables and filters.
+pub(super) const FLOWTABLE_PRIORITY: i32 = 0;
+
 /// `NFT_NAME_MAXLEN` of the kernel, without the NUL.
 pub(super) const LONGEST_NAME: usize = 255;
 
@@ -55,6 +62,7 @@ pub(super) fn hook_name(hook: Hook) -> &'static str {
         Hook::Forward => "forward",
         Hook::Output => "output",
         Hook::Postrouting => "postrouting",
+        INGRESS => "ingress",
         Hook::Other(_) => "other",
     }
 }

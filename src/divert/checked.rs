@@ -5,7 +5,7 @@ use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, Met
 use crate::types::Hook;
 
 use super::{
-    action::{Action, Change, Field, Queues, Target},
+    action::{Action, Change, Field, Queues, TTLS, Target, ttl},
     chain::{Place, chain_name},
     denied::{FlowTable, Remember},
     encoder::{AnonymousSet, Encoder, Encoding, Range, complement, merge},
@@ -42,6 +42,14 @@ pub(super) struct Surroundings<'a> {
     /// The priority of rules without one of their own.
     pub(super) priority: i32,
     pub(super) flows: Option<FlowTable>,
+    /// The interfaces between which accepted connections leave the hooks.
+    pub(super) offload: &'a [String],
+}
+
+impl Surroundings<'_> {
+    pub(super) fn offloads(self) -> bool {
+        !self.offload.is_empty()
+    }
 }
 
 impl KernelRule<'_> {
@@ -69,6 +77,17 @@ impl KernelRule<'_> {
         }
         self.action.encode(&self.facts, &mut encoder);
         encoder.finish()
+    }
+
+    /// The rules in the language of nft that do what this one does.
+    pub(super) fn nft_rules(&self) -> Vec<String> {
+        let Some(Change { field: Field::RestoredTtl(version), .. }) = self.changes.first() else {
+            return vec![self.nft()];
+        };
+        // nft writes only constants to the TTL.
+        let field = ttl(*version);
+        let restored = |number| format!(" meta priority {number:#x} {field} set {number} meta priority set 0x0 accept");
+        TTLS.map(|number| self.nft().replace(" accept", &restored(number))).collect()
     }
 
     /// The rule in the language of nft.
@@ -99,11 +118,16 @@ impl KernelRule<'_> {
     }
 
     pub(super) fn queues(&self) -> bool {
-        matches!(self.action, Action::Queue(_) | Action::Goto(Target::Queues(_)))
+        matches!(self.action, Action::Queue(_) | Action::Goto(Target::Queues(_) | Target::OffloadOrQueues(_)))
     }
 
     pub(super) fn rejects(&self) -> bool {
         matches!(self.action, Action::ResetTcp | Action::Unreachable)
+    }
+
+    /// Whether the rule moves packets past the flowtable, or puts connections into it.
+    pub(super) fn moves_past(&self) -> bool {
+        self.changes.iter().any(|change| matches!(change.field, Field::TakenTtl(_) | Field::RestoredTtl(_)))
     }
 
     /// Whether the rule needs connection tracking.
@@ -199,6 +223,9 @@ impl Rule {
         }
         let priority = self.priority.map_or(surroundings.priority, |priority| priority.number());
         let place = Place { hook: self.hook, priority };
+        if surroundings.offloads() {
+            check_sees_all(self.hook, &conditions)?;
+        }
         if let Some(flows) = surroundings.flows {
             flows.check_place(place)?;
             let overlaps =
@@ -218,6 +245,9 @@ impl Rule {
             remember: None,
             counts: true,
             action: match action {
+                Action::Queue(queues) if surroundings.offloads() && self.hook == Hook::Forward => {
+                    Action::Goto(Target::OffloadOrQueues(queues))
+                }
                 Action::Queue(queues) if surroundings.flows.is_some() => Action::Goto(Target::Queues(queues)),
                 action => action,
             },
@@ -362,6 +392,24 @@ fn check_comment(text: &str) -> Result<(), String> {
     }
     if text.chars().any(|c| c.is_control() || c == '"') {
         return Err("comment: it contains '\"' or a control character".to_owned());
+    }
+    Ok(())
+}
+
+/// Refuses rules that would silently miss packets of offloaded connections: those that limit a
+/// rate, unless they concern only some packets of connections.
+fn check_sees_all(hook: Hook, conditions: &[(Match, bool)]) -> Result<(), String> {
+    let has = |fields: &[&str]| {
+        let mut required = conditions.iter().filter(|(_, negated)| !negated);
+        required.any(|(condition, _)| fields.contains(&condition.condition().field()))
+    };
+    // A negated rate is a rate too.
+    let limits = conditions.iter().any(|(condition, _)| condition.condition().field() == "rate");
+    let forwarded = matches!(hook, Hook::Prerouting | Hook::Forward | Hook::Postrouting);
+    if forwarded && limits && !has(&["TCP flags", "connection state"]) {
+        return Err("rate: packets of offloaded connections would not count; \
+                    limit the rule to certain TCP flags or connection states"
+            .to_owned());
     }
     Ok(())
 }

@@ -103,6 +103,8 @@ pub(super) enum Remember {
     Replied(IpVersion),
     /// A connection that a packet without an entry begins, by the packet's addresses and ports.
     Begun(IpVersion),
+    /// A connection whose packets must not take the flowtable, by the ports that they arrive with.
+    Recalled,
 }
 
 impl Remember {
@@ -129,6 +131,7 @@ impl Remember {
                 let [ports, reversed] = Of::Connection.both().map(add);
                 [update(replied(version), tuple::nft(version, Of::Connection)), ports, reversed].join(" ")
             }
+            Self::Recalled => Of::Connection.both().map(|of| update(RECALLED, tuple::nft_ports(of))).join(" "),
             // nft has no type for the ports of a connection.
             Self::Translated(_) => String::new(),
         }
@@ -136,6 +139,12 @@ impl Remember {
 
     pub(super) fn encode(self, encoder: &mut Encoder) {
         match self {
+            Self::Recalled => {
+                tuple::load_ports(Of::Connection, REG32_00, encoder);
+                encoder.update_set(RECALLED, None);
+                tuple::load_reply_ports(REG32_00, encoder);
+                encoder.update_set(RECALLED, None);
+            }
             Self::Denied(set, of) => {
                 // The ports come first: if there is no room for them, the rule ends here.
                 for of in of.both() {
@@ -258,6 +267,16 @@ pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
 
 /// The set of the ports of denied connections.
 pub(super) const PORTS: &str = "flow_denied_ports";
+
+/// The set of the ports of connections whose packets must not take the flowtable.
+pub(super) const RECALLED: &str = "flow_recalled_ports";
+
+/// For how long they are remembered. The kernel removes a connection that gets no packets from the
+/// flowtable earlier (`nf_flowtable_tcp_timeout`, `nf_flowtable_udp_timeout`: 30 s).
+pub(super) const RECALL: Duration = Duration::from_secs(300);
+
+/// How many elements [`RECALLED`] can have: two for each connection.
+pub(super) const RECALLED_CAPACITY: u32 = 2 * 65_536;
 
 /// The elements of [`PORTS`] for this number of denied connections: two for each, and room for the
 /// others, of both IP versions. The kernel removes expired elements once a second, so that rejected

@@ -179,6 +179,32 @@ impl Encoder {
         self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, length, REG_1);
     }
 
+    /// Loads the TTL or the hop limit into the first register.
+    pub(super) fn ttl(&mut self, version: IpVersion) {
+        self.payload(NFT_PAYLOAD_NETWORK_HEADER, ttl(version), 1, REG_1);
+    }
+
+    /// Stores the first byte of the first register as TTL or hop limit.
+    pub(super) fn set_ttl(&mut self, version: IpVersion) {
+        let mut attributes = vec![
+            number(NFTA_PAYLOAD_SREG, REG_1),
+            number(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER),
+            number(NFTA_PAYLOAD_OFFSET, ttl(version)),
+            number(NFTA_PAYLOAD_LEN, 1),
+        ];
+        if version == IpVersion::V4 {
+            let checksum = [(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET), (NFTA_PAYLOAD_CSUM_OFFSET, 10)];
+            attributes.extend(checksum.map(|(kind, value)| number(kind, value)));
+        }
+        self.other("payload", attributes);
+    }
+
+    /// Loads the EtherType of the frame into the first register. Ends the rule for packets without
+    /// a link-layer header. That of a frame with a VLAN tag is the VLAN's.
+    pub(super) fn ethertype(&mut self) {
+        self.payload(NFT_PAYLOAD_LL_HEADER, 12, 2, REG_1);
+    }
+
     fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
         self.list.push(Expressions::Payload(vec![
             Payload::DestinationRegister(Register::Other(register)),
@@ -371,6 +397,14 @@ fn address(version: IpVersion, end: Endpoint) -> (u32, u32) {
     }
 }
 
+/// Offset in the network header.
+fn ttl(version: IpVersion) -> u32 {
+    match version {
+        IpVersion::V4 => 8,
+        IpVersion::V6 => 7,
+    }
+}
+
 /// Offset in the transport header.
 fn port(end: Endpoint) -> u32 {
     match end {
@@ -457,6 +491,14 @@ const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const NFT_DYNSET_OP_DELETE: u32 = 2;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;
+const NFTA_PAYLOAD_BASE: u16 = 2;
+const NFTA_PAYLOAD_OFFSET: u16 = 3;
+const NFTA_PAYLOAD_LEN: u16 = 4;
+const NFTA_PAYLOAD_SREG: u16 = 5;
+const NFTA_PAYLOAD_CSUM_TYPE: u16 = 6;
+const NFTA_PAYLOAD_CSUM_OFFSET: u16 = 7;
+const NFT_PAYLOAD_CSUM_INET: u32 = 1;
+const NFT_PAYLOAD_LL_HEADER: u32 = 0;
 const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 

@@ -46,6 +46,7 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         Some(Subject::Set(name)) => format!("{operation}, set {name}"),
         Some(Subject::Hooks(name)) => format!("{operation}, {name}"),
         Some(Subject::Flows) => format!("{operation}, flow marks"),
+        Some(Subject::Flowtable | Subject::PastFlowtable) => format!("{operation}, offload"),
         Some(Subject::Table) | None => operation,
     };
     let lacking = lacks_expression(&refusal, commands, rules);
@@ -65,6 +66,17 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         (Some(Errno::OPNOTSUPP | Errno::INVAL), Some(Subject::Table)) => {
             (ErrorKind::Unsupported, Some("tables with an owner need Linux 5.12 or later"))
         }
+        (Some(Errno::NOENT | Errno::OPNOTSUPP), Some(Subject::Flowtable)) => (
+            ErrorKind::Unsupported,
+            Some("the kernel has no flowtables (NF_FLOW_TABLE_INET, NFT_FLOW_OFFLOAD), or an interface has gone"),
+        ),
+        // nft_payload_set_init
+        (Some(Errno::PERM), Some(Subject::PastFlowtable)) => (
+            ErrorKind::Unsupported,
+            Some(
+                "this kernel lets rules change packets only if the network namespace is of the initial user namespace",
+            ),
+        ),
         (Some(Errno::NOENT), Some(Subject::Hooks(_) | Subject::Flows)) => (ErrorKind::Unsupported, None),
         (Some(Errno::OPNOTSUPP | Errno::AFNOSUPPORT), _) => (ErrorKind::Unsupported, None),
         // nf_ct_netns_do_get

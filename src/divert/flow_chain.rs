@@ -36,6 +36,10 @@ pub(super) enum FlowChain {
     RejectPacket {
         can_reject: bool,
     },
+    Offload,
+    OffloadTo,
+    Recall,
+    Past,
 }
 
 impl FlowChain {
@@ -68,6 +72,10 @@ impl FlowChain {
             Self::SaveFirst => return "flow_save_first".to_owned(),
             Self::VerdictDrop => return "flow_verdict_drop".to_owned(),
             Self::VerdictReject { can_reject } => return rejecting("flow_verdict_reject", can_reject),
+            Self::Offload => return "flow_offload".to_owned(),
+            Self::OffloadTo => return "flow_offload_to".to_owned(),
+            Self::Recall => return "flow_recall".to_owned(),
+            Self::Past => return "flow_past".to_owned(),
             Self::RejectPacket { can_reject } => return rejecting("flow_reject_packet", can_reject),
         };
         format!("flow_{name}_{}", way.name())

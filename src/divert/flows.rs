@@ -36,6 +36,8 @@
 //! | `flow_replies` | may be replies of this host to a rejected packet |
 //! | `flow_verdict_accept`, `flow_save`, `flow_save_first` | have a verdict that accepts their connection |
 //! | `flow_verdict_drop`, `flow_verdict_reject`, `flow_reject_packet` | have another verdict |
+//!
+//! With [`offload`](super::offload) there are more.
 
 use crate::types::{
     Hook,
@@ -45,159 +47,15 @@ use crate::types::{
 use super::{
     action::{Action, Change, Field, Queues, Target},
     chain::{Chain, ChainType, Place, chain_name},
+    chained::{Chained, DCCP, SCTP, begin_so, first_packets, goto, jump},
     checked::{KernelRule, Surroundings},
     denied::{self, DeniedSet, FlowTable, Remember},
-    facts::Facts,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
     matching::{ConnectionState, Match, Protocol, TcpFlags},
+    offload,
     tuple::Of,
 };
-
-/// Builds rules for one chain.
-struct Chained<'a> {
-    chain: String,
-    place: Place,
-    surroundings: Surroundings<'a>,
-    rules: Vec<KernelRule<'a>>,
-}
-
-impl<'a> Chained<'a> {
-    fn new(chain: impl Into<String>, place: Place, surroundings: Surroundings<'a>) -> Self {
-        Self { chain: chain.into(), place, surroundings, rules: Vec::new() }
-    }
-
-    /// A chain of [`Flows::common_rules`].
-    fn common(chain: FlowChain, way: Way, surroundings: Surroundings<'a>) -> Self {
-        Self::new(chain.name(), Place { hook: way.hook(), priority: 0 }, surroundings)
-    }
-
-    /// Adds a rule.
-    fn push(&mut self, conditions: &[Match], action: Action) -> &mut KernelRule<'a> {
-        let facts = Facts {
-            table: self.surroundings.family,
-            hook: self.place.hook,
-            version: self.surroundings.family.version(),
-            protocols: None,
-            sets: self.surroundings.sets,
-        };
-        self.rules.push(KernelRule {
-            index: None,
-            chain: self.chain.clone(),
-            place: self.place,
-            comment: None,
-            facts,
-            conditions: conditions.iter().map(|condition| (condition.clone(), false)).collect(),
-            changes: Vec::new(),
-            remember: None,
-            counts: false,
-            action,
-        });
-        let last = self.rules.len() - 1;
-        &mut self.rules[last]
-    }
-
-    /// Adds a rule for packets of one version, if the table has them.
-    fn push_for(&mut self, version: IpVersion, conditions: &[Match], action: Action) {
-        if self.surroundings.family.version().is_none_or(|only| only == version) {
-            self.push(conditions, action).facts.version = Some(version);
-        }
-    }
-
-    fn change(&mut self, conditions: &[Match], change: Change) {
-        self.push(conditions, Action::Continue).changes.push(change);
-    }
-
-    /// Adds a rule for each set.
-    fn push_denied(&mut self, of: Of, action: impl Fn(DeniedSet) -> Action) {
-        for set in DeniedSet::all(self.surroundings.family) {
-            self.push_for(set.version, &[Match::denied(set, of)], action(set));
-        }
-    }
-
-    /// Adds rules that remember the connection in the sets of dropped or of rejected ones.
-    fn remember(&mut self, reject: bool, conditions: &[Match], of: Of, action: Action) {
-        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject) {
-            let rule = self.push(conditions, action);
-            rule.facts.version = Some(set.version);
-            rule.remember = Some(Remember::Denied(set, of));
-        }
-    }
-
-    fn remember_translated(&mut self) {
-        for version in denied::versions(self.surroundings.family) {
-            let rule = self.push(&[Match::destination_translated()], Action::Continue);
-            rule.facts.version = Some(version);
-            rule.remember = Some(Remember::Translated(version));
-        }
-    }
-
-    /// Adds the rules that remember a connection that a verdict denies. Each is tried even if there
-    /// is no room in another's set.
-    fn remember_verdict(&mut self, reject: bool) {
-        self.remember(reject, &[], Of::Connection, Action::Continue);
-        // Where no packet shows that it begins a connection, the other side's next packet is of the
-        // same conversation, also without its entry.
-        let start = self.rules.len();
-        self.remember(reject, &[Match::answered()], Of::ConnectionReversed, Action::Continue);
-        self.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((begin_so(), true)));
-        for version in denied::versions(self.surroundings.family) {
-            let rule = self.push(&[], Action::Continue);
-            rule.facts.version = Some(version);
-            rule.remember = Some(Remember::NotBeside(version));
-        }
-        self.remember_translated();
-        for version in denied::versions(self.surroundings.family) {
-            let rule = self.push(&[Match::unconfirmed()], Action::Continue);
-            rule.facts.version = Some(version);
-            rule.remember = Some(Remember::Recent(version));
-        }
-    }
-
-    /// Adds a rule for each kind of packet that begins a connection, where the protocol has such.
-    fn push_first(&mut self, further: &[Match], action: Action, change: Option<Change>) {
-        for first in first_packets() {
-            let conditions: Vec<Match> = first.into_iter().chain(further.iter().cloned()).collect();
-            self.push(&conditions, action).changes.extend(change);
-        }
-    }
-
-    /// Adds rules that reject. At `Postrouting` the kernel cannot: they drop.
-    fn reject(&mut self, can_reject: bool) {
-        if can_reject {
-            self.push(&[Match::protocol(Protocol::Tcp)], Action::ResetTcp).counts = true;
-            self.push(&[], Action::Unreachable).counts = true;
-        } else {
-            self.drop();
-        }
-    }
-
-    fn drop(&mut self) {
-        self.push(&[], Action::Drop).counts = true;
-    }
-}
-
-const SCTP: Protocol = Protocol::Other(132);
-const DCCP: Protocol = Protocol::Other(33);
-
-/// Packets that begin a connection. Connection tracking may count them to an older one.
-fn first_packets() -> [[Match; 2]; 3] {
-    // As `get_conntrack_index` does it: FIN does not count.
-    let syn = Match::tcp_flags(TcpFlags::SYN, TcpFlags::SYN | TcpFlags::RST | TcpFlags::ACK);
-    [
-        [Match::protocol(Protocol::Tcp), syn],
-        [Match::protocol(SCTP), Match::sctp_init()],
-        [Match::protocol(DCCP), Match::dccp_request()],
-    ]
-}
-
-fn goto(chain: FlowChain) -> Action {
-    Action::Goto(Target::Flow(chain))
-}
-
-fn jump(chain: FlowChain) -> Action {
-    Action::Jump(Target::Flow(chain))
-}
 
 /// The conditions, each perhaps negated, under which this is the first place of the table that a
 /// packet comes to. `None` if it never is. A verdict that the packet has had at an earlier place
@@ -345,6 +203,9 @@ impl<'a> Flows<'a> {
             chains.extend([self.denied(way), self.rejected(way)]);
             chains.extend(way.has_replies().then(|| self.replies(way)));
         }
+        if self.surroundings.offloads() {
+            chains.extend(offload::common_chains(self.surroundings));
+        }
         chains.into_iter().flat_map(|chain| chain.rules).collect()
     }
 
@@ -392,6 +253,10 @@ impl<'a> Flows<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Begins);
         chain.push(&[self.marked(marks.denied())], Action::Return);
+        // The older connection may be in the flowtable, or come into it at this moment.
+        if self.surroundings.offloads() {
+            chain.push(&[Match::assured()], jump(FlowChain::Recall));
+        }
         // Packets of the older connection may be in the queue: their verdicts do not hold for the
         // new one.
         let confirmed = chain.push(&[Match::confirmed()], Action::Continue);
@@ -683,6 +548,7 @@ impl<'a> Flows<'a> {
     fn verdict_drop(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::VerdictDrop);
         chain.remember_verdict(false);
+        self.recall(&mut chain);
         chain.change(&[], self.save(self.table.marks.denied()));
         chain.drop();
         chain
@@ -692,9 +558,19 @@ impl<'a> Flows<'a> {
         let way = if can_reject { Way::In } else { Way::Leaving };
         let mut chain = self.of_way(FlowChain::VerdictReject { can_reject }, way);
         chain.remember_verdict(true);
+        self.recall(&mut chain);
         chain.change(&[], self.save(self.table.marks.denied()));
         chain.reject(can_reject);
         chain
+    }
+
+    /// The denied connection may be in the flowtable, or come into it at this moment: by a packet
+    /// that has seen its mark before, and not that it is listed.
+    fn recall(self, chain: &mut Chained<'a>) {
+        if self.surroundings.offloads() {
+            let rule = chain.push(&[self.marked(self.table.marks.accepted())], Action::Continue);
+            rule.remember = Some(Remember::Recalled);
+        }
     }
 
     fn reject_packet(self, can_reject: bool) -> Chained<'a> {
@@ -805,9 +681,20 @@ impl<'a> Flows<'a> {
     }
 
     /// The rules of a chain that sends packets to queues, for the rule of this index.
-    pub(super) fn queue_rules(self, index: Option<usize>, queues: Queues, place: Place) -> Vec<KernelRule<'a>> {
+    pub(super) fn queue_rules(
+        self,
+        index: Option<usize>,
+        target: Target,
+        queues: Queues,
+        place: Place,
+    ) -> Vec<KernelRule<'a>> {
         let marks = self.table.marks;
-        let mut chain = Chained::new(Target::Queues(queues).name(), place, self.surroundings);
+        let mut chain = Chained::new(target.name(), place, self.surroundings);
+        if let Target::OffloadOrQueues(_) = target {
+            let established = Match::connection_state([ConnectionState::Established]);
+            let protocols = Match::protocols([Protocol::Tcp, Protocol::Udp]);
+            chain.push(&[self.marked(marks.accepted()), established, protocols], jump(FlowChain::Offload));
+        }
         chain.push(&[self.marked(marks.accepted())], Action::Accept);
         let codes = self.codes();
         let code = |code| Change { field: Field::Priority, value: code, mask: flow_codes::CODE };
@@ -870,11 +757,6 @@ impl<'a> Flows<'a> {
         chain.change(&[], CLEAR);
         chain.rules
     }
-}
-
-/// Packets of protocols that have packets of [`first_packets`].
-fn begin_so() -> Match {
-    Match::protocols([Protocol::Tcp, SCTP, DCCP])
 }
 
 /// Packets without an entry.

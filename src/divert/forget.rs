@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    collections::{BTreeSet, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -17,21 +18,30 @@ use crate::types::{Error, ErrorKind, FlowMarks};
 use super::{
     denied::{self, DeniedSet},
     dump::{self, attribute},
-    encoder::number,
+    encoder::{Encoding, QueueMethod, number},
+    failure,
     family::IpVersion,
-    nft,
-    socket::Connection,
+    nft::{self, Batch, Element},
+    socket::{Connection, Outcome, Refusal},
     tuple::FlowTuple,
 };
 
-/// Removes the marks of all connections, or of one. Returns the connections that had a verdict, if
-/// one was named.
+/// The connections of which a verdict has been forgotten.
+#[derive(Debug, Default)]
+pub(super) struct Forgotten {
+    /// Those that had a verdict, if one was named.
+    pub(super) flows: Vec<FlowTuple>,
+    /// Those that were accepted: the tuples of their first packets.
+    accepted: HashSet<FlowTuple>,
+}
+
+/// Removes the marks of all connections, or of one.
 pub(super) fn forget_marks(
     connection: &mut Connection,
     marks: FlowMarks,
     flow: Option<FlowTuple>,
-) -> Result<Vec<FlowTuple>, Error> {
-    let found = RefCell::new(Vec::new());
+) -> Result<Forgotten, Error> {
+    let found = RefCell::new(Forgotten::default());
     let verdicts = [marks.accepting(), marks.accepted(), marks.denied()];
     let common = verdicts.into_iter().fold(marks.mask(), |common, value| common & value);
     for (value, mask) in [(common, common), (marks.begun_again(), marks.mask())] {
@@ -47,12 +57,16 @@ pub(super) fn forget_marks(
             if !is_verdict && mark != marks.begun_again() {
                 return None;
             }
+            let names = names(entry);
             if let Some(flow) = flow {
-                let names = names(entry)?;
+                let names = names?;
                 if !names.iter().any(|name| flow.is(*name)) {
                     return None;
                 }
-                found.borrow_mut().extend(is_verdict.then_some(names[0]));
+                found.borrow_mut().flows.extend(is_verdict.then_some(names[0]));
+            }
+            if mark == marks.accepted() || mark == marks.accepting() {
+                found.borrow_mut().accepted.extend(names.map(|names| names[0]));
             }
             let family = NetfilterProtoFamily::from(*header.first()?);
             let original = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
@@ -64,6 +78,42 @@ pub(super) fn forget_marks(
         result.map_err(failed)?;
     }
     Ok(found.into_inner())
+}
+
+/// Moves the packets of the connections past the flowtable, if they are in it.
+///
+/// The kernel then forwards no more of them from there, and removes the connections soon.
+pub(super) fn recall(connection: &mut Connection, table: &str, forgotten: &Forgotten) -> Result<(), Refusal> {
+    if forgotten.accepted.is_empty() {
+        return Ok(());
+    }
+    // Only now: until its mark was removed, a connection could come into the flowtable.
+    let keys = RefCell::new(BTreeSet::new());
+    let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(Vec::new()));
+    connection.change_all(request, |_, entry| {
+        let status = u32::from_be_bytes(attribute(entry, CTA_STATUS)?.try_into().ok()?);
+        let tuples = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| attribute(entry, kind).and_then(tuple));
+        if status & IPS_OFFLOAD != 0 && forgotten.accepted.contains(&tuples[0]?) {
+            keys.borrow_mut().extend(tuples.into_iter().flatten().map(FlowTuple::ports_key));
+        }
+        None
+    })?;
+    let keys: Vec<Element> = keys.into_inner().into_iter().map(|key| (key, None)).collect();
+    while !keys.is_empty() {
+        // Older kernels do not change the time of an element that exists.
+        let lists = connection.dump(&nft::get_elements(table, denied::RECALLED))?;
+        let there: HashSet<Vec<u8>> = lists.iter().flat_map(|list| dump::elements(list)).map(|(key, _)| key).collect();
+        let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+        let old: Vec<Element> = keys.iter().filter(|(key, _)| there.contains(key)).cloned().collect();
+        batch.delete_elements(denied::RECALLED, &old);
+        batch.insert_elements(denied::RECALLED, &keys, false);
+        match connection.transact(&batch.commands, Outcome::Commit) {
+            // One of them has expired meanwhile.
+            Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
+            result => return result,
+        }
+    }
+    Ok(())
 }
 
 /// The elements of the sets of denied connections, and of those beside denied ones, that are this
@@ -151,9 +201,12 @@ fn failed(error: std::io::Error) -> Error {
     Error::new(kind, "").with_source(error).with_detail(detail)
 }
 
+/// uapi/linux/netfilter/nf_conntrack_common.h
+const IPS_OFFLOAD: u32 = 1 << 14;
 // uapi/linux/netfilter/nfnetlink_conntrack.h
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
 const CTA_MARK: u16 = 8;
 const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;

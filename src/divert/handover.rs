@@ -18,6 +18,7 @@ use super::{
     denied::FlowTable,
     encoder::QueueMethod,
     family::TableFamily,
+    matching::check_interface_name,
     set::{NamedSet, SetField},
     socket::Connection,
 };
@@ -99,9 +100,10 @@ impl Takeover {
         lent.store(true, Ordering::SeqCst);
         all_lent.push(Arc::clone(&lent));
         tables.remove(0);
-        let Decoded { table, family, priority, flows, sets, method, places, hooks, chains, foreign, .. } = decoded;
+        let Decoded { table, family, priority, flows, offload, sets, method, places, hooks, chains, foreign, .. } =
+            decoded;
         let state = State { connection, method, places, hooks, rules: Vec::new(), foreign: Some(foreign), chains };
-        Ok(Some(Divert { table, family, priority, flows, sets, state: Mutex::new(state) }))
+        Ok(Some(Divert { table, family, priority, flows, sets, offload, state: Mutex::new(state) }))
     }
 }
 
@@ -113,6 +115,7 @@ pub(super) struct Decoded {
     method: QueueMethod,
     hooks: Hooks,
     flows: Option<FlowTable>,
+    offload: Vec<String>,
     sets: Vec<NamedSet>,
     places: Vec<Place>,
     chains: Vec<Chain>,
@@ -139,6 +142,10 @@ fn encode(divert: &Divert, state: &State, foreign: ForeignRules) -> Vec<u8> {
     fields.flag(divert.flows.is_some());
     if let Some(flows) = divert.flows {
         fields.u32(flows.marks.mask()).u32(flows.capacity).u64(nanoseconds(flows.timeout));
+    }
+    fields.u32(divert.offload.len() as u32);
+    for name in &divert.offload {
+        fields.bytes(name.as_bytes());
     }
     fields.u32(divert.sets.len() as u32);
     for set in &divert.sets {
@@ -202,6 +209,7 @@ pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
             }),
             false => None,
         },
+        offload: list(&mut fields, text)?,
         sets: list(&mut fields, |fields| {
             let (name, capacity) = (text(fields)?, fields.u32()?);
             let timeout = fields.flag()?.then_some(fields.u64()?).map(Duration::from_nanos);
@@ -233,8 +241,9 @@ pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
     let InstalledRules { count, rules } = &decoded.foreign.installed;
     let marks = decoded.flows.is_none_or(|flows| flows.check(decoded.family).is_ok());
     let names = check_table_name(&decoded.table).is_ok() && decoded.chains.iter().all(|chain| chain.has_valid_name());
+    let devices = decoded.offload.iter().all(|name| check_interface_name(name).is_ok());
     // A rule becomes one or two of the kernel's.
-    (fields.is_at_end() && marks && names && *count <= rules.len()).then_some(decoded)
+    (fields.is_at_end() && marks && names && devices && *count <= rules.len()).then_some(decoded)
 }
 
 fn list<T>(fields: &mut FieldReader<'_>, item: impl Fn(&mut FieldReader<'_>) -> Option<T>) -> Option<Vec<T>> {
@@ -273,7 +282,8 @@ pub(super) mod tests {
         };
         let flows = FlowTable { marks: FlowMarks::new(0x70), capacity: 9, timeout: Duration::from_secs(3) };
         let (table, family) = ("t".to_owned(), TableFamily::Ip6);
-        Divert { table, family, priority: -5, flows: Some(flows), sets, state: Mutex::new(state) }
+        let offload = vec!["eth0".to_owned(), "eth1".to_owned()];
+        Divert { table, family, priority: -5, flows: Some(flows), sets, offload, state: Mutex::new(state) }
     }
 
     fn foreign(script: &str) -> ForeignRules {
@@ -298,6 +308,7 @@ pub(super) mod tests {
         assert_eq!((decoded.method, decoded.hooks), (state.method, state.hooks));
         assert_eq!((decoded.places, decoded.chains), (state.places.clone(), state.chains.clone()));
         assert_eq!((decoded.foreign, decoded.flows), (foreign("script"), divert.flows));
+        assert_eq!(decoded.offload, divert.offload);
         assert_eq!(format!("{:?}", decoded.sets), format!("{:?}", divert.sets));
         for length in 0..body.len() {
             assert!(decode(&body[..length]).is_none(), "{length}");

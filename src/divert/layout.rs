@@ -5,6 +5,7 @@ use super::{
     chain::{Chain, ChainType, Place, chain_name},
     checked::{KernelRule, Surroundings},
     flows::{self, Flows},
+    offload,
 };
 
 /// The chains, in the order of their creation, and the rules, in the order of each chain.
@@ -34,12 +35,19 @@ impl<'a> Layout<'a> {
             }
         }
         for rule in &rules {
-            let Action::Goto(target @ Target::Queues(queues)) = rule.action else { continue };
+            let Action::Goto(target @ (Target::Queues(queues) | Target::OffloadOrQueues(queues))) = rule.action else {
+                continue;
+            };
             let chain = Chain { name: target.name(), base: None, fixed: false };
             if !chains.contains(&chain) {
                 chains.push(chain);
-                all.extend(flows.queue_rules(rule.index, queues, rule.place));
+                all.extend(flows.queue_rules(rule.index, target, queues, rule.place));
             }
+        }
+        if surroundings.offloads() {
+            let (base, of_base) = offload::base_chains(surroundings);
+            chains.extend(base);
+            all.extend(of_base);
         }
         let all_places = flows::places(places);
         for place in &all_places {

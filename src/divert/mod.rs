@@ -3,6 +3,7 @@
 mod action;
 mod builder;
 mod chain;
+mod chained;
 mod checked;
 mod denied;
 mod dump;
@@ -18,8 +19,10 @@ mod forget;
 pub(crate) mod fuzzing;
 mod handover;
 mod layout;
+mod links;
 mod matching;
 mod nft;
+mod offload;
 mod priority;
 mod rule;
 mod script;
@@ -39,7 +42,7 @@ use self::{
     denied::FlowTable,
     encoder::{Encoding, QueueMethod},
     failure::refused,
-    forget::{denied_elements, forget_marks},
+    forget::{Forgotten, denied_elements, forget_marks},
     handover::{ForeignRules, InstalledRules},
     layout::Layout,
     nft::{Batch, ChainKind},
@@ -145,6 +148,8 @@ pub struct Divert {
     priority: i32,
     flows: Option<FlowTable>,
     sets: Vec<NamedSet>,
+    /// The interfaces of the flowtable.
+    offload: Vec<String>,
     state: Mutex<State>,
 }
 
@@ -221,7 +226,7 @@ impl Divert {
             let (tracking, defragment) = hooks.beyond(state.hooks);
             batch.create_holder(self.family, tracking, defragment);
             let kind = if trial { ChainKind::Regular } else { ChainKind::Base };
-            added.iter().for_each(|chain| batch.create_chain(chain, kind));
+            added.iter().for_each(|chain| batch.create_chain(chain, kind, &self.offload));
             state.chains.iter().filter(|chain| !chain.fixed).for_each(|chain| batch.delete_rules(&chain.name));
             checked.iter().filter(|rule| !kept(rule)).for_each(|rule| batch.add_rule(rule));
             batch.commands
@@ -249,7 +254,8 @@ impl Divert {
     /// next packet of each connection comes to the queue again.
     ///
     /// A verdict that is sent while this runs may be forgotten or not. It walks all entries of
-    /// connection tracking in the network namespace.
+    /// connection tracking in the network namespace, with [`offload`](DivertBuilder::offload)
+    /// twice.
     ///
     /// Blocks the thread meanwhile; from an async task, call it in `spawn_blocking`.
     ///
@@ -270,7 +276,16 @@ impl Divert {
         let result = state.connection.transact(&commands, Outcome::Commit);
         result.map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
         let forgotten = forget_marks(&mut state.connection, flows.marks, None);
-        forgotten.map(drop).map_err(|error| error.with_operation(operation()))
+        let forgotten = forgotten.map_err(|error| error.with_operation(operation()))?;
+        self.recall(&mut state, &forgotten, operation)
+    }
+
+    fn recall(&self, state: &mut State, forgotten: &Forgotten, operation: impl Fn() -> String) -> Result<(), Error> {
+        if self.offload.is_empty() {
+            return Ok(());
+        }
+        let recalled = forget::recall(&mut state.connection, &self.table, forgotten);
+        recalled.map_err(|refusal| refused(operation(), &[], &[], refusal))
     }
 
     /// Forgets the verdict for one connection. Either direction of the connection will do, and with
@@ -294,8 +309,10 @@ impl Divert {
         };
         let mut state = self.lock();
         let state = &mut *state;
-        let marked = forget_marks(&mut state.connection, flows.marks, Some(flow));
-        let marked = marked.map_err(|error| error.with_operation(operation()))?;
+        let forgotten = forget_marks(&mut state.connection, flows.marks, Some(flow));
+        let forgotten = forgotten.map_err(|error| error.with_operation(operation()))?;
+        self.recall(state, &forgotten, operation)?;
+        let marked = forgotten.flows;
         let denied = loop {
             let found = denied_elements(&mut state.connection, &self.table, version, flow, &marked);
             let found = found.map_err(|error| Error::os(operation(), error))?;
@@ -421,7 +438,13 @@ impl Divert {
     }
 
     fn surroundings(&self) -> Surroundings<'_> {
-        Surroundings { family: self.family, sets: &self.sets, priority: self.priority, flows: self.flows }
+        Surroundings {
+            family: self.family,
+            sets: &self.sets,
+            priority: self.priority,
+            flows: self.flows,
+            offload: &self.offload,
+        }
     }
 
     /// The rules that are installed.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, DataAttribute, Hook as HookAttribute, HookNumber, InetHookNumber, ListAttribute,
     NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription, SetElementAttribute, SetElementFlags,
@@ -10,10 +10,11 @@ use netlink_packet_netfilter::nftables::{
 };
 
 use super::{
-    chain::Chain,
+    action::FLOWTABLE,
+    chain::{Chain, FLOWTABLE_PRIORITY, INGRESS},
     checked::KernelRule,
     denied::{self, DeniedSet, FlowTable},
-    encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, number},
+    encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, nested, number},
     family::TableFamily,
     set::NamedSet,
     tuple,
@@ -39,6 +40,9 @@ pub(super) enum Subject {
     Hooks(&'static str),
     /// What carries out verdicts for connections.
     Flows,
+    Flowtable,
+    /// The rules that move packets past the flowtable.
+    PastFlowtable,
 }
 
 /// A message, its flags in addition to `NLM_F_REQUEST`, and its subject.
@@ -81,20 +85,45 @@ impl<'a> Batch<'a> {
         self.push(Subject::Table, 0, NfTablesMessage::DeleteTable(TableMessage { attributes }));
     }
 
-    pub(super) fn create_chain(&mut self, chain: &Chain, kind: ChainKind) {
+    /// `devices` are the interfaces of a chain at the hook `ingress`.
+    pub(super) fn create_chain(&mut self, chain: &Chain, kind: ChainKind, devices: &[String]) {
         let Chain { name, base, .. } = chain;
         let mut attributes = vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(name.clone())];
         if let (Some((place, chain_type)), ChainKind::Base) = (base, kind) {
             let number = InetHookNumber::from(u32::from(place.hook.number()));
-            attributes.push(ChainAttribute::Hook(vec![
+            let mut hook = vec![
                 HookAttribute::Number(HookNumber::Inet(number)),
                 // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
                 HookAttribute::Priority(place.priority.cast_unsigned()),
-            ]));
+            ];
+            if place.hook == INGRESS {
+                hook.push(HookAttribute::NetDevices(device_names(devices)));
+            }
+            attributes.push(ChainAttribute::Hook(hook));
             attributes.push(ChainAttribute::Type(chain_type.name().to_owned()));
         }
         let message = NfTablesMessage::NewChain(ChainMessage { attributes });
         self.push(Subject::Chain(name.clone()), NLM_F_CREATE | NLM_F_EXCL, message);
+    }
+
+    /// Creates the flowtable. For a trial, it gets no interfaces, and so no hooks.
+    pub(super) fn create_flowtable(&mut self, devices: &[String]) {
+        let mut hook = vec![
+            number(NFTA_FLOWTABLE_HOOK_NUM, NF_NETDEV_INGRESS),
+            number(NFTA_FLOWTABLE_HOOK_PRIORITY, FLOWTABLE_PRIORITY.cast_unsigned()),
+        ];
+        if !self.encoding.trial {
+            hook.push(nested(NFTA_FLOWTABLE_HOOK_DEVS, &device_names(devices)));
+        }
+        let text = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
+        let attributes = vec![
+            text(NFTA_FLOWTABLE_TABLE, self.table),
+            text(NFTA_FLOWTABLE_NAME, FLOWTABLE),
+            nested(NFTA_FLOWTABLE_HOOK, &hook),
+            // So that `Match::first_bytes` and the like count offloaded packets too.
+            number(NFTA_FLOWTABLE_FLAGS, NFT_FLOWTABLE_COUNTER),
+        ];
+        self.push(Subject::Flowtable, NLM_F_CREATE | NLM_F_EXCL, NfTablesMessage::NewFlowTable(attributes));
     }
 
     /// Creates a chain that no packet reaches. Its rules keep connection tracking, and with it
@@ -140,7 +169,8 @@ impl<'a> Batch<'a> {
     pub(super) fn add_rule(&mut self, rule: &KernelRule<'_>) {
         let (expressions, sets) = rule.expressions(self.encoding, self.next_set);
         self.next_set += sets.len() as u32;
-        let subject = || rule.index.map_or(Subject::Flows, Subject::Rule);
+        let of_flows = || if rule.moves_past() { Subject::PastFlowtable } else { Subject::Flows };
+        let subject = || rule.index.map_or_else(of_flows, Subject::Rule);
         for set in &sets {
             self.create_anonymous_set(subject(), set);
         }
@@ -211,6 +241,12 @@ impl<'a> Batch<'a> {
         }
         let capacity = denied::ports_capacity(flows.capacity);
         self.create_denied_set(denied::PORTS, tuple::ports_key(), None, capacity, flows);
+    }
+
+    /// Creates the set of the connections whose packets must not take the flowtable.
+    pub(super) fn create_recalled_set(&mut self, flows: FlowTable) {
+        let flows = FlowTable { timeout: denied::RECALL, ..flows };
+        self.create_denied_set(denied::RECALLED, tuple::ports_key(), None, denied::RECALLED_CAPACITY, flows);
     }
 
     /// Length and type of the keys, and of the data if it is a map.
@@ -326,6 +362,12 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// The names of interfaces, as an attribute contains them.
+fn device_names(devices: &[String]) -> Vec<DefaultNla> {
+    let name = |name: &String| DefaultNla::new(NFTA_DEVICE_NAME, [name.as_bytes(), b"\0"].concat());
+    devices.iter().map(name).collect()
+}
+
 /// A request for all rules of a table.
 pub(super) fn get_rules(table: &str) -> NfTablesMessage {
     NfTablesMessage::GetRule(RuleMessage { attributes: vec![RuleAttribute::Table(table.to_owned())] })
@@ -368,10 +410,20 @@ const ELEMENTS_PER_MESSAGE: usize = 500;
 /// The type of a comment in the user data of a rule.
 const UDATA_RULE_COMMENT: u8 = 0;
 // uapi/linux/netfilter/nf_tables.h
+const NFTA_FLOWTABLE_TABLE: u16 = 1;
+const NFTA_FLOWTABLE_NAME: u16 = 2;
+const NFTA_FLOWTABLE_HOOK: u16 = 3;
+const NFTA_FLOWTABLE_FLAGS: u16 = 7;
+const NFTA_FLOWTABLE_HOOK_NUM: u16 = 1;
+const NFTA_FLOWTABLE_HOOK_PRIORITY: u16 = 2;
+const NFTA_FLOWTABLE_HOOK_DEVS: u16 = 3;
+const NFTA_DEVICE_NAME: u16 = 1;
+const NFT_FLOWTABLE_COUNTER: u32 = 2;
 const CT_STATE: u32 = 0;
 const NFTA_TPROXY_FAMILY: u16 = 1;
 const NFTA_TPROXY_REG_PORT: u16 = 3;
 // uapi/linux/netfilter.h
+const NF_NETDEV_INGRESS: u32 = 0;
 const NFPROTO_UNSPEC: u32 = 0;
 const NFPROTO_IPV4: u32 = 2;
 const NFPROTO_IPV6: u32 = 10;

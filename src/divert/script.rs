@@ -3,7 +3,8 @@
 use std::{fmt::Write, time::Duration};
 
 use super::{
-    chain::hook_name,
+    action::FLOWTABLE,
+    chain::{FLOWTABLE_PRIORITY, INGRESS, hook_name},
     checked::Surroundings,
     denied::{self, DeniedSet},
     layout::Layout,
@@ -46,15 +47,30 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
         }
         let capacity = denied::ports_capacity(flows.capacity);
         set(denied::PORTS, "inet_service . inet_service", capacity, flows.timeout);
+        if surroundings.offloads() {
+            set(denied::RECALLED, "inet_service . inet_service", denied::RECALLED_CAPACITY, denied::RECALL);
+        }
+    }
+    let devices: Vec<String> = surroundings.offload.iter().map(|name| format!("\"{name}\"")).collect();
+    let devices = format!("devices = {{ {} }}", devices.join(", "));
+    if surroundings.offloads() {
+        line(&mut text, 1, format_args!("flowtable {FLOWTABLE} {{"));
+        line(&mut text, 2, format_args!("hook ingress priority {FLOWTABLE_PRIORITY}"));
+        line(&mut text, 2, format_args!("{devices}"));
+        line(&mut text, 2, format_args!("counter"));
+        line(&mut text, 1, format_args!("}}"));
     }
     for chain in &layout.chains {
         line(&mut text, 1, format_args!("chain {} {{", chain.name));
         if let Some((place, kind)) = chain.base {
-            let (kind, hook) = (kind.name(), hook_name(place.hook));
+            let (kind, mut hook) = (kind.name(), hook_name(place.hook).to_owned());
+            if place.hook == INGRESS {
+                hook = format!("{hook} {devices}");
+            }
             line(&mut text, 2, format_args!("type {kind} hook {hook} priority {}; policy accept;", place.priority));
         }
         for rule in layout.rules_of(chain).filter(|rule| rule.has_nft()) {
-            line(&mut text, 2, format_args!("{}", rule.nft()));
+            rule.nft_rules().iter().for_each(|rule| line(&mut text, 2, format_args!("{rule}")));
         }
         line(&mut text, 1, format_args!("}}"));
     }

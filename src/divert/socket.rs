@@ -374,7 +374,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// the refused message and a line of text.
 const REPLY_LENGTH: usize = 4096;
 /// The kernel fills datagrams of up to 32 KiB with the objects of a dump (`netlink_dump`).
-const DUMP_LENGTH: usize = 32 * 1024;
+pub(super) const DUMP_LENGTH: usize = 32 * 1024;
 /// `struct nfgenmsg` precedes the attributes.
 const NFGENMSG_LENGTH: usize = 4;
 /// The longest batch in bytes that fits in the default send buffer (212 992 bytes). A longer one

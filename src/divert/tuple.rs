@@ -82,6 +82,12 @@ impl FlowTuple {
         Some(Self { protocol: *key.get(2 * address_length)?, source, destination })
     }
 
+    /// The ports, as [`load_ports`] loads them.
+    pub(super) fn ports_key(self) -> Vec<u8> {
+        let key = self.key();
+        key[key.len() - ports_key().0..].to_vec()
+    }
+
     /// The IP version. `None` if the addresses are of different versions.
     pub(super) fn version(self) -> Option<IpVersion> {
         match (self.source, self.destination) {
@@ -210,6 +216,12 @@ pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
             _ => encoder.port(end, register),
         }
     }
+}
+
+/// Loads the ports with which the replies of the packet's connection arrive into two registers.
+pub(super) fn load_reply_ports(register: u32, encoder: &mut Encoder) {
+    load_field(CT_PROTO_SRC, IP_CT_DIR_REPLY, register, encoder);
+    load_field(CT_PROTO_DST, IP_CT_DIR_REPLY, register + 1, encoder);
 }
 
 fn load_field(key: u32, direction: u8, register: u32, encoder: &mut Encoder) {

@@ -148,6 +148,85 @@
 //!   replies has no answer: since Linux 6.1.107 and 6.10.7 the kernel drops the reply to a first
 //!   packet in the queue. Accept resets and related ICMP errors before the rule that queues.
 //!
+//! # Accepted connections past the hooks
+//!
+//! An accepted connection costs less than one whose packets all come to the queue, and more than
+//! one without any rule. With [`DivertBuilder::offload`](crate::DivertBuilder::offload) it costs
+//! less than without any rule: the kernel forwards its packets when they arrive, past all hooks (an
+//! nf_tables flowtable, in software).
+//!
+//! ```no_run
+//! use tokio_nfqueue::{Divert, FlowMarks, Hook, Protocol, Rule};
+//!
+//! # fn main() -> Result<(), tokio_nfqueue::Error> {
+//! let divert = Divert::builder()
+//!     .flow_marks(FlowMarks::default())
+//!     .rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0))
+//!     .offload(["eth0", "eth1"])
+//!     .install()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! This concerns TCP and UDP that this host forwards between the named interfaces. A connection
+//! leaves the hooks with the first packet that its accept saves from the queue of a rule at
+//! `Forward`, when packets of both sides have passed. When none has come for 30 s
+//! (`nf_flowtable_tcp_timeout`, `nf_flowtable_udp_timeout`), it comes back, and leaves again with
+//! its next packet.
+//!
+//! What is promised above still holds:
+//!
+//! - What begins a connection comes to the queue. The kernel itself would forward a SYN on the
+//!   ports of an offloaded connection. The table moves it past the flowtable, and then all packets
+//!   of the connection for five minutes.
+//! - A denial holds from its verdict on, also if its packet waited in the queue while another one
+//!   accepted the connection.
+//! - [`forget_flow`](crate::Divert::forget_flow) and
+//!   [`forget_flows`](crate::Divert::forget_flows) bring connections back to the queue at once.
+//!
+//! The price:
+//!
+//! - No rule sees the packets, of this table or another, at `Prerouting`, `Forward` and
+//!   `Postrouting`. A rule does not count them, limit their rate, drop, mark or queue them, and a
+//!   table with other flow marks does not ask about them. Rules of this table that limit rates
+//!   there are refused, unless they are limited to TCP flags or connection states. Of all others
+//!   that must see every packet, such as [`count`](crate::Rule::count), the numbers are too low.
+//!   What conntrack counts (`nf_conntrack_acct`), and so
+//!   [`first_bytes`](crate::Match::first_bytes), stays correct.
+//! - Traffic control at the interface that a packet leaves by sees it (`tc`, the hook `egress`),
+//!   and so do packet sockets (`tcpdump`) and rules at `ingress` with a priority below 0.
+//! - A program that overwrites a connection's mark, or a rule of
+//!   [`replace_rules`](crate::Divert::replace_rules) that would drop it, has no effect until the
+//!   connection comes back.
+//! - The list of interfaces is static. One that is made later is not in it, also if it has the name
+//!   of one that is gone (since Linux 6.16 it is).
+//! - FIN and RST end the offload before Linux 6.15. Later kernels forward them, and conntrack does
+//!   not learn that the connection has ended: its entry stays for 30 s, and then as for a closed
+//!   connection.
+//! - Leave `nf_flowtable_tcp_timeout` and `nf_flowtable_udp_timeout` below five minutes. The table
+//!   remembers the ports of 65 536 connections that it moves past the flowtable. If there is no
+//!   room for more, it drops a SYN on an established connection, and `forget_flow` and
+//!   `forget_flows` return an error.
+//! - Packets that the kernel cannot forward so meet the hooks as before: fragments, those with IP
+//!   options or extension headers or longer than the MTU, ICMP errors, all of a connection with a
+//!   helper of conntrack, all of other interfaces.
+//!
+//! A rule cannot tell the kernel to skip the flowtable. But the flowtable ignores packets whose TTL
+//! (hop limit) has run out. So at `ingress`, with the priority −1, the table sets it to 0, for SYNs
+//! and for packets with the ports of a denied or forgotten connection, and keeps it in the packet's
+//! priority. At `Prerouting`, with the priority −450, it restores it, and sets the priority to 0.
+//! Rules between, and macvlan and ipvlan interfaces on a named one, see such packets with TTL 0.
+//! Since Linux 7.3 rules may change packets only in network namespaces of the initial user
+//! namespace: in others, `install` returns `Unsupported`.
+//!
+//! Kernels had mistakes in flowtables. Of Linux 6.12, take 6.12.114 or later, which
+//!
+//! - keeps conntrack's entry until the flow is released (6.12.112; before, freed memory could be
+//!   read),
+//! - extends the entry's time while the connection is offloaded (6.12.113),
+//! - shows a new flow to its garbage collector only when it is complete (6.12.105), and leaks no
+//!   routes (6.12.114).
+//!
 //! # What the verdict of a packet cannot do
 //!
 //! These are reported by [`refusals`](crate::VerdictSink::refusals), and by

@@ -48,7 +48,7 @@ fn mask(mask: &[u8]) -> Vec<u8> {
 }
 
 fn surroundings(sets: &[NamedSet]) -> Surroundings<'_> {
-    Surroundings { family: TableFamily::Inet, sets, priority: 0, flows: None }
+    Surroundings { family: TableFamily::Inet, sets, priority: 0, flows: None, offload: &[] }
 }
 
 fn encoded(rule: &Rule, method: QueueMethod) -> Vec<u8> {
@@ -275,7 +275,7 @@ fn conditions_must_have_the_same_version() {
         "source address: the addresses are of both IPv4 and IPv6",
     );
     refused_for(&queued().when(Match::source_addresses([])), "source address: there is no address");
-    let six = Surroundings { family: TableFamily::Ip6, sets: &[], priority: 0, flows: None };
+    let six = Surroundings { family: TableFamily::Ip6, sets: &[], priority: 0, flows: None, offload: &[] };
     let reason = queued().source_address(v4, 8).check(0, six).unwrap_err();
     assert_eq!(reason, "source address: the rule can never match: it requires both IPv6 and IPv4");
     assert!(!valid(&queued().unless(Match::source_address(v4, 0))));
@@ -370,7 +370,7 @@ fn reject_depends_on_the_protocol() {
     assert_eq!(actions(rule().unless(Match::protocol(Protocol::Udp))), both);
     assert_eq!(actions(rule().when(Match::protocols([Protocol::Udp, Protocol::Tcp]))), both);
     assert!(refused(&Rule::new(Hook::Postrouting).reject()).starts_with("action: "));
-    let bridge = Surroundings { family: TableFamily::Bridge, sets: &[], priority: 0, flows: None };
+    let bridge = Surroundings { family: TableFamily::Bridge, sets: &[], priority: 0, flows: None, offload: &[] };
     assert!(Rule::new(Hook::Forward).reject().check(0, bridge).is_err());
     assert!(rule().check(0, bridge).is_ok());
 }
@@ -412,4 +412,77 @@ fn priority_of_a_rule_comes_before_that_of_the_table() {
     assert_eq!(place(queued()), 0);
     assert_eq!(place(queued().priority(Priority::MANGLE)), -150);
     assert_eq!(place(queued().priority(7)), 7);
+}
+
+/// The rules of a chain of a table with flow marks and a flowtable, encoded.
+fn of_chain(name: &str) -> Vec<Vec<u8>> {
+    let devices = ["eth0".to_owned()];
+    let marks = crate::types::FlowMarks::default();
+    let flows = FlowTable { marks, capacity: 1, timeout: std::time::Duration::from_secs(60) };
+    let surroundings = Surroundings { flows: Some(flows), offload: &devices, ..surroundings(&[]) };
+    let rules = [Rule::new(Hook::Forward).to_queue(3)];
+    let checked = rules[0].check(0, surroundings).unwrap();
+    let places = [checked[0].place];
+    let layout = crate::divert::layout::Layout::new(checked, &places, surroundings);
+    let rules = layout.rules.iter().filter(|rule| rule.chain == name);
+    let encoding = Encoding { method: QueueMethod::Expression, trial: false };
+    rules
+        .map(|rule| {
+            let (list, _) = rule.expressions(encoding, 1);
+            let mut bytes = vec![0; list.as_slice().buffer_len()];
+            list.as_slice().emit(&mut bytes);
+            bytes
+        })
+        .collect()
+}
+
+#[test]
+fn offload_of_a_connection_is_encoded() {
+    let [rule] = &of_chain("flow_offload_to")[..] else { panic!() };
+    assert!(rule.starts_with(&[load(7), compare(0, b"eth0\0\0\0\0\0\0\0\0\0\0\0\0")].concat()));
+    // NFTA_FLOW_TABLE_NAME
+    assert!(rule.ends_with(&expression(b"flow_offload\0", &[attribute(1, b"flow_accepted_connections\0")])));
+    let queue = of_chain("to_queue_3_forward");
+    assert!(of_chain("to_queue_3").is_empty() && queue.len() > 2, "{queue:?}");
+}
+
+#[test]
+fn ttl_is_taken_and_restored() {
+    let store = |key: u8| expression(b"meta\0", &[attribute(2, &[0, 0, 0, key]), attribute(3, &[0, 0, 0, 1])]);
+    let zeros = |length: usize| {
+        let data = nested(2, &[attribute(1, &vec![0; length])]);
+        expression(b"immediate\0", &[attribute(1, &[0, 0, 0, 1]), data])
+    };
+    // NFTA_PAYLOAD_SREG, _BASE, _OFFSET, _LEN, _CSUM_TYPE, _CSUM_OFFSET
+    let write = |offset: u8, checksum: &[(u16, u8)]| {
+        let numbers = [(5, 1), (2, 1), (3, offset), (4, 1)].into_iter().chain(checksum.iter().copied());
+        let attributes: Vec<_> = numbers.map(|(kind, number)| attribute(kind, &[0, 0, 0, number])).collect();
+        expression(b"payload\0", &attributes)
+    };
+    let accept =
+        expression(b"immediate\0", &[attribute(1, &[0; 4]), nested(2, &[nested(2, &[attribute(1, &[0, 0, 0, 1])])])]);
+    let [past, restore] = ["flow_past", "flow_restore"].map(of_chain);
+    for (index, (protocol, offset, checksum)) in
+        [(2, 8, &[(6, 1), (7, 10)][..]), (10, 7, &[][..])].into_iter().enumerate()
+    {
+        let version = [load(15), compare(0, &[protocol]), load_header(1, offset, 1)].concat();
+        let taken = [load_header(1, offset, 1), store(2), zeros(1), write(offset, checksum), accept.clone()].concat();
+        // NFT_CMP_GT
+        assert_eq!(past[index], [version.clone(), compare(4, &[1]), taken].concat());
+        let restored = [load(2), write(offset, checksum), zeros(4), store(2), accept.clone()].concat();
+        assert_eq!(restore[index], [version, compare(0, &[0]), restored].concat());
+    }
+}
+
+#[test]
+fn rates_count_only_packets_that_are_not_offloaded() {
+    let rate = || (Match::rate_above(Rate::packets_per_second(1)), false);
+    for hook in [Hook::Prerouting, Hook::Forward, Hook::Postrouting] {
+        assert!(check_sees_all(hook, &[rate()]).is_err());
+        assert!(check_sees_all(hook, &[rate(), (Match::tcp_syn(), true)]).is_err());
+        assert!(check_sees_all(hook, &[rate(), (Match::tcp_syn(), false)]).is_ok());
+        assert!(check_sees_all(hook, &[rate(), (Match::connection_state([ConnectionState::New]), false)]).is_ok());
+        assert!(check_sees_all(hook, &[(Match::tcp_flags(TcpFlags::SYN, TcpFlags::SYN), false)]).is_ok());
+    }
+    assert!(check_sees_all(Hook::Input, &[rate()]).is_ok());
 }

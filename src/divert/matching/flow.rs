@@ -4,7 +4,8 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     super::{
-        denied::{DeniedSet, PORTS, begun, beside, recent, replied},
+        action::ttl,
+        denied::{DeniedSet, PORTS, RECALLED, begun, beside, recent, replied},
         encoder::{Encoder, PROTOCOL as ONE_BYTE, REG32_00},
         facts::Facts,
         family::IpVersion,
@@ -40,6 +41,14 @@ enum Flow {
     Beside(IpVersion),
     /// `ct direction`
     IsReply(bool),
+    /// The ports of connections whose packets must not take the flowtable.
+    Recalled(Of),
+    /// TTL or hop limit 0.
+    NoTtl(IpVersion),
+    /// TTL or hop limit above 1.
+    Ttl(IpVersion),
+    /// The EtherType of the frame.
+    EtherType(u16),
     OfUser,
     OnLoopback,
     Arrived,
@@ -60,6 +69,33 @@ impl Match {
     /// All other packets of connections.
     pub(in super::super) fn confirmed() -> Self {
         Self::status(IPS_CONFIRMED, IPS_CONFIRMED)
+    }
+
+    /// Packets of connections that have been established. Of TCP, the kernel offloads no others
+    /// (`nf_conntrack_tcp_established`).
+    pub(in super::super) fn assured() -> Self {
+        Self::status(IPS_ASSURED, IPS_ASSURED)
+    }
+
+    /// Packets with the ports of a connection whose packets must not take the flowtable.
+    pub(in super::super) fn recalled(of: Of) -> Self {
+        Self::new(Flow::Recalled(of))
+    }
+
+    /// Packets with TTL or hop limit 0. The rule must be limited to the version.
+    pub(in super::super) fn no_ttl(version: IpVersion) -> Self {
+        Self::new(Flow::NoTtl(version))
+    }
+
+    /// Packets with TTL or hop limit above 1. The rule must be limited to the version.
+    pub(in super::super) fn ttl(version: IpVersion) -> Self {
+        Self::new(Flow::Ttl(version))
+    }
+
+    /// Frames with this EtherType. A packet without a link-layer header does not match, also if the
+    /// condition is negated.
+    pub(in super::super) fn ethertype(number: u16) -> Self {
+        Self::new(Flow::EtherType(number))
     }
 
     /// Packets of connections whose destination has been translated.
@@ -268,6 +304,24 @@ impl Condition for Flow {
                     encoder.equal(vec![reply.into()], negated);
                 }
             }
+            Self::Recalled(of) => {
+                if !encoder.encoding.trial {
+                    tuple::load_ports(of, REG32_00, encoder);
+                    encoder.named_set(RECALLED, negated);
+                }
+            }
+            Self::NoTtl(version) => {
+                encoder.ttl(version);
+                encoder.equal(vec![0], negated);
+            }
+            Self::Ttl(version) => {
+                encoder.ttl(version);
+                encoder.at_most(vec![1], !negated);
+            }
+            Self::EtherType(number) => {
+                encoder.ethertype();
+                encoder.equal(number.to_be_bytes().to_vec(), negated);
+            }
             Self::OfUser => {
                 // Loading the number ends the rule if there is no such socket. No user has the
                 // highest number.
@@ -341,6 +395,10 @@ impl Condition for Flow {
             Self::IsReply(reply) => {
                 format!("ct direction {}{}", operator(negated), if reply { "reply" } else { "original" })
             }
+            Self::Recalled(of) => format!("{} {}@{RECALLED}", tuple::nft_ports(of), operator(negated)),
+            Self::NoTtl(version) => format!("{} {}0", ttl(version), operator(negated)),
+            Self::Ttl(version) => format!("{} {} 1", ttl(version), if negated { "<=" } else { ">" }),
+            Self::EtherType(number) => format!("@ll,96,16 {}{number:#06x}", operator(negated)),
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
             Self::Arrived => format!("meta iif {}0", operator(!negated)),
@@ -358,6 +416,7 @@ const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
 const IPS_SEEN_REPLY: u32 = 1 << 1;
+const IPS_ASSURED: u32 = 1 << 2;
 const IPS_CONFIRMED: u32 = 1 << 3;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h

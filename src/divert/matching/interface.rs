@@ -118,7 +118,7 @@ impl Condition for Interface {
 }
 
 /// Checks for the same names as the kernel (`dev_valid_name`), except that `:` is not checked here.
-fn check_name(name: &str) -> Result<(), String> {
+pub(in super::super) fn check_name(name: &str) -> Result<(), String> {
     let problem = match name.len() {
         0 => "the interface name is empty",
         16.. => "the interface name is longer than 15 bytes",

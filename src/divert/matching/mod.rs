@@ -21,6 +21,7 @@ use super::{
     family::IpVersion,
 };
 
+pub(super) use self::interface::check_name as check_interface_name;
 pub use self::{
     connection::{ConnectionState, Direction},
     named_set::PacketField,

@@ -41,8 +41,8 @@ fn tables_and_chains_are_encoded() {
     batch.create_table();
     let place = Place { hook: Hook::Output, priority: -150 };
     let chain = Chain { name: "output".to_owned(), base: Some((place, ChainType::Filter)), fixed: false };
-    batch.create_chain(&chain, ChainKind::Base);
-    batch.create_chain(&chain, ChainKind::Regular);
+    batch.create_chain(&chain, ChainKind::Base, &[]);
+    batch.create_chain(&chain, ChainKind::Regular, &[]);
     let commands = batch.commands;
     // NFTA_TABLE_NAME, NFTA_TABLE_FLAGS
     assert_eq!(bytes(&commands[0].message), [attribute(1, b"t\0"), attribute(2, &[0, 0, 0, 2])].concat());
@@ -55,6 +55,33 @@ fn tables_and_chains_are_encoded() {
 }
 
 #[test]
+fn flowtable_and_the_chain_before_it_are_bound_to_interfaces() {
+    let devices = ["eth0".to_owned(), "wg0".to_owned()];
+    let names = [attribute(1, b"eth0\0"), attribute(1, b"wg0\0")];
+    // NFTA_FLOWTABLE_TABLE, _NAME, _HOOK { _NUM, _PRIORITY, _DEVS { NFTA_DEVICE_NAME } }, _FLAGS
+    let table = [attribute(1, b"t\0"), attribute(2, b"flow_accepted_connections\0")].concat();
+    let numbers = [attribute(1, &[0; 4]), attribute(2, &[0; 4])].concat();
+    let flags = attribute(7, &[0, 0, 0, 2]);
+    let hooked = [numbers.clone(), nested(3, &names)];
+    let mut batch = batch();
+    batch.create_flowtable(&devices);
+    assert_eq!(bytes(&batch.commands[0].message), [table.clone(), nested(3, &hooked), flags.clone()].concat());
+    // Without interfaces, it has no hooks.
+    let mut trial = Batch::new("t", Encoding { method: QueueMethod::Expression, trial: true });
+    trial.create_flowtable(&devices);
+    assert_eq!(bytes(&trial.commands[0].message), [table, nested(3, &[numbers]), flags].concat());
+
+    let place = Place { hook: INGRESS, priority: -1 };
+    let chain = Chain { name: "in".to_owned(), base: Some((place, ChainType::Filter)), fixed: true };
+    batch.create_chain(&chain, ChainKind::Base, &devices);
+    // NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_HOOK_DEVS
+    let hook = [attribute(1, &[0, 0, 0, 5]), attribute(2, &[0xff; 4]), nested(4, &names)];
+    let name = [attribute(1, b"t\0"), attribute(3, b"in\0")].concat();
+    let hooked = [name, nested(4, &hook), attribute(7, b"filter\0")].concat();
+    assert_eq!(bytes(&batch.commands[1].message), hooked);
+}
+
+#[test]
 fn rule_comes_after_its_sets_and_has_a_comment() {
     let rule = Rule::new(Hook::Prerouting)
         .protocol(Protocol::Tcp)
@@ -62,7 +89,7 @@ fn rule_comes_after_its_sets_and_has_a_comment() {
         .unless(Match::source_ports([1_u16, 3]))
         .comment("web")
         .accept();
-    let surroundings = Surroundings { family: TableFamily::Inet, sets: &[], priority: 0, flows: None };
+    let surroundings = Surroundings { family: TableFamily::Inet, sets: &[], priority: 0, flows: None, offload: &[] };
     let rules = rule.check(7, surroundings).unwrap();
     let mut batch = batch();
     batch.add_rule(&rules[0]);

@@ -380,7 +380,9 @@ async fn a_program_that_restores_marks_restores_no_accept() {
 async fn every_packet_of_a_denied_connection_renews_its_time() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let _divert = table([tcp()]).denied_flows(100, Duration::from_millis(500)).install().unwrap();
+    // An offloaded connection must be denied for longer.
+    let builder = Divert::builder().flow_marks(FlowMarks::default()).rule(tcp());
+    let _divert = builder.denied_flows(100, Duration::from_millis(500)).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
     confirm(waiting(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
     for _ in 0..10 {

@@ -8,6 +8,7 @@ mod attack_third;
 mod denied;
 mod forgetting;
 mod meeting;
+mod offload;
 mod others;
 mod refused;
 mod replies;
@@ -17,7 +18,7 @@ mod tcp;
 mod udp;
 
 use std::{
-    io,
+    env, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
@@ -44,6 +45,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         refused::tests(),
         reuse::tests(),
         meeting::tests(),
+        offload::tests(),
         others::tests(),
         replies::tests(),
     ];
@@ -81,7 +83,11 @@ fn bind() -> Queue {
 }
 
 fn table(rules: impl IntoIterator<Item = Rule>) -> DivertBuilder {
-    Divert::builder().flow_marks(FlowMarks::default()).rules(rules)
+    let builder = Divert::builder().flow_marks(FlowMarks::default()).rules(rules);
+    // The other tests must hold as well if accepted connections are offloaded.
+    let offloading = builder.clone().offload_all();
+    let everywhere = env::var_os("TOKIO_NFQUEUE_OFFLOAD").is_some();
+    if everywhere && offloading.to_nft().is_ok() { offloading } else { builder }
 }
 
 /// UDP to this port.

@@ -17,6 +17,7 @@ use super::udp_out;
 tests![
     sync script_is_accepted_by_nft,
     sync script_with_flow_marks_is_accepted_by_nft,
+    sync script_with_a_flowtable_is_accepted_by_nft,
     sync time_outs_of_any_length_are_accepted_by_nft,
     sync script_has_all_parts,
     sync comments_are_listed_by_nft,
@@ -164,6 +165,27 @@ fn script_with_flow_marks_is_accepted_by_nft() {
         if let Some(Err(error)) = run("nft", &["-c", "-f", "-"], &script) {
             assert!(error.contains("queue num 2-4 bypass") && error.contains("No such file or directory"), "{error}");
         }
+    }
+}
+
+fn script_with_a_flowtable_is_accepted_by_nft() {
+    let builder = Divert::builder().flow_marks(FlowMarks::default()).offload(["lo"]);
+    // Interfaces are looked up by `install` only.
+    let script = builder.rule(Rule::new(Hook::Forward).to_queue(2)).to_nft().unwrap();
+    for part in [
+        "\tflowtable flow_accepted_connections {\n\t\thook ingress priority 0\n\t\tdevices = { \"lo\" }\n\t\tcounter\n",
+        "\t\ttype filter hook ingress devices = { \"lo\" } priority -1; policy accept;\n",
+        "\t\toifname \"lo\" th sport . th dport != @flow_denied_ports flow add @flow_accepted_connections\n",
+        "\tchain to_queue_2_forward {\n\t\tct mark & 0x00001012 == 0x1012 ct state { established } meta l4proto { 6, 17 } \
+         jump flow_offload\n",
+        "\t\tmeta nfproto ipv4 ip ttl 0 meta priority 0x40 ip ttl set 64 meta priority set 0x0 accept\n",
+    ] {
+        assert!(script.contains(part), "{part}\n{script}");
+    }
+    // Not every kernel has flowtables and the statement `queue`.
+    if let Some(Err(error)) = run("nft", &["-c", "-f", "-"], &script) {
+        assert!(!error.contains("syntax") && !error.contains("mismatch"), "{error}\n{script}");
+        assert!(error.contains("No such file or directory"), "{error}\n{script}");
     }
 }
 
