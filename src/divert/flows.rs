@@ -737,6 +737,9 @@ impl<'a> Flows<'a> {
         let way = Way::of(place.hook);
         let behind = chain_behind(place, self.surroundings.priority);
         let mut chain = Chained::new(behind.name, place, self.surroundings);
+        // Nothing else concerns most packets.
+        let accepted = self.marked(self.table.marks.accepted());
+        chain.push(&[accepted], Action::Accept).conditions.push((self.has_code(), true));
         // What passes, also by a rule of the user that accepts it.
         self.push_passing(&mut chain, place, places);
         chain.push(&[self.marked(self.table.marks.accepting())], jump(FlowChain::Alone));
