@@ -90,7 +90,7 @@ impl VerdictSink {
     /// [`confirm`](Self::confirm) reports it as `PacketGone`.
     ///
     /// What the kernel refuses because the capability is missing is reported when the socket is
-    /// read next: while nobody polls the stream, 250 ms after the verdict was sent at the latest.
+    /// read next: while no task polls the stream, 250 ms after the verdict was sent at the latest.
     ///
     /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and

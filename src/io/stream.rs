@@ -180,7 +180,7 @@ impl Shared {
                 }
                 return Ok(packet);
             }
-            // Whoever receives packets needs the receive lock first, and raises it afterwards.
+            // A thread that receives packets takes the receive lock first, and raises it later.
             if let Some(ready_fd) = self.ready_fd.get() {
                 ready_fd.lower();
             }

@@ -345,7 +345,7 @@ impl TimerThread {
 
     fn clear_alarm(&self) -> io::Result<()> {
         match rustix::io::read(&self.alarm, &mut [0; 8]) {
-            // Whoever sets it meanwhile makes it readable again.
+            // A thread that sets it meanwhile makes it readable again.
             Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }

@@ -460,7 +460,7 @@ async fn a_queue_without_flow_marks_knows_no_connections() {
 
 #[test]
 fn what_has_expired_is_removed() {
-    use super::flows::{Fate, Flows};
+    use super::flows::{ChainVerdict, Flows};
     let mut flows = Flows::default();
     let mut largest = 0;
     for number in 0..20_000_u32 {
@@ -476,7 +476,7 @@ fn what_has_expired_is_removed() {
             now,
         );
         assert_eq!(flows.before_queue(&mut packet, &mut priority, true, now), None);
-        assert_eq!(flows.behind_queue(&mut packet, &mut priority, false, now), Fate::Accepted);
+        assert_eq!(flows.behind_queue(&mut packet, &mut priority, false, now), ChainVerdict::Accepted);
         largest = largest.max(flows.entries());
     }
     assert!(largest < 4000, "{largest}");

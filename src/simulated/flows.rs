@@ -77,7 +77,7 @@ struct Connection {
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum ChainVerdict {
     Accepted,
     Dropped,
     /// Dropped, and the kernel has replied to the sender.
@@ -98,9 +98,9 @@ impl FlowPacket {
         self.seen.is_some_and(|seen| seen.part == Part::Error)
     }
 
-    fn reject(&self) -> Fate {
+    fn reject(&self) -> ChainVerdict {
         let gets_replies = self.seen.is_none_or(|seen| seen.gets_replies);
-        if self.can_reject && gets_replies { Fate::Rejected } else { Fate::Dropped }
+        if self.can_reject && gets_replies { ChainVerdict::Rejected } else { ChainVerdict::Dropped }
     }
 }
 
@@ -149,7 +149,7 @@ impl Flows {
         priority: &mut u32,
         matches: bool,
         now: Duration,
-    ) -> Option<Fate> {
+    ) -> Option<ChainVerdict> {
         self.first_rules(packet, priority, now).or_else(|| match matches {
             true => self.queue_rules(packet, priority),
             false => self.last_rules(packet, now),
@@ -164,7 +164,7 @@ impl Flows {
         priority: &mut u32,
         stops: bool,
         now: Duration,
-    ) -> Fate {
+    ) -> ChainVerdict {
         let codes = packet.codes;
         let accepts = *priority & flow_codes::CODE == codes.accepted();
         if !stops {
@@ -173,8 +173,8 @@ impl Flows {
             self.passes(packet, alone, denied, now);
         }
         if codes.has(*priority) && !stops {
-            if let Some(fate) = self.denying_verdict(packet, *priority, now) {
-                return fate;
+            if let Some(verdict) = self.denying_verdict(packet, *priority, now) {
+                return verdict;
             }
             if accepts {
                 self.verdict_accept(packet, now);
@@ -189,18 +189,18 @@ impl Flows {
             *priority = codes.original(*priority);
         }
         self.confirm(packet, now);
-        Fate::Accepted
+        ChainVerdict::Accepted
     }
 }
 
 // The chains before the queue.
 
 impl Flows {
-    fn first_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32, now: Duration) -> Option<Fate> {
+    fn first_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32, now: Duration) -> Option<ChainVerdict> {
         if packet.codes.has(*priority) {
             // `flow_back`
-            if let Some(fate) = self.denying_verdict(packet, *priority, now) {
-                return Some(fate);
+            if let Some(verdict) = self.denying_verdict(packet, *priority, now) {
+                return Some(verdict);
             }
             *priority = packet.codes.original(*priority);
         }
@@ -249,13 +249,13 @@ impl Flows {
     }
 
     /// `flow_stray`
-    fn stray(&mut self, packet: &FlowPacket, now: Duration) -> Option<Fate> {
+    fn stray(&mut self, packet: &FlowPacket, now: Duration) -> Option<ChainVerdict> {
         let Seen { tuple, part, .. } = packet.seen?;
         // `flow_stray_icmp`
         if matches!(part, Part::Error | Part::Reply) {
             let sees = part == Part::Reply || tuple.has_ports();
             let denied = sees && (self.is_denied(tuple, now) || self.is_denied(tuple.reversed(), now));
-            return denied.then_some(Fate::Dropped);
+            return denied.then_some(ChainVerdict::Dropped);
         }
         let of_other_side = part != Part::First && tuple.has_first_packets();
         for (tuple, counts) in [(tuple, true), (tuple.reversed(), of_other_side)] {
@@ -267,7 +267,7 @@ impl Flows {
     }
 
     /// `flow_denied`, `flow_reversed_denied`
-    fn denied(&mut self, packet: &FlowPacket, original: Tuple, now: Duration) -> Fate {
+    fn denied(&mut self, packet: &FlowPacket, original: Tuple, now: Duration) -> ChainVerdict {
         let reversed = original.reversed();
         for memory in [&mut self.dropped, &mut self.rejected] {
             if !original.has_first_packets() && memory.contains(reversed, now) {
@@ -279,13 +279,13 @@ impl Flows {
             return packet.reject();
         }
         self.dropped.remember(original, DENIED_FOR, now);
-        Fate::Dropped
+        ChainVerdict::Dropped
     }
 
     /// `to_queue_N`
-    fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<Fate> {
+    fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<ChainVerdict> {
         if packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
-            return Some(Fate::Accepted);
+            return Some(ChainVerdict::Accepted);
         }
         packet.priority = *priority;
         if *priority & flow_codes::CODE == 0 {
@@ -296,10 +296,10 @@ impl Flows {
     }
 
     /// `flow_crossed`: no rule has decided about the packet.
-    fn last_rules(&self, packet: &FlowPacket, now: Duration) -> Option<Fate> {
+    fn last_rules(&self, packet: &FlowPacket, now: Duration) -> Option<ChainVerdict> {
         let connection = packet.connection.filter(|connection| self.is_unconfirmed(*connection))?;
         let crossed = !packet.is_first() && self.recent.contains(connection.original.reversed(), now);
-        crossed.then_some(Fate::Dropped)
+        crossed.then_some(ChainVerdict::Dropped)
     }
 }
 
@@ -321,11 +321,11 @@ impl Flows {
     }
 
     /// The verdicts that deny.
-    fn denying_verdict(&mut self, packet: &FlowPacket, priority: u32, now: Duration) -> Option<Fate> {
+    fn denying_verdict(&mut self, packet: &FlowPacket, priority: u32, now: Duration) -> Option<ChainVerdict> {
         let codes = packet.codes;
         let answered = packet.connection.is_some_and(|it| self.entry(it).is_some_and(|entry| entry.answered));
-        let (memory, fate) = match priority {
-            code if code == codes.dropped() => (&mut self.dropped, Fate::Dropped),
+        let (memory, verdict) = match priority {
+            code if code == codes.dropped() => (&mut self.dropped, ChainVerdict::Dropped),
             code if code == codes.rejected() => (&mut self.rejected, packet.reject()),
             code if code == codes.rejected_packet() => return Some(packet.reject()),
             _ => return None,
@@ -341,7 +341,7 @@ impl Flows {
             }
             self.set_mark(connection, Mark::Denied);
         }
-        Some(fate)
+        Some(verdict)
     }
 
     /// `flow_verdict_accept`, `flow_save`

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::{
     connection::Connections,
-    flows::{Fate, FlowPacket, Flows},
+    flows::{ChainVerdict, FlowPacket, Flows},
     message::{SMALL, charge, fields, linear_charge},
     outcome::{Cause, Outcome},
     packet::TestPacket,
@@ -348,8 +348,8 @@ impl<T: Clone> Model<T> {
         // Flow marks do not work in the bridge family.
         if let Some(codes) = queue.and_then(|queue| self.flows.codes(queue)).filter(|_| !packet.is_bridge()) {
             let flow = skb.flow.get_or_insert_with(|| self.flows.track(&packet.payload, packet.hook, codes, now));
-            if let Some(fate) = self.flows.before_queue(flow, &mut packet.priority, matches, now) {
-                return self.leave(*skb, Cause::FlowVerdict, fate, now);
+            if let Some(verdict) = self.flows.before_queue(flow, &mut packet.priority, matches, now) {
+                return self.leave(*skb, Cause::FlowVerdict, verdict, now);
             }
         }
         if !matches {
@@ -440,28 +440,28 @@ impl<T: Clone> Model<T> {
     /// The packet leaves the queue, or is not queued. If it is accepted, the rules behind the queue
     /// come next.
     fn finish(&mut self, mut skb: Skb<T>, cause: Cause, accepted: bool, now: Duration) {
-        let fate = match &mut skb.flow {
-            _ if !accepted => Fate::Dropped,
-            None => Fate::Accepted,
+        let verdict = match &mut skb.flow {
+            _ if !accepted => ChainVerdict::Dropped,
+            None => ChainVerdict::Accepted,
             Some(flow) => {
                 let stops = skb.action == Some(Action::Stop);
                 self.flows.behind_queue(flow, &mut skb.packet.priority, stops, now)
             }
         };
         // What was accepted on its way from the queue, and is not, had a verdict that denies.
-        if accepted && fate != Fate::Accepted {
+        if accepted && verdict != ChainVerdict::Accepted {
             skb.action = Some(Action::Drop);
         }
-        self.leave(skb, cause, fate, now);
+        self.leave(skb, cause, verdict, now);
     }
 
-    fn leave(&mut self, skb: Skb<T>, cause: Cause, fate: Fate, now: Duration) {
+    fn leave(&mut self, skb: Skb<T>, cause: Cause, verdict: ChainVerdict, now: Duration) {
         let Skb { tag, segment, packet, action, verdicts, place, replaced, flow } = skb;
-        let accepted = fate == Fate::Accepted;
+        let accepted = verdict == ChainVerdict::Accepted;
         let own_priority = flow.filter(|_| !accepted).map(|flow| flow.own_priority(packet.priority));
         let outcome = Outcome {
             accepted,
-            rejected: fate == Fate::Rejected,
+            rejected: verdict == ChainVerdict::Rejected,
             cause,
             action,
             verdicts,

@@ -134,7 +134,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The receive buffer has this size in bytes, as the kernel accounts them.
     pub(crate) fn set_receive_buffer(&mut self, bytes: usize) {
-        self.sending.unproven.set_room(bytes);
+        self.sending.unproven.set_receive_buffer(bytes);
     }
 
     /// Whether the caller must receive until the socket is empty before it begins a round: a batch
@@ -190,7 +190,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                     && self.life.is_open()
                     && self.gathering.driven
                     && !self.gathering.backlog
-                    && self.sending.unproven.has_room() =>
+                    && self.sending.unproven.can_defer() =>
             {
                 Proof::Later
             }
@@ -295,8 +295,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// The kernel may have refused these verdicts, and its replies may be lost. They are sent
-    /// again: if they were executed, the kernel finds no packets. So nobody is told if they are
-    /// refused now.
+    /// again: if they were executed, the kernel finds no packets. So no refusal is reported if they
+    /// are refused now.
     pub(super) fn send_again(&mut self, verdicts: Vec<Verdict>) {
         for Verdict { id, fields, .. } in verdicts {
             if self.ledger.reopen(id, NO_TOKEN) {

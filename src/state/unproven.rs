@@ -1,13 +1,13 @@
 //! Whether the kernel has executed a datagram: it discards those of a sender without the
-//! capability, and its reply may find no room in the receive buffer (`nfnetlink_rcv`,
+//! capability, and its reply may not fit into the receive buffer (`nfnetlink_rcv`,
 //! `netlink_ack`).
 //!
 //! To ask the kernel for the capability after each send costs a system call. A single verdict at a
 //! low rate does without: the reply would be in the receive buffer before the send has returned. So
 //! when the socket has been read empty, and the buffer cannot have been full meanwhile, there was
 //! none. If the buffer may have been full, the verdict is sent again: the kernel then finds no
-//! packet, unless it had discarded the first one. If nobody reads the socket, the timer thread does
-//! after [`LONGEST`].
+//! packet, unless it had discarded the first one. If no task reads the socket, the timer thread
+//! does after [`LONGEST`].
 
 use std::{
     collections::VecDeque,
@@ -49,7 +49,7 @@ struct Entry {
 pub(super) struct Unproven {
     entries: VecDeque<Entry>,
     /// The receive buffer in bytes, as the kernel accounts them.
-    room: usize,
+    buffer: usize,
     /// When to read the socket, and the oldest entry at the time when that was decided.
     look: Option<(Instant, u32)>,
     /// What has been received since the socket was found empty last, at most, as the kernel
@@ -62,8 +62,8 @@ pub(super) struct Unproven {
 }
 
 /// In a smaller buffer than this, a few packets cast doubt.
-const SMALLEST_ROOM: usize = 64 * 1024;
-/// After this time the socket is read for a proof, also if nobody else does.
+const SMALLEST_BUFFER: usize = 64 * 1024;
+/// After this time the socket is read for a proof, also if no task has read it.
 pub(super) const LONGEST: Duration = Duration::from_millis(250);
 /// More verdicts than this do not wait for their proof.
 const MOST: usize = 8;
@@ -71,13 +71,13 @@ const MOST: usize = 8;
 const MOST_AGAIN: usize = 64;
 
 impl Unproven {
-    pub(super) fn set_room(&mut self, bytes: usize) {
-        self.room = bytes;
+    pub(super) fn set_receive_buffer(&mut self, bytes: usize) {
+        self.buffer = bytes;
     }
 
     /// Whether a single verdict need not be proven at once.
-    pub(super) fn has_room(&self) -> bool {
-        self.room >= SMALLEST_ROOM && self.entries.len() < MOST && self.is_certain() && self.again.is_empty()
+    pub(super) fn can_defer(&self) -> bool {
+        self.buffer >= SMALLEST_BUFFER && self.entries.len() < MOST && self.is_certain() && self.again.is_empty()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -97,7 +97,7 @@ impl Unproven {
         self.look.map(|(at, _)| at)
     }
 
-    /// Whether the socket must be read now: nobody has for long.
+    /// Whether the socket must be read now: no task has for long.
     pub(super) fn look(&mut self, now: Instant) -> bool {
         let Some((_, oldest)) = self.look.take_if(|(at, _)| *at <= now) else { return false };
         let Some(first) = self.entries.front() else { return false };
@@ -113,15 +113,15 @@ impl Unproven {
     }
 
     /// Datagrams have been received, which took at most so many bytes of the buffer. `lost`: some
-    /// have found no room.
+    /// did not fit.
     pub(super) fn received(&mut self, bytes: usize, lost: bool) {
         self.received = if lost { usize::MAX } else { self.received.saturating_add(bytes) };
     }
 
     /// Whether the buffer cannot have been full since the socket was found empty last. One message
-    /// more may have found no room.
+    /// more may did not fit.
     fn is_certain(&self) -> bool {
-        self.received < self.room / 2
+        self.received < self.buffer / 2
     }
 
     /// The socket was found empty after every message up to this sequence number had been sent.
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::types::Action;
 
-    const ROOM: usize = 1 << 20;
+    const BUFFER: usize = 1 << 20;
 
     fn verdict(id: u32) -> Verdict {
         Verdict { id, fields: VerdictFields::plain(Action::Accept), origin: Origin::Owner }
@@ -192,7 +192,7 @@ mod tests {
 
     fn unproven() -> Unproven {
         let mut unproven = Unproven::default();
-        unproven.set_room(ROOM);
+        unproven.set_receive_buffer(BUFFER);
         unproven
     }
 
@@ -201,13 +201,13 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_is_read_if_nobody_else_does() {
+    fn the_timer_reads_the_socket_if_no_task_does() {
         let (mut unproven, now) = (unproven(), Instant::now());
         let due = |unproven: &Unproven| unproven.due().unwrap();
         unproven.begin(1, verdict(1), || now);
         assert!(!unproven.look(now) && due(&unproven) == now + LONGEST);
         assert!(unproven.look(now + LONGEST));
-        // Somebody reads.
+        // A task reads.
         unproven.emptied(1);
         unproven.begin(2, verdict(2), || now);
         assert!(!unproven.look(now + 2 * LONGEST));
@@ -234,26 +234,26 @@ mod tests {
             let mut unproven = unproven();
             begin(&mut unproven, 1, 1);
             begin(&mut unproven, 2, 2);
-            unproven.received(if lost { 1 } else { ROOM / 2 }, lost);
-            assert!(!unproven.has_room());
+            unproven.received(if lost { 1 } else { BUFFER / 2 }, lost);
+            assert!(!unproven.can_defer());
             assert_eq!(unproven.emptied(1), [verdict(1)]);
             // The other one was sent while the buffer may have been full.
             assert_eq!(unproven.emptied(2), [verdict(2)]);
             assert!(unproven.has_gone(2) && !unproven.has_gone(2));
             // The reply to the other one has not been received before this number.
             unproven.all_sent(Some(9));
-            assert_eq!((unproven.emptied(8), unproven.has_room()), (Vec::new(), false));
-            assert_eq!((unproven.emptied(9), unproven.has_room()), (Vec::new(), true));
+            assert_eq!((unproven.emptied(8), unproven.can_defer()), (Vec::new(), false));
+            assert_eq!((unproven.emptied(9), unproven.can_defer()), (Vec::new(), true));
         }
     }
 
     #[test]
     fn a_small_buffer_is_no_proof() {
         let mut unproven = Unproven::default();
-        assert!(!unproven.has_room());
-        unproven.set_room(SMALLEST_ROOM);
-        assert!(unproven.has_room());
+        assert!(!unproven.can_defer());
+        unproven.set_receive_buffer(SMALLEST_BUFFER);
+        assert!(unproven.can_defer());
         (0..MOST as u32).for_each(|number| begin(&mut unproven, number, number));
-        assert!(!unproven.has_room());
+        assert!(!unproven.can_defer());
     }
 }

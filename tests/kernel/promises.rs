@@ -727,7 +727,7 @@ pub(crate) fn record_events() -> (Arc<Mutex<Vec<String>>>, tracing::subscriber::
     (events, tracing::subscriber::set_default(subscriber))
 }
 
-/// Records the names of events and spans of all threads of this process, for ever.
+/// Records the names of events and spans of all threads of this process, until it ends.
 pub(crate) fn record_all_events() -> Arc<Mutex<Vec<String>>> {
     let events = Arc::new(Mutex::new(Vec::new()));
     let subscriber = Subscriber { sink: Arc::default(), events: Arc::clone(&events) };
