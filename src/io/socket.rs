@@ -399,6 +399,12 @@ impl Socket {
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => Ok(Few::Empty),
                 Err(Errno::NOBUFS) => Ok(Few::Overrun),
+                // A seccomp filter refuses the call. The rest is received one by one.
+                Err(Errno::NOSYS | Errno::PERM) => Ok(match self.receive(buffers)? {
+                    Received::Datagram => Few::Datagrams { two: false, emptied: false },
+                    Received::Empty => Few::Empty,
+                    Received::Overrun => Few::Overrun,
+                }),
                 Err(errno) => Err(errno.into()),
             };
         }
