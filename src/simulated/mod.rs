@@ -107,6 +107,8 @@ mod flow_tests;
 mod flows;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+#[cfg(test)]
+mod late_tests;
 mod message;
 mod model;
 mod outcome;

@@ -1,6 +1,9 @@
 //! Many tasks, threads and packets: each packet is decided once, as its owner decided.
 
-use std::{future::ready, time::Duration};
+use std::{
+    future::ready,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt;
 use tokio::sync::mpsc;
@@ -15,6 +18,7 @@ tests![
     both eight_tasks_decide_each_packet_once_with_a_custom_policy,
     both confirm_resolves_in_eight_tasks,
     multi sinks_work_in_threads_without_a_runtime,
+    both a_packet_that_arrives_while_the_socket_is_found_empty_is_received,
     both recv_is_cancel_safe,
     both recv_many_is_cancel_safe,
     both recv_many_keeps_its_limit,
@@ -172,6 +176,38 @@ async fn sinks_work_in_threads_without_a_runtime() {
     }
     load.finish(COUNT).await;
     assert_eq!((sink.stats().sent.gone_at_least, sink.stats().decided.late, sink.stats().lost.packets), (0, 0, 0));
+}
+
+/// The call that receives the last packet finds the socket empty, and Tokio is told so later.
+async fn a_packet_that_arrives_while_the_socket_is_found_empty_is_received() {
+    const PAIRS: u32 = 4000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(1);
+    let (decided, wait) = std::sync::mpsc::channel::<()>();
+    let sender = std::thread::spawn({
+        let (socket, to) = (traffic.sender.try_clone().unwrap(), traffic.to(0));
+        move || {
+            for pair in 0..PAIRS {
+                let gap = Duration::from_micros(u64::from(pair % 80));
+                socket.send_to(&pair.to_be_bytes(), to).unwrap();
+                let first = Instant::now();
+                while first.elapsed() < gap {}
+                socket.send_to(&pair.to_be_bytes(), to).unwrap();
+                if wait.recv().is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    for pair in 0..PAIRS {
+        for _ in 0..2 {
+            let packet = next(&mut queue).await;
+            assert_eq!(number(&packet), pair);
+            packet.drop().submit().unwrap();
+        }
+        decided.send(()).unwrap();
+    }
+    sender.join().unwrap();
 }
 
 async fn recv_is_cancel_safe() {

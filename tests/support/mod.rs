@@ -38,7 +38,7 @@ pub use self::{
     namespace::{Namespace, enter, isolated},
     raw_queue::{RawPacket, RawQueue},
     sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, set_priority, udp, udp_marked, wait_until},
-    sys::{fork_sleeper, go_on_in_a_fork, in_a_fork, refuse_capget, replace_descriptor},
+    sys::{fork_sleeper, go_on_in_a_fork, in_a_fork, refuse_call, replace_descriptor},
     trial::{PATIENCE, Report, run, test, test_multi, test_sync, test_unbounded},
     user_namespace::UserNamespace,
 };

@@ -74,15 +74,15 @@ pub fn in_a_fork(body: impl FnOnce()) -> io::Result<bool> {
     }
 }
 
-/// Makes `capget` fail with this error number, by a seccomp filter, in this thread and in those
-/// that it starts.
+/// Makes a system call fail with this error number, by a seccomp filter, in this thread and in
+/// those that it starts.
 #[cfg(target_pointer_width = "64")]
-pub fn refuse_capget(errno: libc::c_int) -> io::Result<()> {
+pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let mut filter = [
         // The number of the system call is the first field of `seccomp_data`.
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
-        libc::sock_filter { jf: 1, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_capget as u32) },
+        libc::sock_filter { jf: 1, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call as u32) },
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
     ];
@@ -92,7 +92,13 @@ pub fn refuse_capget(errno: libc::c_int) -> io::Result<()> {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the filter refuses the call; if it did not, the arguments name no memory.
+    let refused = unsafe { libc::syscall(call, -1, 0, 0, 0, 0) } < 0;
+    assert!(refused && io::Error::last_os_error().raw_os_error() == Some(errno), "the filter works");
+    Ok(())
 }
 
 /// As a daemon does: a child by `fork` goes on, and the process itself ends.

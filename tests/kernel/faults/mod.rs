@@ -18,6 +18,7 @@
 //! | a daemon: the queue's process goes on in a child | `a_forked_child_that_continues_with_the_queue_keeps_its_time_limits` | 5 | 5 | 0 | 0 | 1, 7 |
 //! | `capget` refused by seccomp | `where_capget_is_refused_every_verdict_is_sent` | 60 | 60 | 0 | 0 | 1, 7 |
 //! | the same, and privileges dropped | `where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability` | 2 | 1 | 0 | 1; the refused verdict is reported, and the stream ends with the reason | 6 |
+//! | `recvmmsg` refused by seccomp | `where_recvmmsg_is_refused_every_packet_is_received` | 60 | 60 | 0 | 0 | 5 |
 //! | no `/proc` | `without_proc_a_queue_works_and_errors_name_the_reason` | 10 | 10 | 0 | 0 | 1, 10 |
 //! | runtime shut down with packets held | `unanswered::packets_of_a_runtime_that_shuts_down_get_the_default_action` | 50 | 50 or 0, by the default action | 0 | 0 | 1 |
 //! | 8 queues flooded, out of order, 50 bogus verdicts a packet | `eight_flooded_queues_with_bogus_verdicts_agree_with_the_kernel_to_the_packet` | n | n - by rule | as the kernel counts | as the kernel counts; of those received 0 | 1, 2, 3, 5, 6 |

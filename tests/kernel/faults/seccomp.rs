@@ -1,6 +1,6 @@
-//! A seccomp filter that refuses `capget`, as a container or a service may have it.
+//! A seccomp filter that refuses a system call, as a container or a service may have it.
 
-use nix::libc::{ENOSYS, EPERM};
+use nix::libc::{self, ENOSYS, EPERM};
 use tokio_nfqueue::{Action, ErrorKind, Queue};
 
 use super::process::{DEADLINE, in_a_process, in_runtime};
@@ -13,34 +13,46 @@ tests![
     sync where_capget_is_refused_every_verdict_is_sent,
     sync where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability,
     sync where_capget_is_refused_a_second_owner_is_named,
+    sync where_recvmmsg_is_refused_every_packet_is_received,
 ];
 
-/// How the modes of these processes begin; the errno follows.
-pub(super) const MODE: &str = "capget";
+/// How the modes of these processes begin; the call and the errno follow.
+pub(super) const MODE: &str = "seccomp";
 
 fn where_capget_is_refused_every_verdict_is_sent() {
     for errno in [EPERM, ENOSYS] {
-        in_a_process(&format!("{MODE} {errno} verdicts"));
+        in_a_process(&format!("{MODE} capget {errno} verdicts"));
     }
 }
 
 fn where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability() {
     for errno in [EPERM, ENOSYS] {
-        in_a_process(&format!("{MODE} {errno} lost"));
+        in_a_process(&format!("{MODE} capget {errno} lost"));
     }
 }
 
 fn where_capget_is_refused_a_second_owner_is_named() {
     for errno in [EPERM, ENOSYS] {
-        in_a_process(&format!("{MODE} {errno} owner"));
+        in_a_process(&format!("{MODE} capget {errno} owner"));
+    }
+}
+
+fn where_recvmmsg_is_refused_every_packet_is_received() {
+    for errno in [EPERM, ENOSYS] {
+        in_a_process(&format!("{MODE} recvmmsg {errno} verdicts"));
     }
 }
 
 pub(super) fn child(mode: &str) {
     let words: Vec<&str> = mode.split(' ').collect();
-    let [MODE, errno, what] = words[..] else { panic!("{mode:?}") };
-    support::refuse_capget(errno.parse().unwrap()).unwrap();
-    assert!(rustix::thread::capabilities(None).is_err(), "the filter works");
+    let [MODE, call, errno, what] = words[..] else { panic!("{mode:?}") };
+    let errno = errno.parse().unwrap();
+    let call = match call {
+        "capget" => libc::SYS_capget,
+        "recvmmsg" => libc::SYS_recvmmsg,
+        call => panic!("{call:?}"),
+    };
+    support::refuse_call(call, errno).unwrap();
     match what {
         "verdicts" => in_runtime(verdicts()),
         "lost" => in_runtime(lost()),
