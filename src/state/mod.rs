@@ -181,8 +181,24 @@ struct Gathering {
     backlog: bool,
     /// The driver has been woken, to report when the ready tasks have run.
     wait_for_tasks: bool,
-    /// How often verdicts have begun to wait since the timer fired last.
-    waits: u32,
+    waits: Waits,
+}
+
+/// How often verdicts have begun to wait lately.
+#[derive(Debug, Default)]
+struct Waits {
+    since: Option<Instant>,
+    count: u32,
+}
+
+impl Waits {
+    /// Verdicts begin to wait. Waits longer ago than `period` do not count.
+    fn add(&mut self, now: Instant, period: Duration) {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) > period) {
+            *self = Self { since: Some(now), count: 0 };
+        }
+        self.count = self.count.saturating_add(1);
+    }
 }
 
 /// The rounds of sending. There is at most one at a time, under the send lock.

@@ -8,8 +8,9 @@ use super::{
     plain,
 };
 
-/// If verdicts wait more often than this between two events of the timer, it is not set for each.
-/// To set and to clear it takes two system calls, about 0.6 µs; an event takes about 3 µs.
+/// If verdicts wait more often than this in the time in which the timer would fire once, it is not
+/// set for each. To set and to clear it takes two system calls, about 0.6 µs; an event takes about
+/// 3 µs.
 const MOST_WAITS: u32 = 4;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
@@ -91,7 +92,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn rearm_timer(&mut self, now: Instant) {
         // While verdicts wait again and again, the timer keeps firing: one event in a period costs
         // less than to set and to clear it for each wait.
-        let waits = std::mem::take(&mut self.gathering.waits);
+        let waits = std::mem::take(&mut self.gathering.waits).count;
         let linger = self
             .gathering
             .policy
@@ -136,7 +137,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn end_waiting(&mut self) {
         self.gathering.oldest = None;
         let Some(due) = self.gathering.due.take() else { return };
-        if self.gathering.waits <= MOST_WAITS && self.alarm.at == Some(due) {
+        if self.gathering.waits.count <= MOST_WAITS && self.alarm.at == Some(due) {
             self.change_timer(self.next_due(self.clock.now()));
         }
     }

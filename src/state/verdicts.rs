@@ -164,7 +164,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             None => *self.gathering.oldest.insert(self.clock.now()),
         };
         if self.gathering.due.is_none() {
-            self.gathering.waits = self.gathering.waits.saturating_add(1);
+            let period = self.gathering.policy.as_ref().and_then(FlushPolicy::linger).unwrap_or_default();
+            self.gathering.waits.add(oldest, period);
         }
         let due = self.gathering.due.map_or(oldest + delay, |earlier| earlier.min(oldest + delay));
         self.gathering.due = Some(due);

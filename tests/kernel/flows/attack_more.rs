@@ -14,7 +14,7 @@ use super::{
     table, to_port,
 };
 use crate::common::{
-    next,
+    kernel_release, next,
     rules::{self, Expressions, NetfilterProtoFamily, Place},
 };
 
