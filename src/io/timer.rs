@@ -336,6 +336,8 @@ impl TimerThread {
         let [alarm, watched] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
         if alarm {
             self.clear_alarm()?;
+            // It may have come early, by the clock that this process reads.
+            self.state().programmed = None;
         }
         if watched {
             self.tell_readable()?;
@@ -426,6 +428,24 @@ mod tests {
         set(&timer, None);
         let at = Instant::now() + Duration::from_millis(60);
         set(&timer, Some(at));
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
+        assert!(Instant::now() >= at);
+    }
+
+    /// The clock that the alarm follows may be ahead of the one that this process reads, on another
+    /// CPU of a virtual machine for example.
+    #[test]
+    fn an_alarm_that_comes_early_is_set_again() {
+        let (sender, receiver) = channel();
+        let probe = Arc::new(Probe(Mutex::new(sender)));
+        let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
+        let timer = Timer::new(timed, &QueueClock::System).unwrap();
+        let at = Instant::now() + Duration::from_millis(200);
+        set(&timer, Some(at));
+        let soon = Timespec { tv_sec: 0, tv_nsec: 1 };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: soon };
+        let thread = TimerThread::get().unwrap();
+        timerfd_settime(&thread.alarm, TimerfdTimerFlags::empty(), &once).unwrap();
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
         assert!(Instant::now() >= at);
     }
