@@ -66,10 +66,26 @@ impl<'a> Chained<'a> {
         self.push(conditions, Action::Continue).changes.push(change);
     }
 
-    /// Adds a rule for each set.
-    pub(super) fn push_denied(&mut self, of: Of, action: impl Fn(DeniedSet) -> Action) {
+    /// Adds rules for packets of denied connections.
+    pub(super) fn push_denied(&mut self, action: Action) {
         for set in DeniedSet::all(self.surroundings.family) {
-            self.push_for(set.version, &[Match::denied(set, of)], action(set));
+            self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
+        }
+    }
+
+    /// Adds rules for packets whose connections the other side of a denied one has begun.
+    pub(super) fn push_other_side(&mut self, action: Action) {
+        for set in DeniedSet::of_replies(self.surroundings.family) {
+            self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
+        }
+        // Both sides have begun at once, and the denied packet has not come to source translation:
+        // with it, the tuple of its replies would be that of this connection.
+        for set in DeniedSet::all(self.surroundings.family) {
+            let of = Of::ConnectionReversed;
+            let rule = self.push(&[Match::only_destination_translated(), Match::denied(set, of)], action);
+            rule.facts.version = Some(set.version);
+            let replies = DeniedSet::of(set.version).into_iter().filter(|set| set.replies);
+            rule.conditions.extend(replies.map(|set| (Match::denied(set, of), true)));
         }
     }
 
@@ -79,6 +95,35 @@ impl<'a> Chained<'a> {
             let rule = self.push(conditions, action);
             rule.facts.version = Some(set.version);
             rule.remember = Some(Remember::Denied(set, of));
+        }
+    }
+
+    /// Adds rules that remember the tuples of the other side's packets.
+    pub(super) fn remember_replies(&mut self, reject: bool, conditions: &[Match]) {
+        for set in DeniedSet::of_replies(self.surroundings.family).filter(|set| set.reject == reject) {
+            let rule = self.push(conditions, Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, Of::ConnectionReversed));
+        }
+    }
+
+    /// Lets the time begin anew for what these sets contain.
+    pub(super) fn renew(&mut self, sets: impl Iterator<Item = DeniedSet>, of: Of, conditions: &[(Match, bool)]) {
+        for set in sets {
+            let rule = self.push(&[Match::denied(set, of)], Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.conditions.extend_from_slice(conditions);
+            rule.remember = Some(Remember::Denied(set, of));
+        }
+    }
+
+    /// Lets the time begin anew for a connection beside a denied one.
+    pub(super) fn renew_beside(&mut self, of: Of, conditions: &[Match]) {
+        for version in denied::versions(self.surroundings.family) {
+            let rule = self.push(conditions, Action::Continue);
+            rule.facts.version = Some(version);
+            rule.conditions.push((Match::beside(version, of), false));
+            rule.remember = Some(Remember::Beside(version, of));
         }
     }
 
@@ -94,6 +139,7 @@ impl<'a> Chained<'a> {
     /// is no room in another's set.
     pub(super) fn remember_verdict(&mut self, reject: bool) {
         self.remember(reject, &[], Of::Connection, Action::Continue);
+        self.remember_replies(reject, &[]);
         // Where no packet shows that it begins a connection, the other side's next packet is of the
         // same conversation, also without its entry.
         let start = self.rules.len();

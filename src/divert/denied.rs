@@ -5,6 +5,11 @@
 //! translation. Unlike a mark, a tuple outlives the entry of connection tracking, and holds for all
 //! entries that packets of the same connection may have.
 //!
+//! Another such set contains the tuples of the other side's packets, before address translation. An
+//! entry whose first packet has such a tuple is the denied connection as the other side continues
+//! it, or a connection that the other side has begun. (To compare the tuples of replies would not
+//! do: with source translation, connections of different hosts have the same.)
+//!
 //! A further set contains the ports of all these tuples, in both directions. Nearly every packet is
 //! found not to be denied by one lookup of eight bytes in it. A tuple is added after its ports, and
 //! only if there was room for them.
@@ -43,6 +48,12 @@ impl FlowTable {
         check_timeout(self.timeout).map_err(|reason| format!("denied flows: {reason}"))
     }
 
+    /// For how long a connection beside a denied one is remembered. Both times begin anew together,
+    /// and the denial must end first.
+    pub(super) fn beside_timeout(self) -> Duration {
+        self.timeout.saturating_mul(2)
+    }
+
     /// Connection tracking must come before a base chain.
     pub(super) fn check_place(self, place: Place) -> Result<(), String> {
         if place.hook != Hook::Forward && place.priority <= CONNECTION_TRACKING {
@@ -60,26 +71,52 @@ impl FlowTable {
 pub(super) struct DeniedSet {
     pub(super) version: IpVersion,
     pub(super) reject: bool,
+    /// The tuples of the other side's packets.
+    pub(super) replies: bool,
 }
 
 impl DeniedSet {
     pub(super) fn name(self) -> &'static str {
-        match (self.reject, self.version) {
-            (false, IpVersion::V4) => "flow_dropped_ip",
-            (false, IpVersion::V6) => "flow_dropped_ip6",
-            (true, IpVersion::V4) => "flow_rejected_ip",
-            (true, IpVersion::V6) => "flow_rejected_ip6",
+        match (self.reject, self.replies, self.version) {
+            (false, false, IpVersion::V4) => "flow_dropped_ip",
+            (false, false, IpVersion::V6) => "flow_dropped_ip6",
+            (true, false, IpVersion::V4) => "flow_rejected_ip",
+            (true, false, IpVersion::V6) => "flow_rejected_ip6",
+            (false, true, IpVersion::V4) => "flow_dropped_replies_ip",
+            (false, true, IpVersion::V6) => "flow_dropped_replies_ip6",
+            (true, true, IpVersion::V4) => "flow_rejected_replies_ip",
+            (true, true, IpVersion::V6) => "flow_rejected_replies_ip6",
         }
     }
 
-    /// The sets of a table.
+    /// The sets of the denied connections themselves.
     pub(super) fn all(family: TableFamily) -> impl Iterator<Item = Self> {
+        Self::every(family).filter(|set| !set.replies)
+    }
+
+    /// The sets of the other side's tuples.
+    pub(super) fn of_replies(family: TableFamily) -> impl Iterator<Item = Self> {
+        Self::every(family).filter(|set| set.replies)
+    }
+
+    /// All sets of a table.
+    pub(super) fn every(family: TableFamily) -> impl Iterator<Item = Self> {
         versions(family).flat_map(Self::of)
     }
 
     /// Those for one IP version.
-    pub(super) fn of(version: IpVersion) -> [Self; 2] {
-        [false, true].map(|reject| Self { version, reject })
+    pub(super) fn of(version: IpVersion) -> [Self; 4] {
+        [(false, false), (true, false), (false, true), (true, true)].map(|(reject, replies)| Self {
+            version,
+            reject,
+            replies,
+        })
+    }
+
+    /// How many elements it can have, for this number of denied connections.
+    pub(super) fn capacity(self, connections: u32) -> u32 {
+        // Conversations without first packets have both tuples in the first set.
+        if self.replies { connections } else { connections.saturating_mul(2) }
     }
 }
 
@@ -94,7 +131,7 @@ pub(super) enum Remember {
     /// A connection that has just been denied.
     Recent(IpVersion),
     /// A connection of the other side, beside a denied one.
-    Beside(IpVersion),
+    Beside(IpVersion, Of),
     /// The other side's connection is no longer one beside a denied one: it is denied itself.
     NotBeside(IpVersion),
     /// No longer the connection of the other side that has just been denied.
@@ -119,7 +156,7 @@ impl Remember {
                 [ports, reversed, update(set.name(), tuple::nft(set.version, of))].join(" ")
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
-            Self::Beside(version) => update(beside(version), tuple::nft(version, Of::Connection)),
+            Self::Beside(version, of) => update(beside(version), tuple::nft(version, of)),
             Self::NotBeside(version) => delete(beside(version), version),
             Self::NotRecent(version) => delete(recent(version), version),
             Self::Begun(version) => {
@@ -164,8 +201,8 @@ impl Remember {
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(recent(version), None);
             }
-            Self::Beside(version) => {
-                tuple::load(version, Of::Connection, REG32_00, encoder);
+            Self::Beside(version, of) => {
+                tuple::load(version, of, REG32_00, encoder);
                 encoder.update_set(beside(version), None);
             }
             Self::NotBeside(version) => {
@@ -239,8 +276,8 @@ pub(super) fn beside(version: IpVersion) -> &'static str {
     }
 }
 
-/// The number of connections beside denied ones that are remembered, for each IP version. Further
-/// ones are taken for the denied ones.
+/// The number of connections beside denied ones that are remembered, for each IP version. The first
+/// packet of a further one is dropped.
 pub(super) const BESIDE: u32 = 4096;
 
 /// The number of connections that packets without an entry have begun and that are remembered, for
@@ -262,7 +299,7 @@ pub(super) fn versions(family: TableFamily) -> impl Iterator<Item = IpVersion> {
 pub(super) fn names(family: TableFamily) -> impl Iterator<Item = &'static str> {
     let of_versions =
         versions(family).flat_map(|version| [translated, recent, replied, begun, beside].map(|name| name(version)));
-    DeniedSet::all(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
+    DeniedSet::every(family).map(DeniedSet::name).chain(of_versions).chain([PORTS])
 }
 
 /// The set of the ports of denied connections.
@@ -278,11 +315,11 @@ pub(super) const RECALL: Duration = Duration::from_secs(300);
 /// How many elements [`RECALLED`] can have: two for each connection.
 pub(super) const RECALLED_CAPACITY: u32 = 2 * 65_536;
 
-/// The elements of [`PORTS`] for this number of denied connections: two for each, and room for the
-/// others, of both IP versions. The kernel removes expired elements once a second, so that rejected
-/// ones may be there twice.
+/// The elements of [`PORTS`] for this number of dropped and of rejected connections of each IP
+/// version: two for each, and room for the others. The kernel removes expired elements once a
+/// second, so that rejected ones may be there twice.
 pub(super) fn ports_capacity(connections: u32) -> u32 {
-    connections.saturating_add(4 * REPLIED + 2 * BEGUN).saturating_mul(2)
+    connections.saturating_mul(4).saturating_add(4 * REPLIED + 2 * BEGUN).saturating_mul(2)
 }
 
 /// The number of connections of which a packet has been rejected within [`RECENT`] that are

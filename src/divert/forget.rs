@@ -63,7 +63,10 @@ pub(super) fn forget_marks(
                 if !names.iter().any(|name| flow.is(*name)) {
                     return None;
                 }
-                found.borrow_mut().flows.extend(is_verdict.then_some(names[0]));
+                if is_verdict {
+                    // The tuples of both sides: without translation, the same.
+                    found.borrow_mut().flows.extend([names[0], names[2]]);
+                }
             }
             if mark == marks.accepted() || mark == marks.accepting() {
                 found.borrow_mut().accepted.extend(names.map(|names| names[0]));

@@ -219,19 +219,17 @@ impl<'a> Batch<'a> {
 
     /// Creates the sets to which rules add denied connections.
     pub(super) fn create_denied_sets(&mut self, family: TableFamily, flows: FlowTable) {
-        for set in DeniedSet::all(family) {
-            // Conversations without first packets have a tuple for each direction.
-            let capacity = flows.capacity.saturating_mul(2);
+        for set in DeniedSet::every(family) {
+            let capacity = set.capacity(flows.capacity);
             self.create_denied_set(set.name(), tuple::key(set.version), None, capacity, flows);
         }
         for version in denied::versions(family) {
             let data = tuple::translated(version);
             let name = denied::translated(version);
             self.create_denied_set(name, tuple::key(version), Some(data), flows.capacity, flows);
-            for (name, capacity) in [(denied::begun(version), denied::BEGUN), (denied::beside(version), denied::BESIDE)]
-            {
-                self.create_denied_set(name, tuple::key(version), None, capacity, flows);
-            }
+            self.create_denied_set(denied::begun(version), tuple::key(version), None, denied::BEGUN, flows);
+            let beside = FlowTable { timeout: flows.beside_timeout(), ..flows };
+            self.create_denied_set(denied::beside(version), tuple::key(version), None, denied::BESIDE, beside);
             let briefly = FlowTable { timeout: denied::RECENT, ..flows };
             for (name, capacity) in
                 [(denied::recent(version), flows.capacity), (denied::replied(version), denied::REPLIED)]

@@ -35,13 +35,12 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             line(&mut text, 2, format_args!("timeout {}", time(timeout)));
             line(&mut text, 1, format_args!("}}"));
         };
-        for denied in DeniedSet::all(family) {
-            let capacity = flows.capacity.saturating_mul(2);
-            set(denied.name(), &tuple::nft_type(denied.version), capacity, flows.timeout);
+        for denied in DeniedSet::every(family) {
+            set(denied.name(), &tuple::nft_type(denied.version), denied.capacity(flows.capacity), flows.timeout);
         }
         for version in denied::versions(family) {
             set(denied::begun(version), &tuple::nft_type(version), denied::BEGUN, flows.timeout);
-            set(denied::beside(version), &tuple::nft_type(version), denied::BESIDE, flows.timeout);
+            set(denied::beside(version), &tuple::nft_type(version), denied::BESIDE, flows.beside_timeout());
             set(denied::recent(version), &tuple::nft_type(version), flows.capacity, denied::RECENT);
             set(denied::replied(version), &tuple::nft_type(version), denied::REPLIED, denied::RECENT);
         }

@@ -63,12 +63,14 @@
 //!   verdict on an ICMP error holds for the error only, because anybody can quote a connection:
 //!   `for_flow` is then reported by `refusals`.
 //! - A connection that another one has announced (a helper of connection tracking expects it) comes
-//!   to the queue, also if the other one is accepted. If the other one is denied, it is denied.
+//!   to the queue, also if the other one is accepted. If the other one has been denied by a verdict
+//!   for a packet of its entry, or has been stopped since the verdict, it is denied.
 //! - A SYN on an accepted connection's addresses and ports ends the accept, from either side, also
 //!   if its sender has forged them. The connection's packets then come to the queue again. (If
-//!   connection tracking does not count the SYN to the connection, it ends the accept when it
-//!   passes. The table remembers 4096 such for each IP version, as long as denials; while there is
-//!   no room, it drops them.)
+//!   connection tracking calls the SYN invalid, it ends the accept when it passes. The table
+//!   remembers 4096 such for each IP version, for the time of denials, also if their connection is
+//!   not complete by then; while there is no room, it drops them. A SYN that a rule excludes from
+//!   tracking ends nothing: exclude all packets of a connection, or none.)
 //! - If a SYN comes while conntrack has an entry with its addresses and ports (of an older
 //!   connection, or of the same one if the SYN is sent again), only a verdict for a SYN can accept
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
@@ -95,7 +97,9 @@
 //! [`denied_flows`](crate::DivertBuilder::denied_flows) (ten minutes by default) since its last
 //! packet, in either direction. Each packet lets the time begin anew. Until then it stays denied,
 //! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
-//! same port. Beyond that time it is denied as long as connection tracking has its entry.
+//! same port. Beyond that time it is denied as long as connection tracking has its entry (and
+//! dropped, if it was rejected). Behind address translation, when the entry is gone, the time of
+//! each direction begins anew with its own packets only.
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
@@ -104,9 +108,11 @@
 //! otherwise a sender with a forged address could block the connections of others. (It also passes
 //! if a rule of yours accepts it.) Later packets of such a connection come to the queue, and cannot
 //! leave it, while the denial is remembered. The table remembers 4096 such connections for each IP
-//! version, as long as denials; while there is no room, later packets of further ones are denied.
+//! version, for twice the time of denials; while there is no room, it drops the first packets of
+//! further ones.
 //!
-//! If the other side's packets have passed before the verdict, they are of the denied connection.
+//! If the other side's packets have passed before the verdict, they are of the denied connection:
+//! also if they begin one of its own beside an earlier denial of the same addresses and ports.
 //! So is what the other side sends after a verdict on a connection to which both have sent, also
 //! when connection tracking has lost the connection; of TCP, SCTP and DCCP all but a first packet.
 //!

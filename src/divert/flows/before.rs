@@ -138,7 +138,8 @@ impl<'a> Flows<'a> {
 
     /// Adds the rules for packets that pass a place.
     pub(super) fn push_passing(self, chain: &mut Chained<'a>, place: Place, places: &[Place]) {
-        chain.push(&[stray()], jump(FlowChain::BegunStray));
+        // Others than those that connection tracking calls invalid do not come to an older entry.
+        chain.push(&[Match::connection_state([ConnectionState::Invalid])], jump(FlowChain::BegunStray));
         // At a later place, a verdict may deny the packet.
         if is_last_but_for_input(place, places) {
             for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {

@@ -67,9 +67,8 @@ impl<'a> Flows<'a> {
         chain.push(&[self.marked(self.table.marks.denied())], Action::Return);
         let not_listed = chain.push(&[], goto(FlowChain::Save));
         not_listed.conditions.push((Match::listed(Of::Connection), true));
-        for of in [Of::Connection, Of::ConnectionReversed] {
-            chain.push_denied(of, |_| Action::Return);
-        }
+        chain.push_denied(Action::Return);
+        chain.push_other_side(Action::Return);
         chain.push(&[], goto(FlowChain::Save));
         chain
     }

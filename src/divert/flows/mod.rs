@@ -27,8 +27,8 @@
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |
 //! | `flow_stray`, `flow_stray_icmp` | belong to no connection, as connection tracking sees it |
 //! | `flow_listed` | have the ports of a denied connection, or of one of which a packet has just been rejected |
-//! | `flow_reversed`, `flow_reversed_denied` | have the tuple of a denied connection, with source and destination exchanged |
-//! | `flow_beside`, `flow_beside_begins` | pass, and may begin a connection with such a tuple |
+//! | `flow_reversed`, `flow_reversed_denied` | have the tuple of the other side of a denied connection |
+//! | `flow_beside`, `flow_beside_begins`, `flow_beside_record` | pass, and may begin a connection with such a tuple |
 //! | `flow_alone` | pass, and belong to a connection that was accepted by a packet that begins one |
 //! | `flow_crossed` | come from the other side of a connection that has just been denied, and no rule has decided about them |
 //! | `flow_accepted` | belong to a connection that was accepted by such a packet, and not yet answered |
@@ -66,6 +66,7 @@ impl<'a> Flows<'a> {
             self.accepted(),
             self.beside(),
             self.beside_begins(),
+            self.beside_record(),
             self.alone(),
             self.verdict_accept(),
             self.save_chain(),

@@ -63,11 +63,17 @@ fn opposite(hook: Hook) -> Option<Hook> {
 pub(in crate::divert) fn places(places: &[Place]) -> Vec<Place> {
     let others = places.iter().filter_map(|place| Some(Place { hook: opposite(place.hook)?, ..*place }));
     let mut all: Vec<Place> = places.iter().copied().chain(others).collect();
-    // `Input` is later than `Prerouting`, but not for packets that are forwarded.
+    // Later than `Prerouting` is `Input` for packets to this host, and `Forward` for others.
     let has = |hook: Hook| places.iter().any(|place| place.hook == hook);
-    if has(Hook::Input) && !has(Hook::Forward) && !has(Hook::Postrouting) {
+    let mut behind_prerouting = |hook: Hook| {
         let before = places.iter().filter(|place| place.hook == Hook::Prerouting);
-        all.extend(before.map(|place| Place { hook: Hook::Forward, ..*place }));
+        all.extend(before.map(|place| Place { hook, ..*place }));
+    };
+    if has(Hook::Input) && !has(Hook::Forward) && !has(Hook::Postrouting) {
+        behind_prerouting(Hook::Forward);
+    }
+    if !has(Hook::Input) && (has(Hook::Forward) || has(Hook::Postrouting)) {
+        behind_prerouting(Hook::Input);
     }
     all.sort();
     all.dedup();

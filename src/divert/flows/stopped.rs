@@ -19,32 +19,32 @@ impl<'a> Flows<'a> {
                 chain.push_for(version, &[Match::replied(version)], jump(FlowChain::Replies(way)));
             }
         }
-        chain.push_denied(Of::Connection, |_| goto(FlowChain::Denied(way)));
+        chain.push_denied(goto(FlowChain::Denied(way)));
         for version in denied::versions(self.surroundings.family) {
             for of in Of::Connection.both() {
                 chain.push_for(version, &[Match::begun(version, of)], jump(FlowChain::BegunAgain));
             }
         }
-        chain.push_denied(Of::ConnectionReversed, |_| goto(FlowChain::Reversed(way)));
+        chain.push_other_side(goto(FlowChain::Reversed(way)));
         chain
     }
 
-    /// Lets the time of the memory begin anew.
+    /// Lets the time of the memory begin anew. The entry stays denied when that is over: it may be
+    /// another one than that of the packet with the verdict, and may have been accepted.
     pub(super) fn denied(self, way: Way) -> Chained<'a> {
+        let family = self.surroundings.family;
         let mut chain = self.of_way(FlowChain::Denied(way), way);
         chain.remember_translated();
-        for set in DeniedSet::all(self.surroundings.family) {
-            let of = Of::ConnectionReversed;
-            let rule = chain.push(&[Match::denied(set, of)], Action::Continue);
-            rule.facts.version = Some(set.version);
-            rule.conditions.push((begin_so(), true));
-            rule.remember = Some(Remember::Denied(set, of));
-        }
-        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject) {
+        chain.renew(DeniedSet::all(family), Of::ConnectionReversed, &[(begin_so(), true)]);
+        chain.renew(DeniedSet::of_replies(family), Of::ConnectionReversed, &[]);
+        chain.change(&[], self.save(self.table.marks.denied()));
+        for set in DeniedSet::all(family).filter(|set| set.reject) {
             let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
             rule.facts.version = Some(set.version);
             rule.remember = Some(Remember::Denied(set, Of::Connection));
         }
+        // Translation is complete only then.
+        chain.remember_replies(false, &[Match::confirmed()]);
         chain.remember(false, &[], Of::Connection, Action::Continue);
         chain.drop();
         chain
@@ -94,21 +94,25 @@ impl<'a> Flows<'a> {
         let mut chain = self.of_way(FlowChain::Stray(way), way);
         chain.push(&[Match::protocols([Protocol::Icmp, Protocol::Icmpv6])], goto(FlowChain::StrayIcmp));
         let listed = Match::listed(Of::Packet);
-        let deny = |chain: &mut Chained<'a>, protocol: Option<Protocol>, of: Of| {
-            for set in DeniedSet::all(self.surroundings.family) {
-                let conditions: Vec<Match> =
-                    protocol.map(Match::protocol).into_iter().chain([listed.clone(), Match::denied(set, of)]).collect();
-                let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
-                let rule = chain.push(&conditions, action);
-                rule.facts.version = Some(set.version);
-                rule.remember = Some(Remember::Denied(set, of));
-                rule.counts = !set.reject;
-            }
+        // A connection beside a denied one is remembered as long as that.
+        Of::Packet.both().into_iter().for_each(|of| chain.renew_beside(of, std::slice::from_ref(&listed)));
+        let deny = |chain: &mut Chained<'a>, set: DeniedSet, protocol: Option<Protocol>| {
+            let conditions = [listed.clone(), Match::denied(set, Of::Packet)];
+            let conditions: Vec<Match> = protocol.map(Match::protocol).into_iter().chain(conditions).collect();
+            let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
+            let rule = chain.push(&conditions, action);
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, Of::Packet));
+            rule.counts = !set.reject;
         };
-        deny(&mut chain, None, Of::Packet);
+        let family = self.surroundings.family;
+        chain.renew(DeniedSet::of_replies(family), Of::PacketReversed, &[(listed.clone(), false)]);
+        DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None));
         chain.push_first(&[], Action::Return, None);
+        let tells = [(begin_so(), false), (listed.clone(), false)];
+        chain.renew(DeniedSet::all(family), Of::PacketReversed, &tells);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            deny(&mut chain, Some(protocol), Of::PacketReversed);
+            DeniedSet::of_replies(family).for_each(|set| deny(&mut chain, set, Some(protocol)));
         }
         chain
     }

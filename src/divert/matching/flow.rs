@@ -38,7 +38,7 @@ enum Flow {
     Recent(IpVersion),
     Replied(IpVersion),
     Begun(IpVersion, Of),
-    Beside(IpVersion),
+    Beside(IpVersion, Of),
     /// `ct direction`
     IsReply(bool),
     /// The ports of connections whose packets must not take the flowtable.
@@ -103,6 +103,11 @@ impl Match {
         Self::status(IPS_DST_NAT, IPS_DST_NAT)
     }
 
+    /// The same, and the source has not been translated.
+    pub(in super::super) fn only_destination_translated() -> Self {
+        Self::status(IPS_SRC_NAT | IPS_DST_NAT, IPS_DST_NAT)
+    }
+
     fn status(mask: u32, value: u32) -> Self {
         Self::new(Flow::Status { mask, value })
     }
@@ -148,8 +153,8 @@ impl Match {
     }
 
     /// Packets of connections of the other side beside denied ones.
-    pub(in super::super) fn beside(version: IpVersion) -> Self {
-        Self::new(Flow::Beside(version))
+    pub(in super::super) fn beside(version: IpVersion, of: Of) -> Self {
+        Self::new(Flow::Beside(version, of))
     }
 
     /// Packets of connections of which both sides have sent packets.
@@ -226,7 +231,7 @@ impl Condition for Flow {
                 | Self::Recent(_)
                 | Self::Replied(_)
                 | Self::Begun(..)
-                | Self::Beside(_)
+                | Self::Beside(..)
                 | Self::IsReply(_)
         );
         Needs { tracking, ..Needs::default() }
@@ -292,9 +297,9 @@ impl Condition for Flow {
                     encoder.named_set(begun(version), negated);
                 }
             }
-            Self::Beside(version) => {
+            Self::Beside(version, of) => {
                 if !encoder.encoding.trial {
-                    tuple::load(version, Of::Connection, REG32_00, encoder);
+                    tuple::load(version, of, REG32_00, encoder);
                     encoder.named_set(beside(version), negated);
                 }
             }
@@ -389,8 +394,8 @@ impl Condition for Flow {
             Self::Begun(version, of) => {
                 format!("{} {}@{}", tuple::nft(version, of), operator(negated), begun(version))
             }
-            Self::Beside(version) => {
-                format!("{} {}@{}", tuple::nft(version, Of::Connection), operator(negated), beside(version))
+            Self::Beside(version, of) => {
+                format!("{} {}@{}", tuple::nft(version, of), operator(negated), beside(version))
             }
             Self::IsReply(reply) => {
                 format!("ct direction {}{}", operator(negated), if reply { "reply" } else { "original" })
@@ -418,6 +423,7 @@ const CT_STATUS: u32 = 2;
 const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_ASSURED: u32 = 1 << 2;
 const IPS_CONFIRMED: u32 = 1 << 3;
+const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h
 const ARPHRD_LOOPBACK: u16 = 772;
