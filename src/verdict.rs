@@ -472,10 +472,17 @@ impl Verdict {
         let Some((marks, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
         let codes = FlowCodes::of(marks);
         let own = self.priority.unwrap_or(codes.original(queued));
+        // The chain behind the queue knows by the code that the packet has waited, and removes it.
+        let coded = self.priority.map(|priority| match queued & flow_codes::CODE {
+            code if (code == codes.queued() || code == codes.alone()) && priority <= flow_codes::ORIGINAL => {
+                code | priority
+            }
+            _ => priority,
+        });
         if !self.for_flow && !self.reject {
-            // This verdict skips the chain behind the queue.
+            // `Stop` skips that chain.
             let restored = self.action == Action::Stop && codes.has(queued);
-            return (self.action, if restored { Some(own) } else { self.priority }, None);
+            return (self.action, if restored { Some(own) } else { coded }, None);
         }
         let can_reject = self.guard.hook() != Hook::Postrouting;
         let no_reject = (self.reject && !can_reject).then_some("the kernel cannot reject packets at Postrouting");
@@ -490,7 +497,7 @@ impl Verdict {
                 let alone = self.for_flow.then_some("the packet is of no connection; the verdict holds for it alone");
                 let reason = no_reject.or(alone);
                 match (accept, self.reject && can_reject) {
-                    (true, _) => (Action::Accept, self.priority, reason),
+                    (true, _) => (Action::Accept, coded, reason),
                     (false, true) => (Action::Accept, Some(codes.rejected_packet()), reason),
                     (false, false) => (Action::Drop, None, reason),
                 }

@@ -246,6 +246,10 @@
 //! - The packet's priority (`skb->priority`) is 2²⁴ or more: a traffic control class with a major
 //!   number of `0x100` or higher.
 //!
+//! The last one also concerns a SYN that is accepted without `for_flow`, and gets such a priority
+//! or has it: if another SYN on the same addresses and ports is accepted with `for_flow` and
+//! answered meanwhile, that accept holds for both.
+//!
 //! # How it works
 //!
 //! - A rule that queues puts a code into the highest byte of the packet's *priority*. It shows that

@@ -18,6 +18,7 @@ tests![
     one a_denied_packet_that_comes_to_its_hook_once_more_is_denied,
     one marks_of_other_programs_are_no_verdicts,
     one priorities_of_other_programs_stay,
+    one priorities_of_verdicts_reach_the_next_hook,
     one stop_leaves_no_trace_on_the_packet,
     one a_program_with_other_marks_ignores_those_of_its_predecessor,
     one verdicts_hold_at_a_hook_that_new_rules_have_added,
@@ -162,6 +163,31 @@ async fn priorities_of_other_programs_stay() {
             confirm(packet.accept()).await.unwrap();
             talk.asked(number);
         }
+    }
+}
+
+async fn priorities_of_verdicts_reach_the_next_hook() {
+    type Decide = fn(Packet) -> Verdict;
+    let decisions: [Decide; 4] = [
+        |packet| packet.accept(),
+        |packet| packet.detach().accept(),
+        |packet| packet.stop(),
+        |packet| packet.accept().for_flow(),
+    ];
+    for (decide, priority) in decisions.iter().flat_map(|decide| [0, 5, 0x00ff_ffff].map(|priority| (decide, priority)))
+    {
+        let talk = Talk::loopback(LOOPBACKS[0]);
+        support::set_priority(&talk.client, 6);
+        let mut queue = bind();
+        let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+        let mut later = Queue::builder(1).bind().unwrap();
+        let _later = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
+        talk.ask(1);
+        confirm(decide(next(&mut queue).await).priority(priority)).await.unwrap();
+        let packet = next(&mut later).await;
+        assert_eq!(packet.priority(), priority);
+        confirm(packet.accept()).await.unwrap();
+        talk.asked(1);
     }
 }
 

@@ -14,6 +14,7 @@ tests![
     one a_syn_never_takes_the_shortcut,
     one a_verdict_for_the_old_connection_does_not_accept_the_new_one,
     one a_connection_on_reused_ports_can_be_accepted,
+    one of_two_syns_the_later_verdict_holds_if_it_sets_a_priority,
     one a_denied_connection_stays_denied_after_a_reset_and_a_syn,
     one a_denied_connection_stays_denied_when_its_entry_is_gone,
     one a_denied_connection_stays_denied_for_packets_that_conntrack_calls_invalid,
@@ -149,6 +150,36 @@ async fn a_connection_on_reused_ports_can_be_accepted() {
         hosts.client(ACK, (90_000 * round + 1, 70_001), b"request");
         assert_eq!(hosts.arrived(), [2, 2]);
         queue_is_empty(&mut queue);
+    }
+}
+
+/// Of the two connections, the one that was accepted alone inherits nothing.
+async fn of_two_syns_the_later_verdict_holds_if_it_sets_a_priority() {
+    let hosts = Hosts::new();
+    for (priority, answered) in
+        [(0, false), (5, false), (0x00ff_ffff, false), (0x0100_0001, false), (0, true), (0x00ff_ffff, true)]
+    {
+        hosts.another_port();
+        let mut queue = bind();
+        let divert = table([tcp()]).install().unwrap();
+        opened(&hosts, &mut queue).await;
+        hosts.client(SYN, (20_000, 0), b"");
+        let for_flow = queued(&mut queue, SYN).await;
+        hosts.client(SYN, (30_000, 0), b"");
+        let alone = queued(&mut queue, SYN).await;
+        confirm(for_flow.accept().for_flow()).await.unwrap();
+        if answered {
+            hosts.server(SYN_ACK, (50_000, 20_001), b"");
+        }
+        confirm(alone.accept().priority(priority)).await.unwrap();
+        assert_eq!(hosts.arrived(), [2, u64::from(answered)]);
+        hosts.server(SYN_ACK, (50_000, 30_001), b"");
+        assert_eq!(hosts.arrived(), [0, 0], "{priority:#x} {answered}: the answer has passed");
+        confirm(queued(&mut queue, SYN_ACK).await.accept()).await.unwrap();
+        hosts.client(ACK, (30_001, 50_001), b"request");
+        confirm(queued(&mut queue, ACK).await.drop()).await.unwrap();
+        assert_eq!(hosts.arrived(), [0, 1]);
+        divert.close().unwrap();
     }
 }
 

@@ -40,6 +40,7 @@ scenarios![
     two_first_packets_of_both_sides,
     two_packets_of_a_known_connection,
     a_syn_on_an_accepted_connection,
+    two_syns_on_a_known_connection,
     a_verdict_for_the_older_connection,
     an_icmp_error_about_a_connection,
     an_echo,
@@ -413,6 +414,28 @@ async fn a_syn_on_an_accepted_connection(script: &mut Script) {
             script.client(ACK, (90_001, 70_001), b"request");
             script.all(verdicts[1]).await;
         }
+    }
+}
+
+async fn two_syns_on_a_known_connection(script: &mut Script) {
+    let later: [Decide; 3] =
+        [ACCEPT, |packet| packet.accept().priority(0), |packet| packet.accept().priority(0x00ff_ffff)];
+    for (decide, answered) in later.iter().flat_map(|decide| [false, true].map(|answered| (decide, answered))) {
+        script.client_port += 1;
+        script.open().await;
+        script.client(SYN, (20_000, 0), b"");
+        script.client(SYN, (30_000, 0), b"");
+        script.look();
+        script.decide(0, ACCEPT_FLOW).await;
+        if answered {
+            script.server(SYN_ACK, (50_000, 20_001), b"");
+            script.look();
+        }
+        script.decide(0, *decide).await;
+        script.server(SYN_ACK, (50_000, 30_001), b"");
+        script.all(ACCEPT).await;
+        script.client(ACK, (30_001, 50_001), b"request");
+        script.all(ACCEPT).await;
     }
 }
 
