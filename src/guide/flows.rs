@@ -256,7 +256,10 @@
 //!   the chain behind the queue exists. A verdict for a connection is another code. The chain at
 //!   the same hook, directly behind the queue, carries the verdict out and restores the priority.
 //!   Priorities do not decide about routes, and the packet's mark is not used at all.
-//! - Tables with other flow marks have other codes, so that none reads another's.
+//! - Tables with other flow marks have other codes, so that none reads another's: except if the
+//!   lowest bits of their marks are 14 or 28 positions apart, and neither marks are the default.
+//!   Such a table carries out verdicts of the other one's queue if it registers base chains at the
+//!   same hook, at the same or an earlier priority, while the packet waits.
 //! - [`FlowMarks`](crate::FlowMarks) are three bits of the *connection's* mark, for accepted
 //!   connections. All three are compared, so that the mark of another program is a verdict only if
 //!   it has exactly the same value.

@@ -7,8 +7,8 @@
 //! numbers, because they may be read where a packet of another origin can be: before the queue,
 //! when the packet traverses the hook once more.
 //!
-//! Tables with other marks have other codes: a chain that another table registers while a packet
-//! waits comes between, and must not carry out what is not for it.
+//! Tables with other marks have other codes, as far as there are: a chain that another table
+//! registers while a packet waits comes between, and must not carry out what is not for it.
 
 use super::FlowMarks;
 
@@ -35,9 +35,9 @@ impl FlowCodes {
         if marks.mask() == FlowMarks::DEFAULT {
             return Self { value: DEFAULT };
         }
-        // One of the other fourteen values. The multiplier is 2^32 divided by the golden ratio.
-        let hash = marks.mask().wrapping_mul(0x9e37_79b1) >> 16;
-        let value = 0x8800_0000 + hash % 14 * 0x0800_0000;
+        // One of the other fourteen values. The lowest bits of marks that can be used side by side
+        // differ.
+        let value = 0x8800_0000 + marks.mask().trailing_zeros() % 14 * 0x0800_0000;
         Self { value: if value >= DEFAULT { value + 0x0800_0000 } else { value } }
     }
 
@@ -114,15 +114,39 @@ mod tests {
     fn other_marks_have_other_codes_than_the_default() {
         let default = FlowCodes::of(FlowMarks::default());
         assert_eq!((default.queued(), default.dropped()), (0xa800_0000, 0xac5d_19e3));
-        let mut values = Vec::new();
-        for shift in 0..29 {
-            let codes = FlowCodes::of(FlowMarks::new(7 << shift));
-            assert_ne!(codes, default);
-            assert!((0x8800_0000..=0xf800_0000).contains(&codes.value) && codes.value & !MASK == 0);
-            values.push(codes.value);
+        for shift in 0..30 {
+            for mask in [0b111, 0b1101, 0b1_0000_0011].map(|bits: u32| bits.rotate_left(shift)) {
+                let codes = FlowCodes::of(FlowMarks::new(mask));
+                assert_ne!(codes, default, "{mask:#x}");
+                assert!((0x8800_0000..=0xf800_0000).contains(&codes.value) && codes.value & !MASK == 0);
+            }
         }
-        values.sort();
-        values.dedup();
-        assert!(values.len() > 8, "{values:x?}");
+    }
+
+    #[test]
+    fn marks_have_the_same_codes_only_if_their_lowest_bits_are_fourteen_apart() {
+        let lowest = |shift: u32| [0b111, 0b1011, 0b1_0000_0001_0000_0001].map(move |bits: u64| (bits << shift) as u32);
+        let usable = |mask: &u32| FlowMarks::new(*mask).check().is_ok();
+        let mut pairs = 0;
+        for (one, other) in (0..30).flat_map(|one| (0..30).map(move |other| (one, other))) {
+            for (mask, another) in lowest(one).into_iter().flat_map(|mask| lowest(other).map(|another| (mask, another)))
+            {
+                if usable(&mask) && usable(&another) {
+                    let same = FlowCodes::of(FlowMarks::new(mask)) == FlowCodes::of(FlowMarks::new(another));
+                    assert_eq!(same, one % 14 == other % 14, "{mask:#x} {another:#x}");
+                    pairs += 1;
+                }
+            }
+        }
+        assert!(pairs > 900);
+        // Those of whole nibbles or bytes, and one behind the other.
+        for distance in [3, 4, 8] {
+            let values = (0..28).step_by(distance).map(|shift| FlowCodes::of(FlowMarks::new(7 << shift)).value);
+            let mut values: Vec<u32> = values.collect();
+            let count = values.len();
+            values.sort();
+            values.dedup();
+            assert_eq!(values.len(), count, "{distance}");
+        }
     }
 }

@@ -10,8 +10,11 @@
 /// compares all three bits, so that a foreign mark is a verdict only if it has exactly the value of
 /// one. Two tables with the same bits share their decisions: what one has accepted does not come to
 /// the queue of the other, and the second table removes the first one's marks when it is installed.
-/// Give them other bits. The other bits of the connections' marks stay as they are, and the marks
-/// of packets are not used.
+/// Give them other bits, whose lowest is not 14 or 28 positions from that of the first: then their
+/// verdicts have the same codes on the way from the queue (`7 << 3` and `7 << 17`). No other marks
+/// have the codes of the default ones. [`guide::flows`](crate::guide::flows) says when this
+/// matters, in "How it works". The other bits of the connections' marks stay as they are, and the
+/// marks of packets are not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FlowMarks {
     mask: u32,

@@ -235,8 +235,6 @@ async fn a_segment_that_crosses_a_denied_one_opens_nothing() {
     assert_eq!(hosts.arrived(), [0, 0]);
 }
 
-const OTHER: FlowMarks = FlowMarks::new(0x0007_0000);
-
 /// The client may answer it.
 async fn a_syn_that_conntrack_calls_invalid_ends_the_accept() {
     let hosts = Hosts::new();
@@ -287,23 +285,26 @@ async fn a_connection_picked_up_in_reverse_passes_no_accept_on() {
     pass_segment(&mut queue, ACK).await;
 }
 
-/// Another table with flow marks at the same place.
-fn another_table(port: u16) -> (Queue, Divert) {
-    let queue = Queue::builder(1).flow_marks(OTHER).bind().unwrap();
-    let divert = Divert::builder().flow_marks(OTHER).rule(to_port(Hook::Output, port).to_queue(1)).install().unwrap();
-    (queue, divert)
+/// The marks of two tables.
+const TABLES: [[FlowMarks; 2]; 2] =
+    [[FlowMarks::new(0x1012), FlowMarks::new(0x0007_0000)], [FlowMarks::new(0x38), FlowMarks::new(0x3800)]];
+
+/// A table with flow marks at `Output`.
+fn marking_table(queue: u16, marks: FlowMarks, port: u16) -> (Queue, Divert) {
+    let rule = to_port(Hook::Output, port).to_queue(queue);
+    let queue = Queue::builder(queue).flow_marks(marks).bind().unwrap();
+    (queue, table([rule]).flow_marks(marks).install().unwrap())
 }
 
 /// It is installed while a packet waits, which then goes on behind the other table's first chain
 /// (`nf_reinject` counts hooks).
 async fn a_verdict_of_another_table_does_not_accept() {
-    for for_flow in [false, true] {
+    for ([marks, other_marks], for_flow) in TABLES.into_iter().flat_map(|marks| [(marks, false), (marks, true)]) {
         let talk = Talk::loopback(LOOPBACKS[0]);
-        let mut queue = bind();
-        let divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
+        let (mut queue, divert) = marking_table(0, marks, talk.port());
         talk.ask(1);
         let verdict = next(&mut queue).await.accept();
-        let (mut other, other_divert) = another_table(talk.port());
+        let (mut other, other_divert) = marking_table(1, other_marks, talk.port());
         confirm(if for_flow { verdict.for_flow() } else { verdict }).await.unwrap();
         while let Ok(packet) = queue.try_recv() {
             confirm(packet.accept()).await.unwrap();
@@ -312,24 +313,25 @@ async fn a_verdict_of_another_table_does_not_accept() {
         talk.ask(2);
         // The owner of the other table has not yet seen any packet.
         let seen = tokio::time::timeout(Duration::from_secs(5), pass(&mut other)).await;
-        assert!(seen.is_ok(), "{for_flow}");
+        assert!(seen.is_ok(), "{marks:?} {for_flow}");
         divert.close().unwrap();
         other_divert.close().unwrap();
     }
 }
 
 async fn a_denial_survives_another_table() {
-    let talk = Talk::loopback(LOOPBACKS[0]);
-    let mut queue = bind();
-    let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
-    talk.ask(1);
-    let packet = next(&mut queue).await;
-    let (_queue, other) = another_table(talk.port());
-    confirm(packet.drop().for_flow()).await.unwrap();
-    other.close().unwrap();
-    talk.ask(2);
-    queue_is_empty(&mut queue);
-    talk.silent();
+    for [marks, other_marks] in TABLES {
+        let talk = Talk::loopback(LOOPBACKS[0]);
+        let (mut queue, _divert) = marking_table(0, marks, talk.port());
+        talk.ask(1);
+        let packet = next(&mut queue).await;
+        let (_queue, other) = marking_table(1, other_marks, talk.port());
+        confirm(packet.drop().for_flow()).await.unwrap();
+        other.close().unwrap();
+        talk.ask(2);
+        queue_is_empty(&mut queue);
+        talk.silent();
+    }
 }
 
 /// Connection marks are copied to packets when they arrive, and back when they leave, if they are
