@@ -203,6 +203,13 @@ pub(super) fn jump(chain: FlowChain) -> Action {
     Action::Jump(Target::Flow(chain))
 }
 
+/// Packets of protocols whose ports connection tracking reads. Of GRE, it reads the keys of PPTP
+/// only.
+pub(super) fn with_ports() -> Match {
+    const UDP_LITE: Protocol = Protocol::Other(136);
+    Match::protocols([Protocol::Tcp, Protocol::Udp, UDP_LITE, SCTP, DCCP])
+}
+
 /// Packets of protocols that have packets of [`first_packets`].
 pub(super) fn begin_so() -> Match {
     Match::protocols([Protocol::Tcp, SCTP, DCCP])

@@ -151,7 +151,7 @@ impl Encoder {
     }
 
     /// Loads what connection tracking has in place of the ports of an echo request into two
-    /// registers: identifier, type and code. The packet is the reply.
+    /// registers: identifier, type and code. The packet is the request or the reply.
     pub(super) fn echo_request(&mut self, version: IpVersion, register: u32) {
         let request = match version {
             IpVersion::V4 => 8,
@@ -161,6 +161,15 @@ impl Encoder {
         self.list.push(Expressions::Immediate(vec![
             Immediate::DestinationRegister(Register::Other(register + 1)),
             Immediate::Data(DataAttribute::Value(vec![request, 0, 0, 0])),
+        ]));
+    }
+
+    /// Loads the ports of a protocol without ports, as connection tracking has them, into two
+    /// registers.
+    pub(super) fn no_ports(&mut self, register: u32) {
+        self.list.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Other(register)),
+            Immediate::Data(DataAttribute::Value(vec![0; 8])),
         ]));
     }
 

@@ -135,6 +135,10 @@ pub(super) enum Of {
     QuotedReversed(IpVersion),
     /// Those of the echo request that an echo reply answers.
     EchoReply(IpVersion),
+    /// Those of an echo request.
+    EchoRequest(IpVersion),
+    /// Those of a packet whose protocol has no ports.
+    WithoutPorts,
 }
 
 impl Of {
@@ -145,8 +149,11 @@ impl Of {
             Self::Packet => Self::PacketReversed,
             Self::PacketReversed => Self::Packet,
             Self::Quoted(version) => Self::QuotedReversed(version),
+            Self::WithoutPorts => Self::WithoutPorts,
             // Of ICMP, no packet has the reversed tuple.
-            Self::QuotedReversed(version) | Self::EchoReply(version) => Self::Quoted(version),
+            Self::QuotedReversed(version) | Self::EchoReply(version) | Self::EchoRequest(version) => {
+                Self::Quoted(version)
+            }
         }
     }
 
@@ -162,7 +169,9 @@ impl Of {
     /// Of a source and a destination, the one that comes first, and the other.
     fn order<T>(self, source: T, destination: T) -> [T; 2] {
         match self {
-            Self::Connection | Self::Packet | Self::Quoted(_) => [source, destination],
+            Self::Connection | Self::Packet | Self::Quoted(_) | Self::EchoRequest(_) | Self::WithoutPorts => {
+                [source, destination]
+            }
             Self::ConnectionReversed | Self::PacketReversed | Self::QuotedReversed(_) | Self::EchoReply(_) => {
                 [destination, source]
             }
@@ -189,15 +198,15 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
     for (key, end) in keys.into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination)) {
         match of {
             Of::Connection | Of::ConnectionReversed => load_field(key, of.direction(), register, encoder),
-            Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.address(version, end, register),
             Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_address(version, end, register),
+            _ => encoder.address(version, end, register),
         }
         register += words;
     }
     match of {
         Of::Connection | Of::ConnectionReversed => load_field(CT_PROTOCOL, of.direction(), register, encoder),
-        Of::Packet | Of::PacketReversed | Of::EchoReply(_) => encoder.meta_into(MetaKey::L4Proto, register),
         Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_protocol(version, register),
+        _ => encoder.meta_into(MetaKey::L4Proto, register),
     }
     load_ports(of, register + 1, encoder);
 }
@@ -205,8 +214,10 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
 /// Loads the ports into two registers. For protocols without ports, those of the connection are
 /// numbers that connection tracking uses in their place.
 pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
-    if let Of::EchoReply(version) = of {
-        return encoder.echo_request(version, register);
+    match of {
+        Of::EchoReply(version) | Of::EchoRequest(version) => return encoder.echo_request(version, register),
+        Of::WithoutPorts => return encoder.no_ports(register),
+        _ => {}
     }
     let keys = [CT_PROTO_SRC, CT_PROTO_DST].into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
     for ((key, end), register) in keys.zip(register..) {

@@ -124,9 +124,10 @@
 //!   client's own connection on the same ports too: conntrack counts both to one.
 //! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
 //!   translation these are not the connection's, and the packet has no receiver who knows them.
-//! - An ICMP message that connection tracking calls invalid is denied if it quotes a packet of a
-//!   denied connection, or is the reply to a denied echo request. It is not if the quoted packet
-//!   has IP options or extension headers, is a later fragment, or is itself ICMP.
+//! - An ICMP message that belongs to no connection (invalid, or another program's `notrack`) is
+//!   dropped if it quotes a packet of a denied connection, is a denied echo request, or the reply
+//!   to one. It is not if the quoted packet has IP options or extension headers, is a later
+//!   fragment, or is itself ICMP.
 //! - A packet that a program of this host puts on the loopback interface itself, past `Output`
 //!   (`AF_PACKET`, `tc`), is looked at only at the hooks of the rules.
 //! - The tuples of denied connections do not contain the zone of connection tracking.

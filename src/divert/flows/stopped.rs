@@ -3,7 +3,7 @@
 use super::context::Flows;
 use crate::divert::{
     action::Action,
-    chained::{Chained, DCCP, SCTP, begin_so, goto, jump},
+    chained::{Chained, DCCP, SCTP, begin_so, goto, jump, with_ports},
     denied::{self, DeniedSet, Remember},
     family::IpVersion,
     flow_chain::{FlowChain, Way},
@@ -96,37 +96,40 @@ impl<'a> Flows<'a> {
         let listed = Match::listed(Of::Packet);
         // A connection beside a denied one is remembered as long as that.
         Of::Packet.both().into_iter().for_each(|of| chain.renew_beside(of, std::slice::from_ref(&listed)));
-        let deny = |chain: &mut Chained<'a>, set: DeniedSet, protocol: Option<Protocol>| {
-            let conditions = [listed.clone(), Match::denied(set, Of::Packet)];
+        let deny = |chain: &mut Chained<'a>, set: DeniedSet, protocol: Option<Protocol>, of: Of| {
+            let conditions = [Match::listed(of), Match::denied(set, of)];
             let conditions: Vec<Match> = protocol.map(Match::protocol).into_iter().chain(conditions).collect();
             let action = if set.reject { goto(FlowChain::Rejected(way)) } else { Action::Drop };
             let rule = chain.push(&conditions, action);
             rule.facts.version = Some(set.version);
-            rule.remember = Some(Remember::Denied(set, Of::Packet));
+            rule.remember = Some(Remember::Denied(set, of));
             rule.counts = !set.reject;
         };
         let family = self.surroundings.family;
         chain.renew(DeniedSet::of_replies(family), Of::PacketReversed, &[(listed.clone(), false)]);
-        DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None));
+        DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None, Of::Packet));
         chain.push_first(&[], Action::Return, None);
         let tells = [(begin_so(), false), (listed.clone(), false)];
         chain.renew(DeniedSet::all(family), Of::PacketReversed, &tells);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            DeniedSet::of_replies(family).for_each(|set| deny(&mut chain, set, Some(protocol)));
+            DeniedSet::of_replies(family).for_each(|set| deny(&mut chain, set, Some(protocol), Of::Packet));
         }
+        chain.push(&[with_ports()], Action::Return);
+        DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None, Of::WithoutPorts));
         chain
     }
 
-    /// Errors about packets of denied connections, and replies to denied echo requests. The errors
-    /// are not rejected: no ICMP error is sent about one.
+    /// Errors about packets of denied connections, denied echo requests, and replies to these. They
+    /// are not rejected: no ICMP error is sent about an error.
     pub(super) fn stray_icmp(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::StrayIcmp);
-        for set in DeniedSet::all(self.surroundings.family) {
+        for set in DeniedSet::every(self.surroundings.family) {
             let protocol = match set.version {
                 IpVersion::V4 => Protocol::Icmp,
                 IpVersion::V6 => Protocol::Icmpv6,
             };
-            for of in [Of::Quoted(set.version), Of::QuotedReversed(set.version), Of::EchoReply(set.version)] {
+            let about = [Of::Quoted, Of::QuotedReversed, Of::EchoReply, Of::EchoRequest];
+            for of in about[..if set.replies { 1 } else { 4 }].iter().map(|of| of(set.version)) {
                 let conditions =
                     [Match::protocol(protocol), Match::icmp_about(of), Match::listed(of), Match::denied(set, of)];
                 let rule = chain.push(&conditions, Action::Drop);

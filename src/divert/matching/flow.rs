@@ -207,7 +207,7 @@ impl Match {
     }
 
     /// ICMP errors, of which the packet that they quote has a header without options or extensions;
-    /// or echo replies. The rule must be limited to ICMP of the version.
+    /// or echo requests or replies. The rule must be limited to ICMP of the version.
     pub(in super::super) fn icmp_about(of: Of) -> Self {
         Self::new(Flow::IcmpAbout(of))
     }
@@ -359,6 +359,8 @@ impl Condition for Flow {
                 match of {
                     Of::EchoReply(IpVersion::V4) => encoder.equal(vec![0], false),
                     Of::EchoReply(IpVersion::V6) => encoder.equal(vec![129], false),
+                    Of::EchoRequest(IpVersion::V4) => encoder.equal(vec![8], false),
+                    Of::EchoRequest(IpVersion::V6) => encoder.equal(vec![128], false),
                     Of::Quoted(IpVersion::V6) | Of::QuotedReversed(IpVersion::V6) => {
                         encoder.at_most(vec![4], false);
                     }
@@ -383,6 +385,8 @@ impl Condition for Flow {
             Self::Priority { mask, value } => format!("meta priority & {mask:#x} {equal} {value:#x}"),
             Self::Length(bytes) => format!("meta length {}{bytes}", operator(negated)),
             Self::HigherProtocol(number) => format!("meta l4proto {} {number}", if negated { "<=" } else { ">" }),
+            // nft cannot look constants up in a set.
+            Self::Listed(Of::WithoutPorts) => String::new(),
             Self::Listed(of) => format!("{} {}@{PORTS}", tuple::nft_ports(of), operator(negated)),
             Self::Denied(set, of) => format!("{} {}@{}", tuple::nft(set.version, of), operator(negated), set.name()),
             Self::Recent(version) => {

@@ -1,12 +1,21 @@
 //! Connections that are denied at their first packet.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
-use tokio_nfqueue::{Hook, Rule};
+use etherparse::{IpNumber, PacketBuilder};
+use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule};
 
-use super::{LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused::refused, table, to_port};
+use super::{
+    LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
+    refused::refused,
+    segments::{Hosts, echo},
+    table, to_port, unlimited_icmp_errors,
+};
 use crate::{
-    common::{eventually, next},
+    common::{
+        eventually, next,
+        rules::{self, Expressions, NetfilterProtoFamily, Place},
+    },
     support,
 };
 
@@ -17,6 +26,8 @@ tests![
     one verdict_holds_even_if_the_rules_are_removed_before_it,
     one rules_are_replaced_and_verdicts_stay,
     one verdict_for_the_connection_of_a_packet_without_one_holds_for_the_packet,
+    one echo_requests_that_another_program_exempts_from_tracking_stay_denied,
+    one packets_without_ports_that_another_program_exempts_from_tracking_stay_denied,
 ];
 
 /// Nothing has been received of the client when the server sends.
@@ -132,10 +143,74 @@ async fn verdict_for_the_connection_of_a_packet_without_one_holds_for_the_packet
     packet.extend([0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x03, 1, 0, 0, 0, 0, 0]);
     let socket = support::raw_ipv4();
     for drop in [true, false] {
-        support::send_raw_ipv4(&socket, &packet, std::net::Ipv4Addr::LOCALHOST).unwrap();
+        support::send_raw_ipv4(&socket, &packet, Ipv4Addr::LOCALHOST).unwrap();
         let packet = next(&mut queue).await;
         let verdict = if drop { packet.drop() } else { packet.accept() };
         refused(confirm(verdict.for_flow()).await, "the packet is of no connection");
         assert_eq!(divert.counters().unwrap()[1].packets, u64::from(!drop));
     }
+}
+
+/// `notrack`
+fn exempt_from_tracking() {
+    let notrack = Expressions::Other { expression_type: "notrack".to_owned(), attributes: Vec::new() };
+    let place = Place { hook: 0, priority: -300 };
+    rules::install(NetfilterProtoFamily::Inet, "exempt", Some(place), vec![notrack]).unwrap();
+}
+
+async fn echo_requests_that_another_program_exempts_from_tracking_stay_denied() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses().map(|address| *address.ip());
+    let mut queue = bind();
+    let rule = Rule::new(Hook::Forward).protocol(Protocol::Icmp).source_address(server, 32).to_queue(0);
+    let _divert = table([rule]).install().unwrap();
+    let ping = |id| {
+        hosts.client.send(&echo(client, server, false, id), server);
+        hosts.server.send(&echo(server, client, true, id), client);
+    };
+    ping(7);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    exempt_from_tracking();
+    ping(7);
+    assert_eq!(hosts.arrived(), [0, 0]);
+    // Another one is not denied.
+    ping(8);
+    pass(&mut queue).await;
+    assert_eq!(hosts.arrived(), [1, 1]);
+}
+
+async fn packets_without_ports_that_another_program_exempts_from_tracking_stay_denied() {
+    const GRE: u8 = 47;
+    const ESP: u8 = 50;
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses().map(|address| *address.ip());
+    let packet = |from: Ipv4Addr, to: Ipv4Addr, protocol: u8| {
+        let mut packet = Vec::new();
+        let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64);
+        builder.write(&mut packet, IpNumber(protocol), &[0, 0, 1, 1, 0, 0, 0, 1, 9, 9, 9, 9]).unwrap();
+        packet
+    };
+    unlimited_icmp_errors();
+    let (mut dropped, mut rejected) = (bind(), Queue::builder(1).flow_marks(FlowMarks::default()).bind().unwrap());
+    let rule = |protocol| Rule::new(Hook::Forward).protocol(Protocol::Other(protocol));
+    let _divert = table([rule(ESP).to_queue(0), rule(GRE).to_queue(1)]).install().unwrap();
+    let send = || {
+        hosts.client.send(&packet(client, server, ESP), server);
+        hosts.client.send(&packet(client, server, GRE), server);
+    };
+    send();
+    confirm(next(&mut dropped).await.drop().for_flow()).await.unwrap();
+    confirm(next(&mut rejected).await.reject().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 1]);
+    exempt_from_tracking();
+    send();
+    assert_eq!(hosts.arrived(), [0, 1]);
+    // Another protocol, and protocols whose packets have ports.
+    for protocol in [94, 17, 136] {
+        hosts.client.send(&packet(client, server, protocol), server);
+    }
+    assert_eq!(hosts.arrived(), [3, 0]);
+    queue_is_empty(&mut dropped);
+    queue_is_empty(&mut rejected);
 }
