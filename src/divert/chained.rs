@@ -183,6 +183,9 @@ impl<'a> Chained<'a> {
 
 pub(super) const SCTP: Protocol = Protocol::Other(132);
 pub(super) const DCCP: Protocol = Protocol::Other(33);
+/// Of IPv6, what connection tracking skips and nf_tables takes for the transport protocol
+/// (`ipv6_skip_exthdr`, `nft_set_pktinfo_ipv6`).
+pub(super) const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
 
 /// Packets that begin a connection. Connection tracking may count them to an older one.
 pub(super) fn first_packets() -> [[Match; 2]; 3] {

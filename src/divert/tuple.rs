@@ -6,7 +6,7 @@ use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
-    encoder::{Encoder, Endpoint, IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType, concatenated, number},
+    encoder::{Encoder, Endpoint, IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, REG_1, ValueType, concatenated, number},
     family::IpVersion,
 };
 
@@ -227,6 +227,11 @@ pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
             _ => encoder.port(end, register),
         }
     }
+}
+
+/// Loads the protocol of the packet's connection into the first register.
+pub(super) fn load_protocol(encoder: &mut Encoder) {
+    load_field(CT_PROTOCOL, IP_CT_DIR_ORIGINAL, REG_1, encoder);
 }
 
 /// Loads the ports with which the replies of the packet's connection arrive into two registers.

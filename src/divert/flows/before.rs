@@ -8,8 +8,9 @@ use crate::{
     divert::{
         action::{Action, Change, Field, Queues, Target},
         chain::{Chain, Place, chain_name},
-        chained::{Chained, DCCP, SCTP, first_packets, goto, jump},
+        chained::{AUTHENTICATION_HEADER, Chained, DCCP, SCTP, first_packets, goto, jump},
         checked::KernelRule,
+        family::IpVersion,
         flow_chain::{FlowChain, Way},
         matching::{ConnectionState, Match, Protocol, TcpFlags},
         tuple::Of,
@@ -171,6 +172,10 @@ impl<'a> Flows<'a> {
         let [_, sctp, dccp] = first_packets();
         chain.push(&sctp, goto(FlowChain::Begins));
         chain.push(&dccp, goto(FlowChain::Begins));
+        // Connection tracking reads what comes behind an authentication header, and rules cannot:
+        // each such packet may begin a connection.
+        let authenticated = [Match::protocol(AUTHENTICATION_HEADER), Match::tracked_with_first_packets()];
+        chain.push_for(IpVersion::V6, &authenticated, goto(FlowChain::Begins));
         chain
     }
 

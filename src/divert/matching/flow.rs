@@ -6,7 +6,7 @@ use super::{
     super::{
         action::ttl,
         denied::{DeniedSet, PORTS, RECALLED, begun, beside, recent, replied},
-        encoder::{Encoder, PROTOCOL as ONE_BYTE, REG32_00},
+        encoder::{Encoder, PROTOCOL as ONE_BYTE, REG32_00, Range},
         facts::Facts,
         family::IpVersion,
         tuple::{self, Of},
@@ -41,6 +41,8 @@ enum Flow {
     Beside(IpVersion, Of),
     /// `ct direction`
     IsReply(bool),
+    /// `ct protocol`: TCP, DCCP or SCTP
+    TrackedWithFirstPackets,
     /// The ports of connections whose packets must not take the flowtable.
     Recalled(Of),
     /// TTL or hop limit 0.
@@ -167,6 +169,12 @@ impl Match {
         Self::new(Flow::IsReply(reply))
     }
 
+    /// Packets of connections of protocols whose packets tell that they begin a connection, as
+    /// connection tracking sees the protocol.
+    pub(in super::super) fn tracked_with_first_packets() -> Self {
+        Self::new(Flow::TrackedWithFirstPackets)
+    }
+
     /// Packets of a socket of a process of this host. A packet that the kernel itself has made does
     /// not match, also if the condition is negated.
     pub(in super::super) fn of_user() -> Self {
@@ -233,6 +241,7 @@ impl Condition for Flow {
                 | Self::Begun(..)
                 | Self::Beside(..)
                 | Self::IsReply(_)
+                | Self::TrackedWithFirstPackets
         );
         Needs { tracking, ..Needs::default() }
     }
@@ -307,6 +316,12 @@ impl Condition for Flow {
                 if !encoder.encoding.trial {
                     encoder.connection(CT_DIRECTION);
                     encoder.equal(vec![reply.into()], negated);
+                }
+            }
+            Self::TrackedWithFirstPackets => {
+                if !encoder.encoding.trial {
+                    tuple::load_protocol(encoder);
+                    encoder.one_of(ONE_BYTE, &FIRST_PACKETS, negated);
                 }
             }
             Self::Recalled(of) => {
@@ -404,6 +419,10 @@ impl Condition for Flow {
             Self::IsReply(reply) => {
                 format!("ct direction {}{}", operator(negated), if reply { "reply" } else { "original" })
             }
+            Self::TrackedWithFirstPackets => {
+                let numbers = FIRST_PACKETS.map(|(number, _)| number.to_string()).join(", ");
+                format!("ct original protocol {}{{ {numbers} }}", operator(negated))
+            }
             Self::Recalled(of) => format!("{} {}@{RECALLED}", tuple::nft_ports(of), operator(negated)),
             Self::NoTtl(version) => format!("{} {}0", ttl(version), operator(negated)),
             Self::Ttl(version) => format!("{} {} 1", ttl(version), if negated { "<=" } else { ">" }),
@@ -420,6 +439,8 @@ impl Condition for Flow {
     }
 }
 
+/// TCP, DCCP and SCTP.
+const FIRST_PACKETS: [Range; 3] = [(6, 6), (33, 33), (132, 132)];
 /// uapi/linux/netfilter/nf_tables.h, enum nft_ct_keys
 const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;

@@ -5,6 +5,7 @@ mod adversary;
 mod attack;
 mod attack_more;
 mod attack_third;
+mod authenticated;
 mod denied;
 mod forgetting;
 mod meeting;
@@ -38,6 +39,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         attack::tests(),
         attack_more::tests(),
         attack_third::tests(),
+        authenticated::tests(),
         udp::tests(),
         tcp::tests(),
         denied::tests(),

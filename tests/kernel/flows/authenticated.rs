@@ -1,0 +1,191 @@
+//! TCP in an authentication header of IPv6: connection tracking reads the TCP header, and rules the
+//! authentication header.
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use etherparse::{IpNumber, PacketBuilder};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio_nfqueue::{Divert, Hook, Packet, Protocol, Queue, Rule};
+
+use super::{
+    attack_more::waiting,
+    bind, confirm, pass, queue_is_empty,
+    segments::{ACK, LAST, SYN, SYN_ACK},
+    table,
+};
+use crate::support::{self, Peer, VethOptions};
+
+tests![
+    one a_syn_in_an_authentication_header_never_takes_the_shortcut,
+    one a_denial_holds_in_an_authentication_header,
+    one datagrams_in_an_authentication_header_can_be_accepted,
+];
+
+const AUTHENTICATED: u8 = 51;
+/// Of 24 bytes.
+const HEADER_LENGTH: usize = 24;
+
+/// A host behind this one.
+struct Side {
+    peer: Peer,
+    raw: Socket,
+    /// Counts what arrives: the last packets of a round, and others.
+    sink: Divert,
+}
+
+impl Side {
+    fn new(index: u8) -> Self {
+        let peer = support::veth_with(&VethOptions { index, ..VethOptions::default() });
+        peer.route_through_near();
+        let (raw, sink) = peer.run(|| {
+            let rule = |protocol| Rule::new(Hook::Prerouting).protocol(Protocol::Other(protocol)).drop();
+            let sink = crate::common::divert([rule(LAST), rule(AUTHENTICATED)]);
+            (Socket::new(Domain::IPV6, Type::RAW, Some(255.into())).unwrap(), sink)
+        });
+        Self { peer, raw, sink }
+    }
+
+    fn address(&self) -> Ipv6Addr {
+        self.peer.far_v6
+    }
+
+    fn send(&self, packet: &[u8], to: &Self) {
+        self.raw.send_to(packet, &SockAddr::from(SocketAddr::new(to.address().into(), 0))).unwrap();
+    }
+
+    /// How many packets have arrived at the other host when all that was sent to it has.
+    fn arrived_at(&self, to: &Self) -> u64 {
+        let counts = || to.sink.counters().unwrap();
+        let last = counts()[0].packets;
+        let mut packet = Vec::new();
+        let builder = PacketBuilder::ipv6(self.address().octets(), to.address().octets(), 64);
+        builder.write(&mut packet, IpNumber(LAST), &[]).unwrap();
+        self.send(&packet, to);
+        support::wait_until("the last packet has arrived", || counts()[0].packets > last);
+        counts()[1].packets
+    }
+}
+
+struct Net {
+    client: Side,
+    server: Side,
+}
+
+impl Net {
+    fn new() -> Self {
+        let [client, server] = [1, 2].map(Side::new);
+        support::forwarding();
+        Self { client, server }
+    }
+
+    /// A side sends a segment.
+    fn segment(&self, of_client: bool, flags: u8, (sequence, acknowledgement): (u32, u32), data: &[u8]) {
+        let (from, to, ports) = self.ends(of_client);
+        let mut builder = PacketBuilder::ipv6(from.address().octets(), to.address().octets(), 64)
+            .tcp(ports[0], ports[1], sequence, 64_000);
+        if flags & SYN != 0 {
+            builder = builder.syn();
+        }
+        if flags & ACK != 0 {
+            builder = builder.ack(acknowledgement);
+        }
+        let mut packet = Vec::new();
+        builder.write(&mut packet, data).unwrap();
+        from.send(&authenticated(packet), to);
+    }
+
+    fn datagram(&self, of_client: bool) {
+        let (from, to, ports) = self.ends(of_client);
+        let mut packet = Vec::new();
+        PacketBuilder::ipv6(from.address().octets(), to.address().octets(), 64)
+            .udp(ports[0], ports[1])
+            .write(&mut packet, b"data")
+            .unwrap();
+        from.send(&authenticated(packet), to);
+    }
+
+    fn ends(&self, of_client: bool) -> (&Side, &Side, [u16; 2]) {
+        match of_client {
+            true => (&self.client, &self.server, [40_000, 80]),
+            false => (&self.server, &self.client, [80, 40_000]),
+        }
+    }
+
+    /// How many packets have arrived at the server and at the client.
+    fn arrived(&self) -> [u64; 2] {
+        [self.client.arrived_at(&self.server), self.server.arrived_at(&self.client)]
+    }
+}
+
+/// Puts an authentication header before the transport header.
+fn authenticated(mut packet: Vec<u8>) -> Vec<u8> {
+    let length = u16::from_be_bytes([packet[4], packet[5]]) + HEADER_LENGTH as u16;
+    packet[4..6].copy_from_slice(&length.to_be_bytes());
+    let mut header = [0; HEADER_LENGTH];
+    // The length in words, less 2; an index of a security association.
+    (header[0], header[1], header[6]) = (packet[6], (HEADER_LENGTH / 4 - 2) as u8, 1);
+    packet[6] = AUTHENTICATED;
+    packet.splice(40..40, header);
+    packet
+}
+
+/// The next packet, which has these flags.
+async fn queued(queue: &mut Queue, flags: u8) -> Packet {
+    let packet = waiting(queue).await;
+    assert_eq!(packet.payload()[40 + HEADER_LENGTH + 13], flags, "{packet:?}");
+    packet
+}
+
+fn rule() -> Rule {
+    Rule::new(Hook::Forward).protocol(Protocol::Other(AUTHENTICATED)).to_queue(0)
+}
+
+async fn a_syn_in_an_authentication_header_never_takes_the_shortcut() {
+    let net = Net::new();
+    let mut queue = bind();
+    let _divert = table([rule()]).install().unwrap();
+    net.segment(true, SYN, (1000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    net.segment(false, SYN_ACK, (5000, 1001), b"");
+    confirm(queued(&mut queue, SYN_ACK).await.accept().for_flow()).await.unwrap();
+    net.segment(true, ACK, (1001, 5001), b"");
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    for of_client in [true, false] {
+        net.segment(of_client, SYN, (90_000, 0), b"");
+        confirm(queued(&mut queue, SYN).await.drop()).await.unwrap();
+    }
+    assert_eq!(net.arrived(), [2, 1]);
+}
+
+async fn a_denial_holds_in_an_authentication_header() {
+    let net = Net::new();
+    let mut queue = bind();
+    let _divert = table([rule()]).install().unwrap();
+    net.segment(true, SYN, (1000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.accept()).await.unwrap();
+    net.segment(false, SYN_ACK, (5000, 1001), b"");
+    confirm(queued(&mut queue, SYN_ACK).await.accept()).await.unwrap();
+    net.segment(true, ACK, (1001, 5001), b"bad");
+    confirm(queued(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
+    for _ in 0..2 {
+        net.segment(true, ACK, (1001, 5001), b"bad");
+        net.segment(false, ACK, (5001, 1001), b"data");
+        net.segment(true, SYN, (90_000, 0), b"");
+    }
+    assert_eq!(net.arrived(), [1, 1]);
+    queue_is_empty(&mut queue);
+}
+
+async fn datagrams_in_an_authentication_header_can_be_accepted() {
+    let net = Net::new();
+    let mut queue = bind();
+    let _divert = table([rule()]).install().unwrap();
+    net.datagram(true);
+    pass(&mut queue).await;
+    net.datagram(false);
+    confirm(waiting(&mut queue).await.accept().for_flow()).await.unwrap();
+    net.datagram(true);
+    net.datagram(false);
+    assert_eq!(net.arrived(), [2, 2]);
+    queue_is_empty(&mut queue);
+}
