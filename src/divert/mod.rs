@@ -253,7 +253,9 @@ impl Divert {
     /// Forgets all verdicts for connections ([`Verdict::for_flow`](crate::Verdict::for_flow)): the
     /// next packet of each connection comes to the queue again.
     ///
-    /// A verdict that is sent while this runs may be forgotten or not. It walks all entries of
+    /// A verdict that is sent while this runs may be forgotten or not. So may an accept whose first
+    /// packet has not yet passed all hooks: see [`guide::flows`](crate::guide::flows), "Taking
+    /// verdicts back". It walks all entries of
     /// connection tracking in the network namespace, with [`offload`](DivertBuilder::offload)
     /// twice.
     ///

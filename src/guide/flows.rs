@@ -292,6 +292,11 @@
 //! ends, nothing is left that reads the marks. The next table with the same marks removes them
 //! first.
 //!
+//! An accept is found when its connection has an entry that connection tracking shows: from when a
+//! packet has passed all hooks. If the first packet of a connection is accepted with `for_flow` and
+//! waits at a later hook, in another queue, `forget_flows` misses the accept, and `forget_flow`
+//! returns `false`. Call it again after that. A denial is found at once.
+//!
 //! # With rules of your own
 //!
 //! A queue with flow marks also works with other rules, if these use the same codes.

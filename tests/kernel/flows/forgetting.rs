@@ -26,6 +26,7 @@ tests![
     one connections_of_an_earlier_table_are_new,
     one tables_with_other_marks_do_not_concern_each_other,
     one table_without_flow_marks_has_no_flows,
+    one an_accept_is_found_when_its_first_packet_has_passed_the_last_hook,
 ];
 
 fn rules_of(talks: &[Talk]) -> Vec<Rule> {
@@ -235,4 +236,25 @@ async fn table_without_flow_marks_has_no_flows() {
     let error = divert.forget_flows().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(error.to_string().contains("no flow marks"), "{error}");
+}
+
+/// The packet waits in another queue; until then connection tracking shows no entry.
+async fn an_accept_is_found_when_its_first_packet_has_passed_the_last_hook() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let (client, server) = talk.addresses();
+    let mut queue = bind();
+    let divert = table(rules_of(std::slice::from_ref(&talk))).install().unwrap();
+    let mut later = Queue::builder(1).bind().unwrap();
+    let other = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
+    talk.ask(1);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    let waits = next(&mut later).await;
+    assert!(!divert.forget_flow(FlowTuple::udp(client, server)).unwrap());
+    confirm(waits.accept()).await.unwrap();
+    talk.asked(1);
+    assert!(divert.forget_flow(FlowTuple::udp(client, server)).unwrap());
+    other.close().unwrap();
+    talk.ask(2);
+    pass(&mut queue).await;
+    talk.asked(2);
 }
