@@ -326,7 +326,8 @@ impl Packet {
     /// [`action`](Verdict::action) is [`Action::Drop`]. The reply is not queued, whatever the rules
     /// of the table are. Where the kernel cannot reject (at `Postrouting`, and packets that another
     /// rule has queued), the packet is dropped, and
-    /// [`refusals`](crate::VerdictSink::refusals) reports it.
+    /// [`refusals`](crate::VerdictSink::refusals) reports it. Without a route to the sender, which
+    /// a host that bridges may lack, the packet is dropped without a reply and without a report.
     ///
     /// [`Edit::tcp_reset`](crate::Edit::tcp_reset) and
     /// [`Edit::icmp_unreachable`](crate::Edit::icmp_unreachable) make replies without flow marks.

@@ -155,6 +155,9 @@
 //!   before the verdict.
 //! - At `Postrouting` the kernel cannot reject. The packet is dropped, with `for_flow` also the
 //!   connection, and `refusals` reports it.
+//! - The kernel sends a reply only if it has a route to the sender. A host that bridges packets
+//!   through the hooks of IP (`bridge-nf-call-iptables`) may have none: without an address in the
+//!   bridge's network, the packet is dropped and its sender waits. Nothing reports it.
 //! - Without flow marks, a rule with [`reject`](crate::Rule::reject) beside one that queues the
 //!   replies has no answer: since Linux 6.1.107 and 6.10.7 the kernel drops the reply to a first
 //!   packet in the queue. Accept resets and related ICMP errors before the rule that queues.

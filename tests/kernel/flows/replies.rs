@@ -1,8 +1,8 @@
 //! What passes of a rejected connection: this host's own replies, and nothing else.
 
 use std::{
-    io,
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    fs, io, iter,
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
 };
 
 use tokio::task::spawn_blocking;
@@ -10,12 +10,12 @@ use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict};
 
 use super::{
     LOOPBACKS, bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK},
+    segments::{ACK, Hosts, RST, SYN, SYN_ACK, segment},
     table, unlimited_icmp_errors,
 };
 use crate::{
     common::{PATIENCE, next, soon},
-    support::{self, VethOptions},
+    support::{self, Bridge, Frame, VethOptions},
 };
 
 tests![
@@ -24,6 +24,7 @@ tests![
     one the_first_packet_is_answered_for_the_own_host,
     one the_first_packet_is_answered_for_another_host,
     one the_first_packet_is_answered_for_others,
+    one a_bridged_packet_is_answered_if_a_route_leads_to_its_sender,
 ];
 
 async fn nothing_of_a_rejected_connection_passes_but_replies_of_this_host() {
@@ -195,5 +196,47 @@ fn at(peer: &support::Peer, client: IpAddr) -> impl Fn(SocketAddr, SocketAddr) -
         });
         let connecting = peer.spawn(move || TcpStream::connect_timeout(&segments, PATIENCE).map(drop));
         (socket, spawn_blocking(move || connecting.join().unwrap()))
+    }
+}
+
+/// This host bridges, and rules of IP see what it bridges.
+async fn a_bridged_packet_is_answered_if_a_route_leads_to_its_sender() {
+    const IPV4: [u8; 2] = [8, 0];
+    /// For experiments (IEEE 802).
+    const LAST: [u8; 2] = [0x88, 0xb5];
+    let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    if !fs::exists(setting).unwrap() {
+        return println!("the kernel has no BRIDGE_NETFILTER");
+    }
+    let bridge = Bridge::new();
+    fs::write(setting, "1").unwrap();
+    let send = |from: usize, ethertype: [u8; 2], packet: &[u8]| {
+        let [source, destination] = [from, 1 - from].map(|end| bridge.ends[end].socket.address());
+        let bytes = [&destination[..], &source, &ethertype, packet].concat();
+        bridge.ends[from].socket.send(&Frame { tag: None, bytes });
+    };
+    // The IPv4 packets that have arrived at an end.
+    let arrived = |end: usize| {
+        send(1 - end, LAST, &[0; 46]);
+        let frames = iter::repeat_with(|| {
+            let mut frame = None;
+            support::wait_until("a frame has arrived", || {
+                frame = bridge.ends[end].socket.arrived();
+                frame.is_some()
+            });
+            frame.unwrap().bytes
+        });
+        frames.take_while(|bytes| bytes[12..14] != LAST).filter(|bytes| bytes[12..14] == IPV4).count()
+    };
+    let mut queue = bind();
+    let _divert = table([Rule::new(Hook::Forward).ipv4().to_queue(0)]).install().unwrap();
+    let [client, server] = [1, 2].map(|subnet| Ipv4Addr::new(10, 9, subnet, 2));
+    for (route, port) in [(false, 40_000), (true, 40_001)] {
+        if route {
+            support::add_address(&bridge.name, Ipv4Addr::new(10, 9, 7, 1).into(), 16);
+        }
+        send(0, IPV4, &segment(SocketAddrV4::new(client, port), SocketAddrV4::new(server, 80), SYN, (1000, 0), b""));
+        confirm(next(&mut queue).await.reject().for_flow()).await.unwrap();
+        assert_eq!([0, 1].map(arrived), [usize::from(route), 0]);
     }
 }
