@@ -8,7 +8,7 @@
 use std::{fs, path::Path, process::ExitCode};
 
 use suite::{
-    busy, capability, child, drain, everyday, flood, floor, flows, goals, latency, memory,
+    busy, capability, child, drain, everyday, flood, floor, flows, goals, latency, ledger_cost, memory,
     options::{Options, Scale, USAGE},
     ours, peers,
     plan::{self, Section},
@@ -18,20 +18,6 @@ use suite::{
 };
 
 mod suite;
-
-#[allow(unreachable_pub)]
-#[path = "suite/ledger_cost.rs"]
-mod ledger_cost;
-// Private modules of the crate, included as files.
-#[allow(unused, unreachable_pub)]
-#[path = "../src/state/ledger.rs"]
-mod ledger;
-#[allow(unused, unreachable_pub)]
-#[path = "../src/types/mod.rs"]
-mod types;
-#[allow(unused, unreachable_pub)]
-#[path = "../src/wire/mod.rs"]
-mod wire;
 
 fn main() -> ExitCode {
     let options = match Options::parse() {

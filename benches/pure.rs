@@ -5,27 +5,17 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-use flush::{FlushContext, FlushPolicy, FlushReason};
-use ledger::{Decision, Ledger, Origin};
-use types::Action::Accept as ACCEPT;
-use wire::{
-    Message, Messages,
-    verdict::{Attachments, VerdictFields, encode_batch, encode_single},
+use nfqueue_proto::{
+    state::{
+        flush::{FlushContext, FlushPolicy, FlushReason},
+        ledger::{Decision, Ledger, Origin},
+    },
+    types::Action::Accept as ACCEPT,
+    wire::{
+        Message, Messages,
+        verdict::{Attachments, VerdictFields, encode_batch, encode_single},
+    },
 };
-
-// Private modules of the crate, included as files.
-#[allow(unused, unreachable_pub)]
-#[path = "../src/state/flush.rs"]
-mod flush;
-#[allow(unused, unreachable_pub)]
-#[path = "../src/state/ledger.rs"]
-mod ledger;
-#[allow(unused, unreachable_pub)]
-#[path = "../src/types/mod.rs"]
-mod types;
-#[allow(unused, unreachable_pub)]
-#[path = "../src/wire/mod.rs"]
-mod wire;
 
 const SIZES: [usize; 5] = [1, 8, 64, 512, 4096];
 /// Verdicts between two flushes.
@@ -134,14 +124,12 @@ fn ask(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
             bencher.iter(|| {
                 for decided in 1..=size {
-                    let gathered = FlushContext {
-                        gathered: decided,
-                        undecided: size - decided,
-                        backlog: true,
-                        waited: Duration::from_micros(20),
-                        reason: FlushReason::Verdict,
-                    };
-                    black_box(policy.decide(black_box(&gathered)));
+                    let mut context = FlushContext::new(FlushReason::Verdict);
+                    context.gathered = decided;
+                    context.undecided = size - decided;
+                    context.backlog = true;
+                    context.waited = Duration::from_micros(20);
+                    black_box(policy.decide(black_box(&context)));
                 }
             });
         });

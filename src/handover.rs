@@ -3,22 +3,21 @@
 use std::{
     fmt,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::net::UnixStream;
 
+#[cfg(feature = "divert")]
+use crate::io::PassedPart;
 use crate::{
     io::{
         Frozen, Passed, PassedQueue, Shared, acknowledge, await_acknowledgement, packed, receive_descriptors,
         send_descriptors, take_back, unpacked,
     },
+    record::{PartRecord, Record},
     types::{Error, ErrorKind},
-    wire::record::{Record, TableRecord},
 };
 
 /// Queues that are about to be handed over to another process, from
@@ -44,31 +43,33 @@ use crate::{
 #[must_use = "the queues go on in this process when it is dropped"]
 pub struct Handover {
     queues: Vec<Frozen>,
-    tables: Vec<LentTable>,
+    parts: Vec<Part>,
 }
 
-/// A table that is about to be handed over.
-pub(crate) struct LentTable {
+/// What goes along with queues: a netlink socket, and bytes that say what it is to this process.
+pub(crate) struct Part {
     pub(crate) socket: OwnedFd,
-    pub(crate) record: TableRecord,
-    /// While it is true, nobody changes the table here.
-    pub(crate) lent: Arc<AtomicBool>,
+    pub(crate) record: PartRecord,
+    /// Nobody uses it in this process until this is called.
+    pub(crate) use_again: UseAgain,
 }
+
+pub(crate) type UseAgain = Box<dyn Fn() + Send + Sync>;
 
 impl Handover {
     pub(crate) fn new(queue: Frozen) -> Self {
-        Self { queues: vec![queue], tables: Vec::new() }
+        Self { queues: vec![queue], parts: Vec::new() }
     }
 
     #[cfg(feature = "divert")]
-    pub(crate) fn push_table(&mut self, table: LentTable) {
-        self.tables.push(table);
+    pub(crate) fn push(&mut self, part: Part) {
+        self.parts.push(part);
     }
 
     /// Hands over the queues of both together: the successor takes all of them or none.
     pub fn with(mut self, mut other: Self) -> Self {
         self.queues.append(&mut other.queues);
-        self.tables.append(&mut other.tables);
+        self.parts.append(&mut other.parts);
         self
     }
 
@@ -134,28 +135,28 @@ impl Handover {
     /// is queued when the last handle of a queue is dropped.
     pub fn release(mut self) {
         self.queues.drain(..).for_each(Frozen::release);
-        // The tables stay lent for ever.
-        self.tables.clear();
+        // The parts are not used here any more.
+        self.parts.clear();
     }
 
     fn record(&self) -> Record {
         Record {
             queues: self.queues.iter().map(|queue| queue.record().clone()).collect(),
-            tables: self.tables.iter().map(|table| table.record.clone()).collect(),
+            parts: self.parts.iter().map(|part| part.record.clone()).collect(),
         }
     }
 
     fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
         let queues = self.queues.iter().flat_map(Frozen::descriptors);
-        queues.chain(self.tables.iter().map(|table| table.socket.as_fd())).collect()
+        queues.chain(self.parts.iter().map(|part| part.socket.as_fd())).collect()
     }
 }
 
 impl Drop for Handover {
     fn drop(&mut self) {
         // The queues go on by themselves.
-        for table in &self.tables {
-            table.lent.store(false, Ordering::SeqCst);
+        for part in &self.parts {
+            (part.use_again)();
         }
     }
 }
@@ -163,7 +164,7 @@ impl Drop for Handover {
 impl fmt::Debug for Handover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let queues: Vec<u16> = self.queues.iter().map(|queue| queue.record().queue).collect();
-        f.debug_struct("Handover").field("queues", &queues).field("tables", &self.tables.len()).finish_non_exhaustive()
+        f.debug_struct("Handover").field("queues", &queues).field("parts", &self.parts.len()).finish_non_exhaustive()
     }
 }
 
@@ -222,8 +223,8 @@ pub struct Takeover {
     passed: Passed,
     stream: Option<UnixStream>,
     queues: Vec<Arc<Shared>>,
-    /// See [`LentTable`].
-    lent: Vec<Arc<AtomicBool>>,
+    /// See [`Part`].
+    parts: Vec<UseAgain>,
 }
 
 impl Takeover {
@@ -255,7 +256,7 @@ impl Takeover {
     }
 
     fn new(passed: Passed, stream: Option<UnixStream>) -> Self {
-        Self { passed, stream, queues: Vec::new(), lent: Vec::new() }
+        Self { passed, stream, queues: Vec::new(), parts: Vec::new() }
     }
 
     /// The numbers of the queues that have not been
@@ -279,8 +280,15 @@ impl Takeover {
     }
 
     #[cfg(feature = "divert")]
-    pub(crate) fn tables(&mut self) -> (&mut Vec<crate::io::PassedTable>, &mut Vec<Arc<AtomicBool>>) {
-        (&mut self.passed.tables, &mut self.lent)
+    pub(crate) fn first_part(&self) -> Option<&PassedPart> {
+        self.passed.parts.first()
+    }
+
+    /// The first part has been taken over. It may be used when everything has been accepted.
+    #[cfg(feature = "divert")]
+    pub(crate) fn part_taken(&mut self, use_it: UseAgain) {
+        self.passed.parts.remove(0);
+        self.parts.push(use_it);
     }
 
     /// Takes everything over: from here on the queues belong to this process, and their streams
@@ -299,7 +307,7 @@ impl Takeover {
     /// who has the queues; if it is this process, they are lost. The first poll returns `Ready`
     /// except if the predecessor has just taken the queues back.
     pub async fn accept(mut self) -> Result<(), Error> {
-        let left = match (self.passed.queues.first(), self.passed.tables.len()) {
+        let left = match (self.passed.queues.first(), self.passed.parts.len()) {
             (Some(queue), _) => Some(format!("queue {} has not been taken over", queue.record.queue)),
             (None, 1..) => Some("a table has not been taken over; see `take_divert`".to_owned()),
             (None, 0) => None,
@@ -310,8 +318,8 @@ impl Takeover {
         if let Some(stream) = &self.stream {
             acknowledge(stream).await?;
         }
-        for lent in self.lent.drain(..) {
-            lent.store(false, Ordering::SeqCst);
+        for use_it in self.parts.drain(..) {
+            use_it();
         }
         for queue in self.queues.drain(..) {
             queue.resume();

@@ -100,9 +100,6 @@ mod builder;
 mod divert;
 #[cfg(feature = "edit")]
 mod edit;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod fuzzing;
 mod group;
 mod group_sink;
 pub mod guide;
@@ -118,10 +115,9 @@ mod reconfigure;
 #[cfg(feature = "test-util")]
 pub mod simulated;
 mod sink;
-mod state;
-mod types;
 mod verdict;
-mod wire;
+
+use nfqueue_proto::{record, state, types, wire};
 
 /// The groups of [`Stats`].
 pub mod stats {
@@ -131,10 +127,7 @@ pub mod stats {
 pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
-pub use divert::{
-    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, FlowTuple, Match, NamedSet, PacketField, PortRange,
-    Priority, Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
-};
+pub use divert::install_when_free;
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
 pub use group::{GroupStream, QueueGroup};
@@ -143,6 +136,11 @@ pub use handover::{Handover, Takeover};
 pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;
+#[cfg(feature = "divert")]
+pub use nfqueue_divert::{
+    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, FlowTuple, Match, NamedSet, PacketField, PortRange,
+    Priority, Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
+};
 pub use packet::{DetachedPacket, Packet};
 pub use queue::{PacketStream, Queue};
 pub use reconfigure::Reconfigure;

@@ -25,8 +25,8 @@ use crate::{
 };
 
 /// A network namespace in which to bind a queue or to install rules, without moving the caller's
-/// threads into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace) and, with feature
-/// `divert`, `DivertBuilder::namespace`.
+/// threads into it: [`QueueBuilder::namespace`](crate::QueueBuilder::namespace), and
+/// [`run`](Self::run) for `DivertBuilder::install`.
 ///
 /// It holds a file descriptor, which keeps the namespace alive. Clones share it.
 #[derive(Debug, Clone)]
@@ -127,11 +127,31 @@ impl NetworkNamespace {
         }
     }
 
-    /// Runs `body` in the namespace, on a temporary thread.
+    /// Runs `body` in the namespace, on a temporary thread, and waits for it. The calling thread
+    /// stays in its namespace. What `body` opens, for example sockets, stays in the other one.
+    ///
+    /// ```no_run
+    /// # #[cfg(feature = "divert")]
+    /// # fn example() -> Result<(), tokio_nfqueue::Error> {
+    /// use tokio_nfqueue::{Divert, Hook, NetworkNamespace, Rule};
+    ///
+    /// let rules = Divert::builder().rule(Rule::new(Hook::Forward).to_queue(0));
+    /// let divert = NetworkNamespace::named("lab")?.run(|| rules.install())??;
+    /// # drop(divert);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// Also for that of a simulated kernel, in which nothing but queues can be.
-    pub(crate) fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    /// * [`NotPermitted`](ErrorKind::NotPermitted): entering the namespace needs `CAP_SYS_ADMIN` in
+    ///   the caller's user namespace and in the one that owns the network namespace.
+    /// * [`Unsupported`](ErrorKind::Unsupported): it is that of a simulated kernel, which has only
+    ///   queues.
+    /// * [`Other`](ErrorKind::Other): it is not a network namespace, or no thread can be started.
+    ///
+    /// # Panics
+    /// If `body` panics.
+    pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T, Error> {
         let namespace = self.descriptor()?;
         thread::scope(|scope| {
             let builder = thread::Builder::new().name("netns".to_owned());

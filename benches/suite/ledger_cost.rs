@@ -3,12 +3,13 @@
 
 use std::time::Instant;
 
-use crate::{
-    ledger::{Decision, Ledger, Origin},
-    suite::summary::{Book, Random},
+use nfqueue_proto::{
+    state::ledger::{Decision, Ledger, Origin},
     types::Action::Accept as ACCEPT,
     wire::verdict::VerdictFields,
 };
+
+use crate::suite::summary::{Book, Random};
 
 pub const SECTION: &str = "ledger";
 pub const COST: &str = "ns/verdict";

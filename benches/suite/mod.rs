@@ -15,6 +15,7 @@ pub mod floor;
 pub mod flows;
 pub mod goals;
 pub mod latency;
+pub mod ledger_cost;
 pub mod machine;
 pub mod measure;
 pub mod memory;

@@ -7,7 +7,9 @@ use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
 };
-use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, Takeover};
+use tokio_nfqueue::{
+    Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, Takeover, install_when_free,
+};
 
 use super::Options;
 
@@ -91,7 +93,7 @@ async fn start(options: &Options, settings: QueueBuilder) -> Result<Filter, Erro
     let Some(port) = options.udp_port else { return Ok((queue, None)) };
     let rule = Rule::new(Hook::Input).protocol(Protocol::Udp).destination_port(port).to_queue(options.queue);
     let rules = Divert::builder().table(format!("restart_{}", options.queue)).rule(rule);
-    Ok((queue, Some(rules.install_when_free().await?)))
+    Ok((queue, Some(install_when_free(&rules).await?)))
 }
 
 async fn take_over(stream: UnixStream, settings: QueueBuilder) -> Result<Filter, Error> {

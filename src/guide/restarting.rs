@@ -26,9 +26,9 @@
 //! ```
 //!
 //! The rules should not vanish with the process: make them with `nft`. While there are no rules,
-//! packets pass unseen. A `Divert` with a table name of its own has
-//! [`install_when_free`](crate::DivertBuilder::install_when_free), but its removal drops queued
-//! packets.
+//! packets pass unseen. A `Divert` with a table name of its own is installed by
+//! [`install_when_free`](crate::install_when_free) as soon as the old one is removed, but the
+//! removal drops queued packets.
 //!
 //! # The hand-over
 //!

@@ -29,8 +29,8 @@ use tokio::{io::Interest, net::UnixStream};
 
 use super::{clock::QueueClock, ticks::Ticks};
 use crate::{
+    record::{self, HEADER, Unreadable},
     types::{Error, ErrorKind},
-    wire::record::{self, HEADER, Unreadable},
 };
 
 const TAKEN: u8 = b'T';

@@ -34,7 +34,7 @@ impl VerdictGuard {
     }
 
     pub(crate) fn id(&self) -> PacketId {
-        PacketId(self.id)
+        PacketId::new(self.id)
     }
 
     pub(crate) fn queue_number(&self) -> u16 {

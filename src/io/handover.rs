@@ -39,12 +39,10 @@ use super::{
     timer::{Timer, TimerTarget},
 };
 use crate::{
+    record::{QueueRecord, Unreadable},
     state::{Arrival, Clock, FixedSettings, Limits, Machine, Position, Storage, WaitLimit, flush::FlushPolicy},
     types::{Error, ErrorKind},
-    wire::{
-        Message, Messages,
-        record::{QueueRecord, Unreadable},
-    },
+    wire::{Message, Messages},
 };
 
 /// How far a hand-over is, for those who hand out and receive packets.

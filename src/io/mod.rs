@@ -58,4 +58,4 @@ pub(crate) use self::{
     ticks::Ticks,
 };
 #[cfg(feature = "divert")]
-pub(crate) use self::{passed::PassedTable, ticks::Pauses};
+pub(crate) use self::{passed::PassedPart, ticks::Pauses};

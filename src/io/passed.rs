@@ -17,8 +17,8 @@ use super::{
     kernel::KernelTable,
 };
 use crate::{
+    record::{MAGIC, PartRecord, QueueRecord, Record, Unreadable},
     types::{Error, ErrorKind},
-    wire::record::{MAGIC, QueueRecord, Record, TableRecord, Unreadable},
 };
 
 /// A queue that another process has passed on.
@@ -29,11 +29,11 @@ pub(crate) struct PassedQueue {
     pub(super) table: Option<File>,
 }
 
-/// A table that another process has passed on.
+/// What else another process has passed on.
 #[derive(Debug)]
 #[cfg_attr(not(feature = "divert"), expect(dead_code))]
-pub(crate) struct PassedTable {
-    pub(crate) record: TableRecord,
+pub(crate) struct PassedPart {
+    pub(crate) record: PartRecord,
     pub(crate) socket: OwnedFd,
 }
 
@@ -41,7 +41,7 @@ pub(crate) struct PassedTable {
 #[derive(Debug)]
 pub(crate) struct Passed {
     pub(crate) queues: Vec<PassedQueue>,
-    pub(crate) tables: Vec<PassedTable>,
+    pub(crate) parts: Vec<PassedPart>,
 }
 
 /// A file in memory with the record.
@@ -93,14 +93,14 @@ pub(crate) fn unpacked(descriptors: Vec<OwnedFd>) -> Result<Passed, Error> {
         })?;
         Ok(sockets.swap_remove(at).1)
     };
-    let mut passed = Passed { queues: Vec::new(), tables: Vec::new() };
+    let mut passed = Passed { queues: Vec::new(), parts: Vec::new() };
     for record in record.queues {
         let socket = socket(record.cookie)?;
         passed.queues.push(PassedQueue { record, socket, table: None });
     }
-    for record in record.tables {
+    for record in record.parts {
         let socket = socket(record.cookie)?;
-        passed.tables.push(PassedTable { record, socket });
+        passed.parts.push(PassedPart { record, socket });
     }
     for file in files {
         // Each network namespace has its own table of queues.
@@ -118,7 +118,7 @@ pub(crate) fn unpacked(descriptors: Vec<OwnedFd>) -> Result<Passed, Error> {
 
 /// Several queues may have been kept separately. And of a queue that is handed over again and
 /// again, a descriptor store may still have an older record: the newer one holds, and so it does
-/// for the tables that go along.
+/// for the parts that go along.
 fn merged(mut all: Record, other: Record) -> Record {
     let same = |queue: &QueueRecord| all.queues.iter().find(|known| known.cookie == queue.cookie);
     let newer = other.queues.iter().any(|queue| same(queue).is_some_and(|known| is_newer(queue, known)));
@@ -129,11 +129,11 @@ fn merged(mut all: Record, other: Record) -> Record {
             None => all.queues.push(queue),
         }
     }
-    for table in other.tables {
-        match all.tables.iter_mut().find(|known| known.cookie == table.cookie) {
-            Some(known) if newer => *known = table,
+    for part in other.parts {
+        match all.parts.iter_mut().find(|known| known.cookie == part.cookie) {
+            Some(known) if newer => *known = part,
             Some(_) => {}
-            None => all.tables.push(table),
+            None => all.parts.push(part),
         }
     }
     all
@@ -197,7 +197,7 @@ mod tests {
             sequence,
             ..QueueRecord::example()
         };
-        packed(&Record { queues: (0..).zip(cookies).map(queue).collect(), tables: Vec::new() }).unwrap()
+        packed(&Record { queues: (0..).zip(cookies).map(queue).collect(), parts: Vec::new() }).unwrap()
     }
 
     fn copy(fd: &OwnedFd) -> OwnedFd {

@@ -341,7 +341,7 @@ impl Shared {
             late
         });
         if let Some(waiter) = late.and_then(|decision| decision.extras?.confirm) {
-            let error = Error::new(ErrorKind::Expired, "confirm verdict").with_packet(PacketId(id));
+            let error = Error::new(ErrorKind::Expired, "confirm verdict").with_packet(PacketId::new(id));
             drop(waiter.send(Err(error)));
         }
         reply

@@ -105,8 +105,6 @@ mod connection;
 #[cfg(test)]
 mod flow_tests;
 mod flows;
-#[cfg(any(test, fuzzing))]
-pub(crate) mod fuzzing;
 #[cfg(test)]
 mod late_tests;
 mod message;
@@ -185,6 +183,12 @@ impl Kernel {
             };
             packets.into_iter().map(send).collect()
         })
+    }
+
+    /// Puts a datagram of any content into the socket of a queue, as if the kernel had sent it: to
+    /// test what a program does when the kernel sends what it should not.
+    pub fn forge(&self, queue: u16, datagram: &[u8]) {
+        self.0.with(|inner, _| inner.model.forge(queue, datagram));
     }
 
     /// Moves the clock forward. What is due on the way (deadlines, gathered verdicts, time-outs) is

@@ -185,7 +185,6 @@ impl<T: Clone> Model<T> {
     }
 
     /// A datagram of any content reaches the socket of a queue.
-    #[cfg(any(test, fuzzing))]
     pub(super) fn forge(&mut self, number: u16, datagram: &[u8]) {
         if let Some(port) = self.queues.get(&number).map(|queue| queue.port) {
             self.deliver(
@@ -473,7 +472,7 @@ impl<T: Clone> Model<T> {
             payload: packet.payload,
             payload_replaced: replaced,
             queue: place.map(|(queue, _)| queue),
-            id: place.map(|(_, id)| PacketId(id)),
+            id: place.map(|(_, id)| PacketId::new(id)),
             at: now,
             segments: Vec::new(),
         };
@@ -572,7 +571,8 @@ impl<T: Clone> Model<T> {
             Some(Action::Accept | Action::Stop) => self.finish(*skb, Cause::Verdict, true, now),
             Some(Action::Repeat) => self.evaluate(skb, now),
             Some(Action::Requeue { queue, bypass }) => self.enqueue(skb, queue, bypass, now),
-            Some(Action::Drop) | None => self.finish(*skb, Cause::Verdict, false, now),
+            // `Drop`, and what the kernel does not know.
+            _ => self.finish(*skb, Cause::Verdict, false, now),
         }
     }
 }

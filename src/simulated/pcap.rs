@@ -21,7 +21,16 @@ impl TestPacket {
         let path = path.as_ref();
         let operation = || format!("read capture file {}", path.display());
         let bytes = std::fs::read(path).map_err(|source| Error::os(operation(), source))?;
-        parse(bytes.into()).map_err(|detail| Error::new(ErrorKind::InvalidInput, operation()).with_detail(detail))
+        Self::from_pcap_bytes(bytes).map_err(|error| error.with_operation(operation()))
+    }
+
+    /// As [`from_pcap`](Self::from_pcap), from the content of a file.
+    ///
+    /// # Errors
+    /// `InvalidInput`, as for `from_pcap`.
+    pub fn from_pcap_bytes(file: impl Into<Bytes>) -> Result<Vec<Self>, Error> {
+        let invalid = |detail| Error::new(ErrorKind::InvalidInput, "read a capture").with_detail(detail);
+        parse(file.into()).map_err(invalid)
     }
 }
 

@@ -136,7 +136,7 @@ pub(crate) fn after_bracket(code: &str, open: usize) -> usize {
     code.len()
 }
 
-/// Code without the items that only builds for tests and for fuzzing have.
+/// Code without the items that only builds for tests have.
 pub(crate) fn without_tests(code: &str) -> String {
     let mut kept = String::new();
     let mut from = 0;
@@ -144,7 +144,6 @@ pub(crate) fn without_tests(code: &str) -> String {
         let end = after_bracket(code, at + 1);
         let condition = code[at + "#[cfg(".len()..end].trim_start();
         let only_tests = condition.starts_with("test)")
-            || condition.starts_with("any(test, fuzzing)")
             || condition.strip_prefix("all(").is_some_and(|all| find_word(all, "test", 0) == Some(0));
         kept.push_str(&code[from..if only_tests { at } else { end }]);
         from = if only_tests { item_end(code, end) } else { end };

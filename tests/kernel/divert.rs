@@ -552,7 +552,7 @@ fn rules_in_another_namespace_act_only_there() {
     let queue_here = RawQueue::bind(7).unwrap();
     let queue_there = there.run(|| RawQueue::bind(7).unwrap());
     let builder = Divert::builder().table("both").rule(udp_out().to_queue(7));
-    let divert = builder.clone().namespace(handle.clone()).install().unwrap();
+    let divert = handle.run(|| builder.install()).unwrap().unwrap();
     assert_eq!(present(), here, "this thread has not moved");
     let exists = || (table_exists("both"), there.run(|| table_exists("both")));
     assert_eq!(exists(), (false, true));
@@ -571,7 +571,7 @@ fn rules_in_another_namespace_act_only_there() {
     assert_eq!(exists(), (false, false));
 
     // Dropping the value removes its rules.
-    let divert = builder.namespace(handle).install().unwrap();
+    let divert = handle.run(|| builder.install()).unwrap().unwrap();
     lo_there.queued(&queue_there, "a rule is there again");
     drop(divert);
     assert_eq!(exists(), (false, false));

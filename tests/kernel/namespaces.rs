@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use tokio::runtime::Handle;
-use tokio_nfqueue::{Divert, ErrorKind, NetworkNamespace, Queue};
+use tokio_nfqueue::{Divert, Error, ErrorKind, NetworkNamespace, Queue};
 
 use crate::{
     common::{Traffic, account, divert, give_up_capabilities, hold, soon, start, udp_in},
@@ -32,6 +32,10 @@ fn elsewhere() -> (support::Namespace, NetworkNamespace) {
 
 fn present() -> PathBuf {
     fs::read_link("/proc/thread-self/ns/net").unwrap()
+}
+
+fn install_there(namespace: &NetworkNamespace) -> Result<Divert, Error> {
+    namespace.run(|| Divert::builder().rule(udp_in().accept()).install())?
 }
 
 /// Rules and traffic in a namespace: sockets belong to the namespace in which they were opened.
@@ -152,10 +156,9 @@ async fn files_that_are_not_network_namespaces_are_refused() {
     for path in ["/proc/self/status", "/proc/self/ns/uts"] {
         let handle = NetworkNamespace::open(path).unwrap();
         let before = present();
-        for error in [
-            Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
-            Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
-        ] {
+        for error in
+            [Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(), install_there(&handle).unwrap_err()]
+        {
             assert_eq!(error.kind(), ErrorKind::Other, "{error}");
             assert!(error.to_string().contains("namespace"), "{error}");
         }
@@ -166,10 +169,8 @@ async fn files_that_are_not_network_namespaces_are_refused() {
 async fn without_cap_sys_admin_the_error_names_only_this_capability() {
     let (_namespace, handle) = elsewhere();
     give_up_capabilities();
-    for error in [
-        Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(),
-        Divert::builder().rule(udp_in().accept()).namespace(handle).install().unwrap_err(),
-    ] {
+    for error in [Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(), install_there(&handle).unwrap_err()]
+    {
         assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
         let text = error.to_string();
         assert!(text.contains("CAP_SYS_ADMIN is needed in") && !text.contains("CAP_NET_ADMIN"), "{text}");

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use tokio_nfqueue::{Action, Divert, ErrorKind, NetworkNamespace, Queue};
+use tokio::runtime::Handle;
+use tokio_nfqueue::{Action, Divert, ErrorKind, NetworkNamespace, Queue, install_when_free};
 
 use super::processes::Service;
 use crate::{
@@ -22,6 +23,7 @@ tests![
     both install_when_free_waits_for_the_owner,
     one install_when_free_waits_for_a_process_that_is_killed,
     one install_when_free_does_not_wait_for_a_table_without_an_owner,
+    one install_when_free_waits_in_another_namespace,
     both a_cancelled_install_leaves_nothing,
 ];
 
@@ -132,16 +134,16 @@ async fn what_does_not_change_by_waiting_is_an_error() {
     let error = soon("the error", Queue::builder(0).bind_when_free()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
     let named = Divert::builder().table("named").rule(udp_in().to_queue(0));
-    let error = soon("the error", named.install_when_free()).await.unwrap_err();
+    let error = soon("the error", install_when_free(&named)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
-    let error = soon("the error", Divert::builder().install_when_free()).await.unwrap_err();
+    let error = soon("the error", install_when_free(&Divert::builder())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
 }
 
 async fn install_when_free_waits_for_the_owner() {
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
-    let old = soon("the rules", named.install_when_free()).await.unwrap();
-    let waiting = tokio::spawn(named.install_when_free());
+    let old = soon("the rules", install_when_free(&named)).await.unwrap();
+    let waiting = tokio::spawn(install_when_free(&named));
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!waiting.is_finished());
     old.close().unwrap();
@@ -156,7 +158,7 @@ async fn install_when_free_waits_for_a_process_that_is_killed() {
     service.expect("ready");
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
     assert_eq!(named.install().unwrap_err().raw_os_error(), Some(rustix::io::Errno::PERM.raw_os_error()));
-    let waiting = tokio::spawn(named.install_when_free());
+    let waiting = tokio::spawn(install_when_free(&named));
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!waiting.is_finished());
     service.kill();
@@ -166,15 +168,36 @@ async fn install_when_free_waits_for_a_process_that_is_killed() {
 async fn install_when_free_does_not_wait_for_a_table_without_an_owner() {
     crate::divert::make_table("named");
     let named = Divert::builder().table("named").rule(udp_in().to_queue(0));
-    let error = soon("the error", named.install_when_free()).await.unwrap_err();
+    let error = soon("the error", install_when_free(&named)).await.unwrap_err();
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::EXIST.raw_os_error()), "{error}");
+}
+
+async fn install_when_free_waits_in_another_namespace() {
+    let namespace = support::Namespace::new();
+    let handle = namespace.run(|| NetworkNamespace::current().unwrap());
+    let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
+    // A table of this name here does not matter there.
+    let _here = named.install().unwrap();
+    let old = handle.run(|| named.install()).unwrap().unwrap();
+    let runtime = Handle::current();
+    let installing = handle.run(|| {
+        let _context = runtime.enter();
+        install_when_free(&named)
+    });
+    let waiting = tokio::spawn(installing.unwrap());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished());
+    old.close().unwrap();
+    let new = soon("the rules", waiting).await.unwrap().unwrap();
+    assert_eq!(new.counters().unwrap().len(), 1);
+    new.close().unwrap();
 }
 
 async fn a_cancelled_install_leaves_nothing() {
     let before = sockets();
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
     let old = named.install().unwrap();
-    let waiting = tokio::spawn(named.install_when_free());
+    let waiting = tokio::spawn(install_when_free(&named));
     eventually("it waits", || sockets() == before + 2).await;
     tokio::time::sleep(Duration::from_millis(20)).await;
     waiting.abort();

@@ -1,0 +1,130 @@
+//! What a packet meets behind the queue: its verdict for the connection is carried out.
+
+use super::{
+    context::{CLEAR, Flows},
+    places::chain_behind,
+};
+use crate::{
+    action::Action,
+    chain::Place,
+    chained::{Chained, goto, jump},
+    checked::KernelRule,
+    denied::{self, Remember},
+    flow_chain::{FlowChain, Way},
+    matching::Match,
+    tuple::Of,
+};
+use nfqueue_proto::types::flow_codes;
+
+impl<'a> Flows<'a> {
+    /// The rules of [`chain_behind`]. `places` are those of rules of the user.
+    pub(crate) fn rules_behind(self, place: Place, places: &[Place]) -> Vec<KernelRule<'a>> {
+        let way = Way::of(place.hook);
+        let behind = chain_behind(place, self.surroundings.priority);
+        let mut chain = Chained::new(behind.name, place, self.surroundings);
+        // Nothing else concerns most packets.
+        let accepted = self.marked(self.table.marks.accepted());
+        chain.push(&[accepted], Action::Accept).conditions.push((self.has_code(), true));
+        // What passes, also by a rule of the user that accepts it.
+        self.push_passing(&mut chain, place, places);
+        chain.push(&[self.marked(self.table.marks.accepting())], jump(FlowChain::Alone));
+        // What has come from the queue.
+        chain.push(&[], Action::Accept).conditions.push((self.has_code(), true));
+        self.denying_verdicts(&mut chain, way);
+        let accepted = self.verdict_accepts();
+        chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
+        }
+        let again = self.save(self.table.marks.begun_again());
+        let start = chain.rules.len();
+        let known = [self.marked(self.table.marks.accepted()), Match::confirmed()];
+        chain.push_first(&known, Action::Continue, Some(again));
+        chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
+        chain.change(&[], CLEAR);
+        chain.rules
+    }
+
+    /// Of two first packets that waited at once, the other one's verdict has accepted, and this one
+    /// passes alone. A packet without a code, or another program's priority in its place, has not
+    /// waited here.
+    pub(super) fn alone(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Alone);
+        chain.push_first(&[], Action::Return, Some(self.save(self.table.marks.begun_again())));
+        let accepted = self.verdict_accepts();
+        for rule in &mut chain.rules {
+            rule.conditions.extend([(accepted.clone(), true), (Match::priority(0, flow_codes::CODE), true)]);
+        }
+        chain
+    }
+
+    /// A denial wins, whichever comes first.
+    pub(super) fn verdict_accept(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::VerdictAccept);
+        chain.push(&[self.marked(self.table.marks.denied())], Action::Return);
+        let not_listed = chain.push(&[], goto(FlowChain::Save));
+        not_listed.conditions.push((Match::listed(Of::Connection), true));
+        chain.push_denied(Action::Return);
+        chain.push_other_side(Action::Return);
+        chain.push(&[], goto(FlowChain::Save));
+        chain
+    }
+
+    pub(super) fn save_chain(self) -> Chained<'a> {
+        let marks = self.table.marks;
+        let mut chain = self.common(FlowChain::Save);
+        chain.push_first(&[], goto(FlowChain::SaveFirst), None);
+        for undecided in [marks.begun_again(), marks.accepting()] {
+            chain.push(&[self.marked(undecided)], Action::Return);
+        }
+        chain.change(&[], self.save(marks.accepted()));
+        chain
+    }
+
+    pub(super) fn save_first(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::SaveFirst);
+        chain.change(&[], self.save(self.table.marks.accepting()));
+        chain
+    }
+
+    pub(super) fn verdict_drop(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::VerdictDrop);
+        chain.remember_verdict(false);
+        self.recall(&mut chain);
+        chain.change(&[], self.save(self.table.marks.denied()));
+        chain.drop();
+        chain
+    }
+
+    pub(super) fn verdict_reject(self, can_reject: bool) -> Chained<'a> {
+        let way = if can_reject { Way::In } else { Way::Leaving };
+        let mut chain = self.of_way(FlowChain::VerdictReject { can_reject }, way);
+        chain.remember_verdict(true);
+        self.recall(&mut chain);
+        chain.change(&[], self.save(self.table.marks.denied()));
+        chain.reject(can_reject);
+        chain
+    }
+
+    /// The denied connection may be in the flowtable, or come into it at this moment: by a packet
+    /// that has seen its mark before, and not that it is listed.
+    pub(super) fn recall(self, chain: &mut Chained<'a>) {
+        if self.surroundings.offloads() {
+            let rule = chain.push(&[self.marked(self.table.marks.accepted())], Action::Continue);
+            rule.remember = Some(Remember::Recalled);
+        }
+    }
+
+    pub(super) fn reject_packet(self, can_reject: bool) -> Chained<'a> {
+        let way = if can_reject { Way::In } else { Way::Leaving };
+        let mut chain = self.of_way(FlowChain::RejectPacket { can_reject }, way);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Continue);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Replied(version));
+        }
+        chain.reject(can_reject);
+        chain
+    }
+}

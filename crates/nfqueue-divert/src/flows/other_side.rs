@@ -1,0 +1,128 @@
+//! What the other side of a denied connection sends: packets of that connection, or of one of its
+//! own.
+
+use super::context::Flows;
+use crate::{
+    action::Action,
+    chained::{Chained, begin_so, goto},
+    denied::{self, DeniedSet, Remember},
+    flow_chain::{FlowChain, Way},
+    matching::Match,
+    tuple::Of,
+};
+
+impl<'a> Flows<'a> {
+    /// The connection's tuple is that of the other side of a denied one. If a packet has begun it
+    /// after the denial (`flow_beside_ip`), it is one of its own, which no verdict has denied: with
+    /// forged addresses, anybody could otherwise block the connections of others. If not, its
+    /// packets have crossed the denied one, or the entry of the denied connection was lost and the
+    /// other side has made a new one.
+    pub(super) fn reversed(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::Reversed(way), way);
+        // It is remembered as long as the denial, which any packet of the denied side renews.
+        chain.renew_beside(Of::Connection, &[]);
+        // The denied side would begin its connection again.
+        chain.push_first(&[Match::is_reply(true)], goto(FlowChain::ReversedDenied(way)), None);
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::beside(version, Of::Connection)], Action::Return);
+        }
+        chain.push_first(&[], Action::Return, None);
+        // It stays denied when the memory of the other one is gone.
+        chain.change(&[Match::confirmed()], self.save(self.table.marks.denied()));
+        chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
+        chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
+        chain
+    }
+
+    pub(super) fn reversed_denied(self, way: Way) -> Chained<'a> {
+        let mut chain = self.of_way(FlowChain::ReversedDenied(way), way);
+        // Without first packets, it is the same conversation also when its entry is gone.
+        let family = self.surroundings.family;
+        for reject in [false, true] {
+            let start = chain.rules.len();
+            chain.remember(reject, &[], Of::Connection, Action::Continue);
+            let sets = DeniedSet::of_replies(family).filter(|set| set.reject == reject);
+            for (rule, set) in chain.rules[start..].iter_mut().zip(sets) {
+                rule.conditions.extend([(Match::denied(set, Of::Connection), false), (begin_so(), true)]);
+            }
+        }
+        chain.renew(DeniedSet::every(family), Of::ConnectionReversed, &[]);
+        chain.renew(DeniedSet::of_replies(family).filter(|set| !set.reject), Of::Connection, &[]);
+        for set in DeniedSet::of_replies(family).filter(|set| set.reject) {
+            let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
+            rule.facts.version = Some(set.version);
+            rule.remember = Some(Remember::Denied(set, Of::Connection));
+        }
+        chain.drop();
+        chain
+    }
+
+    /// The packet passes.
+    pub(super) fn beside(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Beside);
+        let codes = self.codes();
+        for denied in [codes.dropped(), codes.rejected(), codes.rejected_packet()] {
+            chain.push(&[Match::priority(denied, u32::MAX)], Action::Return);
+        }
+        chain.push_other_side(goto(FlowChain::BesideBegins));
+        chain
+    }
+
+    /// It may begin a connection beside a denied one.
+    pub(super) fn beside_begins(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BesideBegins);
+        chain.push(&[Match::is_reply(true)], Action::Return);
+        chain.push_first(&[], goto(FlowChain::BesideRecord), None);
+        chain.push(&[begin_so()], Action::Return);
+        chain.push(&[], goto(FlowChain::BesideRecord));
+        chain
+    }
+
+    /// A packet that cannot be remembered does not pass: its connection would be taken for the
+    /// denied one.
+    pub(super) fn beside_record(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BesideRecord);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Return);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Beside(version, Of::Connection));
+        }
+        chain.drop();
+        chain
+    }
+
+    /// A first packet of the other side may have crossed the denied one. Where the protocol tells
+    /// that it begins a connection, it has not.
+    pub(super) fn crossed(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Crossed);
+        chain.push_first(&[], Action::Return, None);
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::recent(version)], Action::Drop);
+            chain.rules.last_mut().into_iter().for_each(|rule| rule.counts = true);
+        }
+        chain
+    }
+
+    /// Connection tracking calls a SYN invalid that comes from the side which has not begun the
+    /// older connection, as it sees it. Later packets of the new connection it may count to the
+    /// older one.
+    pub(super) fn begun_stray(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BegunStray);
+        // It does not pass.
+        chain.push(&[Match::priority(self.codes().rejected_packet(), u32::MAX)], Action::Return);
+        chain.push_first(&[], goto(FlowChain::BegunRecord), None);
+        chain
+    }
+
+    /// A packet that cannot be remembered does not pass.
+    pub(super) fn begun_record(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BegunRecord);
+        for version in denied::versions(self.surroundings.family) {
+            let rule = chain.push(&[], Action::Return);
+            rule.facts.version = Some(version);
+            rule.remember = Some(Remember::Begun(version));
+        }
+        chain.drop();
+        chain
+    }
+}

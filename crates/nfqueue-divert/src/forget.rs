@@ -1,0 +1,226 @@
+//! Takes verdicts for connections back.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use netlink_packet_core::{DefaultNla, NLA_F_NESTED};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterProtoFamily,
+    conntrack::{ConntrackAttribute, ConntrackMessage},
+};
+use rustix::io::Errno;
+
+use nfqueue_proto::types::{Error, ErrorKind, FlowMarks};
+
+use super::{
+    denied::{self, DeniedSet},
+    dump::{self, attribute},
+    encoder::{Encoding, QueueMethod, number},
+    failure,
+    family::IpVersion,
+    nft::{self, Batch, Element},
+    socket::{Connection, Outcome, Refusal},
+    tuple::FlowTuple,
+};
+
+/// The connections of which a verdict has been forgotten.
+#[derive(Debug, Default)]
+pub(super) struct Forgotten {
+    /// Those that had a verdict, if one was named.
+    pub(super) flows: Vec<FlowTuple>,
+    /// Those that were accepted: the tuples of their first packets.
+    accepted: HashSet<FlowTuple>,
+}
+
+/// Removes the marks of all connections, or of one.
+pub(super) fn forget_marks(
+    connection: &mut Connection,
+    marks: FlowMarks,
+    flow: Option<FlowTuple>,
+) -> Result<Forgotten, Error> {
+    let found = RefCell::new(Forgotten::default());
+    let verdicts = [marks.accepting(), marks.accepted(), marks.denied()];
+    let common = verdicts.into_iter().fold(marks.mask(), |common, value| common & value);
+    for (value, mask) in [(common, common), (marks.begun_again(), marks.mask())] {
+        let filter = vec![
+            ConntrackAttribute::Other(number(CTA_MARK, value)),
+            ConntrackAttribute::Other(number(CTA_MARK_MASK, mask)),
+        ];
+        let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(filter));
+        let result = connection.change_all(request, |header, entry| {
+            // Older kernels do not filter.
+            let mark = u32::from_be_bytes(attribute(entry, CTA_MARK)?.try_into().ok()?) & marks.mask();
+            let is_verdict = verdicts.contains(&mark);
+            if !is_verdict && mark != marks.begun_again() {
+                return None;
+            }
+            let names = names(entry);
+            if let Some(flow) = flow {
+                let names = names?;
+                if !names.iter().any(|name| flow.is(*name)) {
+                    return None;
+                }
+                if is_verdict {
+                    // The tuples of both sides: without translation, the same.
+                    found.borrow_mut().flows.extend([names[0], names[2]]);
+                }
+            }
+            if mark == marks.accepted() || mark == marks.accepting() {
+                found.borrow_mut().accepted.extend(names.map(|names| names[0]));
+            }
+            let family = NetfilterProtoFamily::from(*header.first()?);
+            let original = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
+            let zone = attribute(entry, CTA_ZONE).map(|zone| DefaultNla::new(CTA_ZONE, zone.to_vec()));
+            let change = [number(CTA_MARK, 0), number(CTA_MARK_MASK, marks.mask())];
+            let attributes = [original].into_iter().chain(zone).chain(change).map(ConntrackAttribute::Other).collect();
+            Some(message(family, ConntrackMessage::New(attributes)))
+        });
+        result.map_err(failed)?;
+    }
+    Ok(found.into_inner())
+}
+
+/// Moves the packets of the connections past the flowtable, if they are in it.
+///
+/// The kernel then forwards no more of them from there, and removes the connections soon.
+pub(super) fn recall(connection: &mut Connection, table: &str, forgotten: &Forgotten) -> Result<(), Refusal> {
+    if forgotten.accepted.is_empty() {
+        return Ok(());
+    }
+    // Only now: until its mark was removed, a connection could come into the flowtable.
+    let keys = RefCell::new(BTreeSet::new());
+    let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(Vec::new()));
+    connection.change_all(request, |_, entry| {
+        let status = u32::from_be_bytes(attribute(entry, CTA_STATUS)?.try_into().ok()?);
+        let tuples = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| attribute(entry, kind).and_then(tuple));
+        if status & IPS_OFFLOAD != 0 && forgotten.accepted.contains(&tuples[0]?) {
+            keys.borrow_mut().extend(tuples.into_iter().flatten().map(FlowTuple::ports_key));
+        }
+        None
+    })?;
+    let keys: Vec<Element> = keys.into_inner().into_iter().map(|key| (key, None)).collect();
+    while !keys.is_empty() {
+        // Older kernels do not change the time of an element that exists.
+        let lists = connection.dump(&nft::get_elements(table, denied::RECALLED))?;
+        let there: HashSet<Vec<u8>> = lists.iter().flat_map(|list| dump::elements(list)).map(|(key, _)| key).collect();
+        let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+        let old: Vec<Element> = keys.iter().filter(|(key, _)| there.contains(key)).cloned().collect();
+        batch.delete_elements(denied::RECALLED, &old);
+        batch.insert_elements(denied::RECALLED, &keys, false);
+        match connection.transact(&batch.commands, Outcome::Commit) {
+            // One of them has expired meanwhile.
+            Err(refusal) if failure::errno(&refusal) == Some(Errno::NOENT) => {}
+            result => return result,
+        }
+    }
+    Ok(())
+}
+
+/// The elements of the sets of denied connections, and of those beside denied ones, that are this
+/// connection, which has these tuples: set and key.
+pub(super) fn denied_elements(
+    connection: &mut Connection,
+    table: &str,
+    version: IpVersion,
+    flow: FlowTuple,
+    tuples: &[FlowTuple],
+) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
+    let mut keys: Vec<Vec<u8>> =
+        tuples.iter().chain([&flow]).flat_map(|tuple| [tuple.key(), tuple.reversed().key()]).collect();
+    let map = denied::translated(version);
+    for object in connection.dump(&nft::get_elements(table, map))? {
+        let elements = dump::mapped(&object).into_iter();
+        // As a packet shows it behind the translation.
+        let shown = elements.filter(|(key, data)| FlowTuple::translated(key, data).is_some_and(|name| flow.is(name)));
+        keys.extend(shown.map(|(key, _)| key));
+    }
+    keys.sort();
+    keys.dedup();
+    let names: Vec<&str> =
+        DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map, denied::beside(version)]).collect();
+    let mut found = Vec::new();
+    for key in keys {
+        for name in &names {
+            // To delete what is not there would abort a transaction, for which the kernel waits
+            // until no CPU uses the old rules.
+            match connection.ask(nft::get_element(table, name, &key)) {
+                Ok(()) => found.push((*name, key.clone())),
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The tuples by which packets name the connection of an entry, in one direction: with and without
+/// the translation of each end.
+fn names(entry: &[u8]) -> Option<[FlowTuple; 4]> {
+    let original = tuple(attribute(entry, CTA_TUPLE_ORIG)?)?;
+    let reply = tuple(attribute(entry, CTA_TUPLE_REPLY)?)?;
+    let name = |source, destination| FlowTuple { source, destination, ..original };
+    Some([
+        original,
+        name(original.source, reply.source),
+        name(reply.destination, reply.source),
+        name(reply.destination, original.destination),
+    ])
+}
+
+fn tuple(nested: &[u8]) -> Option<FlowTuple> {
+    let (ip, proto) = (attribute(nested, CTA_TUPLE_IP)?, attribute(nested, CTA_TUPLE_PROTO)?);
+    let v4 = |kind| Some(Ipv4Addr::from(<[u8; 4]>::try_from(attribute(ip, kind)?).ok()?).into());
+    let v6 = |kind| Some(Ipv6Addr::from(<[u8; 16]>::try_from(attribute(ip, kind)?).ok()?).into());
+    let address = |kind_v4, kind_v6| -> Option<IpAddr> { v4(kind_v4).or_else(|| v6(kind_v6)) };
+    let number = |kind| Some(u16::from_be_bytes(attribute(proto, kind)?.try_into().ok()?));
+    let identifier = || number(CTA_PROTO_ICMP_ID).or_else(|| number(CTA_PROTO_ICMPV6_ID));
+    let protocol = *attribute(proto, CTA_PROTO_NUM)?.first()?;
+    let port = |kind| number(kind).or_else(identifier).unwrap_or(0);
+    Some(FlowTuple {
+        protocol,
+        source: SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT)),
+        destination: SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT)),
+    })
+}
+
+fn message(family: NetfilterProtoFamily, message: ConntrackMessage) -> NetfilterMessage {
+    NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message)
+}
+
+fn failed(error: std::io::Error) -> Error {
+    let (kind, detail) = match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::PERM) => {
+            (ErrorKind::NotPermitted, "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace")
+        }
+        // nfnetlink_rcv_msg: the kernel has no such subsystem.
+        Some(Errno::INVAL | Errno::OPNOTSUPP) => {
+            (ErrorKind::Unsupported, "the kernel has no NF_CT_NETLINK, which flow marks need")
+        }
+        _ => (ErrorKind::Other, "cannot change the marks of connections"),
+    };
+    Error::new(kind, "").with_source(error).with_detail(detail)
+}
+
+/// uapi/linux/netfilter/nf_conntrack_common.h
+const IPS_OFFLOAD: u32 = 1 << 14;
+// uapi/linux/netfilter/nfnetlink_conntrack.h
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_MARK: u16 = 8;
+const CTA_ZONE: u16 = 18;
+const CTA_MARK_MASK: u16 = 21;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+const CTA_PROTO_ICMP_ID: u16 = 4;
+const CTA_PROTO_ICMPV6_ID: u16 = 7;

@@ -1,0 +1,160 @@
+//! What is due at a time: flushes, deadlines, retries, the time-out of the shutdown.
+
+use std::time::Instant;
+
+use super::{
+    Carried, Clock, LifeCycle, Machine, Notice, PATIENT_CALLS, PAUSES, Permission, ReportKind, WaitLimit,
+    flush::{FlushPolicy, FlushReason},
+    plain,
+};
+
+/// If verdicts wait more often than this in the time in which the timer would fire once, it is not
+/// set for each. To set and to clear it takes two system calls, about 0.6 µs; an event takes about
+/// 3 µs.
+const MOST_WAITS: u32 = 4;
+
+impl<E: Carried, K: Clock> Machine<E, K> {
+    /// The timer has fired: does what is due.
+    pub fn fire(&mut self) {
+        let now = self.clock.now();
+        self.alarm.at = None;
+        let expired = self.expire(now);
+        self.end_wait(now);
+        self.end_hand_over_wait(now);
+        match self.permission {
+            Permission::Held => {
+                if self.sending.retry.is_some_and(|(at, _)| at <= now) {
+                    self.request_flush();
+                } else if self.gathering.due.is_some_and(|due| due <= now) {
+                    self.gathering.due = None;
+                    self.ask_policy(FlushReason::DelayOver);
+                } else if expired {
+                    self.ask_policy(FlushReason::Verdict);
+                }
+            }
+            Permission::Missing { since, next, pause, calls, confirmed } if next <= now => {
+                let pause_after = (pause * 2).min(PAUSES.1);
+                self.permission = Permission::Missing {
+                    since,
+                    next: now + pause,
+                    pause: pause_after,
+                    calls: calls.saturating_add(1),
+                    confirmed,
+                };
+                self.effects.call_driver = true;
+                self.effects.probe = !self.gathering.driven || calls >= PATIENT_CALLS || self.is_overdue();
+            }
+            Permission::Missing { .. } | Permission::Lost => {}
+        }
+        if let Some((at, receives)) = self.receiving.look
+            && at <= now
+        {
+            self.receiving.look = None;
+            // If somebody has received since then, they handle the rest as well.
+            self.effects.look = receives == self.receiving.receives;
+            self.effects.watch = true;
+        }
+        self.effects.look |= self.sending.unproven.look(now);
+        for report in self.reports.due(now) {
+            self.notices.push(Notice::Report(report));
+        }
+        self.rearm_timer(now);
+    }
+
+    /// This is a child process: the threads that were to carry out effects have stayed in the
+    /// parent, and so has the timer thread. Doing a step twice does no harm.
+    pub fn forked(&mut self) {
+        if self.gathering.policy.is_none() {
+            // It was being called.
+            self.gathering.policy = Some(FlushPolicy::default());
+        }
+        if self.ledger.gathered() > 0 {
+            self.request_flush();
+        }
+        match self.life {
+            LifeCycle::Open => self.effects.watch |= self.settings.deadline.is_some(),
+            LifeCycle::Stopping { action, failed: false, .. } => self.effects.drain = Some(action),
+            LifeCycle::Unbinding { .. } => self.effects.unbind = true,
+            LifeCycle::Stopping { failed: true, .. }
+            | LifeCycle::Waiting { .. }
+            | LifeCycle::HandingOver { .. }
+            | LifeCycle::Closed { .. } => {}
+        }
+        self.effects.wake_stream = true;
+        self.effects.wake_waiting = true;
+        self.effects.wake_refusals = true;
+        self.effects.call_driver = true;
+        self.alarm.at = None;
+        self.rearm_timer(self.clock.now());
+    }
+
+    /// Sets the timer for the next time at which something is due.
+    pub(super) fn rearm_timer(&mut self, now: Instant) {
+        // While verdicts wait again and again, the timer keeps firing: one event in a period costs
+        // less than to set and to clear it for each wait.
+        let waits = std::mem::take(&mut self.gathering.waits).count;
+        let linger = self
+            .gathering
+            .policy
+            .as_ref()
+            .filter(|_| waits > MOST_WAITS && self.gathering.driven)
+            .and_then(FlushPolicy::linger)
+            .map(|cap| now + cap);
+        if let Some(at) = self.next_due(now).into_iter().chain(linger).min() {
+            self.set_timer(at);
+        }
+    }
+
+    /// The next time at which something is due.
+    fn next_due(&self, now: Instant) -> Option<Instant> {
+        let permission = match self.permission {
+            Permission::Missing { next, .. } => Some(next),
+            _ => None,
+        };
+        let limit = match self.life {
+            LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
+            | LifeCycle::Waiting { limit: WaitLimit::At(at), .. }
+            | LifeCycle::HandingOver { limit: WaitLimit::At(at), .. } => Some(at),
+            _ => None,
+        };
+        let retry = self.sending.retry.filter(|_| self.permission == Permission::Held).map(|(at, _)| at.max(now));
+        let due = self.gathering.due.filter(|_| self.permission == Permission::Held);
+        let times = [
+            due,
+            permission,
+            limit,
+            retry,
+            self.deadlines.next().filter(|_| !self.life.is_frozen()),
+            self.receiving.look.map(|(at, _)| at),
+            self.sending.unproven.due(),
+            self.reports.pending(),
+        ];
+        times.into_iter().flatten().min()
+    }
+
+    /// The verdicts that waited are being sent. The timer thread is not woken for them, unless that
+    /// happens so often that it costs less than to keep it from that.
+    pub(super) fn end_waiting(&mut self) {
+        self.gathering.oldest = None;
+        let Some(due) = self.gathering.due.take() else { return };
+        if self.gathering.waits.count <= MOST_WAITS && self.alarm.at == Some(due) {
+            self.change_timer(self.next_due(self.clock.now()));
+        }
+    }
+
+    /// Decides packets whose deadline has been reached. Returns whether there were any.
+    pub(super) fn expire(&mut self, now: Instant) -> bool {
+        let Some((_, action)) = self.settings.deadline.filter(|_| !self.life.is_frozen()) else { return false };
+        let before = self.counters.decided.expired;
+        while let Some((first, last)) = self.deadlines.due(now) {
+            for id in self.ledger.undecided_between(first, last) {
+                if let Ok(token) = self.ledger.decide(id, plain(action)) {
+                    self.held.leave(token);
+                    self.counters.decided.expired += 1;
+                    self.note(ReportKind::Expired, 1, Some(id));
+                }
+            }
+        }
+        self.counters.decided.expired > before
+    }
+}

@@ -1,0 +1,331 @@
+//! What a queue has counted.
+
+use std::{ops::Sub, time::Duration};
+
+use super::Action;
+
+/// A snapshot of a queue's counters, in groups.
+///
+/// Counters start at `QueueBuilder::bind` and count packets unless their
+/// documentation says otherwise. In every snapshot these numbers add up:
+/// `received.packets == decided.accepted + decided.dropped + decided.repeated + decided.requeued +
+/// decided.handed_over + sent.refused + sent.gone_at_least + held.in_flight`.
+///
+/// `later - earlier` is what has happened in between: counters are subtracted; what is not a
+/// counter ([`held`](Self::held), [`limits`](Self::limits), [`Sent::largest_flush`]) is that of
+/// the later snapshot. [`iter`](Self::iter) lists all numbers with their names.
+///
+/// ```
+/// # struct VerdictSink;
+/// # impl VerdictSink { fn stats(&self) -> nfqueue_proto::types::Stats { Default::default() } }
+/// # let sink = VerdictSink;
+/// let before = sink.stats();
+/// // ...
+/// let since = sink.stats() - before;
+/// println!("{} packets, {} lost", since.received.packets, since.lost.packets);
+/// for (name, value) in since.iter() {
+///     println!("{name} {value}");
+/// }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Stats {
+    /// What the kernel has sent.
+    pub received: Received,
+    /// Packets that were decided, by the verdict that the kernel has taken or by its origin.
+    pub decided: Decided,
+    /// How verdicts were sent, and what the kernel did not take.
+    pub sent: Sent,
+    /// Packets lost before they were received.
+    pub lost: Lost,
+    /// Packets that wait for their verdicts now.
+    pub held: Held,
+    /// The limits that are in force now.
+    pub limits: QueueLimits,
+}
+
+/// What the kernel has sent: [`Stats::received`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Received {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes, including metadata and netlink headers.
+    pub bytes: u64,
+    /// Messages that could not be parsed.
+    pub malformed: u64,
+}
+
+/// Packets that were decided: [`Stats::decided`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Decided {
+    /// Accepted or stopped: the verdict was sent, and the kernel has not reported that it found no
+    /// packet. Packets that rules behind the queue then drop or reject
+    /// (`guide::flows` of tokio-nfqueue) count as accepted.
+    pub accepted: u64,
+    /// Dropped; counted like `accepted`.
+    pub dropped: u64,
+    /// Sent through the hook again; counted like `accepted`.
+    pub repeated: u64,
+    /// Sent to another queue; counted like `accepted`.
+    pub requeued: u64,
+    /// Got the default action: packets and verdicts that were dropped, packets that nobody had read
+    /// when the queue closed, and packets whose verdict was refused. These packets are also counted
+    /// by their action.
+    pub unanswered: u64,
+    /// Decided by their `QueueBuilder::deadline`. These packets are also counted
+    /// by their action.
+    pub expired: u64,
+    /// Verdicts for packets that had already been decided by a deadline or a closing queue.
+    pub late: u64,
+    /// Not decided here: received, not handed out, and passed on to a successor that took the queue
+    /// over (`VerdictSink::hand_over`).
+    pub handed_over: u64,
+}
+
+/// How verdicts were sent: [`Stats::sent`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Sent {
+    /// How often gathered verdicts were sent.
+    pub flushes: u64,
+    /// Verdict messages of the largest flush.
+    pub largest_flush: u64,
+    /// System calls that sent verdicts.
+    pub sends: u64,
+    /// Sends that failed, whose verdicts were sent again later.
+    pub failed_sends: u64,
+    /// Verdict messages, single and batch.
+    pub messages: u64,
+    /// Packets whose verdict the kernel refused for a reason that no other verdict would change.
+    /// The kernel has released the packet.
+    pub refused: u64,
+    /// Packets that had left the queue before their verdict arrived: their interface went down, or
+    /// a hook was unregistered.
+    ///
+    /// If a hook is unregistered, the kernel drops every packet of the queue; these are counted
+    /// exactly if they had been received. Otherwise this is a lower bound: for a single verdict the
+    /// kernel reports whether it found the packet, for a batch only whether it found any. If an
+    /// interface goes down, packets of another interface in the same batch hide those that are
+    /// gone; then `accepted` and the like are too high by the same number.
+    pub gone_at_least: u64,
+    /// Verdicts that were refused. Each is reported by `VerdictSink::refusals`
+    /// or by `Verdict::confirm`. If the capability was missing, the packet stays
+    /// in flight and gets the default action as soon as that can be sent.
+    pub refusals: u64,
+    /// Refusals that were discarded because nobody had read them.
+    pub refusals_unread: u64,
+}
+
+/// Packets lost before they were received: [`Stats::lost`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Lost {
+    /// Packets lost because the socket's receive buffer was full. This is exact: the kernel assigns
+    /// ids before it delivers, so a gap in the ids is the number of lost packets. With fail-open
+    /// these packets were accepted unseen; without it they were dropped.
+    ///
+    /// A gap is found when the next packet is received. Packets lost behind the last received
+    /// packet are not counted until then.
+    ///
+    /// Packets that found the *queue* full get no id and do not count here;
+    /// `KernelStats::dropped_queue` counts them.
+    pub packets: u64,
+    /// How often packets were missing between two received packets.
+    pub gaps: u64,
+    /// Episodes of loss. An episode starts with a lost packet and ends when the receive buffer has
+    /// been read empty.
+    pub overrun_episodes: u64,
+    /// ENOBUFS errors. They are rare, because the socket disables them (`NETLINK_NO_ENOBUFS`).
+    pub overruns: u64,
+}
+
+/// Packets that wait for their verdicts: [`Stats::held`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Held {
+    /// Packets received whose verdict has not been sent, or was refused.
+    pub in_flight: usize,
+    /// The largest `in_flight` so far.
+    pub most_in_flight: usize,
+    /// `in_flight` at the times when packets were received: minimum, mean and maximum.
+    pub fill: Fill,
+    /// Bytes of memory that undecided packets keep alive: the whole of each buffer that contains
+    /// one (see `Packet::payload_bytes`). Detached (`Packet::detach`)
+    /// packets keep none.
+    pub bytes: usize,
+    /// How long the oldest undecided packet has been in this process, to within a 64th.
+    pub oldest_undecided: Option<Duration>,
+}
+
+/// The limits in force: [`Stats::limits`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct QueueLimits {
+    /// How many packets the kernel queues at most.
+    pub max_len: u32,
+    /// The size of the socket's receive buffer in bytes, as the kernel accounts them.
+    pub receive_buffer: usize,
+}
+
+/// Minimum, mean and maximum of a number. All are zero before the first sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Fill {
+    /// The minimum.
+    pub min: usize,
+    /// The mean, rounded down.
+    pub mean: usize,
+    /// The maximum.
+    pub max: usize,
+}
+
+impl Stats {
+    /// All numbers with their names, such as `("received.packets", 12)`. Times are in microseconds,
+    /// sizes in bytes, as the names say. [`Held::oldest_undecided`] is left out if there is none.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        let Self { received, decided, sent, lost, held, limits } = *self;
+        let numbers = [
+            ("received.packets", received.packets),
+            ("received.bytes", received.bytes),
+            ("received.malformed", received.malformed),
+            ("decided.accepted", decided.accepted),
+            ("decided.dropped", decided.dropped),
+            ("decided.repeated", decided.repeated),
+            ("decided.requeued", decided.requeued),
+            ("decided.unanswered", decided.unanswered),
+            ("decided.expired", decided.expired),
+            ("decided.late", decided.late),
+            ("decided.handed_over", decided.handed_over),
+            ("sent.flushes", sent.flushes),
+            ("sent.largest_flush", sent.largest_flush),
+            ("sent.sends", sent.sends),
+            ("sent.failed_sends", sent.failed_sends),
+            ("sent.messages", sent.messages),
+            ("sent.refused", sent.refused),
+            ("sent.gone_at_least", sent.gone_at_least),
+            ("sent.refusals", sent.refusals),
+            ("sent.refusals_unread", sent.refusals_unread),
+            ("lost.packets", lost.packets),
+            ("lost.gaps", lost.gaps),
+            ("lost.overrun_episodes", lost.overrun_episodes),
+            ("lost.overruns", lost.overruns),
+            ("held.in_flight", held.in_flight as u64),
+            ("held.most_in_flight", held.most_in_flight as u64),
+            ("held.fill_min", held.fill.min as u64),
+            ("held.fill_mean", held.fill.mean as u64),
+            ("held.fill_max", held.fill.max as u64),
+            ("held.bytes", held.bytes as u64),
+            ("limits.max_len", limits.max_len.into()),
+            ("limits.receive_buffer_bytes", limits.receive_buffer as u64),
+        ];
+        let age = held.oldest_undecided.map(|age| u64::try_from(age.as_micros()).unwrap_or(u64::MAX));
+        numbers.into_iter().chain(age.map(|age| ("held.oldest_undecided_us", age)))
+    }
+
+    fn decided_as(&mut self, action: Action) -> &mut u64 {
+        match action {
+            Action::Drop => &mut self.decided.dropped,
+            Action::Repeat => &mut self.decided.repeated,
+            Action::Requeue { .. } => &mut self.decided.requeued,
+            Action::Accept | Action::Stop => &mut self.decided.accepted,
+        }
+    }
+
+    #[doc(hidden)]
+    pub fn count_decided(&mut self, action: Action, packets: u64) {
+        *self.decided_as(action) += packets;
+    }
+
+    /// The kernel has not taken verdicts that were counted as taken.
+    #[doc(hidden)]
+    pub fn uncount_decided(&mut self, action: Action, packets: u64) {
+        let count = self.decided_as(action);
+        *count = count.saturating_sub(packets);
+    }
+}
+
+/// What has happened between two snapshots of the same queue; see [`Stats`]. Saturates at zero.
+impl Sub for Stats {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        macro_rules! difference {
+            ($group:ident: $($field:ident)*) => {
+                { let mut group = self.$group;
+                  $(group.$field = group.$field.saturating_sub(earlier.$group.$field);)*
+                  group }
+            };
+        }
+        Self {
+            received: difference!(received: packets bytes malformed),
+            decided: difference!(decided: accepted dropped repeated requeued unanswered expired late handed_over),
+            sent: difference!(sent: flushes sends failed_sends messages refused gone_at_least refusals refusals_unread),
+            lost: difference!(lost: packets gaps overrun_episodes overruns),
+            held: self.held,
+            limits: self.limits,
+        }
+    }
+}
+
+/// What [`Fill`] is computed from.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FillCounter {
+    samples: u64,
+    sum: u64,
+    min: usize,
+    max: usize,
+}
+
+impl FillCounter {
+    pub fn sample(&mut self, number: usize) {
+        self.min = if self.samples == 0 { number } else { self.min.min(number) };
+        self.max = self.max.max(number);
+        self.samples += 1;
+        self.sum += number as u64;
+    }
+
+    pub fn fill(&self) -> Fill {
+        let mean = self.sum.checked_div(self.samples).unwrap_or(0) as usize;
+        Fill { min: self.min, mean, max: self.max }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_subtracts_counters_and_keeps_levels() {
+        let mut earlier = Stats::default();
+        earlier.received.packets = 5;
+        earlier.sent.largest_flush = 9;
+        earlier.held.in_flight = 4;
+        let mut later = earlier;
+        later.received.packets = 12;
+        later.decided.accepted = 3;
+        later.held.in_flight = 6;
+        let since = later - earlier;
+        assert_eq!(since.received.packets, 7);
+        assert_eq!(since.decided.accepted, 3);
+        assert_eq!(since.sent.largest_flush, 9);
+        assert_eq!(since.held.in_flight, 6);
+        // The wrong way round is no panic.
+        assert_eq!((earlier - later).received.packets, 0);
+    }
+
+    #[test]
+    fn names_of_numbers_are_unique() {
+        let mut stats = Stats::default();
+        stats.lost.packets = 3;
+        stats.held.oldest_undecided = Some(Duration::from_millis(2));
+        let mut names: Vec<&str> = stats.iter().map(|(name, _)| name).collect();
+        assert_eq!(stats.iter().find(|(name, _)| *name == "lost.packets"), Some(("lost.packets", 3)));
+        assert_eq!(stats.iter().last(), Some(("held.oldest_undecided_us", 2000)));
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}
