@@ -10,8 +10,10 @@ use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Operator, Register}
 use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Protocol, Queue, Rule};
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, opened, pass_segment, queued, tcp, unreachable},
+    DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
+    segments::{
+        ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, opened, pass_segment, queued, tcp, udp, unreachable,
+    },
     table, to_port,
 };
 use crate::{
@@ -352,13 +354,11 @@ async fn a_program_that_restores_marks_restores_no_accept() {
 async fn every_packet_of_a_denied_connection_renews_its_time() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    // An offloaded connection must be denied for longer.
-    let builder = Divert::builder().flow_marks(FlowMarks::default()).rule(tcp());
-    let _divert = builder.denied_flows(100, Duration::from_millis(500)).install().unwrap();
+    let _divert = forgetful([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
     confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
     for _ in 0..10 {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(MEMORY / 5).await;
         hosts.server(SYN_ACK, (5000, 1001), b"");
         queue_is_empty(&mut queue);
     }
@@ -369,12 +369,9 @@ async fn every_packet_of_a_denied_connection_renews_its_time() {
 async fn all_of_many_denials_are_remembered() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let _divert = table([Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0)]).install().unwrap();
+    let _divert = table([udp()]).install().unwrap();
     let [client, server] = hosts.addresses();
-    let send = |port| {
-        let client = SocketAddrV4::new(*client.ip(), port);
-        hosts.client.send(&datagram(client, server, b"data"), *server.ip());
-    };
+    let send = |port| hosts.client.datagram(SocketAddrV4::new(*client.ip(), port), server);
     for port in 10_000..20_000 {
         send(port);
         confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();

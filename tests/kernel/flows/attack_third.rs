@@ -13,7 +13,7 @@ use super::{
     LOOPBACKS, Talk,
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
     bind, confirm, entries_gone, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, datagram, forwarded, pass_segment, queued, tcp, udp},
+    segments::{ACK, Hosts, SYN, SYN_ACK, forwarded, pass_segment, queued, tcp, udp},
     short_udp_timeouts, table, to_port,
 };
 use crate::common::{
@@ -213,7 +213,7 @@ fn translated(hosts: &Hosts) -> impl Fn() {
     rules::install_nat_at("dnat", arriving, client.port(), (*client.ip(), client.port())).unwrap();
     move || {
         let outside = SocketAddrV4::new(OUTSIDE, client.port());
-        hosts.server.send(&datagram(server, outside, b"data"), OUTSIDE);
+        hosts.server.datagram(server, outside);
     }
 }
 
