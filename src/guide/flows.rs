@@ -101,9 +101,10 @@
 //! [`denied_flows`](crate::DivertBuilder::denied_flows) (ten minutes by default) since its last
 //! packet, in either direction. Each packet lets the time begin anew. Until then it stays denied,
 //! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
-//! same port. Beyond that time it is denied as long as connection tracking has its entry (and
-//! dropped, if it was rejected). Behind address translation, when the entry is gone, the time of
-//! each direction begins anew with its own packets only.
+//! same port. Beyond that time it is denied as long as connection tracking has its entry: that of
+//! the packet with the verdict, or another one of which a packet has been stopped meanwhile. (It is
+//! dropped then, if it was rejected.) Behind address translation, when the entry is gone, the time
+//! of each direction begins anew with its own packets only.
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue

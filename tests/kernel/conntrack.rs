@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures::SinkExt;
-use netlink_packet_core::{DefaultNla, Emitable};
+use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Expectation, Flow, Packet, Queue, Verdict};
 
@@ -585,21 +585,8 @@ const HELPER: &str = "tftp";
 
 /// Assigns the helper to new connections, right after their entries have been created.
 fn assist() {
-    let string = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
-    // NFT_OBJECT_CT_HELPER, as the attributes NFTA_OBJ_TYPE and NFTA_OBJREF_IMM_TYPE.
-    let helper = |kind| DefaultNla::new(kind, vec![0, 0, 0, 3]);
-    // NFTA_CT_HELPER_NAME, NFTA_CT_HELPER_L4PROTO
-    let data = [string(1, HELPER), DefaultNla::new(3, vec![17])];
-    let data: &[DefaultNla] = &data;
-    let mut nested = vec![0; data.buffer_len()];
-    data.emit(&mut nested);
-    // NFTA_OBJ_TABLE, _NAME, _TYPE, _DATA
-    let object = vec![string(1, "assisting"), string(2, HELPER), helper(3), DefaultNla::new(4, nested)];
-    let objref =
-        Expressions::Other { expression_type: "objref".to_owned(), attributes: vec![helper(1), string(2, HELPER)] };
-    rules::install_object(NetfilterProtoFamily::Inet, "assisting", object)
+    rules::install_helper("assisting", Place { hook: 3, priority: AFTER_TRACKING }, HELPER, 17)
         .unwrap_or_else(|error| panic!("nf_tables refuses a helper: {error}"));
-    install("assisting", Some(AFTER_TRACKING), vec![objref]);
 }
 
 /// The `ct` expression, with register 1 as source or destination.

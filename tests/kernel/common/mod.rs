@@ -8,6 +8,7 @@
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
 
+mod connections;
 mod counters;
 mod load;
 pub mod rules;
@@ -27,6 +28,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
 
 pub use self::{
+    connections::lose_connections,
     counters::{descriptor_of, udp_counter},
     load::Load,
     transfer::{AMOUNT, receive_transfer, send_transfer},

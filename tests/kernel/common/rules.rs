@@ -7,8 +7,8 @@ use std::{
 };
 
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    DefaultNla, Emitable, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner,
@@ -18,7 +18,8 @@ use netlink_packet_netfilter::{
     },
     none::ControlMessage,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+use super::connections::acknowledged;
 
 pub use netlink_packet_netfilter::{NetfilterProtoFamily, nftables::Expressions};
 
@@ -259,6 +260,24 @@ pub fn install_object(family: NetfilterProtoFamily, table: &str, attributes: Vec
     )
 }
 
+/// Gives new connections of a transport protocol this helper of connection tracking.
+pub fn install_helper(name: &str, place: Place, helper: &str, protocol: u8) -> io::Result<()> {
+    let string = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
+    // NFT_OBJECT_CT_HELPER, as the attributes NFTA_OBJ_TYPE and NFTA_OBJREF_IMM_TYPE.
+    let kind = |kind| DefaultNla::new(kind, vec![0, 0, 0, 3]);
+    // NFTA_CT_HELPER_NAME, NFTA_CT_HELPER_L4PROTO
+    let data = [string(1, helper), DefaultNla::new(3, vec![protocol])];
+    let data: &[DefaultNla] = &data;
+    let mut nested = vec![0; data.buffer_len()];
+    data.emit(&mut nested);
+    // NFTA_OBJ_TABLE, _NAME, _TYPE, _DATA
+    let object = vec![string(1, name), string(2, helper), kind(3), DefaultNla::new(4, nested)];
+    install_object(NetfilterProtoFamily::Inet, name, object)?;
+    let assign =
+        Expressions::Other { expression_type: "objref".to_owned(), attributes: vec![kind(1), string(2, helper)] };
+    install(NetfilterProtoFamily::Inet, name, Some(place), vec![assign])
+}
+
 /// Removes an object. `attributes` are its table, name and type.
 pub fn remove_object(family: NetfilterProtoFamily, attributes: Vec<DefaultNla>) -> io::Result<()> {
     transact(family, vec![(NfTablesMessage::DeleteObject(attributes), NLM_F_ACK)])
@@ -323,15 +342,5 @@ fn transact(family: NetfilterProtoFamily, messages: Vec<(NfTablesMessage, u16)>)
         batch.resize(start + message.buffer_len().next_multiple_of(4), 0);
         message.serialize(&mut batch[start..]);
     }
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.send_to(&batch, &SocketAddr::new(0, 0), 0)?;
-    let mut reply = Vec::with_capacity(4096);
-    socket.recv(&mut reply, 0)?;
-    let reply = NetlinkBuffer::new(&reply);
-    assert_eq!(reply.message_type(), NLMSG_ERROR);
-    match i32::from_ne_bytes(*reply.payload().first_chunk().expect("an error has a number")) {
-        0 => Ok(()),
-        code => Err(io::Error::from_raw_os_error(-code)),
-    }
+    acknowledged(&batch)
 }

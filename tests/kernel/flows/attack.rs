@@ -7,11 +7,13 @@ use std::{
 
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Operator, Register};
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Protocol, Queue, Rule};
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, unreachable},
+    DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
+    segments::{
+        ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, opened, pass_segment, queued, tcp, udp, unreachable,
+    },
     table, to_port,
 };
 use crate::{
@@ -43,34 +45,6 @@ tests![
     one verdicts_hold_in_another_queue_and_on_another_round,
     one a_reply_that_a_process_has_made_does_not_pass,
 ];
-
-fn tcp() -> Rule {
-    Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0)
-}
-
-/// The next packet, which has these flags.
-async fn waiting(queue: &mut Queue, flags: u8) -> Packet {
-    let packet =
-        tokio::time::timeout(Duration::from_secs(5), next(queue)).await.expect("no packet has come to the queue");
-    assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
-    packet
-}
-
-/// Takes the packet that waits and accepts it alone.
-async fn pass_segment(queue: &mut Queue, flags: u8) {
-    confirm(waiting(queue, flags).await.accept()).await.unwrap();
-}
-
-/// A connection whose packets are accepted one by one.
-async fn opened(hosts: &Hosts, queue: &mut Queue) {
-    hosts.client(SYN, (1000, 0), b"");
-    pass_segment(queue, SYN).await;
-    hosts.server(SYN_ACK, (5000, 1001), b"");
-    pass_segment(queue, SYN_ACK).await;
-    hosts.client(ACK, (1001, 5001), b"");
-    pass_segment(queue, ACK).await;
-    assert_eq!(hosts.arrived(), [2, 1]);
-}
 
 async fn a_rejected_packet_does_not_shorten_the_memory_of_a_denial() {
     let talk = Talk::loopback(LOOPBACKS[0]);
@@ -110,9 +84,9 @@ async fn a_syn_on_an_unanswered_connection_inherits_no_accept() {
         hosts.client(ACK, (1001, 5001), b"");
         pass_segment(&mut queue, ACK).await;
         hosts.client(ACK, (1001, 5001), b"request");
-        let old = waiting(&mut queue, ACK).await;
+        let old = queued(&mut queue, ACK).await;
         hosts.client(SYN, (90_000, 0), b"");
-        let new = waiting(&mut queue, SYN).await;
+        let new = queued(&mut queue, SYN).await;
         if old_first {
             confirm(old.accept().for_flow()).await.unwrap();
             confirm(new.accept()).await.unwrap();
@@ -133,7 +107,7 @@ async fn a_syn_that_no_rule_queues_inherits_no_accept() {
     let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp).unless(Match::tcp_syn());
     let _divert = table([rule.to_queue(0)]).install().unwrap();
     hosts.client(ACK, (1001, 5001), b"request");
-    confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
     hosts.client(SYN, (90_000, 0), b"");
     assert_eq!(hosts.arrived(), [2, 0]);
     hosts.server(SYN_ACK, (70_000, 90_001), b"");
@@ -147,7 +121,7 @@ async fn a_syn_speaks_not_for_the_older_connection() {
     let _divert = table([tcp()]).install().unwrap();
     opened(&hosts, &mut queue).await;
     hosts.client(SYN, (90_000, 0), b"");
-    confirm(waiting(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     hosts.server(ACK, (5001, 1001), b"");
     pass_segment(&mut queue, ACK).await;
     hosts.client(ACK, (1001, 5001), b"request");
@@ -163,9 +137,9 @@ async fn of_two_syns_the_later_verdict_holds() {
         hosts.client(SYN, (1000, 0), b"");
         pass_segment(&mut queue, SYN).await;
         hosts.client(SYN, (numbers[0], 0), b"");
-        let alone = waiting(&mut queue, SYN).await;
+        let alone = queued(&mut queue, SYN).await;
         hosts.client(SYN, (numbers[1], 0), b"");
-        let for_flow = waiting(&mut queue, SYN).await;
+        let for_flow = queued(&mut queue, SYN).await;
         confirm(for_flow.accept().for_flow()).await.unwrap();
         confirm(alone.accept()).await.unwrap();
         // The server answers the one that was accepted alone.
@@ -196,7 +170,7 @@ async fn an_icmp_error_about_a_denied_first_packet_is_dropped() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(ACK, (1001, 5001), b"data");
-    confirm(waiting(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
     hosts.error();
     assert_eq!(hosts.arrived(), [0, 0]);
 }
@@ -227,7 +201,7 @@ async fn a_segment_that_crosses_a_denied_one_opens_nothing() {
     let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp).source_address(*client.ip(), 32);
     let _divert = table([rule.to_queue(0)]).install().unwrap();
     hosts.client(ACK, (1001, 5001), b"bad");
-    let denied = waiting(&mut queue, ACK).await;
+    let denied = queued(&mut queue, ACK).await;
     hosts.server(ACK, (5001, 1001), b"data");
     confirm(denied.drop().for_flow()).await.unwrap();
     assert_eq!(hosts.arrived(), [0, 1]);
@@ -250,7 +224,7 @@ async fn a_syn_that_conntrack_calls_invalid_ends_the_accept() {
         hosts.server(SYN_ACK, (5000, 1001), b"");
         pass_segment(&mut queue, SYN_ACK).await;
         hosts.client(ACK, (1001, 5001), b"request");
-        confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
         hosts.server(ACK, (5001, 1008), b"response");
         queue_is_empty(&mut queue);
         hosts.server(SYN, (5009, 0), b"");
@@ -272,7 +246,7 @@ async fn a_connection_picked_up_in_reverse_passes_no_accept_on() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.server(ACK, (5001, 1001), b"data");
-    confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
     hosts.client(ACK, (1001, 5005), b"data");
     hosts.server(RST, (5005, 0), b"");
     assert_eq!(hosts.arrived(), [1, 2]);
@@ -368,7 +342,7 @@ async fn a_program_that_restores_marks_restores_no_accept() {
     let _divert = table([tcp()]).install().unwrap();
     opened(&hosts, &mut queue).await;
     hosts.client(ACK, (1001, 5001), b"request");
-    confirm(waiting(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
     hosts.server(ACK, (5001, 1008), b"response");
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [1, 1]);
@@ -382,13 +356,11 @@ async fn a_program_that_restores_marks_restores_no_accept() {
 async fn every_packet_of_a_denied_connection_renews_its_time() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    // An offloaded connection must be denied for longer.
-    let builder = Divert::builder().flow_marks(FlowMarks::default()).rule(tcp());
-    let _divert = builder.denied_flows(100, Duration::from_millis(500)).install().unwrap();
+    let _divert = forgetful([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    confirm(waiting(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
     for _ in 0..10 {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(MEMORY / 5).await;
         hosts.server(SYN_ACK, (5000, 1001), b"");
         queue_is_empty(&mut queue);
     }
@@ -399,12 +371,9 @@ async fn every_packet_of_a_denied_connection_renews_its_time() {
 async fn all_of_many_denials_are_remembered() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let _divert = table([Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0)]).install().unwrap();
+    let _divert = table([udp()]).install().unwrap();
     let [client, server] = hosts.addresses();
-    let send = |port| {
-        let client = SocketAddrV4::new(*client.ip(), port);
-        hosts.client.send(&datagram(client, server, b"data"), *server.ip());
-    };
+    let send = |port| hosts.client.datagram(SocketAddrV4::new(*client.ip(), port), server);
     for port in 10_000..20_000 {
         send(port);
         confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();

@@ -6,12 +6,12 @@ use std::{fs, net::SocketAddrV4, time::Duration};
 use etherparse::{IpNumber, PacketBuilder};
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
-use tokio_nfqueue::{Hook, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Hook, Match, Protocol, Rule};
 
 use super::{
-    LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK},
-    table, to_port,
+    LOOPBACKS, Talk, bind, confirm, entries_gone, pass, queue_is_empty,
+    segments::{ACK, Hosts, SYN, SYN_ACK, forwarded, opened, pass_segment, queued, tcp},
+    short_udp_timeouts, table, to_port,
 };
 use crate::common::{
     kernel_release, next,
@@ -36,40 +36,6 @@ tests![
     one a_replaced_place_denies_what_was_denied_before,
 ];
 
-pub(super) fn forwarded(protocol: Protocol) -> Rule {
-    Rule::new(Hook::Forward).protocol(protocol)
-}
-
-pub(super) fn tcp() -> Rule {
-    forwarded(Protocol::Tcp).to_queue(0)
-}
-
-pub(super) async fn waiting(queue: &mut Queue) -> Packet {
-    tokio::time::timeout(Duration::from_secs(3), next(queue)).await.expect("no packet has come to the queue")
-}
-
-/// The next packet, which has these flags.
-pub(super) async fn segment(queue: &mut Queue, flags: u8) -> Packet {
-    let packet = waiting(queue).await;
-    assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
-    packet
-}
-
-pub(super) async fn pass_segment(queue: &mut Queue, flags: u8) {
-    confirm(segment(queue, flags).await.accept()).await.unwrap();
-}
-
-/// A connection whose packets are accepted one by one.
-pub(super) async fn opened(hosts: &Hosts, queue: &mut Queue) {
-    hosts.client(SYN, (1000, 0), b"");
-    pass_segment(queue, SYN).await;
-    hosts.server(SYN_ACK, (5000, 1001), b"");
-    pass_segment(queue, SYN_ACK).await;
-    hosts.client(ACK, (1001, 5001), b"");
-    pass_segment(queue, ACK).await;
-    assert_eq!(hosts.arrived(), [2, 1]);
-}
-
 /// A segment of the older connection waits, and two SYNs. The last verdict accepts the second SYN
 /// alone.
 async fn an_older_segment_does_not_make_a_verdict_for_a_syn_final() {
@@ -78,11 +44,11 @@ async fn an_older_segment_does_not_make_a_verdict_for_a_syn_final() {
     let _divert = table([tcp()]).install().unwrap();
     opened(&hosts, &mut queue).await;
     hosts.client(ACK, (1001, 5001), b"request");
-    let older = segment(&mut queue, ACK).await;
+    let older = queued(&mut queue, ACK).await;
     hosts.client(SYN, (90_000, 0), b"");
-    let for_flow = segment(&mut queue, SYN).await;
+    let for_flow = queued(&mut queue, SYN).await;
     hosts.client(SYN, (95_000, 0), b"");
-    let alone = segment(&mut queue, SYN).await;
+    let alone = queued(&mut queue, SYN).await;
     confirm(for_flow.accept().for_flow()).await.unwrap();
     confirm(older.accept().for_flow()).await.unwrap();
     confirm(alone.accept()).await.unwrap();
@@ -100,9 +66,9 @@ async fn an_older_segment_does_not_answer_an_accepted_syn() {
     let _divert = table([tcp()]).install().unwrap();
     opened(&hosts, &mut queue).await;
     hosts.client(ACK, (1001, 5001), b"request");
-    let older = segment(&mut queue, ACK).await;
+    let older = queued(&mut queue, ACK).await;
     hosts.client(SYN, (90_000, 0), b"");
-    confirm(segment(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     confirm(older.accept().for_flow()).await.unwrap();
     assert_eq!(hosts.arrived(), [2, 0]);
     // The server has not answered the SYN.
@@ -120,9 +86,9 @@ async fn a_denial_wins_over_an_accepted_syn_of_the_other_side() {
         let mut queue = bind();
         let divert = table([tcp()]).install().unwrap();
         hosts.client(SYN, (1000, 0), b"");
-        let denied = segment(&mut queue, SYN).await;
+        let denied = queued(&mut queue, SYN).await;
         hosts.server(SYN, (5000, 0), b"");
-        let accepted = segment(&mut queue, SYN).await.accept();
+        let accepted = queued(&mut queue, SYN).await.accept();
         confirm(if for_flow { accepted.for_flow() } else { accepted }).await.unwrap();
         confirm(denied.drop().for_flow()).await.unwrap();
         assert_eq!(hosts.arrived(), [0, 1]);
@@ -142,9 +108,9 @@ async fn a_denied_syn_is_not_answered_behind_an_accepted_one() {
     let syn = forwarded(Protocol::Tcp).when(Match::tcp_syn());
     let _divert = table([syn.to_queue(0)]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    let denied = segment(&mut queue, SYN).await;
+    let denied = queued(&mut queue, SYN).await;
     hosts.server(SYN, (5000, 0), b"");
-    confirm(segment(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     confirm(denied.drop().for_flow()).await.unwrap();
     assert_eq!(hosts.arrived(), [0, 1]);
     hosts.client(SYN_ACK, (1000, 5001), b"");
@@ -162,9 +128,9 @@ async fn a_denial_wins_over_an_accept_of_a_crossing_segment() {
         let mut queue = bind();
         let divert = table([tcp()]).install().unwrap();
         hosts.client(ACK, (1001, 5001), b"bad");
-        let denied = segment(&mut queue, ACK).await;
+        let denied = queued(&mut queue, ACK).await;
         hosts.server(ACK, (5001, 1001), b"data");
-        let accepted = segment(&mut queue, ACK).await;
+        let accepted = queued(&mut queue, ACK).await;
         if accept_first {
             confirm(accepted.accept()).await.unwrap();
             confirm(denied.drop().for_flow()).await.unwrap();
@@ -185,9 +151,7 @@ async fn a_denial_wins_over_an_accept_of_a_crossing_segment() {
 /// Only the client's datagrams come to the queue.
 async fn a_denied_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    for name in ["udp_timeout", "udp_timeout_stream"] {
-        fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "1").unwrap();
-    }
+    short_udp_timeouts();
     let mut queue = bind();
     let [client, _] = hosts.addresses();
     let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32);
@@ -200,7 +164,7 @@ async fn a_denied_conversation_stays_denied_when_its_entry_is_gone() {
     confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     hosts.datagram(false);
     assert_eq!(hosts.arrived(), [0, 0]);
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    entries_gone().await;
     hosts.datagram(false);
     assert_eq!(hosts.arrived(), [0, 0]);
 }
@@ -265,22 +229,22 @@ async fn an_accepted_sctp_association_is_not_the_older_one() {
     let _divert = table([forwarded(Protocol::Other(SCTP)).to_queue(0)]).install().unwrap();
     let (mine, yours) = (0x1111, 0x2222);
     sctp(&hosts, true, 0, INIT, &initiation(mine));
-    confirm(waiting(&mut queue).await.accept()).await.unwrap();
+    confirm(next(&mut queue).await.accept()).await.unwrap();
     sctp(&hosts, false, mine, INIT_ACK, &initiation(yours));
-    confirm(waiting(&mut queue).await.accept()).await.unwrap();
+    confirm(next(&mut queue).await.accept()).await.unwrap();
     sctp(&hosts, true, yours, COOKIE_ECHO, b"cook");
-    confirm(waiting(&mut queue).await.accept()).await.unwrap();
+    confirm(next(&mut queue).await.accept()).await.unwrap();
     sctp(&hosts, false, mine, COOKIE_ACK, b"");
-    confirm(waiting(&mut queue).await.accept()).await.unwrap();
+    confirm(next(&mut queue).await.accept()).await.unwrap();
     let data = [&[0; 12][..], b"data"].concat();
     sctp(&hosts, true, yours, 0, &data);
-    confirm(waiting(&mut queue).await.accept()).await.unwrap();
+    confirm(next(&mut queue).await.accept()).await.unwrap();
     assert_eq!(hosts.arrived(), [3, 2]);
     sctp(&hosts, true, 0, INIT, &initiation(0x3333));
-    confirm(waiting(&mut queue).await.accept().for_flow()).await.unwrap();
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
     sctp(&hosts, true, yours, 0, &data);
     assert_eq!(hosts.arrived(), [1, 0]);
-    confirm(waiting(&mut queue).await.drop()).await.unwrap();
+    confirm(next(&mut queue).await.drop()).await.unwrap();
 }
 
 /// The client's address is translated, so that connection tracking has an entry of its own for what
@@ -299,7 +263,7 @@ async fn a_translated_connection_is_not_the_other_side_of_another() {
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [1, 2]);
     hosts.datagram(true);
-    confirm(waiting(&mut queue).await.drop().for_flow()).await.unwrap();
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     hosts.datagram(false);
     while let Ok(packet) = queue.try_recv() {
         confirm(packet.accept()).await.unwrap();
@@ -313,9 +277,9 @@ async fn of_two_first_syns_the_later_verdict_holds() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    let for_flow = segment(&mut queue, SYN).await;
+    let for_flow = queued(&mut queue, SYN).await;
     hosts.client(SYN, (2000, 0), b"");
-    let alone = segment(&mut queue, SYN).await;
+    let alone = queued(&mut queue, SYN).await;
     confirm(for_flow.accept().for_flow()).await.unwrap();
     confirm(alone.accept()).await.unwrap();
     // Of two entries the kernel keeps the first. Newer ones drop the packet of the other.
@@ -332,7 +296,7 @@ async fn a_denial_wins_over_a_syn_that_was_sent_again() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    let denied = segment(&mut queue, SYN).await;
+    let denied = queued(&mut queue, SYN).await;
     for _ in 0..2 {
         hosts.server(SYN, (5000, 0), b"");
         pass_segment(&mut queue, SYN).await;
@@ -356,7 +320,7 @@ async fn syn_ends_accept(
     let mut queue = bind();
     let _divert = table(rules).install().unwrap();
     hosts.client(ACK, (1001, 5001), b"request");
-    confirm(segment(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
     hosts.server(ACK, (5001, 1008), b"response");
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [1, 1]);
@@ -408,7 +372,7 @@ async fn a_connection_beside_a_denial_goes_on_when_its_entry_is_gone() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    confirm(segment(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
     hosts.server(SYN, (5000, 0), b"");
     pass_segment(&mut queue, SYN).await;
     hosts.client(SYN_ACK, (7000, 5001), b"");
@@ -416,7 +380,7 @@ async fn a_connection_beside_a_denial_goes_on_when_its_entry_is_gone() {
     hosts.server(ACK, (5001, 7001), b"");
     pass_segment(&mut queue, ACK).await;
     assert_eq!(hosts.arrived(), [1, 2]);
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    entries_gone().await;
     hosts.server(ACK, (5001, 7001), b"data");
     pass_segment(&mut queue, ACK).await;
 }

@@ -11,12 +11,10 @@ use tokio_nfqueue::{ConnectionState, FlowTuple, Hook, Match, Protocol, Queue, Ru
 
 use super::{
     LOOPBACKS, Talk,
-    attack_more::{
-        COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, forwarded, initiation, pass_segment, sctp, segment, tcp, waiting,
-    },
-    bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, datagram},
-    table, to_port,
+    attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
+    bind, confirm, entries_gone, pass, queue_is_empty,
+    segments::{ACK, Hosts, SYN, SYN_ACK, forwarded, pass_segment, queued, tcp, udp},
+    short_udp_timeouts, table, to_port,
 };
 use crate::common::{
     next,
@@ -43,21 +41,6 @@ tests![
     one as_many_conversations_as_the_capacity_are_remembered,
 ];
 
-fn short_udp_timeouts() {
-    for name in ["udp_timeout", "udp_timeout_stream"] {
-        fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "1").unwrap();
-    }
-}
-
-/// Longer than connection tracking remembers a conversation.
-async fn entries_gone() {
-    tokio::time::sleep(Duration::from_millis(2500)).await;
-}
-
-fn udp() -> Rule {
-    forwarded(Protocol::Udp).to_queue(0)
-}
-
 fn udp_of_client(hosts: &Hosts) -> Rule {
     forwarded(Protocol::Udp).source_address(*hosts.addresses()[0].ip(), 32).to_queue(0)
 }
@@ -69,7 +52,7 @@ async fn a_denied_syn_that_is_sent_again_does_not_come_to_the_queue() {
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    let denied = segment(&mut queue, SYN).await;
+    let denied = queued(&mut queue, SYN).await;
     hosts.server(SYN, (5000, 0), b"");
     pass_segment(&mut queue, SYN).await;
     confirm(denied.drop().for_flow()).await.unwrap();
@@ -86,7 +69,7 @@ async fn a_denied_syn_that_is_sent_again_begins_nothing() {
     let rule = forwarded(Protocol::Tcp).when(Match::connection_state([ConnectionState::New])).to_queue(0);
     let _divert = table([rule]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    let denied = segment(&mut queue, SYN).await;
+    let denied = queued(&mut queue, SYN).await;
     hosts.server(SYN, (5000, 0), b"");
     pass_segment(&mut queue, SYN).await;
     confirm(denied.drop().for_flow()).await.unwrap();
@@ -107,11 +90,10 @@ async fn a_syn_is_accepted_before_a_later_place() {
     let later = Rule::new(Hook::Postrouting).protocol(Protocol::Udp).destination_port(9).drop();
     let _divert = table([tcp(), later]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    confirm(segment(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     hosts.server(SYN_ACK, (5000, 1001), b"");
     hosts.client(ACK, (1001, 5001), b"request");
-    let queued = queue.try_recv();
-    assert!(queued.is_err(), "{queued:?} came to the queue");
+    queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [2, 1]);
 }
 
@@ -152,7 +134,7 @@ async fn a_syn_that_a_later_place_drops_begins_nothing() {
         pass_segment(&mut queue, SYN).await;
         hosts.server(SYN_ACK, (5000, 1001), b"");
         hosts.client(ACK, (1001, 5001), b"bad");
-        confirm(segment(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
+        confirm(queued(&mut queue, ACK).await.drop().for_flow()).await.unwrap();
         assert_eq!(hosts.arrived(), [1, 1]);
         entries_gone().await;
         hosts.server(ACK, (5001, 1001), b"data");
@@ -231,7 +213,7 @@ fn translated(hosts: &Hosts) -> impl Fn() {
     rules::install_nat_at("dnat", arriving, client.port(), (*client.ip(), client.port())).unwrap();
     move || {
         let outside = SocketAddrV4::new(OUTSIDE, client.port());
-        hosts.server.send(&datagram(server, outside, b"data"), OUTSIDE);
+        hosts.server.datagram(server, outside);
     }
 }
 
@@ -291,11 +273,11 @@ async fn a_client_cannot_answer_its_own_sctp_init() {
         (true, yours, 0, data.clone()),
     ] {
         sctp(&hosts, of_client, tag, kind, &body);
-        confirm(waiting(&mut queue).await.accept()).await.unwrap();
+        confirm(next(&mut queue).await.accept()).await.unwrap();
     }
     assert_eq!(hosts.arrived(), [3, 2]);
     sctp(&hosts, true, 0, INIT, &initiation(0x3333));
-    confirm(waiting(&mut queue).await.accept().for_flow()).await.unwrap();
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
     assert_eq!(hosts.arrived(), [1, 0]);
     sctp(&hosts, true, yours, INIT_ACK, &initiation(0x3333));
     sctp(&hosts, true, yours, 0, &data);
@@ -343,8 +325,8 @@ async fn as_many_conversations_as_the_capacity_are_remembered() {
     entries_gone().await;
     for of_client in [true, false] {
         hosts.datagram(of_client);
-        let queued = queue.try_recv();
-        assert!(queued.is_err(), "{of_client}: {queued:?} came to the queue");
+        let packet = queue.try_recv();
+        assert!(packet.is_err(), "{of_client}: {packet:?} came to the queue");
     }
     assert_eq!(hosts.arrived(), [0, 0]);
 }
@@ -357,7 +339,7 @@ async fn a_later_syn_of_the_client_is_denied_beside_an_unanswered_one() {
     let rule = forwarded(Protocol::Tcp).when(Match::connection_state([ConnectionState::New])).to_queue(0);
     let _divert = table([rule]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    confirm(segment(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
     hosts.client(SYN, (1000, 0), b"");
     queue_is_empty(&mut queue);
     // Anybody can send it under the server's name.
@@ -378,7 +360,7 @@ async fn an_accept_on_this_host_survives_its_later_hook() {
     let other = Rule::new(Hook::Input).protocol(Protocol::Udp).destination_port(9).drop();
     let _divert = table([asked, other]).install().unwrap();
     let client = std::thread::spawn(move || std::net::TcpStream::connect(address).unwrap());
-    confirm(segment(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     let queued = tokio::time::timeout(Duration::from_millis(500), next(&mut queue)).await;
     assert!(queued.is_err(), "{queued:?} came to the queue");
     drop(client.join());
@@ -394,16 +376,16 @@ async fn a_stray_syn_that_is_rejected_does_not_end_the_accept() {
         let invalid = forwarded(Protocol::Tcp).when(Match::connection_state([ConnectionState::Invalid]));
         let divert = table([invalid.unless(Match::tcp_syn()).drop(), tcp()]).install().unwrap();
         hosts.client(ACK, (1001, 5001), b"request");
-        confirm(segment(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
         hosts.server(ACK, (5001, 1008), b"response");
         queue_is_empty(&mut queue);
         hosts.server(SYN, (5009, 0), b"");
-        let syn = segment(&mut queue, SYN).await;
+        let syn = queued(&mut queue, SYN).await;
         let _ = confirm(if rejected { syn.reject() } else { syn.drop() }).await;
         hosts.arrived();
         hosts.client(ACK, (1008, 5009), b"request");
-        let queued = queue.try_recv();
-        assert!(queued.is_err(), "{queued:?} came to the queue, {rejected}");
+        let packet = queue.try_recv();
+        assert!(packet.is_err(), "{packet:?} came to the queue, {rejected}");
         assert_eq!(hosts.arrived(), [1, 0]);
         divert.close().unwrap();
     }

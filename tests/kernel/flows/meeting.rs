@@ -6,7 +6,7 @@ use tokio_nfqueue::{Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
 
 use super::{
     LOOPBACKS, Talk, bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo},
+    segments::{ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo, udp},
     table, to_port,
 };
 use crate::common::{kernel_release, next};
@@ -71,8 +71,7 @@ async fn a_denial_wins_over_an_accept_of_the_other_side() {
         for accept_first in [true, false] {
             hosts.another_port();
             let mut queue = bind();
-            let rule = Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0);
-            let divert = table([rule]).install().unwrap();
+            let divert = table([udp()]).install().unwrap();
             hosts.datagram(true);
             let denied = next(&mut queue).await;
             hosts.datagram(false);

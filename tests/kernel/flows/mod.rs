@@ -6,8 +6,10 @@ mod attack;
 mod attack_more;
 mod attack_third;
 mod authenticated;
+mod beside;
 mod denied;
 mod forgetting;
+mod lasting;
 mod meeting;
 mod offload;
 mod others;
@@ -16,11 +18,13 @@ mod replies;
 mod reuse;
 pub(crate) mod segments;
 mod tcp;
+mod translated;
 mod udp;
 
 use std::{
-    env, io,
+    env, fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::Duration,
 };
 
 use libtest_mimic::Trial;
@@ -50,6 +54,9 @@ pub(crate) fn tests() -> Vec<Trial> {
         offload::tests(),
         others::tests(),
         replies::tests(),
+        translated::tests(),
+        beside::tests(),
+        lasting::tests(),
     ];
     modules.into_iter().flatten().collect()
 }
@@ -191,10 +198,10 @@ fn sent(mut send: impl FnMut() -> io::Result<usize>) {
 /// Lets the kernel send as many ICMP errors as there are reasons for.
 pub(crate) fn unlimited_icmp_errors() {
     for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
-        std::fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
+        fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
     }
     // The limit for all receivers together (`icmp_global_allow`).
-    std::fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
+    fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
 }
 
 /// Nothing waits in the queue.
@@ -206,4 +213,30 @@ fn queue_is_empty(queue: &mut Queue) {
 /// Takes a packet and accepts it alone.
 async fn pass(queue: &mut Queue) {
     confirm(next(queue).await.accept()).await.unwrap();
+}
+
+/// Connection tracking soon forgets conversations of UDP in which nobody speaks.
+fn short_udp_timeouts() {
+    for name in ["udp_timeout", "udp_timeout_stream"] {
+        fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "1").unwrap();
+    }
+}
+
+/// Longer than such a time, and longer than a packet of the other side is taken for one that
+/// crossed a denied one.
+async fn entries_gone() {
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+}
+
+/// For how long the table of [`forgetful`] remembers denials.
+const MEMORY: Duration = Duration::from_millis(500);
+
+/// As [`table`], with a short memory. It offloads nothing: that needs a longer one.
+fn forgetful(rules: impl IntoIterator<Item = Rule>) -> DivertBuilder {
+    Divert::builder().flow_marks(FlowMarks::default()).rules(rules).denied_flows(100, MEMORY)
+}
+
+/// Longer than this table remembers a denial that no packet renews.
+async fn denials_expired() {
+    tokio::time::sleep(2 * MEMORY).await;
 }

@@ -17,7 +17,7 @@ use tokio_nfqueue::{
 
 use super::{
     Decision, bind, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK},
+    segments::{self, ACK, Hosts, RST, SYN, SYN_ACK},
     table, to_port,
 };
 use crate::{
@@ -82,7 +82,7 @@ impl Hooked {
 }
 
 fn forwarded(protocol: Protocol) -> Rule {
-    Rule::new(Hook::Forward).protocol(protocol).to_queue(0)
+    segments::forwarded(protocol).to_queue(0)
 }
 
 async fn a_kernel_without_flowtables_refuses() {
@@ -273,9 +273,7 @@ async fn connections_of_other_interfaces_stay() {
 
 /// The next packet, which has these flags and the right TTL.
 async fn queued(queue: &mut Queue, flags: u8) -> Packet {
-    let waited = tokio::time::timeout(crate::common::PATIENCE, next(queue)).await;
-    let packet = waited.expect("no packet has come to the queue");
-    assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
+    let packet = segments::queued(queue, flags).await;
     assert_eq!(packet.payload()[8], 63);
     packet
 }

@@ -14,7 +14,7 @@ use super::{
     table, unlimited_icmp_errors,
 };
 use crate::{
-    common::{PATIENCE, next, soon},
+    common::{PATIENCE, next, rules, soon},
     support::{self, Bridge, Frame, VethOptions},
 };
 
@@ -25,6 +25,7 @@ tests![
     one the_first_packet_is_answered_for_another_host,
     one the_first_packet_is_answered_for_others,
     one a_bridged_packet_is_answered_if_a_route_leads_to_its_sender,
+    one the_first_packet_is_answered_behind_address_translation,
 ];
 
 async fn nothing_of_a_rejected_connection_passes_but_replies_of_this_host() {
@@ -77,6 +78,7 @@ const ARRANGEMENTS: [&[Hook]; 6] = [
 /// A TCP and a UDP client learn that they are refused. `client` and `server` make sockets there.
 async fn refused_everywhere(
     arrangements: &[&[Hook]],
+    priority: i32,
     (server_address, client_address): (IpAddr, IpAddr),
     at_server: impl Fn(SocketAddr) -> (TcpListener, UdpSocket),
     at_client: impl Fn(SocketAddr, SocketAddr) -> (UdpSocket, tokio::task::JoinHandle<io::Result<()>>),
@@ -84,13 +86,13 @@ async fn refused_everywhere(
     let (listener, server) = at_server((server_address, 0).into());
     for hooks in arrangements {
         for reject in REJECTS {
-            let case = format!("{hooks:?} {client_address}");
+            let case = format!("{hooks:?} {priority} {client_address}");
             let mut queue = bind();
             let rules = hooks.iter().flat_map(|hook| {
                 [Protocol::Tcp, Protocol::Udp, Protocol::Icmp, Protocol::Icmpv6]
                     .map(|protocol| Rule::new(*hook).protocol(protocol).to_queue(0))
             });
-            let divert = table(rules).install().unwrap();
+            let divert = table(rules).priority(priority).install().unwrap();
             let (client, connecting) = at_client(server.local_addr().unwrap(), listener.local_addr().unwrap());
             client.send(b"?").unwrap();
             let mut done = Box::pin(connecting);
@@ -138,7 +140,7 @@ async fn the_first_packet_is_answered_on_loopback() {
     unlimited_icmp_errors();
     for address in LOOPBACKS {
         let client = |datagrams, segments| connect(datagrams, segments, address);
-        refused_everywhere(&ARRANGEMENTS, (address, address), serve, client).await;
+        refused_everywhere(&ARRANGEMENTS, 0, (address, address), serve, client).await;
     }
 }
 
@@ -152,7 +154,7 @@ async fn the_first_packet_is_answered_for_the_own_host() {
     for (server, client) in pairs {
         let at_server = |address| peer.run(|| serve(address));
         let at_client = |datagrams, segments| connect(datagrams, segments, client);
-        refused_everywhere(&arrangements, (server, client), at_server, at_client).await;
+        refused_everywhere(&arrangements, 0, (server, client), at_server, at_client).await;
     }
 }
 
@@ -165,7 +167,7 @@ async fn the_first_packet_is_answered_for_another_host() {
     let arrangements: [&[Hook]; 4] =
         [&[Hook::Input], &[Hook::Input, Hook::Output], &[Hook::Prerouting], &[Hook::Prerouting, Hook::Output]];
     for (server, client) in pairs {
-        refused_everywhere(&arrangements, (server, client), serve, at(&peer, client)).await;
+        refused_everywhere(&arrangements, 0, (server, client), serve, at(&peer, client)).await;
     }
 }
 
@@ -182,7 +184,29 @@ async fn the_first_packet_is_answered_for_others() {
         [&[Hook::Forward], &[Hook::Forward, Hook::Output], &[Hook::Prerouting, Hook::Output]];
     for (server, client) in pairs {
         let at_server = |address| right.run(|| serve(address));
-        refused_everywhere(&arrangements, (server, client), at_server, at(&left, client)).await;
+        refused_everywhere(&arrangements, 0, (server, client), at_server, at(&left, client)).await;
+    }
+}
+
+/// Also before the translation. The client knows another address of the server, and the server
+/// another of the client.
+async fn the_first_packet_is_answered_behind_address_translation() {
+    let [left, right] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
+    support::forwarding();
+    unlimited_icmp_errors();
+    left.route_through_near();
+    right.route_through_near();
+    let service = Ipv4Addr::new(192, 0, 2, 1).into();
+    rules::install_redirection("nat", service, 0..=u16::MAX, right.far_v4.into(), true).unwrap();
+    let arrangements: [&[Hook]; 2] =
+        [&[Hook::Prerouting, Hook::Output, Hook::Postrouting], &[Hook::Forward, Hook::Output, Hook::Postrouting]];
+    for priority in [-150, 0] {
+        let at_server = |address| right.run(|| serve(address));
+        let at_service = |address: SocketAddr| SocketAddr::new(service, address.port());
+        let connect = at(&left, left.far_v4.into());
+        let at_client = |datagrams, segments| connect(at_service(datagrams), at_service(segments));
+        let ends = (right.far_v4.into(), left.far_v4.into());
+        refused_everywhere(&arrangements, priority, ends, at_server, at_client).await;
     }
 }
 

@@ -1,13 +1,12 @@
 //! A verdict for a connection does not hold for another connection on the same addresses and ports.
 
-use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict};
+use tokio_nfqueue::{Packet, Queue, Verdict};
 
 use super::{
     bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, RST, RST_ACK, SYN, SYN_ACK},
+    segments::{ACK, Hosts, RST, RST_ACK, SYN, SYN_ACK, opened, pass_segment, queued, tcp},
     table,
 };
-use crate::common::next;
 
 tests![
     one a_connection_on_reused_ports_inherits_no_accept,
@@ -20,17 +19,6 @@ tests![
     one a_denied_connection_stays_denied_for_packets_that_conntrack_calls_invalid,
 ];
 
-fn tcp() -> Rule {
-    Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0)
-}
-
-/// The next packet, which has these flags.
-async fn queued(queue: &mut Queue, flags: u8) -> Packet {
-    let packet = next(queue).await;
-    assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
-    packet
-}
-
 /// A connection that is accepted by its first packet, and used.
 async fn accepted(hosts: &Hosts, queue: &mut Queue) {
     hosts.client(SYN, (1000, 0), b"");
@@ -41,17 +29,6 @@ async fn accepted(hosts: &Hosts, queue: &mut Queue) {
     hosts.server(ACK, (5001, 1008), b"response");
     assert_eq!(hosts.arrived(), [3, 2]);
     queue_is_empty(queue);
-}
-
-/// A connection whose packets are accepted one by one.
-async fn opened(hosts: &Hosts, queue: &mut Queue) {
-    hosts.client(SYN, (1000, 0), b"");
-    confirm(queued(queue, SYN).await.accept()).await.unwrap();
-    hosts.server(SYN_ACK, (5000, 1001), b"");
-    confirm(queued(queue, SYN_ACK).await.accept()).await.unwrap();
-    hosts.client(ACK, (1001, 5001), b"");
-    confirm(queued(queue, ACK).await.accept()).await.unwrap();
-    assert_eq!(hosts.arrived(), [2, 1]);
 }
 
 /// How the firewall sees the end of the old connection.
@@ -70,11 +47,11 @@ async fn a_connection_on_reused_ports_inherits_no_accept() {
         }
         // The next connection is accepted packet by packet.
         hosts.client(SYN, (90_000, 0), b"");
-        confirm(queued(&mut queue, SYN).await.accept()).await.unwrap();
+        pass_segment(&mut queue, SYN).await;
         hosts.server(SYN_ACK, (70_000, 90_001), b"");
-        confirm(queued(&mut queue, SYN_ACK).await.accept()).await.unwrap();
+        pass_segment(&mut queue, SYN_ACK).await;
         hosts.client(ACK, (90_001, 70_001), b"");
-        confirm(queued(&mut queue, ACK).await.accept()).await.unwrap();
+        pass_segment(&mut queue, ACK).await;
         hosts.client(ACK, (90_001, 70_001), b"request");
         confirm(queued(&mut queue, ACK).await.drop()).await.unwrap();
         assert_eq!(hosts.arrived(), [2, 1], "{end:?}");
@@ -99,7 +76,7 @@ async fn a_syn_never_takes_the_shortcut() {
     confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
     for _ in 0..2 {
         hosts.client(SYN, (1000, 0), b"");
-        confirm(queued(&mut queue, SYN).await.accept()).await.unwrap();
+        pass_segment(&mut queue, SYN).await;
     }
     assert_eq!(hosts.arrived(), [3, 0]);
 }
@@ -115,7 +92,7 @@ async fn a_verdict_for_the_old_connection_does_not_accept_the_new_one() {
         hosts.client(ACK, (1001, 5001), b"request");
         let old = queued(&mut queue, ACK).await;
         hosts.server(RST, (5001, 0), b"");
-        confirm(queued(&mut queue, RST).await.accept()).await.unwrap();
+        pass_segment(&mut queue, RST).await;
         hosts.client(SYN, (90_000, 0), b"");
         let new = queued(&mut queue, SYN).await;
         if new_first {
@@ -127,7 +104,7 @@ async fn a_verdict_for_the_old_connection_does_not_accept_the_new_one() {
         }
         assert_eq!(hosts.arrived(), [2, 1]);
         hosts.server(SYN_ACK, (70_000, 90_001), b"");
-        confirm(queued(&mut queue, SYN_ACK).await.accept()).await.unwrap();
+        pass_segment(&mut queue, SYN_ACK).await;
         hosts.client(ACK, (90_001, 70_001), b"request");
         confirm(queued(&mut queue, ACK).await.drop()).await.unwrap();
         assert_eq!(hosts.arrived(), [0, 1], "{new_first}");

@@ -9,14 +9,20 @@ use std::{
 };
 
 use etherparse::{IcmpEchoHeader, Icmpv4Type, IpNumber, PacketBuilder, icmpv4::DestUnreachableHeader};
-use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+use tokio_nfqueue::{Divert, Hook, Packet, Protocol, Queue, Rule};
 
-use crate::support::{self, Peer, VethOptions};
+use super::confirm;
+use crate::{
+    common::next,
+    support::{self, Peer, VethOptions},
+};
 
 const SERVER: u16 = 80;
 
+pub(crate) const FIN: u8 = 0x01;
 pub(crate) const SYN: u8 = 0x02;
 pub(crate) const RST: u8 = 0x04;
+pub(crate) const PSH: u8 = 0x08;
 pub(crate) const ACK: u8 = 0x10;
 pub(crate) const SYN_ACK: u8 = SYN | ACK;
 pub(crate) const RST_ACK: u8 = RST | ACK;
@@ -60,6 +66,28 @@ impl Side {
         support::send_raw_ipv4(&self.raw, packet, to).unwrap();
     }
 
+    /// The address by which this host knows the one that forwards.
+    pub(crate) fn gateway(&self) -> Ipv4Addr {
+        self.peer.near_v4
+    }
+
+    /// Gives this host one more address.
+    pub(crate) fn another_address(&self) -> Ipv4Addr {
+        let [a, b, c, d] = self.address().octets();
+        let another = Ipv4Addr::new(a, b, c, d + 1);
+        self.peer.run(|| support::add_address(&self.peer.far, another.into(), 24));
+        // So that no later packet waits until the neighbour is known, and arrives after others.
+        let [last, _] = self.counts();
+        support::send_raw_ipv4(&support::raw_ipv4(), &last_packet(self.gateway(), another), another).unwrap();
+        support::wait_until("the neighbour is known", || self.counts()[0] > last);
+        another
+    }
+
+    /// Sends a datagram under this address.
+    pub(crate) fn datagram(&self, from: SocketAddrV4, to: SocketAddrV4) {
+        self.send(&datagram(from, to, b"data"), *to.ip());
+    }
+
     fn counts(&self) -> [u64; 2] {
         let counters = self.sink.counters().unwrap();
         [0, 1].map(|index| counters[index].packets)
@@ -84,10 +112,7 @@ impl Hosts {
         let sides = [(&self.client, &self.server), (&self.server, &self.client)];
         sides.map(|(from, to)| {
             let [last, _] = to.counts();
-            let builder = PacketBuilder::ipv4(from.address().octets(), to.address().octets(), 64);
-            let mut packet = Vec::new();
-            builder.write(&mut packet, IpNumber(LAST), &[]).unwrap();
-            from.send(&packet, to.address());
+            from.send(&last_packet(from.address(), to.address()), to.address());
             support::wait_until("the last packet has arrived", || to.counts()[0] > last);
             let all = to.counts()[1];
             all - to.seen.swap(all, Ordering::Relaxed)
@@ -117,7 +142,7 @@ impl Hosts {
     pub(crate) fn datagram(&self, of_client: bool) {
         let [client, server] = self.addresses();
         let (side, from, to) = if of_client { (&self.client, client, server) } else { (&self.server, server, client) };
-        side.send(&datagram(from, to, b"data"), *to.ip());
+        side.datagram(from, to);
     }
 
     /// The server sends an ICMP error about a segment of the client.
@@ -126,6 +151,51 @@ impl Hosts {
         let quoted = segment(client, server, ACK, (1001, 5001), b"data");
         self.server.send(&unreachable(server, client, &quoted[..28]), *client.ip());
     }
+}
+
+/// Packets that this host forwards.
+pub(super) fn forwarded(protocol: Protocol) -> Rule {
+    Rule::new(Hook::Forward).protocol(protocol)
+}
+
+/// All forwarded segments come to the queue.
+pub(super) fn tcp() -> Rule {
+    forwarded(Protocol::Tcp).to_queue(0)
+}
+
+/// All forwarded datagrams do.
+pub(super) fn udp() -> Rule {
+    forwarded(Protocol::Udp).to_queue(0)
+}
+
+/// The next packet, a segment with these flags.
+pub(super) async fn queued(queue: &mut Queue, flags: u8) -> Packet {
+    let packet = next(queue).await;
+    assert_eq!(packet.payload()[33] & (SYN | RST | ACK), flags, "{packet:?}");
+    packet
+}
+
+/// Takes the segment that waits and accepts it alone.
+pub(super) async fn pass_segment(queue: &mut Queue, flags: u8) {
+    confirm(queued(queue, flags).await.accept()).await.unwrap();
+}
+
+/// A connection whose packets are accepted one by one.
+pub(super) async fn opened(hosts: &Hosts, queue: &mut Queue) {
+    hosts.client(SYN, (1000, 0), b"");
+    pass_segment(queue, SYN).await;
+    hosts.server(SYN_ACK, (5000, 1001), b"");
+    pass_segment(queue, SYN_ACK).await;
+    hosts.client(ACK, (1001, 5001), b"");
+    pass_segment(queue, ACK).await;
+    assert_eq!(hosts.arrived(), [2, 1]);
+}
+
+fn last_packet(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64);
+    builder.write(&mut bytes, IpNumber(LAST), &[]).unwrap();
+    bytes
 }
 
 /// A TCP segment.
@@ -138,15 +208,11 @@ pub(crate) fn segment(
 ) -> Vec<u8> {
     let mut builder =
         PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), 64).tcp(from.port(), to.port(), sequence, 64_000);
-    for (flag, set) in [(SYN, 0), (RST, 1), (ACK, 2)] {
-        if flags & flag != 0 {
-            builder = match set {
-                0 => builder.syn(),
-                1 => builder.rst(),
-                _ => builder.ack(acknowledgement),
-            };
-        }
-    }
+    builder = if flags & FIN != 0 { builder.fin() } else { builder };
+    builder = if flags & SYN != 0 { builder.syn() } else { builder };
+    builder = if flags & RST != 0 { builder.rst() } else { builder };
+    builder = if flags & PSH != 0 { builder.psh() } else { builder };
+    builder = if flags & ACK != 0 { builder.ack(acknowledgement) } else { builder };
     let mut bytes = Vec::new();
     builder.write(&mut bytes, data).unwrap();
     bytes

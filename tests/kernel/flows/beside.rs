@@ -1,0 +1,142 @@
+//! Connections that the other side of a denied one begins, on the same addresses and ports.
+
+use std::{net::TcpListener, time::Duration};
+
+use tokio_nfqueue::{FlowTuple, Hook, Protocol, Rule};
+
+use super::{
+    MEMORY, bind, confirm, forgetful, pass, queue_is_empty,
+    segments::{ACK, Hosts, SYN, SYN_ACK, datagram, pass_segment, queued, segment, tcp, udp, unreachable},
+    table,
+};
+use crate::{
+    common::{lose_connections, next},
+    support,
+};
+
+tests![
+    one a_connection_to_this_host_begins_beside_its_denied_one,
+    one an_idle_connection_goes_on_beside_a_denial_that_is_renewed,
+    one a_connection_for_which_there_is_no_room_begins_later,
+    one a_denied_syn_is_denied_beside_one_of_the_other_side,
+    one an_error_about_a_connection_beside_a_denied_one_passes,
+];
+
+/// The one that this host has begun is denied when the server answers.
+async fn a_connection_to_this_host_begins_beside_its_denied_one() {
+    let hosts = Hosts::new();
+    for hooks in [&[Hook::Prerouting][..], &[Hook::Prerouting, Hook::Forward]] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let here = std::net::SocketAddrV4::new(hosts.server.gateway(), client.port());
+        let from_server = |flags, numbers| hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
+        let mut queue = bind();
+        let rules = hooks.iter().map(|hook| Rule::new(*hook).protocol(Protocol::Tcp).to_queue(0));
+        let divert = table(rules).install().unwrap();
+        let _listener = TcpListener::bind(here).unwrap();
+        let syn = segment(here, server, SYN, (1000, 0), b"");
+        support::send_raw_ipv4(&support::raw_ipv4(), &syn, *server.ip()).unwrap();
+        from_server(SYN_ACK, (5000, 1001));
+        confirm(queued(&mut queue, SYN_ACK).await.drop().for_flow()).await.unwrap();
+        assert_eq!(hosts.arrived(), [1, 0]);
+        lose_connections();
+        from_server(SYN, (9000, 0));
+        pass_segment(&mut queue, SYN).await;
+        assert_eq!(hosts.arrived(), [1, 0], "{hooks:?}: the answer of this host is denied");
+        divert.close().unwrap();
+    }
+}
+
+/// Anybody can send the client's SYNs.
+async fn an_idle_connection_goes_on_beside_a_denial_that_is_renewed() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = forgetful([tcp()]).install().unwrap();
+    hosts.client(SYN, (1, 0), b"");
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    hosts.server(SYN, (5000, 0), b"");
+    pass_segment(&mut queue, SYN).await;
+    hosts.client(SYN_ACK, (1000, 5001), b"");
+    pass_segment(&mut queue, SYN_ACK).await;
+    hosts.server(ACK, (5001, 1001), b"data");
+    pass_segment(&mut queue, ACK).await;
+    // For longer than a connection beside a denial is remembered that nobody renews.
+    for _ in 0..15 {
+        tokio::time::sleep(MEMORY / 5).await;
+        hosts.client(SYN, (1, 0), b"");
+        queue_is_empty(&mut queue);
+    }
+    assert_eq!(hosts.arrived(), [1, 2]);
+    hosts.server(ACK, (5005, 1001), b"data");
+    assert_eq!(hosts.arrived(), [0, 0]);
+    pass_segment(&mut queue, ACK).await;
+    assert_eq!(hosts.arrived(), [0, 1]);
+}
+
+/// How many are remembered.
+const ROOM: u16 = 4096;
+
+async fn a_connection_for_which_there_is_no_room_begins_later() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let divert = table([udp()]).denied_flows(2 * u32::from(ROOM), Duration::from_secs(600)).install().unwrap();
+    let [first, server] = hosts.addresses();
+    for _ in 0..ROOM {
+        hosts.datagram(true);
+        next(&mut queue).await.drop().for_flow().submit().unwrap();
+        queue.sink().flush().await.unwrap();
+        hosts.datagram(false);
+        pass(&mut queue).await;
+        hosts.another_port();
+    }
+    hosts.datagram(true);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, ROOM.into()]);
+    for _ in 0..2 {
+        hosts.datagram(false);
+        pass(&mut queue).await;
+        assert_eq!(hosts.arrived(), [0, 0]);
+    }
+    assert!(divert.forget_flow(FlowTuple::udp(first, server)).unwrap());
+    for _ in 0..3 {
+        hosts.datagram(false);
+        pass(&mut queue).await;
+        assert_eq!(hosts.arrived(), [0, 1]);
+    }
+}
+
+/// The server's SYN is accepted, so that the client's would be its answer.
+async fn a_denied_syn_is_denied_beside_one_of_the_other_side() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    hosts.server(SYN, (5000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [0, 1]);
+    // What follows is of the server's connection, and cannot leave the queue.
+    hosts.client(SYN_ACK, (1000, 5001), b"");
+    confirm(queued(&mut queue, SYN_ACK).await.accept().for_flow()).await.unwrap();
+    hosts.server(ACK, (5001, 1001), b"data");
+    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    hosts.client(ACK, (1001, 5005), b"data");
+    pass_segment(&mut queue, ACK).await;
+    assert_eq!(hosts.arrived(), [2, 1]);
+}
+
+async fn an_error_about_a_connection_beside_a_denied_one_passes() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let mut queue = bind();
+    let _divert = table([udp()]).install().unwrap();
+    hosts.datagram(true);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.datagram(false);
+    pass(&mut queue).await;
+    let error = unreachable(client, server, &datagram(server, client, b"data"));
+    hosts.client.send(&error, *server.ip());
+    assert_eq!(hosts.arrived(), [1, 1]);
+}

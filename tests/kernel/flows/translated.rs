@@ -1,0 +1,181 @@
+//! Denials behind address translation, which gives packets of different hosts the same addresses.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use tokio_nfqueue::{Hook, Priority, Protocol, Rule};
+
+use super::{
+    bind, confirm, pass, queue_is_empty,
+    segments::{Hosts, SYN, SYN_ACK, echo, forwarded, pass_segment, queued, segment, udp},
+    table, unlimited_icmp_errors,
+};
+use crate::{
+    common::{
+        lose_connections, next,
+        rules::{self, Place},
+    },
+    support,
+};
+
+tests![
+    one a_denial_does_not_reach_another_client_behind_masquerade,
+    one a_denied_ping_does_not_reach_another_client_behind_masquerade,
+    one a_denied_syn_from_outside_does_not_reach_a_client_behind_masquerade,
+    one a_denied_datagram_from_outside_does_not_reach_a_client_behind_masquerade,
+    one a_denial_for_this_host_does_not_reach_a_client_behind_masquerade,
+    one a_denial_does_not_reach_another_address_of_the_same_server,
+    one a_rejected_echo_request_is_answered_behind_address_translation,
+];
+
+/// A service that is the server by another name.
+const SERVICE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// The server knows the client by the address of this host, which is returned, and the same port.
+fn masquerade(hosts: &Hosts) -> SocketAddrV4 {
+    let [client, server] = hosts.addresses();
+    rules::install_redirection("nat", SERVICE.into(), 0..=u16::MAX, (*server.ip()).into(), true).unwrap();
+    SocketAddrV4::new(hosts.server.gateway(), client.port())
+}
+
+/// The second client uses the port of the first one, after the first one's connection.
+async fn a_denial_does_not_reach_another_client_behind_masquerade() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let outside = masquerade(&hosts);
+    let other = SocketAddrV4::new(hosts.client.another_address(), client.port());
+    let mut queue = bind();
+    let _divert = table([udp()]).install().unwrap();
+    hosts.client.datagram(client, server);
+    pass(&mut queue).await;
+    hosts.server.datagram(server, outside);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    lose_connections();
+    hosts.client.datagram(other, server);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.server.datagram(server, outside);
+    assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
+    queue_is_empty(&mut queue);
+}
+
+async fn a_denied_ping_does_not_reach_another_client_behind_masquerade() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses().map(|address| *address.ip());
+    let outside = *masquerade(&hosts).ip();
+    let other = hosts.client.another_address();
+    let mut queue = bind();
+    let _divert = table([forwarded(Protocol::Icmp).to_queue(0)]).install().unwrap();
+    hosts.client.send(&echo(client, server, false, 7), server);
+    pass(&mut queue).await;
+    hosts.server.send(&echo(server, outside, true, 7), outside);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    lose_connections();
+    hosts.client.send(&echo(other, server, false, 7), server);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.server.send(&echo(server, outside, true, 7), outside);
+    assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
+    queue_is_empty(&mut queue);
+}
+
+/// Anybody can send it under the server's name, to the port of the client.
+async fn a_denied_syn_from_outside_does_not_reach_a_client_behind_masquerade() {
+    let hosts = Hosts::new();
+    let [_, server] = hosts.addresses();
+    let outside = masquerade(&hosts);
+    let from_server = |flags, numbers| hosts.server.send(&segment(server, outside, flags, numbers, b""), *outside.ip());
+    let mut queue = bind();
+    let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Tcp).to_queue(0);
+    let _divert = table([rule]).install().unwrap();
+    from_server(SYN, (1, 0));
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    pass_segment(&mut queue, SYN).await;
+    from_server(SYN_ACK, (5000, 1001));
+    pass_segment(&mut queue, SYN_ACK).await;
+    assert_eq!(hosts.arrived(), [1, 1]);
+}
+
+async fn a_denied_datagram_from_outside_does_not_reach_a_client_behind_masquerade() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let outside = masquerade(&hosts);
+    let mut queue = bind();
+    let to_this_host = Rule::new(Hook::Input).protocol(Protocol::Udp).to_queue(0);
+    let _divert = table([to_this_host, udp()]).install().unwrap();
+    hosts.server.datagram(server, outside);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.client.datagram(client, server);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.server.datagram(server, outside);
+    assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
+    queue_is_empty(&mut queue);
+}
+
+/// This host has a conversation with the server, by the port of the client, before it.
+async fn a_denial_for_this_host_does_not_reach_a_client_behind_masquerade() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let outside = masquerade(&hosts);
+    let mut queue = bind();
+    let rules = [Hook::Output, Hook::Prerouting].map(|hook| Rule::new(hook).protocol(Protocol::Udp).to_queue(0));
+    let _divert = table(rules).install().unwrap();
+    let socket = support::udp(outside);
+    socket.send_to(b"question", server).unwrap();
+    pass(&mut queue).await;
+    hosts.server.datagram(server, outside);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    drop(socket);
+    assert_eq!(hosts.arrived(), [1, 0]);
+    lose_connections();
+    hosts.client.datagram(client, server);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.server.datagram(server, outside);
+    assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
+    queue_is_empty(&mut queue);
+}
+
+/// The client uses one port for both. The rule asks before the translation.
+async fn a_denial_does_not_reach_another_address_of_the_same_server() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let [first, second] = [1, 2].map(|last| SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, last), server.port()));
+    let arriving = Place { hook: 0, priority: -100 };
+    rules::install_nat_at("dnat", arriving, server.port(), (*server.ip(), server.port())).unwrap();
+    let mut queue = bind();
+    let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).to_queue(0);
+    let _divert = table([rule]).priority(Priority::MANGLE).install().unwrap();
+    hosts.client.datagram(client, first);
+    pass(&mut queue).await;
+    hosts.server.datagram(server, client);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    lose_connections();
+    hosts.client.datagram(client, second);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.server.datagram(server, client);
+    assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
+    queue_is_empty(&mut queue);
+}
+
+/// Also before the translation. No rule sees the answer.
+async fn a_rejected_echo_request_is_answered_behind_address_translation() {
+    let hosts = Hosts::new();
+    unlimited_icmp_errors();
+    masquerade(&hosts);
+    let client = hosts.client.address();
+    for (hook, priority) in [(Hook::Prerouting, -150), (Hook::Prerouting, 0), (Hook::Forward, 0)] {
+        for for_flow in [false, true] {
+            let mut queue = bind();
+            let icmp = |hook| Rule::new(hook).protocol(Protocol::Icmp).to_queue(0);
+            let rules = [hook, Hook::Output, Hook::Postrouting].map(icmp);
+            let divert = table(rules).priority(priority).install().unwrap();
+            hosts.client.send(&echo(client, SERVICE, false, 7), SERVICE);
+            let verdict = next(&mut queue).await.reject();
+            confirm(if for_flow { verdict.for_flow() } else { verdict }).await.unwrap();
+            queue_is_empty(&mut queue);
+            assert_eq!(hosts.arrived(), [0, 1], "{hook:?} {priority} {for_flow}");
+            divert.close().unwrap();
+        }
+    }
+}
