@@ -7,6 +7,9 @@
 pub mod busy;
 pub mod capability;
 pub mod child;
+#[allow(dead_code, reason = "the tests use the rest")]
+#[path = "../../tests/kernel/common/connections.rs"]
+pub mod connections;
 pub mod consumer;
 pub mod drain;
 pub mod everyday;
