@@ -8,12 +8,14 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio_nfqueue::{Divert, Hook, Packet, Protocol, Queue, Rule};
 
 use super::{
-    attack_more::waiting,
     bind, confirm, pass, queue_is_empty,
     segments::{ACK, LAST, SYN, SYN_ACK},
     table,
 };
-use crate::support::{self, Peer, VethOptions};
+use crate::{
+    common::next,
+    support::{self, Peer, VethOptions},
+};
 
 tests![
     one a_syn_in_an_authentication_header_never_takes_the_shortcut,
@@ -131,7 +133,7 @@ fn authenticated(mut packet: Vec<u8>) -> Vec<u8> {
 
 /// The next packet, which has these flags.
 async fn queued(queue: &mut Queue, flags: u8) -> Packet {
-    let packet = waiting(queue).await;
+    let packet = next(queue).await;
     assert_eq!(packet.payload()[40 + HEADER_LENGTH + 13], flags, "{packet:?}");
     packet
 }
@@ -183,7 +185,7 @@ async fn datagrams_in_an_authentication_header_can_be_accepted() {
     net.datagram(true);
     pass(&mut queue).await;
     net.datagram(false);
-    confirm(waiting(&mut queue).await.accept().for_flow()).await.unwrap();
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
     net.datagram(true);
     net.datagram(false);
     assert_eq!(net.arrived(), [2, 2]);
