@@ -117,9 +117,16 @@
 //! further ones.
 //!
 //! If the other side's packets have passed before the verdict, they are of the denied connection:
-//! also if they begin one of its own beside an earlier denial of the same addresses and ports.
+//! also if they begin one of its own beside an earlier denial of the same addresses and ports. It
+//! then stays denied as long as connection tracking has its entry.
 //! So is what the other side sends after a verdict on a connection to which both have sent, also
 //! when connection tracking has lost the connection; of TCP, SCTP and DCCP all but a first packet.
+//!
+//! Behind address translation, connection tracking may have an entry for each direction of what the
+//! ends take for one conversation: if packets of both sides cross before one of them has passed, or
+//! if the other side sends to an address that has been translated. Each is then a connection with
+//! verdicts of its own, except that a denial of a first packet also holds for an entry whose
+//! destination alone has been translated, without another port.
 //!
 //! The addresses of a packet can be forged:
 //!

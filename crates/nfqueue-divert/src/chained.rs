@@ -78,11 +78,10 @@ impl<'a> Chained<'a> {
         for set in DeniedSet::of_replies(self.surroundings.family) {
             self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
         }
-        // Both sides have begun at once, and the denied packet has not come to source translation:
-        // with it, the tuple of its replies would be that of this connection.
+        // What answers with the tuple of a denied connection's replies is no other side of it.
         for set in DeniedSet::all(self.surroundings.family) {
             let of = Of::ConnectionReversed;
-            let rule = self.push(&[Match::only_destination_translated(), Match::denied(set, of)], action);
+            let rule = self.push(&[Match::source_not_translated(), Match::denied(set, of)], action);
             rule.facts.version = Some(set.version);
             let replies = DeniedSet::of(set.version).into_iter().filter(|set| set.replies);
             rule.conditions.extend(replies.map(|set| (Match::denied(set, of), true)));
@@ -139,7 +138,8 @@ impl<'a> Chained<'a> {
     /// is no room in another's set.
     pub(super) fn remember_verdict(&mut self, reject: bool) {
         self.remember(reject, &[], Of::Connection, Action::Continue);
-        self.remember_replies(reject, &[]);
+        // Only then it is known how they are translated.
+        self.remember_replies(reject, &[Match::confirmed()]);
         // Where no packet shows that it begins a connection, the other side's next packet is of the
         // same conversation, also without its entry.
         let start = self.rules.len();

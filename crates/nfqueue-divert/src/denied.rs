@@ -5,10 +5,12 @@
 //! translation. Unlike a mark, a tuple outlives the entry of connection tracking, and holds for all
 //! entries that packets of the same connection may have.
 //!
-//! Another such set contains the tuples of the other side's packets, before address translation. An
-//! entry whose first packet has such a tuple is the denied connection as the other side continues
-//! it, or a connection that the other side has begun. (To compare the tuples of replies would not
-//! do: with source translation, connections of different hosts have the same.)
+//! Another such set contains the tuples of the other side's packets, before address translation,
+//! of denied connections whose first packet had passed: before that, it is not known how they are
+//! translated. An entry whose first packet has such a tuple is the denied connection as the other
+//! side continues it, or a connection that the other side has begun. So is one without source
+//! translation whose replies have the tuple of a denied connection. (With source translation,
+//! connections of different hosts have the same replies.)
 //!
 //! A further set contains the ports of all these tuples, in both directions. Nearly every packet is
 //! found not to be denied by one lookup of eight bytes in it. A tuple is added after its ports, and

@@ -36,22 +36,20 @@ impl<'a> Flows<'a> {
 
     pub(super) fn reversed_denied(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::ReversedDenied(way), way);
-        // Without first packets, it is the same conversation also when its entry is gone.
         let family = self.surroundings.family;
-        for reject in [false, true] {
-            let start = chain.rules.len();
-            chain.remember(reject, &[], Of::Connection, Action::Continue);
-            let sets = DeniedSet::of_replies(family).filter(|set| set.reject == reject);
-            for (rule, set) in chain.rules[start..].iter_mut().zip(sets) {
-                rule.conditions.extend([(Match::denied(set, Of::Connection), false), (begin_so(), true)]);
-            }
+        // By which of its tuples the connection is found.
+        let of = |set: DeniedSet| if set.replies { Of::Connection } else { Of::ConnectionReversed };
+        // Without first packets, it is the same conversation also when its entry is gone.
+        for set in DeniedSet::every(family) {
+            let rule = chain.push(&[Match::denied(set, of(set))], Action::Continue);
+            rule.facts.version = Some(set.version);
+            rule.conditions.push((begin_so(), true));
+            rule.remember = Some(Remember::Denied(DeniedSet { replies: false, ..set }, Of::Connection));
         }
         chain.renew(DeniedSet::every(family), Of::ConnectionReversed, &[]);
-        chain.renew(DeniedSet::of_replies(family).filter(|set| !set.reject), Of::Connection, &[]);
-        for set in DeniedSet::of_replies(family).filter(|set| set.reject) {
-            let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
-            rule.facts.version = Some(set.version);
-            rule.remember = Some(Remember::Denied(set, Of::Connection));
+        chain.renew(DeniedSet::of_replies(family), Of::Connection, &[]);
+        for set in DeniedSet::every(family).filter(|set| set.reject) {
+            chain.push_for(set.version, &[Match::denied(set, of(set))], goto(FlowChain::Rejected(way)));
         }
         chain.drop();
         chain

@@ -37,6 +37,7 @@ impl<'a> Flows<'a> {
         chain.remember_translated();
         chain.renew(DeniedSet::all(family), Of::ConnectionReversed, &[(begin_so(), true)]);
         chain.renew(DeniedSet::of_replies(family), Of::ConnectionReversed, &[]);
+        chain.renew_beside(Of::ConnectionReversed, &[]);
         chain.change(&[], self.save(self.table.marks.denied()));
         for set in DeniedSet::all(family).filter(|set| set.reject) {
             let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
@@ -109,10 +110,14 @@ impl<'a> Flows<'a> {
         chain.renew(DeniedSet::of_replies(family), Of::PacketReversed, &[(listed.clone(), false)]);
         DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None, Of::Packet));
         chain.push_first(&[], Action::Return, None);
-        let tells = [(begin_so(), false), (listed.clone(), false)];
-        chain.renew(DeniedSet::all(family), Of::PacketReversed, &tells);
+        for version in denied::versions(family) {
+            chain.push_for(version, &[listed.clone(), Match::beside(version, Of::Packet)], Action::Return);
+        }
+        chain.renew(DeniedSet::all(family), Of::PacketReversed, &[(begin_so(), false), (listed, false)]);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            DeniedSet::of_replies(family).for_each(|set| deny(&mut chain, set, Some(protocol), Of::Packet));
+            for set in DeniedSet::every(family) {
+                deny(&mut chain, set, Some(protocol), if set.replies { Of::Packet } else { Of::PacketReversed });
+            }
         }
         chain.push(&[with_ports()], Action::Return);
         DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None, Of::WithoutPorts));

@@ -105,9 +105,9 @@ impl Match {
         Self::status(IPS_DST_NAT, IPS_DST_NAT)
     }
 
-    /// The same, and the source has not been translated.
-    pub(in super::super) fn only_destination_translated() -> Self {
-        Self::status(IPS_SRC_NAT | IPS_DST_NAT, IPS_DST_NAT)
+    /// Packets of connections whose source has not been translated.
+    pub(in super::super) fn source_not_translated() -> Self {
+        Self::status(IPS_SRC_NAT, 0)
     }
 
     fn status(mask: u32, value: u32) -> Self {
