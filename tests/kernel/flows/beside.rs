@@ -6,7 +6,7 @@ use tokio_nfqueue::{FlowTuple, Hook, Protocol, Rule};
 
 use super::{
     MEMORY, bind, confirm, forgetful, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, datagram, pass_segment, queued, segment, tcp, udp, unreachable},
+    segments::{ACK, Hosts, SYN, SYN_ACK, datagram, opened, pass_segment, queued, segment, tcp, udp, unreachable},
     table,
 };
 use crate::{
@@ -20,6 +20,7 @@ tests![
     one a_connection_for_which_there_is_no_room_begins_later,
     one a_denied_syn_is_denied_beside_one_of_the_other_side,
     one an_error_about_a_connection_beside_a_denied_one_passes,
+    one an_invalid_segment_of_a_connection_beside_a_denied_one_comes_to_the_queue,
 ];
 
 /// The one that this host has begun is denied when the server answers.
@@ -139,4 +140,18 @@ async fn an_error_about_a_connection_beside_a_denied_one_passes() {
     let error = unreachable(client, server, &datagram(server, client, b"data"));
     hosts.client.send(&error, *server.ip());
     assert_eq!(hosts.arrived(), [1, 1]);
+}
+
+/// It is far outside of the window.
+async fn an_invalid_segment_of_a_connection_beside_a_denied_one_comes_to_the_queue() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    hosts.server(SYN, (7000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.reject().for_flow()).await.unwrap();
+    hosts.arrived();
+    opened(&hosts, &mut queue).await;
+    hosts.client(ACK, (1_000_000_000, 5001), b"data");
+    pass_segment(&mut queue, ACK).await;
+    assert_eq!(hosts.arrived(), [1, 0]);
 }

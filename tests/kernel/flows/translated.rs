@@ -6,7 +6,7 @@ use tokio_nfqueue::{Hook, Priority, Protocol, Rule};
 
 use super::{
     bind, confirm, pass, queue_is_empty,
-    segments::{Hosts, SYN, SYN_ACK, echo, forwarded, pass_segment, queued, segment, udp},
+    segments::{ACK, Hosts, SYN, SYN_ACK, echo, forwarded, pass_segment, queued, segment, tcp, udp},
     table, unlimited_icmp_errors,
 };
 use crate::{
@@ -24,6 +24,7 @@ tests![
     one a_denied_datagram_from_outside_does_not_reach_a_client_behind_masquerade,
     one a_denial_for_this_host_does_not_reach_a_client_behind_masquerade,
     one a_denial_does_not_reach_another_address_of_the_same_server,
+    one a_denied_packet_to_an_inside_address_does_not_reach_the_connection_of_its_owner,
     one a_rejected_echo_request_is_answered_behind_address_translation,
 ];
 
@@ -56,6 +57,33 @@ async fn a_denial_does_not_reach_another_client_behind_masquerade() {
     hosts.server.datagram(server, outside);
     assert_eq!(hosts.arrived(), [1, 1], "its answer is denied");
     queue_is_empty(&mut queue);
+}
+
+/// The packet has the addresses of the client's replies as the client sees them. It is the first of
+/// a connection of its own: the replies have the address of this host.
+async fn a_denied_packet_to_an_inside_address_does_not_reach_the_connection_of_its_owner() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let outside = masquerade(&hosts);
+    let mut queue = bind();
+    let _divert = table([udp(), tcp()]).install().unwrap();
+    hosts.client.datagram(client, server);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+    hosts.server.send(&segment(server, outside, SYN_ACK, (5000, 1001), b""), *outside.ip());
+    assert_eq!(hosts.arrived(), [2, 1]);
+
+    hosts.server.datagram(server, client);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    hosts.server(SYN, (7000, 0), b"");
+    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 0]);
+
+    hosts.client.datagram(client, server);
+    hosts.client(ACK, (1001, 5001), b"data");
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [2, 0], "the client's own connections are denied");
 }
 
 async fn a_denied_ping_does_not_reach_another_client_behind_masquerade() {
