@@ -10,7 +10,6 @@
 
 mod counters;
 mod load;
-pub mod rules;
 mod transfer;
 
 use std::{
@@ -32,7 +31,7 @@ pub use self::{
     transfer::{AMOUNT, receive_transfer, send_transfer},
 };
 use crate::support;
-pub use crate::support::{PATIENCE, random::Random};
+pub use crate::support::{PATIENCE, random::Random, rules};
 pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// The receivers' first port.
