@@ -12,6 +12,7 @@ mod namespace;
 mod patience;
 pub mod random;
 mod raw_queue;
+mod rtnetlink;
 pub mod rules;
 mod sockets;
 mod sys;
