@@ -25,16 +25,13 @@ fn every_type_can_be_sent_between_threads() {
         KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
-    #[cfg(feature = "conntrack")]
     assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
         tokio_nfqueue::Flow, tokio_nfqueue::Expectation);
-    #[cfg(feature = "divert")]
     assert_traits!(send: tokio_nfqueue::ConnectionState, tokio_nfqueue::Direction, tokio_nfqueue::Divert,
         tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
         tokio_nfqueue::PacketField, tokio_nfqueue::PortRange, tokio_nfqueue::Priority, tokio_nfqueue::Protocol,
         tokio_nfqueue::Rate, tokio_nfqueue::Rule, tokio_nfqueue::RuleCounter, tokio_nfqueue::SetElement,
         tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::FlowTuple, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
-    #[cfg(feature = "edit")]
     assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
         tokio_nfqueue::Unreachable);
     assert_traits!(send: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
@@ -47,10 +44,8 @@ fn what_tasks_share_is_sync() {
     assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream, Handover,
         Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
-    #[cfg(feature = "divert")]
     assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match,
         tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
-    #[cfg(feature = "edit")]
     assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
     assert_traits!(sync: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
         simulated::RawSocket, simulated::Sent, simulated::TestPacket);
@@ -62,7 +57,6 @@ fn settings_and_sinks_can_be_cloned() {
         VerdictSink, Stats);
     assert_traits!(clone: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
         simulated::TestPacket);
-    #[cfg(feature = "divert")]
     assert_traits!(clone: tokio_nfqueue::DivertBuilder, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
         tokio_nfqueue::Rule, tokio_nfqueue::SetElement);
 }

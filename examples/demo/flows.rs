@@ -11,13 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nfqueue_testbed::Peer;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_nfqueue::{Action, Hook, Protocol, Rule, Verdict};
 
-use super::{
-    rewrite::{HEARD, SAID},
-    support::Peer,
-};
+use super::rewrite::{HEARD, SAID};
 
 /// The flows of the demo, by their destination port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

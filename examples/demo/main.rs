@@ -7,6 +7,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
+use nfqueue_testbed as testbed;
 use tokio::{
     sync::mpsc,
     time::{Instant, interval},
@@ -18,8 +19,6 @@ use self::flows::{Counts, Flow, Flows, Outcome};
 mod flows;
 mod report;
 mod rewrite;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 /// The main loop: packets, a timer and Ctrl-C in one `select!`. Returns whether Ctrl-C ended it.
 async fn decide(mut packets: PacketStream, verdicts: VerdictSink, counts: Arc<Counts>) -> bool {
@@ -88,7 +87,7 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
 async fn run() -> Result<(), String> {
     // First of all, so that a missing privilege or kernel feature is reported at once.
     let queue = Queue::builder(0).bind().map_err(explain)?;
-    let peer = support::veth();
+    let peer = testbed::veth();
     let flows = Flows::start(&peer).map_err(|error| format!("cannot open the demo's sockets: {error}"))?;
 
     eprintln!("one-way latency without a queue ...");
@@ -126,8 +125,8 @@ fn demo() -> Result<(), String> {
         return Err(format!("takes no arguments, not even {argument:?}"));
     }
     // Before any other thread starts: an ordinary user becomes root of a user namespace.
-    support::enter()?;
-    support::isolated(|| {
+    testbed::enter()?;
+    testbed::isolated(|| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()

@@ -15,8 +15,6 @@ use std::{path::PathBuf, process::ExitCode};
 
 mod service;
 mod show;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 /// What the command line says.
 #[derive(Debug, Clone)]

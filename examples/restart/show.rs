@@ -14,13 +14,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nfqueue_testbed as testbed;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use rustix::net::sockopt::socket_recv_buffer_size;
 
-use super::{Options, support};
+use super::Options;
 
 const PORT: u16 = 9000;
 /// After this time without a datagram the missing ones count as lost.
@@ -32,10 +33,10 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
     let count = u32::try_from(count).ok().filter(|count| *count <= 1_000_000_000);
     let count = count.ok_or("these are more than 1000000000 datagrams")?;
     // Before any other thread starts: an ordinary user becomes root of a user namespace.
-    support::enter()?;
+    testbed::enter()?;
     let folder = std::env::temp_dir().join(format!("restart-{}", std::process::id()));
     fs::create_dir(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
-    let result = support::isolated(|| show(options, count, &folder.join("socket")));
+    let result = testbed::isolated(|| show(options, count, &folder.join("socket")));
     let _ = fs::remove_dir_all(&folder);
     result
 }
@@ -144,7 +145,7 @@ struct Outcome {
 
 impl Traffic {
     fn start(rate: u32, count: u32) -> Result<Self, String> {
-        let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
+        let (from, to) = (testbed::udp((Ipv4Addr::LOCALHOST, 0)), testbed::udp((Ipv4Addr::LOCALHOST, PORT)));
         to.set_read_timeout(Some(PATIENCE)).map_err(|error| error.to_string())?;
         // So many are under way at most: the receiver's buffer holds them, whatever the system's
         // limits. Otherwise a busy system would lose some there.

@@ -3,7 +3,7 @@
 //! A history is determined by its seed. Where a multi-thread runtime has a part in it, the order in
 //! which threads run is not; no history depends on the system's clock.
 //! `TOKIO_NFQUEUE_SIMULATED_SECONDS` is the time (15); with `TOKIO_NFQUEUE_SIMULATED_SEED` the
-//! history of one seed is repeated all that time. `examples/soak.rs` runs them for longer.
+//! history of one seed is repeated all that time. The example `soak` runs them for longer.
 
 use std::{
     sync::{
@@ -14,13 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod settings;
 mod simulated;
-#[path = "../support"]
-#[allow(dead_code, unreachable_pub, reason = "other tests use the rest")]
-mod support {
-    pub mod random;
-    pub mod settings;
-}
 
 use simulated::Totals;
 

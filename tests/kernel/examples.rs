@@ -1,8 +1,6 @@
 //! The example programs, with their command lines, on a real kernel.
 
-#[cfg(feature = "edit")]
 pub(crate) mod dns_firewall;
-#[cfg(feature = "edit")]
 pub(crate) mod ips;
 
 use std::{

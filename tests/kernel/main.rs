@@ -12,17 +12,16 @@
 
 #[macro_use]
 mod common;
-#[path = "../support/mod.rs"]
+#[path = "../histories/settings.rs"]
+mod settings;
 mod support;
 
 mod bridge;
 mod close;
 mod concurrency;
-#[cfg(feature = "conntrack")]
 mod conntrack;
 mod divert;
 mod dropping;
-#[cfg(feature = "edit")]
 mod edit;
 mod errors;
 mod examples;
@@ -70,10 +69,8 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     metadata::tests,
     payload::tests,
     replacement::tests,
-    #[cfg(feature = "edit")]
     edit::tests,
     injector::tests,
-    #[cfg(feature = "conntrack")]
     conntrack::tests,
     bridge::tests,
     divert::tests,
@@ -89,9 +86,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     promises::tests,
     surprises::tests,
     examples::tests,
-    #[cfg(feature = "edit")]
     examples::dns_firewall::tests,
-    #[cfg(feature = "edit")]
     examples::ips::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.

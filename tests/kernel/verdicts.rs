@@ -54,20 +54,17 @@ async fn a_verdict_returns_all_that_it_changes() {
     assert_fields!(changes, mark: Some(5), priority: Some(6), vlan: Some(vlan));
     assert_eq!(changes.payload.map(|payload| &payload[..]), Some(&[7; 30][..]));
     assert_eq!(changes.layer2_header.map(|header| &header[..]), Some(&[8; 14][..]));
-    #[cfg(feature = "conntrack")]
-    {
-        let expectation = tokio_nfqueue::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
-        let verdict = verdict.conntrack_mark(1, 2).conntrack_labels([3; 16], [4; 16]);
-        let timeout = std::time::Duration::from_secs(9);
-        let verdict = verdict.conntrack_timeout(timeout).expectation(expectation.clone());
-        let changes = verdict.changes();
-        assert_fields!(changes, mark: Some(5), conntrack_mark: Some((1, 2)));
-        assert_fields!(changes, conntrack_labels: Some(([3; 16], [4; 16])), conntrack_timeout: Some(timeout));
-        assert_eq!(changes.expectation, Some(&expectation));
-    }
+    let expectation = tokio_nfqueue::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
+    let verdict = verdict.conntrack_mark(1, 2).conntrack_labels([3; 16], [4; 16]);
+    let timeout = std::time::Duration::from_secs(9);
+    let verdict = verdict.conntrack_timeout(timeout).expectation(expectation.clone());
+    let changes = verdict.changes();
+    assert_fields!(changes, mark: Some(5), conntrack_mark: Some((1, 2)));
+    assert_fields!(changes, conntrack_labels: Some(([3; 16], [4; 16])), conntrack_timeout: Some(timeout));
+    assert_eq!(changes.expectation, Some(&expectation));
     // None of these was submitted.
-    drop(plain);
-    assert_fields!(queue.stats(), decided.accepted: 0, decided.unanswered: 1 + u64::from(cfg!(feature = "conntrack")));
+    drop((plain, verdict));
+    assert_fields!(queue.stats(), decided.accepted: 0, decided.unanswered: 2);
 }
 
 async fn a_mark_is_seen_by_a_later_chain() {

@@ -262,7 +262,7 @@ impl Divert {
     /// next packet of each connection comes to the queue again.
     ///
     /// A verdict that is sent while this runs may be forgotten or not. So may an accept whose first
-    /// packet has not yet passed all hooks: see [`guide::flows`](crate::guide::flows), "Taking
+    /// packet has not yet passed all hooks: see `guide::flows`, "Taking
     /// verdicts back". It walks all entries of
     /// connection tracking in the network namespace, with [`offload`](DivertBuilder::offload)
     /// twice.

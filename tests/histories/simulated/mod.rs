@@ -1,4 +1,4 @@
-//! Histories against a simulated kernel, for the tests and for `examples/soak.rs`.
+//! Histories against a simulated kernel, for the tests and for the example `soak`.
 
 use std::{
     ops::AddAssign,

@@ -4,11 +4,9 @@ use std::time::Duration;
 
 use tokio_nfqueue::Action;
 
-use crate::support::settings::{DEFAULT_MAX_LEN, Policy, either};
-pub(crate) use crate::support::{
-    random::Random,
-    settings::{LONGEST_DELAY, Settings},
-};
+use crate::settings::{DEFAULT_MAX_LEN, Policy, either};
+pub(crate) use crate::settings::{LONGEST_DELAY, Settings};
+pub(crate) use nfqueue_testbed::random::Random;
 
 #[derive(Debug)]
 pub(crate) struct Plan {

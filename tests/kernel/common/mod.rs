@@ -8,10 +8,8 @@
 // Every user of this module uses a different part of it.
 #![allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
 
-mod connections;
 mod counters;
 mod load;
-pub mod rules;
 mod transfer;
 
 use std::{
@@ -28,13 +26,12 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
 
 pub use self::{
-    connections::lose_connections,
     counters::{descriptor_of, udp_counter},
     load::Load,
     transfer::{AMOUNT, receive_transfer, send_transfer},
 };
 use crate::support;
-pub use crate::support::{PATIENCE, random::Random};
+pub use crate::support::{PATIENCE, lose_connections, random::Random, rules};
 pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
 
 /// The receivers' first port.

@@ -30,7 +30,7 @@ mod survival;
 const SECONDS: &str = "TOKIO_NFQUEUE_HISTORIES_SECONDS";
 const SEED: &str = "TOKIO_NFQUEUE_HISTORIES_SEED";
 
-// `examples/soak.rs` has the histories without the tests.
+// The example `soak` has the histories without the tests.
 #[allow(dead_code)]
 pub(crate) fn tests() -> Vec<Trial> {
     let trial = |name, profile| {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio_nfqueue::{Hook, Reconfigure};
 
-use crate::support::{
-    random::Random,
+use crate::{
     settings::{DEFAULT_MAX_LEN, Policy, Settings, either},
+    support::random::Random,
 };
 
 /// The kinds of faults in the histories of a test.

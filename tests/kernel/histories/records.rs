@@ -11,7 +11,7 @@ use std::{
 use tokio_nfqueue::{Action, ErrorKind, Stats};
 
 use super::plan::Plan;
-use crate::{common::Account, support::settings::DEFAULT_MAX_LEN};
+use crate::{common::Account, settings::DEFAULT_MAX_LEN};
 
 #[derive(Debug)]
 pub(crate) struct Records {

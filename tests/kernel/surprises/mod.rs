@@ -1,7 +1,6 @@
 //! What the guide says of rules, packets and connections, and a reader may not expect.
 
 mod bridges;
-#[cfg(feature = "edit")]
 mod replies;
 mod rules;
 mod segments;
@@ -9,12 +8,6 @@ mod segments;
 use libtest_mimic::Trial;
 
 pub(crate) fn tests() -> Vec<Trial> {
-    let modules = [
-        rules::tests(),
-        #[cfg(feature = "edit")]
-        replies::tests(),
-        segments::tests(),
-        bridges::tests(),
-    ];
+    let modules = [rules::tests(), replies::tests(), segments::tests(), bridges::tests()];
     modules.into_iter().flatten().collect()
 }

@@ -12,7 +12,7 @@
 /// the queue of the other, and the second table removes the first one's marks when it is installed.
 /// Give them other bits, whose lowest is not 14 or 28 positions from that of the first: then their
 /// verdicts have the same codes on the way from the queue (`7 << 3` and `7 << 17`). No other marks
-/// have the codes of the default ones. [`guide::flows`](crate::guide::flows) says when this
+/// have the codes of the default ones. `guide::flows` says when this
 /// matters, in "How it works". The other bits of the connections' marks stay as they are, and the
 /// marks of packets are not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -127,9 +127,13 @@ const THREAD: &str = "/proc/thread-self/ns/net";
 
 /// Moves the calling thread into a fresh network namespace, for good, and makes sure that it is
 /// there.
-pub(super) fn fresh() {
+///
+/// # Panics
+///
+/// If there can be no namespace: [`enter`] says why.
+pub fn fresh() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap_or_else(|error| {
-        panic!("no network namespace: {error}; support::enter() must come first, and says {:?}", enter())
+        panic!("no network namespace: {error}; enter() must come first, and says {:?}", enter())
     });
     let (process, thread) = (identity(PROCESS), identity(THREAD));
     assert_ne!(

@@ -1,18 +1,25 @@
-//! Compares edited packets with packets that etherparse writes, and tests malformed packets.
+//! Edits of packets: they are compared with packets that etherparse writes, and malformed packets
+//! are refused.
 
 mod damage;
 mod fragments;
+mod received;
 mod replies;
 mod routes;
 mod sample;
 mod special_cases;
 
+use std::cell::RefCell;
+
 use etherparse::IpDscp;
 use proptest::prelude::*;
 
-use self::sample::{Sample, SampleTransport, sample};
-use super::{Edit, checksum, complete_checksums, layout::Layout};
-use crate::{Error, ErrorKind};
+use tokio_nfqueue::{Edit, Error, ErrorKind, complete_checksums};
+
+use self::{
+    received::Received,
+    sample::{Sample, SampleTransport, sample},
+};
 
 /// The changes that a test makes to a packet.
 #[derive(Debug, Clone)]
@@ -145,20 +152,6 @@ proptest! {
         sample::assert_checksums(&packet);
     }
 
-    /// The sum of the pseudo header is recognised as an incomplete checksum.
-    #[test]
-    fn incomplete_checksums_are_recognised(sample in sample(), with in any::<[u8; 2]>()) {
-        let mut packet = sample.bytes();
-        let at = sample.checksum_at();
-        let partial = sample.partial_checksum();
-        packet[at..at + 2].copy_from_slice(&partial);
-        let layout = Layout::of(&packet).unwrap();
-        let has_ports = !matches!(sample.transport, SampleTransport::Icmp(..));
-        prop_assert_eq!(checksum::is_partial(&packet, &layout), has_ports);
-        packet[at..at + 2].copy_from_slice(&with);
-        prop_assert_eq!(checksum::is_partial(&packet, &layout), has_ports && with == partial);
-    }
-
     /// `splice_ip_payload` can change the bytes of transport headers.
     #[test]
     fn ip_payload_can_be_spliced(sample in sample(), window in any::<[u8; 2]>()) {
@@ -183,6 +176,22 @@ proptest! {
         }
         prop_assert_eq!(edit.finish(), expected.bytes());
     }
+}
+
+/// The sum of the pseudo header is recognised as an incomplete checksum.
+#[test]
+fn incomplete_checksums_are_recognised() {
+    let received = RefCell::new(Received::new());
+    proptest!(|(sample in sample(), with in any::<[u8; 2]>())| {
+        let mut packet = sample.bytes();
+        let at = sample.checksum_at();
+        let partial = sample.partial_checksum();
+        packet[at..at + 2].copy_from_slice(&partial);
+        let has_ports = !matches!(sample.transport, SampleTransport::Icmp(..));
+        prop_assert_eq!(received.borrow_mut().is_incomplete(&packet), has_ports);
+        packet[at..at + 2].copy_from_slice(&with);
+        prop_assert_eq!(received.borrow_mut().is_incomplete(&packet), has_ports && with == partial);
+    });
 }
 
 /// Checks the kind of the error and returns its text.

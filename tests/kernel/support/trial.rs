@@ -16,29 +16,13 @@ use std::{
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nfqueue_testbed::{RawQueue, SLOWNESS, UserNamespace, enter, fresh, isolated};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-
-use super::{
-    namespace::{enter, fresh, isolated},
-    raw_queue::RawQueue,
-    user_namespace::child,
-};
 
 /// Set to 1 to skip all tests that need a kernel.
 const SKIP: &str = "TOKIO_NFQUEUE_SKIP_KERNEL_TESTS";
 /// How long a test may take.
 const DEADLINE: Duration = Duration::from_secs(120 * SLOWNESS);
-/// How long a test waits for what must come.
-pub const PATIENCE: Duration = Duration::from_secs(30 * SLOWNESS);
-/// A factor for these times, for tests that are built for a slow machine: `TOKIO_NFQUEUE_PATIENCE`,
-/// read by the compiler.
-const SLOWNESS: u64 = match option_env!("TOKIO_NFQUEUE_PATIENCE") {
-    None => 1,
-    Some(text) => match u64::from_str_radix(text, 10) {
-        Ok(factor @ 1..=1000) => factor,
-        _ => panic!("TOKIO_NFQUEUE_PATIENCE is a number from 1 to 1000"),
-    },
-};
 /// How much longer what a deadline interrupts may take to clean up.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -65,7 +49,7 @@ impl<E: Debug> Report for Result<(), E> {
 /// Takes the arguments of the standard harness; runs two tests at a time by default. A filter that
 /// ends in `::` selects the tests of a module: those whose names begin with it.
 pub fn run(mut tests: Vec<Trial>) -> ExitCode {
-    if let Some(code) = child() {
+    if let Some(code) = UserNamespace::child() {
         return code;
     }
     // A list needs no kernel; the tests report problems.

@@ -1,13 +1,16 @@
 //! Replies, compared with what etherparse writes or reads.
 
+use std::cell::RefCell;
+
 use etherparse::{
     Icmpv4Type, Icmpv6Type, IpHeaders, NetHeaders, PacketBuilder, PacketHeaders, TcpHeader, TransportHeader, icmpv4,
     icmpv6,
 };
 use proptest::prelude::*;
+use tokio_nfqueue::{Edit, PacketView, Unreachable, simulated::TestPacket};
 
 use super::{
-    super::{Edit, PacketView, Unreachable},
+    received::Received,
     refusal,
     sample::{Sample, SampleTransport, assert_checksums, plain, sample},
 };
@@ -85,33 +88,6 @@ proptest! {
         prop_assert_eq!(edit.finish(), turned(&Sample { payload, ..sample }));
     }
 
-    /// RFC 9293, section 3.10.7.1.
-    #[test]
-    fn reset_equals_newly_written_reset(sample in sample(), gso in any::<bool>()) {
-        let SampleTransport::Tcp(tcp) = &sample.transport else { return Ok(()) };
-        let mut edit = Edit { gso, ..Edit::new(&sample.bytes()).unwrap() };
-        if tcp.rst {
-            prop_assert!(refusal(edit.tcp_reset()).contains("a reset itself"));
-            return Ok(());
-        }
-        prop_assume!(has_hosts(&sample.ip));
-        edit.tcp_reset().unwrap();
-        let mut reset = TcpHeader::new(tcp.destination_port, tcp.source_port, 0, 0);
-        reset.rst = true;
-        if tcp.ack {
-            reset.sequence_number = tcp.acknowledgment_number;
-        } else {
-            reset.ack = true;
-            let length = sample.payload.len() as u32 + u32::from(tcp.syn) + u32::from(tcp.fin);
-            reset.acknowledgment_number = tcp.sequence_number.wrapping_add(length);
-        }
-        let mut expected = Vec::new();
-        PacketBuilder::ip(reversed(&sample.ip)).tcp_header(reset).write(&mut expected, &[]).unwrap();
-        let reset = edit.finish();
-        prop_assert_eq!(&reset, &expected);
-        refusal(Edit::new(&reset).unwrap().tcp_reset());
-    }
-
     #[test]
     fn error_quotes_the_packet(
         mut sample in sample(),
@@ -149,6 +125,43 @@ proptest! {
         let again = refusal(Edit::new(&error).unwrap().icmp_unreachable(reason));
         prop_assert!(again.contains("the packet is an ICMP error"), "{}", again);
     }
+}
+
+/// RFC 9293, section 3.10.7.1.
+#[test]
+fn reset_equals_newly_written_reset() {
+    let received = RefCell::new(Received::new());
+    proptest!(|(sample in sample(), gso in any::<bool>())| {
+        let SampleTransport::Tcp(tcp) = &sample.transport else { return Ok(()) };
+        let mut packet = sample.bytes();
+        let mut edit = if gso {
+            let at = sample.checksum_at();
+            packet[at..at + 2].copy_from_slice(&sample.partial_checksum());
+            received.borrow_mut().edit(TestPacket::raw(packet).gso(1000)).unwrap()
+        } else {
+            Edit::new(&packet).unwrap()
+        };
+        if tcp.rst {
+            prop_assert!(refusal(edit.tcp_reset()).contains("a reset itself"));
+            return Ok(());
+        }
+        prop_assume!(has_hosts(&sample.ip));
+        edit.tcp_reset().unwrap();
+        let mut reset = TcpHeader::new(tcp.destination_port, tcp.source_port, 0, 0);
+        reset.rst = true;
+        if tcp.ack {
+            reset.sequence_number = tcp.acknowledgment_number;
+        } else {
+            reset.ack = true;
+            let length = sample.payload.len() as u32 + u32::from(tcp.syn) + u32::from(tcp.fin);
+            reset.acknowledgment_number = tcp.sequence_number.wrapping_add(length);
+        }
+        let mut expected = Vec::new();
+        PacketBuilder::ip(reversed(&sample.ip)).tcp_header(reset).write(&mut expected, &[]).unwrap();
+        let reset = edit.finish();
+        prop_assert_eq!(&reset, &expected);
+        refusal(Edit::new(&reset).unwrap().tcp_reset());
+    });
 }
 
 /// Sets the protocol after the IP header.
@@ -276,14 +289,6 @@ fn routes_that_are_not_completed_are_not_turned() {
     routed[22] = 8;
     routed[23] = 8;
     Edit::new(&routed).unwrap().turn_around().unwrap();
-}
-
-#[test]
-fn super_packets_are_not_turned() {
-    let mut edit = Edit { gso: true, ..Edit::new(&udp(false)).unwrap() };
-    assert!(refusal(edit.turn_around()).contains("super-packet"));
-    edit.icmp_unreachable(Unreachable::Port).unwrap();
-    assert_checksums(&edit.finish());
 }
 
 #[test]

@@ -25,7 +25,7 @@ const CHILD: &str = "TOKIO_NFQUEUE_USER_NAMESPACE";
 pub struct UserNamespace(Child);
 
 impl UserNamespace {
-    /// Needs a binary whose `main` calls [`run`](super::run).
+    /// Needs a binary whose `main` begins with [`child`](Self::child).
     pub fn new() -> Self {
         let mut child = Command::new(std::env::current_exe().expect("this binary"))
             .env(CHILD, "1")
@@ -38,6 +38,20 @@ impl UserNamespace {
         BufReader::new(output).read_line(&mut line).expect("read from the process");
         assert_eq!(line, "ready\n", "no user namespace: the process says why");
         Self(child)
+    }
+
+    /// The whole `main` of the process that makes the namespaces, and `None` in all others.
+    pub fn child() -> Option<ExitCode> {
+        std::env::var_os(CHILD)?;
+        let user = getuid();
+        unshare(CloneFlags::CLONE_NEWUSER).expect("make a user namespace");
+        // See `enter` about the order.
+        fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("map the user to root");
+        unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace");
+        println!("ready");
+        // Until the other process kills this one or has ended.
+        let _ = std::io::stdin().read(&mut [0]);
+        Some(ExitCode::FAILURE)
     }
 
     /// The network namespace.
@@ -56,18 +70,4 @@ impl Drop for UserNamespace {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// The whole `main` of the process that makes the namespaces, and `None` in all others.
-pub(super) fn child() -> Option<ExitCode> {
-    std::env::var_os(CHILD)?;
-    let user = getuid();
-    unshare(CloneFlags::CLONE_NEWUSER).expect("make a user namespace");
-    // See `enter` about the order.
-    fs::write("/proc/self/uid_map", format!("0 {user} 1")).expect("map the user to root");
-    unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace");
-    println!("ready");
-    // Until the other process kills this one or has ended.
-    let _ = std::io::stdin().read(&mut [0]);
-    Some(ExitCode::FAILURE)
 }

@@ -23,10 +23,12 @@ use super::connections::acknowledged;
 
 pub use netlink_packet_netfilter::{NetfilterProtoFamily, nftables::Expressions};
 
-/// The place of a base chain: the number of its hook in the family, and its priority.
+/// The place of a base chain.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
+    /// The number of the hook in the family.
     pub hook: u32,
+    /// Lower ones come first.
     pub priority: i32,
 }
 

@@ -6,14 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::{
-    RouteNetlinkMessage,
-    link::{
-        BridgePortState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, LinkAttribute, LinkInfo,
-        LinkMessage,
-    },
-};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NlasIterator};
 use nix::{
     cmsg_space,
     errno::Errno,
@@ -27,7 +20,11 @@ use nix::{
 
 use super::{
     Namespace,
-    link::{exchange, index, link_up, make_pair, request},
+    link::{index, link_up, make_pair},
+    rtnetlink::{
+        IFLA_BR_MCAST_SNOOPING, IFLA_BRPORT_STATE, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA,
+        IFLA_LINKINFO, IFLA_MASTER, LINK_HEADER, Request, attribute, text,
+    },
     sockets::wait_until,
 };
 
@@ -64,25 +61,18 @@ impl Bridge {
     pub fn new() -> Self {
         let name = "bridge".to_owned();
         no_ipv6();
-        let mut bridge = LinkMessage::default();
-        bridge.attributes = vec![
-            LinkAttribute::IfName(name.clone()),
-            // A bridge that listens for multicast joins a group of it, and says so on all ports.
-            LinkAttribute::LinkInfo(vec![
-                LinkInfo::Kind(InfoKind::Bridge),
-                LinkInfo::Data(InfoData::Bridge(vec![InfoBridge::MulticastSnooping(false)])),
-            ]),
-        ];
-        request(RouteNetlinkMessage::NewLink(bridge), NLM_F_CREATE | NLM_F_EXCL).expect("make a bridge");
+        // A bridge that listens for multicast joins a group of it, and says so on all ports.
+        let data = attribute(IFLA_BR_MCAST_SNOOPING, &[0]);
+        let information = [attribute(IFLA_INFO_KIND, b"bridge"), attribute(IFLA_INFO_DATA, &data)].concat();
+        let bridge = Request::new_link().with(IFLA_IFNAME, &text(&name)).with(IFLA_LINKINFO, &information);
+        bridge.send(NLM_F_CREATE | NLM_F_EXCL).expect("make a bridge");
         link_up(&name);
         let ends = ["port0", "port1"].map(|port| {
             let namespace = Namespace::new();
             namespace.run(no_ipv6);
             make_pair(port, End::INTERFACE, &namespace, 1500);
-            let mut joined = LinkMessage::default();
-            joined.header.index = index(port);
-            joined.attributes = vec![LinkAttribute::Controller(index(&name))];
-            request(RouteNetlinkMessage::SetLink(joined), 0).expect("join a bridge");
+            let joined = Request::set_link(index(port)).with(IFLA_MASTER, &index(&name).to_ne_bytes());
+            joined.send(0).expect("join a bridge");
             link_up(port);
             let socket = namespace.run(|| {
                 link_up(End::INTERFACE);
@@ -104,17 +94,19 @@ fn no_ipv6() {
 }
 
 fn forwards(port: &str) -> bool {
-    let mut question = LinkMessage::default();
-    question.header.index = index(port);
-    let answer = exchange(RouteNetlinkMessage::GetLink(question), 0).expect("ask about a port");
-    let Some(RouteNetlinkMessage::NewLink(answer)) = answer else { panic!("{answer:?} is no answer about a port") };
-    answer.attributes.iter().any(|attribute| {
-        let LinkAttribute::LinkInfo(information) = attribute else { return false };
-        information.iter().any(|item| {
-            let LinkInfo::PortData(InfoPortData::BridgePort(facts)) = item else { return false };
-            facts.contains(&InfoBridgePort::State(BridgePortState::Forwarding))
-        })
-    })
+    /// `BR_STATE_FORWARDING`
+    const FORWARDING: u8 = 3;
+    let answer = Request::get_link(index(port)).exchange(0).expect("ask about a port").expect("facts about a port");
+    let state = value(&answer[LINK_HEADER..], IFLA_LINKINFO)
+        .and_then(|information| value(&information, IFLA_INFO_SLAVE_DATA))
+        .and_then(|facts| value(&facts, IFLA_BRPORT_STATE));
+    state.as_deref() == Some(&[FORWARDING])
+}
+
+/// The value of an attribute among others.
+fn value(attributes: &[u8], kind: u16) -> Option<Vec<u8>> {
+    let mut all = NlasIterator::new(attributes).filter_map(Result::ok);
+    all.find(|found| found.kind() == kind).map(|found| found.value().to_vec())
 }
 
 /// An Ethernet frame.

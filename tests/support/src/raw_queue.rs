@@ -9,6 +9,8 @@ use netlink_packet_core::{NLMSG_ERROR, NetlinkBuffer, NlasIterator, parse_u32_be
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
+use super::rtnetlink::attribute;
+
 // uapi/linux/netfilter/nfnetlink_queue.h
 const NFNL_SUBSYS_QUEUE: u16 = 3 << 8;
 const NFQNL_MSG_PACKET: u16 = NFNL_SUBSYS_QUEUE;
@@ -162,14 +164,4 @@ fn packet(attributes: &[u8]) -> RawPacket {
         }
     }
     packet
-}
-
-/// An attribute, padded.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
 }

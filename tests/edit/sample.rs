@@ -8,21 +8,21 @@ use etherparse::{
 use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
-pub(super) struct Sample {
-    pub(super) ip: IpHeaders,
-    pub(super) transport: SampleTransport,
-    pub(super) payload: Vec<u8>,
+pub(crate) struct Sample {
+    pub(crate) ip: IpHeaders,
+    pub(crate) transport: SampleTransport,
+    pub(crate) payload: Vec<u8>,
 }
 
 #[derive(Debug, Clone)]
-pub(super) enum SampleTransport {
+pub(crate) enum SampleTransport {
     Tcp(Box<TcpHeader>),
     Udp(u16, u16),
     /// ICMP over IPv4, ICMPv6 over IPv6.
     Icmp(u16, u16),
 }
 
-pub(super) fn sample() -> impl Strategy<Value = Sample> {
+pub(crate) fn sample() -> impl Strategy<Value = Sample> {
     (ip(), transport(), prop::collection::vec(any::<u8>(), 0..80)).prop_map(|(ip, transport, payload)| Sample {
         ip,
         transport,
@@ -31,7 +31,7 @@ pub(super) fn sample() -> impl Strategy<Value = Sample> {
 }
 
 /// The simplest packet, for tests of a single property.
-pub(super) fn plain(v6: bool, transport: SampleTransport, payload: &[u8]) -> Sample {
+pub(crate) fn plain(v6: bool, transport: SampleTransport, payload: &[u8]) -> Sample {
     let ip = if v6 {
         let header = Ipv6Header { source: [1; 16], destination: [2; 16], hop_limit: 64, ..Default::default() };
         IpHeaders::Ipv6(header, Ipv6Extensions::default())
@@ -46,7 +46,7 @@ pub(super) fn plain(v6: bool, transport: SampleTransport, payload: &[u8]) -> Sam
 
 impl Sample {
     /// The packet as etherparse writes it, with its checksums.
-    pub(super) fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let ip = PacketBuilder::ip(self.ip.clone());
         match &self.transport {
@@ -61,11 +61,11 @@ impl Sample {
         bytes
     }
 
-    pub(super) fn is_ipv4(&self) -> bool {
+    pub(crate) fn is_ipv4(&self) -> bool {
         matches!(self.ip, IpHeaders::Ipv4(..))
     }
 
-    pub(super) fn protocol(&self) -> IpNumber {
+    pub(crate) fn protocol(&self) -> IpNumber {
         match self.transport {
             SampleTransport::Tcp(_) => ip_number::TCP,
             SampleTransport::Udp(..) => ip_number::UDP,
@@ -75,7 +75,7 @@ impl Sample {
     }
 
     /// The offset of the transport checksum in the packet.
-    pub(super) fn checksum_at(&self) -> usize {
+    pub(crate) fn checksum_at(&self) -> usize {
         self.ip.header_len()
             + match self.transport {
                 SampleTransport::Tcp(_) => 16,
@@ -85,7 +85,7 @@ impl Sample {
     }
 
     /// The sum of the pseudo header.
-    pub(super) fn partial_checksum(&self) -> [u8; 2] {
+    pub(crate) fn partial_checksum(&self) -> [u8; 2] {
         let length = self.bytes().len() - self.ip.header_len();
         let mut words = vec![0, self.protocol().0];
         words.extend_from_slice(&(length as u32).to_be_bytes());
@@ -98,7 +98,7 @@ impl Sample {
 
     /// Overwrites the checksums of IP and transport header. A UDP checksum does not become 0,
     /// because 0 means that there is none.
-    pub(super) fn spoil_checksums(&self, packet: &mut [u8], with: [u8; 4]) {
+    pub(crate) fn spoil_checksums(&self, packet: &mut [u8], with: [u8; 4]) {
         let at = self.checksum_at();
         packet[at..at + 2].copy_from_slice(&with[..2]);
         if with[..2] == [0, 0] {
@@ -112,7 +112,7 @@ impl Sample {
 
 /// Asserts that the checksums of a packet are correct.
 #[track_caller]
-pub(super) fn assert_checksums(packet: &[u8]) {
+pub(crate) fn assert_checksums(packet: &[u8]) {
     let headers = PacketHeaders::from_ip_slice(packet).unwrap();
     let payload = headers.payload.slice();
     match (headers.net.unwrap(), headers.transport.unwrap()) {

@@ -1,10 +1,12 @@
 //! The settings of a queue in a random history.
 
+// The histories against the simulated kernel use another part than those against the real one.
+#![allow(dead_code, unreachable_pub)]
+
 use std::time::Duration;
 
+use nfqueue_testbed::random::Random;
 use tokio_nfqueue::{Action, FlushDecision, FlushPolicy, Queue, QueueBuilder};
-
-use super::random::Random;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {

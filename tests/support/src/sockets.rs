@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::trial::PATIENCE;
+use super::PATIENCE;
 
 /// Enough for tens of thousands of small packets, wherever the system allows it.
 const BUFFER: usize = 64 << 20;

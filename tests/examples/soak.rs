@@ -16,13 +16,15 @@ use std::{
 };
 
 #[macro_use]
-#[path = "../tests/kernel/common/mod.rs"]
+#[path = "../kernel/common/mod.rs"]
 mod common;
-#[path = "../tests/kernel/histories/mod.rs"]
+#[path = "../kernel/histories/mod.rs"]
 mod histories;
-#[path = "../tests/histories/simulated/mod.rs"]
+#[path = "../histories/settings.rs"]
+mod settings;
+#[path = "../histories/simulated/mod.rs"]
 mod simulated;
-#[path = "../tests/support/mod.rs"]
+#[path = "../kernel/support/mod.rs"]
 mod support;
 
 const USAGE: &str = "usage: soak [--minutes M] [--seed S] [--only simulated|real]";

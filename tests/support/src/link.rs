@@ -7,20 +7,23 @@ use std::{
     thread,
 };
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
-use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
-};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 
-use super::{Namespace, sockets::wait_until, sys};
+use super::{
+    Namespace,
+    rtnetlink::{
+        Action, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, Request,
+        VETH_INFO_PEER, attribute, family, text,
+    },
+    sockets::wait_until,
+    sys,
+};
+
+/// An object must not exist before.
+const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
+/// `RT_TABLE_MAIN`
+const MAIN_TABLE: u8 = 254;
 
 /// What a pair of interfaces is like.
 #[derive(Debug, Clone)]
@@ -126,33 +129,27 @@ pub fn veth_with(options: &VethOptions) -> Peer {
 }
 
 /// A pair of interfaces, the far one in another namespace; both are down.
-pub(super) fn make_pair(near: &str, far: &str, namespace: &Namespace, mtu: u32) {
-    let mut peer = LinkMessage::default();
-    peer.attributes = vec![
-        LinkAttribute::IfName(far.to_owned()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::NetNsFd(namespace.file().as_raw_fd()),
-    ];
-    let mut pair = LinkMessage::default();
-    pair.attributes = vec![
-        LinkAttribute::IfName(near.to_owned()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::Veth),
-            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-        ]),
-    ];
-    request(RouteNetlinkMessage::NewLink(pair), NLM_F_CREATE | NLM_F_EXCL).expect("make a pair of interfaces");
+pub(crate) fn make_pair(near: &str, far: &str, namespace: &Namespace, mtu: u32) {
+    let mtu = mtu.to_ne_bytes();
+    let peer = Request::new_link()
+        .with(IFLA_IFNAME, &text(far))
+        .with(IFLA_MTU, &mtu)
+        .with(IFLA_NET_NS_FD, &namespace.file().as_raw_fd().to_ne_bytes());
+    let data = attribute(VETH_INFO_PEER, &peer.into_body());
+    let information = [attribute(IFLA_INFO_KIND, b"veth"), attribute(IFLA_INFO_DATA, &data)].concat();
+    let pair =
+        Request::new_link().with(IFLA_IFNAME, &text(near)).with(IFLA_MTU, &mtu).with(IFLA_LINKINFO, &information);
+    pair.send(NEW).expect("make a pair of interfaces");
 }
 
 /// Brings an interface up.
 pub fn link_up(name: &str) {
-    set_flags(name, LinkFlags::Up).unwrap_or_else(|error| panic!("bring {name} up: {error}"));
+    Request::set_link_up(index(name), true).send(0).unwrap_or_else(|error| panic!("bring {name} up: {error}"));
 }
 
 /// Takes an interface down.
 pub fn link_down(name: &str) {
-    set_flags(name, LinkFlags::empty()).unwrap_or_else(|error| panic!("take {name} down: {error}"));
+    Request::set_link_up(index(name), false).send(0).unwrap_or_else(|error| panic!("take {name} down: {error}"));
 }
 
 /// An interface's flags.
@@ -163,66 +160,42 @@ pub fn link_flags(name: &str) -> InterfaceFlags {
 
 /// Sets how long packets may be, in bytes.
 pub fn set_mtu(name: &str, mtu: u32) {
-    let mut message = LinkMessage::default();
-    message.header.index = index(name);
-    message.attributes = vec![LinkAttribute::Mtu(mtu)];
-    request(RouteNetlinkMessage::SetLink(message), 0).unwrap_or_else(|error| panic!("set the MTU of {name}: {error}"));
+    let request = Request::set_link(index(name)).with(IFLA_MTU, &mtu.to_ne_bytes());
+    request.send(0).unwrap_or_else(|error| panic!("set the MTU of {name}: {error}"));
 }
 
 /// Gives an interface an address, without looking for duplicates of it.
 pub fn add_address(name: &str, address: IpAddr, prefix: u8) {
-    let mut message = AddressMessage::default();
-    message.header.family = family(address);
-    message.header.prefix_len = prefix;
-    message.header.flags = AddressHeaderFlags::Nodad;
-    message.header.index = index(name);
-    message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
-    request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new_address(index(name), address, prefix)
+        .send(NEW)
         .unwrap_or_else(|error| panic!("give {name} the address {address}: {error}"));
 }
 
 /// Sends everything that has no other route through `gateway`.
 pub fn default_route(gateway: IpAddr) {
-    default_route_in(RouteHeader::RT_TABLE_MAIN, gateway);
+    default_route_in(MAIN_TABLE, gateway);
 }
 
 /// Sends everything with this mark, all 32 bits, through `gateway`.
 pub fn marked_route(mark: u32, gateway: IpAddr) {
     const TABLE: u8 = 100;
     default_route_in(TABLE, gateway);
-    let mut message = RuleMessage::default();
-    message.header.family = family(gateway);
-    message.header.table = TABLE;
-    message.header.action = RuleAction::ToTable;
-    message.attributes = vec![RuleAttribute::FwMark(mark)];
-    request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new_rule(family(gateway), Action::Table(TABLE), mark)
+        .send(NEW)
         .unwrap_or_else(|error| panic!("route by the mark {mark:#x}: {error}"));
 }
 
 /// Lets packets with another mark reach no host but this one.
 pub fn unreachable_unless_marked(mark: u32) {
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut message = RuleMessage::default();
-        message.header.family = family;
-        message.header.action = RuleAction::Unreachable;
-        message.header.flags = RuleFlags::Invert;
-        message.attributes = vec![RuleAttribute::FwMark(mark)];
-        request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL).expect("make a rule for routes");
+    for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
+        let rule = Request::new_rule(family(any), Action::UnreachableUnless, mark);
+        rule.send(NEW).expect("make a rule for routes");
     }
 }
 
 fn default_route_in(table: u8, gateway: IpAddr) {
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(gateway);
-    message.header.table = table;
-    message.header.protocol = RouteProtocol::Static;
-    message.header.scope = RouteScope::Universe;
-    message.header.kind = RouteType::Unicast;
-    message.attributes = vec![RouteAttribute::Gateway(match gateway {
-        IpAddr::V4(address) => RouteAddress::Inet(address),
-        IpAddr::V6(address) => RouteAddress::Inet6(address),
-    })];
-    request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new_default_route(table, gateway)
+        .send(NEW)
         .unwrap_or_else(|error| panic!("route through {gateway}: {error}"));
 }
 
@@ -264,44 +237,6 @@ pub fn set_offload(name: &str, offload: Offload, on: bool) -> io::Result<()> {
     sys::ethtool(name, command, on.into())
 }
 
-fn set_flags(name: &str, flags: LinkFlags) -> io::Result<()> {
-    let mut message = LinkMessage::default();
-    message.header.index = index(name);
-    message.header.flags = flags;
-    message.header.change_mask = LinkFlags::Up;
-    request(RouteNetlinkMessage::SetLink(message), 0)
-}
-
-fn family(address: IpAddr) -> AddressFamily {
-    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
-}
-
-pub(super) fn index(name: &str) -> u32 {
+pub(crate) fn index(name: &str) -> u32 {
     nix::net::if_::if_nametoindex(name).unwrap_or_else(|error| panic!("interface {name}: {error}"))
-}
-
-/// One request, acknowledged.
-pub(super) fn request(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-    exchange(message, flags).map(drop)
-}
-
-/// One request and its reply; `None` if that is only an acknowledgement.
-pub(super) fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-    header.sequence_number = 1;
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-    let mut answer = Vec::with_capacity(65_536);
-    socket.recv(&mut answer, 0)?;
-    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?.payload {
-        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
-        NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
-        _ => Ok(None),
-    }
 }

@@ -1,10 +1,10 @@
 //! In fragments, addresses can be changed, and ports and payload cannot.
 
 use proptest::prelude::*;
+use tokio_nfqueue::{Edit, PacketView, complete_checksums};
 
 use super::{
-    super::{Edit, PacketView},
-    refusal,
+    first4, refusal,
     sample::{Sample, SampleTransport, plain, sample},
 };
 
@@ -54,8 +54,8 @@ proptest! {
         let set = |packet: &[u8]| {
             let mut edit = Edit::new(packet).unwrap();
             if sample.is_ipv4() {
-                edit.set_source_address(super::first4(source)).unwrap();
-                edit.set_destination_address(super::first4(destination)).unwrap();
+                edit.set_source_address(first4(source)).unwrap();
+                edit.set_destination_address(first4(destination)).unwrap();
             } else {
                 edit.set_source_address(source).unwrap();
                 edit.set_destination_address(destination).unwrap();
@@ -87,7 +87,7 @@ fn fragments_refuse_transport_changes() {
                 refusal(edit.replace_payload(b"other")),
                 refusal(edit.payload_mut().map(|_| ())),
                 refusal(edit.splice_ip_payload(..1, b"x")),
-                refusal(super::complete_checksums(&mut fragment.clone())),
+                refusal(complete_checksums(&mut fragment.clone())),
             ] {
                 assert!(text.ends_with("the packet is a fragment"), "{text}");
             }

@@ -16,7 +16,7 @@ struct Value {
 }
 
 /// An ethtool command that sets one number.
-pub fn ethtool(interface: &str, command: u32, data: u32) -> io::Result<()> {
+pub(crate) fn ethtool(interface: &str, command: u32, data: u32) -> io::Result<()> {
     const SIOCETHTOOL: libc::Ioctl = 0x8946;
     let socket = UdpSocket::bind("127.0.0.1:0")?;
     // SAFETY: `ifreq` is plain data, for which zeros are valid.

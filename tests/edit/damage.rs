@@ -1,9 +1,9 @@
 //! Malformed packets and arbitrary bytes cause errors, never a panic.
 
 use proptest::{prelude::*, sample::Index};
+use tokio_nfqueue::{Edit, PacketView, Unreachable, complete_checksums};
 
 use super::{
-    super::{Edit, PacketView, Unreachable, complete_checksums},
     Change, change, refusal,
     sample::{Sample, SampleTransport, assert_checksums, plain, sample},
 };
@@ -40,20 +40,24 @@ fn exercise(bytes: &[u8], change: &Change) {
 fn reply(bytes: &[u8]) {
     for make in [Edit::turn_around, Edit::tcp_reset, |edit: &mut Edit| edit.icmp_unreachable(Unreachable::Port)] {
         let Ok(mut edit) = Edit::new(bytes) else { return };
-        let packet = edit.packet.clone();
+        let packet = whole(&edit.view());
         let (result, source) = (make(&mut edit), edit.view().source());
         if result.is_err() {
-            assert_eq!(edit.packet, packet);
+            assert_eq!(whole(&edit.view()), packet);
             continue;
         }
         assert_eq!((source, edit.view().ttl()), (PacketView::new(bytes).unwrap().destination(), 64));
-        let is_error = edit.packet[..] != packet[..] && matches!(edit.view().icmp(), Some((1 | 3, _)));
+        let is_error = whole(&edit.view()) != packet && matches!(edit.view().icmp(), Some((1 | 3, _)));
         let reply = edit.finish();
         assert_eq!(Edit::new(&reply).unwrap().finish(), reply);
         if is_error {
             assert_checksums(&reply);
         }
     }
+}
+
+fn whole(view: &PacketView<'_>) -> Vec<u8> {
+    [view.ip_header(), view.ip_payload()].concat()
 }
 
 proptest! {
@@ -173,7 +177,7 @@ fn unsupported_protocols_are_refused() {
 }
 
 /// An IPv6 packet with an extension header of this kind before the UDP header.
-pub(super) fn extended(kind: u8, header: &[u8]) -> Vec<u8> {
+pub(crate) fn extended(kind: u8, header: &[u8]) -> Vec<u8> {
     let mut packet = udp(true).bytes();
     packet[6] = kind;
     packet[5] += header.len() as u8;
