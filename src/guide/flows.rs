@@ -103,7 +103,8 @@
 //! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
 //! same port. Beyond that time it is denied as long as connection tracking has its entry: that of
 //! the packet with the verdict, or another one of which a packet has been stopped meanwhile. (It is
-//! dropped then, if it was rejected.) Behind address translation, when the entry is gone, the time
+//! dropped then, if it was rejected. Of TCP, SCTP and DCCP, an entry that the other side has begun
+//! comes to the queue.) Behind address translation, when the entry is gone, the time
 //! of each direction begins anew with its own packets only.
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
@@ -117,8 +118,7 @@
 //! further ones.
 //!
 //! If the other side's packets have passed before the verdict, they are of the denied connection:
-//! also if they begin one of its own beside an earlier denial of the same addresses and ports. It
-//! then stays denied as long as connection tracking has its entry.
+//! also if they begin one of its own beside an earlier denial of the same addresses and ports.
 //! So is what the other side sends after a verdict on a connection to which both have sent, also
 //! when connection tracking has lost the connection; of TCP, SCTP and DCCP all but a first packet.
 //!

@@ -27,8 +27,8 @@ impl<'a> Flows<'a> {
             chain.push_for(version, &[Match::beside(version, Of::Connection)], Action::Return);
         }
         chain.push_first(&[], Action::Return, None);
-        // It stays denied when the memory of the other one is gone.
-        chain.change(&[Match::confirmed()], self.save(self.table.marks.denied()));
+        // An accept that it had does not come back when the memory of the denial is gone.
+        chain.change(&[Match::confirmed()], self.save(0));
         chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
         chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
         chain
