@@ -104,8 +104,8 @@
 //! same port. Beyond that time it is denied as long as connection tracking has its entry: that of
 //! the packet with the verdict, or another one of which a packet has been stopped meanwhile. (It is
 //! dropped then, if it was rejected. Of TCP, SCTP and DCCP, an entry that the other side has begun
-//! comes to the queue.) Behind address translation, when the entry is gone, the time
-//! of each direction begins anew with its own packets only.
+//! comes to the queue.) Behind address translation, when the entry is gone, the time of each
+//! direction begins anew with its own packets only.
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
