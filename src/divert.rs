@@ -81,12 +81,12 @@ impl Handover {
     /// Hands the table over together with the queues. Its rules and hooks stay installed all the
     /// time.
     ///
-    /// From now on `divert` cannot be used: its methods return [`Other`](ErrorKind::Other). If the
-    /// queues go on here, so does the table. If they are handed over, drop `divert`: that does not
-    /// affect the table any more.
+    /// From now on `divert` cannot be used: its methods return [`Other`](ErrorKind::Other). If this
+    /// process keeps the queues, `divert` can be used again. If they are handed over, drop it: that
+    /// does not affect the table any more.
     ///
     /// # Errors
-    /// The queues go on here: [`InvalidInput`](ErrorKind::InvalidInput) if the table is being
+    /// This process keeps the queues: [`InvalidInput`](ErrorKind::InvalidInput) if the table is being
     /// handed over already, or an error of the operating system.
     pub fn with_divert(mut self, divert: &Divert) -> Result<Self, Error> {
         let lent = divert.lend()?;
@@ -112,7 +112,7 @@ impl Takeover {
     ///
     /// # Errors
     /// [`Malformed`](ErrorKind::Malformed) if what the predecessor has sent is damaged, or an error
-    /// of the operating system. The predecessor goes on if this value is dropped.
+    /// of the operating system. The predecessor keeps the table if this value is dropped.
     pub fn take_divert(&mut self) -> Result<Option<Divert>, Error> {
         let Some(passed) = self.first_part() else { return Ok(None) };
         let socket = passed.socket.as_fd().try_clone_to_owned();

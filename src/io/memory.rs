@@ -26,10 +26,10 @@ pub(crate) trait MemoryKernel: Debug + Send + Sync {
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno>;
     /// Wakes those who wait for what has been sent. The caller holds no lock.
     fn wake(&self);
-    /// Appends a datagram to `room`, up to its capacity.
-    fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno>;
+    /// Appends a datagram to `buffer`, up to its capacity.
+    fn receive(&self, port: u32, buffer: &mut BytesMut) -> Result<(), Errno>;
     /// As `receive`, up to two datagrams. Returns how many, and whether there are no more.
-    fn receive_two(&self, port: u32, rooms: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno>;
+    fn receive_two(&self, port: u32, buffers: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno>;
     /// Returns the resulting size.
     fn set_receive_buffer(&self, port: u32, bytes: usize) -> usize;
     /// Whether the caller may send.

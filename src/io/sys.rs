@@ -148,19 +148,19 @@ pub(crate) fn netlink_socket(fd: OwnedFd) -> netlink_sys::Socket {
     unsafe { netlink_sys::Socket::from_raw_fd(fd.into_raw_fd()) }
 }
 
-/// Receives one datagram into `room`, replacing its content, up to its capacity. Returns the full
+/// Receives one datagram into `buffer`, replacing its content, up to its capacity. Returns the full
 /// length of the datagram.
 ///
 /// It makes the system call directly: `recv` of the C library is a thread cancellation point, which
 /// costs about 40 ns.
 #[allow(unsafe_code)]
-pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Result<usize> {
-    room.clear();
-    let ((received, _), length) = recv(socket, room.spare_capacity_mut(), RecvFlags::TRUNC)?;
+pub(crate) fn receive(socket: impl AsFd, buffer: &mut BytesMut) -> rustix::io::Result<usize> {
+    buffer.clear();
+    let ((received, _), length) = recv(socket, buffer.spare_capacity_mut(), RecvFlags::TRUNC)?;
     let received = received.len();
-    // SAFETY: `room` was empty, so its spare capacity begins where it begins, and `recv` has filled
+    // SAFETY: `buffer` was empty, so its spare capacity begins where it begins, and `recv` has filled
     // that much of it.
-    unsafe { room.set_len(received) };
+    unsafe { buffer.set_len(received) };
     Ok(length)
 }
 
@@ -169,14 +169,14 @@ pub(crate) fn receive(socket: impl AsFd, room: &mut BytesMut) -> rustix::io::Res
 /// without waiting, and this socket has no other errors (`do_recvmmsg` would keep one for the next
 /// call).
 #[allow(unsafe_code)]
-pub(crate) fn receive_two(socket: impl AsFd, rooms: [&mut BytesMut; 2]) -> rustix::io::Result<usize> {
+pub(crate) fn receive_two(socket: impl AsFd, buffers: [&mut BytesMut; 2]) -> rustix::io::Result<usize> {
     // SAFETY: both are plain data, for which zeros are valid.
     let (mut headers, mut vectors): ([libc::mmsghdr; 2], [libc::iovec; 2]) =
         unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
-    let mut rooms = rooms;
-    for ((header, vector), room) in headers.iter_mut().zip(&mut vectors).zip(&mut rooms) {
-        room.clear();
-        let spare = room.spare_capacity_mut();
+    let mut buffers = buffers;
+    for ((header, vector), buffer) in headers.iter_mut().zip(&mut vectors).zip(&mut buffers) {
+        buffer.clear();
+        let spare = buffer.spare_capacity_mut();
         (vector.iov_base, vector.iov_len) = (spare.as_mut_ptr().cast(), spare.len());
         (header.msg_hdr.msg_iov, header.msg_hdr.msg_iovlen) = (&raw mut *vector, 1);
     }
@@ -186,11 +186,11 @@ pub(crate) fn receive_two(socket: impl AsFd, rooms: [&mut BytesMut; 2]) -> rusti
     let count =
         unsafe { libc::recvmmsg(socket.as_fd().as_raw_fd(), headers.as_mut_ptr(), 2, flags, std::ptr::null_mut()) };
     let count = usize::try_from(count).map_err(|_| last_error())?;
-    for (header, room) in headers.iter().zip(&mut rooms).take(count) {
-        let received = (header.msg_len as usize).min(room.capacity());
+    for (header, buffer) in headers.iter().zip(&mut buffers).take(count) {
+        let received = (header.msg_len as usize).min(buffer.capacity());
         // SAFETY: the buffer was empty, so its spare capacity began where it begins, and the kernel
         // has filled that much of it: the length of the datagram, or all of it.
-        unsafe { room.set_len(received) };
+        unsafe { buffer.set_len(received) };
     }
     Ok(count)
 }

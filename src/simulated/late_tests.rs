@@ -21,8 +21,8 @@ struct Late {
 }
 
 impl MemoryKernel for Late {
-    fn receive_two(&self, port: u32, rooms: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno> {
-        let received = self.kernel.0.receive_two(port, rooms)?;
+    fn receive_two(&self, port: u32, buffers: [&mut BytesMut; 2]) -> Result<(usize, bool), Errno> {
+        let received = self.kernel.0.receive_two(port, buffers)?;
         if let ((1, true), Some(packet)) = (received, self.packet.lock().unwrap().take()) {
             self.kernel.send(packet);
             self.mark.send(b"mark").unwrap();
@@ -50,8 +50,8 @@ impl MemoryKernel for Late {
         self.kernel.0.wake();
     }
 
-    fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
-        self.kernel.0.receive(port, room)
+    fn receive(&self, port: u32, buffer: &mut BytesMut) -> Result<(), Errno> {
+        self.kernel.0.receive(port, buffer)
     }
 
     fn set_receive_buffer(&self, port: u32, bytes: usize) -> usize {

@@ -384,9 +384,9 @@ impl MemoryKernel for Shared {
         }
     }
 
-    fn receive(&self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
+    fn receive(&self, port: u32, buffer: &mut BytesMut) -> Result<(), Errno> {
         let mut inner = self.inner();
-        let result = inner.model.receive(port, room);
+        let result = inner.model.receive(port, buffer);
         if let Some(signal) = inner.signals.get(&port) {
             match inner.model.is_readable(port) {
                 false => signal.lower(),

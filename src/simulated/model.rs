@@ -160,12 +160,12 @@ impl<T: Clone> Model<T> {
         !self.receive_errors.is_empty() || self.sockets.get(&port).is_some_and(Socket::is_readable)
     }
 
-    /// Appends a datagram to `room`, up to its capacity.
-    pub(super) fn receive(&mut self, port: u32, room: &mut BytesMut) -> Result<(), Errno> {
+    /// Appends a datagram to `buffer`, up to its capacity.
+    pub(super) fn receive(&mut self, port: u32, buffer: &mut BytesMut) -> Result<(), Errno> {
         if let Some(errno) = self.receive_errors.pop_front() {
             return Err(errno);
         }
-        self.sockets.get_mut(&port).ok_or(Errno::BADF)?.receive(room)
+        self.sockets.get_mut(&port).ok_or(Errno::BADF)?.receive(buffer)
     }
 
     /// Whether the next attempt to receive fails, although there may be a datagram.

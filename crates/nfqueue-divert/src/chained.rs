@@ -78,7 +78,7 @@ impl<'a> Chained<'a> {
         for set in DeniedSet::of_replies(self.surroundings.family) {
             self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
         }
-        // What answers with the tuple of a denied connection's replies is no other side of it.
+        // An entry that has the same replies as a denied connection is not its other side.
         for set in DeniedSet::all(self.surroundings.family) {
             let of = Of::ConnectionReversed;
             let rule = self.push(&[Match::source_not_translated(), Match::denied(set, of)], action);
@@ -88,21 +88,19 @@ impl<'a> Chained<'a> {
         }
     }
 
-    /// Adds rules that remember the connection in the sets of dropped or of rejected ones.
-    pub(super) fn remember(&mut self, reject: bool, conditions: &[Match], of: Of, action: Action) {
-        for set in DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject) {
-            let rule = self.push(conditions, action);
+    /// Adds rules that remember the connection by this tuple, as a dropped or as a rejected one.
+    pub(super) fn remember(
+        &mut self,
+        sets: impl Iterator<Item = DeniedSet>,
+        reject: bool,
+        of: Of,
+        conditions: &[(Match, bool)],
+    ) {
+        for set in sets.filter(|set| set.reject == reject) {
+            let rule = self.push(&[], Action::Continue);
             rule.facts.version = Some(set.version);
+            rule.conditions.extend_from_slice(conditions);
             rule.remember = Some(Remember::Denied(set, of));
-        }
-    }
-
-    /// Adds rules that remember the tuples of the other side's packets.
-    pub(super) fn remember_replies(&mut self, reject: bool, conditions: &[Match]) {
-        for set in DeniedSet::of_replies(self.surroundings.family).filter(|set| set.reject == reject) {
-            let rule = self.push(conditions, Action::Continue);
-            rule.facts.version = Some(set.version);
-            rule.remember = Some(Remember::Denied(set, Of::ConnectionReversed));
         }
     }
 
@@ -137,14 +135,15 @@ impl<'a> Chained<'a> {
     /// Adds the rules that remember a connection that a verdict denies. Each is tried even if there
     /// is no room in another's set.
     pub(super) fn remember_verdict(&mut self, reject: bool) {
-        self.remember(reject, &[], Of::Connection, Action::Continue);
+        let family = self.surroundings.family;
+        self.remember(DeniedSet::all(family), reject, Of::Connection, &[]);
         // Only then it is known how they are translated.
-        self.remember_replies(reject, &[Match::confirmed()]);
+        let known = [(Match::confirmed(), false)];
+        self.remember(DeniedSet::of_replies(family), reject, Of::ConnectionReversed, &known);
         // Where no packet shows that it begins a connection, the other side's next packet is of the
         // same conversation, also without its entry.
-        let start = self.rules.len();
-        self.remember(reject, &[Match::answered()], Of::ConnectionReversed, Action::Continue);
-        self.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((begin_so(), true)));
+        let conversation = [(Match::answered(), false), (begin_so(), true)];
+        self.remember(DeniedSet::all(family), reject, Of::ConnectionReversed, &conversation);
         for version in denied::versions(self.surroundings.family) {
             let rule = self.push(&[], Action::Continue);
             rule.facts.version = Some(version);

@@ -64,7 +64,7 @@ pub(super) fn forget_marks(
                     return None;
                 }
                 if is_verdict {
-                    // The tuples of both sides: without translation, the same.
+                    // By the tuples of both sides. Without translation each names both.
                     found.borrow_mut().flows.extend([names[0], names[2]]);
                 }
             }

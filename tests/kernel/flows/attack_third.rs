@@ -30,6 +30,7 @@ tests![
     one a_forgotten_denial_leaves_nothing_beside,
     one an_expired_denial_leaves_nothing_beside,
     one a_denial_wins_over_a_translated_packet_of_the_other_side,
+    one a_forged_packet_does_not_protect_a_translated_packet_of_the_other_side,
     one a_translated_conversation_stays_denied_when_its_entry_is_gone,
     one a_client_cannot_answer_its_own_sctp_init,
     one a_crossed_conversation_stays_denied_when_its_entry_is_gone,
@@ -217,22 +218,37 @@ fn translated(hosts: &Hosts) -> impl Fn() {
     }
 }
 
-/// Both sides begin at once.
 async fn a_denial_wins_over_a_translated_packet_of_the_other_side() {
     let hosts = Hosts::new();
     let answer = translated(&hosts);
     let mut queue = bind();
     let _divert = table([udp()]).install().unwrap();
+    denied_while_both_begin(&hosts, &mut queue, answer).await;
+}
+
+/// It has the server's address, and is for the address of the client that the server does not know.
+async fn a_forged_packet_does_not_protect_a_translated_packet_of_the_other_side() {
+    let hosts = Hosts::new();
+    let answer = translated(&hosts);
+    let mut queue = bind();
+    let _divert = table([udp()]).install().unwrap();
+    hosts.datagram(false);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 0]);
+    denied_while_both_begin(&hosts, &mut queue, answer).await;
+}
+
+async fn denied_while_both_begin(hosts: &Hosts, queue: &mut Queue, answer: impl Fn()) {
     hosts.datagram(true);
-    let denied = next(&mut queue).await;
+    let denied = next(queue).await;
     answer();
-    pass(&mut queue).await;
+    pass(queue).await;
     confirm(denied.drop().for_flow()).await.unwrap();
     assert_eq!(hosts.arrived(), [0, 1]);
     hosts.datagram(true);
-    queue_is_empty(&mut queue);
+    queue_is_empty(queue);
     answer();
-    queue_is_empty(&mut queue);
+    queue_is_empty(queue);
     assert_eq!(hosts.arrived(), [0, 0]);
 }
 

@@ -21,6 +21,7 @@ tests![
     one a_denied_syn_is_denied_beside_one_of_the_other_side,
     one an_error_about_a_connection_beside_a_denied_one_passes,
     one an_invalid_segment_of_a_connection_beside_a_denied_one_comes_to_the_queue,
+    one the_other_side_begins_again_after_its_crossing_connection_was_denied,
 ];
 
 /// The one that this host has begun is denied when the server answers.
@@ -61,7 +62,7 @@ async fn an_idle_connection_goes_on_beside_a_denial_that_is_renewed() {
     pass_segment(&mut queue, SYN_ACK).await;
     hosts.server(ACK, (5001, 1001), b"data");
     pass_segment(&mut queue, ACK).await;
-    // For longer than a connection beside a denial is remembered that nobody renews.
+    // For longer than a connection beside a denial is remembered without packets.
     for _ in 0..15 {
         tokio::time::sleep(MEMORY / 5).await;
         hosts.client(SYN, (1, 0), b"");
@@ -153,5 +154,25 @@ async fn an_invalid_segment_of_a_connection_beside_a_denied_one_comes_to_the_que
     opened(&hosts, &mut queue).await;
     hosts.client(ACK, (1_000_000_000, 5001), b"data");
     pass_segment(&mut queue, ACK).await;
+    assert_eq!(hosts.arrived(), [1, 0]);
+}
+
+/// Both sides begin at once, and the server's SYN is denied: the client's connection too.
+async fn the_other_side_begins_again_after_its_crossing_connection_was_denied() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    hosts.client(SYN, (1000, 0), b"");
+    let of_client = queued(&mut queue, SYN).await;
+    hosts.server(SYN, (5000, 0), b"");
+    let of_server = queued(&mut queue, SYN).await;
+    confirm(of_client.accept()).await.unwrap();
+    confirm(of_server.drop().for_flow()).await.unwrap();
+    hosts.server(SYN, (5000, 0), b"");
+    hosts.client(SYN_ACK, (1000, 5001), b"");
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [1, 0]);
+    hosts.client(SYN, (9000, 0), b"");
+    pass_segment(&mut queue, SYN).await;
     assert_eq!(hosts.arrived(), [1, 0]);
 }

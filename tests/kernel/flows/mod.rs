@@ -215,7 +215,7 @@ async fn pass(queue: &mut Queue) {
     confirm(next(queue).await.accept()).await.unwrap();
 }
 
-/// Connection tracking soon forgets conversations of UDP in which nobody speaks.
+/// Connection tracking soon forgets conversations of UDP without packets.
 fn short_udp_timeouts() {
     for name in ["udp_timeout", "udp_timeout_stream"] {
         fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "1").unwrap();

@@ -111,7 +111,7 @@ impl Request {
 pub(crate) enum Action {
     /// Packets with the mark use this table.
     Table(u8),
-    /// Packets without the mark reach nobody.
+    /// Packets without the mark are unreachable.
     UnreachableUnless,
 }
 

@@ -156,7 +156,8 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// An entry gets its mark from the connection that has announced it (`init_conntrack`).
+    /// An entry gets its mark from the connection that has announced it (`init_conntrack`). The
+    /// other side of a denied connection loses its accept here too.
     pub(super) fn inherits(self) -> Chained<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Inherits);

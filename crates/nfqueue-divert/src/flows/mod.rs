@@ -21,7 +21,7 @@
 //! | chain | packets that come to it |
 //! |---|---|
 //! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
-//! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table |
+//! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table; or are of the other side of a denied connection |
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_begun_stray`, `flow_begun_record` | pass, and belong to no connection, as connection tracking sees it |
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |

@@ -4,7 +4,7 @@
 use super::context::Flows;
 use crate::{
     action::Action,
-    chained::{Chained, begin_so, goto},
+    chained::{Chained, begin_so, goto, jump},
     denied::{self, DeniedSet, Remember},
     flow_chain::{FlowChain, Way},
     matching::Match,
@@ -14,7 +14,7 @@ use crate::{
 impl<'a> Flows<'a> {
     /// The connection's tuple is that of the other side of a denied one. If a packet has begun it
     /// after the denial (`flow_beside_ip`), it is one of its own, which no verdict has denied: with
-    /// forged addresses, anybody could otherwise block the connections of others. If not, its
+    /// forged addresses, a sender could otherwise block the connections of others. If not, its
     /// packets have crossed the denied one, or the entry of the denied connection was lost and the
     /// other side has made a new one.
     pub(super) fn reversed(self, way: Way) -> Chained<'a> {
@@ -28,7 +28,7 @@ impl<'a> Flows<'a> {
         }
         chain.push_first(&[], Action::Return, None);
         // An accept that it had does not come back when the memory of the denial is gone.
-        chain.change(&[Match::confirmed()], self.save(0));
+        chain.push(&[Match::confirmed()], jump(FlowChain::Inherits));
         chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
         chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
         chain

@@ -45,8 +45,9 @@ impl<'a> Flows<'a> {
             rule.remember = Some(Remember::Denied(set, Of::Connection));
         }
         // Translation is complete only then.
-        chain.remember_replies(false, &[Match::confirmed()]);
-        chain.remember(false, &[], Of::Connection, Action::Continue);
+        let known = [(Match::confirmed(), false)];
+        chain.remember(DeniedSet::of_replies(family), false, Of::ConnectionReversed, &known);
+        chain.remember(DeniedSet::all(family), false, Of::Connection, &[]);
         chain.drop();
         chain
     }

@@ -61,7 +61,7 @@ impl Action {
 pub struct PacketId(u32);
 
 impl PacketId {
-    /// The kernel gives ids; nobody else makes them.
+    /// Ids come from the kernel only.
     #[doc(hidden)]
     pub const fn new(id: u32) -> Self {
         Self(id)
