@@ -86,8 +86,8 @@ impl Handover {
     /// does not affect the table any more.
     ///
     /// # Errors
-    /// This process keeps the queues: [`InvalidInput`](ErrorKind::InvalidInput) if the table is being
-    /// handed over already, or an error of the operating system.
+    /// This process keeps the queues: [`InvalidInput`](ErrorKind::InvalidInput) if the table is
+    /// being handed over already, or an error of the operating system.
     pub fn with_divert(mut self, divert: &Divert) -> Result<Self, Error> {
         let lent = divert.lend()?;
         let loan = lent.loan();

@@ -158,8 +158,8 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut BytesMut) -> rustix::io::R
     buffer.clear();
     let ((received, _), length) = recv(socket, buffer.spare_capacity_mut(), RecvFlags::TRUNC)?;
     let received = received.len();
-    // SAFETY: `buffer` was empty, so its spare capacity begins where it begins, and `recv` has filled
-    // that much of it.
+    // SAFETY: `buffer` was empty, so its spare capacity begins where it begins, and `recv` has
+    // filled that much of it.
     unsafe { buffer.set_len(received) };
     Ok(length)
 }

@@ -1,5 +1,5 @@
-//! What this crate reads of the kernel's messages. Nothing here panics on any input, and the size of
-//! a result is at most linear in that of the input.
+//! What this crate reads of the kernel's messages. Nothing here panics on any input, and the size
+//! of a result is at most linear in that of the input.
 
 use std::time::Duration;
 

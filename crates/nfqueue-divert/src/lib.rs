@@ -262,8 +262,8 @@ impl Divert {
     /// connection comes to the queue again.
     ///
     /// A verdict that is sent while this runs may be forgotten or not. So may an accept whose first
-    /// packet has not yet passed all hooks: see `guide::flows`, "Taking verdicts back". It walks all
-    /// entries of connection tracking in the network namespace, with
+    /// packet has not yet passed all hooks: see `guide::flows`, "Taking verdicts back". It walks
+    /// all entries of connection tracking in the network namespace, with
     /// [`offload`](DivertBuilder::offload) twice.
     ///
     /// Blocks the thread meanwhile; from an async task, call it in `spawn_blocking`.
