@@ -18,8 +18,9 @@ use netlink_packet_netfilter::{
     none::ControlMessage,
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
+use nfqueue_divert::Divert;
 use rustix::thread::{CapabilitySet, CpuSet};
-use tokio_nfqueue::{Divert, ErrorKind, Hook, NetworkNamespace, Protocol, Rule};
+use tokio_nfqueue::{ErrorKind, Hook, NetworkNamespace, Protocol, Rule};
 
 use crate::support::{self, Namespace, PATIENCE, RawPacket, RawQueue, VethOptions, udp, udp_marked, wait_until};
 
@@ -614,13 +615,13 @@ fn an_existing_table_name_is_refused() {
     let _first = builder.install().unwrap();
     lo.send("queued");
     let error = builder.install().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Other);
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::PERM.raw_os_error()));
     assert!(error.to_string().contains("another socket owns a table of this name"), "{error}");
 
     make_table("nobody's");
     let error = builder.clone().table("nobody's").install().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Other);
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::EXIST.raw_os_error()));
     assert!(error.to_string().contains("a table of this name exists"), "{error}");
 

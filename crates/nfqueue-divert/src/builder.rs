@@ -1,6 +1,6 @@
 //! The rules and settings of a table.
 
-use std::{sync::Mutex, time::Duration};
+use std::{ops::RangeInclusive, sync::Mutex, time::Duration};
 
 use nfqueue_proto::types::{Error, ErrorKind, FlowMarks, Hook};
 use rustix::io::Errno;
@@ -12,17 +12,17 @@ use super::{
     checked::{KernelRule, Surroundings},
     denied::{self, FlowTable},
     encoder::{Encoding, QueueMethod},
-    failure::{lacks_queue, refused, subject},
+    failure::{errno, lacks_queue, refused, subject},
     family::TableFamily,
     forget::forget_marks,
     layout::Layout,
-    nft::{Batch, ChainKind, Subject},
+    nft::{Batch, ChainKind, Command, Creation, Ownership, Subject},
     offload::{Interfaces, SHORTEST_DENIAL},
     priority::Priority,
     rule::Rule,
     script::script,
     set::{NamedSet, name_problem},
-    socket::{Connection, Outcome},
+    socket::{Connection, Outcome, Refusal},
 };
 
 /// The rules and settings of a [`Divert`], from [`Divert::builder`].
@@ -38,6 +38,10 @@ pub struct DivertBuilder {
     /// `None`: if a rule needs it.
     defragment: Option<bool>,
     flow_marks: Option<FlowMarks>,
+    /// Whether `flow_marks` was called.
+    flow_marks_chosen: bool,
+    fail_closed: bool,
+    queues: Option<(u16, u16)>,
     /// Capacity and time-out of the sets of denied connections.
     denied: (u32, Duration),
     offload: Option<Interfaces>,
@@ -55,6 +59,9 @@ impl DivertBuilder {
             track: false,
             defragment: None,
             flow_marks: None,
+            flow_marks_chosen: false,
+            fail_closed: false,
+            queues: None,
             denied: (65_535, Duration::from_secs(600)),
             offload: None,
             rules: Vec::new(),
@@ -128,16 +135,59 @@ impl DivertBuilder {
         self
     }
 
-    /// Makes verdicts for whole connections possible
-    /// (`Verdict::for_flow`), and verdicts that reject packets.
-    /// Default: off.
+    /// Makes verdicts for whole connections possible (`Verdict::for_flow`), and verdicts that
+    /// reject packets. Default: off (`None`); on, with [`FlowMarks::default`], for the rules of a
+    /// queue (`QueueBuilder::divert`) of an IP family.
     ///
-    /// Give the same marks to `QueueBuilder::flow_marks`. The
+    /// Give the same marks to `QueueBuilder::flow_marks`, except for the rules of a queue, which
+    /// takes those of its rules. The
     /// table gets chains that carry out these verdicts, and needs connection tracking; see
     /// `guide::flows` of tokio-nfqueue. Connections that were marked before are treated as
     /// new: [`install`](Self::install) removes their marks.
-    pub fn flow_marks(mut self, marks: FlowMarks) -> Self {
-        self.flow_marks = Some(marks);
+    pub fn flow_marks(mut self, marks: impl Into<Option<FlowMarks>>) -> Self {
+        self.flow_marks = marks.into();
+        self.flow_marks_chosen = true;
+        self
+    }
+
+    /// The flow marks, if [`flow_marks`](Self::flow_marks) was called.
+    #[doc(hidden)]
+    pub fn chosen_flow_marks(&self) -> Option<Option<FlowMarks>> {
+        self.flow_marks_chosen.then_some(self.flow_marks)
+    }
+
+    /// Whether the family carries out verdicts for connections.
+    #[doc(hidden)]
+    pub fn can_have_flow_marks(&self) -> bool {
+        self.family != TableFamily::Bridge
+    }
+
+    /// Where rules send packets that have no target of their own
+    /// ([`to_queue`](Rule::to_queue), [`accept`](Rule::accept) and so on), and change nothing.
+    /// Default: such a rule is an error. With several queues, packets are distributed over them:
+    /// see [`Rule::to_queues`].
+    ///
+    /// The rules of a queue (`QueueBuilder::divert` of tokio-nfqueue) go to all its numbers.
+    pub fn default_queues(mut self, queues: RangeInclusive<u16>) -> Self {
+        self.queues = Some((*queues.start(), *queues.end()));
+        self
+    }
+
+    /// Drops the packets of the rules, instead of letting them pass, when the process has ended
+    /// without [closing](Divert::close) the table: until a new process installs a table of the same
+    /// [name](Self::table), which must be given. Default: off, so that the rules end with the
+    /// process. [`Divert`](Divert#fail-open-or-fail-closed) has the table of what stays when.
+    ///
+    /// The kernel keeps the table (`NFT_TABLE_F_PERSIST`, Linux 6.9 and later), and drops what its
+    /// rules send to a queue that is not bound; so no rule may have [`bypass`](Rule::bypass).
+    /// [`install`](Self::install) replaces, in one step, a table of this name whose owner has
+    /// ended. Verdicts for connections are forgotten then.
+    ///
+    /// Before Linux 6.9 the table has no owner. It works in the same way, but other programs can
+    /// change the table, `nft flush ruleset` removes it, and a second process with the same name
+    /// replaces that of the first.
+    pub fn fail_closed(mut self) -> Self {
+        self.fail_closed = true;
         self
     }
 
@@ -239,8 +289,9 @@ impl DivertBuilder {
     ///   (before Linux 5.12), neither the `queue` expression nor the `NFQUEUE` target, or lacks
     ///   another expression that a rule needs.
     /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
-    /// * [`Other`](ErrorKind::Other): a table of this name exists (`EEXIST`, or `EPERM` if another
-    ///   socket owns it), or the kernel returns another error.
+    /// * [`AlreadyExists`](ErrorKind::AlreadyExists): a table of this name exists (`EEXIST`, or
+    ///   `EPERM` if another socket owns it).
+    /// * [`Other`](ErrorKind::Other): the kernel returns another error.
     pub fn install(&self) -> Result<Divert, Error> {
         let (connection, devices) = self.open()?;
         self.install_on(connection, &devices).map_err(|(error, _)| error)
@@ -255,6 +306,13 @@ impl DivertBuilder {
     pub fn prepare(&self) -> Result<Installation, Error> {
         let (connection, devices) = self.open()?;
         Ok(Installation { builder: self.clone(), connection: Some(connection), devices })
+    }
+
+    /// As far as the rules can be checked without the kernel.
+    #[doc(hidden)]
+    pub fn validate(&self) -> Result<(), Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
+        check_rules(&self.rules, self.check(&[]).map_err(invalid)?).map_err(invalid).map(drop)
     }
 
     /// Checks the rules, and opens the socket. Also returns the interfaces of the flowtable.
@@ -283,7 +341,9 @@ impl DivertBuilder {
                 let state = State { connection, method, places, hooks, rules, foreign: None, chains };
                 let sets = self.sets.clone();
                 let offload = devices.to_vec();
-                Ok(Divert { table, family: self.family, priority, flows, sets, offload, state: Mutex::new(state) })
+                let (family, queues, fail_closed) = (self.family, self.queues, self.fail_closed);
+                let state = Mutex::new(state);
+                Ok(Divert { table, family, priority, flows, sets, offload, queues, fail_closed, state })
             }
             Err(error) => Err((error, connection)),
         }
@@ -302,9 +362,9 @@ impl DivertBuilder {
             None => format!("tokio_nfqueue_{}", connection.port()),
         };
         let none = Hooks::default();
-        let encode = |encoding: Encoding, hooks: Hooks| {
+        let encode = |creation: Creation, encoding: Encoding, hooks: Hooks| {
             let mut batch = Batch::new(&table, encoding);
-            batch.create_table();
+            batch.create_table(creation);
             let (tracking, defragment) = hooks.beyond(none);
             batch.create_holder(self.family, tracking, defragment);
             self.sets.iter().for_each(|set| batch.create_set(set));
@@ -323,23 +383,32 @@ impl DivertBuilder {
 
         // The trial must not contain base chains: to abort it, the kernel would unregister their
         // hooks, which drops all queued packets.
-        let mut method = QueueMethod::Expression;
-        let mut trial = encode(Encoding { method, trial: true }, none);
-        let mut result = connection.transact(&trial, Outcome::Abort);
-        if result.as_ref().is_err_and(|refusal| lacks_queue(refusal, &trial, rules)) {
-            method = QueueMethod::Target;
-            trial = encode(Encoding { method, trial: true }, none);
-            result = connection.transact(&trial, Outcome::Abort);
-        }
         let operation = || format!("install table {table}");
-        result.map_err(|refusal| refused(operation(), &trial, rules, refusal))?;
+        let mut method = QueueMethod::Expression;
+        let ownership = match self.fail_closed {
+            false => Ownership::Process,
+            true if has_lasting_tables(connection) => Ownership::Lasting,
+            true => Ownership::None,
+        };
+        let mut creation = Creation { ownership, replaces: false };
+        loop {
+            let trial = encode(creation, Encoding { method, trial: true }, none);
+            let Err(refusal) = connection.transact(&trial, Outcome::Abort) else { break };
+            if method == QueueMethod::Expression && lacks_queue(&refusal, &trial, rules) {
+                method = QueueMethod::Target;
+            } else if self.fail_closed && !creation.replaces && exists(&refusal, &trial) {
+                creation.replaces = true;
+            } else {
+                return Err(refused(operation(), &trial, rules, refusal));
+            }
+        }
 
         if let Some(flows) = surroundings.flows {
             // The marks of a table that was here before, perhaps of a process that was killed.
             forget_marks(connection, flows.marks, None).map_err(|error| error.with_operation(operation()))?;
         }
         let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
-        let commands = encode(Encoding { method, trial: false }, hooks);
+        let commands = encode(creation, Encoding { method, trial: false }, hooks);
         let result = connection.transact(&commands, Outcome::Commit);
         result.map_err(|refusal| refused(operation(), &commands, rules, refusal))?;
         let Surroundings { priority, flows, .. } = surroundings;
@@ -388,6 +457,9 @@ impl DivertBuilder {
             return Err("chain: the hook must be prerouting, input, forward, output or postrouting".to_owned());
         }
         let flows = self.flow_marks.map(|marks| FlowTable { marks, capacity: self.denied.0, timeout: self.denied.1 });
+        if self.fail_closed && self.table.is_none() {
+            return Err("fail_closed: the table needs a name, by which a new process finds it".to_owned());
+        }
         if let Some(flows) = flows {
             flows.check(self.family)?;
             for (hook, priority) in &self.chains {
@@ -418,7 +490,8 @@ impl DivertBuilder {
             }
         }
         let priority = self.priority.number();
-        Ok(Surroundings { family: self.family, sets: &self.sets, priority, flows, offload: devices })
+        let Self { family, ref sets, queues, fail_closed, .. } = *self;
+        Ok(Surroundings { family, sets, priority, flows, offload: devices, queues, fail_closed })
     }
 
     fn places(&self, rules: &[KernelRule<'_>]) -> Vec<Place> {
@@ -506,11 +579,24 @@ impl Hooks {
 fn has_expression(connection: &mut Connection, name: &str) -> bool {
     let table = format!("tokio_nfqueue_{}_probe", connection.port());
     let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
-    batch.create_table();
+    batch.create_table(Creation { ownership: Ownership::Process, replaces: false });
     batch.probe(name);
     let refusal = connection.transact(&batch.commands, Outcome::Abort).err();
     let refused = refusal.filter(|refusal| matches!(subject(refusal, &batch.commands), Some(Subject::Hooks(_))));
     refused.is_some_and(|refusal| refusal.error.raw_os_error() == Some(Errno::INVAL.raw_os_error()))
+}
+
+/// Whether the kernel has refused to create a table because there is one.
+fn exists(refusal: &Refusal, commands: &[Command]) -> bool {
+    subject(refusal, commands) == Some(&Subject::Table) && errno(refusal) == Some(Errno::EXIST)
+}
+
+/// Whether the kernel keeps a table without its owner.
+fn has_lasting_tables(connection: &mut Connection) -> bool {
+    let table = format!("tokio_nfqueue_{}_probe", connection.port());
+    let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
+    batch.create_table(Creation { ownership: Ownership::Lasting, replaces: false });
+    connection.transact(&batch.commands, Outcome::Abort).is_ok()
 }
 
 /// The table in the language of nft.
@@ -546,6 +632,17 @@ pub struct Installation {
 }
 
 impl Installation {
+    /// Installs the rules: see [`DivertBuilder::install`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn install(self) -> Result<Divert, Error> {
+        let Self { builder, connection, devices } = self;
+        let missing = || Error::new(ErrorKind::InvalidInput, "install rules").with_detail("they are installed");
+        builder.install_on(connection.ok_or_else(missing)?, &devices).map_err(|(error, _)| error)
+    }
+
     /// Installs the rules. `None` while another socket owns a table of this name, for example that
     /// of a process which is about to end: try again later. The kernel does not report that a table
     /// has been removed.
@@ -564,7 +661,9 @@ impl Installation {
         match self.builder.install_on(connection, &self.devices) {
             Ok(divert) => Ok(Some(divert)),
             // The kernel lacks no capability, so it is the owner of the table: see `failure`.
-            Err((error, connection)) if error.kind() == ErrorKind::Other && error.errno() == Some(Errno::PERM) => {
+            Err((error, connection))
+                if error.kind() == ErrorKind::AlreadyExists && error.errno() == Some(Errno::PERM) =>
+            {
                 self.connection = Some(connection);
                 Ok(None)
             }

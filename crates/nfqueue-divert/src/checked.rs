@@ -44,6 +44,9 @@ pub(super) struct Surroundings<'a> {
     pub(super) flows: Option<FlowTable>,
     /// The interfaces between which accepted connections leave the hooks.
     pub(super) offload: &'a [String],
+    /// The first and the last queue of rules without a target.
+    pub(super) queues: Option<(u16, u16)>,
+    pub(super) fail_closed: bool,
 }
 
 impl Surroundings<'_> {
@@ -252,7 +255,10 @@ impl Rule {
                 action => action,
             },
         };
-        let actions = self.actions(&facts, &conditions)?;
+        if self.bypass && surroundings.fail_closed {
+            return Err("bypass: it accepts packets when the process has ended, which fail_closed forbids".to_owned());
+        }
+        let actions = self.actions(surroundings.queues, &facts, &conditions)?;
         if let [action] = actions.as_slice() {
             return Ok(vec![rule(conditions, *action)]);
         }
@@ -289,12 +295,19 @@ impl Rule {
     }
 
     /// One action, or two for a rule that rejects both TCP and other protocols.
-    fn actions(&self, facts: &Facts<'_>, conditions: &[(Match, bool)]) -> Result<Vec<Action>, String> {
-        let queue = matches!(self.action, Some(RuleAction::Queue(..)));
+    fn actions(
+        &self,
+        queues: Option<(u16, u16)>,
+        facts: &Facts<'_>,
+        conditions: &[(Match, bool)],
+    ) -> Result<Vec<Action>, String> {
+        let default = queues.filter(|_| self.changes.is_empty());
+        let action = self.action.or(default.map(|(first, last)| RuleAction::Queue(first, last)));
+        let queue = matches!(action, Some(RuleAction::Queue(..)));
         if (self.bypass || self.fanout) && !queue {
             return Err("action: bypass and fanout need to_queue() or to_queues()".to_owned());
         }
-        let action = match self.action {
+        let action = match action {
             None if self.changes.is_empty() => {
                 return Err(
                     "action: there is none; set it with to_queue(), to_queues(), accept(), drop(), reject() or count()"

@@ -47,7 +47,7 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         Some(Subject::Hooks(name)) => format!("{operation}, {name}"),
         Some(Subject::Flows) => format!("{operation}, flow marks"),
         Some(Subject::Flowtable | Subject::PastFlowtable) => format!("{operation}, offload"),
-        Some(Subject::Table) | None => operation,
+        Some(Subject::Table | Subject::Predecessor) | None => operation,
     };
     let lacking = lacks_expression(&refusal, commands, rules);
     let (kind, hint) = match (errno(&refusal), subject) {
@@ -58,9 +58,13 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
             Some("CAP_NET_ADMIN is needed in the user namespace that owns the network namespace"),
         ),
         (Some(Errno::PERM), Some(Subject::Table)) => {
-            (ErrorKind::Other, Some("another socket owns a table of this name"))
+            (ErrorKind::AlreadyExists, Some("another socket owns a table of this name"))
         }
-        (Some(Errno::EXIST), Some(Subject::Table)) => (ErrorKind::Other, Some("a table of this name exists")),
+        (Some(Errno::EXIST), Some(Subject::Table)) => (ErrorKind::AlreadyExists, Some("a table of this name exists")),
+        // The kernel can create tables of this kind, so it refuses to adopt one of another kind.
+        (Some(Errno::OPNOTSUPP), Some(Subject::Predecessor)) => {
+            (ErrorKind::AlreadyExists, Some("a table of this name exists that `fail_closed` has not left behind"))
+        }
         (Some(Errno::NFILE), Some(Subject::Set(_))) => (ErrorKind::InvalidInput, Some("the set is full")),
         (Some(Errno::OPNOTSUPP), None) => (ErrorKind::Unsupported, Some("the kernel has no nf_tables")),
         (Some(Errno::OPNOTSUPP | Errno::INVAL), Some(Subject::Table)) => {

@@ -4,6 +4,7 @@
 //! the socket is passed on, and the table with its base chains stays as it is.
 
 use std::{
+    ops::RangeInclusive,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex,
@@ -110,7 +111,7 @@ impl Divert {
         let installed = self.installed(&state)?;
         let lent = state.connection.lent();
         let os = |source| Error::os(operation(), source);
-        let socket = state.connection.as_fd().try_clone_to_owned().map_err(os)?;
+        let socket = state.connection.socket().and_then(|socket| socket.as_fd().try_clone_to_owned()).map_err(os)?;
         let cookie = socket_cookie(&socket).map_err(|errno| os(errno.into()))?;
         if lent.swap(true, Ordering::SeqCst) {
             let error = Error::new(ErrorKind::InvalidInput, operation());
@@ -118,6 +119,18 @@ impl Divert {
         }
         let description = encode(self, &state, ForeignRules { installed, script });
         Ok(Lent { socket, cookie, description, loan: Loan(lent) })
+    }
+
+    /// Whether the table is [lent](Self::lend), or belongs to another process already.
+    #[doc(hidden)]
+    pub fn is_lent(&self) -> bool {
+        self.lock().connection.lent().load(Ordering::SeqCst)
+    }
+
+    /// The [default queues](DivertBuilder::default_queues) of a table that is described.
+    #[doc(hidden)]
+    pub fn described_queues(description: &[u8]) -> Option<RangeInclusive<u16>> {
+        decode(description)?.queues.map(|(first, last)| first..=last)
     }
 
     /// Makes a table of what another process has [lent](Self::lend): the socket, and the
@@ -134,10 +147,11 @@ impl Divert {
         let connection = Connection::adopt(socket, decoded.family, decoded.sequence).map_err(failed)?;
         let lent = connection.lent();
         lent.store(true, Ordering::SeqCst);
-        let Decoded { table, family, priority, flows, offload, sets, method, places, hooks, chains, foreign, .. } =
-            decoded;
+        let Decoded { table, family, priority, flows, offload, queues, fail_closed, sets, .. } = decoded;
+        let Decoded { method, places, hooks, chains, foreign, .. } = decoded;
         let state = State { connection, method, places, hooks, rules: Vec::new(), foreign: Some(foreign), chains };
-        Ok((Self { table, family, priority, flows, sets, offload, state: Mutex::new(state) }, Loan(lent)))
+        let state = Mutex::new(state);
+        Ok((Self { table, family, priority, flows, sets, offload, queues, fail_closed, state }, Loan(lent)))
     }
 }
 
@@ -150,6 +164,8 @@ pub(super) struct Decoded {
     hooks: Hooks,
     flows: Option<FlowTable>,
     offload: Vec<String>,
+    queues: Option<(u16, u16)>,
+    fail_closed: bool,
     sets: Vec<NamedSet>,
     places: Vec<Place>,
     chains: Vec<Chain>,
@@ -181,6 +197,9 @@ fn encode(divert: &Divert, state: &State, foreign: ForeignRules) -> Vec<u8> {
     for name in &divert.offload {
         fields.bytes(name.as_bytes());
     }
+    fields.flag(divert.queues.is_some());
+    let (first, last) = divert.queues.unwrap_or_default();
+    fields.u32(first.into()).u32(last.into()).flag(divert.fail_closed);
     fields.u32(divert.sets.len() as u32);
     for set in &divert.sets {
         fields.bytes(set.name().as_bytes()).u32(set.size());
@@ -244,6 +263,12 @@ pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
             false => None,
         },
         offload: list(&mut fields, text)?,
+        queues: {
+            let given = fields.flag()?;
+            let queues = (fields.u32()?.try_into().ok()?, fields.u32()?.try_into().ok()?);
+            given.then_some(queues)
+        },
+        fail_closed: fields.flag()?,
         sets: list(&mut fields, |fields| {
             let (name, capacity) = (text(fields)?, fields.u32()?);
             let timeout = fields.flag()?.then_some(fields.u64()?).map(Duration::from_nanos);
@@ -317,7 +342,8 @@ mod tests {
         let flows = FlowTable { marks: FlowMarks::new(0x70), capacity: 9, timeout: Duration::from_secs(3) };
         let (table, family) = ("t".to_owned(), TableFamily::Ip6);
         let offload = vec!["eth0".to_owned(), "eth1".to_owned()];
-        Divert { table, family, priority: -5, flows: Some(flows), sets, offload, state: Mutex::new(state) }
+        let (queues, fail_closed, state) = (Some((2, 5)), true, Mutex::new(state));
+        Divert { table, family, priority: -5, flows: Some(flows), sets, offload, queues, fail_closed, state }
     }
 
     fn foreign(script: &str) -> ForeignRules {
@@ -357,6 +383,7 @@ mod tests {
         assert_eq!((decoded.places, decoded.chains), (state.places.clone(), state.chains.clone()));
         assert_eq!((decoded.foreign, decoded.flows), (foreign("script"), divert.flows));
         assert_eq!(decoded.offload, divert.offload);
+        assert_eq!((decoded.queues, decoded.fail_closed), (Some((2, 5)), true));
         assert_eq!(format!("{:?}", decoded.sets), format!("{:?}", divert.sets));
         for length in 0..body.len() {
             assert!(decode(&body[..length]).is_none(), "{length}");

@@ -38,6 +38,7 @@ mod tuple;
 
 use std::{
     fmt,
+    ops::RangeInclusive,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -158,6 +159,9 @@ pub struct Divert {
     sets: Vec<NamedSet>,
     /// The interfaces of the flowtable.
     offload: Vec<String>,
+    /// The first and the last queue of rules without a target.
+    queues: Option<(u16, u16)>,
+    fail_closed: bool,
     state: Mutex<State>,
 }
 
@@ -184,6 +188,24 @@ impl Divert {
     /// The name of the table. `nft list table inet NAME` lists the table.
     pub fn table(&self) -> &str {
         &self.table
+    }
+
+    /// Whether the table stays when the process ends without [closing](Self::close) it:
+    /// [`DivertBuilder::fail_closed`].
+    pub fn fails_closed(&self) -> bool {
+        self.fail_closed
+    }
+
+    /// The flow marks of the table.
+    #[doc(hidden)]
+    pub fn flow_marks(&self) -> Option<FlowMarks> {
+        self.flows.map(|flows| flows.marks)
+    }
+
+    /// Where rules without a target send packets: [`DivertBuilder::default_queues`].
+    #[doc(hidden)]
+    pub fn default_queues(&self) -> Option<RangeInclusive<u16>> {
+        self.queues.map(|(first, last)| first..=last)
     }
 
     /// Replaces all rules in one step.
@@ -422,20 +444,37 @@ impl Divert {
         builder::print(&self.table, self.surroundings(), &state.rules, &state.places)
     }
 
-    /// Removes the rules, and then the table.
+    /// Removes the rules, and then the table. The other methods return errors afterwards.
     ///
     /// The second step drops [all packets queued in the network
     /// namespace](Self#removing-a-table-drops-queued-packets). Call
     /// [`remove_rules`](Self::remove_rules), close the queues, and then call this method.
     ///
     /// Blocks the thread as [`install`](DivertBuilder::install) does. Dropping the value has the
-    /// same effect in one step, but returns no error.
+    /// same effect in one step, but returns no error; except that a table that
+    /// [fails closed](DivertBuilder::fail_closed) stays when the value is dropped.
+    ///
+    /// Does nothing if it has been closed before.
     ///
     /// # Errors
     ///
     /// As `remove_rules`. The socket is closed even then, and the kernel removes the table with it.
-    pub fn close(self) -> Result<(), Error> {
-        self.remove_rules()?;
+    pub fn close(&self) -> Result<(), Error> {
+        if self.is_closed() {
+            return Ok(());
+        }
+        let removed = self.remove_rules().and_then(|()| self.remove_table());
+        self.lock().connection.close();
+        removed
+    }
+
+    /// Whether [`close`](Self::close) has been called.
+    #[doc(hidden)]
+    pub fn is_closed(&self) -> bool {
+        self.lock().connection.socket().is_err()
+    }
+
+    fn remove_table(&self) -> Result<(), Error> {
         let mut state = self.lock();
         let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial: false });
         batch.delete_table();
@@ -453,6 +492,8 @@ impl Divert {
             priority: self.priority,
             flows: self.flows,
             offload: &self.offload,
+            queues: self.queues,
+            fail_closed: self.fail_closed,
         }
     }
 

@@ -29,9 +29,31 @@ pub(super) enum ChainKind {
     Base,
 }
 
+/// How a table is created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Creation {
+    pub(super) ownership: Ownership,
+    /// Whether it replaces a table of the same name.
+    pub(super) replaces: bool,
+}
+
+/// Who may change a table, and what becomes of it when the socket that created it is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// The socket owns the table, which ends with it.
+    Process,
+    /// The socket owns the table, which stays without an owner when the socket is closed. Linux 6.9
+    /// and later.
+    Lasting,
+    /// The table has no owner, and stays.
+    None,
+}
+
 /// What a message of a transaction creates or deletes, for error texts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Subject {
+    /// The table that a new one replaces.
+    Predecessor,
     Table,
     Chain(String),
     Rule(usize),
@@ -73,10 +95,25 @@ impl<'a> Batch<'a> {
         self.commands.push(Command { subject, flags, message });
     }
 
-    /// Creates the table. The socket owns it.
-    pub(super) fn create_table(&mut self) {
-        let attributes = vec![TableAttribute::Name(self.table.to_owned()), TableAttribute::Flags(TableFlags::Owner)];
-        self.push(Subject::Table, NLM_F_CREATE | NLM_F_EXCL, NfTablesMessage::NewTable(TableMessage { attributes }));
+    /// Creates the table.
+    pub(super) fn create_table(&mut self, creation: Creation) {
+        if creation.replaces {
+            // A table that has outlived its owner may be adopted; any other table with an owner or
+            // without one is refused (nf_tables_updtable).
+            self.push_table(Subject::Predecessor, creation.ownership, 0);
+            self.delete_table();
+        }
+        self.push_table(Subject::Table, creation.ownership, NLM_F_CREATE | NLM_F_EXCL);
+    }
+
+    fn push_table(&mut self, subject: Subject, ownership: Ownership, flags: u16) {
+        let owner = match ownership {
+            Ownership::Process => TableFlags::Owner,
+            Ownership::Lasting => TableFlags::Owner | TableFlags::Persisent,
+            Ownership::None => TableFlags::empty(),
+        };
+        let attributes = vec![TableAttribute::Name(self.table.to_owned()), TableAttribute::Flags(owner)];
+        self.push(subject, flags, NfTablesMessage::NewTable(TableMessage { attributes }));
     }
 
     /// Removes the table with all that it contains.

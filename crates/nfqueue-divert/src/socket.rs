@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -30,7 +30,8 @@ use crate::sys;
 /// A netlink socket to netfilter, with its port id and its last sequence number.
 #[derive(Debug)]
 pub(super) struct Connection {
-    socket: Socket,
+    /// `None` when it has been closed.
+    socket: Option<Socket>,
     /// The family of the table.
     family: TableFamily,
     port: u32,
@@ -77,7 +78,7 @@ impl Connection {
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_no_enobufs(true);
-        Ok(Self { socket, family, port, sequence: 0, lent: Arc::default() })
+        Ok(Self { socket: Some(socket), family, port, sequence: 0, lent: Arc::default() })
     }
 
     /// A socket from another process, with its options and the last sequence number.
@@ -85,7 +86,7 @@ impl Connection {
         let socket = sys::netlink_socket(socket);
         let mut address = SocketAddr::new(0, 0);
         socket.get_address(&mut address)?;
-        Ok(Self { port: address.port_number(), socket, family, sequence, lent: Arc::default() })
+        Ok(Self { port: address.port_number(), socket: Some(socket), family, sequence, lent: Arc::default() })
     }
 
     /// Whether the socket must not be used here.
@@ -95,6 +96,17 @@ impl Connection {
 
     pub(super) fn sequence(&self) -> u32 {
         self.sequence
+    }
+
+    /// The kernel then removes a table that ends with the socket.
+    pub(super) fn close(&mut self) {
+        if self.check_not_lent().is_ok() {
+            self.socket = None;
+        }
+    }
+
+    pub(super) fn socket(&self) -> io::Result<&Socket> {
+        self.socket.as_ref().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the table is closed"))
     }
 
     fn check_not_lent(&self) -> io::Result<()> {
@@ -183,7 +195,7 @@ impl Connection {
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
         self.check_not_lent()?;
         loop {
-            match self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0) {
+            match self.socket()?.send_to(bytes, &SocketAddr::new(0, 0), 0) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -197,7 +209,7 @@ impl Connection {
         let mut interrupted = false;
         loop {
             let mut buffer = Vec::with_capacity(DUMP_LENGTH);
-            match self.socket.recv_from(&mut buffer, 0) {
+            match self.socket()?.recv_from(&mut buffer, 0) {
                 Ok((_, sender)) if sender.port_number() == 0 => {}
                 Ok(_) => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -232,7 +244,7 @@ impl Connection {
     fn wait_for_reply(&self, begin: u32, count: usize) -> Result<(), Refusal> {
         loop {
             let mut buffer = Vec::with_capacity(REPLY_LENGTH);
-            match self.socket.recv_from(&mut buffer, 0) {
+            match self.socket()?.recv_from(&mut buffer, 0) {
                 Ok((_, sender)) if sender.port_number() == 0 => {}
                 Ok(_) => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -258,25 +270,17 @@ impl Connection {
     fn discard_old_replies(&self) {
         let flags = RecvFlags::DONTWAIT.bits().cast_signed();
         // Those of a lent socket are for another process.
-        while self.check_not_lent().is_ok()
-            && self.socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags).is_ok()
-        {}
+        let receive = |socket: &Socket| socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags);
+        while self.check_not_lent().and_then(|()| receive(self.socket()?)).is_ok() {}
     }
 
     /// Enlarges the send buffer if the batch needs it. If the kernel refuses, `send` returns an
     /// error.
     fn enlarge_send_buffer(&self, length: usize) {
-        if length > DEFAULT_SEND_BUFFER
-            && set_socket_send_buffer_size_force(self.socket.as_fd(), length.saturating_add(32)).is_err()
-        {
-            let _ = set_socket_send_buffer_size(self.socket.as_fd(), length.saturating_add(32));
+        let (Ok(socket), DEFAULT_SEND_BUFFER..) = (self.socket(), length) else { return };
+        if set_socket_send_buffer_size_force(socket.as_fd(), length.saturating_add(32)).is_err() {
+            let _ = set_socket_send_buffer_size(socket.as_fd(), length.saturating_add(32));
         }
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 

@@ -36,7 +36,7 @@ fn batch() -> Batch<'static> {
 #[test]
 fn tables_and_chains_are_encoded() {
     let mut batch = batch();
-    batch.create_table();
+    batch.create_table(Creation { ownership: Ownership::Process, replaces: false });
     let place = Place { hook: Hook::Output, priority: -150 };
     let chain = Chain { name: "output".to_owned(), base: Some((place, ChainType::Filter)), fixed: false };
     batch.create_chain(&chain, ChainKind::Base, &[]);
@@ -87,7 +87,15 @@ fn rule_comes_after_its_sets_and_has_a_comment() {
         .unless(Match::source_ports([1_u16, 3]))
         .comment("web")
         .accept();
-    let surroundings = Surroundings { family: TableFamily::Inet, sets: &[], priority: 0, flows: None, offload: &[] };
+    let surroundings = Surroundings {
+        family: TableFamily::Inet,
+        sets: &[],
+        priority: 0,
+        flows: None,
+        offload: &[],
+        queues: None,
+        fail_closed: false,
+    };
     let rules = rule.check(7, surroundings).unwrap();
     let mut batch = batch();
     batch.add_rule(&rules[0]);

@@ -30,6 +30,8 @@ pub enum ErrorKind {
     InvalidInput,
     /// Another socket owns the queue.
     AlreadyBound,
+    /// There is a table of this name: of another process, or without an owner.
+    AlreadyExists,
     /// The caller lacks a capability, usually `CAP_NET_ADMIN` in the user namespace that owns the
     /// network namespace. The kernel checks it at every send, not only at bind.
     NotPermitted,
@@ -153,6 +155,7 @@ impl ErrorKind {
         match self {
             Self::InvalidInput => "invalid value",
             Self::AlreadyBound => "already bound by another socket",
+            Self::AlreadyExists => "already exists",
             Self::NotPermitted => "not permitted",
             Self::Unsupported => "not supported by this kernel",
             Self::PacketGone => "the packet has already left the queue",
@@ -216,6 +219,7 @@ impl From<Error> for io::Error {
         let kind = match error.kind() {
             ErrorKind::InvalidInput => io::ErrorKind::InvalidInput,
             ErrorKind::AlreadyBound => io::ErrorKind::AddrInUse,
+            ErrorKind::AlreadyExists => io::ErrorKind::AlreadyExists,
             ErrorKind::NotPermitted => io::ErrorKind::PermissionDenied,
             ErrorKind::Unsupported => io::ErrorKind::Unsupported,
             ErrorKind::PacketGone => io::ErrorKind::NotFound,

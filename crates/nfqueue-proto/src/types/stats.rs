@@ -1,6 +1,6 @@
 //! What a queue has counted.
 
-use std::{ops::Sub, time::Duration};
+use std::{iter::Sum, ops::Sub, time::Duration};
 
 use super::Action;
 
@@ -269,6 +269,54 @@ impl Sub for Stats {
     }
 }
 
+/// Snapshots of several queues as one. Counters, levels and limits are added;
+/// [`Sent::largest_flush`] and [`Held::oldest_undecided`] are the largest. [`Held::most_in_flight`]
+/// is an upper bound, as the queues need not have had their most at the same time. The mean of
+/// [`Held::fill`] is weighted by the packets received.
+impl Sum for Stats {
+    fn sum<I: Iterator<Item = Self>>(mut all: I) -> Self {
+        let first = all.next().unwrap_or_default();
+        all.fold(first, |one, other| {
+            macro_rules! sum {
+                ($group:ident: $($field:ident)*) => {
+                    { let mut group = one.$group;
+                      $(group.$field = group.$field.saturating_add(other.$group.$field);)*
+                      group }
+                };
+            }
+            let mut sent =
+                sum!(sent: flushes sends failed_sends messages refused gone_at_least refusals refusals_unread);
+            sent.largest_flush = one.sent.largest_flush.max(other.sent.largest_flush);
+            let mut held = sum!(held: in_flight most_in_flight bytes);
+            held.oldest_undecided = one.held.oldest_undecided.max(other.held.oldest_undecided);
+            held.fill = one.held.fill.and(one.received.packets, other.held.fill, other.received.packets);
+            Self {
+                received: sum!(received: packets bytes malformed),
+                decided: sum!(decided: accepted dropped repeated requeued unanswered expired late handed_over),
+                sent,
+                lost: sum!(lost: packets gaps overrun_episodes overruns),
+                held,
+                limits: sum!(limits: max_len receive_buffer),
+            }
+        })
+    }
+}
+
+impl Fill {
+    /// Of both, with their weights.
+    fn and(self, weight: u64, other: Self, of_other: u64) -> Self {
+        match (weight, of_other) {
+            (_, 0) => self,
+            (0, _) => other,
+            _ => {
+                let sum = self.mean as u128 * u128::from(weight) + other.mean as u128 * u128::from(of_other);
+                let mean = (sum / u128::from(weight + of_other)) as usize;
+                Self { min: self.min.min(other.min), mean, max: self.max.max(other.max) }
+            }
+        }
+    }
+}
+
 /// What [`Fill`] is computed from.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FillCounter {
@@ -313,6 +361,27 @@ mod tests {
         assert_eq!(since.held.in_flight, 6);
         // The wrong way round is no panic.
         assert_eq!((earlier - later).received.packets, 0);
+    }
+
+    #[test]
+    fn a_sum_adds_what_can_be_added() {
+        let mut one = Stats::default();
+        one.received.packets = 1;
+        one.sent.largest_flush = 5;
+        one.held = Held { in_flight: 2, fill: Fill { min: 1, mean: 1, max: 1 }, ..Held::default() };
+        one.limits.max_len = 1024;
+        let mut other = one;
+        other.received.packets = 3;
+        other.sent.largest_flush = 4;
+        other.held.fill = Fill { min: 4, mean: 5, max: 8 };
+        other.held.oldest_undecided = Some(Duration::from_secs(1));
+        let sum: Stats = [one, other].into_iter().sum();
+        assert_eq!((sum.received.packets, sum.sent.largest_flush, sum.held.in_flight), (4, 5, 4));
+        assert_eq!(sum.held.fill, Fill { min: 1, mean: 4, max: 8 });
+        assert_eq!((sum.held.oldest_undecided, sum.limits.max_len), (Some(Duration::from_secs(1)), 2048));
+        // A queue that has received nothing has no smallest number of packets.
+        let sum: Stats = [Stats::default(), other].into_iter().sum();
+        assert_eq!(sum.held.fill, other.held.fill);
     }
 
     #[test]
