@@ -21,7 +21,8 @@ async fn run(options: Options) -> Result<(), Error> {
         .gso(options.gso)
         .fail_open(options.fail_open)
         .on_unanswered(Action::Accept)
-        .bind()?
+        .bind()
+        .await?
         .split();
     eprintln!("ready");
 

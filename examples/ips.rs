@@ -33,19 +33,16 @@ use std::{
 };
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_nfqueue::{Divert, Error, ErrorKind, FlowMarks, Hook, Match, Packet, PacketView, Protocol, Queue, Rule};
+use tokio_nfqueue::{Divert, Error, Hook, Match, Packet, PacketView, Protocol, Queue, Rule};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());
-    let marks = FlowMarks::default();
-    let (mut packets, verdicts) = bind(marks)?.split();
     let to_port = |hook| Rule::new(hook).protocol(Protocol::Tcp).destination_port(options.port);
-    let divert = Divert::builder()
-        .flow_marks(marks)
-        .rule(to_port(Hook::Output).to_queue(verdicts.queue_number()))
+    let rules = Divert::builder()
+        .rule(to_port(Hook::Output))
         // What arrives over loopback has passed the output hook.
-        .rule(to_port(Hook::Input).unless(Match::interface("lo")).to_queue(verdicts.queue_number()))
-        .install()?;
+        .rule(to_port(Hook::Input).unless(Match::interface("lo")));
+    let (mut packets, verdicts) = Queue::builder(Queue::ANY).divert(rules).bind().await?.split();
     eprintln!("ready");
 
     let mut table = Table::new(options);
@@ -69,15 +66,13 @@ async fn run(options: Options) -> Result<(), Error> {
             () = &mut end => break,
         }
     }
-    // In this order: no new packet is queued, those that wait are decided, the table goes.
-    let removed = divert.remove_rules();
     let closed = verdicts.close().await;
     let stats = verdicts.stats();
     println!(
         "received {} connections {} clean {} bad {} lost {}",
         stats.received.packets, table.connections, table.clean, table.bad, stats.lost.packets
     );
-    removed.and(closed).and(divert.close())
+    closed
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,18 +182,6 @@ impl Connection {
             Judgement::Clean
         } else {
             Judgement::Undecided
-        }
-    }
-}
-
-/// Binds the first queue that nobody has bound.
-fn bind(marks: FlowMarks) -> Result<Queue, Error> {
-    let bind = |number| Queue::builder(number).flow_marks(marks).bind();
-    let mut number = 0;
-    loop {
-        match bind(number) {
-            Err(error) if error.kind() == ErrorKind::AlreadyBound && number < u16::MAX => number += 1,
-            result => return result,
         }
     }
 }

@@ -21,7 +21,7 @@ use tokio_nfqueue::{Action, Error, Hook, Packet, Queue, VerdictSink};
 async fn run(options: &Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());
     let builder = Queue::builder(options.queue).uid_gid(true).gso(!options.no_gso).fail_open(options.fail_open);
-    let (mut packets, verdicts) = builder.on_unanswered(Action::Accept).bind()?.split();
+    let (mut packets, verdicts) = builder.on_unanswered(Action::Accept).bind().await?.split();
     let mut observer = Observer::new(options);
 
     let mut held = Vec::with_capacity(HELD);
@@ -61,7 +61,7 @@ async fn decide(held: &mut Vec<Packet>, verdicts: &VerdictSink, options: &Option
             Some(queue) => packet.requeue(queue),
             None => packet.accept(),
         };
-        if let Err(error) = verdicts.submit(verdict) {
+        if let Err(error) = verdict.submit() {
             eprintln!("nf_queue: {error:#}");
         }
         if options.out_of_order {

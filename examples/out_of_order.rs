@@ -17,16 +17,16 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until},
 };
-use tokio_nfqueue::{Action, Error, Packet, Queue, VerdictSink};
+use tokio_nfqueue::{Action, Error, Packet, Queue};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());
-    let queue = Queue::builder(options.queue).gso(options.gso).on_unanswered(Action::Accept).bind()?;
+    let queue = Queue::builder(options.queue).gso(options.gso).on_unanswered(Action::Accept).bind().await?;
     let (mut packets, verdicts) = queue.split();
     eprintln!("ready");
 
     let mut tasks = JoinSet::new();
-    let holders = start_holders(&mut tasks, &verdicts, options);
+    let holders = start_holders(&mut tasks, options);
     let mut next = 0;
     loop {
         tokio::select! {
@@ -60,7 +60,7 @@ async fn run(options: Options) -> Result<(), Error> {
 }
 
 /// Holds each packet for a random time and then accepts it.
-async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, verdicts: VerdictSink, hold_us: u64, mut seed: u64) {
+async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, hold_us: u64, mut seed: u64) {
     let mut held: Vec<(Instant, Packet)> = Vec::new();
     loop {
         let soonest = held.iter().map(|(until, _)| *until).min();
@@ -76,25 +76,21 @@ async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, verdicts: VerdictSi
         }
         let now = Instant::now();
         for (_, packet) in held.extract_if(.., |(until, _)| *until <= now) {
-            let _ = verdicts.submit(packet.accept());
+            let _ = packet.accept().submit();
         }
     }
     for (_, packet) in held {
-        let _ = verdicts.submit(packet.accept());
+        let _ = packet.accept().submit();
     }
 }
 
 /// Starts the tasks. Their channels are unbounded, but hold no more packets than the kernel's
 /// queue.
-fn start_holders(
-    tasks: &mut JoinSet<()>,
-    verdicts: &VerdictSink,
-    options: Options,
-) -> Vec<mpsc::UnboundedSender<Packet>> {
+fn start_holders(tasks: &mut JoinSet<()>, options: Options) -> Vec<mpsc::UnboundedSender<Packet>> {
     let start = |number: usize| {
         let (sender, receiver) = mpsc::unbounded_channel();
         let seed = options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number as u64);
-        tasks.spawn(hold(receiver, verdicts.clone(), options.hold_us, seed));
+        tasks.spawn(hold(receiver, options.hold_us, seed));
         sender
     };
     (1..=options.tasks).map(start).collect()

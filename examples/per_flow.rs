@@ -11,18 +11,14 @@
 use std::{pin::pin, process::ExitCode};
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_nfqueue::{Action, Divert, Error, ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule};
+use tokio_nfqueue::{Action, Divert, Error, Hook, Protocol, Queue, Rule};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());
-    let marks = FlowMarks::default();
-    let (mut packets, verdicts) = bind(marks)?.split();
     let to_port = |protocol| Rule::new(Hook::Output).protocol(protocol).destination_port(options.port);
-    let divert = Divert::builder()
-        .flow_marks(marks)
-        .rule(to_port(Protocol::Udp).to_queue(verdicts.queue_number()))
-        .rule(to_port(Protocol::Tcp).to_queue(verdicts.queue_number()))
-        .install()?;
+    let rules = Divert::builder().rule(to_port(Protocol::Udp)).rule(to_port(Protocol::Tcp));
+    let queue = Queue::builder(Queue::ANY).on_unanswered(Action::Accept).divert(rules).bind().await?;
+    let (mut packets, verdicts) = queue.split();
     eprintln!("ready");
 
     let mut received = Vec::new();
@@ -41,8 +37,6 @@ async fn run(options: Options) -> Result<(), Error> {
             () = &mut end => break,
         }
     }
-    // In this order: no new packet is queued, those that wait are decided, the table goes.
-    let removed = divert.remove_rules();
     let closed = verdicts.close().await;
     let stats = verdicts.stats();
     println!(
@@ -53,19 +47,7 @@ async fn run(options: Options) -> Result<(), Error> {
         stats.sent.gone_at_least,
         stats.sent.refused
     );
-    removed.and(closed).and(divert.close())
-}
-
-/// Binds the first queue that nobody has bound.
-fn bind(marks: FlowMarks) -> Result<Queue, Error> {
-    let bind = |number| Queue::builder(number).flow_marks(marks).on_unanswered(Action::Accept).bind();
-    let mut number = 0;
-    loop {
-        match bind(number) {
-            Err(error) if error.kind() == ErrorKind::AlreadyBound && number < u16::MAX => number += 1,
-            result => return result,
-        }
-    }
+    closed
 }
 
 /// Ends with SIGINT or SIGTERM. The handlers are installed when this returns.

@@ -13,7 +13,7 @@ use tokio_nfqueue::Queue;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (mut packets, verdicts) = Queue::builder(0).bind()?.split();
+    let (mut packets, verdicts) = Queue::builder(0).bind().await?.split();
     let service = TcpListener::bind("127.0.0.1:9999").await?;
     loop {
         tokio::select! {

@@ -1,12 +1,17 @@
 //! The settings of a queue, and `bind`.
 
-use std::{borrow::Cow, future::Future, time::Duration};
+use std::{borrow::Cow, future::Future, ops::RangeInclusive, sync::Arc, time::Duration};
+
+#[cfg(feature = "divert")]
+use nfqueue_divert::DivertBuilder;
 
 use crate::{
     handover::Takeover,
     io::{Opened, Settings, Shared},
     namespace::NetworkNamespace,
+    numbers::QueueNumbers,
     queue::Queue,
+    rules::{PreparedRules, Wanted},
     state::flush::FlushPolicy,
     types::{Action, Error, ErrorKind, FlowMarks},
     wire::{
@@ -19,11 +24,11 @@ use crate::{
 };
 
 /// The settings of a queue: [`Queue::builder`]. [`bind`](Self::bind) sends them to the kernel in
-/// one message.
+/// one message for each number.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens until `bind`"]
 pub struct QueueBuilder {
-    queue: u16,
+    numbers: QueueNumbers,
     copy: CopyMode,
     max_len: u32,
     flags: u32,
@@ -35,13 +40,17 @@ pub struct QueueBuilder {
     busy_poll: Duration,
     namespace: Option<NetworkNamespace>,
     flow_marks: Option<FlowMarks>,
+    rules: Wanted,
 }
 
 impl Queue {
-    /// The settings for a queue with this number.
-    pub fn builder(queue: u16) -> QueueBuilder {
+    /// The settings for a queue with this number (`7`), or with these (`0..4`,
+    /// [`Queue::ANY`], [`Queue::any(4)`](Queue::any)): see [`QueueNumbers`].
+    ///
+    /// Several numbers are bound with the same settings, each with a limit and a socket of its own.
+    pub fn builder(numbers: impl Into<QueueNumbers>) -> QueueBuilder {
         QueueBuilder {
-            queue,
+            numbers: numbers.into(),
             copy: CopyMode::Packet(MAX_PAYLOAD as u32),
             max_len: 1024,
             flags: FLAG_GSO,
@@ -53,6 +62,7 @@ impl Queue {
             busy_poll: Duration::ZERO,
             namespace: None,
             flow_marks: None,
+            rules: Wanted::default(),
         }
     }
 }
@@ -223,7 +233,35 @@ impl QueueBuilder {
         self
     }
 
-    /// Allows verdicts for whole connections, and verdicts that reject packets. Default: none.
+    /// The queue's own rules, which send packets to it. They are installed when the queue is bound,
+    /// and removed when it is closed or dropped, in the order that loses no packet:
+    ///
+    /// | when | what happens |
+    /// |---|---|
+    /// | [`bind`](Self::bind) | the queue is bound, then the rules are installed; if they cannot be, the queue is unbound |
+    /// | [`close`](Queue::close) and the like | the rules are removed, the queue is closed, the table is removed |
+    /// | the stream is dropped | the same, in a thread, while the program continues; rules that [fail closed](DivertBuilder::fail_closed) stay, and the kernel drops what they match |
+    /// | the process ends first | the kernel removes the table and the queue, in any order, so that a few packets may be dropped; rules that fail closed stay |
+    /// | [`hand_over`](crate::VerdictSink::hand_over) | the table goes along with the queue |
+    ///
+    /// Rules without a target ([`Rule::to_queue`] and so on) send their packets to this queue, to
+    /// all its numbers. The table has [flow marks](DivertBuilder::flow_marks): those of this
+    /// builder or of the rules, of which one suffices, or [`FlowMarks::default`]. So verdicts for
+    /// connections and verdicts that reject work, and the kernel tracks connections. To do without,
+    /// give the rules `flow_marks(None)`.
+    ///
+    /// [`divert`](Queue::divert) returns the rules, to change them. In a simulated kernel, the
+    /// rules are checked, but nothing is installed.
+    ///
+    /// [`Rule::to_queue`]: crate::Rule::to_queue
+    #[cfg(feature = "divert")]
+    pub fn divert(mut self, rules: DivertBuilder) -> Self {
+        self.rules = Wanted::new(rules);
+        self
+    }
+
+    /// Allows verdicts for whole connections, and verdicts that reject packets. Default: none, or
+    /// those of the queue's own rules.
     ///
     /// The rules that queue the packets must have the same flow marks: those of a
     /// `DivertBuilder::flow_marks`, or your own. See [`guide::flows`](crate::guide::flows).
@@ -243,14 +281,20 @@ impl QueueBuilder {
 
     /// Opens a socket in the calling thread's network namespace (or in [another](Self::namespace))
     /// and binds the queue, with every setting in one message that the kernel applies or refuses as
-    /// a whole. It waits only for that system call.
+    /// a whole. If there are several numbers, that is done for each; if one cannot be bound, none
+    /// stays bound.
+    ///
+    /// The queue is bound by this call, which waits only for these system calls. Without rules of
+    /// its own, the future is ready at once; otherwise it resolves when they are installed, which
+    /// takes the kernel some tens of milliseconds.
     ///
     /// Packets that arrive before the acknowledgement are kept. Bind before a rule sends packets to
     /// the queue: until the queue is bound, the rule drops them, or accepts them with `bypass`.
     ///
     /// # Errors
-    /// * `InvalidInput`: a value that the kernel would refuse or silently change.
-    /// * `AlreadyBound`: another socket owns the queue.
+    /// * `InvalidInput`: a value that the kernel would refuse or silently change, or no number.
+    /// * `AlreadyBound`: another socket owns the queue; of [`Queue::ANY`] and [`Queue::any`], there
+    ///   are not so many free numbers in a row.
     /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the
     ///   network namespace, or not the capability that [`namespace`](Self::namespace) needs.
     /// * `Unsupported`: this kernel lacks nfnetlink_queue or does not support a setting. The error
@@ -260,16 +304,80 @@ impl QueueBuilder {
     ///   out.
     /// * `Other`: another error of the operating system, for example no free descriptor, or
     ///   [`namespace`](Self::namespace) is not a network namespace.
-    pub fn bind(self) -> Result<Queue, Error> {
+    /// * Those of installing the rules.
+    ///
+    /// # Cancel safety
+    /// A future that is dropped unbinds the queue again, and removes the rules.
+    pub fn bind(self) -> impl Future<Output = Result<Queue, Error>> + Send + use<> {
+        let begun = self.begin();
+        async move {
+            let (queues, rules) = begun?;
+            let rules = rules.install(&queues.0).await?;
+            Ok(Queue::new(queues.kept(), rules))
+        }
+    }
+
+    /// As `bind`, in a simulated kernel, where no rules are installed.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn bind_in_memory(self) -> Result<Queue, Error> {
+        self.begin().map(|(queues, _)| Queue::new(queues.kept(), None))
+    }
+
+    /// Binds the queue, and opens the socket for the rules.
+    fn begin(self) -> Result<(Bound, PreparedRules), Error> {
+        let builder = self.checked()?;
+        let queues = builder.bind_queues()?;
+        let rules = builder.prepare_rules(queues.0[0].number()..=queues.0[queues.0.len() - 1].number())?;
+        Ok((queues, rules))
+    }
+
+    fn bind_queues(&self) -> Result<Bound, Error> {
         let config = self.config();
-        let opened = self.open(&config)?;
-        Shared::bind(self.settings(), &config, self.policy, opened).map(Queue::new)
+        let mut candidates = self.numbers.candidates();
+        loop {
+            match self.bind_each(candidates.numbers(), &config) {
+                Ok(queues) => return Ok(queues),
+                Err((taken, error)) if self.numbers.is_any() && error.kind() == ErrorKind::AlreadyBound => {
+                    candidates.skip(taken).ok_or_else(|| {
+                        Error::new(ErrorKind::AlreadyBound, format!("bind {}", self.numbers))
+                            .with_detail("there is none")
+                    })?;
+                }
+                Err((_, error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Opens the socket for the rules.
+    fn prepare_rules(&self, numbers: RangeInclusive<u16>) -> Result<PreparedRules, Error> {
+        let (rules, marks) = (&self.rules, self.flow_marks);
+        let prepare = || rules.prepare(numbers, marks);
+        match &self.namespace {
+            None => prepare(),
+            #[cfg(feature = "test-util")]
+            Some(namespace) if namespace.memory().is_some() => self.rules.validate().map(|()| PreparedRules::none()),
+            Some(namespace) => namespace.run(prepare)?,
+        }
+    }
+
+    /// If one cannot be bound, it is returned with the error, and none stays bound.
+    fn bind_each(&self, numbers: impl Iterator<Item = u16>, config: &Config) -> Result<Bound, (u16, Error)> {
+        let bind = |number| {
+            let opened = self.open(number, config)?;
+            Shared::bind(self.settings(number), config, self.policy.clone(), opened)
+        };
+        let mut queues = Bound(Vec::new());
+        for number in numbers {
+            queues.0.push(bind(number).map_err(|error| (number, error))?);
+        }
+        Ok(queues)
     }
 
     /// Binds the queue as soon as no other socket owns it: for a restart in which the old process
-    /// ends by itself. If the number is free, it does what [`bind`](Self::bind) does.
+    /// ends without handing over. If the number is free, it does what [`bind`](Self::bind) does. Of
+    /// several numbers it waits for each in turn; [`Queue::ANY`] and [`Queue::any`] do not wait.
     ///
-    /// The socket is opened by this call, in the calling thread's network namespace. The kernel
+    /// The sockets are opened by this call, in the calling thread's network namespace. The kernel
     /// does not report that a queue has been unbound, so it is asked again while another socket
     /// owns the queue: after 1 ms, and then in growing intervals of up to 20 ms. Until the queue is
     /// bound, the rule drops packets, or accepts them with `bypass`.
@@ -285,19 +393,44 @@ impl QueueBuilder {
     /// # Cancel safety
     /// Cancel safe: a future that is dropped leaves nothing behind.
     pub fn bind_when_free(self) -> impl Future<Output = Result<Queue, Error>> + Send + use<> {
-        let config = self.config();
-        let opened = self.open(&config);
-        let begun = opened.and_then(|opened| Shared::bind_when_free(self.settings(), config, self.policy, opened));
-        async move { begun?.await.map(Queue::new) }
+        let begun = self.begin_when_free();
+        async move {
+            let (queues, rules) = match begun? {
+                Begun::Bound(queues, rules) => (queues, rules),
+                Begun::Waiting(waiting, rules) => {
+                    let mut queues = Bound(Vec::new());
+                    for queue in waiting {
+                        queues.0.push(queue.await?);
+                    }
+                    (queues, rules)
+                }
+            };
+            let rules = rules.install_when_free(&queues.0).await?;
+            Ok(Queue::new(queues.kept(), rules))
+        }
     }
 
-    /// Checks the settings and opens the socket.
-    fn open(&self, config: &Config) -> Result<Opened, Error> {
-        self.check(config).map_err(|what| {
-            Error::new(ErrorKind::InvalidInput, format!("bind queue {}", self.queue)).with_detail(what)
-        })?;
-        Shared::check_runtime(self.queue)?;
-        let settings = self.settings();
+    fn begin_when_free(self) -> Result<Begun<impl Future<Output = Result<Arc<Shared>, Error>> + Send + use<>>, Error> {
+        if self.numbers.is_any() {
+            return self.begin().map(|(queues, rules)| Begun::Bound(queues, rules));
+        }
+        let builder = self.checked()?;
+        let config = builder.config();
+        let begin = |number| {
+            let opened = builder.open(number, &config)?;
+            Shared::bind_when_free(builder.settings(number), config, builder.policy.clone(), opened)
+        };
+        let candidates = builder.numbers.candidates();
+        let waiting = candidates.numbers().map(begin).collect::<Result<_, _>>()?;
+        let rules = builder.prepare_rules(candidates.range())?;
+        Ok(Begun::Waiting(waiting, rules))
+    }
+
+    /// Opens the socket.
+    fn open(&self, number: u16, config: &Config) -> Result<Opened, Error> {
+        self.check_found(number)?;
+        Shared::check_runtime(number)?;
+        let settings = self.settings(number);
         let open = || Opened::new(&settings, config);
         match &self.namespace {
             None => Ok(open()),
@@ -311,14 +444,20 @@ impl QueueBuilder {
         }
     }
 
-    /// Takes over the queue with this builder's number from another process. It returns packets
+    /// Takes over the queue with this builder's numbers from another process. It returns packets
     /// when the [`Takeover`] has been [accepted](Takeover::accept).
+    ///
+    /// [`Queue::ANY`] is the first number that the predecessor hands over, and [`Queue::any`] the
+    /// first of so many in a row.
     ///
     /// The settings of this crate are those of this builder: default action, deadline, flush policy
     /// and times. What the kernel has been told stays as the predecessor has set it: the copy
     /// range, `max_len`, the flags and the receive buffer. To change these, call
     /// [`reconfigure`](crate::VerdictSink::reconfigure) afterwards.
     ///
+    /// With [`divert`](Self::divert), the queue also takes the first table that the predecessor
+    /// hands over, with the rules, the sets and the counters that it has. To change the rules, call
+    /// [`Divert::replace_rules`](crate::Divert::replace_rules) when everything is accepted.
     /// [Flow marks](Self::flow_marks) must be those of the predecessor if its table goes along.
     ///
     /// The socket stays in its network namespace, so [`namespace`](Self::namespace) has no effect.
@@ -326,22 +465,29 @@ impl QueueBuilder {
     ///
     /// # Errors
     /// The predecessor then goes on, if the `Takeover` is dropped:
-    /// * `InvalidInput`: the predecessor does not hand over this queue, or a setting is invalid.
+    /// * `InvalidInput`: the predecessor does not hand over this queue, or with `divert` no table,
+    ///   or a setting is invalid.
     /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the
     ///   socket's network namespace.
     /// * `NoRuntime`: as [`bind`](Self::bind).
     /// * `Malformed`: what the predecessor has sent is damaged.
     /// * `Other`: another error of the operating system.
     pub fn take_over(self, takeover: &mut Takeover) -> Result<Queue, Error> {
-        let config = self.config();
-        let operation = || format!("take over queue {}", self.queue);
+        let operation = format!("take over {}", self.numbers);
+        let operation = || operation.clone();
+        let builder = self.checked().map_err(|error| error.with_operation(operation()))?;
         let invalid = |what| Error::new(ErrorKind::InvalidInput, operation()).with_detail(what);
-        self.check(&config).map_err(invalid)?;
-        let index = takeover.find(self.queue).ok_or_else(|| invalid("the predecessor does not hand it over".into()))?;
-        Shared::check_runtime(self.queue).map_err(|error| error.with_operation(operation()))?;
-        let shared = Shared::take_over(self.settings(), self.policy, takeover.queue(index))?;
-        takeover.taken(index, &shared);
-        Ok(Queue::new(shared))
+        let numbers = takeover.find(&builder.numbers);
+        let numbers = numbers.ok_or_else(|| invalid("the predecessor does not hand it over"))?;
+        Shared::check_runtime(*numbers.start()).map_err(|error| error.with_operation(operation()))?;
+        let take = |number| {
+            builder.check_found(number).map_err(|error| error.with_operation(operation()))?;
+            Shared::take_over(builder.settings(number), builder.policy.clone(), takeover.queue(number))
+        };
+        let queues: Vec<_> = numbers.map(take).collect::<Result<_, _>>()?;
+        queues.iter().for_each(|queue| takeover.taken(queue));
+        let rules = builder.rules.take_over(takeover, &queues, builder.flow_marks)?;
+        Ok(Queue::new(queues, rules))
     }
 
     fn config(&self) -> Config {
@@ -353,9 +499,9 @@ impl QueueBuilder {
         }
     }
 
-    fn settings(&self) -> Settings {
+    fn settings(&self, queue: u16) -> Settings {
         Settings {
-            queue: self.queue,
+            queue,
             receive_buffer: self.receive_buffer,
             on_unanswered: self.on_unanswered,
             deadline: self.deadline,
@@ -367,12 +513,22 @@ impl QueueBuilder {
         }
     }
 
-    fn check(&self, config: &Config) -> Result<(), Cow<'static, str>> {
+    /// With the flow marks of the rules.
+    fn checked(mut self) -> Result<Self, Error> {
+        let marks = self.rules.flow_marks(self.flow_marks);
+        let fault = self.fault(&self.config()).and(marks.map_err(Into::into));
+        self.flow_marks = fault
+            .map_err(|what| Error::new(ErrorKind::InvalidInput, format!("bind {}", self.numbers)).with_detail(what))?;
+        Ok(self)
+    }
+
+    fn fault(&self, config: &Config) -> Result<(), Cow<'static, str>> {
+        self.numbers.check()?;
         config.check()?;
         if self.receive_buffer == Some(0) {
             return Err("receive buffer is 0".into());
         }
-        self.on_unanswered.check_default(self.queue).map_err(|what| format!("on_unanswered: {what}"))?;
+        self.check_default(self.on_unanswered).map_err(|what| format!("on_unanswered: {what}"))?;
         if let Some(marks) = self.flow_marks {
             marks.check()?;
         }
@@ -383,10 +539,44 @@ impl QueueBuilder {
             if after.is_zero() {
                 return Err("deadline is zero".into());
             }
-            action.check_default(self.queue).map_err(|what| format!("deadline: {what}"))?;
+            self.check_default(action).map_err(|what| format!("deadline: {what}"))?;
         }
         self.policy.check().map_err(Into::into)
     }
+
+    /// Whether an action may be taken for packets that are not decided.
+    fn check_default(&self, action: Action) -> Result<(), &'static str> {
+        self.numbers.known().try_for_each(|number| action.check_default(number))
+    }
+
+    /// As `check_default`, for a number that has been found.
+    fn check_found(&self, number: u16) -> Result<(), Error> {
+        let actions = [Some(self.on_unanswered), self.deadline.map(|(_, action)| action)];
+        let invalid = |what| Error::new(ErrorKind::InvalidInput, format!("bind queue {number}")).with_detail(what);
+        actions.into_iter().flatten().try_for_each(|action| action.check_default(number)).map_err(invalid)
+    }
+}
+
+/// Queues that are bound. If that comes to nothing, they are closed as a dropped [`Queue`] is:
+/// packets may have arrived.
+struct Bound(Vec<Arc<Shared>>);
+
+impl Bound {
+    fn kept(mut self) -> Vec<Arc<Shared>> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|queue| queue.stream_dropped());
+    }
+}
+
+/// What `bind_when_free` has begun.
+enum Begun<F> {
+    Bound(Bound, PreparedRules),
+    Waiting(Vec<F>, PreparedRules),
 }
 
 /// A longer time is a mistake, and is refused.
@@ -402,6 +592,8 @@ fn attributes(flags: u32) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -419,7 +611,7 @@ mod tests {
             (builder().flow_marks(FlowMarks::new(3)), "flow marks"),
             (builder().flush_policy(FlushPolicy::fixed(0, Duration::ZERO)), "flush policy"),
         ] {
-            let error = builder.bind().expect_err(name);
+            let error = builder.bind().now_or_never().expect("at once").expect_err(name);
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
             let text = error.to_string();
             assert!(text.starts_with("bind queue 3: invalid value") && text.contains(name), "{text}");
@@ -428,6 +620,9 @@ mod tests {
 
     #[test]
     fn bind_outside_a_runtime_is_an_error() {
-        assert_eq!(Queue::builder(3).bind().expect_err("no runtime").kind(), ErrorKind::NoRuntime);
+        assert_eq!(
+            Queue::builder(3).bind().now_or_never().expect("at once").expect_err("no runtime").kind(),
+            ErrorKind::NoRuntime
+        );
     }
 }

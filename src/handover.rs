@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    ops::RangeInclusive,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
@@ -16,6 +17,7 @@ use crate::{
         Frozen, Passed, PassedQueue, Shared, acknowledge, await_acknowledgement, packed, receive_descriptors,
         send_descriptors, take_back, unpacked,
     },
+    numbers::QueueNumbers,
     record::{PartRecord, Record},
     types::{Error, ErrorKind},
 };
@@ -57,8 +59,8 @@ pub(crate) struct Part {
 pub(crate) type UseAgain = Box<dyn Fn() + Send + Sync>;
 
 impl Handover {
-    pub(crate) fn new(queue: Frozen) -> Self {
-        Self { queues: vec![queue], parts: Vec::new() }
+    pub(crate) fn new(queues: Vec<Frozen>) -> Self {
+        Self { queues, parts: Vec::new() }
     }
 
     #[cfg(feature = "divert")]
@@ -265,29 +267,39 @@ impl Takeover {
         self.passed.queues.iter().map(|queue| queue.record.queue).collect()
     }
 
-    /// The index of a queue.
-    pub(crate) fn find(&self, queue: u16) -> Option<usize> {
-        self.passed.queues.iter().position(|passed| passed.record.queue == queue)
+    /// The numbers of queues that have not been taken over yet, or the first of so many in a row.
+    pub(crate) fn find(&self, numbers: &QueueNumbers) -> Option<RangeInclusive<u16>> {
+        let offered = |number| self.position(number).is_some();
+        let mut candidates = numbers.candidates();
+        while let Some(missing) = candidates.numbers().find(|number| !offered(*number)) {
+            candidates.skip(missing)?;
+        }
+        Some(candidates.range())
     }
 
-    pub(crate) fn queue(&self, index: usize) -> &PassedQueue {
-        &self.passed.queues[index]
+    /// One that [`find`](Self::find) has returned.
+    pub(crate) fn queue(&self, number: u16) -> &PassedQueue {
+        &self.passed.queues[self.position(number).expect("a queue that was found")]
     }
 
-    pub(crate) fn taken(&mut self, index: usize, shared: &Arc<Shared>) {
-        self.passed.queues.remove(index);
-        self.queues.push(Arc::clone(shared));
+    pub(crate) fn taken(&mut self, queue: &Arc<Shared>) {
+        self.passed.queues.retain(|passed| passed.record.queue != queue.number());
+        self.queues.push(Arc::clone(queue));
+    }
+
+    fn position(&self, number: u16) -> Option<usize> {
+        self.passed.queues.iter().position(|passed| passed.record.queue == number)
     }
 
     #[cfg(feature = "divert")]
-    pub(crate) fn first_part(&self) -> Option<&PassedPart> {
-        self.passed.parts.first()
+    pub(crate) fn parts_left(&self) -> &[PassedPart] {
+        &self.passed.parts
     }
 
-    /// The first part has been taken over. It may be used when everything has been accepted.
+    /// A part has been taken over. It may be used when everything has been accepted.
     #[cfg(feature = "divert")]
-    pub(crate) fn part_taken(&mut self, use_it: UseAgain) {
-        self.passed.parts.remove(0);
+    pub(crate) fn part_taken(&mut self, index: usize, use_it: UseAgain) {
+        self.passed.parts.remove(index);
         self.parts.push(use_it);
     }
 

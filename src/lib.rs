@@ -12,7 +12,7 @@
 //! # async fn allowed(_payload: &[u8]) -> bool { true }
 //! #[tokio::main]
 //! async fn main() -> Result<(), tokio_nfqueue::Error> {
-//!     let (mut packets, verdicts) = Queue::builder(0).bind()?.split();
+//!     let (mut packets, verdicts) = Queue::builder(0).bind().await?.split();
 //!     loop {
 //!         tokio::select! {
 //!             packet = packets.try_next() => {
@@ -39,7 +39,7 @@
 //! | I want to ... | use |
 //! |---|---|
 //! | bind a queue | [`Queue::builder`], [`QueueBuilder::bind`] |
-//! | bind several queues | [`QueueGroup`] |
+//! | bind several queues as one, or any free number | [`QueueNumbers`] |
 //! | send traffic to the queue | your own rule, or [`Divert`] |
 //! | receive packets | [`Queue`] or [`PacketStream`] as a stream; [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many) |
 //! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
@@ -60,7 +60,7 @@
 //! | restart without losing a packet | [`VerdictSink::hand_over`], [`QueueBuilder::take_over`], [`QueueBuilder::bind_when_free`]; [`guide::restarting`] |
 //! | change settings while it runs | [`VerdictSink::reconfigure`] |
 //! | test a policy | [`Verdict::action`], [`Verdict::changes`]; the whole program without privileges: [`simulated`], [`guide::testing`] |
-//! | watch a queue | [`VerdictSink::stats`], [`watch`](VerdictSink::watch), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
+//! | watch a queue | [`VerdictSink::stats`], [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
 //! | get the errors of refused verdicts | [`VerdictSink::refusals`] |
 //! | log | the events of `tracing` in [`guide`](guide#tracing) |
 //! | use another network namespace | [`QueueBuilder::namespace`], [`NetworkNamespace`] |
@@ -71,13 +71,14 @@
 //!
 //! # Features
 //!
-//! All but `test-util` are on by default.
+//! All but `tower` and `test-util` are on by default.
 //!
 //! | feature | what it adds |
 //! |---|---|
 //! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
 //! | `divert` | [`Divert`]: nf_tables rules that vanish with the process |
 //! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
+//! | `tower` | `Queue::serve_service`: services of tower decide packets |
 //! | `test-util` | [`simulated`]: a kernel in memory, to test programs that use this crate |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
@@ -100,8 +101,6 @@ mod builder;
 mod divert;
 #[cfg(feature = "edit")]
 mod edit;
-mod group;
-mod group_sink;
 pub mod guide;
 mod handover;
 mod injector;
@@ -109,12 +108,15 @@ mod io;
 #[cfg(all(doc, feature = "conntrack", feature = "edit"))]
 pub mod migration;
 mod namespace;
+mod numbers;
 mod packet;
 mod queue;
 mod reconfigure;
+mod rules;
 #[cfg(feature = "test-util")]
 pub mod simulated;
 mod sink;
+mod stream;
 mod verdict;
 
 use nfqueue_proto::{record, state, types, wire};
@@ -127,25 +129,25 @@ pub mod stats {
 pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
-pub use divert::install_when_free;
+pub use divert::{Divert, DivertSet};
 #[cfg(feature = "edit")]
 pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
-pub use group::{GroupStream, QueueGroup};
-pub use group_sink::GroupSink;
 pub use handover::{Handover, Takeover};
 pub use injector::{Injector, InjectorBuilder, TrySendError};
 pub use io::kernel::KernelStats;
 pub use namespace::NetworkNamespace;
 #[cfg(feature = "divert")]
 pub use nfqueue_divert::{
-    ConnectionState, Direction, Divert, DivertBuilder, DivertSet, FlowTuple, Match, NamedSet, PacketField, PortRange,
-    Priority, Protocol, Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
+    ConnectionState, Direction, DivertBuilder, FlowTuple, Match, NamedSet, PacketField, PortRange, Priority, Protocol,
+    Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
 };
+pub use numbers::QueueNumbers;
 pub use packet::{DetachedPacket, Packet};
-pub use queue::{PacketStream, Queue};
+pub use queue::Queue;
 pub use reconfigure::Reconfigure;
 pub use sink::{Refusals, VerdictSink};
 pub use state::flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason};
+pub use stream::PacketStream;
 pub use types::{Action, Error, ErrorKind, Family, FlowMarks, Hook, PacketId, Stats, TryRecvError, Vlan};
 pub use verdict::{Changes, Confirm, Verdict};
 #[cfg(feature = "conntrack")]

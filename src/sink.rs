@@ -3,81 +3,79 @@
 use std::{
     fmt,
     future::Future,
-    pin::{Pin, pin},
+    ops::RangeInclusive,
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use futures::{
-    Sink, Stream, StreamExt as _,
-    future::{Either, select},
-    stream::{self, FusedStream},
-};
+use futures::{Sink, Stream, future::join_all, stream::FusedStream};
 
+#[cfg(feature = "divert")]
+use crate::divert::Divert;
 use crate::{
     advice::{Advice, advise},
     handover::Handover,
-    io::{Shared, Ticks, kernel::KernelStats},
+    io::{Shared, kernel::KernelStats},
     reconfigure::Reconfigure,
-    state::Clock,
+    rules::{How, Rules},
     types::{Action, Error, ErrorKind, Stats},
-    verdict::{Confirm, Verdict},
+    verdict::Verdict,
 };
 
 /// Takes the verdicts of a queue. Clones are independent and may be used in any task or thread.
 ///
-/// [`submit`](Self::submit) needs no await; the queue's [`FlushPolicy`](crate::FlushPolicy) decides
-/// when the verdict is sent to the kernel. As a [`Sink`], `feed` and `forward` let the policy
-/// gather verdicts too, while `SinkExt::send` flushes after each verdict.
+/// Most programs submit with [`Verdict::submit`], which needs no sink. The queue's
+/// [`FlushPolicy`](crate::FlushPolicy) decides when the verdict is sent to the kernel. As a
+/// [`Sink`], `feed` and `forward` let the policy gather verdicts too, while `SinkExt::send` flushes
+/// after each verdict.
 ///
 /// Within one flush the verdicts are sent in the order of the packets' ids, whatever the order in
 /// which they were submitted. If the order in which packets are released matters, flush in between.
+///
+/// If the queue has several numbers, each method concerns all of them; [`each`](Self::each) returns
+/// a sink for each number.
 #[derive(Clone)]
 pub struct VerdictSink {
-    queue: Arc<Shared>,
+    /// At least one, in the order of their numbers.
+    queues: Arc<[Arc<Shared>]>,
     closed: bool,
-    /// The round of sending that `Sink::poll_flush` waits for.
-    flushing: Option<u64>,
+    /// The rounds of sending that `Sink::poll_flush` waits for, after its first call.
+    flushing: Vec<Option<u64>>,
+    /// Of a sink for all numbers.
+    rules: Option<Arc<Rules>>,
 }
 
 impl VerdictSink {
-    pub(crate) fn new(queue: Arc<Shared>) -> Self {
-        Self { queue, closed: false, flushing: None }
+    pub(crate) fn new(queues: Arc<[Arc<Shared>]>, rules: Option<Arc<Rules>>) -> Self {
+        Self { queues, closed: false, flushing: Vec::new(), rules }
     }
 
-    /// Submits a verdict: see [`Verdict::submit`].
-    ///
-    /// # Errors
-    /// As [`Verdict::submit`].
-    pub fn submit(&self, verdict: Verdict) -> Result<(), Error> {
-        verdict.submit()
+    /// The queue's own [rules](crate::QueueBuilder::divert), if it has some.
+    #[cfg(feature = "divert")]
+    pub fn divert(&self) -> Option<Divert> {
+        self.rules.as_ref().map(|rules| rules.divert())
     }
 
-    /// Submits a verdict and waits for the kernel's acknowledgement: see [`Verdict::confirm`].
-    ///
-    /// # Errors
-    /// As [`Verdict::confirm`].
-    ///
-    /// # Cancel safety
-    /// As [`Verdict::confirm`].
-    pub fn confirm(&self, verdict: Verdict) -> Confirm {
-        verdict.confirm()
+    /// A sink for each number of the queue, in their order: to read the counters of one number, or
+    /// to close it alone. These sinks do not concern the queue's own rules.
+    pub fn each(&self) -> impl Iterator<Item = Self> {
+        self.queues.iter().map(|queue| Self::new([Arc::clone(queue)].into(), None))
     }
 
     /// Sends all gathered verdicts, whichever clone submitted them. Resolves when that has been
     /// done or tried: refused verdicts are reported by [`refusals`](Self::refusals), and verdicts
     /// of a failed send are sent later.
     ///
-    /// # Errors
-    /// Currently none.
-    ///
     /// # Cancel safety
     /// Cancel safe: once this has been polled, the verdicts are sent.
-    pub async fn flush(&self) -> Result<(), Error> {
-        let mut round = None;
-        std::future::poll_fn(|cx| self.queue.poll_flush(&mut round, cx)).await;
-        Ok(())
+    pub async fn flush(&self) {
+        join_all(self.queues.iter().map(|queue| {
+            let mut round = None;
+            std::future::poll_fn(move |cx| queue.poll_flush(&mut round, cx))
+        }))
+        .await;
     }
 
     /// Errors that concern one verdict or one message and do not end the queue: verdicts that the
@@ -87,12 +85,12 @@ impl VerdictSink {
     /// longer than the socket's send buffer allows. A packet that had already left the queue is not
     /// an error: it is counted in
     /// [`Sent::gone_at_least`](crate::stats::Sent::gone_at_least), and
-    /// [`confirm`](Self::confirm) reports it as `PacketGone`.
+    /// [`confirm`](Verdict::confirm) reports it as `PacketGone`.
     ///
     /// What the kernel refuses because the capability is missing is reported when the socket is
     /// read next: while no task polls the stream, 250 ms after the verdict was sent at the latest.
     ///
-    /// A refused verdict that was submitted by [`confirm`](Self::confirm) is reported there
+    /// A refused verdict that was submitted by [`confirm`](Verdict::confirm) is reported there
     /// instead. Reading is optional: 1024 errors are kept; then the oldest are discarded and
     /// counted in [`Sent::refusals_unread`](crate::stats::Sent::refusals_unread). If there are
     /// several such streams, each error goes to one of them. The stream ends when the queue is
@@ -100,7 +98,7 @@ impl VerdictSink {
     /// packets that the closing queue has decided are reported, too. It does not keep the queue
     /// open.
     pub fn refusals(&self) -> Refusals {
-        Refusals { queue: Arc::clone(&self.queue), ended: false }
+        Refusals { queues: Arc::clone(&self.queues), ended: false }
     }
 
     /// Closes the queue without losing a packet: a graceful shutdown. No new packet is queued,
@@ -132,7 +130,7 @@ impl VerdictSink {
     /// # Cancel safety
     /// Once polled, the graceful shutdown continues by itself.
     pub async fn close(&self) -> Result<(), Error> {
-        self.queue.close(self.queue.on_unanswered(), self.queue.close_timeout()).await
+        self.close_all(|queue| (queue.on_unanswered(), queue.close_timeout())).await
     }
 
     /// As [`close`](Self::close), but waits for `timeout` at most instead of
@@ -145,7 +143,7 @@ impl VerdictSink {
     /// # Cancel safety
     /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
-        self.queue.close(self.queue.on_unanswered(), timeout).await
+        self.close_all(move |queue| (queue.on_unanswered(), timeout)).await
     }
 
     /// As [`close`](Self::close), but with another action for packets that nobody has read or that
@@ -162,8 +160,24 @@ impl VerdictSink {
     /// # Cancel safety
     /// Once polled, the graceful shutdown continues by itself.
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
-        self.check_close_action(action)?;
-        self.queue.close(action, self.queue.close_timeout()).await
+        for queue in self.queues.iter().map(|queue| queue.number()) {
+            let refused =
+                |detail| Error::new(ErrorKind::InvalidInput, format!("close queue {queue}")).with_detail(detail);
+            action.check_default(queue).map_err(refused)?;
+        }
+        self.close_all(move |queue| (action, queue.close_timeout())).await
+    }
+
+    /// Closes all numbers at the same time. Returns the first error.
+    async fn close_all(&self, how: impl Fn(&Shared) -> How + Send + 'static) -> Result<(), Error> {
+        if let Some(rules) = &self.rules {
+            return rules.close(how).await;
+        }
+        let closing = self.queues.iter().map(|queue| {
+            let (action, timeout) = how(queue);
+            queue.close(action, timeout)
+        });
+        join_all(closing).await.into_iter().collect()
     }
 
     /// Begins to hand the queue over to another process: a restart that loses no packet and decides
@@ -190,15 +204,12 @@ impl VerdictSink {
     /// # Cancel safety
     /// If the future is dropped, the queue goes on here.
     pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
-        self.queue.hand_over(within).await.map(Handover::new)
-    }
-
-    /// Refuses an action that would keep packets in the queue for ever.
-    pub(crate) fn check_close_action(&self, action: Action) -> Result<(), Error> {
-        let queue = self.queue_number();
-        action
-            .check_default(queue)
-            .map_err(|detail| Error::new(ErrorKind::InvalidInput, format!("close queue {queue}")).with_detail(detail))
+        let frozen = join_all(self.queues.iter().map(|queue| queue.hand_over(within))).await;
+        let handover = frozen.into_iter().collect::<Result<_, _>>().map(Handover::new)?;
+        match &self.rules {
+            Some(rules) => rules.go_with(handover).await,
+            None => Ok(handover),
+        }
     }
 
     /// Changes settings while the queue runs, in one message that the kernel applies or refuses as
@@ -222,22 +233,13 @@ impl VerdictSink {
     /// If the future is dropped, the change stays; only its confirmation is lost.
     #[must_use = "the change has been sent, but only the future returns the kernel's reply"]
     pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        self.queue.reconfigure(change.config())
+        let changes = join_all(self.queues.iter().map(|queue| queue.reconfigure(change.config())));
+        async move { changes.await.into_iter().collect() }
     }
 
-    /// The queue's counters.
+    /// The counters: the sum, if there are several numbers.
     pub fn stats(&self) -> Stats {
-        self.queue.stats()
-    }
-
-    /// The queue's counters at a fixed interval, until the queue is closed. The stream does not
-    /// keep the queue open, and works in any executor.
-    ///
-    /// # Errors
-    /// `InvalidInput` if `every` is zero; an error of the operating system if the timer thread
-    /// cannot be started.
-    pub fn watch(&self, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
-        watch(&self.queue, every)
+        self.queues.iter().map(|queue| queue.stats()).sum()
     }
 
     /// The kernel's own counters of the queue, from `/proc/net/netfilter/nfnetlink_queue` of the
@@ -254,7 +256,11 @@ impl VerdictSink {
     ///   was created, no process may.
     /// * Any other error of reading the file.
     pub fn kernel_stats(&self) -> Result<KernelStats, Error> {
-        self.queue.kernel_stats()
+        let mut all = self.queues[0].kernel_stats()?;
+        for queue in &self.queues[1..] {
+            all.add(&queue.kernel_stats()?);
+        }
+        Ok(all)
     }
 
     /// What has cost packets so far, and what to do about it: limits that were reached, and base
@@ -262,24 +268,33 @@ impl VerdictSink {
     /// the kernel's counters cannot be read, an entry says so, because packets that found the queue
     /// full are then not seen.
     pub fn advice(&self) -> Vec<Advice> {
-        let kernel = self.queue.bound_kernel_stats().map_err(|error| error.raw_os_error());
-        advise(&self.stats(), kernel, self.queue.wanted_receive_buffer(), self.queue.dropped_while_queued())
+        let advice = |queue: &Arc<Shared>| {
+            let kernel = queue.bound_kernel_stats().map_err(|error| error.raw_os_error());
+            advise(&queue.stats(), kernel, queue.wanted_receive_buffer(), queue.dropped_while_queued())
+        };
+        self.queues.iter().flat_map(advice).collect()
     }
 
-    /// Whether the queue is closing or closed.
+    /// Whether the queue is closing or closed, with all its numbers. Whether this clone is closed
+    /// (`SinkExt::close`) does not count.
     pub fn is_closed(&self) -> bool {
-        self.closed || self.queue.is_closed()
+        self.queues.iter().all(|queue| queue.is_closed())
     }
 
-    /// The queue's number.
+    /// The number; the first, if there are several.
     pub fn queue_number(&self) -> u16 {
-        self.queue.number()
+        self.queues[0].number()
+    }
+
+    /// The numbers.
+    pub fn queue_numbers(&self) -> RangeInclusive<u16> {
+        self.queue_number()..=self.queues[self.queues.len() - 1].number()
     }
 }
 
 impl fmt::Debug for VerdictSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VerdictSink").field("queue", &self.queue_number()).field("closed", &self.is_closed()).finish()
+        f.debug_struct("VerdictSink").field("queues", &self.queue_numbers()).field("closed", &self.is_closed()).finish()
     }
 }
 
@@ -297,12 +312,19 @@ impl Sink<Verdict> for VerdictSink {
         if self.closed {
             return Err(Error::new(ErrorKind::Closed, "submit verdict").with_packet(verdict.packet_id()));
         }
-        self.submit(verdict)
+        verdict.submit()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
-        this.queue.poll_flush(&mut this.flushing, cx).map(Ok)
+        this.flushing.resize(this.queues.len(), None);
+        let mut all = Poll::Ready(Ok(()));
+        for (queue, round) in this.queues.iter().zip(&mut this.flushing) {
+            if queue.poll_flush(round, cx).is_pending() {
+                all = Poll::Pending;
+            }
+        }
+        all
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
@@ -314,7 +336,7 @@ impl Sink<Verdict> for VerdictSink {
 /// Errors that concern one verdict or one message: see [`VerdictSink::refusals`].
 #[must_use = "a stream does nothing unless it is polled"]
 pub struct Refusals {
-    queue: Arc<Shared>,
+    queues: Arc<[Arc<Shared>]>,
     ended: bool,
 }
 
@@ -335,9 +357,19 @@ impl Stream for Refusals {
         if self.ended {
             return Poll::Ready(None);
         }
-        let item = ready!(self.queue.poll_refusal(cx));
-        self.ended = item.is_none();
-        Poll::Ready(item)
+        let mut pending = false;
+        for queue in self.queues.iter() {
+            match queue.poll_refusal(cx) {
+                Poll::Ready(Some(error)) => return Poll::Ready(Some(error)),
+                Poll::Ready(None) => {}
+                Poll::Pending => pending = true,
+            }
+        }
+        if pending {
+            return Poll::Pending;
+        }
+        self.ended = true;
+        Poll::Ready(None)
     }
 }
 
@@ -349,31 +381,6 @@ impl FusedStream for Refusals {
 
 impl fmt::Debug for Refusals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Refusals").field("queue", &self.queue.number()).finish_non_exhaustive()
+        f.debug_struct("Refusals").field("queue", &self.queues[0].number()).finish_non_exhaustive()
     }
-}
-
-fn watch(queue: &Arc<Shared>, every: Duration) -> Result<impl FusedStream<Item = Stats> + Send + Unpin + use<>, Error> {
-    const OPERATION: &str = "watch statistics";
-    if every.is_zero() {
-        return Err(Error::new(ErrorKind::InvalidInput, OPERATION).with_detail("the interval is zero"));
-    }
-    let ticks = Ticks::new(queue.clock().clone()).map_err(|source| Error::os(OPERATION, source))?;
-    let (may_be_closed, first) = (queue.may_be_closed(), queue.clock().now().checked_add(every));
-    let start = (ticks, Arc::downgrade(queue), may_be_closed, first);
-    let watch = stream::unfold(start, move |(ticks, queue, may_be_closed, at)| async move {
-        let stats = loop {
-            let mut closed = pin!(may_be_closed.notified());
-            // Before the check, so that a close in between is not missed.
-            closed.as_mut().enable();
-            queue.upgrade().filter(|queue| !queue.is_closed())?;
-            if let Either::Left(_) = select(pin!(ticks.wait(at)), closed).await {
-                break queue.upgrade().filter(|queue| !queue.is_closed())?.stats();
-            }
-        };
-        // If it is late by more than an interval, the missed times are skipped.
-        let next = at.and_then(|at| at.checked_add(every)).map(|next| next.max(ticks.clock.now()));
-        Some((stats, (ticks, queue, may_be_closed, next)))
-    });
-    Ok(Box::pin(watch.fuse()))
 }

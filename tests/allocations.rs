@@ -68,7 +68,7 @@ async fn the_steady_state_allocates_nothing_per_packet() {
             if round >= ROUNDS {
                 count += of_round;
             }
-            queue.flush().await.unwrap();
+            queue.sink().flush().await;
             assert!(sent.iter().all(|sent| !sent.is_waiting()));
         }
         let packets = ROUNDS * PACKETS as u64;

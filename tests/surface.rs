@@ -4,9 +4,9 @@ use std::fmt::Debug;
 
 use tokio_nfqueue::{
     Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushContext, FlushDecision,
-    FlushPolicy, FlushReason, GroupSink, GroupStream, Handover, Hook, Injector, InjectorBuilder, KernelStats,
-    NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
-    Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
+    FlushPolicy, FlushReason, Handover, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet,
+    PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals, Stats, Takeover, TryRecvError,
+    TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
 };
 
 fn send<T: Send + Unpin + 'static>() {}
@@ -21,14 +21,14 @@ macro_rules! assert_traits {
 #[test]
 fn every_type_can_be_sent_between_threads() {
     assert_traits!(send: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, ErrorKind, Family,
-        FlowMarks, FlushContext, FlushDecision, FlushPolicy, FlushReason, GroupSink, GroupStream, Handover, Hook, Injector, InjectorBuilder,
-        KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals,
+        FlowMarks, FlushContext, FlushDecision, FlushPolicy, FlushReason, Handover, Hook, Injector, InjectorBuilder,
+        KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
     assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
         tokio_nfqueue::Flow, tokio_nfqueue::Expectation);
     assert_traits!(send: tokio_nfqueue::ConnectionState, tokio_nfqueue::Direction, tokio_nfqueue::Divert,
-        tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
+        tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
         tokio_nfqueue::PacketField, tokio_nfqueue::PortRange, tokio_nfqueue::Priority, tokio_nfqueue::Protocol,
         tokio_nfqueue::Rate, tokio_nfqueue::Rule, tokio_nfqueue::RuleCounter, tokio_nfqueue::SetElement,
         tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::FlowTuple, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
@@ -41,10 +41,10 @@ fn every_type_can_be_sent_between_threads() {
 /// A `FlushPolicy` and with it a `QueueBuilder` is not `Sync`: its closure need not be.
 #[test]
 fn what_tasks_share_is_sync() {
-    assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, GroupSink, GroupStream, Handover,
-        Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueGroup, Reconfigure, Refusals,
+    assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, Handover,
+        Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueNumbers, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
-    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet<'static>, tokio_nfqueue::Match,
+    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet, tokio_nfqueue::Match,
         tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
     assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
     assert_traits!(sync: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
@@ -53,7 +53,7 @@ fn what_tasks_share_is_sync() {
 
 #[test]
 fn settings_and_sinks_can_be_cloned() {
-    assert_traits!(clone: FlushPolicy, GroupSink, Injector, InjectorBuilder, NetworkNamespace, QueueBuilder, Reconfigure,
+    assert_traits!(clone: FlushPolicy, QueueNumbers, Injector, InjectorBuilder, NetworkNamespace, QueueBuilder, Reconfigure,
         VerdictSink, Stats);
     assert_traits!(clone: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
         simulated::TestPacket);
@@ -63,8 +63,8 @@ fn settings_and_sinks_can_be_cloned() {
 
 #[test]
 fn every_type_can_be_printed() {
-    assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy, GroupSink, GroupStream,
-        Handover, Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Reconfigure, Refusals, Stats,
+    assert_traits!(debug: Changes<'static>, Confirm, DetachedPacket, Error, FlushPolicy,
+        Handover, Injector, InjectorBuilder, NetworkNamespace, Packet, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals, Stats,
         Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
     assert_traits!(debug: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::RawSocket, simulated::Sent,
         simulated::TestPacket);

@@ -15,6 +15,7 @@ use std::{
 
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Meta, MetaKey, Operator, Payload, Register};
+use nfqueue_divert::Divert;
 use nix::{
     libc::{IPPROTO_TCP, IPPROTO_UDP},
     sys::socket::{
@@ -27,7 +28,7 @@ use tokio::{
     runtime::Builder,
     sync::oneshot::{self, error::TryRecvError},
 };
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule};
 
 use super::{
     busy::clock_of,
@@ -133,7 +134,7 @@ impl Consumer {
             runtime.block_on(async {
                 let builder =
                     Queue::builder(0).max_len(MAX_LEN).copy_range(COPY_RANGE).flow_marks(FlowMarks::default());
-                let mut queue = builder.bind().expect("bind a queue");
+                let mut queue = builder.bind().await.expect("bind a queue");
                 bound();
                 let mut packets = Vec::new();
                 loop {

@@ -42,7 +42,8 @@ pub fn grown(name: &str, packets: usize) -> usize {
         _ => {
             let runtime = Builder::new_current_thread().enable_all().build().expect("start a runtime");
             let _inside = runtime.enter();
-            let mut queue = Queue::builder(0).max_len(65_536).gso(false).bind().expect("bind a queue");
+            let mut queue =
+                runtime.block_on(Queue::builder(0).max_len(65_536).gso(false).bind()).expect("bind a queue");
             let mut next = || runtime.block_on(queue.recv()).expect("the queue is open").expect("receive");
             if name == DETACHED { hold(packets, || next().detach()) } else { hold(packets, next) }
         }

@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, future::select_all};
+use futures::{FutureExt, StreamExt, future::select_all};
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::{
     sync::mpsc::{UnboundedReceiver, unbounded_channel},
     task::{JoinSet, yield_now},
 };
 use tokio_nfqueue::{
-    FlushPolicy, Packet, PacketStream, Queue, QueueBuilder, QueueGroup, Stats, TryRecvError, Verdict, VerdictSink,
+    FlushPolicy, Packet, PacketStream, Queue, QueueBuilder, Stats, TryRecvError, Verdict, VerdictSink,
 };
 
 use super::{
@@ -92,7 +92,7 @@ pub const RECV_MANY: [Contender; 2] = on_both!("recv_many", |job, threads| Ours:
 pub const OTHER_WAYS: [[Contender; 2]; 5] = [
     on_both!("stream", |job, threads| Ours::bind(job, Way::AcceptNext, threads)),
     on_both!("a task a packet", |job, threads| Ours::bind(job, Way::TaskAPacket, threads)),
-    on_both!("one queue of a QueueGroup", |job, threads| Grouped::bind(job, threads)),
+    on_both!("one of four numbers", |job, threads| Grouped::bind(job, threads)),
     on_both!("recv, FlushPolicy::immediate", |job, threads| {
         Ours::bind(&Job { max_delay: Some(Duration::ZERO), ..*job }, Way::Recv, threads)
     }),
@@ -157,12 +157,14 @@ impl Ours {
         let runner = Runner::new(threads);
         let inside = runner.runtime.enter();
         let queues = if way == Way::FourQueues { 4 } else { 1 };
-        let halves = (0..queues)
-            .map(|number| settings(Queue::builder(number), job).bind().expect("bind a queue").split())
-            .collect();
+        let halves = (0..queues).map(|number| bind(settings(Queue::builder(number), job)).split()).collect();
         drop(inside);
         Box::new(Self { way, halves: Some(halves), runner })
     }
+}
+
+fn bind(builder: QueueBuilder) -> Queue {
+    builder.bind().now_or_never().expect("at once").expect("bind a queue")
 }
 
 fn settings(builder: QueueBuilder, job: &Job) -> QueueBuilder {
@@ -210,7 +212,7 @@ macro_rules! one_by_one {
 /// Several queues as one, of which one gets all packets.
 struct Grouped {
     /// While no task uses it. Dropped before the runtime.
-    queues: Option<QueueGroup>,
+    queues: Option<Queue>,
     runner: Runner,
 }
 
@@ -218,7 +220,7 @@ impl Grouped {
     fn bind(job: &Job, threads: Threads) -> Box<dyn Consumer> {
         let runner = Runner::new(threads);
         let inside = runner.runtime.enter();
-        let queues = QueueGroup::bind(0..=3, |builder| settings(builder, job)).expect("bind the queues");
+        let queues = bind(settings(Queue::builder(0..=3), job));
         drop(inside);
         Box::new(Self { queues: Some(queues), runner })
     }
@@ -229,7 +231,7 @@ impl Consumer for Grouped {
         let (mut queues, until) = (self.queues.take().expect("no task uses them"), Arc::clone(until));
         self.queues = Some(self.runner.run(async move {
             one_by_one!(until, queues.recv(), |packet| submit(packet, &until));
-            queues.flush().await.expect("flush");
+            queues.sink().flush().await;
             queues
         }));
     }
@@ -241,37 +243,32 @@ async fn work(way: Way, mut halves: Halves, until: Arc<Until>) -> Halves {
     }
     for (packets, verdicts) in &mut halves {
         match way {
-            Way::AcceptAll => accept_all(packets, verdicts, &until).await,
+            Way::AcceptAll => accept_all(packets, &until).await,
             Way::AcceptNext => one_by_one!(until, packets.next(), |packet| submit(packet, &until)),
             Way::Recv => one_by_one!(until, packets.recv(), |packet| submit(packet, &until)),
             Way::TaskAPacket => task_a_packet(packets, &until).await,
             Way::EightTasks => eight_tasks(packets, verdicts, &until, |_, _| ()).await,
             Way::Timed => eight_tasks(packets, verdicts, &until, note_time).await,
-            Way::Mixed => mixed(packets, verdicts, &until).await,
-            Way::Rewrite => each(packets, verdicts, &until, rewritten).await,
-            Way::Confirm => confirm(packets, verdicts, &until).await,
+            Way::Mixed => mixed(packets, &until).await,
+            Way::Rewrite => each(packets, &until, rewritten).await,
+            Way::Confirm => confirm(packets, &until).await,
             Way::FourQueues | Way::Poll => {}
         }
-        verdicts.flush().await.expect("flush");
+        verdicts.flush().await;
     }
     halves
 }
 
-async fn accept_all(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
-    each(packets, verdicts, until, Packet::accept).await;
+async fn accept_all(packets: &mut PacketStream, until: &Until) {
+    each(packets, until, Packet::accept).await;
 }
 
-async fn each(
-    packets: &mut PacketStream,
-    verdicts: &VerdictSink,
-    until: &Until,
-    mut decide: impl FnMut(Packet) -> Verdict,
-) {
+async fn each(packets: &mut PacketStream, until: &Until, mut decide: impl FnMut(Packet) -> Verdict) {
     let mut received = Vec::with_capacity(MANY);
     while !until.over() {
         let count = packets.recv_many(&mut received, MANY).await.expect("receive");
         for packet in received.drain(..) {
-            verdicts.submit(decide(packet)).expect("submit");
+            decide(packet).submit().expect("submit");
         }
         until.both(count);
     }
@@ -354,7 +351,7 @@ async fn task(
         while held.len() > keep {
             let packet: Packet = held.swap_remove(random.below(held.len()));
             before_deciding(&packet, &verdicts);
-            verdicts.submit(packet.accept()).expect("submit");
+            packet.accept().submit().expect("submit");
         }
         until.decided(before - held.len());
         if !open {
@@ -374,14 +371,14 @@ fn note_time(packet: &Packet, verdicts: &VerdictSink) {
 }
 
 /// Half of the packets are accepted, a quarter dropped, a quarter marked, in random order.
-async fn mixed(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+async fn mixed(packets: &mut PacketStream, until: &Until) {
     let mut random = Random::new(1);
     let decide = |packet: Packet| match random.below(4) {
         0 => packet.drop(),
         1 => packet.accept().mark(7),
         _ => packet.accept(),
     };
-    each(packets, verdicts, until, decide).await;
+    each(packets, until, decide).await;
 }
 
 /// Changes one byte of the UDP payload. The checksum is left out, as IPv4 allows.
@@ -392,11 +389,11 @@ fn rewritten(packet: Packet) -> Verdict {
     packet.accept().payload(bytes)
 }
 
-async fn confirm(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Until) {
+async fn confirm(packets: &mut PacketStream, until: &Until) {
     let mut received = Vec::with_capacity(MANY);
     while !until.over() {
         let count = packets.recv_many(&mut received, MANY).await.expect("receive");
-        let confirmations: Vec<_> = received.drain(..).map(|packet| verdicts.confirm(packet.accept())).collect();
+        let confirmations: Vec<_> = received.drain(..).map(|packet| packet.accept().confirm()).collect();
         for confirmation in confirmations {
             confirmation.await.expect("the kernel acknowledges");
         }
@@ -405,7 +402,7 @@ async fn confirm(packets: &mut PacketStream, verdicts: &VerdictSink, until: &Unt
 }
 
 async fn four_queues(halves: &mut Halves, until: &Until) {
-    let loops = halves.iter_mut().map(|(packets, verdicts)| Box::pin(accept_all(packets, verdicts, until)));
+    let loops = halves.iter_mut().map(|(packets, _)| Box::pin(accept_all(packets, until)));
     // The first loop that sees the end ends all.
     select_all(loops).await;
 }

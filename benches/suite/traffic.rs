@@ -5,12 +5,13 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
 };
 
+use nfqueue_divert::Divert;
 use nix::sys::socket::{
     setsockopt,
     sockopt::{SndBuf, SndBufForce, UdpGsoSegment},
 };
 use rustix::net::sockopt::set_socket_recv_buffer_size;
-use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule};
 
 use super::support;
 

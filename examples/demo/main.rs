@@ -22,7 +22,7 @@ mod rewrite;
 
 /// The main loop: packets, a timer and Ctrl-C in one `select!`. Returns whether Ctrl-C ended it.
 async fn decide(mut packets: PacketStream, verdicts: VerdictSink, counts: Arc<Counts>) -> bool {
-    let tasks: Vec<_> = (0..TASKS).map(|_| spawn_task(verdicts.clone(), Arc::clone(&counts))).collect();
+    let tasks: Vec<_> = (0..TASKS).map(|_| spawn_task(Arc::clone(&counts))).collect();
     let started = Instant::now();
     let mut progress = interval(Duration::from_secs(1));
     progress.tick().await;
@@ -55,7 +55,7 @@ async fn decide(mut packets: PacketStream, verdicts: VerdictSink, counts: Arc<Co
 }
 
 /// A task that decides the packets it is sent.
-fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSender<(Option<Flow>, Packet)> {
+fn spawn_task(counts: Arc<Counts>) -> mpsc::UnboundedSender<(Option<Flow>, Packet)> {
     // Unbounded, but it holds no more packets than the kernel's queue.
     let (sender, mut receiver) = mpsc::unbounded_channel::<(Option<Flow>, Packet)>();
     tokio::spawn(async move {
@@ -76,7 +76,7 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
                 _ => packet.accept(),
             };
             counts.decided(flow, &verdict);
-            if let Err(error) = verdicts.submit(verdict) {
+            if let Err(error) = verdict.submit() {
                 eprintln!("demo: {error:#}");
             }
         }
@@ -86,23 +86,23 @@ fn spawn_task(verdicts: VerdictSink, counts: Arc<Counts>) -> mpsc::UnboundedSend
 
 async fn run() -> Result<(), String> {
     // First of all, so that a missing privilege or kernel feature is reported at once.
-    let queue = Queue::builder(0).bind().map_err(explain)?;
+    let queue = Queue::builder(0).bind().await.map_err(explain)?;
     let peer = testbed::veth();
     let flows = Flows::start(&peer).map_err(|error| format!("cannot open the demo's sockets: {error}"))?;
 
     eprintln!("one-way latency without a queue ...");
     let unqueued = flows.latency(2_000).await;
 
-    let divert = Divert::builder().rules(flows::rules(&peer)).install().map_err(explain)?;
+    let divert = Divert::install(&Divert::builder().rules(flows::rules(&peer))).await.map_err(explain)?;
     let (packets, verdicts) = queue.split();
     let counts = Arc::new(Counts::default());
     let decide = tokio::spawn(decide(packets, verdicts.clone(), Arc::clone(&counts)));
 
     let outcome = flows.run(&counts, unqueued).await?;
-    divert.remove_rules().map_err(explain)?;
+    divert.remove_rules().await.map_err(explain)?;
     verdicts.close().await.map_err(explain)?;
     let interrupted = decide.await.map_err(|error| format!("the deciding task failed: {error}"))?;
-    divert.close().map_err(explain)?;
+    divert.close().await.map_err(explain)?;
     if interrupted {
         return Err("interrupted".to_owned());
     }

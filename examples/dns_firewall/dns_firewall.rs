@@ -25,22 +25,23 @@ use hickory_proto::{
     rr::{Name, rdata::opt::EdnsOption},
 };
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Injector, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Action, Divert, Error, Hook, Injector, Match, Packet, Protocol, Queue, Rule};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());
-    let (mut packets, verdicts) = bind()?.split();
     let injector = Injector::builder().mark(MARK).bind()?;
-    let queries = |hook| {
-        let rule = Rule::new(hook).protocol(Protocol::Udp).destination_port(options.port);
-        rule.unless_mark(MARK, u32::MAX).to_queue(verdicts.queue_number())
-    };
-    let divert = Divert::builder()
+    let queries =
+        |hook| Rule::new(hook).protocol(Protocol::Udp).destination_port(options.port).unless_mark(MARK, u32::MAX);
+    let rules = Divert::builder()
         .rule(queries(Hook::Output))
         // What arrives over loopback has passed the output hook.
         .rule(queries(Hook::Input).unless(Match::interface("lo")))
         .rule(queries(Hook::Forward))
-        .install()?;
+        // It decides each query on its own, so connections need not be tracked.
+        .flow_marks(None);
+    // A reply to a super-packet is impossible.
+    let queue = Queue::builder(Queue::ANY).gso(false).on_unanswered(Action::Accept).divert(rules).bind().await?;
+    let (mut packets, verdicts) = queue.split();
     eprintln!("ready");
 
     let mut unanswered = 0_u64;
@@ -69,15 +70,13 @@ async fn run(options: Options) -> Result<(), Error> {
             packet.drop().submit()?;
         }
     }
-    // In this order: no new packet is queued, those that wait are decided, the table goes.
-    let removed = divert.remove_rules();
     let closed = verdicts.close().await;
     let stats = verdicts.stats();
     println!(
         "received {} accepted {} blocked {} unanswered {unanswered} lost {}",
         stats.received.packets, stats.decided.accepted, stats.decided.dropped, stats.lost.packets
     );
-    removed.and(closed).and(divert.close())
+    closed
 }
 
 /// The query in the packet, if it asks for a blocked name or one below.
@@ -120,18 +119,6 @@ fn nxdomain(query: &Message) -> Message {
 
 /// The mark of the replies.
 const MARK: u32 = 0x40;
-
-/// Binds the first queue that nobody has bound. A reply to a super-packet is impossible.
-fn bind() -> Result<Queue, Error> {
-    let bind = |number| Queue::builder(number).gso(false).on_unanswered(Action::Accept).bind();
-    let mut number = 0;
-    loop {
-        match bind(number) {
-            Err(error) if error.kind() == ErrorKind::AlreadyBound && number < u16::MAX => number += 1,
-            result => return result,
-        }
-    }
-}
 
 /// Ends with SIGINT or SIGTERM. The handlers are installed when this returns.
 fn end_signal() -> impl Future<Output = ()> {

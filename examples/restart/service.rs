@@ -7,9 +7,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
 };
-use tokio_nfqueue::{
-    Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, Takeover, install_when_free,
-};
+use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, Takeover};
 
 use super::Options;
 
@@ -93,7 +91,7 @@ async fn start(options: &Options, settings: QueueBuilder) -> Result<Filter, Erro
     let Some(port) = options.udp_port else { return Ok((queue, None)) };
     let rule = Rule::new(Hook::Input).protocol(Protocol::Udp).destination_port(port).to_queue(options.queue);
     let rules = Divert::builder().table(format!("restart_{}", options.queue)).rule(rule);
-    Ok((queue, Some(install_when_free(&rules).await?)))
+    Ok((queue, Some(Divert::install_when_free(&rules).await?)))
 }
 
 async fn take_over(stream: UnixStream, settings: QueueBuilder) -> Result<Filter, Error> {
@@ -115,7 +113,7 @@ async fn hand_over(stream: UnixStream, queue: &Queue, divert: Option<&Divert>) -
     let hand_over = async {
         let mut handover = queue.hand_over(PATIENCE).await?;
         if let Some(divert) = divert {
-            handover = handover.with_divert(divert)?;
+            handover = handover.with_divert(divert).await?;
         }
         handover.send(stream, PATIENCE).await
     };
@@ -125,10 +123,13 @@ async fn hand_over(stream: UnixStream, queue: &Queue, divert: Option<&Divert>) -
 /// The graceful end, without a successor.
 async fn close(queue: Queue, divert: Option<Divert>) -> Result<(), Error> {
     if let Some(divert) = &divert {
-        divert.remove_rules()?;
+        divert.remove_rules().await?;
     }
     queue.close().await?;
-    divert.map_or(Ok(()), Divert::close)
+    match divert {
+        Some(divert) => divert.close().await,
+        None => Ok(()),
+    }
 }
 
 /// Listens for a successor of the same user. The name was that of the predecessor.

@@ -65,7 +65,7 @@ fn run(input: &mut Input<'_>) {
             13 => kernel.advance(Duration::from_millis(input.short().into())),
             // EINTR, EAGAIN, ENOBUFS: not the end of a queue.
             14 => kernel.fail_receives([4, 11, 105][usize::from(input.byte() % 3)], 1),
-            _ => _ = (queue.stats(), queue.kernel_stats(), queue.advice()),
+            _ => _ = (queue.stats(), queue.sink().kernel_stats(), queue.sink().advice()),
         }
     }
     // The queue goes on, when the system call fails no more.

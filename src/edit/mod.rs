@@ -110,8 +110,8 @@ pub use self::{
 /// use tokio_nfqueue::{Divert, Hook, Priority, Protocol, Queue, Rule};
 ///
 /// # async fn example() -> Result<(), tokio_nfqueue::Error> {
-/// let tcp = Queue::builder(0).gso(true).bind()?;
-/// let udp = Queue::builder(1).gso(false).bind()?;
+/// let tcp = Queue::builder(0).gso(true).bind().await?;
+/// let udp = Queue::builder(1).gso(false).bind().await?;
 /// let rule = Rule::new(Hook::Prerouting);
 /// let _divert = Divert::builder()
 ///     .rule(rule.clone().protocol(Protocol::Tcp).to_queue(0))

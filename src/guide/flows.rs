@@ -11,7 +11,7 @@
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), tokio_nfqueue::Error> {
 //! let marks = FlowMarks::default();
-//! let mut queue = Queue::builder(0).flow_marks(marks).bind()?;
+//! let mut queue = Queue::builder(0).flow_marks(marks).bind().await?;
 //! let divert = Divert::builder()
 //!     .flow_marks(marks)
 //!     .rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0))

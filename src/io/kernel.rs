@@ -10,6 +10,9 @@ use crate::types::{Error, ErrorKind};
 
 /// The kernel's own counters of a queue, from its line in `/proc/net/netfilter/nfnetlink_queue`.
 /// They start at [`bind`](crate::QueueBuilder::bind) and wrap at 2³².
+///
+/// Of a queue with several numbers they are the sum, except what cannot be added: that is of the
+/// first number. [`VerdictSink::each`](crate::VerdictSink::each) tells the numbers apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KernelStats {
@@ -29,6 +32,15 @@ pub struct KernelStats {
     pub dropped_socket: u32,
     /// The last packet id that the kernel has assigned; 0 before the first packet.
     pub last_id: u32,
+}
+
+impl KernelStats {
+    /// Those of another number are added to these.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.queued += other.queued;
+        self.dropped_queue = self.dropped_queue.wrapping_add(other.dropped_queue);
+        self.dropped_socket = self.dropped_socket.wrapping_add(other.dropped_socket);
+    }
 }
 
 /// The file, opened in a network namespace. Its content is that of this namespace, whichever thread

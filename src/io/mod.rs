@@ -55,7 +55,6 @@ pub(crate) use self::{
     ready_fd::AnyReadyFd,
     shared::{Settings, Shared},
     stream::Received,
-    ticks::Ticks,
 };
 #[cfg(feature = "divert")]
 pub(crate) use self::{passed::PassedPart, ticks::Pauses};

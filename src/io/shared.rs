@@ -75,8 +75,6 @@ pub(crate) struct Shared {
     /// Wakes the driver. In an `Arc` of its own, so that the driver can wait without keeping the
     /// queue alive.
     pub(super) signal: Arc<Notify>,
-    /// Notifies the streams of statistics that the queue may have been closed.
-    pub(super) may_be_closed: Arc<Notify>,
     /// Set once by `bind`, because the timer refers to this struct.
     pub(super) timer: OnceLock<Timer>,
     /// Whether the timer thread has watched the socket before.
@@ -161,7 +159,6 @@ impl Shared {
             receiver: Mutex::new(receiver),
             core: Mutex::new(core),
             signal: Arc::new(Notify::new()),
-            may_be_closed: Arc::new(Notify::new()),
             timer: OnceLock::new(),
             watched: AtomicBool::new(false),
             process: sys::process().into(),
@@ -227,7 +224,7 @@ impl Shared {
             probe,
             wake_stream,
             wake_waiting: _,
-            wake_refusals,
+            wake_refusals: _,
         } = effects;
         if let (Some(alarm), Some(timer)) = (timer, self.timer.get()) {
             timer.set(alarm);
@@ -258,9 +255,6 @@ impl Shared {
         }
         if wake_stream && let Some(ready_fd) = self.ready_fd.get() {
             ready_fd.raise();
-        }
-        if wake_refusals {
-            self.may_be_closed.notify_waiters();
         }
         pending.wakers.into_iter().for_each(Waker::wake);
         for notice in pending.notices {
@@ -398,11 +392,6 @@ impl Shared {
         self.core().machine.life().has_ended()
     }
 
-    /// See the field.
-    pub(crate) fn may_be_closed(&self) -> Arc<Notify> {
-        Arc::clone(&self.may_be_closed)
-    }
-
     pub(crate) fn interface_name(&self, index: u32) -> Result<String, Error> {
         self.socket.interface_name(index)
     }
@@ -434,11 +423,6 @@ impl Shared {
     /// As `payload_obstacle`, for packets of the bridge family.
     pub(super) fn bridge_payload_obstacle(&self) -> Option<&'static str> {
         if self.socket.is_in_memory() { None } else { super::kernel::bridge_payload_obstacle() }
-    }
-
-    /// The queue's clock.
-    pub(crate) fn clock(&self) -> &QueueClock {
-        &self.clock
     }
 
     /// The kernel's own counters of the queue.
@@ -481,7 +465,6 @@ impl Drop for Shared {
         // reach the kernel.
         self.with(|core| core.machine.flush());
         self.signal.notify_one();
-        self.may_be_closed.notify_waiters();
         socket::forget_port(self.socket.port_id());
     }
 }

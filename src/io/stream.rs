@@ -242,6 +242,11 @@ impl Shared {
         Poll::Pending
     }
 
+    /// Sends the gathered verdicts, or lets the thread that is sending do so.
+    pub(crate) fn flush_gathered(&self) {
+        self.with(|core| _ = core.machine.flush());
+    }
+
     /// The next unread refusal.
     pub(crate) fn poll_refusal(&self, cx: &mut Context<'_>) -> Poll<Option<Error>> {
         let waker = cx.waker().clone();

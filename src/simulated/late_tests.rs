@@ -96,7 +96,7 @@ async fn a_packet_that_comes_after_the_socket_was_found_empty_wakes_the_task() {
     let late =
         Arc::new(Late { kernel: kernel.clone(), packet: Mutex::new(None), mark, noticed: AtomicBool::new(false) });
     let namespace = NetworkNamespace::in_memory(Arc::clone(&late) as Arc<dyn MemoryKernel>);
-    let mut queue = Queue::builder(0).namespace(namespace).bind().unwrap();
+    let mut queue = Queue::builder(0).namespace(namespace).bind().await.unwrap();
     *late.packet.lock().unwrap() = Some(packet());
     // Workers that have something to do look for events in between.
     let busy = [(); 4].map(|()| {

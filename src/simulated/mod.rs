@@ -153,7 +153,7 @@ impl Kernel {
     /// # Errors
     /// As [`QueueBuilder::bind`].
     pub fn bind(&self, builder: QueueBuilder) -> Result<Queue, Error> {
-        builder.namespace(self.namespace()).bind()
+        builder.namespace(self.namespace()).bind_in_memory()
     }
 
     /// The network namespace of this kernel, for

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::*;
-use crate::{Action, ErrorKind, FlushPolicy, Hook, Packet, QueueGroup, Vlan};
+use crate::{Action, ErrorKind, FlushPolicy, Hook, Packet, Vlan};
 
 #[derive(Default)]
 struct Wakes(AtomicUsize);
@@ -151,7 +151,7 @@ async fn a_queue_without_gso_gets_segments_with_full_checksums() {
             assert_eq!(expected, udp.checksum());
             lengths.push(udp.payload().len());
             packet.accept().submit().unwrap();
-            queue.flush().await.unwrap();
+            queue.sink().flush().await;
         }
         let outcome = sent.outcome().await;
         assert!(outcome.accepted);
@@ -256,13 +256,13 @@ async fn ids_wrap() {
     for sent in sent {
         assert!(sent.outcome().await.accepted);
     }
-    assert_eq!((queue.stats().lost.packets, queue.kernel_stats().unwrap().last_id), (0, 2));
+    assert_eq!((queue.stats().lost.packets, queue.sink().kernel_stats().unwrap().last_id), (0, 2));
 }
 
 #[tokio::test]
 async fn groups_and_second_binds_work_as_in_the_kernel() {
     let kernel = Kernel::new();
-    let mut group = QueueGroup::bind(3..=4, |builder| builder.namespace(kernel.namespace())).unwrap();
+    let mut group = kernel.bind(Queue::builder(3..=4)).unwrap();
     let sent = kernel.send_all([4, 3].map(|number| datagram(b"x").to_queue(number)));
     for _ in 0..2 {
         group.recv().await.unwrap().unwrap().accept().submit().unwrap();
@@ -398,7 +398,7 @@ async fn a_super_packet_without_a_payload_has_an_outcome() {
         let (kernel, mut queue) = queue(Queue::builder(0).gso(false)).unwrap();
         let sent = kernel.send(packet.gso(1000));
         queue.try_recv().expect("it is queued as it is").accept().submit().unwrap();
-        queue.flush().await.unwrap();
+        queue.sink().flush().await;
         assert!(sent.try_outcome().expect("it has been decided").accepted);
     }
 }
@@ -423,7 +423,7 @@ async fn the_descriptor_for_other_event_loops_is_readable_at_the_end() {
             assert!(!readable(&queue));
             kernel.fail_sends(EBADF, 1);
             packet.accept().submit().unwrap();
-            queue.flush().await.unwrap();
+            queue.sink().flush().await;
             drop(sent);
         } else {
             queue.sink().close().await.unwrap();
@@ -495,7 +495,7 @@ async fn an_idle_queue_wakes_no_task_and_sets_no_timer() {
         for _ in 0..100 {
             next(&mut queue).await.accept().submit().unwrap();
         }
-        queue.flush().await.unwrap();
+        queue.sink().flush().await;
         assert!(sent.iter().all(|sent| !sent.is_waiting()));
         // What is left to do ends by itself.
         kernel.advance(Duration::from_secs(120));

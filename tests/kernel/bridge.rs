@@ -57,7 +57,7 @@ const SERVICE: u16 = 0x88a8;
 /// hook. `None` on a kernel without `NFT_QUEUE`, after a check that it refuses the rule.
 fn bridge(hooks: &[Hook]) -> Option<(Bridge, Vec<Queue>)> {
     let bridge = Bridge::new();
-    let queues = (0..hooks.len() as u16).map(|number| Queue::builder(number).bind().unwrap()).collect();
+    let queues = (0..hooks.len() as u16).map(|number| common::bind_now(Queue::builder(number))).collect();
     for (number, hook) in (0..).zip(hooks) {
         // NF_BR_PRI_FILTER_BRIDGED
         let place = Place { hook: number_of(*hook), priority: -200 };
@@ -119,8 +119,8 @@ fn vlan((protocol, control): (u16, u16)) -> Vlan {
     Vlan { protocol, control }
 }
 
-async fn give(queue: &Queue, verdict: Verdict) {
-    soon("the reply of the kernel", queue.sink().confirm(verdict)).await.unwrap();
+async fn give(verdict: Verdict) {
+    soon("the reply of the kernel", verdict.confirm()).await.unwrap();
 }
 
 /// The next frame. It may still be on its way through the far interface.
@@ -138,7 +138,7 @@ async fn arrival(socket: &FrameSocket) -> Frame {
 async fn cross(bridge: &Bridge, queue: &mut Queue, sent: &Frame, decide: impl FnOnce(Packet) -> Verdict, come: &Frame) {
     bridge.ends[0].socket.send(sent);
     let packet = next(queue).await;
-    give(queue, decide(packet)).await;
+    give(decide(packet)).await;
     assert_eq!(arrival(&bridge.ends[1].socket).await, *come);
 }
 
@@ -186,7 +186,7 @@ async fn pass(queues: &mut [Queue], hook: Hook, from: Option<(u32, u32)>, to: Op
     assert_eq!(packet.payload(), &frame.bytes[14..], "{hook:?}");
     // The kernel sends it only with an input interface.
     assert_eq!(packet.hardware_address(), from.map(|_| &frame.bytes[6..12]), "{hook:?}");
-    give(queue, packet.accept()).await;
+    give(packet.accept()).await;
 }
 
 async fn vlan_tags_are_reported_and_kept() {
@@ -268,7 +268,7 @@ async fn a_link_layer_header_of_another_length_is_refused() {
         let packet = next(&mut queue).await;
         let id = packet.id();
         let verdict = packet.accept().layer2_header(vec![2; length]);
-        let error = soon("the reply", queue.sink().confirm(verdict)).await.unwrap_err();
+        let error = soon("the reply", verdict.confirm()).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
         // The packet gets the default action.
         common::eventually("it is dropped", || common::account(0).unwrap().waiting == 0).await;
@@ -316,7 +316,7 @@ async fn a_dropped_frame_does_not_arrive() {
     bridge.ends[0].socket.send(&udp_frame(Some((CUSTOMER, 5)), 1));
     let packet = next(&mut queue).await;
     // A change does not alter that.
-    give(&queue, packet.drop().vlan(vlan((CUSTOMER, 6)))).await;
+    give(packet.drop().vlan(vlan((CUSTOMER, 6)))).await;
     let sent = udp_frame(Some((CUSTOMER, 5)), 2);
     cross(&bridge, &mut queue, &sent, Packet::accept, &sent).await;
 }
@@ -334,16 +334,14 @@ async fn verdicts_in_any_order_set_the_right_tags() {
         let number = number(&packet) as u16;
         assert_eq!(packet.vlan(), Some(vlan((CUSTOMER, number))));
         // A third is dropped, a third is accepted unchanged.
-        queue
-            .sink()
-            .submit(match number % 3 {
-                0 => packet.drop(),
-                1 => packet.accept(),
-                _ => packet.accept().vlan(vlan((SERVICE, 1000 + number))),
-            })
-            .unwrap();
+        let verdict = match number % 3 {
+            0 => packet.drop(),
+            1 => packet.accept(),
+            _ => packet.accept().vlan(vlan((SERVICE, 1000 + number))),
+        };
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     let mut arrived = Vec::new();
     for _ in (0..COUNT).filter(|number| number % 3 != 0) {
         arrived.push(arrival(&bridge.ends[1].socket).await);
@@ -398,7 +396,7 @@ async fn a_payload_longer_than_the_mtu_of_the_port_is_lost() {
     bridge.ends[0].socket.send(&udp_frame(tag, 1));
     let packet = next(&mut queue).await;
     // The kernel reports no error. It allows four bytes more than the MTU, with a tag or without.
-    give(&queue, packet.accept().payload(udp(1, 1505))).await;
+    give(packet.accept().payload(udp(1, 1505))).await;
     let (sent, come) = (udp_frame(tag, 2), frame(tag, IPV4, &udp(2, 1504)));
     cross(&bridge, &mut queue, &sent, |packet| packet.accept().payload(udp(2, 1504)), &come).await;
 }
@@ -412,7 +410,7 @@ async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
     for action in [Action::Accept, Action::Drop] {
         drop(queue);
         common::freed(0).await;
-        queue = Queue::builder(0).on_unanswered(action).bind().unwrap();
+        queue = Queue::builder(0).on_unanswered(action).bind().await.unwrap();
         let sent = [
             udp_frame(None, 1),
             udp_frame(Some((CUSTOMER, 5)), 2),
@@ -426,16 +424,16 @@ async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
             // Even the unchanged bytes are refused, and then the other changes are not made either.
             let verdict = packet.accept().payload(payload).vlan(vlan((SERVICE, 6)));
             let error = if index % 2 == 0 {
-                queue.sink().submit(verdict).unwrap_err()
+                verdict.submit().unwrap_err()
             } else {
-                soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err()
+                soon("the refusal", verdict.confirm()).await.unwrap_err()
             };
             assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Unsupported, Some(id)), "{error}");
             if action == Action::Accept {
                 assert_eq!(arrival(&bridge.ends[1].socket).await, *sent);
             }
         }
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         assert_eq!(bridge.ends[1].socket.arrived(), None);
         assert_eq!((queue.stats().decided.unanswered, queue.stats().held.in_flight), (sent.len() as u64, 0));
         // The queue still works.
@@ -446,7 +444,7 @@ async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
 
 async fn all_changes_work_in_one_verdict() {
     let Some((bridge, mut queue)) = crossing() else { return };
-    let mut second = Queue::builder(1).bind().unwrap();
+    let mut second = Queue::builder(1).bind().await.unwrap();
     let replaces = common::replaces_bridge_payloads();
     let payload = if replaces { udp(2, 300) } else { udp(1, 100) };
     bridge.ends[0].socket.send(&udp_frame(Some((CUSTOMER, 5)), 1));
@@ -457,11 +455,11 @@ async fn all_changes_work_in_one_verdict() {
     if replaces {
         verdict = verdict.payload(payload);
     }
-    give(&queue, verdict).await;
+    give(verdict).await;
     let packet = next(&mut second).await;
     assert_eq!((packet.mark(), packet.vlan()), (3, Some(vlan((SERVICE, 0x7006)))));
     assert_eq!((packet.layer2_header(), packet.payload()), (Some(&come.bytes[..14]), &come.bytes[14..]));
-    give(&second, packet.accept()).await;
+    give(packet.accept()).await;
     assert_eq!(arrival(&bridge.ends[1].socket).await, come);
 }
 
@@ -470,10 +468,10 @@ async fn a_repeated_packet_keeps_its_changes() {
     let sent = udp_frame(None, 1);
     bridge.ends[0].socket.send(&sent);
     let packet = next(&mut queue).await;
-    give(&queue, packet.repeat().mark(1).vlan(vlan((CUSTOMER, 5)))).await;
+    give(packet.repeat().mark(1).vlan(vlan((CUSTOMER, 5)))).await;
     let packet = next(&mut queue).await;
     assert_eq!((packet.id().get(), packet.mark(), packet.vlan()), (2, 1, Some(vlan((CUSTOMER, 5)))));
-    give(&queue, packet.accept()).await;
+    give(packet.accept()).await;
     assert_eq!(arrival(&bridge.ends[1].socket).await, Frame { tag: Some((CUSTOMER, 5)), ..sent });
 }
 
@@ -481,7 +479,7 @@ async fn metadata_mode_reports_the_tag() {
     let Some((bridge, queue)) = crossing() else { return };
     drop(queue);
     common::freed(0).await;
-    let mut queue = Queue::builder(0).copy_metadata().bind().unwrap();
+    let mut queue = Queue::builder(0).copy_metadata().bind().await.unwrap();
     let sent = udp_frame(Some((CUSTOMER, 5)), 1);
     let look = |packet: Packet| {
         assert_eq!((packet.payload(), packet.vlan()), (&[][..], Some(vlan((CUSTOMER, 5)))));
@@ -511,7 +509,7 @@ async fn super_packets_are_not_segmented() {
             if packet.is_gso() {
                 longest = longest.max(packet.payload().len());
             }
-            queue.sink().submit(packet.accept()).unwrap();
+            packet.accept().submit().unwrap();
         }
     };
     tokio::select! {
@@ -529,7 +527,7 @@ async fn br_netfilter_reports_the_ports_of_a_bridge() {
     if std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables").ok().as_deref() != Some("1\n") {
         return untried("no br_netfilter at work");
     }
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0)]);
     let ports = bridge.ends.each_ref().map(|end| Some(index(&end.port)));
     let sent = udp_frame(None, 1);

@@ -111,29 +111,26 @@ async fn close_under_load_loses_no_packet() {
     for round in 0..5 {
         // The queue is bound before the rule is installed and closed while the rule is installed:
         // no other order is without loss.
-        let queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
+        let queue = Queue::builder(0).on_unanswered(Action::Accept).bind().await.unwrap();
         let divert = divert([udp_in().to_queue(0).bypass(true)]);
         let (mut packets, sink) = queue.split();
-        let decide = tokio::spawn({
-            let sink = sink.clone();
-            async move {
-                let mut held = Vec::new();
-                while let Some(packet) = packets.next().await {
-                    held.push(packet.unwrap());
-                    if held.len() > 20 {
-                        sink.submit(held.swap_remove(held.len() / 2).accept()).unwrap();
-                    }
+        let decide = tokio::spawn(async move {
+            let mut held = Vec::new();
+            while let Some(packet) = packets.next().await {
+                held.push(packet.unwrap());
+                if held.len() > 20 {
+                    held.swap_remove(held.len() / 2).accept().submit().unwrap();
                 }
-                // These verdicts are still owed while the queue drains.
-                let last = held.pop().unwrap();
-                for packet in held {
-                    tokio::task::yield_now().await;
-                    sink.submit(packet.accept()).unwrap();
-                }
-                let dropped = account(0).unwrap().queue_full;
-                sink.submit(last.accept()).unwrap();
-                dropped
             }
+            // These verdicts are still owed while the queue drains.
+            let last = held.pop().unwrap();
+            for packet in held {
+                tokio::task::yield_now().await;
+                packet.accept().submit().unwrap();
+            }
+            let dropped = account(0).unwrap().queue_full;
+            last.accept().submit().unwrap();
+            dropped
         });
         stream.more(500 + 7 * round).await;
         soon("the shutdown", sink.close()).await.unwrap();
@@ -167,14 +164,14 @@ async fn new_packets_are_dropped_during_close() {
     let owed = packets.split_off(8);
     let sink = queue.sink();
     for packet in packets {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     let closing = tokio::spawn(queue.close());
     eventually("the shutdown has begun", || sink.is_closed()).await;
     traffic.send(10..20);
     // If the kernel has still queued some of these, they are decided before the close completes.
     for packet in owed {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     soon("the shutdown", closing).await.unwrap().unwrap();
     traffic.send(20..30);
@@ -194,7 +191,7 @@ async fn close_waits_for_owed_verdicts() {
         assert!(!closing.is_finished(), "verdicts are still owed");
         assert!(account(0).is_some());
         let verdict = if number(&packet) < 5 { packet.accept() } else { packet.drop() };
-        sink.submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
     soon("the shutdown", closing).await.unwrap().unwrap();
     assert_eq!(account(0), None);
@@ -222,10 +219,10 @@ async fn close_times_out() {
 
         let late = packets.remove(0);
         let id = late.id();
-        sink.submit(late.accept()).unwrap();
+        late.accept().submit().unwrap();
         let error = soon("the refusal", sink.refusals().recv()).await.unwrap();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)));
-        let error = soon("the reply", sink.confirm(packets.remove(0).drop())).await.unwrap_err();
+        let error = soon("the reply", packets.remove(0).drop().confirm()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Expired);
         drop(packets);
         traffic.expect_nothing();
@@ -236,10 +233,9 @@ async fn close_continues_when_nobody_awaits_it() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     let packets = hold(&mut queue, &traffic, 0..10).await;
-    let sink = queue.sink();
     assert!(futures::poll!(std::pin::pin!(queue.close())).is_pending());
     for packet in packets {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     eventually("the queue is unbound", || account(0).is_none()).await;
     traffic.expect(0..10).await;
@@ -278,7 +274,7 @@ async fn close_with_decides_unread_packets() {
         let sink = queue.sink();
         let closing = tokio::spawn(queue.close_with(other));
         eventually("the shutdown has begun", || sink.is_closed()).await;
-        sink.submit(last.decide(other)).unwrap();
+        last.decide(other).submit().unwrap();
         soon("the shutdown", closing).await.unwrap().unwrap();
         traffic.expect(0..delivered).await;
     }
@@ -290,7 +286,7 @@ async fn the_stream_ends_after_close() {
     traffic.send(0..20);
     let packet = next(&mut queue).await;
     let (mut packets, sink) = queue.split();
-    sink.submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     soon("the shutdown", sink.close()).await.unwrap();
     for _ in 0..3 {
         assert!(soon("the end of the stream", packets.recv()).await.is_none());
@@ -319,7 +315,7 @@ async fn close_may_be_called_several_times() {
     let closings: Vec<_> =
         (0..4).map(|_| sink.clone()).map(|sink| tokio::spawn(async move { sink.close().await })).collect();
     eventually("the shutdown has begun", || sink.is_closed()).await;
-    sink.submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     for closing in closings {
         soon("the shutdown", closing).await.unwrap().unwrap();
     }
@@ -327,7 +323,7 @@ async fn close_may_be_called_several_times() {
     soon("the shutdown", sink.close_with(Action::Accept)).await.unwrap();
     soon("the shutdown", queue.close()).await.unwrap();
     assert!(sink.is_closed());
-    soon("a flush", sink.flush()).await.unwrap();
+    soon("a flush", sink.flush()).await;
     traffic.expect([0]).await;
 }
 
@@ -341,14 +337,14 @@ async fn verdicts_after_close_are_late() {
     for packet in packets {
         let error = match number(&packet) {
             0 => {
-                sink.submit(packet.accept()).unwrap();
+                packet.accept().submit().unwrap();
                 soon("the refusal", refusals.recv()).await.unwrap()
             }
             1 => {
-                sink.submit(packet.detach().drop()).unwrap();
+                packet.detach().drop().submit().unwrap();
                 soon("the refusal", refusals.recv()).await.unwrap()
             }
-            2 => soon("the reply", sink.confirm(packet.accept())).await.unwrap_err(),
+            2 => soon("the reply", packet.accept().confirm()).await.unwrap_err(),
             _ => return drop((packet, sink)),
         };
         assert_eq!(error.kind(), ErrorKind::Expired, "{error}");
@@ -418,8 +414,7 @@ fn close_works_in_another_runtime() {
         if own_is_gone {
             drop(runtime);
         }
-        let sink = queue.sink();
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         other.block_on(soon("the shutdown", queue.close())).unwrap();
         assert_eq!(account(0), None);
         own.block_on(traffic.expect([0]));

@@ -17,7 +17,7 @@ tests![
     both eight_tasks_decide_each_packet_once_with_a_fixed_policy,
     both eight_tasks_decide_each_packet_once_with_a_custom_policy,
     both confirm_resolves_in_eight_tasks,
-    multi sinks_work_in_threads_without_a_runtime,
+    multi verdicts_are_submitted_in_threads_without_a_runtime,
     both a_packet_that_arrives_while_the_socket_is_found_empty_is_received,
     both recv_is_cancel_safe,
     both recv_many_is_cancel_safe,
@@ -73,7 +73,7 @@ async fn eight_sinks(policy: FlushPolicy, count: u32) {
     for task in tasks {
         soon("a task", task).await.unwrap();
     }
-    soon("the flush", sink.flush()).await.unwrap();
+    soon("the flush", sink.flush()).await;
 
     let stats = sink.stats();
     assert_fields!(stats, received.packets: u64::from(count), held.in_flight: 0);
@@ -98,7 +98,7 @@ async fn decide_at_random(
             match tokio::time::timeout(Duration::from_millis(1), inbox.recv()).await {
                 Ok(packet) => packet,
                 Err(_) => {
-                    sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+                    decide(held.swap_remove(random.below(held.len()))).submit().unwrap();
                     continue;
                 }
             }
@@ -108,17 +108,17 @@ async fn decide_at_random(
             None => break,
         }
         while held.len() > random.below(20) {
-            sink.submit(decide(held.swap_remove(random.below(held.len())))).unwrap();
+            decide(held.swap_remove(random.below(held.len()))).submit().unwrap();
         }
         match random.below(50) {
             0 => tokio::time::sleep(Duration::from_millis(1)).await,
             1..10 => tokio::task::yield_now().await,
-            10 => sink.flush().await.unwrap(),
+            10 => sink.flush().await,
             _ => {}
         }
     }
     for packet in held {
-        sink.submit(decide(packet)).unwrap();
+        decide(packet).submit().unwrap();
     }
 }
 
@@ -130,10 +130,10 @@ async fn confirm_resolves_in_eight_tasks() {
     let tasks: Vec<_> = (0..8)
         .map(|_| {
             let (channel, mut inbox) = mpsc::unbounded_channel();
-            let (sink, decide) = (sink.clone(), load.decide());
+            let decide = load.decide();
             let task = tokio::spawn(async move {
                 while let Some(packet) = inbox.recv().await {
-                    soon("the reply", sink.confirm(decide(packet))).await.unwrap();
+                    soon("the reply", decide(packet).confirm()).await.unwrap();
                 }
             });
             (channel, task)
@@ -150,7 +150,7 @@ async fn confirm_resolves_in_eight_tasks() {
     assert_eq!((sink.stats().sent.gone_at_least, sink.stats().held.in_flight), (0, 0));
 }
 
-async fn sinks_work_in_threads_without_a_runtime() {
+async fn verdicts_are_submitted_in_threads_without_a_runtime() {
     const COUNT: u32 = 5000;
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
@@ -158,10 +158,10 @@ async fn sinks_work_in_threads_without_a_runtime() {
     let threads: Vec<_> = (0..4)
         .map(|_| {
             let (channel, inbox) = std::sync::mpsc::channel();
-            let (sink, decide) = (sink.clone(), load.decide());
+            let decide = load.decide();
             let thread = std::thread::spawn(move || {
                 for packet in inbox {
-                    sink.submit(decide(packet)).unwrap();
+                    decide(packet).submit().unwrap();
                 }
             });
             (channel, thread)
@@ -224,7 +224,7 @@ async fn recv_is_cancel_safe() {
                 // By id, because packets may overtake each other on their way to the queue.
                 assert_eq!(packet.id().get(), received + 1, "none is missing");
                 received += 1;
-                sink.submit(decide(packet)).unwrap();
+                decide(packet).submit().unwrap();
             }
             () = ready(()) => {
                 cancelled += 1;
@@ -262,7 +262,7 @@ async fn recv_many_is_cancel_safe() {
         for packet in packets.drain(..) {
             assert_eq!(packet.id().get(), received + 1);
             received += 1;
-            sink.submit(decide(packet)).unwrap();
+            decide(packet).submit().unwrap();
         }
     }
     load.finish(COUNT).await;
@@ -286,7 +286,7 @@ async fn a_busy_polling_stream_lets_other_tasks_run() {
                 polled
             });
             let packet = packet.await.unwrap().unwrap();
-            queue.sink().submit(packet.accept()).unwrap();
+            packet.accept().submit().unwrap();
         }
         dry
     });
@@ -313,7 +313,7 @@ fn a_busy_polling_stream_is_woken_after_block_on_has_returned() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();
     let (queue, _divert) = start(Queue::builder(0).busy_poll(Duration::from_millis(1)));
-    let (sink, mut set) = (queue.sink(), futures::stream::select_all([queue]));
+    let mut set = futures::stream::select_all([queue]);
     let traffic = Traffic::new(1);
     for round in 0..100 {
         // The queue is empty; after this poll the stream has decided whether it busy-polls.
@@ -324,7 +324,7 @@ fn a_busy_polling_stream_is_woken_after_block_on_has_returned() {
         traffic.send([round]);
         let packet = runtime.block_on(soon("the packet", set.next())).unwrap().unwrap();
         assert_eq!(number(&packet), round);
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         runtime.block_on(traffic.expect([round]));
     }
 }
@@ -349,7 +349,7 @@ async fn recv_many_keeps_its_limit() {
     }
     assert!(packets.iter().map(number).eq(0..100));
     for packet in packets {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..100).await;
     // The same, mixed with single receives.

@@ -49,7 +49,7 @@ const EXPECTED: &str = "TOKIO_NFQUEUE_EXPECT_CONNTRACK";
 
 /// A queue with conntrack, or `None` on a kernel without it, after a check of the refusal.
 async fn with_conntrack(number: u16) -> Option<Queue> {
-    match Queue::builder(number).conntrack(true).bind() {
+    match Queue::builder(number).conntrack(true).bind().await {
         Ok(queue) => Some(queue),
         Err(error) => {
             assert!(std::env::var_os(EXPECTED).is_none_or(|value| value != "1"), "{EXPECTED}=1, but {error}");
@@ -64,7 +64,7 @@ async fn with_conntrack(number: u16) -> Option<Queue> {
 
 /// Binds a queue without conntrack, and checks that it refuses each change.
 async fn refuses_changes(number: u16) {
-    let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().unwrap();
+    let mut queue = Queue::builder(number).on_unanswered(Action::Accept).bind().await.unwrap();
     let _divert = divert([udp_out().to_queue(number)]);
     let flow = Pair::new("127.0.0.1");
     let changes: [fn(Verdict) -> Verdict; 4] = [
@@ -80,14 +80,14 @@ async fn refuses_changes(number: u16) {
         let id = packet.id();
         let verdict = change(packet.accept());
         let error = match index {
-            0 => queue.sink().submit(verdict).unwrap_err(),
-            1 => soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err(),
+            0 => verdict.submit().unwrap_err(),
+            1 => soon("the refusal", verdict.confirm()).await.unwrap_err(),
             _ => soon("the refusal", queue.sink().send(verdict)).await.unwrap_err(),
         };
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
         assert!(error.to_string().contains("conntrack"), "{error}");
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     // Packets with a refused verdict get the default action.
     for index in 0..4 {
         assert_eq!(flow.heard(), index);
@@ -157,8 +157,8 @@ fn mark(entry: &Conntrack) -> u32 {
 }
 
 /// Submits a verdict and waits until the kernel has acknowledged it.
-async fn give(queue: &Queue, verdict: Verdict) {
-    soon("the reply of the kernel", queue.sink().confirm(verdict)).await.unwrap();
+async fn give(verdict: Verdict) {
+    soon("the reply of the kernel", verdict.confirm()).await.unwrap();
 }
 
 async fn the_first_packet_has_an_unconfirmed_entry() {
@@ -175,7 +175,7 @@ async fn the_first_packet_has_an_unconfirmed_entry() {
     assert!(!status.is_source_nat() && !status.is_destination_nat());
     assert_eq!((mark(&first), first.labels, first.zone), (0, None, None));
     assert!(first.id.is_some());
-    give(&queue, packet.accept()).await;
+    give(packet.accept()).await;
     assert_eq!(pair.heard(), 1);
 
     pair.ask(2);
@@ -187,7 +187,7 @@ async fn the_first_packet_has_an_unconfirmed_entry() {
     assert_eq!(second.id, first.id);
     let timeout = second.timeout.unwrap();
     assert!(timeout > Duration::ZERO && timeout <= Duration::from_secs(30), "{timeout:?}");
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn replies_change_the_state() {
@@ -197,14 +197,14 @@ async fn replies_change_the_state() {
     let pair = Pair::new("127.0.0.1");
     pair.ask(1);
     let (packet, first) = entry(&mut queue).await;
-    give(&queue, packet.accept()).await;
+    give(packet.accept()).await;
     pair.reply(2);
     let (packet, second) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
     // The directions of the entry are those of the connection, not of the packet.
     pair.assert_is(&second);
     assert!(second.status.unwrap().has_seen_reply());
-    give(&queue, packet.accept()).await;
+    give(packet.accept()).await;
     pair.ask(3);
     let (packet, third) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::Established));
@@ -214,7 +214,7 @@ async fn replies_change_the_state() {
     // Contains SEEN_REPLY and CONFIRMED.
     assert_eq!(status.bits() & 0b1010, 0b1010);
     assert_eq!((second.id, third.id), (first.id, first.id));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 
     // Another flow has another entry.
     let other = support::udp("127.0.0.1:0");
@@ -223,7 +223,7 @@ async fn replies_change_the_state() {
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
     assert_eq!(fourth.original.source_port, Some(other.local_addr().unwrap().port()));
     assert_ne!(fourth.id, first.id);
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn an_ipv6_entry_is_decoded() {
@@ -235,7 +235,7 @@ async fn an_ipv6_entry_is_decoded() {
     let (packet, entry) = entry(&mut queue).await;
     pair.assert_is(&entry);
     assert_eq!(entry.original.source, Some(Ipv6Addr::LOCALHOST.into()));
-    give(&queue, packet.accept().conntrack_mark(6, 6)).await;
+    give(packet.accept().conntrack_mark(6, 6)).await;
     assert_eq!(pair.heard(), 1);
 }
 
@@ -248,7 +248,7 @@ async fn the_zone_of_an_entry_is_decoded() {
     let (packet, entry) = entry(&mut queue).await;
     assert_eq!(entry.zone, Some(5));
     pair.assert_is(&entry);
-    give(&queue, packet.accept()).await;
+    give(packet.accept()).await;
 }
 
 async fn an_icmp_error_is_related() {
@@ -262,7 +262,7 @@ async fn an_icmp_error_is_related() {
     let (packet, entry) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::RelatedReply));
     assert_flow(entry.original, 17, client.local_addr().unwrap(), nobody);
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn untracked_packets_have_no_entry() {
@@ -274,7 +274,7 @@ async fn untracked_packets_have_no_entry() {
         let packet = next(&mut queue).await;
         assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None), "{turn}");
         // A program cannot know beforehand whether a packet has an entry, so this is no error.
-        give(&queue, packet.accept().conntrack_mark(1, 1)).await;
+        give(packet.accept().conntrack_mark(1, 1)).await;
         assert_eq!(pair.heard(), turn);
         if turn == 0 {
             // At first there is no connection tracking. Now there is, but these packets are exempt.
@@ -293,29 +293,29 @@ async fn a_connection_mark_is_seen_in_later_packets() {
     pair.ask(1);
     let packet = next(&mut queue).await;
     // The connection's mark, not the packet's.
-    give(&queue, packet.accept().conntrack_mark(0xdead_beef, u32::MAX)).await;
+    give(packet.accept().conntrack_mark(0xdead_beef, u32::MAX)).await;
     pair.ask(2);
     let (packet, marked) = entry(&mut queue).await;
     assert_eq!((number(&packet), marked.mark, packet.mark()), (2, Some(0xdead_beef), 0));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     // It applies to both directions.
     pair.reply(3);
     let (packet, marked) = entry(&mut queue).await;
     assert_eq!((packet.conntrack_state(), marked.mark), (Some(ConntrackState::EstablishedReply), Some(0xdead_beef)));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     other.ask(4);
     let (packet, unmarked) = entry(&mut queue).await;
     assert_eq!(mark(&unmarked), 0);
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     // The mark is removed.
     pair.ask(5);
     let packet = next(&mut queue).await;
-    give(&queue, packet.accept().conntrack_mark(0, u32::MAX)).await;
+    give(packet.accept().conntrack_mark(0, u32::MAX)).await;
     pair.ask(6);
     let (packet, unmarked) = entry(&mut queue).await;
     assert_eq!(mark(&unmarked), 0);
-    queue.sink().submit(packet.accept()).unwrap();
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    packet.accept().submit().unwrap();
+    soon("the flush", queue.sink().flush()).await;
     for number in [1, 2, 5, 6] {
         assert_eq!(pair.heard(), number);
     }
@@ -338,11 +338,11 @@ async fn a_connection_mark_changes_only_within_its_mask() {
     for ((value, mask), expected) in changes {
         pair.ask(0);
         let packet = next(&mut queue).await;
-        give(&queue, packet.accept().conntrack_mark(value, mask)).await;
+        give(packet.accept().conntrack_mark(value, mask)).await;
         pair.ask(0);
         let (packet, entry) = entry(&mut queue).await;
         assert_eq!(entry.mark, Some(expected), "{:#x?} with {value:#x} in {mask:#x}", entry.mark);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
 }
 
@@ -363,11 +363,11 @@ async fn labels_change_only_within_their_mask() {
     {
         pair.ask(0);
         let packet = next(&mut queue).await;
-        give(&queue, packet.accept().conntrack_labels(value, mask)).await;
+        give(packet.accept().conntrack_labels(value, mask)).await;
         pair.ask(0);
         let (packet, entry) = entry(&mut queue).await;
         assert_eq!(entry.labels, expected);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
 }
 
@@ -379,11 +379,11 @@ async fn labels_need_a_rule_that_sets_labels() {
     pair.ask(0);
     let packet = next(&mut queue).await;
     // The kernel reports no error, and ignores the mark as well.
-    give(&queue, packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
+    give(packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
     pair.ask(0);
     let (packet, entry) = entry(&mut queue).await;
     assert_eq!((entry.labels, mark(&entry)), (None, 0));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn a_timeout_lasts_until_the_next_packet() {
@@ -398,17 +398,17 @@ async fn a_timeout_lasts_until_the_next_packet() {
         assert!(before.timeout.is_some_and(|timeout| timeout <= Duration::from_secs(30)), "{turn}: {before:?}");
         assert_eq!(before.status.unwrap().is_confirmed(), turn == 1);
         // The packet does not leave netfilter in between.
-        give(&queue, packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
+        give(packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
         let (packet, after) = entry(&mut second).await;
         let timeout = after.timeout.unwrap();
         assert!((Duration::from_secs(900)..=Duration::from_secs(1000)).contains(&timeout), "{turn}: {timeout:?}");
-        give(&second, packet.accept()).await;
+        give(packet.accept()).await;
         assert_eq!(pair.heard(), turn);
     }
     pair.ask(2);
     let (packet, entry) = entry(&mut queue).await;
     assert!(entry.timeout.unwrap() <= Duration::from_secs(30), "{entry:?}");
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn a_very_long_timeout_is_limited_by_the_kernel() {
@@ -418,11 +418,11 @@ async fn a_very_long_timeout_is_limited_by_the_kernel() {
     let pair = Pair::new("127.0.0.1");
     pair.ask(0);
     let packet = next(&mut queue).await;
-    give(&queue, packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
+    give(packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
     let (packet, entry) = entry(&mut second).await;
     // The kernel limits it to 2³¹ − 1 ticks: 24 days at 1000 ticks per second.
     assert!(entry.timeout.unwrap() > Duration::from_secs(24 * 86_400), "{entry:?}");
-    give(&second, packet.accept()).await;
+    give(packet.accept()).await;
     assert_eq!(pair.heard(), 0);
 }
 
@@ -440,12 +440,12 @@ async fn all_changes_work_in_one_verdict() {
         .conntrack_mark(4, 0xff)
         .conntrack_labels([5; 16], [0xff; 16])
         .conntrack_timeout(Duration::from_secs(600));
-    give(&queue, verdict).await;
+    give(verdict).await;
     let (packet, after) = entry(&mut second).await;
     assert_eq!((packet.mark(), after.mark, after.labels), (3, Some(4), Some([5; 16])));
     assert!(after.timeout.unwrap() > Duration::from_secs(500));
     assert_eq!((after.id, packet.payload().to_vec()), (before.id, payload));
-    give(&second, packet.accept()).await;
+    give(packet.accept()).await;
     assert_eq!(pair.heard(), 7);
 }
 
@@ -453,7 +453,7 @@ async fn all_changes_work_in_one_verdict() {
 async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Conntrack {
     pair.ask(0);
     let (packet, first) = entry(queue).await;
-    give(queue, packet.accept().expectation(expectation)).await;
+    give(packet.accept().expectation(expectation)).await;
     assert_eq!(pair.heard(), 0);
     first
 }
@@ -463,7 +463,7 @@ async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConntrackState, Conntra
     from.send_to(&[0; 4], LATER).unwrap();
     let (packet, entry) = entry(queue).await;
     let state = packet.conntrack_state().unwrap();
-    give(queue, packet.accept()).await;
+    give(packet.accept()).await;
     (state, entry)
 }
 
@@ -533,7 +533,7 @@ async fn an_expectation_without_a_helper_is_ignored() {
     source.send_to(&[0; 4], LATER).unwrap();
     let verdict = next(&mut queue).await.accept();
     let mixed = Expectation::udp(LATER).source(Ipv6Addr::LOCALHOST.into());
-    let error = queue.sink().submit(verdict.expectation(mixed)).unwrap_err();
+    let error = verdict.expectation(mixed).submit().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
 }
 
@@ -547,7 +547,7 @@ async fn a_dropped_packet_leaves_no_entry() {
         let (packet, entry) = entry(&mut queue).await;
         assert!(!entry.status.unwrap().is_confirmed());
         assert_eq!(mark(&entry), 0);
-        give(&queue, packet.drop().conntrack_mark(9, 9)).await;
+        give(packet.drop().conntrack_mark(9, 9)).await;
     }
 }
 

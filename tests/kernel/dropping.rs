@@ -1,5 +1,6 @@
 //! What happens to a queue whose handles are dropped.
 
+use futures::SinkExt;
 use tokio_nfqueue::{Action, Packet, Queue};
 
 use crate::common::{Traffic, account, eventually, hold, start};
@@ -19,17 +20,17 @@ async fn a_dropped_queue_stays_bound_until_its_packets_are_decided() {
     traffic.send(10..20);
     let sink = queue.sink();
     // Decided, but perhaps not sent.
-    sink.submit(packets.remove(0).accept()).unwrap();
+    packets.remove(0).accept().submit().unwrap();
     drop(queue);
     traffic.expect([0]).await;
     traffic.send(20..30);
     let last = packets.pop().unwrap();
     for packet in packets {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(1..9).await;
     assert!(account(0).is_some(), "one is still owed");
-    sink.submit(last.accept()).unwrap();
+    last.accept().submit().unwrap();
     traffic.expect([9]).await;
     eventually("the queue is unbound", || account(0).is_none()).await;
     assert_eq!((sink.stats().held.in_flight, sink.stats().sent.gone_at_least), (0, 0));
@@ -44,12 +45,12 @@ async fn dropping_the_stream_closes_the_queue() {
     assert!(sink.is_closed());
     // Detached packets alone keep the queue bound.
     let detached: Vec<_> = held.into_iter().map(Packet::detach).collect();
-    let other = Queue::builder(1).bind().unwrap();
+    let other = Queue::builder(1).bind().await.unwrap();
     drop(sink);
     for packet in detached {
         assert!(account(0).is_some());
         // The sink of any queue can be used.
-        other.sink().submit(packet.accept()).unwrap();
+        SinkExt::feed(&mut other.sink(), packet.accept()).await.unwrap();
     }
     traffic.expect(0..10).await;
     eventually("the queue is unbound", || account(0).is_none()).await;
@@ -59,13 +60,13 @@ async fn new_packets_after_the_stream_is_dropped_are_accepted_or_dropped() {
     for (action, delivered) in [(Action::Accept, 0..60), (Action::Drop, 0..10)] {
         let (queue, _divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(60);
-        let (mut packets, sink) = queue.split();
+        let (mut packets, _sink) = queue.split();
         let held = hold(&mut packets, &traffic, 0..10).await;
         traffic.send(10..30);
         drop(packets);
         traffic.send(30..60);
         for packet in held {
-            sink.submit(packet.accept()).unwrap();
+            packet.accept().submit().unwrap();
         }
         traffic.expect(delivered).await;
         eventually("the queue is unbound", || account(0).is_none()).await;

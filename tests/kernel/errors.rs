@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::runtime::Handle;
 use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue};
 
@@ -45,42 +46,43 @@ async fn invalid_values_are_refused() {
         (builder().flush_policy(FlushPolicy::fixed(0, Duration::ZERO)), "flush policy"),
         (builder().flush_policy(FlushPolicy::adaptive(Duration::from_secs(2))), "flush policy"),
     ] {
-        let error = builder.bind().unwrap_err();
+        let error = builder.bind().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert!(error.to_string().contains("queue 3") && error.to_string().contains(name), "{error}");
         assert_eq!(account(3), None, "and nothing was bound");
     }
-    let queue = builder().bind().unwrap();
+    let queue = builder().bind().await.unwrap();
     assert_eq!(queue.sink().close_with(Action::Repeat).await.unwrap_err().kind(), ErrorKind::InvalidInput);
     assert!(!queue.sink().is_closed());
 }
 
 fn bind_outside_a_runtime_is_an_error() {
-    assert_eq!(Queue::builder(0).bind().unwrap_err().kind(), ErrorKind::NoRuntime);
+    let error = Queue::builder(0).bind().now_or_never().expect("no waiting").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoRuntime);
     assert_eq!(account(0), None);
 }
 
 async fn a_queue_is_bound_only_once() {
     let (mut queue, _divert) = start(Queue::builder(7));
-    let error = Queue::builder(7).bind().unwrap_err();
+    let error = Queue::builder(7).bind().await.unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::AlreadyBound, None));
     let text = error.to_string();
     assert!(text.starts_with("bind queue 7: already bound by another socket"), "{text}");
     // The first owner is not affected.
     let traffic = Traffic::new(10);
     for packet in hold(&mut queue, &traffic, 0..10).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..10).await;
     // Other numbers are free.
-    Queue::builder(8).bind().unwrap();
+    Queue::builder(8).bind().await.unwrap();
 }
 
 async fn a_queue_of_another_socket_is_already_bound() {
     let other = support::RawQueue::bind(7).unwrap();
-    assert_eq!(Queue::builder(7).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
+    assert_eq!(Queue::builder(7).bind().await.unwrap_err().kind(), ErrorKind::AlreadyBound);
     drop(other);
-    Queue::builder(7).bind().unwrap();
+    Queue::builder(7).bind().await.unwrap();
 }
 
 async fn a_queue_number_is_free_after_close() {
@@ -89,7 +91,7 @@ async fn a_queue_number_is_free_after_close() {
         let traffic = Traffic::new(1);
         let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
         assert_eq!(packet.id().get(), 1, "ids begin anew in round {round}");
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         traffic.expect([0]).await;
         drop(divert);
         if round % 2 == 0 {
@@ -111,10 +113,10 @@ async fn namespaces_have_separate_queue_numbers() {
     });
     let traffic_here = Traffic::new(20);
     for packet in hold(&mut here, &traffic_here, 0..10).await {
-        here.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     for packet in hold(&mut there, &traffic_there, 10..20).await {
-        there.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic_here.expect(0..10).await;
     traffic_there.expect(10..20).await;
@@ -122,7 +124,7 @@ async fn namespaces_have_separate_queue_numbers() {
 
 async fn bind_needs_the_capability() {
     give_up_capabilities();
-    let error = Queue::builder(7).bind().unwrap_err();
+    let error = Queue::builder(7).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
     assert!(error.to_string().contains("bind queue 7") && error.to_string().contains("CAP_NET_ADMIN"), "{error}");
 }
@@ -132,7 +134,7 @@ async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packe
     let traffic = Traffic::new(20);
     let mut packets = hold(&mut queue, &traffic, 0..20).await.into_iter();
     let good = packets.next().unwrap();
-    soon("the reply", queue.sink().confirm(good.accept())).await.unwrap();
+    soon("the reply", good.accept().confirm()).await.unwrap();
     give_up_capabilities();
 
     // One by one, then several in one send, of which the kernel refuses only the first with a
@@ -142,9 +144,9 @@ async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packe
         let portion: Vec<Packet> = packets.by_ref().take(together).collect();
         let ids: Vec<_> = portion.iter().map(|packet| Some(packet.id())).collect();
         for packet in portion {
-            queue.sink().submit(packet.accept()).unwrap();
+            packet.accept().submit().unwrap();
         }
-        soon("the flush", queue.sink().flush()).await.unwrap();
+        soon("the flush", queue.sink().flush()).await;
         for id in ids {
             let error = soon("the refusal", refusals.recv()).await.unwrap();
             assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, id), "{error}");
@@ -171,7 +173,7 @@ async fn confirm_without_the_capability_is_an_error() {
     give_up_capabilities();
     for packet in packets {
         let id = packet.id();
-        let error = soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        let error = soon("the reply", packet.accept().confirm()).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)), "{error}");
     }
     traffic.expect_nothing();
@@ -188,7 +190,7 @@ async fn close_without_the_capability_is_an_error_and_ends_the_stream() {
         let closing = std::thread::spawn(move || {
             give_up_capabilities();
             for packet in packets.drain(usize::from(still_held)..) {
-                sink.submit(packet.accept()).unwrap();
+                packet.accept().submit().unwrap();
             }
             let error = runtime.block_on(soon("the shutdown", sink.close())).unwrap_err();
             (error, packets)
@@ -233,7 +235,7 @@ async fn dropping_without_the_capability_frees_the_queue() {
     let mut packets = hold(&mut queue, &traffic, 0..5).await;
     traffic.send(5..10);
     give_up_capabilities();
-    queue.sink().submit(packets.remove(0).accept()).unwrap();
+    packets.remove(0).accept().submit().unwrap();
     drop(packets.remove(0));
     drop(queue);
     drop(packets);
@@ -262,16 +264,16 @@ async fn packets_of_an_interface_that_went_down_are_counted_as_gone() {
     let confirmed = packets.pop().unwrap();
     let id = confirmed.id();
     for (index, packet) in packets.into_iter().enumerate() {
-        queue.sink().submit(if index % 3 == 0 { packet.drop() } else { packet.accept() }).unwrap();
+        (if index % 3 == 0 { packet.drop() } else { packet.accept() }).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
-    let error = soon("the reply", queue.sink().confirm(confirmed.accept())).await.unwrap_err();
+    queue.sink().flush().await;
+    let error = soon("the reply", confirmed.accept().confirm()).await.unwrap_err();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)), "{error}");
 
     // No error on the stream: the next item is a packet.
     let packet = hold(&mut queue, &traffic, [1]).await.remove(0);
-    queue.sink().submit(packet.accept()).unwrap();
-    queue.sink().submit(other.accept()).unwrap();
+    packet.accept().submit().unwrap();
+    other.accept().submit().unwrap();
     traffic.expect([0, 1]).await;
     let stats = queue.stats();
     assert_fields!(stats, sent.gone_at_least: 20, decided.accepted: 2, decided.dropped: 0);
@@ -286,12 +288,12 @@ async fn packets_whose_hook_was_unregistered_are_counted_as_gone() {
     eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
     for packet in packets {
         let id = packet.id();
-        let error = soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap_err();
+        let error = soon("the reply", packet.accept().confirm()).await.unwrap_err();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::PacketGone, Some(id)));
     }
     let _divert = common::divert([udp_in().to_queue(0)]);
     for packet in hold(&mut queue, &traffic, 10..20).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(10..20).await;
     assert_eq!((queue.stats().sent.gone_at_least, queue.stats().sent.refused), (10, 0));
@@ -305,16 +307,16 @@ async fn confirm_resolves_when_the_kernel_has_acknowledged() {
     let mut packets = hold(&mut queue, &traffic, 0..50).await;
     // It sends the gathered verdicts too.
     for packet in packets.drain(..10) {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
-    soon("the reply", sink.confirm(packets.remove(0).accept())).await.unwrap();
+    soon("the reply", packets.remove(0).accept().confirm()).await.unwrap();
     assert_eq!(traffic.delivered().len(), 11);
     // The call submits the verdict; the future need not be awaited.
-    let confirmation = sink.confirm(packets.remove(0).accept());
+    let confirmation = packets.remove(0).accept().confirm();
     traffic.expect([11]).await;
     drop(confirmation);
     // Many at the same time, from tasks.
-    let confirmations: Vec<_> = packets.drain(..).map(|packet| tokio::spawn(sink.confirm(packet.accept()))).collect();
+    let confirmations: Vec<_> = packets.drain(..).map(|packet| tokio::spawn(packet.accept().confirm())).collect();
     for confirmation in confirmations {
         soon("the reply", confirmation).await.unwrap().unwrap();
     }
@@ -324,15 +326,15 @@ async fn confirm_resolves_when_the_kernel_has_acknowledged() {
 
 async fn an_unsupported_setting_is_named() {
     // The kernel may or may not have the glue for connection tracking.
-    if let Err(error) = Queue::builder(0).conntrack(true).bind() {
+    if let Err(error) = Queue::builder(0).conntrack(true).bind().await {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("conntrack"), "{error}");
         assert_eq!(account(0), None, "nothing is half applied");
     }
     // The same for security contexts.
-    if let Err(error) = Queue::builder(0).security_context(true).bind() {
+    if let Err(error) = Queue::builder(0).security_context(true).bind().await {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("security_context"), "{error}");
     }
-    Queue::builder(0).bind().unwrap();
+    Queue::builder(0).bind().await.unwrap();
 }

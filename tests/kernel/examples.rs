@@ -10,11 +10,12 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
 };
 
+use nfqueue_divert::Divert;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule};
 
 use crate::support;
 

@@ -43,7 +43,7 @@ async fn immediate_sends_each_verdict_in_its_own_message() {
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..50).await {
         let number = number(&packet);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         // It was sent within the call: nothing was awaited.
         assert_eq!(traffic.delivered(), [number]);
     }
@@ -56,7 +56,7 @@ async fn adaptive_sends_at_once_when_idle() {
     let traffic = Traffic::new(50);
     for expected in 0..50 {
         let packet = hold(&mut queue, &traffic, [expected]).await.remove(0);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         assert_eq!(traffic.delivered(), [expected], "within the call");
     }
 }
@@ -68,7 +68,7 @@ async fn adaptive_gathers_under_load() {
     let before = queue.stats();
     for packet in packets {
         let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
     traffic.expect((0..1000).step_by(2)).await;
     let sends = queue.stats().sent.sends - before.sent.sends;
@@ -80,15 +80,15 @@ async fn fixed_waits_for_its_batch() {
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..15).await.into_iter();
     for _ in 0..9 {
-        queue.sink().submit(packets.next().unwrap().accept()).unwrap();
+        packets.next().unwrap().accept().submit().unwrap();
     }
     // There is only this thread, so nobody else can have sent them meanwhile.
     traffic.expect_nothing();
     assert_eq!(queue.stats().sent.flushes, 0);
-    queue.sink().submit(packets.next().unwrap().accept()).unwrap();
+    packets.next().unwrap().accept().submit().unwrap();
     assert_eq!(traffic.delivered().len(), 10);
     for packet in packets {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect_nothing();
     traffic.expect(10..15).await;
@@ -113,7 +113,7 @@ async fn cap_is_kept(policy: FlushPolicy, cap: Duration, rounds: u32) {
     for packet in packets {
         let number = number(&packet);
         let given = Instant::now();
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         // Only the receiver is polled, not the queue.
         traffic.expect([number]).await;
         assert!(given.elapsed() >= cap, "not before");
@@ -138,7 +138,7 @@ async fn a_custom_policy_is_asked_after_each_verdict() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(sevens(Arc::clone(&asked))));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..17).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..17).await;
     let asked = asked.lock().unwrap();
@@ -191,10 +191,10 @@ async fn always(decision: FlushDecision) {
     let mut packets = hold(&mut queue, &traffic, 0..20).await;
     let owed = packets.pop().unwrap();
     for packet in packets {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..19).await;
-    queue.sink().submit(owed.accept()).unwrap();
+    owed.accept().submit().unwrap();
     traffic.expect([19]).await;
 }
 
@@ -213,10 +213,10 @@ async fn verdicts_are_sent_after_a_policy_has_panicked() {
     let traffic = Traffic::new(50);
     let sink = queue.sink();
     for packet in hold(&mut queue, &traffic, 0..3).await {
-        sink.submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     // The verdicts were stored, and the default policy sends them.
-    soon("the flush", sink.flush()).await.unwrap();
+    soon("the flush", sink.flush()).await;
     traffic.expect(0..3).await;
 }
 
@@ -224,12 +224,12 @@ async fn verdicts_are_sent_after_a_policy_has_panicked_on_the_timer_thread() {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(panics(FlushReason::DelayOver)));
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..3).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     // The policy has panicked; verdicts are sent regardless.
     traffic.expect(0..3).await;
     for packet in hold(&mut queue, &traffic, 3..6).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(3..6).await;
     soon("the shutdown", queue.close()).await.unwrap();
@@ -311,7 +311,7 @@ async fn closing_one_sink_leaves_the_others_open() {
     first.feed(packets.next().unwrap().accept()).await.unwrap();
     soon("the close", SinkExt::close(&mut first)).await.unwrap();
     assert_eq!(traffic.delivered(), [0], "it flushes");
-    assert!(first.is_closed() && !second.is_closed());
+    assert!(!first.is_closed() && !second.is_closed(), "the queue is open");
 
     let error = first.feed(packets.next().unwrap().accept()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed);
@@ -321,22 +321,22 @@ async fn closing_one_sink_leaves_the_others_open() {
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Closed, Some(id)));
 
     // Those two packets got the default action; the queue and its other sinks still work.
-    soon("the reply", second.confirm(packets.next().unwrap().accept())).await.unwrap();
+    soon("the reply", packets.next().unwrap().accept().confirm()).await.unwrap();
     traffic.expect([3]).await;
     assert!(account(0).is_some());
     traffic.send([5]);
     let packet = next(&mut queue).await;
-    soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap();
+    soon("the reply", packet.accept().confirm()).await.unwrap();
     traffic.expect([5]).await;
 }
 
 async fn flush_without_verdicts_is_ready() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     // A packet that is still undecided does not delay it.
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     assert_eq!(queue.stats().sent.sends, 0);
     drop(packet);
 }

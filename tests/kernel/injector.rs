@@ -87,7 +87,7 @@ async fn packets_to_the_broadcast_address_arrive() {
 
 async fn a_rule_can_exclude_the_mark() {
     let peer = support::veth();
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([rule().unless_mark(MARK, u32::MAX).to_queue(0)]);
     let marked = Injector::builder().mark(MARK).bind().unwrap();
     let other = Injector::builder().mark(7).bind().unwrap();
@@ -231,7 +231,7 @@ fn fill(injector: &Injector, packet: &[u8]) -> usize {
 async fn send_waits_while_the_buffer_is_full() {
     let peer = support::veth();
     for (number, (from, to)) in (0..).zip(ways(&peer)) {
-        let mut queue = Queue::builder(number).max_len(100_000).bind().unwrap();
+        let mut queue = Queue::builder(number).max_len(100_000).bind().await.unwrap();
         let _divert = divert([rule().to_queue(number)]);
         let injector = Injector::builder().bind().unwrap();
         let packet = datagram(from, to, &[0; 1000]);
@@ -257,7 +257,7 @@ async fn send_waits_while_the_buffer_is_full() {
 async fn the_sink_waits_while_the_buffer_is_full() {
     let peer = support::veth();
     let [_, (from, to)] = ways(&peer);
-    let mut queue = Queue::builder(0).max_len(100_000).bind().unwrap();
+    let mut queue = Queue::builder(0).max_len(100_000).bind().await.unwrap();
     let _divert = divert([rule().to_queue(0)]);
     let mut injector = Injector::builder().bind().unwrap();
     let mut other = injector.clone();

@@ -28,7 +28,6 @@ mod examples;
 mod faults;
 mod flows;
 mod flushing;
-mod group;
 mod handover;
 mod histories;
 mod injector;
@@ -36,6 +35,7 @@ mod isolation;
 mod metadata;
 mod modes;
 mod namespaces;
+mod numbers;
 mod order;
 mod overload;
 mod payload;
@@ -78,7 +78,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     flows::tests,
     simulated::tests,
     namespaces::tests,
-    group::tests,
+    numbers::tests,
     handover::tests,
     reconfigure::tests,
     statistics::tests,

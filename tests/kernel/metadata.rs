@@ -44,7 +44,7 @@ fn index(name: &str) -> u32 {
 
 async fn each_hook_reports_its_interfaces() {
     let hooks = [Hook::Output, Hook::Postrouting, Hook::Prerouting, Hook::Input];
-    let mut queues: Vec<Queue> = (0..4).map(|number| Queue::builder(number).bind().unwrap()).collect();
+    let mut queues: Vec<Queue> = (0..4).map(|number| common::bind_now(Queue::builder(number))).collect();
     let rule = |(number, hook)| Rule::new(hook).protocol(Protocol::Udp).to_queue(number);
     let _divert = divert((0..).zip(hooks).map(rule));
     let traffic = Traffic::new(1);
@@ -63,7 +63,7 @@ async fn each_hook_reports_its_interfaces() {
         assert_eq!((packet.interface_in(), packet.interface_out()), expected, "{hook:?}");
         assert_eq!(packet.interface_name(lo).unwrap(), "lo");
         assert!(packet.interface_name(0x7fff_ffff).is_err());
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect([7]).await;
 }
@@ -74,7 +74,7 @@ async fn a_forwarded_packet_has_two_interfaces() {
     support::forwarding();
     from.route_through_near();
     to.route_through_near();
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Forward).protocol(Protocol::Udp).to_queue(0)]);
     let receiver = to.run(|| support::udp((to.far_v4, 9000)));
     let sender = from.run(|| support::udp((from.far_v4, 0)));
@@ -88,8 +88,8 @@ async fn a_forwarded_packet_has_two_interfaces() {
     assert_eq!(packet.addresses(), Some((from.far_v4.into(), to.far_v4.into())));
     // Ethernet, and not all zeros.
     assert!(matches!(packet.hardware_address(), Some(address) if address.len() == 6 && address != [0; 6]));
-    queue.sink().submit(packet.accept()).unwrap();
-    queue.sink().flush().await.unwrap();
+    packet.accept().submit().unwrap();
+    queue.sink().flush().await;
     assert_eq!(receiver.recv(&mut [0; 8]).unwrap(), 4);
 }
 
@@ -102,7 +102,7 @@ async fn ipv6_metadata_is_reported() {
     let local = Ipv6Addr::LOCALHOST.into();
     assert_eq!(packet.addresses(), Some((local, local)));
     assert_eq!(packet.original_len(), Some(50));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
 }
 
 async fn the_mark_of_the_sender_is_reported() {
@@ -141,7 +141,7 @@ async fn a_timestamp_is_reported_if_the_kernel_took_one() {
 
 async fn user_and_group_ids_are_reported_on_request() {
     for on in [true, false] {
-        let mut queue = Queue::builder(0).uid_gid(on).bind().unwrap();
+        let mut queue = Queue::builder(0).uid_gid(on).bind().await.unwrap();
         let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
         let traffic = Traffic::new(1);
         let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
@@ -177,7 +177,7 @@ async fn user_and_group_at_input_are_those_of_the_receiver() {
         if connected {
             receiver.connect(sender.local_addr().unwrap()).unwrap();
         }
-        let mut queue = Queue::builder(0).uid_gid(true).bind().unwrap();
+        let mut queue = Queue::builder(0).uid_gid(true).bind().await.unwrap();
         let divert = divert([Rule::new(Hook::Input).protocol(Protocol::Udp).to_queue(0)]);
         sender.send(b"it").unwrap();
         let packet = next(&mut queue).await;
@@ -187,7 +187,7 @@ async fn user_and_group_at_input_are_those_of_the_receiver() {
         divert.close().unwrap();
     }
     // Of a packet of this host, they are those of the sender.
-    let mut queue = Queue::builder(0).uid_gid(true).bind().unwrap();
+    let mut queue = Queue::builder(0).uid_gid(true).bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
     receiver.send(b"reply").unwrap();
     let packet = next(&mut queue).await;
@@ -197,7 +197,7 @@ async fn user_and_group_at_input_are_those_of_the_receiver() {
 
 async fn the_class_of_a_control_group_is_reported() {
     const CLASS: u32 = 0x0010_0002;
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
     let traffic = Traffic::new(2);
     let classified = match std::thread::spawn(|| classified(CLASS)).join().unwrap() {
@@ -248,7 +248,7 @@ async fn a_short_copy_range_truncates() {
         assert_eq!(packet.payload().len(), original.min(40));
         assert_eq!((packet.original_len(), packet.is_truncated()), (Some(original), truncated));
         assert!(packet.addresses().is_some());
-        queue.sink().submit(packet.drop()).unwrap();
+        packet.drop().submit().unwrap();
     }
 }
 
@@ -260,7 +260,7 @@ async fn metadata_mode_has_no_payload() {
     assert_eq!((packet.payload(), packet.original_len(), packet.is_truncated()), (&[][..], None, true));
     assert_eq!((packet.hook(), packet.hw_protocol(), packet.id().get()), (Hook::Input, 0x0800, 1));
     assert_eq!((packet.interface_in(), packet.addresses()), (Some(index("lo")), None));
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     traffic.expect([5]).await;
 }
 
@@ -268,7 +268,7 @@ async fn unfinished_checksums_are_reported() {
     // A local sender leaves the checksum to the interface. Without GSO, the kernel finishes it
     // before it queues the packet.
     for gso in [true, false] {
-        let mut queue = Queue::builder(0).gso(gso).bind().unwrap();
+        let mut queue = Queue::builder(0).gso(gso).bind().await.unwrap();
         let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Udp).to_queue(0)]);
         let traffic = Traffic::new(1);
         let packet = hold(&mut queue, &traffic, [7]).await.remove(0);
@@ -278,7 +278,7 @@ async fn unfinished_checksums_are_reported() {
             let (udp, data) = etherparse::UdpHeader::from_slice(payload.payload).unwrap();
             assert_eq!(udp.calc_checksum_ipv4(ip.ipv4().unwrap().0, data).unwrap(), udp.checksum);
         }
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         traffic.expect([7]).await;
     }
 }
@@ -289,7 +289,7 @@ async fn a_payload_outlives_its_packet() {
     let mut payloads = Vec::new();
     for packet in hold(&mut queue, &traffic, 0..200).await {
         payloads.push(packet.payload_bytes());
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..200).await;
     drop(queue);
@@ -313,7 +313,7 @@ async fn transfer<T>(
         loop {
             let packet = next(&mut queue).await;
             seen.push(look(&packet));
-            queue.sink().submit(packet.accept()).unwrap();
+            packet.accept().submit().unwrap();
         }
     };
     tokio::select! {
@@ -334,7 +334,7 @@ fn gso_and_length(packet: &Packet) -> (bool, usize) {
 
 async fn sent(builder: QueueBuilder) -> Vec<(bool, usize)> {
     let peer = support::veth_with(&support::VethOptions { index: 0, ..Default::default() });
-    let queue = builder.bind().unwrap();
+    let queue = builder.bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Tcp).to_queue(0)]);
     let listener = peer.run(|| TcpListener::bind((peer.far_v4, 9000)).unwrap());
     transfer(queue, listener, |address| TcpStream::connect(address).unwrap(), gso_and_length).await
@@ -343,7 +343,7 @@ async fn sent(builder: QueueBuilder) -> Vec<(bool, usize)> {
 async fn received(builder: QueueBuilder) -> Vec<(bool, usize)> {
     // The interface of the other call may not have been removed yet.
     let peer = support::veth_with(&support::VethOptions { index: 1, ..Default::default() });
-    let queue = builder.bind().unwrap();
+    let queue = builder.bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(0)]);
     let listener = TcpListener::bind((peer.near_v4, 9000)).unwrap();
     let namespace = peer.namespace.try_clone();
@@ -363,7 +363,7 @@ async fn received_super_packets_are_not_segmented() {
 
 async fn super_packets_are_reported_on_loopback() {
     support::set_mtu("lo", 1500);
-    let (queue, listener) = (Queue::builder(0).bind().unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let (queue, listener) = (Queue::builder(0).bind().await.unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
     let _divert = divert([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(0)]);
     let seen = transfer(queue, listener, |address| TcpStream::connect(address).unwrap(), gso_and_length).await;
     assert!(seen.iter().any(|(gso, length)| *gso && *length > 1500), "{seen:?}");

@@ -17,8 +17,8 @@ async fn repeat_marked_never_loops() {
         assert_eq!((packet.mark(), packet.has_mark(0x10, 0xf0)), (turn * 0x10, turn == 1));
         let verdict = packet.repeat_marked(0x10, 0xf0);
         assert_eq!(verdict.action(), action);
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     traffic.expect([0]).await;
 }

@@ -2,8 +2,9 @@
 
 use std::{fs, path::PathBuf};
 
+use nfqueue_divert::Divert;
 use tokio::runtime::Handle;
-use tokio_nfqueue::{Divert, Error, ErrorKind, NetworkNamespace, Queue};
+use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue};
 
 use crate::{
     common::{Traffic, account, divert, give_up_capabilities, hold, soon, start, udp_in},
@@ -50,7 +51,7 @@ fn traffic_in(namespace: &support::Namespace) -> (Divert, Traffic) {
 async fn a_queue_is_bound_in_another_namespace() {
     let (namespace, handle) = elsewhere();
     let before = present();
-    let mut queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    let mut queue = Queue::builder(0).namespace(handle).bind().await.unwrap();
     assert_eq!(present(), before, "this thread has not moved");
     assert_eq!(account(0), None, "nothing is bound here");
     assert!(namespace.run(|| account(0)).is_some());
@@ -59,7 +60,7 @@ async fn a_queue_is_bound_in_another_namespace() {
     for packet in hold(&mut queue, &traffic, 0..20).await {
         let lo = packet.interface_in().unwrap();
         assert_eq!(packet.interface_name(lo).unwrap(), "lo");
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..20).await;
     assert_eq!(queue.sink().kernel_stats().unwrap().last_id, 20);
@@ -70,17 +71,17 @@ async fn a_queue_is_bound_in_another_namespace() {
 async fn queues_of_one_number_in_two_namespaces_are_separate() {
     let (namespace, handle) = elsewhere();
     let (mut here, _divert_here) = start(Queue::builder(0));
-    let mut there = Queue::builder(0).namespace(handle).bind().unwrap();
+    let mut there = Queue::builder(0).namespace(handle).bind().await.unwrap();
     let (_divert_there, traffic_there) = traffic_in(&namespace);
     let traffic_here = Traffic::new(100);
     let held_here = hold(&mut here, &traffic_here, 0..10).await;
     let held_there = hold(&mut there, &traffic_there, 10..20).await;
     // A verdict reaches its own queue through any sink.
     for packet in held_here {
-        there.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     for packet in held_there {
-        here.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic_here.expect(0..10).await;
     traffic_there.expect(10..20).await;
@@ -89,10 +90,10 @@ async fn queues_of_one_number_in_two_namespaces_are_separate() {
 
 async fn already_bound_is_detected_in_another_namespace() {
     let (_namespace, handle) = elsewhere();
-    let _first = Queue::builder(7).namespace(handle.clone()).bind().unwrap();
-    let error = Queue::builder(7).namespace(handle).bind().unwrap_err();
+    let _first = Queue::builder(7).namespace(handle.clone()).bind().await.unwrap();
+    let error = Queue::builder(7).namespace(handle).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}");
-    Queue::builder(7).bind().unwrap();
+    Queue::builder(7).bind().await.unwrap();
 }
 
 async fn a_namespace_opened_by_path_outlives_its_threads() {
@@ -106,9 +107,9 @@ async fn a_namespace_opened_by_path_outlives_its_threads() {
     let handle = NetworkNamespace::open(path.recv().unwrap()).unwrap();
     drop(done);
     thread.join().unwrap();
-    let queue = Queue::builder(0).namespace(handle.clone()).bind().unwrap();
+    let queue = Queue::builder(0).namespace(handle.clone()).bind().await.unwrap();
     assert_eq!(account(0), None);
-    assert_eq!(Queue::builder(0).namespace(handle).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
+    assert_eq!(Queue::builder(0).namespace(handle).bind().await.unwrap_err().kind(), ErrorKind::AlreadyBound);
     drop(queue);
 }
 
@@ -117,12 +118,12 @@ async fn the_namespace_of_a_socket_is_where_it_was_opened() {
     let socket = namespace.run(|| support::udp("127.0.0.1:0"));
     let handle = NetworkNamespace::of_socket(&socket).unwrap();
     let before = present();
-    let _queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    let _queue = Queue::builder(0).namespace(handle).bind().await.unwrap();
     assert_eq!((present(), account(0)), (before, None));
     assert!(namespace.run(|| account(0)).is_some());
 
     let here = NetworkNamespace::of_socket(support::udp("127.0.0.1:0")).unwrap();
-    let _queue = Queue::builder(0).namespace(here).bind().unwrap();
+    let _queue = Queue::builder(0).namespace(here).bind().await.unwrap();
     assert!(account(0).is_some());
 }
 
@@ -157,7 +158,7 @@ async fn files_that_are_not_network_namespaces_are_refused() {
         let handle = NetworkNamespace::open(path).unwrap();
         let before = present();
         for error in
-            [Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(), install_there(&handle).unwrap_err()]
+            [Queue::builder(0).namespace(handle.clone()).bind().await.unwrap_err(), install_there(&handle).unwrap_err()]
         {
             assert_eq!(error.kind(), ErrorKind::Other, "{error}");
             assert!(error.to_string().contains("namespace"), "{error}");
@@ -169,7 +170,8 @@ async fn files_that_are_not_network_namespaces_are_refused() {
 async fn without_cap_sys_admin_the_error_names_only_this_capability() {
     let (_namespace, handle) = elsewhere();
     give_up_capabilities();
-    for error in [Queue::builder(0).namespace(handle.clone()).bind().unwrap_err(), install_there(&handle).unwrap_err()]
+    for error in
+        [Queue::builder(0).namespace(handle.clone()).bind().await.unwrap_err(), install_there(&handle).unwrap_err()]
     {
         assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
         let text = error.to_string();

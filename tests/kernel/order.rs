@@ -45,12 +45,12 @@ async fn thousand(order: impl FnOnce(&mut [Packet]), portion: usize) {
     assert_eq!(common::account(0).unwrap().waiting, u64::from(MANY));
     order(&mut packets);
     for (index, packet) in packets.into_iter().enumerate() {
-        queue.sink().submit(accept_the_even(packet)).unwrap();
+        accept_the_even(packet).submit().unwrap();
         if (index + 1) % portion == 0 {
-            queue.sink().flush().await.unwrap();
+            queue.sink().flush().await;
         }
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect((0..MANY).step_by(2)).await;
 
     let stats = queue.stats();
@@ -69,7 +69,7 @@ async fn one_flush_sends_every_kind_of_verdict() {
     let (mut queue, _divert) =
         start(Queue::builder(0).flush_policy(FlushPolicy::fixed(100_000, Duration::from_secs(1))));
     let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
-    let mut other = Queue::builder(1).bind().unwrap();
+    let mut other = Queue::builder(1).bind().await.unwrap();
     let traffic = Traffic::new(MANY);
     let mut packets = hold(&mut queue, &traffic, 0..MANY).await;
     // Runs of several lengths in the order of the ids, which the ledger sends as batches.
@@ -90,14 +90,14 @@ async fn one_flush_sends_every_kind_of_verdict() {
             5 => packet.accept(),
             _ => packet.accept().mark(8).priority(3),
         };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     let requeued: Vec<u32> = (0..MANY).filter(|number| kind(*number) == 4).collect();
     for expected in requeued {
         let packet = next(&mut other).await;
         assert_eq!(number(&packet), expected);
-        other.sink().submit(packet.drop()).unwrap();
+        packet.drop().submit().unwrap();
     }
     traffic.expect((0..MANY).filter(|number| !matches!(kind(*number), 2..=4))).await;
 
@@ -120,9 +120,9 @@ async fn one_flush_releases_packets_in_the_order_of_their_ids() {
     let traffic = Traffic::new(100);
     let packets = hold(&mut queue, &traffic, 0..100).await;
     for packet in packets.into_iter().rev() {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     let delivered = traffic.delivered();
     // Not checked if a second passed between the first submit and the flush, so that the policy has
     // sent some verdicts.
@@ -144,12 +144,12 @@ async fn reversed(policy: FlushPolicy, flush: bool) {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
     let traffic = Traffic::new(100);
     for packet in hold(&mut queue, &traffic, 0..100).await.into_iter().rev() {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         if flush {
-            queue.sink().flush().await.unwrap();
+            queue.sink().flush().await;
         }
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     assert_eq!(traffic.delivered(), Vec::from_iter((0..100).rev()));
 }
 
@@ -160,12 +160,12 @@ async fn no_batch_decides_a_held_packet() {
     for round in 0..200 {
         let numbers = round * 100..(round + 1) * 100;
         for packet in hold(&mut queue, &traffic, numbers.clone()).await {
-            queue.sink().submit(accept_the_even(packet)).unwrap();
+            accept_the_even(packet).submit().unwrap();
         }
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         traffic.expect(numbers.step_by(2)).await;
     }
     assert_eq!(common::account(0).unwrap().waiting, 1, "no batch took it along");
-    queue.sink().submit(held.remove(0).accept()).unwrap();
+    held.remove(0).accept().submit().unwrap();
     traffic.expect([70_000]).await;
 }

@@ -47,9 +47,9 @@ async fn take_all(queue: &mut Queue, held: &mut Vec<Packet>) {
 async fn accept_all(queue: &Queue, held: Vec<Packet>) -> Vec<u32> {
     let numbers = held.iter().map(number).collect();
     for packet in held {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     numbers
 }
 
@@ -68,7 +68,7 @@ async fn packets_lost_to_a_full_receive_buffer_are_counted() {
 
     // The last loss is found when the next packet is received.
     for packet in hold(&mut queue, &traffic, 1000..1010).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(1000..1010).await;
     let stats = queue.stats();
@@ -90,9 +90,9 @@ async fn a_full_receive_buffer_accepts_packets_with_fail_open() {
     traffic.expect(seen).await;
 
     for packet in hold(&mut queue, &traffic, 1000..1010).await {
-        queue.sink().submit(packet.drop()).unwrap();
+        packet.drop().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect_nothing();
     assert_eq!(queue.stats().lost.packets, 1000 - after.waiting, "what passed unseen");
 }
@@ -135,7 +135,7 @@ async fn a_full_queue_drops_packets() {
     traffic.expect(0..50).await;
 
     for packet in hold(&mut queue, &traffic, 300..340).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(300..340).await;
     assert_eq!((queue.stats().lost.packets, queue.stats().lost.overrun_episodes), (0, 0), "they took no id");
@@ -153,9 +153,9 @@ async fn a_full_queue_accepts_packets_with_fail_open() {
     traffic.expect(0..50).await;
 
     for packet in hold(&mut queue, &traffic, 300..340).await {
-        queue.sink().submit(packet.drop()).unwrap();
+        packet.drop().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect_nothing();
     let after = account(0).unwrap();
     assert_eq!((after.queue_full, after.socket_full, queue.stats().lost.packets), (0, 0, 0));
@@ -188,7 +188,7 @@ async fn survive(queue: &mut Queue, end: std::sync::mpsc::Receiver<()>) -> u64 {
         let packet = tokio::time::timeout(std::time::Duration::from_millis(1), queue.recv()).await;
         if let Ok(packet) = packet {
             let packet = packet.expect("the stream goes on").expect("no error");
-            queue.sink().submit(packet.drop()).unwrap();
+            packet.drop().submit().unwrap();
             seen += 1;
         }
     }
@@ -199,7 +199,7 @@ async fn losses_of_a_flood_are_counted_exactly() {
     let traffic = Traffic::new(1);
     let seen = survive(&mut queue, flooder()).await;
     for packet in hold(&mut queue, &traffic, [7]).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect([7]).await;
 
@@ -216,7 +216,7 @@ async fn a_flood_with_fail_open_drops_nothing() {
     let seen = survive(&mut queue, flooder()).await;
     let passed = traffic.delivered().len() as u64;
     let packet = hold(&mut queue, &traffic, [7]).await.remove(0);
-    queue.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     traffic.expect([7]).await;
     // Packets accepted during the flood may overflow the receiver's own buffer, so fewer may
     // arrive.
@@ -235,7 +235,7 @@ async fn confirm_works_with_a_full_receive_buffer() {
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let after = flood(&traffic, 1..1000, 1000).await;
     assert!(after.socket_full > 0, "an overload: {after:?}");
-    soon("the reply", queue.sink().confirm(packet.accept())).await.unwrap();
+    soon("the reply", packet.accept().confirm()).await.unwrap();
     traffic.expect([0]).await;
     // Packets that `confirm` has received are returned by the stream.
     let mut held = Vec::new();

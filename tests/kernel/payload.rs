@@ -92,7 +92,7 @@ impl Place {
 
 /// Queues packets to the receiver at the output hook, where checksums may be unfinished.
 fn queue_to(protocol: Protocol) -> (Queue, common::Divert) {
-    let queue = Queue::builder(0).bind().unwrap();
+    let queue = common::bind_now(Queue::builder(0));
     let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(9000).to_queue(0);
     (queue, divert([rule]))
 }
@@ -113,7 +113,7 @@ async fn udp(place: Place) {
         let packet = next(&mut queue).await;
         assert!(packet.payload().ends_with(SENT));
         let replaced = rebuilt(packet.payload(), replacement);
-        queue.sink().submit(packet.accept().payload(replaced)).unwrap();
+        packet.accept().payload(replaced).submit().unwrap();
         let mut datagram = [0; 256];
         let length = soon("the datagram", receiver.recv(&mut datagram)).await.unwrap();
         assert_eq!(&datagram[..length], replacement);
@@ -152,7 +152,7 @@ async fn tcp(place: Place) {
                 } else {
                     packet.accept()
                 };
-                queue.sink().submit(verdict).unwrap();
+                verdict.submit().unwrap();
             }
         };
         tokio::select! {
@@ -201,9 +201,9 @@ async fn payloads_are_replaced_at_the_input_hook() {
     let traffic = Traffic::new(100);
     for (index, packet) in (0..).zip(hold(&mut queue, &traffic, 0..50).await) {
         let payload = renumbered(&packet, 50 + index);
-        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+        packet.accept().payload(payload).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(50..100).await;
 }
 
@@ -219,7 +219,7 @@ async fn the_longest_payload_is_delivered() {
     let data: Vec<u8> = (0..65_531 - 28).map(|index| (index % 251) as u8).collect();
     let payload = rebuilt(packet.payload(), &data);
     assert_eq!(payload.len(), 65_531);
-    soon("the reply", queue.sink().confirm(packet.accept().payload(payload))).await.unwrap();
+    soon("the reply", packet.accept().payload(payload).confirm()).await.unwrap();
     let mut datagram = vec![0; 65_536];
     let length = receiver.recv(&mut datagram).unwrap();
     assert!(datagram[..length] == data, "{length} bytes");
@@ -230,19 +230,19 @@ async fn payload_and_mark_and_requeue_work_in_one_verdict() {
         return;
     }
     let (mut queue, _divert) = start(Queue::builder(0));
-    let mut other = Queue::builder(1).bind().unwrap();
+    let mut other = Queue::builder(1).bind().await.unwrap();
     let traffic = Traffic::new(100);
     for packet in hold(&mut queue, &traffic, 0..10).await {
         let payload = renumbered(&packet, common::number(&packet) + 50);
-        queue.sink().submit(packet.requeue(1).mark(3).payload(payload)).unwrap();
+        packet.requeue(1).mark(3).payload(payload).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     for expected in 50..60 {
         let packet = next(&mut other).await;
         assert_eq!((common::number(&packet), packet.mark()), (expected, 3));
-        other.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
-    other.sink().flush().await.unwrap();
+    other.sink().flush().await;
     traffic.expect(50..60).await;
 }
 
@@ -258,9 +258,9 @@ async fn a_packet_with_a_wrong_checksum_is_not_delivered() {
         if common::number(&packet) < 5 {
             *payload.last_mut().unwrap() ^= 0x40;
         }
-        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+        packet.accept().payload(payload).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(55..60).await;
 }
 
@@ -276,13 +276,13 @@ async fn an_invalid_length_is_refused_and_gets_the_default_action() {
             let id = packet.id();
             let verdict = packet.accept().payload(payload);
             let error = if number % 2 == 0 {
-                queue.sink().submit(verdict).unwrap_err()
+                verdict.submit().unwrap_err()
             } else {
-                soon("the refusal", queue.sink().confirm(verdict)).await.unwrap_err()
+                soon("the refusal", verdict.confirm()).await.unwrap_err()
             };
             assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
         }
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         match action {
             Action::Accept => traffic.expect(0..6).await,
             _ => traffic.expect_nothing(),
@@ -299,7 +299,7 @@ async fn payloads_are_refused_in_a_namespace_of_another_user_namespace() {
     network.run(|| support::link_up("lo"));
     for (number, action) in [(0, Action::Accept), (1, Action::Drop)] {
         let namespace = NetworkNamespace::open(other.path()).unwrap();
-        let mut queue = Queue::builder(number).namespace(namespace).on_unanswered(action).bind().unwrap();
+        let mut queue = Queue::builder(number).namespace(namespace).on_unanswered(action).bind().await.unwrap();
         let runtime = tokio::runtime::Handle::current();
         let (traffic, _divert) = network.run(|| {
             let _runtime = runtime.enter();
@@ -309,11 +309,7 @@ async fn payloads_are_refused_in_a_namespace_of_another_user_namespace() {
             let id = packet.id();
             let payload = renumbered(&packet, 4 + index);
             let verdict = packet.accept().payload(payload);
-            let result = if index % 2 == 0 {
-                queue.sink().submit(verdict)
-            } else {
-                soon("the reply", queue.sink().confirm(verdict)).await
-            };
+            let result = if index % 2 == 0 { verdict.submit() } else { soon("the reply", verdict.confirm()).await };
             if common::kernel_release() >= (7, 1) {
                 let error = result.unwrap_err();
                 assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Unsupported, Some(id)), "{error}");
@@ -321,7 +317,7 @@ async fn payloads_are_refused_in_a_namespace_of_another_user_namespace() {
                 result.unwrap();
             }
         }
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         match action {
             _ if common::kernel_release() < (7, 1) => traffic.expect(4..8).await,
             Action::Accept => traffic.expect(0..4).await,

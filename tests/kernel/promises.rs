@@ -236,7 +236,7 @@ async fn a_briefly_missing_capability_leaves_no_packet_undecided() {
         without_capabilities(|| middle.accept().submit().unwrap());
         first.accept().submit().unwrap();
         last.accept().submit().unwrap();
-        soon("the flush", queue.sink().flush()).await.unwrap();
+        soon("the flush", queue.sink().flush()).await;
         let error = soon("the refusal", refusals.recv()).await.unwrap();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)));
         // The refused packet got the default action.
@@ -274,7 +274,7 @@ async fn the_shutdown_continues_when_the_last_thread_has_no_capability() {
     }
     // This thread has the capability. A thread that flushes also sends the verdicts of others, or
     // gets them refused.
-    soon("the flush", sink.flush()).await.unwrap();
+    soon("the flush", sink.flush()).await;
     traffic.send(10..20);
     thread::spawn(move || without_capabilities(|| drop(last))).join().unwrap();
     // The sink keeps the socket open, so the queue is not unbound by closing the socket.
@@ -303,7 +303,7 @@ async fn refusals_do_not_end_a_program_that_uses_the_question_mark() {
                 2 => drop(packet),
                 _ => packet.accept().submit()?,
             }
-            sink.flush().await?;
+            sink.flush().await;
             sink.reconfigure(&Reconfigure::new().max_len(100 + seen)).await?;
             if seen == 40 {
                 queue.close().await?;
@@ -374,11 +374,11 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
             _ => packet.accept().submit().unwrap(),
         }
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     traffic.expect((0..600).filter(|number| number % 3 != 0)).await;
     let error = soon("the refusal", refusals.recv()).await.unwrap();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, long), "{error}");
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     eventually("nothing is left", || account(0).unwrap().waiting == 0).await;
     let stats = queue.stats();
     adds_up(&stats);
@@ -388,7 +388,7 @@ async fn a_datagram_longer_than_the_send_buffer_is_split() {
     for packet in hold(&mut queue, &traffic, 0..50).await {
         packet.accept().submit().unwrap();
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     assert!(queue.stats().sent.messages - before < 50, "{:?}", queue.stats());
     traffic.expect(0..50).await;
 }
@@ -488,7 +488,7 @@ async fn a_delay_of_a_custom_policy_is_never_lost() {
         packet.accept().submit().unwrap();
         if number % 3 == 0 {
             // A flush leaves a timer for which nothing is due.
-            soon("the flush", queue.sink().flush()).await.unwrap();
+            soon("the flush", queue.sink().flush()).await;
         }
         traffic.expect([number]).await;
     }
@@ -528,7 +528,7 @@ async fn gone_packets_are_counted_exactly() {
     for packet in packets {
         packet.accept().submit().unwrap();
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     traffic.expect([10, 11]).await;
     eventually("the replies are read", || {
         queue.recv().now_or_never().is_none() && queue.stats().sent.gone_at_least == 10
@@ -554,7 +554,7 @@ async fn the_statistics_add_up() {
             _ => packet.accept().mark(3).submit().unwrap(),
         }
     }
-    soon("the flush", sink.flush()).await.unwrap();
+    soon("the flush", sink.flush()).await;
     let stats = sink.stats();
     adds_up(&stats);
     assert_fields!(stats, decided.accepted: 30, decided.dropped: 20, decided.requeued: 10, held.in_flight: 0);
@@ -591,7 +591,7 @@ async fn one_held_packet_of_a_hundred_keeps_one_small_buffer() {
         held.push(packets.remove(50));
         packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
     }
-    soon("the flush", queue.sink().flush()).await.unwrap();
+    soon("the flush", queue.sink().flush()).await;
     let stats = queue.stats();
     assert_eq!(stats.held.in_flight, 20);
     assert!((8 * 1024..=20 * 8 * 1024).contains(&stats.held.bytes), "{} bytes", stats.held.bytes);
@@ -613,7 +613,7 @@ async fn unreadable_kernel_counters_name_the_capability() {
         sets.inheritable = CapabilitySet::empty();
         set_capabilities(None, sets).unwrap();
         let _entered = runtime.enter();
-        let queue = Queue::builder(0).bind().unwrap();
+        let queue = common::bind_now(Queue::builder(0));
         Some((queue.sink().kernel_stats().unwrap_err(), queue.sink().advice()))
     });
     eventually("the thread's end", || result.is_finished()).await;
@@ -856,8 +856,6 @@ async fn the_longest_durations_do_not_panic() {
     let (mut queue, _divert) = start(builder);
     let traffic = Traffic::new(10);
     let packets = hold(&mut queue, &traffic, 0..5).await;
-    let mut watch = queue.sink().watch(Duration::MAX).unwrap();
-    assert!(watch.next().now_or_never().is_none());
     for packet in packets {
         packet.accept().submit().unwrap();
     }
@@ -871,11 +869,11 @@ async fn a_default_action_that_requeues_for_ever_is_refused() {
         (Queue::builder(5).on_unanswered(own), "on_unanswered"),
         (Queue::builder(5).deadline(Duration::from_secs(1), own), "deadline"),
     ] {
-        let error = builder.bind().unwrap_err();
+        let error = builder.bind().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert!(error.to_string().contains(name) && error.to_string().contains("same queue"), "{error}");
     }
-    let queue = Queue::builder(5).on_unanswered(Action::Requeue { queue: 6, bypass: true }).bind().unwrap();
+    let queue = Queue::builder(5).on_unanswered(Action::Requeue { queue: 6, bypass: true }).bind().await.unwrap();
     let error = soon("the reply", queue.sink().close_with(own)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(!queue.sink().is_closed());
@@ -897,7 +895,7 @@ async fn bind_works_while_the_last_owner_closes() {
         }
     });
     for _ in 0..300 {
-        match Queue::builder(0).namespace(namespace.clone()).bind() {
+        match Queue::builder(0).namespace(namespace.clone()).bind().await {
             Ok(queue) => drop(queue),
             Err(error) => assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}"),
         }
@@ -908,15 +906,15 @@ async fn bind_works_while_the_last_owner_closes() {
 }
 
 async fn already_bound_names_this_process() {
-    let _queue = Queue::builder(7).bind().unwrap();
-    let error = Queue::builder(7).bind().unwrap_err();
+    let _queue = Queue::builder(7).bind().await.unwrap();
+    let error = Queue::builder(7).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound);
     assert!(error.to_string().contains("of this process"), "{error}");
 }
 
 fn a_runtime_without_an_io_driver_is_an_error() {
     let runtime = Builder::new_current_thread().build().unwrap();
-    let error = runtime.block_on(async { Queue::builder(0).bind() }).unwrap_err();
+    let error = runtime.block_on(async { Queue::builder(0).bind().await }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoRuntime);
     assert!(error.to_string().starts_with("bind queue 0"), "{error}");
     assert_eq!(account(0), None);

@@ -71,7 +71,7 @@ async fn max_len_changes() {
     for expected in (0..10).chain(20..60) {
         let packet = next(&mut queue).await;
         assert_eq!(number(&packet), expected);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect((0..10).chain(20..60)).await;
 }
@@ -93,11 +93,11 @@ async fn packets_beyond_a_shorter_max_len_stay_queued() {
     traffic.send(50..60);
     eventually("the queue is full", || account(0).unwrap().queue_full == 10).await;
     for packet in held {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..50).await;
     for packet in hold(&mut queue, &traffic, 60..65).await {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(60..65).await;
 }
@@ -118,7 +118,7 @@ async fn flags_change_independently() {
     traffic.send(20..30);
     eventually("packets are dropped again", || account(0).unwrap().queue_full == 10).await;
     drop(packet);
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect_nothing();
 }
 
@@ -163,7 +163,7 @@ async fn a_closed_queue_cannot_be_changed() {
     // A longer queue would queue packets that nobody reads.
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
-    sink.submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     soon("the shutdown", closing).await.unwrap().unwrap();
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
@@ -217,7 +217,7 @@ async fn a_change_under_load_loses_no_packet() {
         let packet = next(&mut queue).await;
         // By id: a sender that moves to another CPU may overtake its own packets.
         assert_eq!(packet.id().get(), index + 1, "{:?}", sink.stats());
-        sink.submit(decide(packet)).unwrap();
+        decide(packet).submit().unwrap();
         if index % 10 == 0 {
             let change = Reconfigure::new().max_len(1000 + index).copy_range(1000 + index).gso(index % 20 == 0);
             sink.reconfigure(&change).await.unwrap();

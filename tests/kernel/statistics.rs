@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use tokio_nfqueue::{Action, Advice, ErrorKind, Queue};
+use tokio_nfqueue::{Advice, ErrorKind, Queue};
 
 use crate::{
     common::{Traffic, account, eventually, hold, next, soon, start},
@@ -18,10 +17,6 @@ tests![
     one kernel_stats_reads_the_namespace_of_the_queue,
     one a_full_queue_gives_advice,
     one a_full_receive_buffer_gives_advice,
-    both watch_ends_with_the_queue,
-    both watch_with_a_long_interval_ends_with_the_queue,
-    both watch_does_not_keep_the_queue_open,
-    sync watch_works_in_any_executor,
 ];
 
 async fn each_verdict_is_counted() {
@@ -32,16 +27,16 @@ async fn each_verdict_is_counted() {
     assert_fields!(none, received.packets: 0, sent.sends: 0, held.fill: tokio_nfqueue::stats::Fill::default(), held.in_flight: 0);
     for (index, packet) in hold(&mut queue, &traffic, 0..16).await.into_iter().enumerate() {
         match index {
-            0..=4 => sink.submit(packet.accept()).unwrap(),
-            5 => sink.submit(packet.stop()).unwrap(),
-            6..=8 => sink.submit(packet.drop()).unwrap(),
-            9 | 10 => sink.submit(packet.requeue(9)).unwrap(),
-            11 => sink.submit(packet.requeue_bypass(9)).unwrap(),
-            12 => sink.submit(packet.repeat()).unwrap(),
+            0..=4 => packet.accept().submit().unwrap(),
+            5 => packet.stop().submit().unwrap(),
+            6..=8 => packet.drop().submit().unwrap(),
+            9 | 10 => packet.requeue(9).submit().unwrap(),
+            11 => packet.requeue_bypass(9).submit().unwrap(),
+            12 => packet.repeat().submit().unwrap(),
             _ => drop(packet),
         }
     }
-    soon("the flush", sink.flush()).await.unwrap();
+    soon("the flush", sink.flush()).await;
     let stats = sink.stats();
     assert_fields!(stats, decided.accepted: 6, decided.dropped: 3 + 3, decided.requeued: 3, decided.repeated: 1);
     assert_fields!(stats, decided.unanswered: 3, decided.expired: 0, decided.late: 0, held.in_flight: 0);
@@ -76,13 +71,13 @@ async fn held_packets_are_reported() {
     // One held packet keeps the whole buffer. A detached packet keeps none.
     let last = held.pop().unwrap();
     for packet in held {
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..99).await;
     assert_eq!((queue.stats().held.bytes, queue.stats().held.in_flight), (8 * 1024, 1));
     let last = last.detach();
     assert_eq!((queue.stats().held.bytes, queue.stats().held.in_flight), (0, 1));
-    queue.sink().submit(last.accept()).unwrap();
+    last.accept().submit().unwrap();
     traffic.expect([99]).await;
     assert_eq!((queue.stats().held.bytes, queue.stats().held.oldest_undecided), (0, None));
 }
@@ -99,7 +94,7 @@ async fn kernel_stats_reports_the_counters_of_the_kernel() {
     assert_fields!(kernel, dropped_queue: 5, dropped_socket: 0);
     for _ in 0..10 {
         let packet = next(&mut queue).await;
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..10).await;
     let sink = queue.sink();
@@ -156,69 +151,13 @@ async fn a_full_receive_buffer_gives_advice() {
     }
 }
 
-async fn watch_ends_with_the_queue() {
-    let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
-    let traffic = Traffic::new(100);
-    let sink = queue.sink();
-    assert_eq!(sink.watch(Duration::ZERO).map(|_| ()).unwrap_err().kind(), ErrorKind::InvalidInput);
-    let mut watch = sink.watch(Duration::from_millis(2)).unwrap();
-    drop(hold(&mut queue, &traffic, 0..10).await);
-    let seen = async {
-        while let Some(stats) = watch.next().await {
-            if stats.received.packets == 10 {
-                return;
-            }
-        }
-        panic!("the watch has ended too early");
-    };
-    soon("the right number", seen).await;
-    soon("the shutdown", queue.close()).await.unwrap();
-    soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
-}
-
-async fn watch_with_a_long_interval_ends_with_the_queue() {
-    for every in [Duration::from_secs(3600), Duration::MAX] {
-        let queue = Queue::builder(0).bind().unwrap();
-        let mut waits = queue.watch(every).unwrap();
-        let mut later = queue.watch(every).unwrap();
-        let waiting = tokio::spawn(async move { waits.next().await.is_none() });
-        tokio::task::yield_now().await;
-        soon("the shutdown", queue.close()).await.unwrap();
-        assert!(soon("the end of a watch that waits", waiting).await.unwrap());
-        assert!(soon("the end of a watch that did not wait yet", later.next()).await.is_none());
-    }
-}
-
-async fn watch_does_not_keep_the_queue_open() {
-    let (queue, _divert) = start(Queue::builder(0));
-    let mut watch = queue.sink().watch(Duration::from_millis(2)).unwrap();
-    assert!(soon("an item", watch.next()).await.is_some());
-    drop(queue);
-    eventually("the queue is unbound", || account(0).is_none()).await;
-    soon("the watch's end", async { while watch.next().await.is_some() {} }).await;
-}
-
-fn watch_works_in_any_executor() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let queue = runtime.block_on(async { Queue::builder(0).bind().unwrap() });
-    let mut watch = queue.sink().watch(Duration::from_millis(1)).unwrap();
-    for _ in 0..3 {
-        assert!(futures::executor::block_on(watch.next()).is_some());
-    }
-    // A time beyond the range of the clock does not panic.
-    let mut never = queue.sink().watch(Duration::MAX).unwrap();
-    assert!(futures::FutureExt::now_or_never(never.next()).is_none());
-    drop(runtime);
-    assert!(futures::executor::block_on(watch.next()).is_some());
-}
-
 async fn a_difference_counts_what_happened_between_two_snapshots() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(20);
     for packet in hold(&mut queue, &traffic, 0..5).await {
         packet.accept().submit().unwrap();
     }
-    queue.flush().await.unwrap();
+    queue.sink().flush().await;
     let before = queue.stats();
     let held = hold(&mut queue, &traffic, 5..12).await;
     let since = queue.stats() - before;

@@ -50,7 +50,7 @@ async fn check_default_action<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet
 
         // The queue still works.
         let packet = hold(&mut queue, &traffic, [COUNT]).await.remove(0);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         traffic.expect([COUNT]).await;
         drop(queue);
         common::freed(0).await;
@@ -59,7 +59,7 @@ async fn check_default_action<F: Future<Output = ()>>(happen: impl Fn(Vec<Packet
 
 async fn all_decided(queue: &Queue, traffic: &Traffic, action: Action) {
     eventually("all packets are decided", || queue.stats().held.in_flight == 0).await;
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     match action {
         Action::Accept => traffic.expect(0..COUNT).await,
         _ => traffic.expect_nothing(),
@@ -130,13 +130,13 @@ fn quiet_panic() {
 
 async fn the_default_action_may_be_a_requeue() {
     let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Requeue { queue: 1, bypass: false }));
-    let mut other = Queue::builder(1).bind().unwrap();
+    let mut other = Queue::builder(1).bind().await.unwrap();
     let traffic = Traffic::new(COUNT);
     drop(hold(&mut queue, &traffic, 0..COUNT).await);
     for expected in 0..COUNT {
         let packet = next(&mut other).await;
         assert_eq!(number(&packet), expected);
-        other.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     traffic.expect(0..COUNT).await;
 }
@@ -198,10 +198,10 @@ fn packets_that_outlive_the_runtime_can_be_decided() {
 
     // Without a driver task, verdicts are sent at once.
     let sink = queue.sink();
-    sink.submit(packets.remove(0).accept()).unwrap();
+    packets.remove(0).accept().submit().unwrap();
     outside.block_on(traffic.expect([0]));
-    sink.submit(packets.remove(0).drop()).unwrap();
-    outside.block_on(soon("the reply of the kernel", sink.confirm(packets.remove(0).accept()))).unwrap();
+    packets.remove(0).drop().submit().unwrap();
+    outside.block_on(soon("the reply of the kernel", packets.remove(0).accept().confirm())).unwrap();
     outside.block_on(traffic.expect([2]));
     drop(packets.split_off(20));
     outside.block_on(traffic.expect(23..COUNT));
@@ -240,7 +240,7 @@ async fn deadline(action: Action) {
     assert_eq!((queue.stats().decided.expired, queue.stats().decided.unanswered), (COUNT.into(), 0));
 
     drop(packets);
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect_nothing();
     assert_eq!(queue.stats().decided.unanswered, 0, "the deadline has decided them");
 }
@@ -254,11 +254,11 @@ async fn a_deadline_does_not_change_earlier_verdicts() {
             late.push(packet);
         } else {
             // On a slow machine some of these may be late as well.
-            let _ = queue.sink().submit(packet.drop());
+            let _ = packet.drop().submit();
         }
     }
     eventually("the deadline", || queue.stats().held.in_flight == 0).await;
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     let delivered = traffic.delivered();
     assert_eq!(delivered.len() as u64, queue.stats().decided.expired);
     assert!((0..COUNT).step_by(5).all(|number| delivered.contains(&number)), "{delivered:?}");
@@ -307,10 +307,10 @@ async fn a_late_verdict_is_reported() {
         let id = packet.id();
         assert!(packet.is_expired());
         let result = match index {
-            0 => sink.submit(packet.accept()),
-            1 => Err(soon("the reply", sink.confirm(packet.accept())).await.unwrap_err()),
-            2 => sink.submit(packet.detach().accept()),
-            _ => sink.submit(packet.accept().mark(1)),
+            0 => packet.accept().submit(),
+            1 => Err(soon("the reply", packet.accept().confirm()).await.unwrap_err()),
+            2 => packet.detach().accept().submit(),
+            _ => packet.accept().mark(1).submit(),
         };
         let error = match result {
             Ok(()) => soon("the refusal", refusals.recv()).await.unwrap(),
@@ -318,7 +318,7 @@ async fn a_late_verdict_is_reported() {
         };
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Expired, Some(id)), "{error}");
     }
-    sink.flush().await.unwrap();
+    sink.flush().await;
     traffic.expect_nothing();
     assert_eq!((sink.stats().decided.late, sink.stats().sent.gone_at_least, sink.stats().held.in_flight), (4, 0, 0));
 }

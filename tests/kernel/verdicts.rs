@@ -1,5 +1,6 @@
 //! What each kind of verdict does to a packet.
 
+use futures::SinkExt;
 use tokio_nfqueue::{Action, Changes, Family, Hook, Queue, Vlan};
 
 use crate::{
@@ -28,9 +29,9 @@ async fn accepted_packets_arrive_and_dropped_packets_do_not() {
     let traffic = Traffic::new(100);
     for packet in hold(&mut queue, &traffic, 0..100).await {
         let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect((0..100).step_by(2)).await;
 
     let stats = queue.stats();
@@ -77,9 +78,9 @@ async fn a_mark_is_seen_by_a_later_chain() {
             1 => packet.accept().mark(0x17),
             _ => packet.accept(),
         };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect((0..100).filter(|number| number % 3 != 0)).await;
 }
 
@@ -91,35 +92,35 @@ async fn a_mark_is_kept_unless_the_verdict_sets_one() {
     for packet in hold(&mut queue, &traffic, 0..100).await {
         assert_eq!(packet.mark(), 5);
         let verdict = if number(&packet) < 50 { packet.accept() } else { packet.accept().mark(0) };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(50..100).await;
 }
 
 async fn mark_and_priority_are_seen_at_a_later_hook() {
-    let mut first = Queue::builder(0).bind().unwrap();
-    let mut second = Queue::builder(1).bind().unwrap();
+    let mut first = Queue::builder(0).bind().await.unwrap();
+    let mut second = Queue::builder(1).bind().await.unwrap();
     let _divert = divert([Rule::new(Hook::Output).to_queue(0), Rule::new(Hook::Postrouting).to_queue(1)]);
     let traffic = Traffic::new(1);
     traffic.send([7]);
     let packet = next(&mut first).await;
     assert_eq!((packet.hook(), packet.mark(), packet.priority()), (Hook::Output, 0, 0));
-    first.sink().submit(packet.accept().mark(0x1234).priority(6)).unwrap();
+    packet.accept().mark(0x1234).priority(6).submit().unwrap();
     let packet = next(&mut second).await;
     assert_eq!((packet.hook(), packet.mark(), packet.priority()), (Hook::Postrouting, 0x1234, 6));
-    second.sink().submit(packet.accept()).unwrap();
+    packet.accept().submit().unwrap();
     traffic.expect([7]).await;
 }
 
 async fn repeat_with_a_mark_is_not_queued_again() {
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([udp_in().unless_mark(1, 1).to_queue(0)]);
     let traffic = Traffic::new(50);
     for packet in hold(&mut queue, &traffic, 0..50).await {
-        queue.sink().submit(packet.repeat().mark(1)).unwrap();
+        packet.repeat().mark(1).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(0..50).await;
     assert_eq!(queue.stats().decided.repeated, 50);
     assert_eq!(common::account(0).unwrap().last_id, 50, "none was queued again");
@@ -131,17 +132,17 @@ async fn repeat_without_a_mark_is_queued_again() {
     let first = hold(&mut queue, &traffic, 0..50).await;
     let ids: Vec<_> = first.iter().map(|packet| packet.id().get()).collect();
     for packet in first {
-        queue.sink().submit(packet.repeat()).unwrap();
+        packet.repeat().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect_nothing();
     for expected in 0..50 {
         let packet = next(&mut queue).await;
         assert!(!ids.contains(&packet.id().get()), "a new id");
         assert_eq!(number(&packet), expected);
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(0..50).await;
     assert_eq!(common::account(0).unwrap().last_id, 100);
 }
@@ -152,9 +153,9 @@ async fn stop_skips_the_later_chains() {
     let traffic = Traffic::new(60);
     for packet in hold(&mut queue, &traffic, 0..60).await {
         let verdict = if number(&packet) < 30 { packet.stop() } else { packet.accept() };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(0..30).await;
     assert_eq!(queue.stats().decided.accepted, 60);
 }
@@ -163,19 +164,19 @@ async fn requeue_sends_the_packet_to_another_queue() {
     // The high byte of the number has bits that a wrong encoding would take for flags.
     const OTHER: u16 = 0x8305;
     let (mut queue, _divert) = start(Queue::builder(0));
-    let mut other = Queue::builder(OTHER).bind().unwrap();
+    let mut other = Queue::builder(OTHER).bind().await.unwrap();
     let traffic = Traffic::new(60);
     for packet in hold(&mut queue, &traffic, 0..60).await {
-        queue.sink().submit(packet.requeue(OTHER).mark(9)).unwrap();
+        packet.requeue(OTHER).mark(9).submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     for expected in 0..60 {
         let packet = next(&mut other).await;
         assert_eq!((number(&packet), packet.mark(), packet.hook()), (expected, 9, Hook::Input));
         let verdict = if expected < 30 { packet.accept() } else { packet.drop() };
-        other.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    other.sink().flush().await.unwrap();
+    other.sink().flush().await;
     traffic.expect(0..30).await;
     assert_eq!((queue.stats().decided.requeued, other.stats().received.packets), (60, 60));
 }
@@ -185,16 +186,16 @@ async fn requeue_to_an_unbound_queue_drops_or_with_bypass_accepts() {
     let traffic = Traffic::new(60);
     for packet in hold(&mut queue, &traffic, 0..60).await {
         let verdict = if number(&packet) < 30 { packet.requeue(77) } else { packet.requeue_bypass(77) };
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(30..60).await;
     assert_eq!(queue.stats().decided.requeued, 60);
 }
 
 async fn a_detached_packet_can_be_decided_like_a_packet() {
     let (mut queue, _divert) = start(Queue::builder(0));
-    let mut other = Queue::builder(1).bind().unwrap();
+    let mut other = Queue::builder(1).bind().await.unwrap();
     let _later = Divert::builder().priority(10).rule(udp_in().mark(9, u32::MAX).drop()).install().unwrap();
     let traffic = Traffic::new(8);
     for (index, packet) in hold(&mut queue, &traffic, 0..8).await.into_iter().enumerate() {
@@ -212,9 +213,9 @@ async fn a_detached_packet_can_be_decided_like_a_packet() {
             _ => detached.repeat(),
         };
         assert_eq!(verdict.packet_id(), id);
-        queue.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect([0, 2, 5, 6]).await;
     let packet = next(&mut other).await;
     assert_eq!(number(&packet), 3);
@@ -223,18 +224,18 @@ async fn a_detached_packet_can_be_decided_like_a_packet() {
 }
 
 async fn a_verdict_reaches_its_own_queue_through_any_sink() {
-    let mut queues = [0, 1].map(|number| Queue::builder(number).bind().unwrap());
+    let mut queues = [0, 1].map(|number| common::bind_now(Queue::builder(number)));
     let _divert = divert([
         udp_in().destination_port(common::PORT).to_queue(0),
         udp_in().destination_port(common::PORT + 1).to_queue(1),
     ]);
     let traffic = Traffic::new(2 * common::ROOM);
     let sinks = [queues[1].sink(), queues[0].sink()];
-    for (queue, sink) in queues.iter_mut().zip(&sinks) {
+    for (queue, mut sink) in queues.iter_mut().zip(sinks) {
         let base = u32::from(queue.queue_number()) * common::ROOM;
         let mut packets = hold(queue, &traffic, base..base + 2).await.into_iter();
-        sink.submit(packets.next().unwrap().accept()).unwrap();
-        common::soon("the reply", sink.confirm(packets.next().unwrap().accept())).await.unwrap();
+        SinkExt::feed(&mut sink, packets.next().unwrap().accept()).await.unwrap();
+        common::soon("the reply", packets.next().unwrap().accept().confirm()).await.unwrap();
     }
     traffic.expect([0, 1, common::ROOM, common::ROOM + 1]).await;
     assert_eq!(queues.map(|queue| (queue.stats().decided.accepted, queue.stats().decided.late)), [(2, 0); 2]);
@@ -251,7 +252,7 @@ async fn ipv6_packets_are_decided() {
         let packet = next(&mut queue).await;
         assert_eq!((number(&packet), packet.family()), (expected, Family::Ipv6));
         let verdict = if expected == 1 { packet.drop() } else { packet.accept() };
-        common::soon("the reply", queue.sink().confirm(verdict)).await.unwrap();
+        common::soon("the reply", verdict.confirm()).await.unwrap();
     }
     let mut datagram = [0; 4];
     for expected in [0_u32, 2] {

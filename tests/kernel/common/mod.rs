@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use libtest_mimic::Trial;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
@@ -32,7 +32,8 @@ pub use self::{
 };
 use crate::support;
 pub use crate::support::{PATIENCE, lose_connections, random::Random, rules};
-pub use tokio_nfqueue::{Divert, Hook, Protocol, Rule};
+pub use nfqueue_divert::Divert;
+pub use tokio_nfqueue::{Hook, Protocol, Rule};
 
 /// The receivers' first port.
 pub const PORT: u16 = 9000;
@@ -65,6 +66,11 @@ macro_rules! assert_fields {
         )+
         assert!(wrong.is_empty(), "{}; {value:?}", wrong.join(", "));
     }};
+}
+
+/// Binds a queue that has no rules of its own, which needs no waiting.
+pub fn bind_now(builder: QueueBuilder) -> Queue {
+    builder.bind().now_or_never().expect("bound at once").expect("bind the queue")
 }
 
 /// The name of a test in the module with this path: `close::close_times_out`. In submodules too,
@@ -130,7 +136,7 @@ pub fn udp_in() -> Rule {
 
 /// Binds a queue and sends all received UDP to it.
 pub fn start(builder: QueueBuilder) -> (Queue, Divert) {
-    let queue = builder.bind().expect("bind the queue");
+    let queue = bind_now(builder);
     let divert = divert([udp_in().to_queue(queue.queue_number())]);
     (queue, divert)
 }

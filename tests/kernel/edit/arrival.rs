@@ -7,7 +7,8 @@ use std::{
 };
 
 use netlink_packet_core::DefaultNla;
-use tokio_nfqueue::{Divert, Edit, Error, Hook, Injector, Protocol, Queue, Rule, Unreachable};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Edit, Error, Hook, Injector, Protocol, Queue, Rule, Unreachable};
 
 use crate::{
     common::{
@@ -173,7 +174,7 @@ async fn arrives(case: Case) -> bool {
         let except = (pass == Pass::Mark).then_some(MARK);
         rules::install(NetfilterProtoFamily::Inet, "stateful", Some(place), drop_unless_established(except)).unwrap();
     }
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let rule = Rule::new(hook).protocol(Protocol::Udp).destination_port(PORT).to_queue(0);
     let _divert = Divert::builder().rule(rule).priority(priority).install().unwrap();
     let injector = Injector::builder().mark(MARK).bind().unwrap();
@@ -197,7 +198,7 @@ async fn arrives(case: Case) -> bool {
             }
         }
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     // Follows the reply.
     support::udp((near, MARKER_PORT)).send_to(b"marker", client.local_addr().unwrap()).unwrap();
     let mut datagram = [0; 64];
@@ -232,7 +233,7 @@ impl Stateful {
         };
         let place = Place { hook: Hook::Input.number().into(), priority: AFTER_QUEUE };
         rules::install(NetfilterProtoFamily::Inet, "stateful", Some(place), drop_unknown(Some(MARK))).unwrap();
-        let queue = Queue::builder(0).bind().unwrap();
+        let queue = common::bind_now(Queue::builder(0));
         let rule = Rule::new(Hook::Output).protocol(protocol).destination_port(PORT).to_queue(0);
         Self {
             near,
@@ -251,7 +252,7 @@ impl Stateful {
         let mut edit = packet.edit().unwrap();
         make(&mut edit).unwrap();
         packet.drop().submit().unwrap();
-        self.queue.sink().flush().await.unwrap();
+        self.queue.sink().flush().await;
         let injector = if marked { &self.marked } else { &self.plain };
         injector.send(&edit.finish()).await.unwrap();
     }

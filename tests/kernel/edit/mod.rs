@@ -145,7 +145,7 @@ async fn ttl_and_tos(case: Case) {
 
 async fn in_part(case: Case) {
     let path = Path::new(case);
-    let mut queue = Queue::builder(0).gso(case.gso).copy_range(60).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).copy_range(60).bind().await.unwrap();
     let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
     path.near_udp().send_to(&[7; 500], (path.far, PORT)).unwrap();
     let packet = common::next(&mut queue).await;
@@ -154,7 +154,7 @@ async fn in_part(case: Case) {
     assert!(error.to_string().contains("only 60 of its 5"), "{error}");
     let view = packet.view().unwrap();
     assert_eq!((view.destination(), view.destination_port()), (path.far, Some(PORT)));
-    queue.sink().submit(packet.drop()).unwrap();
+    packet.drop().submit().unwrap();
 }
 
 /// The second address of the far side.

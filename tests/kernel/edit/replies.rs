@@ -5,10 +5,11 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
+use nfqueue_divert::Divert;
 use nix::errno::Errno;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 use tokio::task::JoinHandle;
-use tokio_nfqueue::{Divert, Edit, Error, Hook, Injector, Packet, Protocol, Queue, Rule, Unreachable, VerdictSink};
+use tokio_nfqueue::{Edit, Error, Hook, Injector, Packet, Protocol, Queue, Rule, Unreachable, VerdictSink};
 
 use super::setup::{Case, Editor, PORT, Path};
 use crate::{common, support};
@@ -25,7 +26,7 @@ struct Replier {
 impl Replier {
     /// `reply` makes the reply, or returns `false` to accept the packet.
     fn start(case: Case, rule: Rule, mut reply: impl FnMut(&mut Edit) -> Result<bool, Error> + Send + 'static) -> Self {
-        let mut queue = Queue::builder(0).gso(case.gso).bind().expect("bind the queue");
+        let mut queue = common::bind_now(Queue::builder(0).gso(case.gso));
         let injector = Injector::builder().mark(MARK).bind().expect("bind the injector");
         let sink = queue.sink();
         let divert = common::divert([rule.unless_mark(MARK, u32::MAX).to_queue(0)]);
@@ -200,7 +201,7 @@ pub(crate) async fn first_fragment(case: Case) {
     } else {
         set_ip_mtu_discover(&far, Ipv4PathMtuDiscovery::DONT).unwrap();
     }
-    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().await.unwrap();
     let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).destination_address(path.near, case.prefix());
     let _divert = common::divert([rule.to_queue(0)]);
     far.send_to(&[7; 4000], (path.near, PORT)).unwrap();
@@ -210,7 +211,7 @@ pub(crate) async fn first_fragment(case: Case) {
         let view = packet.view().unwrap();
         assert!(view.is_fragment());
         ports.push((view.source_port(), view.destination_port()));
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
     }
     ports.sort();
     let first = (Some(far.local_addr().unwrap().port()), Some(PORT));

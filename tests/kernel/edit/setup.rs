@@ -7,8 +7,9 @@ use std::{
 };
 
 use libtest_mimic::Trial;
+use nfqueue_divert::Divert;
 use tokio::task::JoinHandle;
-use tokio_nfqueue::{Divert, Edit, Error, Hook, Protocol, Queue, Rule, VerdictSink};
+use tokio_nfqueue::{Edit, Error, Hook, Protocol, Queue, Rule, VerdictSink};
 
 use super::second;
 use crate::{
@@ -173,10 +174,9 @@ impl Editor {
         rules: impl IntoIterator<Item = Rule>,
         mut change: impl FnMut(&mut Edit) -> Result<(), Error> + Send + 'static,
     ) -> Self {
-        let mut queue = Queue::builder(0).gso(case.gso).bind().expect("bind the queue");
+        let mut queue = common::bind_now(Queue::builder(0).gso(case.gso));
         let sink = queue.sink();
         let divert = common::divert(rules.into_iter().map(|rule| rule.to_queue(0)));
-        let verdicts = sink.clone();
         let task = tokio::spawn(async move {
             let mut seen = Seen::default();
             while let Some(packet) = queue.recv().await {
@@ -186,7 +186,7 @@ impl Editor {
                 seen.unfinished += u32::from(!packet.is_checksum_ready());
                 let mut edit = packet.edit().expect("a packet that can be edited");
                 change(&mut edit).unwrap_or_else(|error| panic!("{edit:?}: {error}"));
-                verdicts.submit(packet.accept().payload(edit.finish())).expect("a possible verdict");
+                packet.accept().payload(edit.finish()).submit().expect("a possible verdict");
             }
             seen
         });

@@ -129,7 +129,7 @@ pub(crate) async fn routed(case: Case) {
 /// refused.
 async fn routed_super_packets(path: &Path, server: SocketAddr, rule: Rule) {
     let _listener = path.peer.run(|| TcpListener::bind(server).unwrap());
-    let mut queue = Queue::builder(0).gso(true).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(true).bind().await.unwrap();
     let divert = common::divert([rule.to_queue(0)]);
     let hop = path.far;
     let client = task::spawn_blocking(move || route::connect(hop, server).write_all(&[7; 60_000]));
@@ -137,7 +137,7 @@ async fn routed_super_packets(path: &Path, server: SocketAddr, rule: Rule) {
         let packet = common::next(&mut queue).await;
         let refused = packet.edit().err();
         assert_eq!(refused.is_some(), packet.is_gso(), "{refused:?}");
-        queue.sink().submit(packet.accept()).unwrap();
+        packet.accept().submit().unwrap();
         if let Some(error) = refused {
             assert_eq!(error.kind(), ErrorKind::InvalidInput);
             assert!(error.to_string().contains("TCP super-packet with a route"), "{error}");

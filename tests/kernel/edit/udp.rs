@@ -95,7 +95,7 @@ async fn editable(case: Case, path: &Path) -> bool {
     }
     let near = path.near_udp();
     setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
-    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().await.unwrap();
     let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
     let sent = near.send_to(&[7; 2 * SEGMENT], (path.far, PORT));
     if case.offloads {
@@ -141,7 +141,7 @@ pub(crate) async fn super_packets(case: Case) {
     path.assert_checksums();
 
     // In the other direction they arrive unsegmented if the interfaces support that.
-    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().await.unwrap();
     let _divert = common::divert([Path::udp_to(Hook::Input, PORT).to_queue(0)]);
     let receiver = support::udp((path.near, PORT));
     setsockopt(&far, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
@@ -152,13 +152,13 @@ pub(crate) async fn super_packets(case: Case) {
         Ok(mut edit) => {
             assert!(!packet.is_gso());
             edit.replace_payload(b"edited").unwrap();
-            queue.sink().submit(packet.accept().payload(edit.finish())).unwrap();
-            queue.sink().flush().await.unwrap();
+            packet.accept().payload(edit.finish()).submit().unwrap();
+            queue.sink().flush().await;
             expect(&receiver, b"edited");
         }
         Err(error) => {
             assert!(packet.is_gso() && error.to_string().contains("UDP super-packet"), "{error}");
-            queue.sink().submit(packet.drop()).unwrap();
+            packet.drop().submit().unwrap();
         }
     }
 }
@@ -274,7 +274,7 @@ pub(crate) async fn wrong_checksum(case: Case) {
     let path = Path::new(case);
     let far = path.far_udp(PORT);
     let near = path.near_udp();
-    let mut queue = Queue::builder(0).gso(case.gso).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(case.gso).bind().await.unwrap();
     let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
     for text in [b"wrong", b"right"] {
         near.send_to(text, (path.far, PORT)).unwrap();
@@ -283,7 +283,7 @@ pub(crate) async fn wrong_checksum(case: Case) {
         if text == b"wrong" {
             *payload.last_mut().unwrap() ^= 1;
         }
-        queue.sink().submit(packet.accept().payload(payload)).unwrap();
+        packet.accept().payload(payload).submit().unwrap();
     }
     expect(&far, b"right");
     assert_eq!(path.peer.run(checksum_errors), 1);
@@ -293,8 +293,8 @@ pub(crate) async fn wrong_checksum(case: Case) {
 pub(crate) async fn beside_tcp_with_gso(case: Case) {
     const SEGMENT: usize = 1000;
     let path = Path::new(case);
-    let with = Queue::builder(0).gso(true).bind().unwrap();
-    let without = Queue::builder(1).gso(false).bind().unwrap();
+    let with = Queue::builder(0).gso(true).bind().await.unwrap();
+    let without = Queue::builder(1).gso(false).bind().await.unwrap();
     let sinks = [with.sink(), without.sink()];
     let divert = common::divert([
         Rule::new(Hook::Output).protocol(Protocol::Tcp).destination_port(PORT).to_queue(0),

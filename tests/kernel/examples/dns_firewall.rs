@@ -12,8 +12,9 @@ use hickory_proto::{
         rdata::opt::{EdnsCode, EdnsOption},
     },
 };
+use nfqueue_divert::Divert;
 use nix::sys::signal::Signal;
-use tokio_nfqueue::{Divert, Hook, Rule};
+use tokio_nfqueue::{Hook, Rule};
 
 use super::{PORT, Program};
 use crate::support::{self, VethOptions};

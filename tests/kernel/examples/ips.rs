@@ -6,9 +6,10 @@ use std::{
     time::Duration,
 };
 
+use nfqueue_divert::Divert;
 use nix::sys::signal::Signal;
 use socket2::{Domain, Type};
-use tokio_nfqueue::{Action, Divert, Edit, Hook, Injector, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Action, Edit, Hook, Injector, Packet, Protocol, Queue, Rule};
 
 use super::{PORT, Program};
 use crate::{common, support};
@@ -182,7 +183,7 @@ impl Before {
     const MARK: u32 = 0x50;
 
     fn new() -> Self {
-        let queue = Queue::builder(5).gso(false).bind().unwrap();
+        let queue = common::bind_now(Queue::builder(5).gso(false));
         let injector = Injector::builder().mark(Self::MARK).bind().unwrap();
         let to_port = |hook| Rule::new(hook).protocol(Protocol::Tcp).destination_port(PORT);
         let held = to_port(Hook::Output).priority(-10).unless_mark(Self::MARK, u32::MAX).to_queue(5);

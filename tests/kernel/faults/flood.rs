@@ -108,12 +108,12 @@ async fn decide(mut queue: Queue, mut others: Others, done: Arc<AtomicBool>) -> 
             packet.accept().submit().unwrap();
         }
         if submitted.len() > 64 {
-            sink.flush().await.unwrap();
+            sink.flush().await;
             others.decided.append(&mut submitted);
             others.decided.drain(..others.decided.len().saturating_sub(1000));
         }
         if done.load(SeqCst) {
-            sink.flush().await.unwrap();
+            sink.flush().await;
             return queue;
         }
     }
@@ -123,7 +123,7 @@ async fn eight_flooded_queues_with_bogus_verdicts_agree_with_the_kernel_to_the_p
     let traffic = Traffic::new(1);
     let mut tasks = Vec::new();
     for number in 0..QUEUES {
-        let queue = Queue::builder(number).bind().unwrap();
+        let queue = Queue::builder(number).bind().await.unwrap();
         let others = Others::of(number);
         let (done, sink) = (Arc::new(AtomicBool::new(false)), queue.sink());
         tasks.push((number, Arc::clone(&done), sink, tokio::spawn(decide(queue, others, done))));

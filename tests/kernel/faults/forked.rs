@@ -47,7 +47,7 @@ const KEPT: &str = "every time limit was kept";
 /// As a program that reads its signals from a descriptor: it blocks them after `bind`.
 pub(super) fn signals() {
     in_runtime(async {
-        let _queue = Queue::builder(0).bind().unwrap();
+        let _queue = Queue::builder(0).bind().await.unwrap();
         let signals: SigSet = [Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGHUP].into_iter().collect();
         signals.thread_block().unwrap();
         let descriptor = SignalFd::new(&signals).unwrap();
@@ -90,7 +90,7 @@ fn threads_that_take_signals() -> usize {
 
 /// A process whose parent has had a queue, in two generations.
 pub(super) fn daemon() {
-    in_runtime(async { soon("the shutdown", Queue::builder(0).bind().unwrap().close()).await.unwrap() });
+    in_runtime(async { soon("the shutdown", Queue::builder(0).bind().await.unwrap().close()).await.unwrap() });
     let child = || {
         keep_time_limits();
         assert!(support::in_a_fork(keep_time_limits).unwrap());
@@ -146,7 +146,7 @@ fn keep_time_limits() {
     in_runtime(async {
         let numbers = Numbers::new();
         let _divert = divert([udp_in().to_queue(0)]);
-        let mut queue = builder().bind().unwrap();
+        let mut queue = builder().bind().await.unwrap();
         take(&mut queue, &numbers, 0).await.accept().submit().unwrap();
         numbers.receive(0);
         let held = take(&mut queue, &numbers, 1).await;
@@ -155,7 +155,7 @@ fn keep_time_limits() {
         numbers.receive(1);
         drop(held);
 
-        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().unwrap();
+        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().await.unwrap();
         let held = take(&mut queue, &numbers, 2).await;
         numbers.receive(2);
         // Nobody reads this one.
@@ -172,7 +172,7 @@ pub(super) fn heir() {
     let numbers = Numbers::new();
     let (mut queue, divert, mut held) = runtime.block_on(async {
         let divert = divert([udp_in().to_queue(0)]);
-        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().unwrap();
+        let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().await.unwrap();
         let mut held = Vec::new();
         for index in 0..3 {
             held.push(take(&mut queue, &numbers, index).await);

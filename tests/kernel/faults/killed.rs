@@ -157,7 +157,7 @@ async fn after_a_killed_process_without_bypass_the_rule_drops_until_a_queue_is_b
     load.excused.fetch_add(DROPPED, SeqCst);
     assert_eq!(load.stalled().await, at_death + DROPPED);
     // A new owner: everything is delivered again.
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let accept = tokio::spawn(async move {
         while let Some(packet) = queue.recv().await {
             packet.unwrap().accept().submit().unwrap();
@@ -181,7 +181,7 @@ async fn a_queue_that_a_forked_child_shares_works_and_closes() {
     assert_eq!(owner.end(), Counted { received: 50, accepted: 50, expired: 0, lost: 0 });
     assert!(forked.lives());
     assert_eq!(account(0), None, "unbound, although the child has the socket");
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     traffic.send(0..50);
     for _ in 0..50 {
         next(&mut queue).await.accept().submit().unwrap();
@@ -198,7 +198,7 @@ async fn a_killed_process_whose_forked_child_lives_keeps_the_queue_bound() {
     owner.kill();
     traffic.send(0..20);
     eventually("the packets are queued", || account(0).unwrap().waiting == 20).await;
-    assert_eq!(Queue::builder(0).bind().unwrap_err().kind(), ErrorKind::AlreadyBound);
+    assert_eq!(Queue::builder(0).bind().await.unwrap_err().kind(), ErrorKind::AlreadyBound);
     let waiting = tokio::spawn(Queue::builder(0).bind_when_free());
     drop(forked);
     let mut queue = soon("the queue is free", waiting).await.unwrap().unwrap();

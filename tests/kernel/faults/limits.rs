@@ -3,7 +3,7 @@
 use std::{fs, net::Ipv4Addr};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio_nfqueue::{Packet, Queue, QueueGroup, TryRecvError};
+use tokio_nfqueue::{Packet, Queue, TryRecvError};
 
 use super::process::in_a_process;
 use crate::{
@@ -48,7 +48,7 @@ pub(super) async fn few_descriptors() {
             let is_open = |number: &u64| fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok();
             let end = (0..).filter(|number| !is_open(number)).nth(spare).unwrap();
             limit(Resource::Nofile, Some(end));
-            let bound = Queue::builder(0).bind();
+            let bound = Queue::builder(0).bind().await;
             limit(Resource::Nofile, usual);
             match bound {
                 Ok(queue) => break queue,
@@ -109,7 +109,7 @@ pub(super) async fn little_memory() {
         // The queue is full for half of the time.
         if sent % 6000 == 0 {
             held.drain(..).for_each(|packet| packet.drop().submit().unwrap());
-            queue.sink().flush().await.unwrap();
+            queue.sink().flush().await;
         }
     }
     let (stats, kernel) = (queue.stats(), account(0).unwrap());
@@ -130,7 +130,7 @@ pub(super) async fn thousand_queues() {
         return eprintln!("not tested: a process may have only {most:?} descriptors here");
     }
     limit(Resource::Nofile, most);
-    let mut group = QueueGroup::bind(0..=QUEUES - 1, |builder| builder).unwrap();
+    let mut group = Queue::builder(0..=QUEUES - 1).bind().await.unwrap();
     let _divert = divert((0..QUEUES).map(|queue| udp_in().mark(queue.into(), u32::MAX).to_queue(queue)));
     let traffic = Traffic::new(1);
     for begin in (0..u32::from(QUEUES)).step_by(100) {
@@ -150,9 +150,9 @@ pub(super) async fn thousand_queues() {
     }
     let sink = group.sink();
     soon("the shutdown", group.close()).await.unwrap();
-    for (queue, stats) in sink.stats() {
-        assert_fields!(stats, received.packets: 1, decided.accepted: 1, lost.packets: 0, held.in_flight: 0);
-        assert_eq!(account(queue), None);
+    for sink in sink.each() {
+        assert_fields!(sink.stats(), received.packets: 1, decided.accepted: 1, lost.packets: 0, held.in_flight: 0);
+        assert_eq!(account(sink.queue_number()), None);
     }
 }
 
@@ -170,7 +170,8 @@ async fn ten_thousand_clones_of_a_sink_lose_no_packet() {
         let (sink, decide) = (sink.clone(), decide.clone());
         tasks.push(tokio::spawn(async move {
             tokio::task::yield_now().await;
-            sink.submit(decide(packet)).unwrap();
+            decide(packet).submit().unwrap();
+            drop(sink);
         }));
     }
     for task in tasks {
@@ -180,7 +181,7 @@ async fn ten_thousand_clones_of_a_sink_lose_no_packet() {
     let mut random = Random::new(1);
     random.shuffle(&mut clones);
     for clone in clones.drain(COUNT as usize / 2..) {
-        clone.flush().await.unwrap();
+        clone.flush().await;
         drop(clone);
     }
     let stats = queue.stats();

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use tokio_nfqueue::{Action, Advice, Divert, ErrorKind, FlushPolicy, Hook, Packet, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Action, Advice, ErrorKind, FlushPolicy, Hook, Packet, Protocol, Queue, Rule};
 
 use super::process::{Process, in_a_process, say, wait_for_the_end};
 use crate::{
@@ -38,7 +39,7 @@ async fn an_interface_that_goes_down_and_up_costs_only_what_was_queued() {
                 held.push(packet);
             }
         }
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         for index in 0..DECIDED {
             let mut datagram = [0; 4];
             to.recv(&mut datagram).unwrap();
@@ -64,7 +65,7 @@ async fn a_base_chain_that_another_program_deletes_costs_only_what_was_queued() 
         let mut packets = hold(&mut queue, &traffic, 0..DECIDED + HELD).await;
         let held = packets.split_off(DECIDED as usize);
         packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
-        queue.sink().flush().await.unwrap();
+        queue.sink().flush().await;
         traffic.expect(0..DECIDED).await;
         other.kill();
         eventually("the kernel has dropped the packets", || account(0).unwrap().waiting == 0).await;
@@ -97,7 +98,7 @@ pub(super) async fn dropped_packets_are_reported() {
         packet.accept().submit().unwrap();
     }
     traffic.expect(0..5).await;
-    assert_eq!(queue.advice(), []);
+    assert_eq!(queue.sink().advice(), []);
     let mut dropped = 0;
     for confirmed in [false, true] {
         let (mut other, _) = Process::start("table");
@@ -113,8 +114,8 @@ pub(super) async fn dropped_packets_are_reported() {
         // The default action of the rest is sent.
         eventually("the replies", || queue.try_recv().is_err() && queue.stats().sent.gone_at_least == dropped).await;
     }
-    assert_eq!(queue.advice(), [Advice::DroppedWhileQueued { packets: dropped }]);
-    let text = queue.advice()[0].to_string();
+    assert_eq!(queue.sink().advice(), [Advice::DroppedWhileQueued { packets: dropped }]);
+    let text = queue.sink().advice()[0].to_string();
     for cause in ["14 packets", "base chain", "iptables", "interface"] {
         assert!(text.contains(cause), "{text}");
     }

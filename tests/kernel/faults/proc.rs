@@ -37,21 +37,21 @@ pub(super) fn hidden() {
     in_runtime(async {
         let _divert = divert([udp_in().to_queue(0)]);
         let traffic = Traffic::new(10);
-        let mut queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
+        let mut queue = Queue::builder(0).on_unanswered(Action::Accept).bind().await.unwrap();
         for packet in hold(&mut queue, &traffic, 0..10).await {
             packet.accept().submit().unwrap();
         }
         traffic.expect(0..10).await;
 
-        let error = queue.kernel_stats().unwrap_err();
+        let error = queue.sink().kernel_stats().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         assert!(error.to_string().contains("/proc is not mounted"), "{error}");
-        let advice = queue.advice();
+        let advice = queue.sink().advice();
         assert!(matches!(advice[..], [Advice::KernelCountersUnreadable { .. }]), "{advice:?}");
         let text = advice[0].to_string();
         assert!(text.contains("mount") && !text.contains("CAP_DAC_READ_SEARCH"), "{text}");
 
-        let error = Queue::builder(0).bind().unwrap_err();
+        let error = Queue::builder(0).bind().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}");
         let error = NetworkNamespace::current().unwrap_err();
         assert!(error.to_string().contains("/proc is not mounted"), "{error}");
@@ -63,7 +63,7 @@ pub(super) fn without_capability() {
     hide();
     give_up_capabilities();
     in_runtime(async {
-        let error = Queue::builder(0).bind().unwrap_err();
+        let error = Queue::builder(0).bind().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
         assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
     });

@@ -131,7 +131,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "hold" => serve(queue.deadline(DEADLINE, Action::Accept), true),
         "fork" => {
             in_runtime(async {
-                let queue = queue.bind().unwrap();
+                let queue = queue.bind().await.unwrap();
                 let forked = support::fork_sleeper().unwrap();
                 accept_all(queue, false, &format!("ready {forked}")).await;
             });
@@ -159,7 +159,7 @@ pub(super) fn in_runtime(body: impl Future<Output = ()>) {
 }
 
 fn serve(queue: QueueBuilder, hold: bool) {
-    in_runtime(async { accept_all(queue.bind().unwrap(), hold, "ready").await });
+    in_runtime(async { accept_all(queue.bind().await.unwrap(), hold, "ready").await });
 }
 
 /// Accepts all packets, or holds them, until the input ends. Then closes the queue.

@@ -64,7 +64,7 @@ pub(super) fn child(mode: &str) {
 async fn verdicts() {
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(60);
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     for round in 0..5 {
         let numbers = round * 10..round * 10 + 10;
         for packet in hold(&mut queue, &traffic, numbers.clone()).await {
@@ -77,7 +77,7 @@ async fn verdicts() {
     assert_fields!(sink.stats(), decided.accepted: 50, sent.refusals: 0, held.in_flight: 0);
     assert_eq!(account(0), None);
 
-    let mut queue = Queue::builder(0).deadline(DEADLINE, Action::Accept).bind().unwrap();
+    let mut queue = Queue::builder(0).deadline(DEADLINE, Action::Accept).bind().await.unwrap();
     let held = hold(&mut queue, &traffic, 50..60).await;
     traffic.expect(50..60).await;
     drop(held);
@@ -87,7 +87,7 @@ async fn verdicts() {
 async fn lost() {
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(10);
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let sink = queue.sink();
     let mut held = hold(&mut queue, &traffic, 0..2).await;
     held.remove(0).accept().submit().unwrap();
@@ -105,8 +105,8 @@ async fn lost() {
 }
 
 async fn owner() {
-    let mut queue = Queue::builder(0).bind().unwrap();
-    let error = Queue::builder(0).bind().unwrap_err();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
+    let error = Queue::builder(0).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound, "{error}");
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(1);
@@ -114,7 +114,7 @@ async fn owner() {
     next(&mut queue).await.accept().submit().unwrap();
     traffic.expect([0]).await;
     give_up_capabilities();
-    let error = Queue::builder(1).bind().unwrap_err();
+    let error = Queue::builder(1).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted, "{error}");
     assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
 }

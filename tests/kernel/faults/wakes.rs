@@ -3,6 +3,7 @@
 
 use std::{fs, thread, time::Duration};
 
+use nfqueue_divert::Divert;
 use tokio::runtime::{Builder, Runtime};
 use tokio_nfqueue::{Queue, TryRecvError};
 
@@ -101,7 +102,7 @@ fn try_received() {
     assert!(slept < FEW, "the runtime has slept {slept} times for {COUNT} packets");
 }
 
-fn bound(runtime: &Runtime) -> (Queue, tokio_nfqueue::Divert) {
+fn bound(runtime: &Runtime) -> (Queue, Divert) {
     let divert = divert([udp_in().to_queue(0)]);
-    (runtime.block_on(async { Queue::builder(0).bind().unwrap() }), divert)
+    (runtime.block_on(async { Queue::builder(0).bind().await.unwrap() }), divert)
 }

@@ -7,7 +7,8 @@ use std::{
 
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Operator, Register};
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{FlowMarks, Hook, Match, Protocol, Queue, Rule};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
@@ -18,7 +19,7 @@ use super::{
 };
 use crate::{
     common::{
-        next,
+        bind_now, next,
         rules::{self, Expressions, NetfilterProtoFamily, Place},
     },
     support,
@@ -266,7 +267,7 @@ const TABLES: [[FlowMarks; 2]; 2] =
 /// A table with flow marks at `Output`.
 fn marking_table(queue: u16, marks: FlowMarks, port: u16) -> (Queue, Divert) {
     let rule = to_port(Hook::Output, port).to_queue(queue);
-    let queue = Queue::builder(queue).flow_marks(marks).bind().unwrap();
+    let queue = bind_now(Queue::builder(queue).flow_marks(marks));
     (queue, table([rule]).flow_marks(marks).install().unwrap())
 }
 
@@ -389,7 +390,7 @@ async fn all_of_many_denials_are_remembered() {
 async fn replied(late: bool) {
     let talk = Talk::loopback(LOOPBACKS[0]);
     let mut queue = bind();
-    let mut other = Queue::builder(1).bind().unwrap();
+    let mut other = Queue::builder(1).bind().await.unwrap();
     let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
     talk.ask(1);
     pass(&mut queue).await;
@@ -425,7 +426,7 @@ async fn verdicts_hold_in_another_queue_and_on_another_round() {
         for decision in DECISIONS {
             let talk = Talk::loopback(LOOPBACKS[0]);
             let mut queue = bind();
-            let mut second = Queue::builder(1).flow_marks(FlowMarks::default()).bind().unwrap();
+            let mut second = Queue::builder(1).flow_marks(FlowMarks::default()).bind().await.unwrap();
             let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
             talk.ask(1);
             let first = next(&mut queue).await;

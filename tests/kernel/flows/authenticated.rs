@@ -4,8 +4,9 @@
 use std::net::{Ipv6Addr, SocketAddr};
 
 use etherparse::{IpNumber, PacketBuilder};
+use nfqueue_divert::Divert;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio_nfqueue::{Divert, Hook, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule};
 
 use super::{
     bind, confirm, pass, queue_is_empty,

@@ -192,7 +192,8 @@ async fn packets_without_ports_that_another_program_exempts_from_tracking_stay_d
         packet
     };
     unlimited_icmp_errors();
-    let (mut dropped, mut rejected) = (bind(), Queue::builder(1).flow_marks(FlowMarks::default()).bind().unwrap());
+    let (mut dropped, mut rejected) =
+        (bind(), Queue::builder(1).flow_marks(FlowMarks::default()).bind().await.unwrap());
     let rule = |protocol| Rule::new(Hook::Forward).protocol(Protocol::Other(protocol));
     let _divert = table([rule(ESP).to_queue(0), rule(GRE).to_queue(1)]).install().unwrap();
     let send = || {

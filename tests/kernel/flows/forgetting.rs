@@ -2,7 +2,8 @@
 
 use std::net::{SocketAddr, SocketAddrV4};
 
-use tokio_nfqueue::{Divert, ErrorKind, FlowMarks, FlowTuple, Hook, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ErrorKind, FlowMarks, FlowTuple, Hook, Protocol, Queue, Rule};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
@@ -214,7 +215,7 @@ async fn tables_with_other_marks_do_not_concern_each_other() {
     let mut queue = bind();
     let _divert = table(rules_of(&talks)).install().unwrap();
     decide(&mut queue, &talks, Decision::Accept).await;
-    let mut second_queue = Queue::builder(1).flow_marks(other).bind().unwrap();
+    let mut second_queue = Queue::builder(1).flow_marks(other).bind().await.unwrap();
     let second_rules = talks.iter().map(|talk| to_port(Hook::Input, talk.port()).to_queue(1));
     let second = Divert::builder().flow_marks(other).rules(second_rules).install().unwrap();
     for talk in &talks {
@@ -244,7 +245,7 @@ async fn an_accept_is_found_when_its_first_packet_has_passed_the_last_hook() {
     let (client, server) = talk.addresses();
     let mut queue = bind();
     let divert = table(rules_of(std::slice::from_ref(&talk))).install().unwrap();
-    let mut later = Queue::builder(1).bind().unwrap();
+    let mut later = Queue::builder(1).bind().await.unwrap();
     let other = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
     talk.ask(1);
     confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();

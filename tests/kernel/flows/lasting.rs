@@ -2,7 +2,8 @@
 
 use std::{net::SocketAddrV4, time::Duration};
 
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{FlowMarks, Hook, Match, Protocol, Queue, Rule};
 
 use super::{
     bind, confirm, denials_expired, forgetful, queue_is_empty,
@@ -112,7 +113,7 @@ async fn as_many_dropped_and_rejected_connections_as_the_capacity_are_remembered
                 let verdict = if reject { packet.reject() } else { packet.drop() };
                 verdict.for_flow().submit().unwrap();
             }
-            queue.sink().flush().await.unwrap();
+            queue.sink().flush().await;
         }
     }
     for ports in [dropped, rejected] {
@@ -190,7 +191,7 @@ async fn a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass() {
     let hosts = Hosts::new();
     let marks = FlowMarks::new(0x70_0000);
     let mut queue = bind();
-    let mut other_queue = Queue::builder(1).flow_marks(marks).bind().unwrap();
+    let mut other_queue = Queue::builder(1).flow_marks(marks).bind().await.unwrap();
     let _divert = table([tcp()]).install().unwrap();
     let rules = [Hook::Output, Hook::Postrouting]
         .map(|hook| Rule::new(hook).ipv4().unless(Match::protocol(Protocol::Other(LAST))).to_queue(1));

@@ -28,12 +28,11 @@ use std::{
 };
 
 use libtest_mimic::Trial;
-use tokio_nfqueue::{
-    Divert, DivertBuilder, Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict,
-};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{DivertBuilder, Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict};
 
 use crate::{
-    common::{next, soon},
+    common::{bind_now, next, soon},
     support,
 };
 
@@ -88,7 +87,7 @@ fn builder() -> QueueBuilder {
 }
 
 fn bind() -> Queue {
-    builder().bind().unwrap()
+    bind_now(builder())
 }
 
 fn table(rules: impl IntoIterator<Item = Rule>) -> DivertBuilder {

@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
+use nfqueue_divert::Divert;
 use tokio::task::spawn_blocking;
 use tokio_nfqueue::{
-    ConnectionState, Divert, DivertBuilder, ErrorKind, FlowMarks, FlowTuple, Hook, Match, Packet, Protocol, Queue,
-    Rate, Rule, TableFamily,
+    ConnectionState, DivertBuilder, ErrorKind, FlowMarks, FlowTuple, Hook, Match, Packet, Protocol, Queue, Rate, Rule,
+    TableFamily,
 };
 
 use super::{
@@ -573,7 +574,7 @@ async fn replaced_rules_keep_the_flowtable() {
     let hooked = Hooked::new();
     let sockets = ends.udp(ends.addresses()[0]);
     let port = sockets[1].local_addr().unwrap().port();
-    let mut queue = Queue::builder(1).flow_marks(FlowMarks::default()).bind().unwrap();
+    let mut queue = Queue::builder(1).flow_marks(FlowMarks::default()).bind().await.unwrap();
     let divert = offloading([forwarded(Protocol::Tcp)]).install().unwrap();
     let rules = [(Hook::Forward, port), (Hook::Input, 9)].map(|(hook, port)| to_port(hook, port).to_queue(1));
     divert.replace_rules(rules).unwrap();

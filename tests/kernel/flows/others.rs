@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
 
 use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
 use crate::{
@@ -142,7 +143,7 @@ async fn priorities_of_other_programs_stay() {
         let mut queue = bind();
         let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
         // At the next hook.
-        let mut later = Queue::builder(1).bind().unwrap();
+        let mut later = Queue::builder(1).bind().await.unwrap();
         let _later = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
         for number in 0..3 {
             talk.ask(number);
@@ -180,7 +181,7 @@ async fn priorities_of_verdicts_reach_the_next_hook() {
         support::set_priority(&talk.client, 6);
         let mut queue = bind();
         let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
-        let mut later = Queue::builder(1).bind().unwrap();
+        let mut later = Queue::builder(1).bind().await.unwrap();
         let _later = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
         talk.ask(1);
         confirm(decide(next(&mut queue).await).priority(priority)).await.unwrap();
@@ -195,7 +196,7 @@ async fn stop_leaves_no_trace_on_the_packet() {
     let talk = Talk::loopback(LOOPBACKS[0]);
     let mut queue = bind();
     let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
-    let mut later = Queue::builder(1).bind().unwrap();
+    let mut later = Queue::builder(1).bind().await.unwrap();
     let _later = crate::common::divert([to_port(Hook::Postrouting, talk.port()).to_queue(1)]);
     talk.ask(1);
     confirm(next(&mut queue).await.stop()).await.unwrap();
@@ -210,7 +211,7 @@ async fn a_program_with_other_marks_ignores_those_of_its_predecessor() {
     for (before, after) in [(FlowMarks::default(), other), (other, FlowMarks::default())] {
         let talk = Talk::loopback(LOOPBACKS[0]);
         for (marks, number) in [(before, 1), (after, 2)] {
-            let mut queue = Queue::builder(0).flow_marks(marks).bind().unwrap();
+            let mut queue = Queue::builder(0).flow_marks(marks).bind().await.unwrap();
             let rule = to_port(Hook::Output, talk.port()).to_queue(0);
             let divert = Divert::builder().flow_marks(marks).rule(rule).install().unwrap();
             talk.ask(number);

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use futures::StreamExt;
+use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    Action, Divert, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, Packet, Queue, Rule, SetField,
-    TableFamily, Verdict,
+    Action, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, Packet, Queue, Rule, SetField, TableFamily,
+    Verdict,
 };
 
 use super::{LOOPBACKS, Talk, bind, confirm, table, to_port};
@@ -29,7 +30,7 @@ pub(super) fn refused(result: Result<(), tokio_nfqueue::Error>, what: &str) {
 
 async fn verdict_without_flow_marks_of_the_queue() {
     let talk = Talk::loopback(LOOPBACKS[0]);
-    let mut queue = Queue::builder(0).on_unanswered(Action::Accept).bind().unwrap();
+    let mut queue = Queue::builder(0).on_unanswered(Action::Accept).bind().await.unwrap();
     let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
     for number in 0..2 {
         talk.ask(number);
@@ -101,7 +102,7 @@ async fn what_depends_on_the_packet_ends_no_program() {
         let error = soon("the report", refusals.next()).await.unwrap();
         assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(id)), "{error}");
         assert!(error.to_string().contains(what), "{error}");
-        sink.flush().await.unwrap();
+        sink.flush().await;
         if passes {
             talk.asked(number);
         }

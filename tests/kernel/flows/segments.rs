@@ -9,7 +9,8 @@ use std::{
 };
 
 use etherparse::{IcmpEchoHeader, Icmpv4Type, IpNumber, PacketBuilder, icmpv4::DestUnreachableHeader};
-use tokio_nfqueue::{Divert, Hook, Packet, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule};
 
 use super::confirm;
 use crate::{

@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use tokio_nfqueue::{Direction, Divert, FlowMarks, Hook, Match, Priority, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Direction, FlowMarks, Hook, Match, Priority, Protocol, Queue, Rule};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused, sent, table, to_port,
@@ -201,7 +202,7 @@ async fn other_bits_of_both_marks_stay() {
     for decision in [None, Some(Decision::Accept)] {
         let talk = Talk::loopback(LOOPBACKS[0]);
         support::set_mark(&talk.client, 0x1008_0001);
-        let mut queue = Queue::builder(0).flow_marks(marks).bind().unwrap();
+        let mut queue = Queue::builder(0).flow_marks(marks).bind().await.unwrap();
         let before = Rule::new(Hook::Output).priority(-10).set_connection_mark(0x8010_0042, u32::MAX);
         let behind = |condition| {
             let rule = Rule::new(Hook::Postrouting).protocol(Protocol::Udp);
@@ -223,7 +224,7 @@ async fn other_bits_of_both_marks_stay() {
     }
     // A verdict may set the others.
     let talk = Talk::loopback(LOOPBACKS[0]);
-    let mut queue = Queue::builder(0).flow_marks(marks).bind().unwrap();
+    let mut queue = Queue::builder(0).flow_marks(marks).bind().await.unwrap();
     let rule = Rule::new(Hook::Postrouting).when(Match::mark(0x77, u32::MAX)).count();
     let others = Divert::builder().rule(rule).install().unwrap();
     let rule = to_port(Hook::Output, talk.port()).to_queue(0);

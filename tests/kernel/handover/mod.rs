@@ -18,9 +18,9 @@ use std::{process::ExitCode, time::Duration};
 
 use libtest_mimic::Trial;
 use tokio::net::UnixStream;
-use tokio_nfqueue::{Error, Queue, QueueBuilder, Takeover, VerdictSink};
+use tokio_nfqueue::{Divert, Error, Queue, QueueBuilder, Takeover, VerdictSink};
 
-use crate::common::{PATIENCE, soon};
+use crate::common::{PATIENCE, soon, udp_in};
 
 pub(crate) fn tests() -> Vec<Trial> {
     [passing::tests(), failures::tests(), divert::tests(), waiting::tests(), supervision::tests(), processes::tests()]
@@ -40,6 +40,13 @@ const ENOUGH: Duration = PATIENCE;
 /// A connected pair: for the predecessor and for the successor.
 fn connection() -> (UnixStream, UnixStream) {
     UnixStream::pair().expect("make a pair of Unix sockets")
+}
+
+/// Binds a queue and sends all received UDP to it. The rules can be handed over.
+async fn start_with_rules(builder: QueueBuilder) -> (Queue, Divert) {
+    let queue = builder.bind().await.expect("bind the queue");
+    let rules = Divert::builder().rule(udp_in().to_queue(queue.queue_number()));
+    (queue, Divert::install(&rules).await.expect("install the rules"))
 }
 
 /// Takes over one queue.

@@ -9,9 +9,9 @@ use std::{
 
 use futures::{FutureExt, StreamExt, TryStreamExt, stream::FusedStream};
 use tokio::sync::Notify;
-use tokio_nfqueue::{Action, ErrorKind, Queue, QueueGroup, Reconfigure, Stats, Takeover, TryRecvError};
+use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, Takeover, TryRecvError};
 
-use super::{ENOUGH, connection, pass_on, take_over};
+use super::{ENOUGH, connection, pass_on, start_with_rules, take_over};
 use crate::{
     common::{Load, PORT, Traffic, account, divert, eventually, hold, next, number, soon, start, udp_in},
     support,
@@ -212,7 +212,7 @@ async fn hand_overs_under_load_lose_no_packet_and_decide_none_twice() {
         }
     });
     load.finish(COUNT).await;
-    soon("a flush", sink.flush()).await.unwrap();
+    soon("a flush", sink.flush()).await;
     soon("the shutdown", sink.close()).await.unwrap();
     soon("the end of the stream", decider).await.unwrap();
     note(sink.stats());
@@ -228,7 +228,7 @@ async fn the_queue_here_ends_when_it_has_been_handed_over() {
     assert!(soon("the end of the refusals", sink.refusals().recv()).await.is_none());
     assert_eq!(sink.hand_over(ENOUGH).await.unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(sink.reconfigure(&Reconfigure::new().max_len(5)).await.unwrap_err().kind(), ErrorKind::Closed);
-    soon("a flush", sink.flush()).await.unwrap();
+    soon("a flush", sink.flush()).await;
     soon("a shutdown without effect", sink.close()).await.unwrap();
     drop((packets, sink));
     let traffic = Traffic::new(10);
@@ -256,7 +256,7 @@ async fn acknowledgements_are_not_mixed_up() {
     let mut held = hold(&mut queue, &traffic, 0..5).await;
     let sink = queue.sink();
     // Its reply waits in the socket, behind packets.
-    let confirmed = sink.confirm(held.pop().unwrap().accept());
+    let confirmed = held.pop().unwrap().accept().confirm();
     traffic.send(5..30);
     for packet in held {
         packet.accept().submit().unwrap();
@@ -269,7 +269,7 @@ async fn acknowledgements_are_not_mixed_up() {
     let mut successor = successor.unwrap();
     for _ in 5..30 {
         let packet = next(&mut successor).await;
-        soon("the reply", successor.confirm(packet.accept())).await.unwrap();
+        soon("the reply", packet.accept().confirm()).await.unwrap();
     }
     traffic.expect(0..30).await;
 
@@ -283,7 +283,7 @@ async fn acknowledgements_are_not_mixed_up() {
     }
     let sink = successor.sink();
     let third = pass_on(&sink, Queue::builder(0)).await;
-    assert!(third.refusals().recv().now_or_never().is_none());
+    assert!(third.sink().refusals().recv().now_or_never().is_none());
     adds_up(&third.stats());
     let before = third.stats();
     assert_eq!((before.sent.gone_at_least, before.sent.refusals), (0, 0));
@@ -331,7 +331,7 @@ async fn deadlines_do_not_decide_while_the_queue_is_on_its_way() {
     for _ in 0..rest {
         next(&mut successor).await.accept().submit().unwrap();
     }
-    soon("the flush", successor.flush()).await.unwrap();
+    soon("the flush", successor.sink().flush()).await;
     assert_eq!(successor.stats().sent.gone_at_least, 0, "each packet was still there");
     assert_eq!(traffic.delivered().len() as u64, 1 + rest);
 }
@@ -359,7 +359,7 @@ async fn lost_packets_are_counted_by_the_successor() {
 }
 
 async fn several_queues_are_handed_over_together() {
-    let group = QueueGroup::bind(0..=2, |builder| builder).unwrap();
+    let group = Queue::builder(0..=2).bind().await.unwrap();
     let rules = (0..=2).map(|queue| udp_in().destination_port(PORT + queue).to_queue(queue));
     let _divert = divert(rules);
     let traffic = Traffic::new(600);
@@ -372,8 +372,7 @@ async fn several_queues_are_handed_over_together() {
     let (sent, mut group) = tokio::join!(all.send(here, ENOUGH), async {
         let mut takeover = Takeover::receive(there).await.unwrap();
         assert_eq!(takeover.queues(), [0, 1, 2]);
-        let group: Result<QueueGroup, _> =
-            (0..=2).map(|number| Queue::builder(number).take_over(&mut takeover)).collect();
+        let group = Queue::builder(0..=2).take_over(&mut takeover);
         takeover.accept().await.unwrap();
         group.unwrap()
     });
@@ -387,12 +386,12 @@ async fn several_queues_are_handed_over_together() {
 }
 
 async fn descriptors_can_be_kept_in_any_order() {
-    let (mut queue, divert) = start(Queue::builder(0));
+    let (mut queue, divert) = start_with_rules(Queue::builder(0)).await;
     let traffic = Traffic::new(100);
     traffic.send(0..20);
     next(&mut queue).await.accept().submit().unwrap();
     let sink = queue.sink();
-    let handover = sink.hand_over(ENOUGH).await.unwrap().with_divert(&divert).unwrap();
+    let handover = sink.hand_over(ENOUGH).await.unwrap().with_divert(&divert).await.unwrap();
     let mut kept: Vec<OwnedFd> = handover.descriptors().unwrap();
     handover.release();
     drop((queue, sink, divert));
@@ -418,10 +417,10 @@ async fn descriptors_can_be_kept_in_any_order() {
         next(&mut successor).await.accept().submit().unwrap();
     }
     traffic.expect(0..40).await;
-    assert_eq!(successor.kernel_stats().unwrap().last_id, 40, "the kernel's table went along");
-    divert.remove_rules().unwrap();
+    assert_eq!(successor.sink().kernel_stats().unwrap().last_id, 40, "the kernel's table went along");
+    divert.remove_rules().await.unwrap();
     soon("the shutdown", successor.close()).await.unwrap();
-    divert.close().unwrap();
+    divert.close().await.unwrap();
 }
 
 async fn a_queue_in_another_namespace_stays_there() {
@@ -437,7 +436,7 @@ async fn a_queue_in_another_namespace_stays_there() {
     let successor = tokio::task::spawn_blocking(move || {
         other.run(move || {
             runtime.block_on(async move {
-                let _nothing_here = Queue::builder(0).bind().unwrap();
+                let _nothing_here = Queue::builder(0).bind().await.unwrap();
                 take_over(there, Queue::builder(0)).await.unwrap()
             })
         })
@@ -451,7 +450,7 @@ async fn a_queue_in_another_namespace_stays_there() {
         packet.accept().submit().unwrap();
     }
     traffic.expect(0..20).await;
-    assert_eq!(successor.kernel_stats().unwrap().last_id, 20);
+    assert_eq!(successor.sink().kernel_stats().unwrap().last_id, 20);
     soon("the shutdown", successor.close()).await.unwrap();
     assert_eq!(account(0), None);
 }
@@ -475,10 +474,10 @@ async fn the_counters_are_never_those_of_a_queue_in_another_namespace() {
     let there = tokio::task::spawn_blocking(move || {
         other.run(move || {
             runtime.block_on(async move {
-                let _other = Queue::builder(0).bind().unwrap();
+                let _other = Queue::builder(0).bind().await.unwrap();
                 let mut takeover = Takeover::from_descriptors(kept).unwrap();
                 let successor = Queue::builder(0).take_over(&mut takeover).unwrap();
-                successor.kernel_stats().map(|stats| stats.port_id)
+                successor.sink().kernel_stats().map(|stats| stats.port_id)
             })
         })
     });
@@ -486,7 +485,7 @@ async fn the_counters_are_never_those_of_a_queue_in_another_namespace() {
     let mut takeover = Takeover::from_descriptors(here).unwrap();
     let successor = Queue::builder(0).take_over(&mut takeover).unwrap();
     takeover.accept().await.unwrap();
-    assert_eq!(successor.kernel_stats().unwrap().queued, 0, "opened where the queue is");
+    assert_eq!(successor.sink().kernel_stats().unwrap().queued, 0, "opened where the queue is");
 }
 
 async fn the_settings_of_the_kernel_go_along() {
@@ -503,7 +502,7 @@ async fn the_settings_of_the_kernel_go_along() {
     assert_eq!(packet.payload().len(), 29);
     packet.accept().submit().unwrap();
     let whole = Reconfigure::new().copy_range(65_531).max_len(2048);
-    soon("the change", successor.reconfigure(&whole)).await.unwrap();
+    soon("the change", successor.sink().reconfigure(&whole)).await.unwrap();
     assert!(successor.stats().limits.receive_buffer > limits.receive_buffer, "that of a longer queue");
     traffic.send([1]);
     let packet = next(&mut successor).await;

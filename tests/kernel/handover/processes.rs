@@ -119,7 +119,7 @@ async fn a_predecessor_that_is_killed_leaves_everything_to_the_successor() {
         next(&mut queue).await.accept().submit().unwrap();
     }
     traffic.expect(20..100).await;
-    assert_eq!(divert.counters().unwrap()[0].packets, 100);
+    assert_eq!(divert.counters().await.unwrap()[0].packets, 100);
 }
 
 async fn the_queue_and_the_table_end_with_the_successor() {
@@ -329,8 +329,8 @@ fn settings() -> QueueBuilder {
 async fn serve(from: Option<u32>, to: u32, within: Duration) -> Result<(), Error> {
     let (mut queue, divert) = match from {
         None => {
-            let queue = settings().bind()?;
-            (queue, Divert::builder().rule(udp_in().to_queue(0)).install()?)
+            let queue = settings().bind().await?;
+            (queue, Divert::install(&Divert::builder().rule(udp_in().to_queue(0))).await?)
         }
         Some(generation) => {
             let stream = UnixStream::connect(name(generation)).await.expect("the predecessor listens");
@@ -352,7 +352,7 @@ async fn serve(from: Option<u32>, to: u32, within: Duration) -> Result<(), Error
             biased;
             accepted = listener.accept() => {
                 let (stream, _) = accepted.expect("accept a connection");
-                let handover = sink.hand_over(within).await?.with_divert(&divert)?;
+                let handover = sink.hand_over(within).await?.with_divert(&divert).await?;
                 match handover.send(stream, within).await {
                     Ok(()) => break drop(divert),
                     Err(error) => say(&format!("goes on: {:?}", error.kind())),
@@ -361,9 +361,9 @@ async fn serve(from: Option<u32>, to: u32, within: Duration) -> Result<(), Error
                 listener = UnixListener::bind(name(listens)).expect("the name is free");
             }
             _ = &mut end => {
-                divert.remove_rules()?;
+                divert.remove_rules().await?;
                 sink.close_with(Action::Accept).await?;
-                divert.close()?;
+                divert.close().await?;
                 break;
             }
             received = queue.recv_many(&mut packets, 16) => {

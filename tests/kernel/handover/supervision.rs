@@ -6,7 +6,7 @@ use std::{
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue, QueueGroup, TryRecvError};
+use tokio_nfqueue::{Error, ErrorKind, NetworkNamespace, Queue, TryRecvError};
 
 use super::pass_on;
 use crate::{
@@ -53,7 +53,7 @@ async fn a_broken_socket_ends_the_stream_with_a_reason() {
     says_what_to_do(&error);
     // What it says works.
     drop(queue);
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     traffic.send(5..10);
     for _ in 5..10 {
         next(&mut queue).await.accept().submit().unwrap();
@@ -117,11 +117,11 @@ async fn readable_fd_reports_the_end_of_the_stream() {
 }
 
 async fn readable_fd_of_a_group_reports_the_end_of_the_stream() {
-    let mut group = QueueGroup::bind(0..=2, |builder| builder).unwrap();
+    let mut group = Queue::builder(0..=2).bind().await.unwrap();
     let fd = group.readable_fd().unwrap().try_clone_to_owned().unwrap();
     assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
     assert!(!is_readable(fd.as_fd()));
-    for (index, sink) in group.sink().queues().iter().enumerate() {
+    for (index, sink) in group.sink().each().enumerate() {
         soon("the shutdown", sink.close()).await.unwrap();
         assert!(is_readable(fd.as_fd()), "{index}");
         match group.try_recv() {
@@ -135,7 +135,7 @@ async fn readable_fd_of_a_group_reports_the_end_of_the_stream() {
 async fn a_queue_keeps_its_namespace_in_existence() {
     let namespace = support::Namespace::new();
     let handle = namespace.run(|| NetworkNamespace::current().unwrap());
-    let mut queue = Queue::builder(0).namespace(handle).bind().unwrap();
+    let mut queue = Queue::builder(0).namespace(handle).bind().await.unwrap();
     let runtime = tokio::runtime::Handle::current();
     let (divert, traffic) = namespace.run(|| {
         let _entered = runtime.enter();
@@ -150,9 +150,9 @@ async fn a_queue_keeps_its_namespace_in_existence() {
     traffic.expect(0..20).await;
     drop(traffic);
     divert.remove_rules().unwrap();
-    assert_eq!(queue.kernel_stats().unwrap().last_id, 20);
+    assert_eq!(queue.sink().kernel_stats().unwrap().last_id, 20);
     drop(divert);
     // Only the queue is left.
-    assert_eq!(queue.kernel_stats().unwrap().last_id, 20);
+    assert_eq!(queue.sink().kernel_stats().unwrap().last_id, 20);
     soon("the shutdown", queue.close()).await.unwrap();
 }

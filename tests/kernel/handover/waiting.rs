@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio_nfqueue::{Action, Divert, ErrorKind, NetworkNamespace, Queue, install_when_free};
+use tokio_nfqueue::{Action, Divert, ErrorKind, NetworkNamespace, Queue};
 
 use super::processes::Service;
 use crate::{
@@ -74,7 +74,7 @@ async fn bind_when_free_waits_for_another_program() {
 }
 
 async fn one_waits_for_the_other() {
-    let first = Queue::builder(0).bind().unwrap();
+    let first = Queue::builder(0).bind().await.unwrap();
     let waiting: Vec<_> = (0..4)
         .map(|_| {
             tokio::spawn(async {
@@ -99,7 +99,7 @@ fn sockets() -> usize {
 
 async fn a_cancelled_wait_leaves_nothing() {
     let before = sockets();
-    let queue = Queue::builder(0).bind().unwrap();
+    let queue = Queue::builder(0).bind().await.unwrap();
     let waiting = tokio::spawn(Queue::builder(0).bind_when_free());
     eventually("it waits", || sockets() == before + 2).await;
     tokio::time::sleep(Duration::from_millis(20)).await;
@@ -110,13 +110,13 @@ async fn a_cancelled_wait_leaves_nothing() {
     soon("the shutdown", queue.close()).await.unwrap();
     eventually("every socket is closed", || sockets() == before).await;
     assert_eq!(account(0), None);
-    Queue::builder(0).bind().unwrap();
+    Queue::builder(0).bind().await.unwrap();
 }
 
 async fn bind_when_free_waits_in_another_namespace() {
     let namespace = support::Namespace::new();
     let handle = namespace.run(|| NetworkNamespace::current().unwrap());
-    let old = Queue::builder(0).namespace(handle.clone()).bind().unwrap();
+    let old = Queue::builder(0).namespace(handle.clone()).bind().await.unwrap();
     let waiting = tokio::spawn(Queue::builder(0).namespace(handle).bind_when_free());
     // The number is free here.
     assert_eq!(account(0), None);
@@ -134,23 +134,23 @@ async fn what_does_not_change_by_waiting_is_an_error() {
     let error = soon("the error", Queue::builder(0).bind_when_free()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
     let named = Divert::builder().table("named").rule(udp_in().to_queue(0));
-    let error = soon("the error", install_when_free(&named)).await.unwrap_err();
+    let error = soon("the error", Divert::install_when_free(&named)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotPermitted);
-    let error = soon("the error", install_when_free(&Divert::builder())).await.unwrap_err();
+    let error = soon("the error", Divert::install_when_free(&Divert::builder())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
 }
 
 async fn install_when_free_waits_for_the_owner() {
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
-    let old = soon("the rules", install_when_free(&named)).await.unwrap();
-    let waiting = tokio::spawn(install_when_free(&named));
+    let old = soon("the rules", Divert::install_when_free(&named)).await.unwrap();
+    let waiting = tokio::spawn(Divert::install_when_free(&named));
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!waiting.is_finished());
-    old.close().unwrap();
+    old.close().await.unwrap();
     let new = soon("the rules", waiting).await.unwrap().unwrap();
     assert_eq!(new.table(), "named");
-    assert_eq!(new.counters().unwrap().len(), 1);
-    new.close().unwrap();
+    assert_eq!(new.counters().await.unwrap().len(), 1);
+    new.close().await.unwrap();
 }
 
 async fn install_when_free_waits_for_a_process_that_is_killed() {
@@ -158,7 +158,7 @@ async fn install_when_free_waits_for_a_process_that_is_killed() {
     service.expect("ready");
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
     assert_eq!(named.install().unwrap_err().raw_os_error(), Some(rustix::io::Errno::PERM.raw_os_error()));
-    let waiting = tokio::spawn(install_when_free(&named));
+    let waiting = tokio::spawn(Divert::install_when_free(&named));
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!waiting.is_finished());
     service.kill();
@@ -168,7 +168,7 @@ async fn install_when_free_waits_for_a_process_that_is_killed() {
 async fn install_when_free_does_not_wait_for_a_table_without_an_owner() {
     crate::divert::make_table("named");
     let named = Divert::builder().table("named").rule(udp_in().to_queue(0));
-    let error = soon("the error", install_when_free(&named)).await.unwrap_err();
+    let error = soon("the error", Divert::install_when_free(&named)).await.unwrap_err();
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::EXIST.raw_os_error()), "{error}");
 }
 
@@ -182,22 +182,22 @@ async fn install_when_free_waits_in_another_namespace() {
     let runtime = Handle::current();
     let installing = handle.run(|| {
         let _context = runtime.enter();
-        install_when_free(&named)
+        Divert::install_when_free(&named)
     });
     let waiting = tokio::spawn(installing.unwrap());
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!waiting.is_finished());
     old.close().unwrap();
     let new = soon("the rules", waiting).await.unwrap().unwrap();
-    assert_eq!(new.counters().unwrap().len(), 1);
-    new.close().unwrap();
+    assert_eq!(new.counters().await.unwrap().len(), 1);
+    new.close().await.unwrap();
 }
 
 async fn a_cancelled_install_leaves_nothing() {
     let before = sockets();
     let named = Divert::builder().table("named").rule(udp_in().mark(1, 1).to_queue(0));
     let old = named.install().unwrap();
-    let waiting = tokio::spawn(install_when_free(&named));
+    let waiting = tokio::spawn(Divert::install_when_free(&named));
     eventually("it waits", || sockets() == before + 2).await;
     tokio::time::sleep(Duration::from_millis(20)).await;
     waiting.abort();

@@ -274,7 +274,7 @@ async fn give(mut held: Held, deed: Deed) {
     let mut sink = world.sinks[*queue].clone();
     let result = match deed.how {
         How::Submit => verdict.submit(),
-        How::SubmitToSink => sink.submit(verdict),
+        How::SubmitToSink => verdict.submit(),
         How::Feed => sink.feed(verdict).await,
         How::Send => sink.send(verdict).await,
         How::ConfirmNotAwaited => {

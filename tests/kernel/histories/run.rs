@@ -12,13 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::executor::block_on;
+use futures::{FutureExt, executor::block_on};
+use nfqueue_divert::Divert;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::oneshot,
 };
-use tokio_nfqueue::{Divert, ErrorKind, Hook, Protocol, Rule, Stats};
+use tokio_nfqueue::{ErrorKind, Hook, Protocol, Rule, Stats};
 
 use super::{
     owners::{World, mark_of, read},
@@ -87,7 +88,8 @@ impl History {
         let receivers = receivers.collect();
         let _inside = runtime.enter();
         let queues = plan.queues.iter().enumerate().map(|(number, settings)| {
-            settings.builder(number as u16).bind().unwrap_or_else(|error| panic!("{settings:?}: {error}"))
+            let bound = settings.builder(number as u16).bind().now_or_never().expect("bound at once");
+            bound.unwrap_or_else(|error| panic!("{settings:?}: {error}"))
         });
         let (streams, sinks): (Vec<_>, Vec<_>) = queues.map(tokio_nfqueue::Queue::split).unzip();
         let sender = Sender::start(peer.clone(), plan.fronts());

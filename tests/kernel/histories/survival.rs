@@ -41,7 +41,7 @@ async fn program(mut queue: Queue, stop: &AtomicBool) -> Result<Stats, Error> {
             late.drain(..).try_for_each(|packet| packet.accept().submit())?;
         }
         if seen.is_multiple_of(64) {
-            sink.flush().await?;
+            sink.flush().await;
             sink.reconfigure(&Reconfigure::new().max_len(500 + seen % 100)).await?;
             sink.kernel_stats()?;
         }
@@ -75,7 +75,7 @@ pub(super) fn survives(duration: Duration) {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let stats = runtime.block_on(async {
         let builder = Queue::builder(0).deadline(Duration::from_millis(5), Action::Drop);
-        let queue = builder.receive_buffer(60_000).bind().unwrap();
+        let queue = builder.receive_buffer(60_000).bind().await.unwrap();
         let rule = Rule::new(Hook::Input).protocol(Protocol::Udp).destination_port(PORT).to_queue(0);
         let divert = common::divert([rule]);
         let running = tokio::spawn({

@@ -5,7 +5,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
 };
 
-use tokio_nfqueue::{Direction, Divert, ErrorKind as Kind, Hook, Match, Priority, Protocol, Rule, TableFamily};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Direction, ErrorKind as Kind, Hook, Match, Priority, Protocol, Rule, TableFamily};
 
 use super::{connect, counts, datagram, install, out, port, receiver, udp_out};
 use crate::support::{self, Bridge, PATIENCE, RawQueue, udp};

@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::PacketBuilder;
-use tokio_nfqueue::{ConnectionState, Direction, Divert, Hook, Match, Protocol, Rate, Rule, TcpFlags};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ConnectionState, Direction, Hook, Match, Protocol, Rate, Rule, TcpFlags};
 
 use super::{connect, counts, datagram, install, matched, out, port, receiver, udp_out};
 use crate::support::{self, PATIENCE, udp, udp_marked};

@@ -10,7 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 
 use etherparse::PacketBuilder;
 use libtest_mimic::Trial;
-use tokio_nfqueue::{Divert, Hook, Match, Protocol, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{Hook, Match, Protocol, Rule};
 
 use crate::support::{Bridge, Frame, PATIENCE, udp};
 

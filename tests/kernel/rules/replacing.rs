@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio_nfqueue::{Divert, ErrorKind, Hook, Match, Priority, Protocol, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ErrorKind, Hook, Match, Priority, Protocol, Rule};
 
 use super::{counts, datagram, install, out, port, receiver, udp_out};
 use crate::support::{self, PATIENCE, RawQueue};

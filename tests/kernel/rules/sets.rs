@@ -5,7 +5,8 @@ use std::{
     time::Duration,
 };
 
-use tokio_nfqueue::{Divert, ErrorKind, Match, NamedSet, PacketField, Protocol, Rule, SetElement, SetField, SetValue};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ErrorKind, Match, NamedSet, PacketField, Protocol, Rule, SetElement, SetField, SetValue};
 
 use super::{counts, datagram, out, port, receiver, udp_out};
 use crate::support::{udp, wait_until};

@@ -7,9 +7,10 @@ use std::{
     time::Duration,
 };
 
+use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    ConnectionState, Direction, Divert, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, PacketField,
-    Priority, Protocol, Rate, Rule, SetField, TableFamily, TcpFlags,
+    ConnectionState, Direction, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, PacketField, Priority,
+    Protocol, Rate, Rule, SetField, TableFamily, TcpFlags,
 };
 
 use super::udp_out;

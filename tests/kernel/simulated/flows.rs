@@ -9,8 +9,9 @@ use std::{
 
 use etherparse::PacketBuilder;
 use libtest_mimic::Trial;
+use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    Divert, FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict,
+    FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict,
     simulated::{self, Kernel, Sent, TestPacket},
 };
 
@@ -89,7 +90,7 @@ impl World {
         let hosts = Box::new(Hosts::new());
         unlimited_icmp_errors();
         let marks = FlowMarks::default();
-        let queue = Queue::builder(0).flow_marks(marks).bind().unwrap();
+        let queue = common::bind_now(Queue::builder(0).flow_marks(marks));
         let rule = Rule::new(Hook::Forward).unless(Match::protocol(Protocol::Other(LAST)));
         let divert = Divert::builder().flow_marks(marks).rule(rule.to_queue(0)).install().unwrap();
         Self::Real { hosts, queue, _divert: Box::new(divert) }

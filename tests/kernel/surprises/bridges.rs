@@ -3,7 +3,8 @@
 use std::net::Ipv4Addr;
 
 use etherparse::PacketBuilder;
-use tokio_nfqueue::{ConnectionState, Divert, Hook, Match, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ConnectionState, Hook, Match, Protocol, Queue, Rule};
 
 use crate::{
     common::{PORT, next},
@@ -51,7 +52,7 @@ async fn the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost() 
         let tracking = Rule::new(Hook::Forward).when(Match::connection_state([ConnectionState::New])).count();
         let rules = [tracked.then_some(tracking), Some(rule.to_queue(0))];
         let divert = Divert::builder().rules(rules.into_iter().flatten()).install().unwrap();
-        let mut queue = Queue::builder(0).bind().unwrap();
+        let mut queue = Queue::builder(0).bind().await.unwrap();
         for destination in [BROADCAST, GROUP, unicast] {
             for number in 0..3 {
                 // The first packet of the connection is lost, before it comes to the queue.

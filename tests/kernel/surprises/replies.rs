@@ -5,7 +5,8 @@ use std::{
     net::{SocketAddr, TcpStream, UdpSocket},
 };
 
-use tokio_nfqueue::{Divert, FlowMarks, Hook, Injector, Packet, Priority, Protocol, Queue, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{FlowMarks, Hook, Injector, Packet, Priority, Protocol, Queue, Rule};
 
 use crate::{
     common::{
@@ -59,7 +60,7 @@ async fn a_reply_to_the_first_packet_behind_dnat_is_ignored_and_a_reject_arrives
         client
     };
     let injector = Injector::builder().bind().unwrap();
-    let mut queue = Queue::builder(0).flow_marks(FlowMarks::default()).bind().unwrap();
+    let mut queue = Queue::builder(0).flow_marks(FlowMarks::default()).bind().await.unwrap();
 
     // Before the translation, the packet has the addresses that the client knows.
     for (hook, priority, arrives) in [
@@ -95,7 +96,7 @@ async fn a_reply_to_the_first_packet_behind_dnat_is_ignored_and_a_reject_arrives
 async fn a_reply_to_a_denied_connection_at_input_is_refused() {
     let peer = support::veth();
     let server = support::udp((peer.near_v4, PORT));
-    let mut queue = Queue::builder(0).flow_marks(FlowMarks::default()).bind().unwrap();
+    let mut queue = Queue::builder(0).flow_marks(FlowMarks::default()).bind().await.unwrap();
     let rule = Rule::new(Hook::Input).protocol(Protocol::Udp).to_queue(0);
     let _divert = Divert::builder().flow_marks(FlowMarks::default()).rule(rule).install().unwrap();
     let injector = Injector::builder().bind().unwrap();
@@ -135,7 +136,7 @@ async fn a_destination_changed_at_postrouting_goes_to_the_old_next_hop() {
         (Hook::Forward, true, false),
         (Hook::Postrouting, true, false),
     ] {
-        let mut queue = Queue::builder(0).bind().unwrap();
+        let mut queue = Queue::builder(0).bind().await.unwrap();
         let rule = Rule::new(hook).protocol(Protocol::Udp).destination_address(peers[0].far_v4, 32).to_queue(0);
         let _divert = Divert::builder().rule(rule).install().unwrap();
         let sender = match forwarded {

@@ -35,7 +35,7 @@ async fn a_rule_for_everything_queues_neighbour_discovery_and_not_arp() {
     let exceptions = [None, Some(Match::user(OTHER_USER)), Some(Match::protocol(Protocol::Icmpv6))];
     for (index, without) in (0..).zip(exceptions) {
         let peer = support::veth_with(&VethOptions { index, ..VethOptions::default() });
-        let mut queue = Queue::builder(0).bind().unwrap();
+        let mut queue = Queue::builder(0).bind().await.unwrap();
         let everything = Rule::new(Hook::Output);
         let rule = without.iter().fold(everything, |rule, condition| rule.unless(condition.clone())).to_queue(0);
         let _divert = divert([rule]);
@@ -88,7 +88,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
     ];
     let resolver = support::udp((Ipv4Addr::LOCALHOST, 0));
     for (rule, question, waits) in cases {
-        let mut queue = Queue::builder(0).bind().unwrap();
+        let mut queue = Queue::builder(0).bind().await.unwrap();
         let _divert = divert([rule.to_queue(0)]);
         // A policy that asks before it decides: nobody decides the question in the meantime.
         question.send_to(b"name?", resolver.local_addr().unwrap()).unwrap();
@@ -96,7 +96,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
             let packet = next(&mut queue).await;
             assert_eq!(&packet.payload()[28..], b"name?");
             packet.accept().submit().unwrap();
-            queue.sink().flush().await.unwrap();
+            queue.sink().flush().await;
         }
         assert!(queue.try_recv().is_err());
         assert_eq!(resolver.recv(&mut [0; 8]).unwrap(), 5);
@@ -106,7 +106,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
     if common::outer_id("uid_map") != 0 || !nix::unistd::geteuid().is_root() {
         return;
     }
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([rule().unless(Match::user(own)).to_queue(0)]);
     udp_of(OTHER_USER).send_to(b"query", resolver.local_addr().unwrap()).unwrap();
     next(&mut queue).await.accept().submit().unwrap();
@@ -115,7 +115,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
 async fn without_a_divert_packets_pass_and_without_the_queue_of_another_rule_they_are_dropped() {
     let traffic = Traffic::new(4);
     // The kernel does the same when the process is killed.
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let installed = divert([udp_in().to_queue(0)]);
     drop(hold(&mut queue, &traffic, [0]).await);
     drop(installed);
@@ -153,7 +153,7 @@ async fn removing_helpers_or_rules_that_set_zones_drops_queued_packets() {
     rules::install(FAMILY, "zone", None, zone.to_vec()).unwrap();
     rules::install_object(FAMILY, "helper", object).unwrap();
 
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(3);
     let cases = [("a plain rule", false), ("a rule that sets a zone", true), ("a helper", true)];
@@ -183,7 +183,7 @@ fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
 
 async fn all_packets_of_a_burst_are_the_first_of_their_connection() {
     const BURST: u32 = 20;
-    let mut queue = Queue::builder(0).bind().unwrap();
+    let mut queue = Queue::builder(0).bind().await.unwrap();
     let rule = Rule::new(Hook::Output).protocol(Protocol::Udp).first_packets(2).to_queue(0);
     let _divert = divert([rule]);
     let traffic = Traffic::new(100);
@@ -192,7 +192,7 @@ async fn all_packets_of_a_burst_are_the_first_of_their_connection() {
     for packet in packets {
         packet.accept().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     traffic.expect(0..BURST).await;
     // Some kernels have counted one of them by now, some have counted all.
     let mut queued = 0;

@@ -2,8 +2,9 @@
 
 use std::{net::UdpSocket, time::Duration};
 
+use nfqueue_divert::Divert;
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio_nfqueue::{Divert, FlushPolicy, Hook, Match, Packet, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlushPolicy, Hook, Match, Packet, Priority, Protocol, Queue, Rule};
 
 use crate::{
     common::{self, PORT, next},
@@ -94,7 +95,7 @@ async fn accept(packets: impl IntoIterator<Item = Packet>) {
 
 async fn segments_of_a_new_connection_are_lost_unless_they_are_accepted_in_order() {
     let path = Path::new();
-    let mut queue = Queue::builder(0).gso(false).flush_policy(FlushPolicy::immediate()).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(false).flush_policy(FlushPolicy::immediate()).bind().await.unwrap();
     let _divert = common::divert([rule()]);
     if !queues_segments() {
         path.send();
@@ -124,18 +125,18 @@ async fn segments_of_a_new_connection_are_lost_unless_they_are_accepted_in_order
     // Within one flush, the order of the verdicts is that of the packets.
     queue.close().await.unwrap();
     let policy = FlushPolicy::fixed(SEGMENTS, Duration::from_secs(1));
-    let mut queue = Queue::builder(0).gso(false).flush_policy(policy).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(false).flush_policy(policy).bind().await.unwrap();
     path.send();
     for packet in segments(&mut queue).await.into_iter().rev() {
         packet.accept().submit().unwrap();
     }
-    queue.sink().flush().await.unwrap();
+    queue.sink().flush().await;
     assert_eq!(path.arrived(), [0, 1, 2, 3]);
 }
 
 async fn segments_of_a_new_connection_arrive_in_any_order_before_connection_tracking() {
     let path = Path::new();
-    let mut queue = Queue::builder(0).gso(false).flush_policy(FlushPolicy::immediate()).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(false).flush_policy(FlushPolicy::immediate()).bind().await.unwrap();
     let _divert = common::divert([rule().priority(Priority::RAW)]);
     path.send();
     accept(segments(&mut queue).await.into_iter().rev()).await;
@@ -149,7 +150,7 @@ async fn segments_of_a_new_connection_arrive_in_any_order_before_connection_trac
 
 async fn a_super_packet_of_a_new_connection_arrives_whole() {
     let path = Path::new();
-    let mut queue = Queue::builder(0).gso(true).bind().unwrap();
+    let mut queue = Queue::builder(0).gso(true).bind().await.unwrap();
     let _divert = common::divert([rule()]);
     path.send();
     let packet = next(&mut queue).await;

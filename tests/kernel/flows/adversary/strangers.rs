@@ -1,6 +1,7 @@
 //! Other programs of this host: tables with chains at the same hooks, and marks of their own.
 
-use tokio_nfqueue::{ConnectionState, Divert, FlowMarks, Hook, Match, Protocol, Rule};
+use nfqueue_divert::Divert;
+use tokio_nfqueue::{ConnectionState, FlowMarks, Hook, Match, Protocol, Rule};
 
 use crate::common::Random;
 

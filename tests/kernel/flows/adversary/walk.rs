@@ -12,8 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nfqueue_divert::Divert;
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
-use tokio_nfqueue::{Divert, FlowMarks, FlushDecision, FlushPolicy, Hook, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, FlushDecision, FlushPolicy, Hook, Match, Packet, Protocol, Queue, Rule};
 
 use super::{
     connection::{Connection, Kind, PATHS, Path},
@@ -180,7 +181,8 @@ impl Adversary {
         let marks = FlowMarks::default();
         // Verdicts are sent when the test says so.
         let policy = FlushPolicy::custom(|_| FlushDecision::Within(Duration::from_millis(900)));
-        self.queue = Some(Queue::builder(0).flow_marks(marks).flush_policy(policy).bind().expect("bind the queue"));
+        self.queue =
+            Some(Queue::builder(0).flow_marks(marks).flush_policy(policy).bind().await.expect("bind the queue"));
         let builder = Divert::builder().flow_marks(marks).priority(self.round.priority);
         self.divert = Some(builder.rules(self.rules(false)).install().expect("install the rules"));
         self.model = Model::default();

@@ -6,12 +6,13 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use nfqueue_divert::Divert;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, send, sendto, setsockopt, socket,
     sockopt,
 };
 use socket2::{Domain, SockFilter, Socket, Type};
-use tokio_nfqueue::{Divert, Hook, Match, Protocol, Rule};
+use tokio_nfqueue::{Hook, Match, Protocol, Rule};
 
 use super::segment::{self, ICMP, ICMPV6, Label, SENTINEL, TCP, UDP};
 use crate::{

@@ -75,7 +75,7 @@ impl Adversary {
             self.model.answered(number, answer, at);
             submitted.push((number, answer, verdict(packet, answer).confirm()));
             if !together || left == 0 {
-                self.queue.as_ref().expect("a queue").flush().await.expect("flush");
+                self.queue.as_ref().expect("a queue").sink().flush().await;
                 for (number, answer, confirmation) in std::mem::take(&mut submitted) {
                     let result = confirmation.await;
                     self.confirmed(number, answer, result);

@@ -1,13 +1,13 @@
-//! Several queues as one.
+//! Several numbers as one queue, and free numbers.
 
 use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
-use futures::{SinkExt, StreamExt, TryStreamExt, stream::FusedStream};
+use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream::FusedStream};
 use rustix::event::{PollFd, PollFlags, poll};
-use tokio_nfqueue::{Action, ErrorKind, Queue, QueueBuilder, QueueGroup, Reconfigure, TryRecvError};
+use tokio_nfqueue::{Action, ErrorKind, PacketStream, Queue, QueueBuilder, Reconfigure, TryRecvError};
 
 use crate::{
-    common::{self, Load, Traffic, account, divert, eventually, next, number, soon, udp_in},
+    common::{self, Load, Traffic, account, bind_now, divert, eventually, next, number, soon, udp_in},
     support,
 };
 
@@ -17,14 +17,16 @@ tests![
     one no_queue_is_starved,
     one all_queues_are_bound_or_none,
     sync an_empty_range_is_refused,
-    one a_group_can_be_split_into_queues_and_collected_again,
+    one a_queue_can_be_divided_into_a_stream_for_each_number,
+    one any_is_the_first_free_number,
+    one any_of_several_is_the_first_range_that_is_free,
+    one a_default_requeue_to_a_number_of_the_queue_is_refused,
     both close_closes_all_queues,
     one refusals_of_all_queues_are_one_stream,
     both forward_ends_when_the_group_is_closed,
     one dropping_a_group_closes_all_queues,
     one a_group_continues_after_one_of_its_queues_is_closed,
-    one the_stream_of_an_empty_group_has_ended,
-    one a_group_has_the_methods_of_a_queue,
+    one all_methods_concern_all_numbers,
 ];
 
 async fn refusals_of_all_queues_are_one_stream() {
@@ -38,8 +40,7 @@ async fn refusals_of_all_queues_are_one_stream() {
         packets.push(next(&mut group).await);
     }
     let sink = group.sink();
-    let expired = || sink.stats().map(|(_, stats)| stats.decided.expired).sum::<u64>();
-    eventually("the deadlines", || expired() == 40).await;
+    eventually("the deadlines", || sink.stats().decided.expired == 40).await;
     let queues: BTreeSet<u16> = packets.iter().map(|packet| packet.queue_number()).collect();
     packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
     let mut refusals = sink.refusals();
@@ -53,8 +54,8 @@ async fn refusals_of_all_queues_are_one_stream() {
     traffic.expect_nothing();
 }
 
-fn group(builder: impl Fn(QueueBuilder) -> QueueBuilder) -> QueueGroup {
-    QueueGroup::bind(0..=3, builder).unwrap()
+fn group(builder: impl Fn(QueueBuilder) -> QueueBuilder) -> Queue {
+    bind_now(builder(Queue::builder(0..4)))
 }
 
 async fn balanced_traffic_arrives_in_one_stream() {
@@ -72,14 +73,15 @@ async fn balanced_traffic_arrives_in_one_stream() {
         let packet = next(&mut group).await;
         seen.insert(packet.queue_number());
         let verdict = if number(&packet).is_multiple_of(2) { packet.accept() } else { packet.drop() };
-        group.sink().submit(verdict).unwrap();
+        verdict.submit().unwrap();
     }
-    soon("the flush", group.sink().flush()).await.unwrap();
+    soon("the flush", group.sink().flush()).await;
     traffic.expect((0..100).step_by(2)).await;
     assert!(seen.len() > 1 && seen.iter().all(|queue| *queue < 4), "{seen:?}");
-    let received: Vec<_> = group.sink().stats().map(|(queue, stats)| (queue, stats.received.packets)).collect();
-    assert_eq!(received.iter().map(|(_, received)| received).sum::<u64>(), 100);
-    assert!(received.iter().map(|(queue, _)| *queue).eq(0..4));
+    assert_eq!(group.stats().received.packets, 100);
+    let each: Vec<_> = group.sink().each().map(|sink| (sink.queue_number(), sink.stats().received.packets)).collect();
+    assert_eq!(each.iter().map(|(_, received)| received).sum::<u64>(), 100);
+    assert!(each.iter().map(|(queue, _)| *queue).eq(0..4));
 }
 
 async fn a_group_under_load_decides_each_packet_once() {
@@ -90,13 +92,11 @@ async fn a_group_under_load_decides_each_packet_once() {
     let decide = load.decide();
     for _ in 0..COUNT {
         let packet = next(&mut packets).await;
-        sink.submit(decide(packet)).unwrap();
+        decide(packet).submit().unwrap();
     }
     load.finish(COUNT).await;
-    assert!(
-        sink.stats()
-            .all(|(_, stats)| (stats.lost.packets, stats.sent.gone_at_least, stats.decided.unanswered) == (0, 0, 0))
-    );
+    let stats = sink.stats();
+    assert_eq!((stats.lost.packets, stats.sent.gone_at_least, stats.decided.unanswered), (0, 0, 0));
 }
 
 async fn no_queue_is_starved() {
@@ -119,7 +119,7 @@ async fn no_queue_is_starved() {
 
 async fn all_queues_are_bound_or_none() {
     let taken = support::RawQueue::bind(2).unwrap();
-    let error = QueueGroup::bind(0..=3, |builder| builder).unwrap_err();
+    let error = Queue::builder(0..=3).bind().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyBound);
     assert!(error.to_string().contains("queue 2"), "{error}");
     eventually("the others are free", || [0, 1, 3].into_iter().all(|queue| account(queue).is_none())).await;
@@ -131,29 +131,66 @@ fn an_empty_range_is_refused() {
     #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
     let empty = 3..=2;
     // This is checked first: there is no runtime here.
-    let error = QueueGroup::bind(empty, |_| panic!("settings of no queue")).unwrap_err();
+    let error = Queue::builder(empty).bind().now_or_never().unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    assert_eq!(error.to_string(), "bind queue group 3..=2: invalid value: the range is empty");
+    assert_eq!(error.to_string(), "bind no queue from 3: invalid value: the range is empty");
 }
 
-async fn a_group_can_be_split_into_queues_and_collected_again() {
-    let group = group(|builder| builder);
+async fn a_queue_can_be_divided_into_a_stream_for_each_number() {
+    let (packets, sink) = group(|builder| builder.on_unanswered(Action::Accept)).split();
+    assert_eq!((packets.queue_numbers(), sink.queue_numbers()), (0..=3, 0..=3));
     let _divert = divert([udp_in().to_queue(2)]);
     let traffic = Traffic::new(100);
-    let mut queues = group.into_queues();
-    assert!(queues.iter().map(Queue::queue_number).eq(0..4));
-    for packet in common::hold(&mut queues[2], &traffic, 0..10).await {
-        queues[2].sink().submit(packet.accept()).unwrap();
+    let mut streams = packets.into_each();
+    assert!(streams.iter().map(PacketStream::queue_number).eq(0..4));
+    traffic.send(0..10);
+    for _ in 0..10 {
+        next(&mut streams[2]).await.accept().submit().unwrap();
     }
     traffic.expect(0..10).await;
-    // Queues of any numbers, in any order, can be collected into a group.
-    let mut group: QueueGroup = queues.into_iter().rev().chain([Queue::builder(77).bind().unwrap()]).collect();
+    // Each stream closes its own number.
+    drop(streams.remove(1));
+    eventually("one is unbound", || account(1).is_none()).await;
     traffic.send([10]);
-    let packet = next(&mut group).await;
-    soon("the reply", group.sink().confirm(packet.accept())).await.unwrap();
+    next(&mut streams[1]).await.accept().submit().unwrap();
     traffic.expect([10]).await;
-    let numbers: Vec<_> = group.sink().queues().iter().map(|sink| sink.queue_number()).collect();
-    assert_eq!(numbers, [3, 2, 1, 0, 77]);
+    assert!(!sink.is_closed());
+    drop(streams);
+    eventually("the others are unbound", || (0..4).all(|queue| account(queue).is_none())).await;
+    assert!(sink.is_closed());
+}
+
+async fn any_is_the_first_free_number() {
+    let _taken = support::RawQueue::bind(0).unwrap();
+    let _own = Queue::builder(1).bind().await.unwrap();
+    let queue = Queue::builder(Queue::ANY).bind().await.unwrap();
+    assert_eq!(queue.queue_number(), 2);
+    soon("the shutdown", queue.close()).await.unwrap();
+    assert_eq!(Queue::builder(Queue::ANY).bind_when_free().await.unwrap().queue_number(), 2);
+}
+
+async fn any_of_several_is_the_first_range_that_is_free() {
+    let _one = Queue::builder(1).bind().await.unwrap();
+    let _four = Queue::builder(4).bind().await.unwrap();
+    let three = Queue::builder(Queue::any(3)).bind().await.unwrap();
+    assert_eq!(three.queue_numbers(), 5..=7);
+    let two = Queue::builder(Queue::any(2)).bind().await.unwrap();
+    assert_eq!(two.queue_numbers(), 2..=3);
+    // What was bound on the way is free again.
+    eventually("0 is free", || account(0).is_none()).await;
+    let error = Queue::builder(Queue::any(u16::MAX)).bind().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyBound);
+    assert!(error.to_string().starts_with("bind 65535 free queues in a row"), "{error}");
+}
+
+async fn a_default_requeue_to_a_number_of_the_queue_is_refused() {
+    let requeue = |queue| Action::Requeue { queue, bypass: false };
+    for builder in
+        [Queue::builder(0..4).on_unanswered(requeue(3)), Queue::builder(Queue::ANY).on_unanswered(requeue(0))]
+    {
+        assert_eq!(builder.bind().await.unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
+    Queue::builder(0..4).on_unanswered(requeue(4)).bind().await.unwrap();
 }
 
 async fn close_closes_all_queues() {
@@ -166,8 +203,8 @@ async fn close_closes_all_queues() {
         let sink = sink.clone();
         async move { sink.close().await }
     });
-    eventually("the shutdown has begun", || sink.queues().iter().all(|sink| sink.is_closed())).await;
-    sink.submit(held.accept()).unwrap();
+    eventually("the shutdown has begun", || sink.is_closed()).await;
+    held.accept().submit().unwrap();
     soon("the shutdown", closing).await.unwrap().unwrap();
     assert!((0..4).all(|queue| account(queue).is_none()));
     assert!(soon("the end of the stream", packets.recv()).await.is_none() && packets.is_terminated());
@@ -205,32 +242,20 @@ async fn a_group_continues_after_one_of_its_queues_is_closed() {
     let (mut packets, sink) = group(|builder| builder).split();
     let _divert = divert([udp_in().to_queue(1)]);
     let traffic = Traffic::new(100);
-    soon("the end of one", sink.queues()[0].close()).await.unwrap();
+    soon("the end of one", sink.each().next().unwrap().close()).await.unwrap();
     traffic.send([0]);
     let packet = next(&mut packets).await;
-    soon("the reply", sink.confirm(packet.accept())).await.unwrap();
+    soon("the reply", packet.accept().confirm()).await.unwrap();
     traffic.expect([0]).await;
     assert!(!packets.is_terminated());
 }
 
-async fn the_stream_of_an_empty_group_has_ended() {
-    let mut none: QueueGroup = std::iter::empty().collect();
-    assert!(none.is_terminated());
-    assert!(soon("the end of the stream", none.recv()).await.is_none());
-    soon("the shutdown", none.close()).await.unwrap();
-}
-
-/// Each method of a queue works for all queues of a group.
-async fn a_group_has_the_methods_of_a_queue() {
+async fn all_methods_concern_all_numbers() {
     let mut group = group(|builder| builder);
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let change = Reconfigure::new().copy_range(100).max_len(40);
-    soon("the change", group.reconfigure(&change)).await.unwrap();
-    let kernel = group.kernel_stats().unwrap();
-    assert_eq!(
-        kernel.iter().map(|(queue, stats)| (*queue, stats.copy_range)).collect::<Vec<_>>(),
-        [(0, 100), (1, 100), (2, 100), (3, 100)]
-    );
+    soon("the change", group.sink().reconfigure(&change)).await.unwrap();
+    assert!(group.sink().each().all(|sink| sink.kernel_stats().unwrap().copy_range == 100));
     assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
     let traffic = Traffic::new(40);
     for number in 0..40_u32 {
@@ -250,17 +275,16 @@ async fn a_group_has_the_methods_of_a_queue() {
         assert!((1..=limit).contains(&count), "{count}");
         limit += 1;
     }
+    assert_eq!(group.sink().kernel_stats().unwrap().queued, 40);
     // All queued packets have been received.
     assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
     let last = packets.pop().unwrap();
-    packets.into_iter().for_each(|packet| group.submit(packet.accept()).unwrap());
-    soon("the confirmation", group.confirm(last.accept())).await.unwrap();
-    soon("the flush", group.flush()).await.unwrap();
-    assert_eq!(group.stats().map(|(_, stats)| stats.decided.accepted).sum::<u64>(), 40);
-    let mut watch = group.watch(Duration::from_millis(1)).unwrap();
-    let (queue, stats) = soon("statistics", watch.next()).await.unwrap();
-    assert!(queue < 4 && stats.limits.max_len == 40, "{queue} {stats:?}");
-    assert_eq!(group.advice(), []);
+    packets.into_iter().for_each(|packet| packet.accept().submit().unwrap());
+    soon("the confirmation", last.accept().confirm()).await.unwrap();
+    soon("the flush", group.sink().flush()).await;
+    let stats = group.stats();
+    assert_eq!((stats.decided.accepted, stats.limits.max_len), (40, 160));
+    assert_eq!(group.sink().advice(), []);
     assert!(!group.is_closed());
     let sink = group.sink();
     let wrong = soon("the refusal", sink.close_with(Action::Requeue { queue: 2, bypass: false })).await;
