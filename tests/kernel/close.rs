@@ -39,7 +39,7 @@ const PAUSE: Duration = Duration::from_micros(50);
 
 /// Sends numbers until it is stopped, at most 100 ahead of the receiver. Returns how many it has
 /// sent.
-struct Stream {
+pub(crate) struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU32>,
     sender: std::thread::JoinHandle<()>,
@@ -47,7 +47,7 @@ struct Stream {
 }
 
 impl Stream {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (sent, received) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
         let (from, to) = (support::udp((Ipv4Addr::LOCALHOST, 0)), support::udp((Ipv4Addr::LOCALHOST, PORT)));
@@ -90,12 +90,12 @@ impl Stream {
     }
 
     /// Waits until `count` more datagrams have been sent.
-    async fn more(&self, count: u32) {
+    pub(crate) async fn more(&self, count: u32) {
         let until = self.sent.load(SeqCst) + count;
         eventually("traffic flows", || self.sent.load(SeqCst) >= until).await;
     }
 
-    async fn finish(self) -> (u32, Vec<u32>) {
+    pub(crate) async fn finish(self) -> (u32, Vec<u32>) {
         self.stop.store(true, SeqCst);
         // Both threads end by themselves, even if datagrams are missing.
         while !self.sender.is_finished() || !self.receiver.is_finished() {

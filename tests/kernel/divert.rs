@@ -166,7 +166,7 @@ fn table(name: &str) -> TableMessage {
 }
 
 /// Whether nf_tables has a table with this name in family inet.
-fn table_exists(name: &str) -> bool {
+pub(crate) fn table_exists(name: &str) -> bool {
     match exchange(&netlink_message(NetfilterProtoFamily::Inet, NLM_F_ACK, NfTablesMessage::GetTable(table(name)))) {
         0 => true,
         errno => {

@@ -38,6 +38,7 @@ mod namespaces;
 mod numbers;
 mod order;
 mod overload;
+mod own_rules;
 mod payload;
 mod promises;
 mod reconfigure;
@@ -75,6 +76,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     bridge::tests,
     divert::tests,
     rules::tests,
+    own_rules::tests,
     flows::tests,
     simulated::tests,
     namespaces::tests,

@@ -66,7 +66,7 @@ mod killed;
 mod limits;
 mod network;
 mod proc;
-mod process;
+pub(crate) mod process;
 mod seccomp;
 mod stopped;
 mod wakes;

@@ -17,7 +17,7 @@ use nix::{
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
 use super::{forked, limits, network, proc, seccomp, wakes};
-use crate::support;
+use crate::{own_rules, support};
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
 /// Of packets that a process holds.
@@ -33,7 +33,7 @@ pub(super) struct Counted {
 }
 
 /// A process that is killed when this is dropped.
-pub(super) struct Process {
+pub(crate) struct Process {
     child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
@@ -41,7 +41,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Waits until the process says that it is ready. Returns what it says besides.
-    pub(super) fn start(mode: &str) -> (Self, String) {
+    pub(crate) fn start(mode: &str) -> (Self, String) {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .env(CHILD, mode)
             .stdin(Stdio::piped())
@@ -77,9 +77,21 @@ impl Process {
     }
 
     /// Kills the process (SIGKILL), and waits for its end.
-    pub(super) fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Lets a process end that waits for the end of its input. Returns whether it has succeeded.
+    pub(crate) fn finish(&mut self) -> bool {
+        self.input = None;
+        self.child.wait().unwrap().success()
+    }
+
+    /// Lets a process go on that waits for the end of its input, until it says that it has done.
+    pub(crate) fn go_on(&mut self) {
+        self.input = None;
+        assert_eq!(self.line(), "done");
     }
 
     /// Ends a process that serves a queue.
@@ -141,6 +153,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "heir" => forked::heir(),
         mode if mode.starts_with(seccomp::MODE) => seccomp::child(mode),
         mode if mode.starts_with(wakes::MODE) => wakes::child(mode),
+        mode if mode.starts_with(own_rules::MODE) => own_rules::child(mode),
         "proc" => proc::hidden(),
         "proc, no capability" => proc::without_capability(),
         "table" => network::own_a_table(),
@@ -154,7 +167,7 @@ pub(super) fn child() -> Option<ExitCode> {
     std::process::exit(0);
 }
 
-pub(super) fn in_runtime(body: impl Future<Output = ()>) {
+pub(crate) fn in_runtime(body: impl Future<Output = ()>) {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(body);
 }
 
@@ -188,14 +201,14 @@ async fn accept_all(mut queue: Queue, hold: bool, ready: &str) {
     say(&format!("{received} {accepted} {expired} {lost}"));
 }
 
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{line}").unwrap();
     output.flush().unwrap();
 }
 
 /// Sleeps until the process is killed, or the test has ended.
-pub(super) fn wait_for_the_end() {
+pub(crate) fn wait_for_the_end() {
     let _ = std::io::stdin().read(&mut [0]);
 }
 
