@@ -71,10 +71,9 @@
 //!   user of the program: `unless(Match::user(id))`.
 //! - `Match::first_packets` does not limit a burst. While the first packets of a connection wait in
 //!   a queue, the kernel does not count them, and further packets match as well.
-//! - A `Divert` fails open. When the process ends, also when it is killed, the kernel removes the
-//!   rules, and the packets pass unfiltered. To fail closed, install the rules with `nft`, from a
-//!   file that `Divert::to_nft` has printed, and without `bypass`: the kernel then drops the
-//!   packets while no process has the queue bound.
+//! - Rules fail open. When the process ends, also when it is killed, the kernel removes them, and
+//!   the packets pass unfiltered. With `DivertBuilder::fail_closed` the kernel keeps them, and drops
+//!   the packets until a new process has replaced them.
 //!
 //! # Connection tracking
 //!

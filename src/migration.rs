@@ -20,7 +20,7 @@
 //! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets; without Tokio [`readable_fd`](crate::PacketStream::readable_fd) and [`try_recv`](crate::PacketStream::try_recv) |
 //! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
 //! | `NETLINK_NO_ENOBUFS` | always set |
-//! | `nfq_set_verdict` | [`submit`](crate::VerdictSink::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
+//! | `nfq_set_verdict` | [`submit`](crate::Verdict::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
 //! | `nfq_set_verdict2`, `nfq_set_verdict_mark` | [`Verdict::mark`](crate::Verdict::mark) |
 //! | `nfq_set_verdict_batch`, `nfq_set_verdict_batch2` | automatic: a batch decides only packets that were all given this verdict |
 //! | `NF_DROP`, `NF_ACCEPT`, `NF_QUEUE`, `NF_REPEAT`, `NF_STOP` | [`Action`](crate::Action), and a method of [`Packet`](crate::Packet) for each |
@@ -59,7 +59,7 @@
 //! | `Config.WriteTimeout` | not needed: a send to the kernel does not wait |
 //! | `Config.Logger` | `tracing` |
 //! | `Register`, `RegisterWithErrorFunc` | the stream; errors of single verdicts: [`refusals`](crate::VerdictSink::refusals) |
-//! | `SetVerdict` | [`submit`](crate::VerdictSink::submit) |
+//! | `SetVerdict` | [`submit`](crate::Verdict::submit) |
 //! | `SetVerdictWithOption`: `WithMark`, `WithConnMark`, `WithLabel`, `WithAlteredPacket` | [`mark`](crate::Verdict::mark), [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`payload`](crate::Verdict::payload) |
 //! | `SetVerdictBatch` | automatic |
 //! | `Con`, `SetOption` | not needed: `NETLINK_NO_ENOBUFS` and the receive buffer are set |
@@ -86,4 +86,4 @@
 //! | `bypass-mark`, `bypass-mask` | [`Packet::mark_with`](crate::Packet::mark_with) with [`Verdict::mark`](crate::Verdict::mark) and a rule that saves the mark in the connection; or [`Verdict::conntrack_mark`](crate::Verdict::conntrack_mark) |
 //! | `batchcount` | [`FlushPolicy`](crate::FlushPolicy), in all modes |
 //! | `fail-open` | [`fail_open`](crate::QueueBuilder::fail_open) |
-//! | `-q 0 -q 1 ...`, `-q 0:3` | [`QueueGroup`](crate::QueueGroup) |
+//! | `-q 0 -q 1 ...`, `-q 0:3` | [`Queue::builder(0..4)`](crate::Queue::builder) |

@@ -5,17 +5,13 @@
 //! connection, in both directions. These do not come to the queue.
 //!
 //! ```no_run
-//! use tokio_nfqueue::{Divert, FlowMarks, Hook, Protocol, Queue, Rule};
+//! use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};
 //!
 //! # fn is_bad(_: &[u8]) -> Option<bool> { None }
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), tokio_nfqueue::Error> {
-//! let marks = FlowMarks::default();
-//! let mut queue = Queue::builder(0).flow_marks(marks).bind().await?;
-//! let divert = Divert::builder()
-//!     .flow_marks(marks)
-//!     .rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0))
-//!     .install()?;
+//! let rules = Divert::builder().rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp));
+//! let mut queue = Queue::builder(Queue::ANY).divert(rules).bind().await?;
 //! while let Some(packet) = queue.recv().await.transpose()? {
 //!     let verdict = match is_bad(packet.payload()) {
 //!         None => packet.accept(),
@@ -178,14 +174,14 @@
 //! nf_tables flowtable, in software).
 //!
 //! ```no_run
-//! use tokio_nfqueue::{Divert, FlowMarks, Hook, Protocol, Rule};
+//! use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};
 //!
-//! # fn main() -> Result<(), tokio_nfqueue::Error> {
-//! let divert = Divert::builder()
-//!     .flow_marks(FlowMarks::default())
-//!     .rule(Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0))
-//!     .offload(["eth0", "eth1"])
-//!     .install()?;
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tokio_nfqueue::Error> {
+//! let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp);
+//! let rules = Divert::builder().rule(rule).offload(["eth0", "eth1"]);
+//! let queue = Queue::builder(Queue::ANY).divert(rules).bind().await?;
+//! # let _ = queue;
 //! # Ok(())
 //! # }
 //! ```

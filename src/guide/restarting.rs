@@ -25,10 +25,11 @@
 //! # }
 //! ```
 //!
-//! The rules should not vanish with the process: make them with `nft`. While there are no rules,
-//! packets pass unseen. A `Divert` with a table name of its own is installed by
-//! [`install_when_free`](crate::install_when_free) as soon as the old one is removed, but the
-//! removal drops queued packets.
+//! While there are no rules, packets pass unseen. Rules that
+//! [fail closed](crate::DivertBuilder::fail_closed) stay when the old process is killed, and the new
+//! one replaces them; so do rules that were made with `nft`. The rules of a queue with a table name
+//! of their own are installed by `bind_when_free` as soon as the old table is removed. The removal
+//! of a table drops queued packets.
 //!
 //! # The hand-over
 //!
@@ -46,7 +47,7 @@
 //! loop {
 //!     // In the main loop, beside the packets:
 //!     let (stream, _) = listener.accept().await?;
-//!     let handover = verdicts.hand_over(within).await?.with_divert(&divert)?;
+//!     let handover = verdicts.hand_over(within).await?.with_divert(&divert).await?;
 //!     match handover.send(stream, within).await {
 //!         // The queue belongs to the new process. This one ends.
 //!         Ok(()) => break,
@@ -71,7 +72,7 @@
 //! let divert = takeover.take_divert()?.ok_or("the old process has no table")?;
 //! takeover.accept().await?;
 //! // The rules of the old version stay until here.
-//! divert.replace_rules(rules())?;
+//! divert.replace_rules(rules()).await?;
 //! # let _ = queue;
 //! # Ok(())
 //! # }
@@ -122,7 +123,7 @@
 //! # async fn example(verdicts: VerdictSink, divert: Divert) -> Result<(), Error> {
 //! // At SIGTERM. `store` sends `FDSTORE=1` and `FDNAME=nfqueue` with the descriptors to the socket
 //! // of `NOTIFY_SOCKET`, for example with the crate `sd-notify`.
-//! let handover = verdicts.hand_over(Duration::from_secs(5)).await?.with_divert(&divert)?;
+//! let handover = verdicts.hand_over(Duration::from_secs(5)).await?.with_divert(&divert).await?;
 //! store("nfqueue", handover.descriptors()?);
 //! handover.release();
 //!

@@ -102,11 +102,27 @@ pub use self::{
 ///
 /// # Fail open, or fail closed
 ///
-/// When the process ends, is killed or crashes, its rules are gone, and the packets pass
-/// unfiltered: a `Divert` fails open. For a firewall that must fail closed, install the rules with
-/// `nft -f`, before the program starts: [`to_nft`](Self::to_nft) prints them. These rules stay, and
-/// without [`bypass`](Rule::bypass) the kernel drops the packets while no process has the queue
-/// bound.
+/// By default the rules end with the process, and the packets pass unfiltered: they fail open. With
+/// [`fail_closed`](DivertBuilder::fail_closed) the kernel keeps them after a failure, and drops the
+/// packets that they match until a new process has installed a table of the same name.
+///
+/// | event | default | `fail_closed` |
+/// |---|---|---|
+/// | the process is killed, crashes or panics | no table stays; packets pass | the table stays; packets are dropped |
+/// | it returns early, or drops this value (tokio-nfqueue: or the queue) | the same | the same |
+/// | it calls [`close`](Self::close) (tokio-nfqueue: or closes the queue), for example at SIGTERM | no table stays; packets pass | the same |
+/// | it ends by a signal that it does not handle, for example SIGTERM | no table stays; packets pass | the table stays; packets are dropped |
+/// | it hands the table over | the table goes along | the same |
+/// | a new process installs a table of the same name | refused while the old process lives | the same; a table that was left behind is replaced |
+///
+/// Packets that wait in a queue when its socket is closed are dropped in each case. With `bypass`,
+/// which `fail_closed` does not allow, packets that come between the end of the queue and that of
+/// the table pass; otherwise they are dropped. Connections that a verdict for the whole connection
+/// has accepted pass while a table stays.
+///
+/// To remove a table that was left behind: `nft delete table inet NAME`. A host that must drop
+/// packets before the program has been started for the first time needs rules of `nft -f`;
+/// [`to_nft`](Self::to_nft) prints them.
 ///
 /// # Changes while it is installed
 ///
