@@ -33,7 +33,7 @@ use std::{
 };
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_nfqueue::{Divert, Error, Hook, Match, Packet, PacketView, Protocol, Queue, Rule};
+use tokio_nfqueue::{Divert, Error, Hook, Packet, Protocol, Queue, Rule, divert::Match, edit::PacketView};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());

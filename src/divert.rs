@@ -7,8 +7,13 @@ use std::{
     time::Duration,
 };
 
-use nfqueue_divert::{Divert as Blocking, DivertBuilder, FlowTuple, Installation, Rule, RuleCounter, SetElement};
+use nfqueue_divert::{Divert as Blocking, Installation};
 use tokio::{runtime::Handle, task::JoinError};
+
+pub use nfqueue_divert::{
+    ConnectionState, Direction, DivertBuilder, FlowTuple, Match, NamedSet, PacketField, PortRange, Priority, Protocol,
+    Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
+};
 
 use crate::{
     handover::{Handover, Part, Takeover},

@@ -17,7 +17,7 @@
 //!   flush policy. It blocks all signals except those that report a fault of the thread itself
 //!   (`SIGSEGV`, `SIGBUS`, `SIGFPE`, `SIGILL`, `SIGTRAP`, `SIGSYS`), so a program may read its
 //!   signals from a `signalfd`.
-//! - [`AfterReadyTasks`](crate::FlushDecision::AfterReadyTasks) needs the runtime. If the runtime
+//! - [`AfterReadyTasks`](crate::flush::FlushDecision::AfterReadyTasks) needs the runtime. If the runtime
 //!   does not get to it, the thread asks the policy again after `max_delay`; for a custom policy,
 //!   after 1 ms.
 //! - The time limit is the time until the send begins, provided that the system runs the thread in

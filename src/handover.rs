@@ -205,7 +205,7 @@ impl Drop for Offered {
 ///
 /// ```no_run
 /// use tokio::net::UnixStream;
-/// use tokio_nfqueue::{Action, Queue, Takeover};
+/// use tokio_nfqueue::{Action, Queue, handover::Takeover};
 ///
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 /// let stream = UnixStream::connect("/run/filter/handover").await?;

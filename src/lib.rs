@@ -98,14 +98,24 @@ struct Readme;
 mod advice;
 mod builder;
 #[cfg(feature = "divert")]
-mod divert;
+pub mod divert;
 #[cfg(feature = "edit")]
-mod edit;
+pub mod edit;
 pub mod guide;
-mod handover;
-mod injector;
+#[cfg(feature = "handover")]
+pub mod handover;
+#[cfg(feature = "inject")]
+pub mod inject;
 mod io;
-#[cfg(all(doc, feature = "conntrack", feature = "edit"))]
+#[cfg(all(
+    doc,
+    feature = "conntrack",
+    feature = "edit",
+    feature = "handover",
+    feature = "inject",
+    feature = "tower",
+    feature = "test-util"
+))]
 pub mod migration;
 mod namespace;
 mod numbers;
@@ -113,45 +123,53 @@ mod packet;
 mod queue;
 mod reconfigure;
 mod rules;
+pub mod serve;
 #[cfg(feature = "test-util")]
 pub mod simulated;
 mod sink;
 mod stream;
 mod verdict;
 
-use nfqueue_proto::{record, state, types, wire};
+#[cfg(feature = "handover")]
+use nfqueue_proto::record;
+use nfqueue_proto::{state, types, wire};
 
-/// The groups of [`Stats`].
+/// The groups of [`Stats`], and the kernel's own counters.
 pub mod stats {
-    pub use crate::types::stats::{Decided, Fill, Held, Lost, QueueLimits, Received, Sent};
+    pub use crate::{
+        io::kernel::KernelStats,
+        types::stats::{Decided, Fill, Held, Lost, Number, NumberKind, QueueLimits, Received, Sent},
+    };
+}
+
+/// Flush policies of one's own: [`FlushPolicy::custom`].
+pub mod flush {
+    pub use crate::state::flush::{FlushContext, FlushDecision, FlushReason};
+}
+
+/// What connection tracking knows of a packet, and expectations for related connections.
+#[cfg(feature = "conntrack")]
+pub mod conntrack {
+    pub use crate::wire::{
+        conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow},
+        expectation::Expectation,
+    };
 }
 
 pub use advice::Advice;
 pub use builder::QueueBuilder;
 #[cfg(feature = "divert")]
-pub use divert::{Divert, DivertSet};
-#[cfg(feature = "edit")]
-pub use edit::{Edit, PacketView, TcpFields, Unreachable, complete_checksums};
-pub use handover::{Handover, Takeover};
-pub use injector::{Injector, InjectorBuilder, TrySendError};
-pub use io::kernel::KernelStats;
+pub use divert::Divert;
 pub use namespace::NetworkNamespace;
 #[cfg(feature = "divert")]
-pub use nfqueue_divert::{
-    ConnectionState, Direction, DivertBuilder, FlowTuple, Match, NamedSet, PacketField, PortRange, Priority, Protocol,
-    Rate, Rule, RuleCounter, SetElement, SetField, SetValue, TableFamily, TcpFlags,
-};
+pub use nfqueue_divert::{Protocol, Rule};
 pub use numbers::QueueNumbers;
 pub use packet::{DetachedPacket, Packet};
 pub use queue::Queue;
 pub use reconfigure::Reconfigure;
+pub use serve::Serve;
 pub use sink::{Refusals, VerdictSink};
-pub use state::flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason};
+pub use state::flush::FlushPolicy;
 pub use stream::PacketStream;
 pub use types::{Action, Error, ErrorKind, Family, FlowMarks, Hook, PacketId, Stats, TryRecvError, Vlan};
 pub use verdict::{Changes, Confirm, Verdict};
-#[cfg(feature = "conntrack")]
-pub use wire::{
-    conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow},
-    expectation::Expectation,
-};

@@ -41,7 +41,7 @@
 //! | `NFQA_CT` in verdicts | [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`conntrack_timeout`](crate::Verdict::conntrack_timeout) |
 //! | `NFQA_EXP` in verdicts | [`expectation`](crate::Verdict::expectation) |
 //! | `NFQA_VLAN`, `NFQA_L2HDR` | [`Packet::vlan`](crate::Packet::vlan), [`Packet::layer2_header`](crate::Packet::layer2_header), [`Verdict::vlan`](crate::Verdict::vlan), [`Verdict::layer2_header`](crate::Verdict::layer2_header) |
-//! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::Edit), which has a separate table |
+//! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::edit::Edit), which has a separate table |
 //! | `nfq_snprintf_xml` | none; `Debug` prints one line |
 //! | reading `/proc/net/netfilter/nfnetlink_queue` | [`kernel_stats`](crate::VerdictSink::kernel_stats), [`advice`](crate::VerdictSink::advice) |
 //!

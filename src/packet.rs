@@ -212,15 +212,15 @@ impl Packet {
     /// [`conntrack`](crate::QueueBuilder::conntrack). `None` if the packet has no entry.
     #[cfg(feature = "conntrack")]
     #[doc(alias = "NFQA_CT")]
-    pub fn conntrack(&self) -> Option<crate::Conntrack> {
-        self.attribute(attribute::CONNTRACK).map(crate::Conntrack::decode)
+    pub fn conntrack(&self) -> Option<crate::conntrack::Conntrack> {
+        self.attribute(attribute::CONNTRACK).map(crate::conntrack::Conntrack::decode)
     }
 
     /// How the packet relates to its connection. It needs
     /// [`conntrack`](crate::QueueBuilder::conntrack).
     #[cfg(feature = "conntrack")]
     #[doc(alias = "NFQA_CT_INFO")]
-    pub fn conntrack_state(&self) -> Option<crate::ConntrackState> {
+    pub fn conntrack_state(&self) -> Option<crate::conntrack::ConntrackState> {
         self.raw.be32(attribute::CONNTRACK_INFO).map(Into::into)
     }
 
@@ -329,8 +329,8 @@ impl Packet {
     /// [`refusals`](crate::VerdictSink::refusals) reports it. Without a route to the sender, which
     /// a host that bridges may lack, the packet is dropped without a reply and without a report.
     ///
-    /// [`Edit::tcp_reset`](crate::Edit::tcp_reset) and
-    /// [`Edit::icmp_unreachable`](crate::Edit::icmp_unreachable) make replies without flow marks.
+    /// [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) and
+    /// [`Edit::icmp_unreachable`](crate::edit::Edit::icmp_unreachable) make replies without flow marks.
     #[doc(alias = "REJECT")]
     pub fn reject(self) -> Verdict {
         self.decide(Action::Drop).rejecting()

@@ -324,7 +324,7 @@ impl Verdict {
     }
 
     /// Changes the labels of the packet's connection in the bits of `mask`: 128 bits each, as
-    /// [`Conntrack::labels`](crate::Conntrack::labels).
+    /// [`Conntrack::labels`](crate::conntrack::Conntrack::labels).
     ///
     /// Labels need a rule in the network namespace that sets labels (`ct label set`). Without one
     /// the kernel silently ignores this change, and also the change of the connection's mark by the
@@ -346,10 +346,10 @@ impl Verdict {
     }
 
     /// Lets connection tracking expect a connection that belongs to the packet's connection.
-    /// Packets of the expected connection are [related](crate::ConntrackState::Related), and its
-    /// entry names this connection as its [master](crate::Conntrack::master).
+    /// Packets of the expected connection are [related](crate::conntrack::ConntrackState::Related), and its
+    /// entry names this connection as its [master](crate::conntrack::Conntrack::master).
     ///
-    /// The packet's connection must have a helper ([`Conntrack::helper`](crate::Conntrack::helper),
+    /// The packet's connection must have a helper ([`Conntrack::helper`](crate::conntrack::Conntrack::helper),
     /// assigned by a rule), whose limits for number and lifetime of expectations apply. Without a
     /// helper, or if the addresses are of another family than the connection's, the kernel silently
     /// ignores the expectation.

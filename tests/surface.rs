@@ -3,10 +3,14 @@
 use std::fmt::Debug;
 
 use tokio_nfqueue::{
-    Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushContext, FlushDecision,
-    FlushPolicy, FlushReason, Handover, Hook, Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet,
-    PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals, Stats, Takeover, TryRecvError,
-    TrySendError, Verdict, VerdictSink, Vlan, simulated, stats,
+    Action, Advice, Changes, Confirm, DetachedPacket, Error, ErrorKind, Family, FlowMarks, FlushPolicy, Hook,
+    NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals, Stats,
+    TryRecvError, Verdict, VerdictSink, Vlan,
+    flush::{FlushContext, FlushDecision, FlushReason},
+    handover::{Handover, Takeover},
+    inject::{Injector, InjectorBuilder, TrySendError},
+    simulated,
+    stats::{self, KernelStats},
 };
 
 fn send<T: Send + Unpin + 'static>() {}
@@ -25,15 +29,15 @@ fn every_type_can_be_sent_between_threads() {
         KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
-    assert_traits!(send: tokio_nfqueue::Conntrack, tokio_nfqueue::ConntrackState, tokio_nfqueue::ConntrackStatus,
-        tokio_nfqueue::Flow, tokio_nfqueue::Expectation);
-    assert_traits!(send: tokio_nfqueue::ConnectionState, tokio_nfqueue::Direction, tokio_nfqueue::Divert,
-        tokio_nfqueue::DivertBuilder, tokio_nfqueue::DivertSet, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
-        tokio_nfqueue::PacketField, tokio_nfqueue::PortRange, tokio_nfqueue::Priority, tokio_nfqueue::Protocol,
-        tokio_nfqueue::Rate, tokio_nfqueue::Rule, tokio_nfqueue::RuleCounter, tokio_nfqueue::SetElement,
-        tokio_nfqueue::SetField, tokio_nfqueue::SetValue, tokio_nfqueue::FlowTuple, tokio_nfqueue::TableFamily, tokio_nfqueue::TcpFlags);
-    assert_traits!(send: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>, tokio_nfqueue::TcpFields,
-        tokio_nfqueue::Unreachable);
+    assert_traits!(send: tokio_nfqueue::conntrack::Conntrack, tokio_nfqueue::conntrack::ConntrackState, tokio_nfqueue::conntrack::ConntrackStatus,
+        tokio_nfqueue::conntrack::Flow, tokio_nfqueue::conntrack::Expectation);
+    assert_traits!(send: tokio_nfqueue::divert::ConnectionState, tokio_nfqueue::divert::Direction, tokio_nfqueue::Divert,
+        tokio_nfqueue::divert::DivertBuilder, tokio_nfqueue::divert::DivertSet, tokio_nfqueue::divert::Match, tokio_nfqueue::divert::NamedSet,
+        tokio_nfqueue::divert::PacketField, tokio_nfqueue::divert::PortRange, tokio_nfqueue::divert::Priority, tokio_nfqueue::Protocol,
+        tokio_nfqueue::divert::Rate, tokio_nfqueue::Rule, tokio_nfqueue::divert::RuleCounter, tokio_nfqueue::divert::SetElement,
+        tokio_nfqueue::divert::SetField, tokio_nfqueue::divert::SetValue, tokio_nfqueue::divert::FlowTuple, tokio_nfqueue::divert::TableFamily, tokio_nfqueue::divert::TcpFlags);
+    assert_traits!(send: tokio_nfqueue::edit::Edit, tokio_nfqueue::edit::PacketView<'static>, tokio_nfqueue::edit::TcpFields,
+        tokio_nfqueue::edit::Unreachable);
     assert_traits!(send: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
         simulated::RawSocket, simulated::Sent, simulated::TestPacket);
 }
@@ -44,9 +48,9 @@ fn what_tasks_share_is_sync() {
     assert_traits!(sync: Action, Advice, Changes<'static>, Confirm, DetachedPacket, Error, Handover,
         Injector, InjectorBuilder, KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueNumbers, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink);
-    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::DivertSet, tokio_nfqueue::Match,
-        tokio_nfqueue::NamedSet, tokio_nfqueue::Rule);
-    assert_traits!(sync: tokio_nfqueue::Edit, tokio_nfqueue::PacketView<'static>);
+    assert_traits!(sync: tokio_nfqueue::Divert, tokio_nfqueue::divert::DivertSet, tokio_nfqueue::divert::Match,
+        tokio_nfqueue::divert::NamedSet, tokio_nfqueue::Rule);
+    assert_traits!(sync: tokio_nfqueue::edit::Edit, tokio_nfqueue::edit::PacketView<'static>);
     assert_traits!(sync: simulated::Cause, simulated::Connection, simulated::Kernel, simulated::Outcome,
         simulated::RawSocket, simulated::Sent, simulated::TestPacket);
 }
@@ -57,8 +61,8 @@ fn settings_and_sinks_can_be_cloned() {
         VerdictSink, Stats);
     assert_traits!(clone: simulated::Connection, simulated::Kernel, simulated::Outcome, simulated::Sent,
         simulated::TestPacket);
-    assert_traits!(clone: tokio_nfqueue::DivertBuilder, tokio_nfqueue::Match, tokio_nfqueue::NamedSet,
-        tokio_nfqueue::Rule, tokio_nfqueue::SetElement);
+    assert_traits!(clone: tokio_nfqueue::divert::DivertBuilder, tokio_nfqueue::divert::Match, tokio_nfqueue::divert::NamedSet,
+        tokio_nfqueue::Rule, tokio_nfqueue::divert::SetElement);
 }
 
 #[test]

@@ -25,7 +25,7 @@ use hickory_proto::{
     rr::{Name, rdata::opt::EdnsOption},
 };
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_nfqueue::{Action, Divert, Error, Hook, Injector, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Action, Divert, Error, Hook, Packet, Protocol, Queue, Rule, divert::Match, inject::Injector};
 
 async fn run(options: Options) -> Result<(), Error> {
     let mut end = pin!(end_signal());

@@ -7,7 +7,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
 };
-use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, Takeover};
+use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, QueueBuilder, Rule, handover::Takeover};
 
 use super::Options;
 

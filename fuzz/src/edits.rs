@@ -3,7 +3,10 @@
 use std::net::IpAddr;
 
 use super::{checksums, input::Input};
-use tokio_nfqueue::{Edit, Error, PacketView, Unreachable, complete_checksums};
+use tokio_nfqueue::{
+    Error,
+    edit::{Edit, PacketView, Unreachable, complete_checksums},
+};
 
 /// More edits take long and find no more.
 const MOST_EDITS: usize = 24;

@@ -9,7 +9,7 @@ use nfqueue_proto::{
     record::{Record, check_header, header},
     types::ErrorKind,
 };
-use tokio_nfqueue::{Takeover, simulated::TestPacket};
+use tokio_nfqueue::{handover::Takeover, simulated::TestPacket};
 
 /// Decodes the bytes as a record, and as what follows the first bytes of one.
 pub fn records(data: &[u8]) {

@@ -107,7 +107,7 @@ pub use self::{
 ///
 /// ```no_run
 /// use futures::{TryStreamExt, stream};
-/// use tokio_nfqueue::{Divert, Hook, Priority, Protocol, Queue, Rule};
+/// use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule, divert::Priority};
 ///
 /// # async fn example() -> Result<(), tokio_nfqueue::Error> {
 /// let tcp = Queue::builder(0).gso(true).bind().await?;
@@ -293,7 +293,7 @@ impl fmt::Debug for Edit {
 /// # Examples
 ///
 /// ```
-/// # use tokio_nfqueue::{Error, Packet, complete_checksums};
+/// # use tokio_nfqueue::{Error, Packet, edit::complete_checksums};
 /// fn for_capture(packet: &Packet) -> Result<Vec<u8>, Error> {
 ///     let mut bytes = packet.payload().to_vec();
 ///     if !packet.is_checksum_ready() {

@@ -60,7 +60,7 @@ impl Edit {
     /// [Which reply arrives](crate::guide::replies) depends on the hook.
     ///
     /// ```
-    /// use tokio_nfqueue::{Error, Injector, Packet, Verdict};
+    /// use tokio_nfqueue::{Error, Packet, Verdict, inject::Injector};
     ///
     /// /// Replies to a query instead of the server.
     /// async fn reply(packet: Packet, injector: &Injector) -> Result<Verdict, Error> {
@@ -110,7 +110,7 @@ impl Edit {
     ///
     /// The reset has no payload and no TCP options. Addresses and ports are exchanged, and the TTL
     /// or hop limit is 64. The rest of the IP header stays. The reset of a
-    /// [super-packet](Self#super-packets) must be sent by an [`Injector`](crate::Injector), because
+    /// [super-packet](Self#super-packets) must be sent by an [`Injector`](crate::inject::Injector), because
     /// as the payload of a verdict it would be lost.
     ///
     /// It closes one side. To close the other side as well, send it a reset of its own, or accept
@@ -167,7 +167,7 @@ impl Edit {
     /// [`set_source_address`](Self::set_source_address). The IP header is new, without options or
     /// extension headers; only the DF bit stays.
     ///
-    /// Send it with an [`Injector`](crate::Injector): as the payload of a verdict, some kernels and
+    /// Send it with an [`Injector`](crate::inject::Injector): as the payload of a verdict, some kernels and
     /// hooks lose it. The kernel sends such errors itself, with a limit of their rate (the `reject`
     /// statement of nftables). This method has no limit.
     ///

@@ -21,7 +21,7 @@ use crate::{
 /// your choice. `Display` writes one line:
 ///
 /// ```
-/// use tokio_nfqueue::PacketView;
+/// use tokio_nfqueue::edit::PacketView;
 ///
 /// # let bytes = [
 /// #     0x45, 0, 0, 33, 0, 0, 0x40, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 7, 0xa0, 0x01,

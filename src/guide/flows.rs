@@ -94,7 +94,7 @@
 //! # How long a denial holds
 //!
 //! A denied connection is remembered by protocol, addresses and ports, for
-//! [`denied_flows`](crate::DivertBuilder::denied_flows) (ten minutes by default) since its last
+//! [`denied_flows`](crate::divert::DivertBuilder::denied_flows) (ten minutes by default) since its last
 //! packet, in either direction. Each packet lets the time begin anew. Until then it stays denied,
 //! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
 //! same port. Beyond that time it is denied as long as connection tracking has its entry: that of
@@ -143,7 +143,7 @@
 //! `stop()` skips the chain behind the queue, which learns nothing of the packet: it ends no
 //! accept, and begins no connection beside a denied one. Use `accept()`.
 //!
-//! There must be room: see [`denied_flows`](crate::DivertBuilder::denied_flows).
+//! There must be room: see [`denied_flows`](crate::divert::DivertBuilder::denied_flows).
 //!
 //! # Rejected connections
 //!
@@ -155,7 +155,7 @@
 //!
 //! - In the middle of a connection, the sender of the rejected packet is reset at once, and the
 //!   other side when it sends next. The kernel has no way to send a segment that nothing has
-//!   caused; [`Edit::tcp_reset`](crate::Edit::tcp_reset) with an [`Injector`](crate::Injector) can,
+//!   caused; [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) with an [`Injector`](crate::inject::Injector) can,
 //!   before the verdict.
 //! - At `Postrouting` the kernel cannot reject. The packet is dropped, with `for_flow` also the
 //!   connection, and `refusals` reports it.
@@ -169,7 +169,7 @@
 //! # Accepted connections past the hooks
 //!
 //! An accepted connection costs less than one whose packets all come to the queue, and more than
-//! one without any rule. With [`DivertBuilder::offload`](crate::DivertBuilder::offload) it costs
+//! one without any rule. With [`DivertBuilder::offload`](crate::divert::DivertBuilder::offload) it costs
 //! less than without any rule: the kernel forwards its packets when they arrive, past all hooks (an
 //! nf_tables flowtable, in software).
 //!
@@ -210,7 +210,7 @@
 //!   there are refused, unless they are limited to TCP flags or connection states. Of all others
 //!   that must see every packet, such as [`count`](crate::Rule::count), the numbers are too low.
 //!   What conntrack counts (`nf_conntrack_acct`), and so
-//!   [`first_bytes`](crate::Match::first_bytes), stays correct.
+//!   [`first_bytes`](crate::divert::Match::first_bytes), stays correct.
 //! - Traffic control at the interface that a packet leaves by sees it (`tc`, the hook `egress`),
 //!   and so do packet sockets (`tcpdump`) and rules at `ingress` with a priority below 0.
 //! - A program that overwrites a connection's mark, or a rule of

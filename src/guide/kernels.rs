@@ -22,7 +22,7 @@
 //! | 6.12.83, 6.18.24, 6.19.14 | each queue has a hash table of its own, and at most 65 536 packets wait in it. Before, all queues shared one, and verdicts in several threads could access freed memory (CVE-2026-43084) |
 //! | 7.1 | no replaced payload in a network namespace that another user namespace than the initial one owns: `Unsupported` |
 //! | 7.2 | no replaced payload in the bridge family: `Unsupported`. A replacement whose IP header length, options, fragment bits or extension headers differ from the packet's is dropped |
-//! | 7.3 | [`offload`](crate::DivertBuilder::offload) in a network namespace that another user namespace than the initial one owns: `Unsupported` |
+//! | 7.3 | [`offload`](crate::divert::DivertBuilder::offload) in a network namespace that another user namespace than the initial one owns: `Unsupported` |
 //! | 7.3 | a replacement without a transport header, or with another protocol than that of a tracked connection, is dropped |
 //!
 //! Not by version, but by configuration:
@@ -33,7 +33,7 @@
 //! | `NFT_QUEUE` | `Divert` uses the target of iptables (`NFT_COMPAT`, `NETFILTER_XT_TARGET_NFQUEUE`); no queue in the bridge family |
 //! | `NETFILTER_NETLINK_GLUE_CT` | [`conntrack`](crate::QueueBuilder::conntrack) returns `Unsupported`; flow marks work without it |
 //! | `NF_CT_NETLINK` | flow marks of a `Divert` return `Unsupported` |
-//! | `NF_FLOW_TABLE_INET`, `NFT_FLOW_OFFLOAD` | [`offload`](crate::DivertBuilder::offload) returns `Unsupported` |
+//! | `NF_FLOW_TABLE_INET`, `NFT_FLOW_OFFLOAD` | [`offload`](crate::divert::DivertBuilder::offload) returns `Unsupported` |
 //! | `NFT_REJECT` of the family | rules that reject return `Unsupported` |
 //! | `NFT_TPROXY` | reassembly before rules that compare ports needs connection tracking |
 //!

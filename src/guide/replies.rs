@@ -2,20 +2,20 @@
 //!
 //! A program that decides packets can also reply to them: it answers a DNS query itself, refuses a
 //! connection with a TCP reset, or reports an ICMP error. With feature `edit`,
-//! [`Edit`](crate::Edit) makes the reply from the packet:
+//! [`Edit`](crate::edit::Edit) makes the reply from the packet:
 //!
 //! | reply | made by |
 //! |---|---|
-//! | the packet in the reverse direction, with another payload; an echo reply | [`turn_around`](crate::Edit::turn_around), [`replace_payload`](crate::Edit::replace_payload) |
-//! | a TCP reset | [`tcp_reset`](crate::Edit::tcp_reset) |
-//! | an ICMP or ICMPv6 error | [`icmp_unreachable`](crate::Edit::icmp_unreachable) |
+//! | the packet in the reverse direction, with another payload; an echo reply | [`turn_around`](crate::edit::Edit::turn_around), [`replace_payload`](crate::edit::Edit::replace_payload) |
+//! | a TCP reset | [`tcp_reset`](crate::edit::Edit::tcp_reset) |
+//! | an ICMP or ICMPv6 error | [`icmp_unreachable`](crate::edit::Edit::icmp_unreachable) |
 //!
 //! If only the kernel's own resets and errors are needed, [`Packet::reject`](crate::Packet::reject)
 //! is simpler.
 //!
 //! There are two ways to send the reply:
 //!
-//! - **Injector**: drop the packet, and send the reply with an [`Injector`](crate::Injector). This
+//! - **Injector**: drop the packet, and send the reply with an [`Injector`](crate::inject::Injector). This
 //!   works at every hook. The reply is a new packet of this host and passes the output and
 //!   postrouting hooks.
 //! - **Verdict**: accept the packet with the reply as its
@@ -66,7 +66,7 @@
 //! error counts as invalid. A reply by verdict has the connection of the packet that it replaces,
 //! in the wrong direction, and counts as new as well.
 //!
-//! - Give the reply a mark, with [`InjectorBuilder::mark`](crate::InjectorBuilder::mark) or
+//! - Give the reply a mark, with [`InjectorBuilder::mark`](crate::inject::InjectorBuilder::mark) or
 //!   [`Verdict::mark`](crate::Verdict::mark), and accept the mark before the stateful rule:
 //!   `meta mark 0x40 accept`. The mark stays on the packet while it is within this host, also over
 //!   loopback.
@@ -91,7 +91,7 @@
 //!
 //! `drop().for_flow()` at the input hook denies the connection in both directions. A reply that is
 //! injected afterwards is a packet of that connection: a rule at the output hook drops it, and
-//! [`send`](crate::Injector::send) returns an error. Reply with `reject().for_flow()`, or drop each
+//! [`send`](crate::inject::Injector::send) returns an error. Reply with `reject().for_flow()`, or drop each
 //! packet alone with `drop()`, for as long as packets are to be replied to.
 //!
 //! # Not to reply to oneself

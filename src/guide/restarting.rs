@@ -26,7 +26,7 @@
 //! ```
 //!
 //! While there are no rules, packets pass unseen. Rules that
-//! [fail closed](crate::DivertBuilder::fail_closed) stay when the old process is killed, and the new
+//! [fail closed](crate::divert::DivertBuilder::fail_closed) stay when the old process is killed, and the new
 //! one replaces them; so do rules that were made with `nft`. The rules of a queue with a table name
 //! of their own are installed by `bind_when_free` as soon as the old table is removed. The removal
 //! of a table drops queued packets.
@@ -63,7 +63,7 @@
 //!
 //! ```no_run
 //! # use tokio::net::UnixStream;
-//! # use tokio_nfqueue::{Error, Queue, Rule, Takeover};
+//! # use tokio_nfqueue::{Error, Queue, Rule, handover::Takeover};
 //! # fn rules() -> Vec<Rule> { Vec::new() }
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! let stream = UnixStream::connect("/run/filter/handover").await?;
@@ -82,7 +82,7 @@
 //!
 //! | event | result |
 //! |---|---|
-//! | a task still holds packets when the time of `hand_over` is over | they get the default action; [`Handover::unanswered`](crate::Handover::unanswered) counts them |
+//! | a task still holds packets when the time of `hand_over` is over | they get the default action; [`Handover::unanswered`](crate::handover::Handover::unanswered) counts them |
 //! | the new process fails, ends or is killed before it accepts | `send` returns an error, and the old process goes on |
 //! | it does not accept in time | the same; its `accept` returns `TimedOut`, also if it comes later |
 //! | it uses another version of this crate with another format | its `receive` returns `Incompatible`, and the old process goes on |
@@ -117,7 +117,7 @@
 //!
 //! ```no_run
 //! # use std::{os::fd::OwnedFd, time::Duration};
-//! # use tokio_nfqueue::{Divert, Error, Queue, Takeover, VerdictSink};
+//! # use tokio_nfqueue::{Divert, Error, Queue, VerdictSink, handover::Takeover};
 //! # fn store(name: &str, descriptors: Vec<OwnedFd>) {}
 //! # fn stored(name: &str) -> Vec<OwnedFd> { Vec::new() }
 //! # async fn example(verdicts: VerdictSink, divert: Divert) -> Result<(), Error> {

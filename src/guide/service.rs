@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | [`bind`](crate::QueueBuilder::bind), verdicts, [`reconfigure`](crate::VerdictSink::reconfigure), [`close`](crate::VerdictSink::close) | `CAP_NET_ADMIN` | **at every send**, for the sending thread, in the user namespace that owns the network namespace |
 //! | `Divert` (feature `divert`): every change, `counters` | `CAP_NET_ADMIN` | at every call |
-//! | [`Injector`](crate::Injector) | `CAP_NET_RAW`; with a mark before Linux 5.17 also `CAP_NET_ADMIN` | when it is built |
+//! | [`Injector`](crate::inject::Injector) | `CAP_NET_RAW`; with a mark before Linux 5.17 also `CAP_NET_ADMIN` | when it is built |
 //! | [`kernel_stats`](crate::VerdictSink::kernel_stats) | root, or `CAP_DAC_READ_SEARCH`: the kernel's file belongs to root and has mode 0440 | at `bind` |
 //! | [`namespace`](crate::QueueBuilder::namespace) | `CAP_SYS_ADMIN` in both user namespaces | at `bind`, `install`, `build` |
 //! | a receive buffer beyond `net.core.rmem_max` | `CAP_NET_ADMIN` in the initial user namespace | at `bind`, `reconfigure` |

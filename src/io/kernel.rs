@@ -6,7 +6,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
 use rustix::io::Errno;
 
 use super::sys::Owner;
-use crate::types::{Error, ErrorKind};
+use crate::types::{Error, ErrorKind, stats::Number};
 
 /// The kernel's own counters of a queue, from its line in `/proc/net/netfilter/nfnetlink_queue`.
 /// They start at [`bind`](crate::QueueBuilder::bind) and wrap at 2³².
@@ -35,6 +35,19 @@ pub struct KernelStats {
 }
 
 impl KernelStats {
+    /// The numbers that are not names, with a kind and a line of help: see
+    /// [`Stats::iter`](crate::Stats::iter).
+    pub fn iter(&self) -> impl Iterator<Item = Number> + use<> {
+        let (counter, gauge) = (Number::counter, Number::gauge);
+        [
+            gauge("kernel.queued", self.queued.into(), "Packets that wait for a verdict in the kernel."),
+            counter("kernel.dropped_queue", self.dropped_queue.into(), "Packets that found the queue full."),
+            counter("kernel.dropped_socket", self.dropped_socket.into(), "Packets that found the receive buffer full."),
+            counter("kernel.last_id", self.last_id.into(), "Ids that the kernel has assigned."),
+        ]
+        .into_iter()
+    }
+
     /// Those of another number are added to these.
     pub(crate) fn add(&mut self, other: &Self) {
         self.queued += other.queued;

@@ -110,7 +110,7 @@ async fn every_attribute_of_a_packet_arrives() {
         assert_eq!((entry.id, entry.mark, entry.labels), (Some(77), Some(5), Some([1; 16])));
         assert_eq!(entry.original.source_port, Some(4000));
         assert_eq!(entry.reply.source, Some(to.ip()));
-        assert_eq!(packet.conntrack_state(), Some(crate::ConntrackState::Established));
+        assert_eq!(packet.conntrack_state(), Some(crate::conntrack::ConntrackState::Established));
         packet.accept().conntrack_mark(0xf0, 0xf0).submit().unwrap();
         assert_eq!(sent.outcome().await.connection_mark, Some(0xf5));
         assert_eq!(kernel.connection_mark(77), Some(0xf5));

@@ -1,7 +1,7 @@
 //! Malformed packets and arbitrary bytes cause errors, never a panic.
 
 use proptest::{prelude::*, sample::Index};
-use tokio_nfqueue::{Edit, PacketView, Unreachable, complete_checksums};
+use tokio_nfqueue::edit::{Edit, PacketView, Unreachable, complete_checksums};
 
 use super::{
     Change, change, refusal,

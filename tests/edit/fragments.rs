@@ -1,7 +1,7 @@
 //! In fragments, addresses can be changed, and ports and payload cannot.
 
 use proptest::prelude::*;
-use tokio_nfqueue::{Edit, PacketView, complete_checksums};
+use tokio_nfqueue::edit::{Edit, PacketView, complete_checksums};
 
 use super::{
     first4, refusal,

@@ -14,7 +14,10 @@ use std::cell::RefCell;
 use etherparse::IpDscp;
 use proptest::prelude::*;
 
-use tokio_nfqueue::{Edit, Error, ErrorKind, complete_checksums};
+use tokio_nfqueue::{
+    Error, ErrorKind,
+    edit::{Edit, complete_checksums},
+};
 
 use self::{
     received::Received,

@@ -2,7 +2,8 @@
 
 use tokio::runtime::{Builder, Runtime};
 use tokio_nfqueue::{
-    Edit, Error, Hook, Queue,
+    Error, Hook, Queue,
+    edit::Edit,
     simulated::{self, Kernel, TestPacket},
 };
 

@@ -7,7 +7,10 @@ use etherparse::{
     icmpv6,
 };
 use proptest::prelude::*;
-use tokio_nfqueue::{Edit, PacketView, Unreachable, simulated::TestPacket};
+use tokio_nfqueue::{
+    edit::{Edit, PacketView, Unreachable},
+    simulated::TestPacket,
+};
 
 use super::{
     received::Received,

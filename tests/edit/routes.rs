@@ -2,7 +2,7 @@
 
 use etherparse::{IpHeaders, Ipv6RawExtHeader, Ipv6RoutingExtensions, ip_number};
 use proptest::prelude::*;
-use tokio_nfqueue::{Edit, PacketView, complete_checksums};
+use tokio_nfqueue::edit::{Edit, PacketView, complete_checksums};
 
 use super::{
     first4,

@@ -1,6 +1,6 @@
 //! Tests the maximum length, absent checksums, bytes after the payload, and the view.
 
-use tokio_nfqueue::{Edit, PacketView, complete_checksums};
+use tokio_nfqueue::edit::{Edit, PacketView, complete_checksums};
 
 use super::{
     refusal,

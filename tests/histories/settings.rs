@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use nfqueue_testbed::random::Random;
-use tokio_nfqueue::{Action, FlushDecision, FlushPolicy, Queue, QueueBuilder};
+use tokio_nfqueue::{Action, FlushPolicy, Queue, QueueBuilder, flush::FlushDecision};
 
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {

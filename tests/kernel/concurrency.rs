@@ -7,7 +7,7 @@ use std::{
 
 use futures::StreamExt;
 use tokio::sync::mpsc;
-use tokio_nfqueue::{FlushDecision, FlushPolicy, Packet, Queue, Verdict, VerdictSink};
+use tokio_nfqueue::{FlushPolicy, Packet, Queue, Verdict, VerdictSink, flush::FlushDecision};
 
 use crate::common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
 

@@ -12,7 +12,10 @@ use std::{
 use futures::SinkExt;
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
-use tokio_nfqueue::{Action, Conntrack, ConntrackState, ErrorKind, Expectation, Flow, Packet, Queue, Verdict};
+use tokio_nfqueue::{
+    Action, ErrorKind, Packet, Queue, Verdict,
+    conntrack::{Conntrack, ConntrackState, Expectation, Flow},
+};
 
 use crate::{
     common::{

@@ -678,7 +678,7 @@ fn many_rules_are_installed_or_refused() {
 }
 
 fn invalid_rules_are_refused() {
-    let refused = |builder: tokio_nfqueue::DivertBuilder, text: &str| {
+    let refused = |builder: tokio_nfqueue::divert::DivertBuilder, text: &str| {
         let error = builder.install().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
         assert!(error.to_string().contains(text), "{error}");

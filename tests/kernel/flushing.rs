@@ -7,7 +7,10 @@ use std::{
 };
 
 use futures::{Sink, SinkExt, StreamExt, TryStreamExt};
-use tokio_nfqueue::{Error, ErrorKind, FlushContext, FlushDecision, FlushPolicy, FlushReason, Queue};
+use tokio_nfqueue::{
+    Error, ErrorKind, FlushPolicy, Queue,
+    flush::{FlushContext, FlushDecision, FlushReason},
+};
 
 use crate::common::{self, Traffic, account, hold, next, number, soon, start};
 

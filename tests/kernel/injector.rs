@@ -6,7 +6,10 @@ use bytes::Bytes;
 use etherparse::PacketBuilder;
 use futures::{FutureExt, SinkExt};
 use rustix::net::sockopt::set_socket_broadcast;
-use tokio_nfqueue::{ErrorKind, Hook, Injector, NetworkNamespace, Protocol, Queue, Rule, TrySendError};
+use tokio_nfqueue::{
+    ErrorKind, Hook, NetworkNamespace, Protocol, Queue, Rule,
+    inject::{Injector, TrySendError},
+};
 
 use crate::{
     common::{self, divert, give_up_capabilities, soon},

@@ -44,6 +44,7 @@ mod promises;
 mod reconfigure;
 mod replacement;
 mod rules;
+mod serve;
 mod simulated;
 mod statistics;
 mod surprises;
@@ -78,6 +79,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     rules::tests,
     own_rules::tests,
     flows::tests,
+    serve::tests,
     simulated::tests,
     namespaces::tests,
     numbers::tests,

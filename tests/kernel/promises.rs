@@ -21,7 +21,8 @@ use rustix::{
 };
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_nfqueue::{
-    Action, ErrorKind, FlushDecision, FlushPolicy, NetworkNamespace, Packet, Queue, Reconfigure, Stats, TryRecvError,
+    Action, ErrorKind, FlushPolicy, NetworkNamespace, Packet, Queue, Reconfigure, Stats, TryRecvError,
+    flush::FlushDecision,
 };
 
 use crate::{

@@ -162,7 +162,7 @@ async fn a_difference_counts_what_happened_between_two_snapshots() {
     let held = hold(&mut queue, &traffic, 5..12).await;
     let since = queue.stats() - before;
     assert_fields!(since, received.packets: 7, decided.accepted: 0, held.in_flight: 7, limits.max_len: 1024);
-    let named: std::collections::BTreeMap<_, _> = since.iter().collect();
+    let named: std::collections::BTreeMap<_, _> = since.iter().map(|number| (number.name, number.value)).collect();
     assert_eq!((named["received.packets"], named["held.in_flight"]), (7, 7));
     assert!(named.contains_key("held.oldest_undecided_us"));
     drop(held);

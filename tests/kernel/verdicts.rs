@@ -55,7 +55,7 @@ async fn a_verdict_returns_all_that_it_changes() {
     assert_fields!(changes, mark: Some(5), priority: Some(6), vlan: Some(vlan));
     assert_eq!(changes.payload.map(|payload| &payload[..]), Some(&[7; 30][..]));
     assert_eq!(changes.layer2_header.map(|header| &header[..]), Some(&[8; 14][..]));
-    let expectation = tokio_nfqueue::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
+    let expectation = tokio_nfqueue::conntrack::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
     let verdict = verdict.conntrack_mark(1, 2).conntrack_labels([3; 16], [4; 16]);
     let timeout = std::time::Duration::from_secs(9);
     let verdict = verdict.conntrack_timeout(timeout).expectation(expectation.clone());

@@ -156,7 +156,7 @@ impl Records {
 
     /// Makes the counters a part of the digest.
     pub(crate) fn note(&mut self, stats: &Stats) {
-        stats.iter().for_each(|counter| counter.hash(&mut self.digest));
+        stats.iter().for_each(|number| (number.name, number.value).hash(&mut self.digest));
     }
 
     /// Of all outcomes that have been checked, and of the counters.

@@ -8,7 +8,11 @@ use std::{
 
 use netlink_packet_core::DefaultNla;
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{Edit, Error, Hook, Injector, Protocol, Queue, Rule, Unreachable};
+use tokio_nfqueue::{
+    Error, Hook, Protocol, Queue, Rule,
+    edit::{Edit, Unreachable},
+    inject::Injector,
+};
 
 use crate::{
     common::{

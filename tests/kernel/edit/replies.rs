@@ -9,7 +9,11 @@ use nfqueue_divert::Divert;
 use nix::errno::Errno;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 use tokio::task::JoinHandle;
-use tokio_nfqueue::{Edit, Error, Hook, Injector, Packet, Protocol, Queue, Rule, Unreachable, VerdictSink};
+use tokio_nfqueue::{
+    Error, Hook, Packet, Protocol, Queue, Rule, VerdictSink,
+    edit::{Edit, Unreachable},
+    inject::Injector,
+};
 
 use super::setup::{Case, Editor, PORT, Path};
 use crate::{common, support};

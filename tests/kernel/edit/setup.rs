@@ -9,7 +9,7 @@ use std::{
 use libtest_mimic::Trial;
 use nfqueue_divert::Divert;
 use tokio::task::JoinHandle;
-use tokio_nfqueue::{Edit, Error, Hook, Protocol, Queue, Rule, VerdictSink};
+use tokio_nfqueue::{Error, Hook, Protocol, Queue, Rule, VerdictSink, edit::Edit};
 
 use super::second;
 use crate::{

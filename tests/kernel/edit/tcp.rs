@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::task;
-use tokio_nfqueue::{Edit, Error, ErrorKind, Hook, Protocol, Queue, Rule};
+use tokio_nfqueue::{Error, ErrorKind, Hook, Protocol, Queue, Rule, edit::Edit};
 
 use super::{
     route, second,

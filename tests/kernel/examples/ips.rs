@@ -9,7 +9,7 @@ use std::{
 use nfqueue_divert::Divert;
 use nix::sys::signal::Signal;
 use socket2::{Domain, Type};
-use tokio_nfqueue::{Action, Edit, Hook, Injector, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Action, Hook, Packet, Protocol, Queue, Rule, edit::Edit, inject::Injector};
 
 use super::{PORT, Program};
 use crate::{common, support};

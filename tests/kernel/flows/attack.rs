@@ -8,7 +8,7 @@ use std::{
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{Cmp, DataAttribute, Operator, Register};
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{FlowMarks, Hook, Match, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,

@@ -6,7 +6,7 @@ use std::{fs, net::SocketAddrV4, time::Duration};
 use etherparse::{IpNumber, PacketBuilder};
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
-use tokio_nfqueue::{Hook, Match, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::{
     LOOPBACKS, Talk, bind, confirm, entries_gone, pass, queue_is_empty,

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio_nfqueue::{ConnectionState, FlowTuple, Hook, Match, Protocol, Queue, Rule};
+use tokio_nfqueue::{
+    Hook, Protocol, Queue, Rule,
+    divert::{ConnectionState, FlowTuple, Match},
+};
 
 use super::{
     LOOPBACKS, Talk,

@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener, time::Duration};
 
-use tokio_nfqueue::{FlowTuple, Hook, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule, divert::FlowTuple};
 
 use super::{
     MEMORY, bind, confirm, forgetful, pass, queue_is_empty,

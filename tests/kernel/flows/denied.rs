@@ -129,7 +129,10 @@ async fn rules_are_replaced_and_verdicts_stay() {
 
 /// Connection tracking calls a segment that belongs to no connection invalid.
 async fn verdict_for_the_connection_of_a_packet_without_one_holds_for_the_packet() {
-    use tokio_nfqueue::{ConnectionState, Match, Protocol};
+    use tokio_nfqueue::{
+        Protocol,
+        divert::{ConnectionState, Match},
+    };
 
     let mut queue = bind();
     let invalid = Rule::new(Hook::Output)

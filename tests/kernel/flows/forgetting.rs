@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, SocketAddrV4};
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ErrorKind, FlowMarks, FlowTuple, Hook, Protocol, Queue, Rule};
+use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, divert::FlowTuple};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,

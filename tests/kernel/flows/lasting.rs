@@ -3,7 +3,7 @@
 use std::{net::SocketAddrV4, time::Duration};
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{FlowMarks, Hook, Match, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 
 use super::{
     bind, confirm, denials_expired, forgetful, queue_is_empty,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio_nfqueue::{Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
+use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict, divert::Match};
 
 use super::{
     LOOPBACKS, Talk, bind, confirm, queue_is_empty,

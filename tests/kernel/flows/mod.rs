@@ -29,7 +29,9 @@ use std::{
 
 use libtest_mimic::Trial;
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{DivertBuilder, Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict};
+use tokio_nfqueue::{
+    Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict, divert::DivertBuilder,
+};
 
 use crate::{
     common::{bind_now, next, soon},

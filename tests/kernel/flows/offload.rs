@@ -12,8 +12,8 @@ use std::{
 use nfqueue_divert::Divert;
 use tokio::task::spawn_blocking;
 use tokio_nfqueue::{
-    ConnectionState, DivertBuilder, ErrorKind, FlowMarks, FlowTuple, Hook, Match, Packet, Protocol, Queue, Rate, Rule,
-    TableFamily,
+    ErrorKind, FlowMarks, Hook, Packet, Protocol, Queue, Rule,
+    divert::{ConnectionState, DivertBuilder, FlowTuple, Match, Rate, TableFamily},
 };
 
 use super::{

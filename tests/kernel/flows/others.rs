@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict};
+use tokio_nfqueue::{FlowMarks, Hook, Packet, Protocol, Queue, Rule, Verdict, divert::Match};
 
 use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
 use crate::{

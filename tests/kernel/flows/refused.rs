@@ -5,8 +5,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    Action, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, Packet, Queue, Rule, SetField, TableFamily,
-    Verdict,
+    Action, ErrorKind, FlowMarks, Hook, Packet, Queue, Rule, Verdict,
+    divert::{DivertBuilder, Match, NamedSet, SetField, TableFamily},
 };
 
 use super::{LOOPBACKS, Talk, bind, confirm, table, to_port};

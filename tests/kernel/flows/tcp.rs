@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::task::spawn_blocking;
-use tokio_nfqueue::{Hook, Match, Protocol, Queue, Rule};
+use tokio_nfqueue::{Hook, Protocol, Queue, Rule, divert::Match};
 
 use super::{Decision, LOOPBACKS, bind, confirm, pass, queue_is_empty, table};
 use crate::common::{next, soon};

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use tokio_nfqueue::{Hook, Priority, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule, divert::Priority};
 
 use super::{
     bind, confirm, pass, queue_is_empty,

@@ -3,7 +3,10 @@
 use std::net::IpAddr;
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{Direction, FlowMarks, Hook, Match, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{
+    FlowMarks, Hook, Protocol, Queue, Rule,
+    divert::{Direction, Match, Priority},
+};
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused, sent, table, to_port,

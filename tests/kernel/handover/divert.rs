@@ -3,8 +3,9 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use tokio_nfqueue::{
-    Action, Divert, ErrorKind, FlowMarks, Match, NamedSet, PacketField, Protocol, Queue, QueueBuilder, Rule, SetField,
-    Takeover,
+    Action, Divert, ErrorKind, FlowMarks, Protocol, Queue, QueueBuilder, Rule,
+    divert::{Match, NamedSet, PacketField, SetField},
+    handover::Takeover,
 };
 
 use super::{ENOUGH, connection, start_with_rules};

@@ -14,7 +14,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
 };
-use tokio_nfqueue::{Action, Error, ErrorKind, FlushPolicy, Queue, Takeover};
+use tokio_nfqueue::{Action, Error, ErrorKind, FlushPolicy, Queue, handover::Takeover};
 
 use super::{ENOUGH, connection, take_over};
 use crate::common::{Traffic, account, eventually, freed, hold, next, soon, start, without_net_admin};

@@ -18,7 +18,7 @@ use std::{process::ExitCode, time::Duration};
 
 use libtest_mimic::Trial;
 use tokio::net::UnixStream;
-use tokio_nfqueue::{Divert, Error, Queue, QueueBuilder, Takeover, VerdictSink};
+use tokio_nfqueue::{Divert, Error, Queue, QueueBuilder, VerdictSink, handover::Takeover};
 
 use crate::common::{PATIENCE, soon, udp_in};
 

@@ -9,7 +9,7 @@ use std::{
 
 use futures::{FutureExt, StreamExt, TryStreamExt, stream::FusedStream};
 use tokio::sync::Notify;
-use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, Takeover, TryRecvError};
+use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, TryRecvError, handover::Takeover};
 
 use super::{ENOUGH, connection, pass_on, start_with_rules, take_over};
 use crate::{

@@ -14,7 +14,7 @@ use std::{
 
 use rustix::net::sockopt::socket_recv_buffer_size;
 use tokio::net::{UnixListener, UnixStream};
-use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Packet, Queue, QueueBuilder, Takeover};
+use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Packet, Queue, QueueBuilder, handover::Takeover};
 
 use super::ENOUGH;
 use crate::{

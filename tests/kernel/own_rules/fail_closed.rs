@@ -119,7 +119,7 @@ async fn a_dropped_table_that_fails_closed_stays() {
     traffic.expect([1]).await;
 }
 
-async fn eventually_installed(rules: &tokio_nfqueue::DivertBuilder) -> Divert {
+async fn eventually_installed(rules: &tokio_nfqueue::divert::DivertBuilder) -> Divert {
     soon("the rules", Divert::install_when_free(rules)).await.unwrap()
 }
 

@@ -9,7 +9,7 @@ mod waiting;
 use std::io::Read;
 
 use libtest_mimic::Trial;
-use tokio_nfqueue::{Action, Divert, DivertBuilder, Queue, QueueBuilder};
+use tokio_nfqueue::{Action, Divert, Queue, QueueBuilder, divert::DivertBuilder};
 
 use crate::{
     common::udp_in,

@@ -1,7 +1,10 @@
 //! Rules go along when their queue is handed over.
 
 use tokio::net::UnixStream;
-use tokio_nfqueue::{Action, Divert, ErrorKind, FlowMarks, Handover, Queue, QueueBuilder, Takeover};
+use tokio_nfqueue::{
+    Action, Divert, ErrorKind, FlowMarks, Queue, QueueBuilder,
+    handover::{Handover, Takeover},
+};
 
 use super::{TABLE, queue, rules, table_exists};
 use crate::common::{PATIENCE, PORT, Traffic, account, eventually, next, soon, udp_in};

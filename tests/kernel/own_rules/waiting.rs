@@ -3,7 +3,10 @@
 use std::{cell::Cell, net::Ipv4Addr, rc::Rc, time::Duration};
 
 use tokio::task::{LocalSet, spawn_local, yield_now};
-use tokio_nfqueue::{Divert, FlowTuple, Match, NamedSet, PacketField, Queue, SetField};
+use tokio_nfqueue::{
+    Divert, Queue,
+    divert::{FlowTuple, Match, NamedSet, PacketField, SetField},
+};
 
 use super::{TABLE, queue, rules, table_exists};
 use crate::common::{Traffic, eventually, next, udp_in};

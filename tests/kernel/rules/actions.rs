@@ -6,7 +6,10 @@ use std::{
 };
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{Direction, ErrorKind as Kind, Hook, Match, Priority, Protocol, Rule, TableFamily};
+use tokio_nfqueue::{
+    ErrorKind as Kind, Hook, Protocol, Rule,
+    divert::{Direction, Match, Priority, TableFamily},
+};
 
 use super::{connect, counts, datagram, install, out, port, receiver, udp_out};
 use crate::support::{self, Bridge, PATIENCE, RawQueue, udp};

@@ -4,7 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::PacketBuilder;
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ConnectionState, Direction, Hook, Match, Protocol, Rate, Rule, TcpFlags};
+use tokio_nfqueue::{
+    Hook, Protocol, Rule,
+    divert::{ConnectionState, Direction, Match, Rate, TcpFlags},
+};
 
 use super::{connect, counts, datagram, install, matched, out, port, receiver, udp_out};
 use crate::support::{self, PATIENCE, udp, udp_marked};

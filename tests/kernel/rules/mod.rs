@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use etherparse::PacketBuilder;
 use libtest_mimic::Trial;
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{Hook, Match, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use crate::support::{Bridge, Frame, PATIENCE, udp};
 

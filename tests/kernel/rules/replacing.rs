@@ -9,7 +9,10 @@ use std::{
 };
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ErrorKind, Hook, Match, Priority, Protocol, Rule};
+use tokio_nfqueue::{
+    ErrorKind, Hook, Protocol, Rule,
+    divert::{Match, Priority},
+};
 
 use super::{counts, datagram, install, out, port, receiver, udp_out};
 use crate::support::{self, PATIENCE, RawQueue};

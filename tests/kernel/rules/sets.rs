@@ -6,7 +6,10 @@ use std::{
 };
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ErrorKind, Match, NamedSet, PacketField, Protocol, Rule, SetElement, SetField, SetValue};
+use tokio_nfqueue::{
+    ErrorKind, Protocol, Rule,
+    divert::{Match, NamedSet, PacketField, SetElement, SetField, SetValue},
+};
 
 use super::{counts, datagram, out, port, receiver, udp_out};
 use crate::support::{udp, wait_until};
@@ -219,7 +222,7 @@ fn bad_input_is_refused() {
     refused(divert.set("hosts").insert((Ipv4Addr::LOCALHOST, 1), None), "does not fit");
     refused(divert.set("hosts").insert(Ipv4Addr::LOCALHOST, Duration::ZERO), "time-out");
 
-    let install = |builder: tokio_nfqueue::DivertBuilder| builder.install().map(drop);
+    let install = |builder: tokio_nfqueue::divert::DivertBuilder| builder.install().map(drop);
     let set = |name: &str| NamedSet::new(name, [SetField::Port]);
     refused(install(Divert::builder().set(set("a b"))), "set \"a b\": name");
     refused(install(Divert::builder().set(set("a")).set(set("a"))), "set \"a\": name: there is another");

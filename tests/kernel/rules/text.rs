@@ -9,8 +9,11 @@ use std::{
 
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    ConnectionState, Direction, DivertBuilder, ErrorKind, FlowMarks, Hook, Match, NamedSet, PacketField, Priority,
-    Protocol, Rate, Rule, SetField, TableFamily, TcpFlags,
+    ErrorKind, FlowMarks, Hook, Protocol, Rule,
+    divert::{
+        ConnectionState, Direction, DivertBuilder, Match, NamedSet, PacketField, Priority, Rate, SetField, TableFamily,
+        TcpFlags,
+    },
 };
 
 use super::udp_out;

@@ -11,7 +11,8 @@ use etherparse::PacketBuilder;
 use libtest_mimic::Trial;
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{
-    FlowMarks, Hook, Match, Packet, Protocol, Queue, Rule, Verdict,
+    FlowMarks, Hook, Packet, Protocol, Queue, Rule, Verdict,
+    divert::Match,
     simulated::{self, Kernel, Sent, TestPacket},
 };
 

@@ -4,7 +4,10 @@ use std::net::Ipv4Addr;
 
 use etherparse::PacketBuilder;
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ConnectionState, Hook, Match, Protocol, Queue, Rule};
+use tokio_nfqueue::{
+    Hook, Protocol, Queue, Rule,
+    divert::{ConnectionState, Match},
+};
 
 use crate::{
     common::{PORT, next},

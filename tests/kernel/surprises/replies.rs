@@ -6,7 +6,7 @@ use std::{
 };
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{FlowMarks, Hook, Injector, Packet, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, Hook, Packet, Protocol, Queue, Rule, divert::Priority, inject::Injector};
 
 use crate::{
     common::{

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, UdpSocket};
 
 use netlink_packet_core::{DefaultNla, Emitable};
-use tokio_nfqueue::{Hook, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, divert::Match};
 
 use crate::{
     common::{

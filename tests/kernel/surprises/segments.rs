@@ -4,7 +4,10 @@ use std::{net::UdpSocket, time::Duration};
 
 use nfqueue_divert::Divert;
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio_nfqueue::{FlushPolicy, Hook, Match, Packet, Priority, Protocol, Queue, Rule};
+use tokio_nfqueue::{
+    FlushPolicy, Hook, Packet, Protocol, Queue, Rule,
+    divert::{Match, Priority},
+};
 
 use crate::{
     common::{self, PORT, next},

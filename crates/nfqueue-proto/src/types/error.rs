@@ -10,7 +10,7 @@ use super::PacketId;
 ///
 /// `Display` starts with the operation: `bind queue 7: already bound by another socket`. The error
 /// of the operating system, if there is one, is the [`source`](std::error::Error::source) and is
-/// not repeated. `{error:#}` appends it, for programs that print one line.
+/// not repeated. `{error:#}` appends it, for programs that print one line, and so does `Debug`.
 pub struct Error(Box<Repr>);
 
 struct Repr {
@@ -113,7 +113,7 @@ impl Error {
         self
     }
 
-    #[doc(hidden)]
+    /// Whether it ends its queue: it is the last item of the stream.
     pub fn is_fatal(&self) -> bool {
         self.0.fatal
     }
@@ -196,15 +196,10 @@ impl fmt::Display for Error {
     }
 }
 
+/// As `{error:#}`, so that a `main` that returns an error prints what a person can read.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error")
-            .field("kind", &self.0.kind)
-            .field("operation", &self.0.operation)
-            .field("detail", &self.0.detail)
-            .field("packet", &self.0.packet)
-            .field("source", &self.0.source)
-            .finish()
+        write!(f, "{self:#}")
     }
 }
 

@@ -23,8 +23,8 @@ use super::Action;
 /// // ...
 /// let since = sink.stats() - before;
 /// println!("{} packets, {} lost", since.received.packets, since.lost.packets);
-/// for (name, value) in since.iter() {
-///     println!("{name} {value}");
+/// for number in since.iter() {
+///     println!("{} {}", number.name, number.value);
 /// }
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,6 +42,42 @@ pub struct Stats {
     pub held: Held,
     /// The limits that are in force now.
     pub limits: QueueLimits,
+}
+
+/// A number of [`Stats`] or of the kernel, for metrics and logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Number {
+    /// Its name, such as `received.packets`.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: NumberKind,
+    /// Its value.
+    pub value: u64,
+    /// What it counts, in one sentence.
+    pub help: &'static str,
+}
+
+/// What a [`Number`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NumberKind {
+    /// It counts events. (Of a batch of verdicts that turn out to have found no packet, the packets
+    /// are counted again as [`Sent::gone_at_least`], and the others fall by as many.)
+    Counter,
+    /// A level, which rises and falls.
+    Gauge,
+}
+
+impl Number {
+    #[doc(hidden)]
+    pub const fn counter(name: &'static str, value: u64, help: &'static str) -> Self {
+        Self { name, kind: NumberKind::Counter, value, help }
+    }
+
+    #[doc(hidden)]
+    pub const fn gauge(name: &'static str, value: u64, help: &'static str) -> Self {
+        Self { name, kind: NumberKind::Gauge, value, help }
+    }
 }
 
 /// What the kernel has sent: [`Stats::received`].
@@ -182,46 +218,57 @@ pub struct Fill {
 }
 
 impl Stats {
-    /// All numbers with their names, such as `("received.packets", 12)`. Times are in microseconds,
-    /// sizes in bytes, as the names say. [`Held::oldest_undecided`] is left out if there is none.
-    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+    /// All numbers with their names, such as `received.packets`, their kind and a line of help.
+    /// Times are in microseconds, sizes in bytes, as the names say. [`Held::oldest_undecided`] is
+    /// left out if there is none.
+    pub fn iter(&self) -> impl Iterator<Item = Number> + use<> {
         let Self { received, decided, sent, lost, held, limits } = *self;
+        let (counter, gauge) = (Number::counter, Number::gauge);
         let numbers = [
-            ("received.packets", received.packets),
-            ("received.bytes", received.bytes),
-            ("received.malformed", received.malformed),
-            ("decided.accepted", decided.accepted),
-            ("decided.dropped", decided.dropped),
-            ("decided.repeated", decided.repeated),
-            ("decided.requeued", decided.requeued),
-            ("decided.unanswered", decided.unanswered),
-            ("decided.expired", decided.expired),
-            ("decided.late", decided.late),
-            ("decided.handed_over", decided.handed_over),
-            ("sent.flushes", sent.flushes),
-            ("sent.largest_flush", sent.largest_flush),
-            ("sent.sends", sent.sends),
-            ("sent.failed_sends", sent.failed_sends),
-            ("sent.messages", sent.messages),
-            ("sent.refused", sent.refused),
-            ("sent.gone_at_least", sent.gone_at_least),
-            ("sent.refusals", sent.refusals),
-            ("sent.refusals_unread", sent.refusals_unread),
-            ("lost.packets", lost.packets),
-            ("lost.gaps", lost.gaps),
-            ("lost.overrun_episodes", lost.overrun_episodes),
-            ("lost.overruns", lost.overruns),
-            ("held.in_flight", held.in_flight as u64),
-            ("held.most_in_flight", held.most_in_flight as u64),
-            ("held.fill_min", held.fill.min as u64),
-            ("held.fill_mean", held.fill.mean as u64),
-            ("held.fill_max", held.fill.max as u64),
-            ("held.bytes", held.bytes as u64),
-            ("limits.max_len", limits.max_len.into()),
-            ("limits.receive_buffer_bytes", limits.receive_buffer as u64),
+            counter("received.packets", received.packets, "Packets received."),
+            counter("received.bytes", received.bytes, "Bytes received, with metadata and netlink headers."),
+            counter("received.malformed", received.malformed, "Messages that could not be parsed."),
+            counter("decided.accepted", decided.accepted, "Packets accepted or stopped."),
+            counter("decided.dropped", decided.dropped, "Packets dropped."),
+            counter("decided.repeated", decided.repeated, "Packets sent through the hook again."),
+            counter("decided.requeued", decided.requeued, "Packets sent to another queue."),
+            counter("decided.unanswered", decided.unanswered, "Packets that got the default action."),
+            counter("decided.expired", decided.expired, "Packets decided by their deadline."),
+            counter("decided.late", decided.late, "Verdicts for packets that had already been decided."),
+            counter("decided.handed_over", decided.handed_over, "Unread packets passed on to a successor."),
+            counter("sent.flushes", sent.flushes, "Rounds in which gathered verdicts were sent."),
+            gauge("sent.largest_flush", sent.largest_flush, "Verdict messages of the largest round."),
+            counter("sent.sends", sent.sends, "System calls that sent verdicts."),
+            counter("sent.failed_sends", sent.failed_sends, "Sends that failed and were repeated."),
+            counter("sent.messages", sent.messages, "Verdict messages, single and batch."),
+            counter("sent.refused", sent.refused, "Packets whose verdict the kernel refused for good."),
+            counter(
+                "sent.gone_at_least",
+                sent.gone_at_least,
+                "Packets that had left the queue before their verdict, at least.",
+            ),
+            counter("sent.refusals", sent.refusals, "Verdicts that were refused."),
+            counter("sent.refusals_unread", sent.refusals_unread, "Refusals discarded unread."),
+            counter("lost.packets", lost.packets, "Packets that found the receive buffer full."),
+            counter("lost.gaps", lost.gaps, "Gaps between the ids of received packets."),
+            counter("lost.overrun_episodes", lost.overrun_episodes, "Episodes of loss."),
+            counter("lost.overruns", lost.overruns, "ENOBUFS errors."),
+            gauge("held.in_flight", held.in_flight as u64, "Packets received whose verdict has not been sent."),
+            gauge("held.most_in_flight", held.most_in_flight as u64, "The largest number of packets in flight."),
+            gauge("held.fill_min", held.fill.min as u64, "Packets in flight when packets were received: minimum."),
+            gauge("held.fill_mean", held.fill.mean as u64, "Packets in flight when packets were received: mean."),
+            gauge("held.fill_max", held.fill.max as u64, "Packets in flight when packets were received: maximum."),
+            gauge("held.bytes", held.bytes as u64, "Bytes of memory that undecided packets keep."),
+            gauge("limits.max_len", limits.max_len.into(), "Packets that the kernel queues at most."),
+            gauge(
+                "limits.receive_buffer_bytes",
+                limits.receive_buffer as u64,
+                "Size of the receive buffer, as the kernel accounts it.",
+            ),
         ];
         let age = held.oldest_undecided.map(|age| u64::try_from(age.as_micros()).unwrap_or(u64::MAX));
-        numbers.into_iter().chain(age.map(|age| ("held.oldest_undecided_us", age)))
+        let help = "How long the oldest undecided packet has been in this process.";
+        numbers.into_iter().chain(age.map(|age| gauge("held.oldest_undecided_us", age, help)))
     }
 
     fn decided_as(&mut self, action: Action) -> &mut u64 {
@@ -389,9 +436,12 @@ mod tests {
         let mut stats = Stats::default();
         stats.lost.packets = 3;
         stats.held.oldest_undecided = Some(Duration::from_millis(2));
-        let mut names: Vec<&str> = stats.iter().map(|(name, _)| name).collect();
-        assert_eq!(stats.iter().find(|(name, _)| *name == "lost.packets"), Some(("lost.packets", 3)));
-        assert_eq!(stats.iter().last(), Some(("held.oldest_undecided_us", 2000)));
+        let mut names: Vec<&str> = stats.iter().map(|number| number.name).collect();
+        let lost = stats.iter().find(|number| number.name == "lost.packets").unwrap();
+        assert_eq!((lost.value, lost.kind), (3, NumberKind::Counter));
+        let age = stats.iter().last().unwrap();
+        assert_eq!((age.name, age.value, age.kind), ("held.oldest_undecided_us", 2000, NumberKind::Gauge));
+        assert!(stats.iter().all(|number| number.help.ends_with('.')));
         names.sort_unstable();
         let count = names.len();
         names.dedup();

@@ -1,7 +1,10 @@
 //! Other programs of this host: tables with chains at the same hooks, and marks of their own.
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ConnectionState, FlowMarks, Hook, Match, Protocol, Rule};
+use tokio_nfqueue::{
+    FlowMarks, Hook, Protocol, Rule,
+    divert::{ConnectionState, Match},
+};
 
 use crate::common::Random;
 

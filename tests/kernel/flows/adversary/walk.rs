@@ -14,7 +14,7 @@ use std::{
 
 use nfqueue_divert::Divert;
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
-use tokio_nfqueue::{FlowMarks, FlushDecision, FlushPolicy, Hook, Match, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{FlowMarks, FlushPolicy, Hook, Packet, Protocol, Queue, Rule, divert::Match, flush::FlushDecision};
 
 use super::{
     connection::{Connection, Kind, PATHS, Path},

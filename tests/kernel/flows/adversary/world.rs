@@ -12,7 +12,7 @@ use nix::sys::socket::{
     sockopt,
 };
 use socket2::{Domain, SockFilter, Socket, Type};
-use tokio_nfqueue::{Hook, Match, Protocol, Rule};
+use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::segment::{self, ICMP, ICMPV6, Label, SENTINEL, TCP, UDP};
 use crate::{

@@ -27,7 +27,7 @@ use crate::{
 /// arrive, by hook.
 ///
 /// ```no_run
-/// use tokio_nfqueue::{Error, Injector, Packet, Verdict};
+/// use tokio_nfqueue::{Error, Packet, Verdict, inject::Injector};
 ///
 /// # async fn example(packet: Packet) -> Result<(), Error> {
 /// // The rule that sends packets to the queue excludes this mark.
