@@ -155,7 +155,7 @@ impl Shared {
         let spare = self.core().wait(waker);
         drop(spare);
         loop {
-            let sender = lock(&self.sender);
+            let outbox = lock(&self.outbox);
             let receiver = lock(&self.receiver);
             let mut core = self.core();
             let machine = &mut core.machine;
@@ -171,17 +171,17 @@ impl Shared {
             }
             let sent = machine.is_all_sent();
             if owed == 0 && sent && (settling.looked || !machine.awaits_replies()) {
-                let position = machine.freeze(sender.sequence);
+                let position = machine.freeze();
                 let undecided = receiver.packets.iter().filter(|packet| machine.is_undecided(packet.id));
                 let unread = undecided.map(|packet| (packet.id, packet.datagram())).collect();
                 let limits = machine.limits();
                 self.hold.store(Hold::Frozen as u8, Ordering::SeqCst);
                 let longest = receiver.payload();
-                drop((core, receiver, sender));
+                drop((core, receiver, outbox));
                 self.perform_pending();
                 return Poll::Ready(self.record(position, limits, longest, unread));
             }
-            drop((core, receiver, sender));
+            drop((core, receiver, outbox));
             if owed > 0 && !due {
                 // A flush that found the send lock taken.
                 self.with(|core| core.machine.flush_if_wanted());
@@ -299,7 +299,6 @@ impl Shared {
         own_port(shared.socket.port_id());
         shared.hold.store(Hold::Frozen as u8, Ordering::SeqCst);
         shared.last_sent.store(record.sequence, Ordering::Release);
-        lock(&shared.sender).sequence = record.sequence;
         let timed: Weak<Self> = Arc::downgrade(&shared);
         let _ = shared.timer.set(Timer::new(timed as Weak<dyn TimerTarget>, &shared.clock).map_err(os)?);
         driver::start(&shared);

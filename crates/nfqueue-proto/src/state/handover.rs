@@ -103,7 +103,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// From now on the socket is not touched: the position is that of the successor as well.
     /// Whoever waits for a reply learns that it will not come.
-    pub fn freeze(&mut self, sequence: u32) -> Position {
+    pub fn freeze(&mut self) -> Position {
         if let LifeCycle::HandingOver { frozen, .. } = &mut self.life {
             *frozen = true;
         }
@@ -112,7 +112,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             next: self.ledger.next(),
             batches: self.ledger.allows_batches(),
             unknown: self.receiving.unknown,
-            sequence,
+            sequence: self.sending.sequence,
         }
     }
 
@@ -184,6 +184,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.ledger.forbid_batches();
         }
         self.receiving.unknown = position.unknown;
+        self.sending.sequence = position.sequence;
         self.sending.inherited = Some(position.sequence);
     }
 

@@ -9,7 +9,7 @@
 //! | the kernel replied to a message | [`Machine::replied`] |
 //! | the socket was found empty | [`Machine::socket_empty`] |
 //! | a verdict was submitted, a packet was dropped | [`Machine::decide`], [`Machine::abandon`] |
-//! | a datagram was sent, refused, or not sent | [`Machine::sent`], [`Machine::refused`], [`Machine::unsent`] |
+//! | a thread has the send lock | [`Machine::poll_transmit`] and [`Machine::transmitted`], in turn; then [`Machine::send_lock_released`] |
 //! | time passed, the ready tasks have run | [`Machine::fire`], [`Machine::tasks_ran`] |
 //! | the queue is closed | [`Machine::begin_close`], [`Machine::stopped`], [`Machine::unbound`] |
 //! | the queue is handed over | [`Machine::begin_hand_over`], [`Machine::freeze`], [`Machine::release`] or [`Machine::resume`] |
@@ -27,7 +27,10 @@ use rustix::io::Errno;
 
 use crate::{
     types::{Action, Error, ErrorKind, FillCounter, Stats},
-    wire::{Refused, Reply, verdict::VerdictFields},
+    wire::{
+        Refused, Reply,
+        verdict::{Attachments, VerdictFields},
+    },
 };
 
 mod awaiting;
@@ -40,6 +43,7 @@ mod life_cycle;
 mod memory;
 #[cfg(test)]
 mod model;
+mod outbox;
 mod recv;
 mod replies;
 mod reports;
@@ -64,7 +68,9 @@ pub use self::{
     ledger::{Decision, Origin, VerdictMessage},
     life_cycle::{LifeCycle, WaitLimit},
     memory::Storage,
+    outbox::Outbox,
     reports::{Report, ReportKind},
+    send::{Outcome, Transmit},
     unproven::Proof,
 };
 
@@ -77,6 +83,9 @@ pub trait Clock {
 /// kernel's reply.
 pub trait Carried {
     type Waiter;
+    fn attachments(&self) -> Attachments<'_>;
+    /// Whether somebody waits, or has waited: the kernel replies also on success.
+    fn is_acknowledged(&self) -> bool;
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
     fn put_waiter(&mut self, waiter: Self::Waiter);
 }
@@ -212,8 +221,6 @@ struct Sending {
     rounds_ended: u64,
     /// Packets whose verdicts have left the ledger, but are not in the datagram being sent.
     leaving: usize,
-    /// Messages in the datagram that is being sent.
-    begun: usize,
     /// The datagram that is being sent, by the sequence number of its first message, and whether a
     /// reply has refused it.
     watched: Option<(u32, bool)>,
@@ -239,7 +246,23 @@ struct Sending {
     broken: bool,
     /// The sequence number of the last message. A reply to a later one is not for this queue: some
     /// other process has a copy of the socket.
-    last: Option<u32>,
+    sequence: u32,
+}
+
+impl Sending {
+    fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+
+    /// The datagram with this first message is known to have been refused: the reply to it, when it
+    /// comes, brings nothing new.
+    fn expect_refusal(&mut self, first: u32) {
+        if self.known_refused.len() == MAX_KNOWN_REFUSED {
+            self.known_refused.pop_front();
+        }
+        self.known_refused.push_back(first);
+    }
 }
 
 /// The rounds of receiving.

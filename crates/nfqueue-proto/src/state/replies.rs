@@ -18,7 +18,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.sending.inherited.is_some_and(|last| !is_after(first, last)) {
             return self.inherited_reply(&reply);
         }
-        if self.sending.last.is_none_or(|last| is_after(first, last)) {
+        if is_after(first, self.sending.sequence) {
             return;
         }
         if reply.error == Some(Errno::PERM) {

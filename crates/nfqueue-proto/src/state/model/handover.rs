@@ -78,7 +78,7 @@ impl World {
     }
 
     fn freeze(&mut self) {
-        let position = self.machine.freeze(self.sequence);
+        let position = self.machine.freeze();
         self.perform();
         assert!(self.machine.life().is_frozen());
         // Traffic and time go on, and nobody touches the socket.
