@@ -15,7 +15,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     state::{
-        Carried, Decision, Effects, Machine, Notice, Outbox,
+        Carried, Decision, Effects, Hold, Machine, Notice, Outbox,
         flush::{FlushContext, FlushPolicy},
     },
     types::{Action, Error, ErrorKind, FlowMarks, PacketId, Stats},
@@ -86,8 +86,7 @@ pub(crate) struct Shared {
     /// send, and read before the socket is found empty: by then the kernel's replies up to this
     /// number have been received.
     pub(super) last_sent: AtomicU32,
-    /// Whether the queue is being handed over: see [`Hold`](super::handover::Hold).
-    pub(super) hold: AtomicU8,
+    pub(super) hold: Hold,
     /// How many packets have been handed out. It is written under the receive lock.
     pub(super) handed_out: AtomicUsize,
     /// For event loops that wait for a descriptor.
@@ -154,6 +153,7 @@ impl Shared {
     ) -> Self {
         let mut machine = machine;
         machine.set_receive_buffer(socket.receive_buffer());
+        let hold = machine.hold().clone();
         let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new(), given_back: 0 };
         Self {
             outbox: Mutex::new(Outbox::new(settings.queue, socket.max_send())),
@@ -165,7 +165,7 @@ impl Shared {
             watched: AtomicBool::new(false),
             process: sys::process().into(),
             last_sent: AtomicU32::new(0),
-            hold: AtomicU8::new(0),
+            hold,
             handed_out: AtomicUsize::new(0),
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),

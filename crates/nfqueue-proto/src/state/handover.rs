@@ -13,7 +13,7 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use super::{Arrival, Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit, ledger::Ledger};
+use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit, ledger::Ledger};
 use crate::types::Error;
 
 /// How far a queue has been read.
@@ -36,7 +36,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if !self.life.is_open() || self.failure.is_some() {
             return false;
         }
-        self.life = LifeCycle::HandingOver { frozen: false, limit, then: None };
+        self.life.set(LifeCycle::HandingOver { frozen: false, limit, then: None });
         if let WaitLimit::At(at) = limit {
             self.set_timer(at);
         }
@@ -55,15 +55,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether the time for verdicts that are owed is over.
     pub fn is_hand_over_due(&self) -> bool {
-        matches!(self.life, LifeCycle::HandingOver { limit: WaitLimit::Over, .. })
+        matches!(*self.life, LifeCycle::HandingOver { limit: WaitLimit::Over, .. })
     }
 
     /// Stops waiting for verdicts if the time is over.
     pub(super) fn end_hand_over_wait(&mut self, now: Instant) {
-        if let LifeCycle::HandingOver { limit, .. } = &mut self.life
-            && matches!(limit, WaitLimit::At(at) if *at <= now)
+        if let LifeCycle::HandingOver { frozen, limit: WaitLimit::At(at), then } = *self.life
+            && at <= now
         {
-            *limit = WaitLimit::Over;
+            self.life.set(LifeCycle::HandingOver { frozen, limit: WaitLimit::Over, then });
             self.effects.wake_waiting = true;
         }
     }
@@ -73,7 +73,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn give_up_owed(&mut self, unread: &HashSet<u32>) -> usize {
         let mut ids = self.ledger.undecided_ids();
         ids.retain(|id| !unread.contains(id));
-        let action = match self.life {
+        let action = match *self.life {
             LifeCycle::HandingOver { then: Some((action, _)), .. } => action,
             _ => self.settings.on_unanswered,
         };
@@ -104,8 +104,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// From now on the socket is not touched: the position is that of the successor as well.
     /// Whoever waits for a reply learns that it will not come.
     pub fn freeze(&mut self) -> Position {
-        if let LifeCycle::HandingOver { frozen, .. } = &mut self.life {
-            *frozen = true;
+        if let LifeCycle::HandingOver { limit, then, .. } = *self.life {
+            self.life.set(LifeCycle::HandingOver { frozen: true, limit, then });
         }
         self.abandon_replies();
         Position {
@@ -125,8 +125,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The successor has not taken the queue over: it goes on as before. If it was closed
     /// meanwhile, the shutdown begins.
     pub fn resume(&mut self) {
-        let LifeCycle::HandingOver { then, .. } = self.life else { return };
-        self.life = LifeCycle::Open;
+        let LifeCycle::HandingOver { then, .. } = *self.life else { return };
+        self.life.set(LifeCycle::Open);
         self.effects.wake_stream = true;
         self.effects.wake_waiting = true;
         if let Some((action, limit)) = then {
@@ -142,8 +142,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The successor has taken the queue over. Here it is closed, without being unbound.
     pub fn release(&mut self) {
-        let LifeCycle::HandingOver { .. } = self.life else { return };
-        self.life = LifeCycle::Closed { still_bound: false };
+        if !self.life.is_handing_over() {
+            return;
+        }
+        self.life.set(LifeCycle::Closed(Binding::HandedOver));
         self.abandon_replies();
         self.counters.decided.handed_over += self.ledger.undecided() as u64;
         self.ledger = Ledger::new(self.ledger.next());
@@ -160,7 +162,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Begins, frozen, where another process has stopped. `unread` are the packets that it had
     /// received and not handed out.
     pub fn inherit(&mut self, position: Position, unread: impl Iterator<Item = Arrival>) {
-        self.life = LifeCycle::HandingOver { frozen: true, limit: WaitLimit::Over, then: None };
+        self.life.set(LifeCycle::HandingOver { frozen: true, limit: WaitLimit::Over, then: None });
         let now = self.clock.now();
         let mut ends: Option<(u32, u32)> = None;
         for Arrival { id, storage } in unread {

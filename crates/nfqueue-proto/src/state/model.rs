@@ -402,7 +402,7 @@ impl World {
             || machine.gathering.due.is_some()
             || machine.sending.retry.is_some()
             || machine.is_permission_missing();
-        let goes_on = !matches!(machine.life, LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. });
+        let goes_on = !matches!(machine.life(), LifeCycle::Unbinding { .. } | LifeCycle::Closed(_));
         assert!(will_be_sent || machine.ledger.gathered() == 0 || !goes_on, "gathered, and nothing sends it");
     }
 

@@ -27,10 +27,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let in_flight = self.in_flight();
         self.fill.sample(in_flight);
         self.counters.held.most_in_flight = self.counters.held.most_in_flight.max(in_flight);
-        let action = match self.life {
+        let action = match *self.life {
             LifeCycle::Open | LifeCycle::HandingOver { .. } => return true,
             LifeCycle::Stopping { action, .. } | LifeCycle::Waiting { action, .. } => action,
-            LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => self.settings.on_unanswered,
+            LifeCycle::Unbinding { .. } | LifeCycle::Closed(_) => self.settings.on_unanswered,
         };
         for Arrival { id, .. } in packets {
             self.decide_in_place(id, action);

@@ -71,14 +71,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.ledger.gathered() > 0 {
             self.request_flush();
         }
-        match self.life {
+        match *self.life {
             LifeCycle::Open => self.effects.watch |= self.settings.deadline.is_some(),
             LifeCycle::Stopping { action, failed: false, .. } => self.effects.drain = Some(action),
             LifeCycle::Unbinding { .. } => self.effects.unbind = true,
             LifeCycle::Stopping { failed: true, .. }
             | LifeCycle::Waiting { .. }
             | LifeCycle::HandingOver { .. }
-            | LifeCycle::Closed { .. } => {}
+            | LifeCycle::Closed(_) => {}
         }
         self.effects.wake_stream = true;
         self.effects.wake_waiting = true;
@@ -111,7 +111,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Permission::Missing { next, .. } => Some(next),
             _ => None,
         };
-        let limit = match self.life {
+        let limit = match *self.life {
             LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
             | LifeCycle::Waiting { limit: WaitLimit::At(at), .. }
             | LifeCycle::HandingOver { limit: WaitLimit::At(at), .. } => Some(at),
