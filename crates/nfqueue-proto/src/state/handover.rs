@@ -13,7 +13,7 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit, ledger::Ledger};
+use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, Notice, WaitLimit, ledger::Ledger};
 use crate::types::Error;
 
 /// How far a queue has been read.
@@ -87,18 +87,18 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether every decision has been sent. The caller holds the send lock.
     pub fn is_all_sent(&self) -> bool {
-        self.ledger.gathered() == 0 && !self.sending.under_way
+        self.ledger.gathered() == 0 && !self.rounds.is_under_way()
     }
 
     /// Whether sending fails at present, so that it is tried again after a pause.
     pub fn cannot_send(&self) -> bool {
-        self.permission != Permission::Held || self.sending.retry.is_some()
+        !self.permission.is_held() || self.rounds.retry().is_some()
     }
 
     /// Whether replies of the kernel matter to this process: somebody waits for one, or the
     /// capability was missing, so that only this process understands them.
     pub fn awaits_replies(&self) -> bool {
-        !self.awaiting.is_empty() || !self.sending.known_refused.is_empty() || self.sending.distrust
+        self.outstanding.awaits_replies()
     }
 
     /// From now on the socket is not touched: the position is that of the successor as well.
@@ -112,12 +112,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             next: self.ledger.next(),
             batches: self.ledger.allows_batches(),
             unknown: self.receiving.unknown,
-            sequence: self.sending.sequence,
+            sequence: self.outstanding.sequence(),
         }
     }
 
     fn abandon_replies(&mut self) {
-        while let Some(awaited) = self.awaiting.pop_any() {
+        while let Some(awaited) = self.outstanding.take_any() {
             self.reply_is_lost(awaited);
         }
     }
@@ -186,8 +186,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.ledger.forbid_batches();
         }
         self.receiving.unknown = position.unknown;
-        self.sending.sequence = position.sequence;
-        self.sending.inherited = Some(position.sequence);
+        self.outstanding.continue_after(position.sequence);
     }
 
     /// Why the queue cannot be handed over, if it has failed.

@@ -44,9 +44,12 @@ mod memory;
 #[cfg(test)]
 mod model;
 mod outbox;
+mod outstanding;
+mod permission;
 mod recv;
 mod replies;
 mod reports;
+mod rounds;
 mod send;
 mod shutdown;
 mod timer;
@@ -54,14 +57,17 @@ mod unproven;
 mod verdicts;
 
 use self::{
-    awaiting::{Awaited, Awaiting, SentBatches},
+    awaiting::Awaited,
     deadlines::{Arrivals, Deadlines},
     flush::{FlushPolicy, FlushReason},
     ledger::{Ledger, NO_TOKEN},
     life_cycle::Life,
     memory::HeldMemory,
+    outstanding::Outstanding,
+    permission::Permission,
     reports::Reports,
-    unproven::{Unproven, Verdict},
+    rounds::Rounds,
+    unproven::Verdict,
 };
 pub use self::{
     effects::{Alarm, Effects, Notice},
@@ -114,26 +120,6 @@ pub struct Change {
     pub payload: Option<usize>,
 }
 
-/// Whether this process has the capability to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Permission {
-    Held,
-    /// A verdict was refused because the capability was missing. The pause between two attempts
-    /// grows.
-    Missing {
-        since: Instant,
-        next: Instant,
-        pause: Duration,
-        /// How often the driver was woken without a reaction.
-        calls: u32,
-        /// A thread that represents the process has checked, after the time-out of the shutdown,
-        /// and has no capability.
-        confirmed: bool,
-    },
-    /// It has been missing for `LASTING`, and the stream has ended with an error.
-    Lost,
-}
-
 /// One received packet.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
@@ -151,11 +137,10 @@ pub struct Machine<E: Carried, K> {
     life: Life,
     ledger: Ledger<E>,
     gathering: Gathering,
-    sending: Sending,
+    rounds: Rounds,
+    outstanding: Outstanding<E::Waiter>,
     receiving: Receiving,
     permission: Permission,
-    /// Messages whose replies somebody waits for.
-    awaiting: Awaiting<E::Waiter>,
     deadlines: Deadlines,
     arrivals: Arrivals,
     held: HeldMemory,
@@ -212,60 +197,6 @@ impl Waits {
     }
 }
 
-/// The rounds of sending. There is at most one at a time, under the send lock.
-#[derive(Debug, Default)]
-struct Sending {
-    /// Somebody wants everything sent. Whoever holds the send lock does it.
-    wanted: bool,
-    under_way: bool,
-    rounds_started: u64,
-    rounds_ended: u64,
-    /// Packets whose verdicts have left the ledger, but are not in the datagram being sent.
-    leaving: usize,
-    /// The datagram that is being sent, by the sequence number of its first message, and whether a
-    /// reply has refused it.
-    watched: Option<(u32, bool)>,
-    /// Datagrams that are known to have been refused, by their first messages. The replies to them
-    /// bring nothing new.
-    known_refused: VecDeque<u32>,
-    /// The kernel refused a datagram although the thread had the capability: only replies show
-    /// whether a datagram was executed.
-    distrust: bool,
-    /// Verdicts may have been sent for packets that the kernel had released or lost. From then on a
-    /// verdict that finds no packet does not prove that the kernel dropped it.
-    doubtful: bool,
-    /// Packets that the kernel has certainly dropped while they were queued.
-    dropped: u64,
-    /// When to send again after a failure, and the pause after the next failure.
-    retry: Option<(Instant, Duration)>,
-    batches: SentBatches,
-    unproven: Unproven,
-    /// Replies to messages up to this sequence number are for the process that had the queue
-    /// before.
-    inherited: Option<u32>,
-    /// The last send failed for a reason that does not pass.
-    broken: bool,
-    /// The sequence number of the last message. A reply to a later one is not for this queue: some
-    /// other process has a copy of the socket.
-    sequence: u32,
-}
-
-impl Sending {
-    fn next_sequence(&mut self) -> u32 {
-        self.sequence = self.sequence.wrapping_add(1);
-        self.sequence
-    }
-
-    /// The datagram with this first message is known to have been refused: the reply to it, when it
-    /// comes, brings nothing new.
-    fn expect_refusal(&mut self, first: u32) {
-        if self.known_refused.len() == MAX_KNOWN_REFUSED {
-            self.known_refused.pop_front();
-        }
-        self.known_refused.push_back(first);
-    }
-}
-
 /// The rounds of receiving.
 #[derive(Debug)]
 struct Receiving {
@@ -285,19 +216,11 @@ struct Receiving {
 const MAX_REFUSALS: usize = 1024;
 /// A longer delay of a custom policy is shortened to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
-/// After this many wake-ups without a reaction the driver is assumed not to run. Then the timer
-/// thread represents the process.
-const PATIENT_CALLS: u32 = 10;
-/// If the capability is missing for this time, the loss counts as permanent.
-const LASTING: Duration = Duration::from_secs(3);
 /// The first and the longest pause between attempts to send after a refusal or a failure. Each
 /// pause is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 /// A wider gap is not searched for packets whose id could not be read.
 const WIDEST_SEARCH: u32 = 65_536;
-/// The number of refused datagrams that are remembered. The kernel sends at most one error for each
-/// message of a datagram.
-const MAX_KNOWN_REFUSED: usize = 1024;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn new(settings: FixedSettings, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
@@ -308,10 +231,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             life: Life::new(),
             ledger: Ledger::new(first),
             gathering: Gathering { policy: Some(policy), ..Gathering::default() },
-            sending: Sending::default(),
+            rounds: Rounds::default(),
+            outstanding: Outstanding::new(),
             receiving: Receiving { receives: 0, unknown: 0, losing: false, lossless: true, look: None },
-            permission: Permission::Held,
-            awaiting: Awaiting::default(),
+            permission: Permission::default(),
             deadlines: Deadlines::default(),
             arrivals: Arrivals::default(),
             held: HeldMemory::default(),
@@ -363,7 +286,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     fn request_flush(&mut self) {
-        self.sending.wanted = true;
+        self.rounds.want();
         self.effects.flush = true;
     }
 
@@ -380,14 +303,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     fn in_flight(&self) -> usize {
-        self.ledger.undecided() + self.ledger.gathered() + self.sending.leaving
+        self.ledger.undecided() + self.ledger.gathered() + self.rounds.leaving()
     }
 
     /// How many packets the kernel has dropped while they were queued: they arrived, no verdict was
     /// sent before, and the first one found nothing. Those of a batch that found others are not
     /// known.
     pub fn dropped_while_queued(&self) -> u64 {
-        self.sending.dropped
+        self.outstanding.dropped()
     }
 
     pub fn limits(&self) -> Limits {
@@ -398,7 +321,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// awaited. If there are several, it may carry out some and refuse others: then the highest
     /// value of each.
     pub fn highest_limits(&self) -> Limits {
-        self.awaiting.highest_limits(self.limits)
+        self.outstanding.highest_limits(self.limits)
     }
 
     pub fn stats(&self) -> Stats {
@@ -420,10 +343,6 @@ const SHORTEST_LOOK: Duration = Duration::from_micros(200);
 /// The queue's own decision, which is only an action.
 fn plain<E>(action: Action) -> Decision<E> {
     Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Queue }
-}
-
-fn missing_capability() -> Error {
-    Error::new(ErrorKind::NotPermitted, "send verdict").with_detail("CAP_NET_ADMIN is missing")
 }
 
 /// What the kernel's reply says.

@@ -127,7 +127,7 @@ impl World {
         let settings = FixedSettings { queue: 0, on_unanswered, deadline };
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
         let mut machine = Machine::new(settings, policy, limits, first, clock.clone());
-        machine.sending.sequence = SEQUENCE;
+        machine.outstanding.continue_after(SEQUENCE);
         machine.set_driven(!random.one_in(5));
         machine.set_receive_buffer(room * CHARGE);
         let driver_runs = !random.one_in(3);
@@ -391,16 +391,16 @@ impl World {
     fn check_cap(&mut self) {
         let now = self.now();
         let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
-        if can_send && !self.custom && self.machine.sending.retry.is_none() {
+        if can_send && !self.custom && self.machine.rounds.retry().is_none() {
             let late = self.given.iter().find(|(_, at)| now > *at + CAP);
             assert_eq!(late, None, "{} decisions wait", self.machine.ledger.gathered());
         } else {
             self.given.clear();
         }
         let machine = &self.machine;
-        let will_be_sent = machine.sending.wanted
+        let will_be_sent = machine.rounds.is_wanted()
             || machine.gathering.due.is_some()
-            || machine.sending.retry.is_some()
+            || machine.rounds.retry().is_some()
             || machine.is_permission_missing();
         let goes_on = !matches!(machine.life(), LifeCycle::Unbinding { .. } | LifeCycle::Closed(_));
         assert!(will_be_sent || machine.ledger.gathered() == 0 || !goes_on, "gathered, and nothing sends it");
@@ -535,8 +535,7 @@ impl World {
             // Nobody asks for the capability if the proof comes later.
             if self.capable || proof == Proof::Later { Outcome::Sent } else { Outcome::Refused }
         };
-        let sent =
-            matches!(outcome, Outcome::Sent) && !self.machine.sending.watched.is_some_and(|(_, refused)| refused);
+        let sent = matches!(outcome, Outcome::Sent) && !self.machine.outstanding.is_refused();
         if sent {
             self.given.retain(|(id, _)| !ids.contains(id));
         }

@@ -62,7 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if count > WIDEST_SEARCH {
                 self.ledger.forbid_batches();
             } else {
-                self.sending.doubtful = true;
+                self.outstanding.doubt();
                 // It is unknown which of them the kernel still holds, so each gets a message of its
                 // own.
                 for offset in 0..count {
@@ -114,7 +114,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.counters.received.bytes += bytes;
         self.counters.lost.overruns += overruns;
         self.receiving.lossless = overruns == 0 && self.counters.lost.packets == lost_before;
-        self.sending.unproven.received(charge, !self.receiving.lossless);
+        self.outstanding.received(charge, !self.receiving.lossless);
         if !self.receiving.lossless && !self.receiving.losing {
             self.receiving.losing = true;
             self.counters.lost.overrun_episodes += 1;
@@ -133,11 +133,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.receiving.lossless {
             self.receiving.losing = false;
         }
-        self.sending.inherited = None;
-        self.sending.batches.forget(sent);
-        let again = self.sending.unproven.emptied(sent);
+        let again = self.outstanding.emptied(sent);
         self.send_again(again);
-        while let Some(awaited) = self.awaiting.pop_sent(sent) {
+        while let Some(awaited) = self.outstanding.take_lost(sent) {
             self.reply_is_lost(awaited);
         }
     }

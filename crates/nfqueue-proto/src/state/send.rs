@@ -1,12 +1,10 @@
 //! Rounds of sending: what leaves the ledger, and what returns because it was refused or not sent.
 
-use std::time::Instant;
-
 use rustix::io::Errno;
 
 use super::{
-    Awaited, Carried, Change, Clock, Decision, LASTING, Machine, NO_TOKEN, Notice, Origin, Outbox, PAUSES, Permission,
-    Proof, ReportKind, Verdict, VerdictMessage, flush::FlushReason, missing_capability, outbox::Stage,
+    Awaited, Carried, Change, Clock, Decision, Machine, NO_TOKEN, Notice, Origin, Outbox, Proof, ReportKind, Verdict,
+    VerdictMessage, flush::FlushReason, outbox::Stage, permission::missing_capability,
 };
 use crate::{
     types::{Error, ErrorKind, PacketId},
@@ -64,7 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             Stage::Sending => {}
         }
-        if outbox.choose(self.sending.sequence.wrapping_add(1)) {
+        if outbox.choose(self.outstanding.sequence().wrapping_add(1)) {
             return Some(self.begin_send(outbox));
         }
         outbox.stage = Stage::Idle;
@@ -80,14 +78,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             self.permitted();
         }
-        self.sending.wanted = false;
+        self.rounds.grant();
         if self.ledger.gathered() == 0 {
             return;
         }
-        self.sending.rounds_started += 1;
-        self.sending.under_way = true;
+        self.rounds.begin(self.ledger.gathered());
         self.end_waiting();
-        self.sending.leaving = self.ledger.gathered();
         let messages = outbox.messages();
         self.ledger.settle(self.arrivals.rounds(), messages);
         self.counters.sent.flushes += 1;
@@ -95,18 +91,16 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     fn end_round(&mut self) {
-        debug_assert_eq!(self.sending.leaving, 0, "every message was sent, refused or given back");
-        self.sending.under_way = false;
-        self.sending.rounds_ended = self.sending.rounds_started;
+        self.rounds.end();
         if self.ledger.gathered() == 0 {
-            self.sending.unproven.all_sent(self.sending.sequence);
+            self.outstanding.all_sent();
         }
     }
 
     /// The send lock has been released. Returns whether another thread has requested a round while
     /// the lock was taken.
     pub fn send_lock_released(&mut self) -> bool {
-        if self.sending.wanted {
+        if self.rounds.is_wanted() {
             return true;
         }
         self.effects.wake_waiting = true;
@@ -117,67 +111,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Whether nothing is sent before a pause is over: the kernel was out of memory, or the
     /// capability is missing.
     pub fn sends_later(&self) -> bool {
-        self.sending.retry.is_some() || self.is_permission_missing()
+        self.rounds.retry().is_some() || self.is_permission_missing()
     }
 
     /// Whether the last send failed for a reason that does not pass, and nobody is about to send: a
     /// reply that has not come will not come.
     pub fn is_broken(&self) -> bool {
-        self.sending.broken && !self.sending.under_way && !self.sending.wanted
-    }
-
-    /// Whether the capability was missing when it was needed last.
-    pub fn is_permission_missing(&self) -> bool {
-        self.permission != Permission::Held
-    }
-
-    /// The calling thread has the capability.
-    pub fn permitted(&mut self) {
-        if self.permission != Permission::Held {
-            self.permission = Permission::Held;
-            if self.ledger.gathered() > 0 {
-                self.request_flush();
-            }
-            self.end_if_permitted();
-        }
-    }
-
-    /// A thread of the runtime, which represents the process, still lacks the capability. If there
-    /// is no such thread, the timer thread reports this.
-    pub fn still_missing(&mut self) {
-        let now = self.clock.now();
-        if let Permission::Missing { since, calls, confirmed, .. } = &mut self.permission {
-            (*calls, *confirmed) = (0, true);
-            if now.saturating_duration_since(*since) < LASTING {
-                if self.is_overdue() {
-                    self.give_up_draining();
-                    self.look_for_the_end();
-                }
-                return;
-            }
-            self.permission = Permission::Lost;
-            let error = Error::new(ErrorKind::NotPermitted, "send verdicts");
-            self.fail(error.with_detail(
-                "CAP_NET_ADMIN has been lost, and no verdict can be sent without it; start again with it",
-            ));
-            self.give_up_draining();
-            self.look_for_the_end();
-        }
-    }
-
-    /// Lets the timer thread check for the capability at once, if it is missing.
-    pub(super) fn look_for_permission(&mut self, now: Instant) {
-        if let Permission::Missing { next, confirmed, .. } = &mut self.permission {
-            (*next, *confirmed) = (now, false);
-            self.set_timer(now);
-        }
+        self.rounds.are_broken()
     }
 
     /// A thread without the capability was to send, and the capability had been missing before: the
     /// decisions of owners are refused.
     fn refuse_gathered(&mut self) {
-        self.sending.wanted = false;
-        self.sending.rounds_started += 1;
+        self.rounds.grant();
+        self.rounds.skip();
         self.end_waiting();
         let taken = self.ledger.take_back_gathered();
         self.missing_permission();
@@ -188,12 +135,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The receive buffer has this size in bytes, as the kernel accounts them.
     pub fn set_receive_buffer(&mut self, bytes: usize) {
-        self.sending.unproven.set_receive_buffer(bytes);
+        self.outstanding.set_receive_buffer(bytes);
     }
 
     /// Whether the kernel may have discarded a verdict, and no reply has been read yet.
     pub fn has_unproven(&self) -> bool {
-        !self.sending.unproven.is_empty()
+        self.outstanding.has_unproven()
     }
 
     /// The chosen datagram is about to be sent.
@@ -203,42 +150,31 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     fn begin_send(&mut self, outbox: &mut Outbox<E>) -> Transmit {
         let (first, messages) = outbox.chosen();
         let proof = self.proof(messages);
+        self.outstanding.begin_datagram(first);
         if let (Proof::Later, [VerdictMessage::Single { id, decision }]) = (proof, &*messages) {
             let verdict = Verdict { id: *id, fields: decision.fields, origin: decision.origin };
-            self.sending.unproven.begin(first, verdict, || self.clock.now());
-            if let Some(at) = self.sending.unproven.due() {
+            if let Some(at) = self.outstanding.prove_later(verdict, || self.clock.now()) {
                 self.set_timer(at);
             }
         }
-        self.sending.watched = Some((first, false));
         let mut acknowledged = false;
         for message in messages {
-            let sequence = self.sending.next_sequence();
-            let (action, count) = (message.fields().action, message.count());
-            self.counters.count_decided(action, count as u64);
-            self.sending.leaving -= count;
-            if let VerdictMessage::Batch { .. } = message {
-                self.sending.batches.push(sequence, action, count as u64, self.counters.received.packets);
-            }
-            if let VerdictMessage::Single { id, decision } = message
-                && let Some(waiter) = decision.extras.as_mut().and_then(E::take_waiter)
-            {
-                acknowledged = true;
-                self.awaiting.push(sequence, Awaited::Verdict { id: *id, waiter });
-            }
+            self.counters.count_decided(message.fields().action, message.count() as u64);
+            self.rounds.leave(message.count());
+            acknowledged |= self.outstanding.begin(message, self.counters.received.packets);
         }
         Transmit::Datagram { proof, acknowledged }
     }
 
     fn proof(&self, messages: &[VerdictMessage<E>]) -> Proof {
         match messages {
-            _ if self.sending.distrust => Proof::Replies,
+            _ if self.outstanding.is_distrusted() => Proof::Replies,
             [VerdictMessage::Single { decision, .. }]
                 if decision.extras.is_none()
                     && self.life.is_open()
                     && self.gathering.driven
                     && !self.gathering.backlog
-                    && self.sending.unproven.can_defer() =>
+                    && self.outstanding.can_defer() =>
             {
                 Proof::Later
             }
@@ -250,22 +186,26 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// what stands behind it: a batch would decide its packets as well. Returns the sequence number
     /// of the last message.
     pub fn transmitted(&mut self, outbox: &mut Outbox<E>, outcome: Outcome) -> u32 {
-        let refused = self.sending.watched.take().is_some_and(|(_, refused)| refused);
-        self.sending.broken = matches!(outcome, Outcome::Broken(_));
+        let refused = self.outstanding.end_datagram();
+        self.rounds.tried(matches!(outcome, Outcome::Broken(_)));
         if matches!(outcome, Outcome::Sent) && !refused {
             self.counters.sent.sends += 1;
             self.counters.sent.messages += outbox.sent() as u64;
-            self.sending.retry = None;
-            self.sending.batches.expire(self.counters.received.packets, u64::from(self.limits.max_len));
-            return self.sending.sequence;
+            self.rounds.succeeded();
+            self.outstanding.expire(self.counters.received.packets, u64::from(self.limits.max_len));
+            return self.outstanding.sequence();
         }
         let (first, messages) = outbox.chosen();
-        self.undo_send(first, messages);
+        for (message, offset) in messages.iter_mut().zip(0..) {
+            self.counters.uncount_decided(message.fields().action, message.count() as u64);
+            self.rounds.come_back(message.count());
+            self.outstanding.undo(first.wrapping_add(offset), message);
+        }
         let (mut messages, rest) = outbox.take_unsent();
         let again = match outcome {
             Outcome::Sent | Outcome::Refused => {
                 if !refused {
-                    self.sending.expect_refusal(first);
+                    self.outstanding.expect_refusal(first);
                 }
                 self.refused(messages.drain(..));
                 true
@@ -292,34 +232,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
         };
         for message in messages.into_iter().chain(rest) {
-            self.sending.leaving -= message.count();
+            self.rounds.leave(message.count());
             self.ledger.unsent(message);
         }
         if again {
             self.flush();
         }
-        self.sending.sequence
-    }
-
-    /// The datagram was not executed: those who wait for replies are put back into its messages.
-    fn undo_send(&mut self, first: u32, messages: &mut [VerdictMessage<E>]) {
-        self.sending.unproven.replied(first);
-        let mut sequence = first;
-        for message in messages {
-            let (action, count) = (message.fields().action, message.count());
-            self.counters.uncount_decided(action, count as u64);
-            self.sending.leaving += count;
-            if let VerdictMessage::Batch { .. } = message {
-                self.sending.batches.take(sequence);
-            }
-            if let VerdictMessage::Single { decision, .. } = message
-                && let Some(extras) = &mut decision.extras
-                && let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence)
-            {
-                extras.put_waiter(waiter);
-            }
-            sequence = sequence.wrapping_add(1);
-        }
+        self.outstanding.sequence()
     }
 
     /// The kernel refused a datagram because the capability was missing. Its packets get the
@@ -329,7 +248,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.missing_permission();
         let by_queue = |origin, fields: &VerdictFields| (origin == Origin::Queue).then_some(*fields);
         for message in messages {
-            self.sending.leaving -= message.count();
+            self.rounds.leave(message.count());
             let ids = self.ledger.ids_of(&message);
             let (mut extras, by_queue) = match message {
                 VerdictMessage::Single { decision, .. } => {
@@ -350,9 +269,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// A configuration message is about to be sent. Returns its sequence number.
     pub fn await_config(&mut self, operation: &'static str, change: Change, waiter: E::Waiter) -> u32 {
-        let sequence = self.sending.next_sequence();
-        self.awaiting.push(sequence, Awaited::Config { change, waiter, operation });
-        sequence
+        self.outstanding.begin_config(Awaited::Config { change, waiter, operation })
     }
 
     /// The kernel has refused a verdict because the capability was missing, as a reply shows only
@@ -390,7 +307,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// A message for one packet can never be sent. The packet gets the default action.
     fn impossible(&mut self, message: VerdictMessage<E>, error: Error) {
-        self.sending.leaving -= message.count();
+        self.rounds.leave(message.count());
         let ids = self.ledger.ids_of(&message);
         if let (VerdictMessage::Single { decision, .. }, [id]) = (message, &ids[..]) {
             self.ledger.reopen(*id, NO_TOKEN);
@@ -402,15 +319,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     fn send_failed(&mut self) {
         self.counters.sent.failed_sends += 1;
         self.note(ReportKind::Unsent, 1, None);
-        let pause = self.sending.retry.map_or(PAUSES.0, |(_, pause)| pause);
-        let at = self.clock.now() + pause;
-        self.sending.retry = Some((at, (pause * 2).min(PAUSES.1)));
+        let at = self.rounds.failed(self.clock.now());
         self.set_timer(at);
     }
 
     /// A configuration message was not sent.
     pub fn take_config(&mut self, sequence: u32) -> Option<E::Waiter> {
-        match self.awaiting.remove(sequence)? {
+        match self.outstanding.take(sequence)? {
             Awaited::Verdict { waiter, .. } | Awaited::Config { waiter, .. } => Some(waiter),
         }
     }
@@ -431,16 +346,5 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     pub(super) fn decide_again(&mut self, id: u32) {
         self.decide_in_place(id, self.settings.on_unanswered);
-    }
-
-    pub(super) fn missing_permission(&mut self) {
-        if self.permission == Permission::Held {
-            let now = self.clock.now();
-            let next = now + PAUSES.0;
-            self.permission = Permission::Missing { since: now, next, pause: PAUSES.0 * 2, calls: 0, confirmed: false };
-            self.note(ReportKind::CapabilityMissing, 1, None);
-            self.set_timer(next);
-            self.effects.call_driver = true;
-        }
     }
 }

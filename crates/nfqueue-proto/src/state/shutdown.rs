@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Binding, Carried, Clock, Hold, LifeCycle, Machine, Notice, Permission, WaitLimit};
+use super::{Binding, Carried, Clock, Hold, LifeCycle, Machine, Notice, WaitLimit};
 use crate::types::{Action, Error, ErrorKind};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
@@ -97,11 +97,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether no thread with the capability is awaited any more.
     fn is_forbidden(&self, limit: WaitLimit) -> bool {
-        match self.permission {
-            Permission::Held => false,
-            Permission::Missing { confirmed, .. } => confirmed && limit == WaitLimit::Over,
-            Permission::Lost => true,
-        }
+        self.permission.is_lost() || self.permission.is_denied() && limit == WaitLimit::Over
     }
 
     /// Whether the time-out is over, so that no runtime is awaited.
@@ -181,13 +177,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Lets the queue be unbound if nothing is owed any more.
     pub(super) fn look_for_the_end(&mut self) {
         let LifeCycle::Waiting { action, limit } = *self.life else { return };
-        let sent = self.ledger.gathered() == 0 && !self.sending.under_way && self.permission == Permission::Held;
+        let sent = self.ledger.gathered() == 0 && !self.rounds.is_under_way() && self.permission.is_held();
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
-        let hopeless = !self.sending.under_way
+        let hopeless = !self.rounds.is_under_way()
             && (self.is_forbidden(limit)
                 || self.is_broken()
-                || limit == WaitLimit::Over && self.sending.retry.is_some());
+                || limit == WaitLimit::Over && self.rounds.retry().is_some());
         if self.ledger.undecided() == 0 && (sent || hopeless) {
             let unsent = self.ledger.gathered();
             if unsent > 0 && limit == WaitLimit::Over {
@@ -214,7 +210,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         self.life.set(LifeCycle::Closed(Binding::Unbound));
         if let Err(error) = result {
-            if error.kind() == ErrorKind::NotPermitted && self.permission != Permission::Lost {
+            if error.kind() == ErrorKind::NotPermitted && !self.permission.is_lost() {
                 self.life.set(LifeCycle::Closed(Binding::StillBound));
                 self.missing_permission();
             }

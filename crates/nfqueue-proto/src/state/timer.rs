@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{
-    Carried, Clock, LifeCycle, Machine, Notice, PATIENT_CALLS, PAUSES, Permission, ReportKind, WaitLimit,
+    Carried, Clock, LifeCycle, Machine, Notice, ReportKind, WaitLimit,
     flush::{FlushPolicy, FlushReason},
     plain,
 };
@@ -21,30 +21,18 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let expired = self.expire(now);
         self.end_wait(now);
         self.end_hand_over_wait(now);
-        match self.permission {
-            Permission::Held => {
-                if self.sending.retry.is_some_and(|(at, _)| at <= now) {
-                    self.request_flush();
-                } else if self.gathering.due.is_some_and(|due| due <= now) {
-                    self.gathering.due = None;
-                    self.ask_policy(FlushReason::DelayOver);
-                } else if expired {
-                    self.ask_policy(FlushReason::Verdict);
-                }
+        if self.permission.is_held() {
+            if self.rounds.retry().is_some_and(|at| at <= now) {
+                self.request_flush();
+            } else if self.gathering.due.is_some_and(|due| due <= now) {
+                self.gathering.due = None;
+                self.ask_policy(FlushReason::DelayOver);
+            } else if expired {
+                self.ask_policy(FlushReason::Verdict);
             }
-            Permission::Missing { since, next, pause, calls, confirmed } if next <= now => {
-                let pause_after = (pause * 2).min(PAUSES.1);
-                self.permission = Permission::Missing {
-                    since,
-                    next: now + pause,
-                    pause: pause_after,
-                    calls: calls.saturating_add(1),
-                    confirmed,
-                };
-                self.effects.call_driver = true;
-                self.effects.probe = !self.gathering.driven || calls >= PATIENT_CALLS || self.is_overdue();
-            }
-            Permission::Missing { .. } | Permission::Lost => {}
+        } else if let Some(driver_is_late) = self.permission.fire(now) {
+            self.effects.call_driver = true;
+            self.effects.probe = !self.gathering.driven || driver_is_late || self.is_overdue();
         }
         if let Some((at, receives)) = self.receiving.look
             && at <= now
@@ -54,7 +42,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.effects.look = receives == self.receiving.receives;
             self.effects.watch = true;
         }
-        self.effects.look |= self.sending.unproven.look(now);
+        self.effects.look |= self.outstanding.look(now);
         for report in self.reports.due(now) {
             self.notices.push(Notice::Report(report));
         }
@@ -107,26 +95,22 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The next time at which something is due.
     fn next_due(&self, now: Instant) -> Option<Instant> {
-        let permission = match self.permission {
-            Permission::Missing { next, .. } => Some(next),
-            _ => None,
-        };
         let limit = match *self.life {
             LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
             | LifeCycle::Waiting { limit: WaitLimit::At(at), .. }
             | LifeCycle::HandingOver { limit: WaitLimit::At(at), .. } => Some(at),
             _ => None,
         };
-        let retry = self.sending.retry.filter(|_| self.permission == Permission::Held).map(|(at, _)| at.max(now));
-        let due = self.gathering.due.filter(|_| self.permission == Permission::Held);
+        let retry = self.rounds.retry().filter(|_| self.permission.is_held()).map(|at| at.max(now));
+        let due = self.gathering.due.filter(|_| self.permission.is_held());
         let times = [
             due,
-            permission,
+            self.permission.due(),
             limit,
             retry,
             self.deadlines.next().filter(|_| !self.life.is_frozen()),
             self.receiving.look.map(|(at, _)| at),
-            self.sending.unproven.due(),
+            self.outstanding.due(),
             self.reports.pending(),
         ];
         times.into_iter().flatten().min()

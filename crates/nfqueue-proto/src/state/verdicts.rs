@@ -67,19 +67,19 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// sending after which that is done; `None` if there is nothing to send.
     pub fn flush(&mut self) -> Option<u64> {
         if self.ledger.gathered() == 0 {
-            return self.sending.under_way.then_some(self.sending.rounds_started);
+            return self.rounds.is_under_way().then_some(self.rounds.last());
         }
         self.request_flush();
-        Some(self.sending.rounds_started + 1)
+        Some(self.rounds.last() + 1)
     }
 
     /// Requests the flush that was requested while the send lock was held for another purpose.
     pub fn flush_if_wanted(&mut self) {
-        self.effects.flush |= self.sending.wanted;
+        self.effects.flush |= self.rounds.is_wanted();
     }
 
     pub fn has_ended(&self, round: u64) -> bool {
-        self.sending.rounds_ended >= round
+        self.rounds.has_ended(round)
     }
 
     /// Asks the policy what to do with the gathered verdicts.
