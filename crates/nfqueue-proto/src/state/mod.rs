@@ -37,6 +37,7 @@ mod awaiting;
 mod deadlines;
 mod effects;
 pub mod flush;
+mod gathering;
 mod handover;
 pub mod ledger;
 mod life_cycle;
@@ -59,7 +60,8 @@ mod verdicts;
 use self::{
     awaiting::Awaited,
     deadlines::{Arrivals, Deadlines},
-    flush::{FlushPolicy, FlushReason},
+    flush::FlushPolicy,
+    gathering::Gathering,
     ledger::{Ledger, NO_TOKEN},
     life_cycle::Life,
     memory::HeldMemory,
@@ -160,43 +162,6 @@ pub struct Machine<E: Carried, K> {
     notices: Vec<Notice<E>>,
 }
 
-/// Verdicts that wait to be sent, and the policy that says when.
-#[derive(Debug, Default)]
-struct Gathering {
-    /// `None` while a custom policy is being called, without the lock.
-    policy: Option<FlushPolicy>,
-    /// The policy is to be asked once more when the call has returned, and why.
-    ask_again: Option<FlushReason>,
-    /// Whether there is a driver task. Without one every verdict is sent at once.
-    driven: bool,
-    /// When the oldest verdict was given.
-    oldest: Option<Instant>,
-    /// When the verdicts are sent at the latest.
-    due: Option<Instant>,
-    /// Whether the socket, when it was last read, may have had more packets.
-    backlog: bool,
-    /// The driver has been woken, to report when the ready tasks have run.
-    wait_for_tasks: bool,
-    waits: Waits,
-}
-
-/// How often verdicts have begun to wait lately.
-#[derive(Debug, Default)]
-struct Waits {
-    since: Option<Instant>,
-    count: u32,
-}
-
-impl Waits {
-    /// Verdicts begin to wait. Waits longer ago than `period` do not count.
-    fn add(&mut self, now: Instant, period: Duration) {
-        if self.since.is_none_or(|since| now.saturating_duration_since(since) > period) {
-            *self = Self { since: Some(now), count: 0 };
-        }
-        self.count = self.count.saturating_add(1);
-    }
-}
-
 /// The rounds of receiving.
 #[derive(Debug)]
 struct Receiving {
@@ -214,8 +179,6 @@ struct Receiving {
 
 /// The number of unread refusals that are kept. Then the oldest are discarded and counted.
 const MAX_REFUSALS: usize = 1024;
-/// A longer delay of a custom policy is shortened to this.
-const LONGEST_DELAY: Duration = Duration::from_secs(1);
 /// The first and the longest pause between attempts to send after a refusal or a failure. Each
 /// pause is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
@@ -230,7 +193,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             clock,
             life: Life::new(),
             ledger: Ledger::new(first),
-            gathering: Gathering { policy: Some(policy), ..Gathering::default() },
+            gathering: Gathering::new(policy),
             rounds: Rounds::default(),
             outstanding: Outstanding::new(),
             receiving: Receiving { receives: 0, unknown: 0, losing: false, lossless: true, look: None },

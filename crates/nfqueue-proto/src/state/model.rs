@@ -399,7 +399,7 @@ impl World {
         }
         let machine = &self.machine;
         let will_be_sent = machine.rounds.is_wanted()
-            || machine.gathering.due.is_some()
+            || machine.gathering.due().is_some()
             || machine.rounds.retry().is_some()
             || machine.is_permission_missing();
         let goes_on = !matches!(machine.life(), LifeCycle::Unbinding { .. } | LifeCycle::Closed(_));

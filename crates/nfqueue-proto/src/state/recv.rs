@@ -110,7 +110,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         emptied: Option<u32>,
     ) {
         self.receiving.receives += 1;
-        self.gathering.backlog = emptied.is_none();
+        self.gathering.read(emptied.is_none());
         self.counters.received.bytes += bytes;
         self.counters.lost.overruns += overruns;
         self.receiving.lossless = overruns == 0 && self.counters.lost.packets == lost_before;
@@ -129,7 +129,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// reply that has not been received by now will not come.
     pub fn socket_empty(&mut self, sent: u32) {
         self.receiving.receives += 1;
-        self.gathering.backlog = false;
+        self.gathering.read(false);
         if self.receiving.lossless {
             self.receiving.losing = false;
         }

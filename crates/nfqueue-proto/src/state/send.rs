@@ -172,8 +172,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             [VerdictMessage::Single { decision, .. }]
                 if decision.extras.is_none()
                     && self.life.is_open()
-                    && self.gathering.driven
-                    && !self.gathering.backlog
+                    && self.gathering.is_driven()
+                    && !self.gathering.has_backlog()
                     && self.outstanding.can_defer() =>
             {
                 Proof::Later

@@ -8,11 +8,6 @@ use super::{
     plain,
 };
 
-/// If verdicts wait more often than this in the time in which the timer would fire once, it is not
-/// set for each. To set and to clear it takes two system calls, about 0.6 µs; an event takes about
-/// 3 µs.
-const MOST_WAITS: u32 = 4;
-
 impl<E: Carried, K: Clock> Machine<E, K> {
     /// The timer has fired: does what is due.
     pub fn fire(&mut self) {
@@ -24,15 +19,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.permission.is_held() {
             if self.rounds.retry().is_some_and(|at| at <= now) {
                 self.request_flush();
-            } else if self.gathering.due.is_some_and(|due| due <= now) {
-                self.gathering.due = None;
+            } else if self.gathering.take_due(now) {
                 self.ask_policy(FlushReason::DelayOver);
             } else if expired {
                 self.ask_policy(FlushReason::Verdict);
             }
         } else if let Some(driver_is_late) = self.permission.fire(now) {
             self.effects.call_driver = true;
-            self.effects.probe = !self.gathering.driven || driver_is_late || self.is_overdue();
+            self.effects.probe = !self.gathering.is_driven() || driver_is_late || self.is_overdue();
         }
         if let Some((at, receives)) = self.receiving.look
             && at <= now
@@ -52,9 +46,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// This is a child process: the threads that were to carry out effects have stayed in the
     /// parent, and so has the timer thread. Doing a step twice does no harm.
     pub fn forked(&mut self) {
-        if self.gathering.policy.is_none() {
-            // It was being called.
-            self.gathering.policy = Some(FlushPolicy::default());
+        if self.gathering.is_being_asked() {
+            self.gathering.put_policy(FlushPolicy::default());
         }
         if self.ledger.gathered() > 0 {
             self.request_flush();
@@ -78,16 +71,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Sets the timer for the next time at which something is due.
     pub(super) fn rearm_timer(&mut self, now: Instant) {
-        // While verdicts wait again and again, the timer keeps firing: one event in a period costs
-        // less than to set and to clear it for each wait.
-        let waits = std::mem::take(&mut self.gathering.waits).count;
-        let linger = self
-            .gathering
-            .policy
-            .as_ref()
-            .filter(|_| waits > MOST_WAITS && self.gathering.driven)
-            .and_then(FlushPolicy::linger)
-            .map(|cap| now + cap);
+        let linger = self.gathering.take_linger().map(|period| now + period);
         if let Some(at) = self.next_due(now).into_iter().chain(linger).min() {
             self.set_timer(at);
         }
@@ -102,7 +86,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             _ => None,
         };
         let retry = self.rounds.retry().filter(|_| self.permission.is_held()).map(|at| at.max(now));
-        let due = self.gathering.due.filter(|_| self.permission.is_held());
+        let due = self.gathering.due().filter(|_| self.permission.is_held());
         let times = [
             due,
             self.permission.due(),
@@ -119,9 +103,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The verdicts that waited are being sent. The timer thread is not woken for them, unless that
     /// happens so often that it costs less than to keep it from that.
     pub(super) fn end_waiting(&mut self) {
-        self.gathering.oldest = None;
-        let Some(due) = self.gathering.due.take() else { return };
-        if self.gathering.waits.count <= MOST_WAITS && self.alarm.at == Some(due) {
+        if let Some(due) = self.gathering.end_waiting()
+            && self.alarm.at == Some(due)
+        {
             self.change_timer(self.next_due(self.clock.now()));
         }
     }
