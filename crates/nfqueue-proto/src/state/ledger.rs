@@ -41,9 +41,11 @@ pub struct Ledger<E> {
 /// What happens to a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision<E> {
+    /// What every verdict message can carry.
     pub fields: VerdictFields,
     /// What only a message for a single packet can carry.
     pub extras: Option<E>,
+    /// Who has decided.
     pub origin: Origin,
 }
 
@@ -59,17 +61,25 @@ pub enum Origin {
 /// A message that settles one or more ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerdictMessage<E> {
+    /// Decides one packet.
     Single {
+        /// Its id.
         id: u32,
+        /// What happens to it.
         decision: Decision<E>,
     },
     /// Decides everything that is queued up to `max`. `count` ids from `first` on were decided like
     /// this; the others in between are settled.
     Batch {
+        /// The first id that was decided like this.
         first: u32,
+        /// The last one, which is in the message.
         max: u32,
+        /// The verdict for all of them.
         fields: VerdictFields,
+        /// Who has decided them.
         origin: Origin,
+        /// How many packets were decided like this.
         count: usize,
     },
 }
@@ -83,6 +93,7 @@ impl<E> VerdictMessage<E> {
         }
     }
 
+    /// The verdict without extras.
     pub fn fields(&self) -> &VerdictFields {
         match self {
             Self::Single { decision, .. } => &decision.fields,

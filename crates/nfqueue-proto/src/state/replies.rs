@@ -173,10 +173,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether the queue has failed and the error has not been taken.
     pub fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
 
+    /// The error with which the stream ends, for the first caller.
     pub fn take_failure(&mut self) -> Option<Error> {
         self.failure.take()
     }

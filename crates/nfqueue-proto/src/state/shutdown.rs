@@ -11,6 +11,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.watch = self.settings.deadline.is_some();
     }
 
+    /// Where the queue is in its life cycle.
     pub fn life(&self) -> LifeCycle {
         self.life
     }

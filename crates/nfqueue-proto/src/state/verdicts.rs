@@ -59,6 +59,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether a packet has arrived and is not decided.
     pub fn is_undecided(&self, id: u32) -> bool {
         self.ledger.is_undecided(id)
     }
@@ -78,6 +79,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.flush |= self.sending.wanted;
     }
 
+    /// Whether this round of sending, from [`flush`](Self::flush), has ended.
     pub fn has_ended(&self, round: u64) -> bool {
         self.sending.rounds_ended >= round
     }
@@ -179,6 +181,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether the driver is to call [`tasks_ran`](Self::tasks_ran).
     pub fn wants_tasks_ran(&self) -> bool {
         self.gathering.wait_for_tasks
     }

@@ -31,6 +31,7 @@ pub struct FlowCodes {
 const DEFAULT: u32 = 0xa800_0000;
 
 impl FlowCodes {
+    /// The codes of a table with these marks.
     pub const fn of(marks: FlowMarks) -> Self {
         if marks.mask() == FlowMarks::DEFAULT {
             return Self { value: DEFAULT };

@@ -279,6 +279,7 @@ pub struct FillCounter {
 }
 
 impl FillCounter {
+    /// Adds a sample.
     pub fn sample(&mut self, number: usize) {
         self.min = if self.samples == 0 { number } else { self.min.min(number) };
         self.max = self.max.max(number);
@@ -286,6 +287,7 @@ impl FillCounter {
         self.sum += number as u64;
     }
 
+    /// Minimum, mean and maximum of the samples.
     pub fn fill(&self) -> Fill {
         let mean = self.sum.checked_div(self.samples).unwrap_or(0) as usize;
         Fill { min: self.min, mean, max: self.max }
