@@ -445,9 +445,7 @@ impl Verdict {
             return if wanted { Err("the queue was bound without flow_marks") } else { Ok(()) };
         };
         #[cfg(feature = "conntrack")]
-        if let Some((_, mask)) = self.conntrack.as_ref().and_then(|change| change.mark)
-            && mask & marks.mask() != 0
-        {
+        if self.conntrack.as_ref().and_then(|change| change.mark).is_some_and(|(_, mask)| mask & marks.mask() != 0) {
             return Err("conntrack_mark: the mask has bits of the queue's flow marks");
         }
         if self.priority.is_some_and(|priority| FlowCodes::of(marks).has(priority)) {

@@ -60,9 +60,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Stops waiting for verdicts if the time is over.
     pub(super) fn end_hand_over_wait(&mut self, now: Instant) {
-        if let LifeCycle::HandingOver { limit, .. } = &mut self.life
-            && matches!(limit, WaitLimit::At(at) if *at <= now)
-        {
+        let LifeCycle::HandingOver { limit, .. } = &mut self.life else { return };
+        if matches!(limit, WaitLimit::At(at) if *at <= now) {
             *limit = WaitLimit::Over;
             self.effects.wake_waiting = true;
         }

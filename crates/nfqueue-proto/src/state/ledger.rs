@@ -340,9 +340,10 @@ impl<E> Ledger<E> {
         }
         let before = out.len();
         for id in gathered {
-            if matches!(self.stragglers.get(id), Some(Slot::Decided(_)))
-                && let Some(Slot::Decided(decision)) = self.stragglers.remove(id)
-            {
+            if !matches!(self.stragglers.get(id), Some(Slot::Decided(_))) {
+                continue;
+            }
+            if let Some(Slot::Decided(decision)) = self.stragglers.remove(id) {
                 out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
@@ -396,9 +397,8 @@ impl<E> Ledger<E> {
         };
         rest.sort_unstable_by_key(offset);
         for id in rest.iter() {
-            if let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id))
-                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled)
-            {
+            let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id)) else { continue };
+            if let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled) {
                 out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
@@ -442,15 +442,13 @@ impl<E> Ledger<E> {
         let gathered = std::mem::take(&mut self.gathered);
         let mut taken = Vec::new();
         for id in gathered {
-            let by_owner = matches!(self.slot(id), Some(Slot::Decided(Decision { origin: Origin::Owner, .. })));
-            if by_owner
-                && let Some(slot) = self.slot_mut(id)
-                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Undecided(NO_TOKEN))
-            {
+            let Some(slot @ Slot::Decided(Decision { origin: Origin::Owner, .. })) = self.slot_mut(id) else {
+                self.gathered.push(id);
+                continue;
+            };
+            if let Slot::Decided(decision) = std::mem::replace(slot, Slot::Undecided(NO_TOKEN)) {
                 self.undecided += 1;
                 taken.push((id, decision));
-            } else {
-                self.gathered.push(id);
             }
         }
         taken

@@ -26,17 +26,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.sending.known_refused.remove(at);
                 return;
             }
-            if let Some((watched, refused)) = &mut self.sending.watched
-                && *watched == first
-            {
+            if let Some((_, refused)) = self.sending.watched.as_mut().filter(|(watched, _)| *watched == first) {
                 *refused = true;
                 return;
             }
         }
         // Another error proves that it was executed.
-        if let Some(verdict) = self.sending.unproven.replied(first)
-            && reply.error == Some(Errno::PERM)
-        {
+        let unproven = self.sending.unproven.replied(first);
+        if let Some(verdict) = unproven.filter(|_| reply.error == Some(Errno::PERM)) {
             return self.refused_before(verdict);
         }
         let failed = reply.error.map(|errno| reply_error(errno, &reply));
@@ -78,9 +75,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// counted the packet as decided, or as refused and decided again.
     fn inherited_reply(&mut self, reply: &Reply) {
         // Except if it lacked the capability for a moment and has not read this reply.
-        if let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused)
-            && self.ledger.reopen(id, NO_TOKEN)
-        {
+        let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused) else { return };
+        if self.ledger.reopen(id, NO_TOKEN) {
             self.counters.received.packets += 1;
             self.decide_again(id);
             self.ask_policy(FlushReason::Verdict);
@@ -104,11 +100,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.sending.doubtful = true;
             self.ledger.forbid_batches();
             self.missing_permission();
-            if let (Some(action), Some(id)) = (action, id)
-                && self.ledger.reopen(id, NO_TOKEN)
-            {
-                self.counters.uncount_decided(action, 1);
-                self.decide_again(id);
+            if let (Some(action), Some(id)) = (action, id) {
+                if self.ledger.reopen(id, NO_TOKEN) {
+                    self.counters.uncount_decided(action, 1);
+                    self.decide_again(id);
+                }
             }
             return true;
         }

@@ -171,10 +171,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if let VerdictMessage::Batch { .. } = message {
                 self.sending.batches.push(sequence, action, count as u64, self.counters.received.packets);
             }
-            if let VerdictMessage::Single { id, decision } = message
-                && let Some(waiter) = decision.extras.as_mut().and_then(E::take_waiter)
-            {
-                self.awaiting.push(sequence, Awaited::Verdict { id: *id, waiter });
+            if let VerdictMessage::Single { id, decision } = message {
+                if let Some(waiter) = decision.extras.as_mut().and_then(E::take_waiter) {
+                    self.awaiting.push(sequence, Awaited::Verdict { id: *id, waiter });
+                }
             }
             self.sending.last = Some(sequence);
             sequence = sequence.wrapping_add(1);
@@ -216,11 +216,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if let VerdictMessage::Batch { .. } = message {
                 self.sending.batches.take(sequence);
             }
-            if let VerdictMessage::Single { decision, .. } = message
-                && let Some(extras) = &mut decision.extras
-                && let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence)
-            {
-                extras.put_waiter(waiter);
+            if let VerdictMessage::Single { decision: Decision { extras: Some(extras), .. }, .. } = message {
+                if let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence) {
+                    extras.put_waiter(waiter);
+                }
             }
             sequence = sequence.wrapping_add(1);
         }

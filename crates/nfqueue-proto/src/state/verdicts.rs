@@ -102,7 +102,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         // Reading the clock costs as much as the rest of this function. Between two reads the timer
         // keeps the time limit.
         let custom = policy.is_custom();
-        let look = reason != FlushReason::Verdict || custom || gathered.is_multiple_of(8);
+        let look = reason != FlushReason::Verdict || custom || gathered % 8 == 0;
         let waited = match self.gathering.oldest {
             Some(oldest) if look => self.clock.now().saturating_duration_since(oldest),
             _ => Duration::ZERO,
