@@ -76,7 +76,6 @@ pub fn in_a_fork(body: impl FnOnce()) -> io::Result<bool> {
 
 /// Makes a system call fail with this error number, by a seccomp filter, in this thread and in
 /// those that it starts.
-#[cfg(target_pointer_width = "64")]
 pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let mut filter = [
