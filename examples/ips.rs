@@ -191,7 +191,7 @@ impl Connection {
     }
 }
 
-/// Binds the first queue that nobody has bound.
+/// Binds the first free queue number.
 fn bind(marks: FlowMarks) -> Result<Queue, Error> {
     let bind = |number| Queue::builder(number).flow_marks(marks).bind();
     let mut number = 0;

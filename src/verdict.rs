@@ -215,9 +215,9 @@ impl Verdict {
         Confirm { id, state }
     }
 
-    /// Lets the verdict hold for this packet and for every later packet of its connection, in both
-    /// directions. The kernel then accepts, drops or rejects these by itself, and they do not come
-    /// to the queue. See [`guide::flows`](crate::guide::flows).
+    /// Applies the verdict to this packet and to every later packet of its connection, in both
+    /// directions. The kernel then accepts, drops or rejects these. They do not come to the queue.
+    /// See [`guide::flows`](crate::guide::flows).
     ///
     /// Packets that are queued already still need their own verdicts. If verdicts for one
     /// connection differ, the one that denies wins.

@@ -369,7 +369,7 @@ fn text(payload: &[u8]) -> Option<String> {
 }
 
 /// The kernel replies before `send` returns, because `nfnetlink_rcv_batch` runs inside `send`. The
-/// timeout only ensures that a different kernel cannot block the caller forever.
+/// timeout only ensures that a different kernel cannot block the caller indefinitely.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of the receive buffer in bytes. A reply has a header, an error number, the header of
 /// the refused message and a line of text.

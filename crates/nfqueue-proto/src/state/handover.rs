@@ -1,4 +1,4 @@
-//! Handing the queue over to another process, and going on where another process has stopped.
+//! Handing the queue over to another process, and continuing where another process has stopped.
 //!
 //! | step | here |
 //! |---|---|
@@ -94,14 +94,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.permission != Permission::Held || self.sending.retry.is_some()
     }
 
-    /// Whether replies of the kernel matter to this process: somebody waits for one, or the
+    /// Whether replies of the kernel matter to this process: a task waits for one, or the
     /// capability was missing, so that only this process understands them.
     pub fn awaits_replies(&self) -> bool {
         !self.awaiting.is_empty() || !self.sending.known_refused.is_empty() || self.sending.distrust
     }
 
-    /// From now on the socket is not touched: the position is that of the successor as well.
-    /// Whoever waits for a reply learns that it will not come.
+    /// From now on the socket is not touched: the position is that of the successor as well. Tasks
+    /// that wait for a reply get an error.
     pub fn freeze(&mut self, sequence: u32) -> Position {
         if let LifeCycle::HandingOver { frozen, .. } = &mut self.life {
             *frozen = true;
@@ -121,7 +121,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// The successor has not taken the queue over: it goes on as before. If it was closed
+    /// The successor has not taken the queue over: it continues as before. If it was closed
     /// meanwhile, the shutdown begins.
     pub fn resume(&mut self) {
         let LifeCycle::HandingOver { then, .. } = self.life else { return };

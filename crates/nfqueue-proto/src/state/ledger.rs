@@ -8,7 +8,7 @@
 //!
 //! | state of an id | meaning |
 //! |---|---|
-//! | undecided | arrived; nobody has decided it |
+//! | undecided | arrived and not decided |
 //! | decided | decided; no message has been made |
 //! | settled | a message decides it, or it never arrived: nothing is owed |
 

@@ -211,7 +211,7 @@ impl World {
                 }
                 1..=8 => self.begin_hand_over(),
                 9 => {
-                    // The queue goes on in a child by `fork`: the thread that was to carry out
+                    // The queue continues in a child by `fork`: the thread that was to carry out
                     // these effects has stayed in the parent.
                     self.decide();
                     drop(self.machine.take_effects());
@@ -533,11 +533,11 @@ impl World {
         }
         self.kernel.send(first, messages, self.capable);
         if in_doubt || self.random.one_in(3) {
-            // Somebody else receives meanwhile.
+            // Another thread receives meanwhile.
             let most = if in_doubt { usize::MAX } else { 1 + self.random.below(20) };
             self.receive(most.min(100_000));
         }
-        // Nobody asks for the capability if the proof comes later.
+        // The capability is not checked if the proof comes later.
         if (self.capable || proof == Proof::Later) && !self.machine.is_refused() {
             let ids: Vec<u32> =
                 plan[begin..end].iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
@@ -658,7 +658,7 @@ impl World {
             1 => WaitLimit::At(self.now()),
             _ => WaitLimit::At(self.now() + Duration::from_millis(5)),
         };
-        // Whoever closes may lack the capability; another thread has it, or gets it later.
+        // The thread that closes may lack the capability; another thread has it, or gets it later.
         let incapable = limit == WaitLimit::Never && self.random.one_in(2);
         self.capable = !incapable;
         self.close(limit);

@@ -142,7 +142,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.wake_refusals = true;
     }
 
-    /// The oldest refusal that nobody has read.
+    /// The oldest unread refusal.
     pub fn next_refusal(&mut self) -> Option<Error> {
         self.refusals.pop_front()
     }

@@ -6,7 +6,7 @@ use super::{Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit};
 use crate::types::{Action, Error, ErrorKind};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
-    /// With a deadline, somebody must look for unread packets.
+    /// With a deadline, the timer thread looks for unread packets.
     pub fn bound(&mut self) {
         self.effects.watch = self.settings.deadline.is_some();
     }
@@ -28,7 +28,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 // It was begun by a drop, which waits without limit, or by a caller with a longer
                 // time-out.
                 *old = old.tighten(limit);
-                // Also if the time is over already: the timer knows what nobody has been handed.
+                // Also if the time is over already: the timer thread knows the unread packets.
                 let now = self.clock.now();
                 self.rearm_timer(now);
                 return false;
@@ -133,8 +133,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.look_for_the_end();
     }
 
-    /// The action for packets that nobody has been handed, if the time-out is over while the queue
-    /// is being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: nobody
+    /// The action for packets that were not handed out, if the time-out is over while the queue is
+    /// being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: no task
     /// owes their verdicts.
     pub fn overdue_while_stopping(&self) -> Option<Action> {
         match self.life {
@@ -177,11 +177,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let sent = self.ledger.gathered() == 0 && !self.sending.under_way && self.permission == Permission::Held;
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
-        let hopeless = !self.sending.under_way
+        let unsendable = !self.sending.under_way
             && (self.is_forbidden(limit)
                 || self.is_broken()
                 || limit == WaitLimit::Over && self.sending.retry.is_some());
-        if self.ledger.undecided() == 0 && (sent || hopeless) {
+        if self.ledger.undecided() == 0 && (sent || unsendable) {
             let unsent = self.ledger.gathered();
             if unsent > 0 && limit == WaitLimit::Over {
                 self.timed_out(format!("{unsent} verdicts could not be sent before the time-out"));

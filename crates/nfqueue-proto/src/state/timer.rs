@@ -47,7 +47,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             Permission::Missing { .. } | Permission::Lost => {}
         }
         if let Some((_, receives)) = self.receiving.look.take_if(|(at, _)| *at <= now) {
-            // If somebody has received since then, they handle the rest as well.
+            // A thread that has received since then handles the rest as well.
             self.effects.look = receives == self.receiving.receives;
             self.effects.watch = true;
         }

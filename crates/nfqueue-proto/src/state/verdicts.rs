@@ -52,7 +52,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         true
     }
 
-    /// Decides packets that nobody will take from the stream.
+    /// Decides packets that will not be handed out.
     pub fn decide_unread(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
         for id in ids {
             self.decide_in_place(id, action);
@@ -91,8 +91,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             return;
         }
         let undecided = self.ledger.undecided();
-        let last_words = !self.life.is_open() && undecided == 0;
-        if !self.gathering.driven || last_words || self.life.is_handing_over() {
+        let final_verdicts = !self.life.is_open() && undecided == 0;
+        if !self.gathering.driven || final_verdicts || self.life.is_handing_over() {
             return self.request_flush();
         }
         let Some(policy) = &mut self.gathering.policy else {

@@ -23,7 +23,7 @@ pub const ORIGINAL: u32 = !CODE;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlowCodes {
     /// The value of [`MASK`] in a code. As a traffic control class it has a major number of 0x8800
-    /// or higher, which the kernel does not come to by itself.
+    /// or higher, which the kernel does not assign.
     pub value: u32,
 }
 
