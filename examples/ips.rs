@@ -159,10 +159,10 @@ impl Table {
         }
         self.connections += 1;
         self.known.insert(key, Connection { first, bytes: Vec::new(), ended: false, decided: None });
-        if self.oldest.len() > self.options.connections
-            && let Some(oldest) = self.oldest.pop_front()
-        {
-            self.known.remove(&oldest);
+        if self.oldest.len() > self.options.connections {
+            if let Some(oldest) = self.oldest.pop_front() {
+                self.known.remove(&oldest);
+            }
         }
     }
 }
@@ -191,7 +191,7 @@ impl Connection {
     }
 }
 
-/// Binds the first queue that nobody has bound.
+/// Binds the first free queue number.
 fn bind(marks: FlowMarks) -> Result<Queue, Error> {
     let bind = |number| Queue::builder(number).flow_marks(marks).bind();
     let mut number = 0;

@@ -1,5 +1,5 @@
-//! Accepts each connection by its first packet: the kernel passes the rest by itself, and it does
-//! not come to the queue.
+//! Accepts each connection by its first packet: the kernel accepts the rest, which does not come to
+//! the queue.
 //!
 //! It makes its own rules, for UDP and TCP to one port at the output hook. Run it as root:
 //! `cargo run --release --example per_flow -- --port 9999`. With `--no-flow` it accepts packet by
@@ -56,7 +56,7 @@ async fn run(options: Options) -> Result<(), Error> {
     removed.and(closed).and(divert.close())
 }
 
-/// Binds the first queue that nobody has bound.
+/// Binds the first free queue number.
 fn bind(marks: FlowMarks) -> Result<Queue, Error> {
     let bind = |number| Queue::builder(number).flow_marks(marks).on_unanswered(Action::Accept).bind();
     let mut number = 0;

@@ -167,7 +167,7 @@ impl QueueBuilder {
     /// [`Action::Drop`], to fail closed.
     ///
     /// [`Action::Repeat`] and a requeue to the same queue are refused, because the packet would be
-    /// queued for ever.
+    /// queued indefinitely.
     ///
     /// The default action also applies while the queue [closes](Queue::close): with
     /// [`Action::Accept`], new packets are accepted in the meantime; with any other action they are
@@ -178,11 +178,11 @@ impl QueueBuilder {
     }
 
     /// Decides a packet with `action` if it is still undecided when the time `after` has passed
-    /// since it was received from the kernel, whether or not anybody polls the stream. Default: no
+    /// since it was received from the kernel, whether or not a task polls the stream. Default: no
     /// deadline. `after` must not be zero; [`Action::Repeat`] and a requeue to the same queue are
     /// refused.
     ///
-    /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if nobody
+    /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if no task
     /// polls the stream). The stream does not return a packet that was decided like this.
     /// [`Packet::is_expired`](crate::Packet::is_expired) is true for one that was returned before.
     pub fn deadline(mut self, after: Duration, action: Action) -> Self {
@@ -267,7 +267,7 @@ impl QueueBuilder {
     }
 
     /// Binds the queue as soon as no other socket owns it: for a restart in which the old process
-    /// ends by itself. If the number is free, it does what [`bind`](Self::bind) does.
+    /// ends without handing it over. If the number is free, it does what [`bind`](Self::bind) does.
     ///
     /// The socket is opened by this call, in the calling thread's network namespace. The kernel
     /// does not report that a queue has been unbound, so it is asked again while another socket
@@ -315,8 +315,8 @@ impl QueueBuilder {
     /// when the [`Takeover`] has been [accepted](Takeover::accept).
     ///
     /// The settings of this crate are those of this builder: default action, deadline, flush policy
-    /// and times. What the kernel has been told stays as the predecessor has set it: the copy
-    /// range, `max_len`, the flags and the receive buffer. To change these, call
+    /// and times. What the predecessor has set in the kernel stays: the copy range, `max_len`, the
+    /// flags and the receive buffer. To change these, call
     /// [`reconfigure`](crate::VerdictSink::reconfigure) afterwards.
     ///
     /// [Flow marks](Self::flow_marks) must be those of the predecessor if its table goes along.
@@ -325,7 +325,7 @@ impl QueueBuilder {
     /// A deadline begins anew for packets that the predecessor had received.
     ///
     /// # Errors
-    /// The predecessor then goes on, if the `Takeover` is dropped:
+    /// The predecessor then continues, if the `Takeover` is dropped:
     /// * `InvalidInput`: the predecessor does not hand over this queue, or a setting is invalid.
     /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the
     ///   socket's network namespace.

@@ -176,7 +176,7 @@ impl QueueGroup {
     /// As [`GroupSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close(self) -> Result<(), Error> {
         self.sink.close().await
     }
@@ -187,7 +187,7 @@ impl QueueGroup {
     /// As [`GroupSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_within(self, timeout: Duration) -> Result<(), Error> {
         self.sink.close_within(timeout).await
     }
@@ -198,7 +198,7 @@ impl QueueGroup {
     /// As [`GroupSink::close_with`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_with(self, action: Action) -> Result<(), Error> {
         self.sink.close_with(action).await
     }

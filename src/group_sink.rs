@@ -74,13 +74,13 @@ impl GroupSink {
     /// The first queue's error. Every queue is closed regardless.
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close(&self) -> Result<(), Error> {
         join_all(self.sinks.iter().map(VerdictSink::close)).await.into_iter().collect()
     }
 
     /// Begins to hand all queues over to another process, which takes all of them or none: see
-    /// [`VerdictSink::hand_over`]. If one cannot be handed over, all of them go on here.
+    /// [`VerdictSink::hand_over`]. If one cannot be handed over, all of them continue here.
     ///
     /// The successor takes the queues over one by one, and collects them:
     ///
@@ -114,7 +114,7 @@ impl GroupSink {
     /// As [`close`](Self::close).
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
         join_all(self.sinks.iter().map(|sink| sink.close_within(timeout))).await.into_iter().collect()
     }
@@ -127,7 +127,7 @@ impl GroupSink {
     /// refuses for one of the queues; then no queue is closed.
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
         for sink in &self.sinks {
             sink.check_close_action(action)?;

@@ -29,11 +29,11 @@ use crate::{
 /// Use it as a whole, or [`split`](Self::split) it into a [`PacketStream`] and a [`VerdictSink`].
 /// It has the methods of both.
 ///
-/// Dropping it closes the queue as [`close`](Self::close) does, except that nobody waits. Gathered
-/// verdicts are sent, and packets that nobody has read get the
-/// [default action](crate::QueueBuilder::on_unanswered). The queue is unbound when the last packet
-/// that is still held has been decided. The drop takes some microseconds for each queued packet. If
-/// another thread is sending verdicts at that time, that thread unbinds the queue afterwards.
+/// Dropping it closes the queue as [`close`](Self::close) does, except that it does not wait.
+/// Gathered verdicts are sent, and unread packets get the [default
+/// action](crate::QueueBuilder::on_unanswered). The queue is unbound when the last packet that is
+/// still held has been decided. The drop takes some microseconds for each queued packet. If another
+/// thread is sending verdicts at that time, that thread unbinds the queue afterwards.
 #[derive(Debug)]
 pub struct Queue {
     stream: PacketStream,
@@ -95,7 +95,7 @@ impl Queue {
     /// As [`VerdictSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close(self) -> Result<(), Error> {
         self.sink.close().await
     }
@@ -107,7 +107,7 @@ impl Queue {
     /// As [`VerdictSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_within(self, timeout: Duration) -> Result<(), Error> {
         self.sink.close_within(timeout).await
     }
@@ -119,7 +119,7 @@ impl Queue {
     /// As [`VerdictSink::close_with`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_with(self, action: Action) -> Result<(), Error> {
         self.sink.close_with(action).await
     }
@@ -339,7 +339,7 @@ impl PacketStream {
     ///
     /// It is created at the first call and covers the socket, the packets that were received for
     /// another reason (a [`confirm`](VerdictSink::confirm), a deadline), and the end of the stream,
-    /// whoever closes the queue or hands it over. It costs two more descriptors.
+    /// also if another handle closes the queue or hands it over. It costs two more descriptors.
     ///
     /// # Errors
     /// The process or the system has no free descriptor.

@@ -1,5 +1,5 @@
 //! Answers DNS queries for blocked names, and for all names below them, with NXDOMAIN. Other
-//! queries go on to their server, and replies do not come to the queue.
+//! queries are sent to their server, and replies do not come to the queue.
 //!
 //! It makes its own rules: for UDP to one port, sent by this host, received by it or forwarded. Run
 //! it as root: `cargo run --release --example dns_firewall -- example.com example.net`.
@@ -121,7 +121,7 @@ fn nxdomain(query: &Message) -> Message {
 /// The mark of the replies.
 const MARK: u32 = 0x40;
 
-/// Binds the first queue that nobody has bound. A reply to a super-packet is impossible.
+/// Binds the first free queue number. A reply to a super-packet is impossible.
 fn bind() -> Result<Queue, Error> {
     let bind = |number| Queue::builder(number).gso(false).on_unanswered(Action::Accept).bind();
     let mut number = 0;

@@ -255,7 +255,7 @@ impl Shared {
         if let Some(ask) = ask {
             self.ask(*ask);
         }
-        if wake_stream && let Some(ready_fd) = self.ready_fd.get() {
+        if let Some(ready_fd) = self.ready_fd.get().filter(|_| wake_stream) {
             ready_fd.raise();
         }
         if wake_refusals {

@@ -173,9 +173,7 @@ impl Shared {
         loop {
             let mut receiver = lock(&self.receiver);
             if let Some(packet) = self.take_packet(&mut receiver) {
-                if let Some(ready_fd) = self.ready_fd.get()
-                    && !receiver.packets.is_empty()
-                {
+                if let Some(ready_fd) = self.ready_fd.get().filter(|_| !receiver.packets.is_empty()) {
                     ready_fd.raise();
                 }
                 return Ok(packet);

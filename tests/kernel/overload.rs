@@ -187,7 +187,7 @@ async fn survive(queue: &mut Queue, end: std::sync::mpsc::Receiver<()>) -> u64 {
         // The loop also ends without a packet: the last ones may have been lost.
         let packet = tokio::time::timeout(std::time::Duration::from_millis(1), queue.recv()).await;
         if let Ok(packet) = packet {
-            let packet = packet.expect("the stream goes on").expect("no error");
+            let packet = packet.expect("the stream continues").expect("no error");
             queue.sink().submit(packet.drop()).unwrap();
             seen += 1;
         }

@@ -1,4 +1,4 @@
-//! Handing the queue over to another process, and going on where another process has stopped.
+//! Handing the queue over to another process, and continuing where another process has stopped.
 //!
 //! | step | here |
 //! |---|---|
@@ -95,7 +95,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         !self.permission.is_held() || self.rounds.retry().is_some()
     }
 
-    /// Whether replies of the kernel matter to this process: somebody waits for one, or the
+    /// Whether replies of the kernel matter to this process: a task waits for one, or the
     /// capability was missing, so that only this process understands them.
     pub fn awaits_replies(&self) -> bool {
         self.outstanding.awaits_replies()
@@ -122,7 +122,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
-    /// The successor has not taken the queue over: it goes on as before. If it was closed
+    /// The successor has not taken the queue over: it continues as before. If it was closed
     /// meanwhile, the shutdown begins.
     pub fn resume(&mut self) {
         let LifeCycle::HandingOver { then, .. } = *self.life else { return };

@@ -14,11 +14,14 @@ use crate::types::Action;
 /// Where a queue is between `bind` and the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LifeCycle {
+    /// Bound. Packets are handed out.
     Open,
     /// No packet is handed out any more. A thread asks the kernel to queue no more, and receives
     /// what is queued.
     Stopping {
+        /// For packets that were not handed out.
         action: Action,
+        /// How long owed verdicts are awaited.
         limit: WaitLimit,
         /// The capability was missing; it is tried again.
         failed: bool,
@@ -26,12 +29,16 @@ pub enum LifeCycle {
     /// Nothing can be queued any more, and everything has been received. The verdicts that are owed
     /// are awaited.
     Waiting {
+        /// As in `Stopping`.
         action: Action,
+        /// As in `Stopping`.
         limit: WaitLimit,
     },
     /// Every packet is decided; somebody unbinds the queue.
     Unbinding {
+        /// As in `Stopping`.
         action: Action,
+        /// As in `Stopping`.
         limit: WaitLimit,
     },
     /// The queue is being handed over to another process, or taken over from one. No packet is
@@ -58,6 +65,7 @@ pub enum Binding {
 }
 
 impl LifeCycle {
+    /// Whether it is [`Open`](Self::Open).
     pub fn is_open(self) -> bool {
         self == Self::Open
     }
@@ -67,6 +75,7 @@ impl LifeCycle {
         !matches!(self, Self::Open | Self::HandingOver { .. })
     }
 
+    /// Whether it is [`HandingOver`](Self::HandingOver).
     pub fn is_handing_over(self) -> bool {
         matches!(self, Self::HandingOver { .. })
     }
@@ -76,6 +85,7 @@ impl LifeCycle {
         matches!(self, Self::HandingOver { frozen: true, .. } | Self::Closed(Binding::HandedOver))
     }
 
+    /// Whether it is [`Closed`](Self::Closed).
     pub fn is_closed(self) -> bool {
         matches!(self, Self::Closed(_))
     }
@@ -142,6 +152,7 @@ impl Hold {
 pub enum WaitLimit {
     /// No limit: the queue was dropped while packets are still held.
     Never,
+    /// Until this time.
     At(Instant),
     /// The time is over: every packet has been decided.
     Over,

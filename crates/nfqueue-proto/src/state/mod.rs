@@ -85,31 +85,38 @@ pub use self::{
 
 /// The source of the time.
 pub trait Clock {
+    /// The time now. It never decreases.
     fn now(&self) -> Instant;
 }
 
 /// What a verdict for a single packet carries besides its fields, including who waits for the
 /// kernel's reply.
 pub trait Carried {
+    /// Who waits for the kernel's reply.
     type Waiter;
     fn attachments(&self) -> Attachments<'_>;
     /// Whether somebody waits, or has waited: the kernel replies also on success.
     fn is_acknowledged(&self) -> bool;
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
+    /// Puts back a waiter that was taken out: the verdict was not sent.
     fn put_waiter(&mut self, waiter: Self::Waiter);
 }
 
 /// The settings that do not change while the queue is bound.
 #[derive(Debug, Clone, Copy)]
 pub struct FixedSettings {
+    /// The number of the queue.
     pub queue: u16,
+    /// The default action: for packets that their owners drop undecided.
     pub on_unanswered: Action,
+    /// The action for packets that are undecided this long after they were received.
     pub deadline: Option<(Duration, Action)>,
 }
 
 /// The limits in force.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
+    /// How many packets the kernel queues at most.
     pub max_len: u32,
     /// The longest payload of a message, in bytes.
     pub payload: usize,
@@ -118,13 +125,16 @@ pub struct Limits {
 /// A change of the limits by a configuration message. What is `None` stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Change {
+    /// How many packets the kernel queues at most.
     pub max_len: Option<u32>,
+    /// The longest payload of a message, in bytes.
     pub payload: Option<usize>,
 }
 
 /// One received packet.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
+    /// The packet id.
     pub id: u32,
     /// The memory that it keeps allocated.
     pub storage: Storage,
@@ -186,6 +196,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_m
 const WIDEST_SEARCH: u32 = 65_536;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
+    /// A queue that has just been bound. `first` is the packet id that is expected first: 1 for a
+    /// new queue.
     pub fn new(settings: FixedSettings, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
         Self {
             settings,
@@ -276,6 +288,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.outstanding.dropped()
     }
 
+    /// The limits in force, as far as they are known.
     pub fn limits(&self) -> Limits {
         self.limits
     }
@@ -287,6 +300,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.outstanding.highest_limits(self.limits)
     }
 
+    /// The counters now. `limits.receive_buffer` is left 0.
     pub fn stats(&self) -> Stats {
         let mut stats = self.counters;
         stats.held.in_flight = self.in_flight();

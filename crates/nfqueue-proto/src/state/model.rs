@@ -225,7 +225,7 @@ impl World {
                 }
                 1..=8 => self.begin_hand_over(),
                 9 => {
-                    // The queue goes on in a child by `fork`: the thread that was to carry out
+                    // The queue continues in a child by `fork`: the thread that was to carry out
                     // these effects has stayed in the parent.
                     self.decide();
                     drop(self.machine.take_effects());
@@ -645,7 +645,7 @@ impl World {
             1 => WaitLimit::At(self.now()),
             _ => WaitLimit::At(self.now() + Duration::from_millis(5)),
         };
-        // Whoever closes may lack the capability; another thread has it, or gets it later.
+        // The thread that closes may lack the capability; another thread has it, or gets it later.
         let incapable = limit == WaitLimit::Never && self.random.one_in(2);
         self.capable = !incapable;
         self.close(limit);

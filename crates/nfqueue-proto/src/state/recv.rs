@@ -164,8 +164,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.counters.lost.packets
     }
 
-    /// The socket has become readable. This matters only with a deadline: nobody else may be
-    /// reading.
+    /// The socket has become readable. This matters only with a deadline: no task may be reading.
     pub fn readable(&mut self) {
         let Some((after, _)) = self.settings.deadline else { return };
         let at = self.clock.now() + (after / 64).max(SHORTEST_LOOK);

@@ -59,9 +59,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// counted the packet as decided, or as refused and decided again.
     fn inherited_reply(&mut self, reply: &Reply) {
         // Except if it lacked the capability for a moment and has not read this reply.
-        if let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused)
-            && self.ledger.reopen(id, NO_TOKEN)
-        {
+        let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused) else { return };
+        if self.ledger.reopen(id, NO_TOKEN) {
             self.counters.received.packets += 1;
             self.decide_again(id);
             self.ask_policy(FlushReason::Verdict);
@@ -84,11 +83,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.outstanding.distrust();
             self.ledger.forbid_batches();
             self.missing_permission();
-            if let (Some(action), Some(id)) = (action, id)
-                && self.ledger.reopen(id, NO_TOKEN)
-            {
-                self.counters.uncount_decided(action, 1);
-                self.decide_again(id);
+            if let (Some(action), Some(id)) = (action, id) {
+                if self.ledger.reopen(id, NO_TOKEN) {
+                    self.counters.uncount_decided(action, 1);
+                    self.decide_again(id);
+                }
             }
             return true;
         }
@@ -125,7 +124,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.wake_refusals = true;
     }
 
-    /// The oldest refusal that nobody has read.
+    /// The oldest unread refusal.
     pub fn next_refusal(&mut self) -> Option<Error> {
         self.refusals.pop_front()
     }
@@ -152,10 +151,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether the queue has failed and the error has not been taken.
     pub fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
 
+    /// The error with which the stream ends, for the first caller.
     pub fn take_failure(&mut self) -> Option<Error> {
         self.failure.take()
     }

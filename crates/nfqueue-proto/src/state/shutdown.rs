@@ -6,11 +6,12 @@ use super::{Binding, Carried, Clock, Hold, LifeCycle, Machine, Notice, WaitLimit
 use crate::types::{Action, Error, ErrorKind};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
-    /// With a deadline, somebody must look for unread packets.
+    /// With a deadline, the timer thread looks for unread packets.
     pub fn bound(&mut self) {
         self.effects.watch = self.settings.deadline.is_some();
     }
 
+    /// Where the queue is in its life cycle.
     pub fn life(&self) -> LifeCycle {
         *self.life
     }
@@ -133,8 +134,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.look_for_the_end();
     }
 
-    /// The action for packets that nobody has been handed, if the time-out is over while the queue
-    /// is being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: nobody
+    /// The action for packets that were not handed out, if the time-out is over while the queue is
+    /// being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: no task
     /// owes their verdicts.
     pub fn overdue_while_stopping(&self) -> Option<Action> {
         match *self.life {

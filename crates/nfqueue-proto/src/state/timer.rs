@@ -28,11 +28,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.effects.call_driver = true;
             self.effects.probe = !self.gathering.is_driven() || driver_is_late || self.is_overdue();
         }
-        if let Some((at, receives)) = self.receiving.look
-            && at <= now
-        {
-            self.receiving.look = None;
-            // If somebody has received since then, they handle the rest as well.
+        if let Some((_, receives)) = self.receiving.look.take_if(|(at, _)| *at <= now) {
+            // A thread that has received since then handles the rest as well.
             self.effects.look = receives == self.receiving.receives;
             self.effects.watch = true;
         }

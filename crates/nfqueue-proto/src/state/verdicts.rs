@@ -51,13 +51,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         true
     }
 
-    /// Decides packets that nobody will take from the stream.
+    /// Decides packets that will not be handed out.
     pub fn decide_unread(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
         for id in ids {
             self.decide_in_place(id, action);
         }
     }
 
+    /// Whether a packet has arrived and is not decided.
     pub fn is_undecided(&self, id: u32) -> bool {
         self.ledger.is_undecided(id)
     }
@@ -77,6 +78,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.flush |= self.rounds.is_wanted();
     }
 
+    /// Whether this round of sending, from [`flush`](Self::flush), has ended.
     pub fn has_ended(&self, round: u64) -> bool {
         self.rounds.has_ended(round)
     }
@@ -136,6 +138,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether the driver is to call [`tasks_ran`](Self::tasks_ran).
     pub fn wants_tasks_ran(&self) -> bool {
         self.gathering.waits_for_tasks()
     }
