@@ -86,7 +86,7 @@ impl Gathering {
         // Reading the clock costs as much as the rest of this function. Between two reads the timer
         // keeps the time limit.
         let custom = policy.is_custom();
-        let look = reason != FlushReason::Verdict || custom || gathered.is_multiple_of(8);
+        let look = reason != FlushReason::Verdict || custom || gathered % 8 == 0;
         let waited = match self.oldest {
             Some(oldest) if look => now().saturating_duration_since(oldest),
             _ => Duration::ZERO,

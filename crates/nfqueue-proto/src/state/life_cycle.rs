@@ -51,12 +51,14 @@ pub enum LifeCycle {
         /// The shutdown that was requested meanwhile. It begins if the queue goes on here.
         then: Option<(Action, WaitLimit)>,
     },
+    /// Nothing is sent or received any more.
     Closed(Binding),
 }
 
 /// Who has a closed queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Binding {
+    /// No socket.
     Unbound,
     /// The capability was missing; unbinding is tried again.
     StillBound,

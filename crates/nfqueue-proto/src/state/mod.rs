@@ -94,9 +94,11 @@ pub trait Clock {
 pub trait Carried {
     /// Who waits for the kernel's reply.
     type Waiter;
+    /// What the verdict carries, for its message.
     fn attachments(&self) -> Attachments<'_>;
     /// Whether somebody waits, or has waited: the kernel replies also on success.
     fn is_acknowledged(&self) -> bool;
+    /// Takes out who waits, if somebody does.
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
     /// Puts back a waiter that was taken out: the verdict was not sent.
     fn put_waiter(&mut self, waiter: Self::Waiter);

@@ -133,9 +133,8 @@ impl<W> Outstanding<W> {
         match message {
             VerdictMessage::Batch { .. } => drop(self.batches.take(sequence)),
             VerdictMessage::Single { decision, .. } => {
-                if let Some(extras) = &mut decision.extras
-                    && let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence)
-                {
+                let Some(extras) = &mut decision.extras else { return };
+                if let Some(Awaited::Verdict { waiter, .. }) = self.awaiting.remove(sequence) {
                     extras.put_waiter(waiter);
                 }
             }
@@ -178,9 +177,7 @@ impl<W> Outstanding<W> {
                 self.known_refused.remove(at);
                 return Replied::Nothing;
             }
-            if let Some((first, refused)) = &mut self.current
-                && *first == sequence
-            {
+            if let Some((_, refused)) = self.current.as_mut().filter(|(first, _)| *first == sequence) {
                 *refused = true;
                 return Replied::Nothing;
             }

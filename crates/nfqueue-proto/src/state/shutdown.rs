@@ -198,13 +198,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The queue has been unbound, or could not be. Returns true if this is the end, false if it is
     /// tried again.
     pub fn unbound(&mut self, result: Result<(), Error>, capable: bool) -> bool {
-        if let (Err(error), LifeCycle::Unbinding { action, limit }) = (&result, *self.life)
-            && !capable
-            && self.may_be_permitted_later(error, limit)
-        {
-            self.life.set(LifeCycle::Waiting { action, limit });
-            self.await_permission(limit);
-            return false;
+        match (&result, *self.life) {
+            (Err(error), LifeCycle::Unbinding { action, limit })
+                if !capable && self.may_be_permitted_later(error, limit) =>
+            {
+                self.life.set(LifeCycle::Waiting { action, limit });
+                self.await_permission(limit);
+                return false;
+            }
+            _ => {}
         }
         if self.life.is_closed() {
             return false;

@@ -100,9 +100,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The verdicts that waited are being sent. The timer thread is not woken for them, unless that
     /// happens so often that it costs less than to keep it from that.
     pub(super) fn end_waiting(&mut self) {
-        if let Some(due) = self.gathering.end_waiting()
-            && self.alarm.at == Some(due)
-        {
+        let due = self.gathering.end_waiting();
+        if due.is_some() && self.alarm.at == due {
             self.change_timer(self.next_due(self.clock.now()));
         }
     }
