@@ -154,10 +154,10 @@ impl Table {
         }
         self.connections += 1;
         self.known.insert(key, Connection { first, bytes: Vec::new(), ended: false, decided: None });
-        if self.oldest.len() > self.options.connections
-            && let Some(oldest) = self.oldest.pop_front()
-        {
-            self.known.remove(&oldest);
+        if self.oldest.len() > self.options.connections {
+            if let Some(oldest) = self.oldest.pop_front() {
+                self.known.remove(&oldest);
+            }
         }
     }
 }

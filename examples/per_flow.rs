@@ -1,5 +1,5 @@
-//! Accepts each connection by its first packet: the kernel passes the rest by itself, and it does
-//! not come to the queue.
+//! Accepts each connection by its first packet: the kernel accepts the rest, which does not come to
+//! the queue.
 //!
 //! It makes its own rules, for UDP and TCP to one port at the output hook. Run it as root:
 //! `cargo run --release --example per_flow -- --port 9999`. With `--no-flow` it accepts packet by

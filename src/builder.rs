@@ -177,7 +177,7 @@ impl QueueBuilder {
     /// [`Action::Drop`], to fail closed.
     ///
     /// [`Action::Repeat`] and a requeue to the same queue are refused, because the packet would be
-    /// queued for ever.
+    /// queued indefinitely.
     ///
     /// The default action also applies while the queue [closes](Queue::close): with
     /// [`Action::Accept`], new packets are accepted in the meantime; with any other action they are
@@ -188,11 +188,11 @@ impl QueueBuilder {
     }
 
     /// Decides a packet with `action` if it is still undecided when the time `after` has passed
-    /// since it was received from the kernel, whether or not anybody polls the stream. Default: no
+    /// since it was received from the kernel, whether or not a task polls the stream. Default: no
     /// deadline. `after` must not be zero; [`Action::Repeat`] and a requeue to the same queue are
     /// refused.
     ///
-    /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if nobody
+    /// The action is sent at the deadline or up to 1/32 of `after` later (plus 200 µs if no task
     /// polls the stream). The stream does not return a packet that was decided like this.
     /// [`Packet::is_expired`](crate::Packet::is_expired) is true for one that was returned before.
     pub fn deadline(mut self, after: Duration, action: Action) -> Self {
@@ -451,8 +451,8 @@ impl QueueBuilder {
     /// first of so many in a row.
     ///
     /// The settings of this crate are those of this builder: default action, deadline, flush policy
-    /// and times. What the kernel has been told stays as the predecessor has set it: the copy
-    /// range, `max_len`, the flags and the receive buffer. To change these, call
+    /// and times. What the predecessor has set in the kernel stays: the copy range, `max_len`, the
+    /// flags and the receive buffer. To change these, call
     /// [`reconfigure`](crate::VerdictSink::reconfigure) afterwards.
     ///
     /// With [`divert`](Self::divert), the queue also takes the first table that the predecessor

@@ -25,15 +25,15 @@ use crate::{
 /// Queues that are about to be handed over to another process, from
 /// [`VerdictSink::hand_over`](crate::VerdictSink::hand_over).
 ///
-/// While it exists, nobody receives the queues' packets: they wait in the kernel, up to
+/// While it exists, no process receives the queues' packets: they wait in the kernel, up to
 /// [`max_len`](crate::QueueBuilder::max_len) and the receive buffer. If it is dropped, or if
-/// [`send`](Self::send) fails, the queues go on in this process as if nothing had happened. So
+/// [`send`](Self::send) fails, the queues continue in this process as if nothing had happened. So
 /// there is no time at which a failure of the successor costs a packet.
 ///
-/// What is handed over are the netlink sockets themselves, with all that lies unread in them, and
-/// the position of this process: which packet ids have been seen, which packets were received but
-/// not handed out, and the settings that the kernel has. The sockets stay in their network
-/// namespaces, whichever namespace the successor is in.
+/// What is handed over are the netlink sockets themselves, with all that is unread in them, and the
+/// position of this process: which packet ids have been seen, which packets were received but not
+/// handed out, and the settings that the kernel has. The sockets stay in their network namespaces,
+/// whichever namespace the successor is in.
 ///
 /// There are two ways to the successor:
 ///
@@ -42,7 +42,7 @@ use crate::{
 ///   that keeps descriptors while the service restarts.
 ///
 /// The page [`guide::restarting`](crate::guide::restarting) shows both.
-#[must_use = "the queues go on in this process when it is dropped"]
+#[must_use = "the queues continue in this process when it is dropped"]
 pub struct Handover {
     queues: Vec<Frozen>,
     parts: Vec<Part>,
@@ -52,7 +52,7 @@ pub struct Handover {
 pub(crate) struct Part {
     pub(crate) socket: OwnedFd,
     pub(crate) record: PartRecord,
-    /// Nobody uses it in this process until this is called.
+    /// This process does not use the socket until this is called.
     pub(crate) use_again: UseAgain,
 }
 
@@ -86,12 +86,12 @@ impl Handover {
     /// `within` at most until it has [accepted](Takeover::accept) them.
     ///
     /// If it returns `Ok`, the queues belong to the successor, and their streams end here. If it
-    /// returns an error, they go on in this process, and the successor's `accept` returns an error:
-    /// there is never a time at which both or none of them have the queues.
+    /// returns an error, they continue in this process, and the successor's `accept` returns an
+    /// error: there is never a time at which both or none of them have the queues.
     ///
-    /// The connection is used for nothing else, neither before nor after. Whoever is at the other
-    /// end gets the power over the packets: let only your own service connect, by the permissions
-    /// of the socket's directory, or check [`peer_cred`](UnixStream::peer_cred).
+    /// The connection is used for nothing else, neither before nor after. The process at the other
+    /// end can take the packets: let only your own service connect, by the permissions of the
+    /// socket's directory, or check [`peer_cred`](UnixStream::peer_cred).
     ///
     /// # Errors
     /// * `TimedOut`: the successor has not accepted in time.
@@ -101,8 +101,8 @@ impl Handover {
     /// * `Other`: another error of the operating system.
     ///
     /// # Cancel safety
-    /// If the future is dropped, the queues go on here, unless the successor has accepted them by
-    /// then.
+    /// If the future is dropped, the queues continue here, unless the successor has accepted them
+    /// by then.
     pub async fn send(self, stream: UnixStream, within: Duration) -> Result<(), Error> {
         let limit = Instant::now().checked_add(within);
         let memory = packed(&self.record())?;
@@ -116,7 +116,7 @@ impl Handover {
         }
     }
 
-    /// Descriptors with which a successor can go on: copies of the sockets, and a file in memory
+    /// Descriptors with which a successor can continue: copies of the sockets, and a file in memory
     /// with the position. They may be kept in any order, for example by the file descriptor store
     /// of systemd (`FDSTORE=1`), and are for [`Takeover::from_descriptors`].
     ///
@@ -156,7 +156,7 @@ impl Handover {
 
 impl Drop for Handover {
     fn drop(&mut self) {
-        // The queues go on by themselves.
+        // The queues continue in this process.
         for part in &self.parts {
             (part.use_again)();
         }
@@ -219,8 +219,8 @@ impl Drop for Offered {
 /// ```
 ///
 /// Until [`accept`](Self::accept), nothing has happened to the queues: if this value is dropped,
-/// the predecessor goes on. Until then the streams of the queues return no packets.
-#[must_use = "the predecessor goes on unless it is accepted"]
+/// the predecessor continues. Until then the streams of the queues return no packets.
+#[must_use = "the predecessor continues unless it is accepted"]
 pub struct Takeover {
     passed: Passed,
     stream: Option<UnixStream>,
@@ -236,12 +236,12 @@ impl Takeover {
     /// * `Disconnected`: the predecessor has ended or closed the connection before it had sent
     ///   everything.
     /// * `Incompatible`: it uses a version of this crate with another format. Both are named. It
-    ///   goes on.
+    ///   continues.
     /// * `Malformed`: what arrived is not a hand-over of this crate.
     /// * `Other`: another error of the operating system, for example too few free descriptors.
     ///
     /// # Cancel safety
-    /// If the future is dropped, the connection is closed, and the predecessor goes on.
+    /// If the future is dropped, the connection is closed, and the predecessor continues.
     pub async fn receive(stream: UnixStream) -> Result<Self, Error> {
         let descriptors = receive_descriptors(&stream).await?;
         Ok(Self::new(unpacked(descriptors)?, Some(stream)))
@@ -306,10 +306,11 @@ impl Takeover {
     /// Takes everything over: from here on the queues belong to this process, and their streams
     /// return packets, beginning with those that the predecessor had received and not handed out.
     ///
-    /// If the predecessor ends after it has sent the queues, this succeeds: nobody else has them.
+    /// If the predecessor ends after it has sent the queues, this succeeds: no other process has
+    /// them.
     ///
     /// # Errors
-    /// In each case the queues of this process are closed, and the predecessor goes on:
+    /// In each case the queues of this process are closed, and the predecessor continues:
     /// * `InvalidInput`: a queue or a table has not been taken over.
     /// * `TimedOut`: the predecessor has not waited any longer.
     /// * `Other`: another error of the operating system.

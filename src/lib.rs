@@ -53,7 +53,7 @@
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |
 //! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
 //! | hold packets for a long time | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
-//! | say what happens to packets that nobody decides | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
+//! | say what happens to undecided packets | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
 //! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
 //! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
@@ -76,7 +76,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
-//! | `divert` | [`Divert`]: nf_tables rules that vanish with the process |
+//! | `divert` | [`Divert`]: nf_tables rules that are removed when the process exits |
 //! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
 //! | `tower` | `Queue::serve_service`: services of tower decide packets |
 //! | `test-util` | [`simulated`]: a kernel in memory, to test programs that use this crate |

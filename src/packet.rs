@@ -245,7 +245,7 @@ impl Packet {
     }
 
     /// Whether the transport checksum in the payload is finished. If not, the network card would
-    /// have finished it (on loopback, nobody).
+    /// have finished it (on loopback, nothing does).
     ///
     /// The packet can be accepted in either case, but a replaced payload needs finished checksums.
     /// A UDP super-packet may count as ready although its checksum is unfinished.
@@ -339,7 +339,8 @@ impl Packet {
     /// Sends the packet through the hook again, from its first rule on. If a rule queues it again,
     /// it gets a new id.
     ///
-    /// Set a [mark](Verdict::mark) that the rule excludes; otherwise the packet is queued for ever.
+    /// Set a [mark](Verdict::mark) that the rule excludes; otherwise the packet is queued
+    /// indefinitely.
     #[doc(alias = "NF_REPEAT")]
     pub fn repeat(self) -> Verdict {
         self.decide(Action::Repeat)
@@ -347,7 +348,7 @@ impl Packet {
 
     /// Marks the packet and sends it through the hook again, so that the rules before the queue's
     /// rule see the mark. A packet that already has the mark is accepted, so that it is not queued
-    /// for ever, whatever the rules are.
+    /// indefinitely, whatever the rules are.
     ///
     /// A rule that does not queue marked packets (`meta mark & MASK != VALUE queue`) saves the
     /// second verdict.

@@ -45,11 +45,11 @@ use crate::{
 /// kernel balances by a hash of the addresses without the ports, so that a connection stays in one
 /// queue; with `fanout` it balances by CPU. For a task each, use [`PacketStream::into_each`].
 ///
-/// Dropping it closes the queue as [`close`](Self::close) does, except that nobody waits. Gathered
-/// verdicts are sent, and packets that nobody has read get the
-/// [default action](crate::QueueBuilder::on_unanswered). The queue is unbound when the last packet
-/// that is still held has been decided. The drop takes some microseconds for each queued packet. If
-/// another thread is sending verdicts at that time, that thread unbinds the queue afterwards.
+/// Dropping it closes the queue as [`close`](Self::close) does, except that it does not wait.
+/// Gathered verdicts are sent, and unread packets get the [default
+/// action](crate::QueueBuilder::on_unanswered). The queue is unbound when the last packet that is
+/// still held has been decided. The drop takes some microseconds for each queued packet. If another
+/// thread is sending verdicts at that time, that thread unbinds the queue afterwards.
 #[derive(Debug)]
 pub struct Queue {
     stream: PacketStream,
@@ -127,7 +127,7 @@ impl Queue {
     /// As [`VerdictSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close(self) -> Result<(), Error> {
         self.sink.close().await
     }
@@ -139,7 +139,7 @@ impl Queue {
     /// As [`VerdictSink::close`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_within(self, timeout: Duration) -> Result<(), Error> {
         self.sink.close_within(timeout).await
     }
@@ -151,7 +151,7 @@ impl Queue {
     /// As [`VerdictSink::close_with`].
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_with(self, action: Action) -> Result<(), Error> {
         self.sink.close_with(action).await
     }

@@ -102,10 +102,9 @@ impl VerdictSink {
     }
 
     /// Closes the queue without losing a packet: a graceful shutdown. No new packet is queued,
-    /// packets that nobody has read get the [default action](crate::QueueBuilder::on_unanswered),
-    /// the verdicts that tasks still owe are awaited (for
-    /// [`close_timeout`](crate::QueueBuilder::close_timeout) at most), then the queue is unbound.
-    /// The stream ends.
+    /// unread packets get the [default action](crate::QueueBuilder::on_unanswered), the verdicts
+    /// that tasks still owe are awaited (for [`close_timeout`](crate::QueueBuilder::close_timeout)
+    /// at most), then the queue is unbound. The stream ends.
     ///
     /// Packets that arrive meanwhile are accepted if the default action is [`Action::Accept`]. With
     /// any other action they are dropped until the queue is unbound. After that the rule drops
@@ -116,7 +115,7 @@ impl VerdictSink {
     /// may be called several times, by clones and concurrently: each call waits for the end, and
     /// the shortest time-out counts.
     ///
-    /// During a [hand-over](Self::hand_over) it begins when the queue goes on here, and returns
+    /// During a [hand-over](Self::hand_over) it begins when the queue continues here, and returns
     /// `Ok` if the queue goes to the successor. The hand-over then waits for verdicts until the
     /// time-out at most, but how long a [`Handover`] exists is up to the program.
     ///
@@ -128,7 +127,7 @@ impl VerdictSink {
     ///   handle is dropped.
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close(&self) -> Result<(), Error> {
         self.close_all(|queue| (queue.on_unanswered(), queue.close_timeout())).await
     }
@@ -141,13 +140,13 @@ impl VerdictSink {
     /// As [`close`](Self::close).
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_within(&self, timeout: Duration) -> Result<(), Error> {
         self.close_all(move |queue| (queue.on_unanswered(), timeout)).await
     }
 
-    /// As [`close`](Self::close), but with another action for packets that nobody has read or that
-    /// are still undecided after the time-out.
+    /// As [`close`](Self::close), but with another action for unread packets and for those that are
+    /// still undecided after the time-out.
     ///
     /// Packets that arrive meanwhile are accepted if the action is [`Action::Accept`], and dropped
     /// otherwise, because the kernel does not queue them. So `Stop` and `Requeue` apply only to
@@ -158,7 +157,7 @@ impl VerdictSink {
     /// same queue.
     ///
     /// # Cancel safety
-    /// Once polled, the graceful shutdown continues by itself.
+    /// Once polled, the graceful shutdown continues even if the future is dropped.
     pub async fn close_with(&self, action: Action) -> Result<(), Error> {
         for queue in self.queues.iter().map(|queue| queue.number()) {
             let refused =
@@ -188,13 +187,13 @@ impl VerdictSink {
     /// the [default action](crate::QueueBuilder::on_unanswered), as by [`close`](Self::close),
     /// because their bytes are only here; a verdict for them that comes later is `Expired`. Then
     /// everything that was decided is sent, and the future resolves. The [`Handover`] says what to
-    /// do next; if it is dropped, the queue goes on here, and the stream returns packets again.
+    /// do next; if it is dropped, the queue continues here, and the stream returns packets again.
     ///
     /// While tasks decide, the loop that reads the stream may wait for this future: packets that it
     /// has taken from the stream and holds itself are owed as well.
     ///
     /// # Errors
-    /// The queue goes on here:
+    /// The queue continues here:
     /// * `Closed`: the queue is closing or closed.
     /// * `InvalidInput`: it is being handed over already.
     /// * `TimedOut`: verdicts cannot be sent, because the capability is missing or the kernel is
@@ -202,7 +201,7 @@ impl VerdictSink {
     /// * The kind of the failure, if the queue fails meanwhile.
     ///
     /// # Cancel safety
-    /// If the future is dropped, the queue goes on here.
+    /// If the future is dropped, the queue continues here.
     pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
         let frozen = join_all(self.queues.iter().map(|queue| queue.hand_over(within))).await;
         let handover = frozen.into_iter().collect::<Result<_, _>>().map(Handover::new)?;

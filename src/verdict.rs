@@ -215,9 +215,9 @@ impl Verdict {
         Confirm { id, state }
     }
 
-    /// Lets the verdict hold for this packet and for every later packet of its connection, in both
-    /// directions. The kernel then accepts, drops or rejects these by itself, and they do not come
-    /// to the queue. See [`guide::flows`](crate::guide::flows).
+    /// Applies the verdict to this packet and to every later packet of its connection, in both
+    /// directions. The kernel then accepts, drops or rejects these. They do not come to the queue.
+    /// See [`guide::flows`](crate::guide::flows).
     ///
     /// Packets that are queued already still need their own verdicts. If verdicts for one
     /// connection differ, the one that denies wins.
@@ -445,9 +445,7 @@ impl Verdict {
             return if wanted { Err("the queue was bound without flow_marks") } else { Ok(()) };
         };
         #[cfg(feature = "conntrack")]
-        if let Some((_, mask)) = self.conntrack.as_ref().and_then(|change| change.mark)
-            && mask & marks.mask() != 0
-        {
+        if self.conntrack.as_ref().and_then(|change| change.mark).is_some_and(|(_, mask)| mask & marks.mask() != 0) {
             return Err("conntrack_mark: the mask has bits of the queue's flow marks");
         }
         if self.priority.is_some_and(|priority| FlowCodes::of(marks).has(priority)) {

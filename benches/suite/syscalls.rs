@@ -199,7 +199,7 @@ fn open(event: u64, thread: i32) -> Option<File> {
     attributes[8..16].copy_from_slice(&event.to_ne_bytes());
     let (any_processor, no_group) = (-1, -1);
     // SAFETY: the kernel reads as many bytes as `attributes` says that it has. A result that is not
-    // negative is a new descriptor, which nobody else owns.
+    // negative is a new descriptor, which is not owned elsewhere.
     unsafe {
         let number = libc::SYS_perf_event_open;
         let fd = libc::syscall(number, attributes.as_ptr(), thread, any_processor, no_group, CLOSE_ON_EXEC);

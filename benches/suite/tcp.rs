@@ -26,7 +26,7 @@ pub const SECTION: &str = "TCP goodput";
 pub const GOODPUT: &str = "Gbit/s";
 pub const NO_QUEUE: &str = "no queue";
 
-/// Room for a full queue of GSO packets. It is this crate's default.
+/// Enough for a full queue of GSO packets. It is this crate's default.
 const RECEIVE_BUFFER: usize = 1024 * 66_400;
 const WRITE: usize = 256 * 1024;
 const READ: usize = 1024 * 1024;

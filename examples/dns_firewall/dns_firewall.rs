@@ -1,5 +1,5 @@
 //! Answers DNS queries for blocked names, and for all names below them, with NXDOMAIN. Other
-//! queries go on to their server, and replies do not come to the queue.
+//! queries are sent to their server, and replies do not come to the queue.
 //!
 //! It makes its own rules: for UDP to one port, sent by this host, received by it or forwarded. Run
 //! it as root: `cargo run --release --example dns_firewall -- example.com example.net`.

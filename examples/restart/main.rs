@@ -1,7 +1,7 @@
 //! A service that is restarted under load without losing a packet: the new process takes the queue
 //! over from the old one, through a Unix socket.
 //!
-//! Without `--socket` it shows that by itself, in a network namespace of its own: it sends numbered
+//! Without `--socket` it is a demonstration, in a network namespace of its own: it sends numbered
 //! datagrams through a queue, restarts the service several times, and counts what was lost or came
 //! twice. It needs no set-up and changes no rule of yours. Run it as root or as an ordinary user:
 //! `cargo run --release --example restart`

@@ -55,7 +55,7 @@ async fn serve(options: &Options, socket: &Path) -> Result<(), String> {
                 };
                 match result {
                     Ok(()) => break,
-                    // The queue goes on here.
+                    // The queue continues here.
                     Err(sentence) => eprintln!("restart: {sentence}"),
                 }
                 listener = listening()?;
@@ -85,7 +85,7 @@ async fn serve(options: &Options, socket: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Begins without a predecessor, or with one that ends by itself.
+/// Begins without a predecessor, or with one that ends without a hand-over.
 async fn start(options: &Options, settings: QueueBuilder) -> Result<Filter, Error> {
     let queue = settings.bind_when_free().await?;
     let Some(port) = options.udp_port else { return Ok((queue, None)) };
@@ -98,8 +98,8 @@ async fn take_over(stream: UnixStream, settings: QueueBuilder) -> Result<Filter,
     let mut takeover = Takeover::receive(stream).await?;
     let queue = settings.take_over(&mut takeover)?;
     let divert = takeover.take_divert()?;
-    // Everything else that can fail belongs before this line: until here the old process goes on if
-    // there is an error.
+    // Everything else that can fail belongs before this line: until here the old process keeps the
+    // queue if there is an error.
     takeover.accept().await?;
     Ok((queue, divert))
 }
@@ -108,7 +108,7 @@ async fn hand_over(stream: UnixStream, queue: &Queue, divert: Option<&Divert>) -
     let here = rustix::process::geteuid().as_raw();
     match stream.peer_cred() {
         Ok(peer) if peer.uid() == here => {}
-        _ => return Err("somebody else has asked for the queue".to_owned()),
+        _ => return Err("a process of another user has asked for the queue".to_owned()),
     }
     let hand_over = async {
         let mut handover = queue.hand_over(PATIENCE).await?;
@@ -117,7 +117,7 @@ async fn hand_over(stream: UnixStream, queue: &Queue, divert: Option<&Divert>) -
         }
         handover.send(stream, PATIENCE).await
     };
-    hand_over.await.map_err(|error: Error| format!("{error:#}; the queue goes on here"))
+    hand_over.await.map_err(|error: Error| format!("{error:#}; the queue stays here"))
 }
 
 /// The graceful end, without a successor.

@@ -178,7 +178,7 @@ impl Traffic {
 
     /// The longest time without a datagram since the last call.
     fn longest_pause(&self) -> Duration {
-        std::mem::take(&mut *self.pause.lock().expect("nobody panics"))
+        std::mem::take(&mut *self.pause.lock().expect("no thread panics"))
     }
 
     fn finish(self) -> Outcome {
@@ -217,7 +217,7 @@ fn receive(socket: &UdpSocket, count: u32, received: &AtomicU32, pause: &Mutex<D
     while left > 0 && socket.recv(&mut datagram).is_ok() {
         let now = Instant::now();
         if let Some(last) = last {
-            let mut longest = pause.lock().expect("nobody panics");
+            let mut longest = pause.lock().expect("no thread panics");
             *longest = (*longest).max(now - last);
         }
         last = Some(now);

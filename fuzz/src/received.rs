@@ -35,7 +35,7 @@ pub fn received(data: &[u8]) {
 fn run(input: &mut Input<'_>) {
     let (kernel, mut queue) = simulated::queue(builder(input)).expect("the simulated kernel binds a queue");
     let [client, server] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().expect("an address"));
-    // From now on the clock stands still: no deadline passes by itself.
+    // From now on the clock stands still: deadlines pass only when it is moved.
     kernel.advance(Duration::ZERO);
     let mut held = Vec::new();
     let mut forged = 0;
@@ -68,7 +68,7 @@ fn run(input: &mut Input<'_>) {
             _ => _ = (queue.stats(), queue.sink().kernel_stats(), queue.sink().advice()),
         }
     }
-    // The queue goes on, when the system call fails no more.
+    // The queue continues when the system call no longer fails.
     kernel.fail_receives(11, 0);
     let last = kernel.send(TestPacket::udp(client, server, b"last").mark(LAST));
     let mut found = false;

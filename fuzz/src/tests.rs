@@ -99,7 +99,7 @@ fn any_capture_file_is_parsed_or_refused() {
     smoke("captures", captures, 3000);
 }
 
-/// Whoever changes a format writes the seeds again:
+/// After a change of a format, write the seeds again:
 /// `NFQUEUE_FUZZ_WRITE_SEEDS=1 cargo test -p nfqueue-fuzz`.
 #[test]
 fn the_committed_seeds_are_as_long_as_those_of_the_present_formats() {

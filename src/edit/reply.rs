@@ -24,7 +24,7 @@ pub enum Unreachable {
     #[doc(alias = "ICMP_HOST_UNREACH")]
     #[doc(alias = "ICMPV6_ADDR_UNREACH")]
     Host,
-    /// Nobody listens on the port: ICMP code 3, ICMPv6 code 4.
+    /// No socket is bound to the port: ICMP code 3, ICMPv6 code 4.
     #[doc(alias = "ICMP_PORT_UNREACH")]
     #[doc(alias = "ICMPV6_PORT_UNREACH")]
     Port,

@@ -1,4 +1,4 @@
-//! Verdicts for whole connections: what the kernel then does by itself, and what that needs.
+//! Verdicts for whole connections: what the kernel then does, and what that needs.
 //!
 //! Most filters know after the first packets what they think of a connection. A verdict with
 //! [`for_flow`](crate::Verdict::for_flow) holds for the packet and for every later packet of its
@@ -65,7 +65,7 @@
 //!   if its sender has forged them. The connection's packets then come to the queue again. (If
 //!   connection tracking calls the SYN invalid, it ends the accept when it passes. The table
 //!   remembers 4096 such for each IP version, for the time of denials, also if their connection is
-//!   not complete by then; while there is no room, it drops them. A SYN that a rule excludes from
+//!   not complete by then; while that list is full, it drops them. A SYN that a rule excludes from
 //!   tracking ends nothing: exclude all packets of a connection, or none.)
 //! - If a SYN comes while conntrack has an entry with its addresses and ports (of an older
 //!   connection, or of the same one if the SYN is sent again), only a verdict for a SYN can accept
@@ -110,7 +110,7 @@
 //! otherwise a sender with a forged address could block the connections of others. (It also passes
 //! if a rule of yours accepts it.) Later packets of such a connection come to the queue, and cannot
 //! leave it, while the denial is remembered. The table remembers 4096 such connections for each IP
-//! version, for twice the time of denials; while there is no room, it drops the first packets of
+//! version, for twice the time of denials; while that list is full, it drops the first packets of
 //! further ones.
 //!
 //! If the other side's packets have passed before the verdict, they are of the denied connection:
@@ -222,9 +222,9 @@
 //!   not learn that the connection has ended: its entry stays for 30 s, and then as for a closed
 //!   connection.
 //! - Leave `nf_flowtable_tcp_timeout` and `nf_flowtable_udp_timeout` below five minutes. The table
-//!   remembers the ports of 65 536 connections that it moves past the flowtable. If there is no
-//!   room for more, it drops a SYN on an established connection, and `forget_flow` and
-//!   `forget_flows` return an error.
+//!   remembers the ports of 65 536 connections that it moves past the flowtable. If that list is
+//!   full, it drops a SYN on an established connection, and `forget_flow` and `forget_flows` return
+//!   an error.
 //! - Packets that the kernel cannot forward so meet the hooks as before: fragments, those with IP
 //!   options or extension headers or longer than the MTU, ICMP errors, all of a connection with a
 //!   helper of conntrack, all of other interfaces.

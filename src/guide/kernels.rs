@@ -16,7 +16,7 @@
 //! | 6.1.167, 6.6.130, 6.12.78, 6.18.20 | all queued packets are dropped when another program removes a conntrack template: a rule with `-j CT`, an nf_tables rule that sets a zone, a helper object or a time-out object. Other rules have no effect |
 //! | 6.1.167, 6.12.78, 6.18.19 | a verdict with an incomplete VLAN tag no longer leaks its packet. This crate always sends protocol and control field |
 //! | 6.11 | UDP super-packets leave with correct checksums after their payload was replaced, also through an interface without checksum offload |
-//! | 6.12 | [`Packet::cgroup_class_id`](crate::Packet::cgroup_class_id) (6.1 has it not) |
+//! | 6.12 | [`Packet::cgroup_class_id`](crate::Packet::cgroup_class_id) (6.1 lacks it) |
 //! | 6.12.75, 6.18.14, 6.19.4 | verdicts in any order cost the same, by a hash table of queued packets. Before, a verdict from the end of a long queue walks a list: 51 times the time at 30 000 packets on 6.1 |
 //! | 6.12.75, 6.18.14, 6.19.4 | segments of new UDP connections are queued again, and must be accepted in order: see [`gso`](crate::QueueBuilder::gso). Linux 6.1 and 6.6 still drop them |
 //! | 6.12.83, 6.18.24, 6.19.14 | each queue has a hash table of its own, and at most 65 536 packets wait in it. Before, all queues shared one, and verdicts in several threads could access freed memory (CVE-2026-43084) |

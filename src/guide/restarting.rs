@@ -33,8 +33,8 @@
 //!
 //! # The hand-over
 //!
-//! The old process passes the socket on, with all that lies unread in it. It stops reading, and
-//! waits for the verdicts that its tasks owe:
+//! The old process passes the socket on, with all that is unread in it. It stops reading, and waits
+//! for the verdicts that its tasks owe:
 //!
 //! ```no_run
 //! # use std::time::Duration;
@@ -51,7 +51,7 @@
 //!     match handover.send(stream, within).await {
 //!         // The queue belongs to the new process. This one ends.
 //!         Ok(()) => break,
-//!         // The queue goes on here.
+//!         // The queue continues here.
 //!         Err(error) => eprintln!("{error:#}"),
 //!     }
 //! }
@@ -85,7 +85,7 @@
 //! | a task still holds packets when the time of `hand_over` is over | they get the default action; [`Handover::unanswered`](crate::handover::Handover::unanswered) counts them |
 //! | the new process fails, ends or is killed before it accepts | `send` returns an error, and the old process goes on |
 //! | it does not accept in time | the same; its `accept` returns `TimedOut`, also if it comes later |
-//! | it uses another version of this crate with another format | its `receive` returns `Incompatible`, and the old process goes on |
+//! | it uses another version of this crate with another format | its `receive` returns `Incompatible`, and the old process keeps the queue |
 //! | the old process is killed before the new one accepts | the new process gets the queue, and `accept` returns `Ok` |
 //! | the old process is killed before it has sent anything | `receive` returns `Disconnected`; use `bind_when_free` |
 //! | the new process is killed after it has accepted | as whenever a process is killed: the queue ends with it |
@@ -100,8 +100,8 @@
 //!   stream, sinks and packets. As long as there is a copy, the queue stays bound even if the new
 //!   process ends. Likewise, the rules stay until both processes have dropped their `Divert`, or
 //!   until the new one calls [`Divert::close`](crate::Divert::close). So let the old process end.
-//! - Whoever may connect to the Unix socket can take the packets. Protect it by the permissions of
-//!   its folder, or by [`peer_cred`](tokio::net::UnixStream::peer_cred).
+//! - Every process that can connect to the Unix socket can take the packets. Protect it by the
+//!   permissions of its folder, or by [`peer_cred`](tokio::net::UnixStream::peer_cred).
 //! - The new process needs `CAP_NET_ADMIN` in the user namespace that owns the network namespace,
 //!   as the old one does. It may be in another network namespace: the queue stays in its own.
 //! - The kernel settings of the queue stay as they are. Change them with

@@ -70,8 +70,8 @@
 //! # }
 //! ```
 //!
-//! Install rules after that, or with `bypass`. A packet that meets a rule whose queue nobody has
-//! bound is dropped otherwise.
+//! Install rules after that, or with `bypass`. Otherwise the rule drops the packets while no socket
+//! has bound its queue.
 //!
 //! The rules of a queue or of a `Divert` are removed when the service ends or is killed, and packets
 //! pass unfiltered until it has been started again. With `DivertBuilder::fail_closed`, packets are

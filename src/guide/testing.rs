@@ -36,7 +36,7 @@
 //!     while let Some(packet) = queue.recv().await {
 //!         let packet = packet?;
 //!         match query(&packet) {
-//!             // The packet waits for the lookup; whoever answers decides. Here, nobody does.
+//!             // The packet waits until the lookup has a result. In this example it has none.
 //!             Some(query) => {
 //!                 let _ = names.send(query).await;
 //!                 tokio::spawn(async move {
@@ -96,7 +96,7 @@
 //!
 //! async fn a_full_queue_drops_what_it_cannot_hold() -> Result<(), Error> {
 //!     let (kernel, queue) = simulated::queue(settings().max_len(2))?;
-//!     // Nobody polls the stream.
+//!     // No task polls the stream.
 //!     let sent = kernel.send_all((0..3).map(|_| datagram(53, b"example.org")));
 //!     assert_eq!(sent[2].outcome().await.cause, Cause::QueueFull);
 //!     assert_eq!(kernel.stats(0).unwrap().queued, 2);

@@ -277,10 +277,10 @@ mod memory {
                 return;
             }
             let _calling = self.calling();
-            if self.alarm().watched.take().is_some()
-                && let Some(target) = self.target.upgrade()
-            {
-                target.readable();
+            if self.alarm().watched.take().is_some() {
+                if let Some(target) = self.target.upgrade() {
+                    target.readable();
+                }
             }
         }
     }

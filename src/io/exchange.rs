@@ -157,7 +157,7 @@ pub(crate) async fn acknowledge(stream: &UnixStream) -> Result<(), Error> {
     match stream.async_io(Interest::READABLE, receive).await {
         Ok(1) => {
             let error = Error::new(ErrorKind::TimedOut, TAKE_OVER);
-            Err(error.with_detail("the predecessor has not waited any longer, and goes on"))
+            Err(error.with_detail("the predecessor has not waited any longer, and keeps the queue"))
         }
         Ok(_) => Ok(()),
         Err(error) if error.raw_os_error() == Some(Errno::CONNRESET.raw_os_error()) => Ok(()),

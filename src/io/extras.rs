@@ -18,12 +18,23 @@ pub(crate) struct VerdictExtras {
     pub(crate) conntrack: Option<Vec<u8>>,
     /// Encoded.
     pub(crate) expectation: Option<Vec<u8>>,
-    /// Who waits for the kernel's reply.
-    pub(super) confirm: Option<oneshot::Sender<Result<(), Error>>>,
+    /// The kernel replies also on success.
+    acknowledged: bool,
+    /// Who waits for the reply. While the message is being sent, the machine has it.
+    confirm: Option<oneshot::Sender<Result<(), Error>>>,
 }
 
 impl VerdictExtras {
-    pub(super) fn attachments(&self) -> Attachments<'_> {
+    /// The waiter gets the kernel's reply.
+    pub(super) fn confirm(&mut self, waiter: oneshot::Sender<Result<(), Error>>) {
+        (self.acknowledged, self.confirm) = (true, Some(waiter));
+    }
+}
+
+impl Carried for Box<VerdictExtras> {
+    type Waiter = oneshot::Sender<Result<(), Error>>;
+
+    fn attachments(&self) -> Attachments<'_> {
         Attachments {
             payload: self.payload.as_deref(),
             vlan: self.vlan,
@@ -32,10 +43,10 @@ impl VerdictExtras {
             expectation: self.expectation.as_deref(),
         }
     }
-}
 
-impl Carried for Box<VerdictExtras> {
-    type Waiter = oneshot::Sender<Result<(), Error>>;
+    fn is_acknowledged(&self) -> bool {
+        self.acknowledged
+    }
 
     fn take_waiter(&mut self) -> Option<Self::Waiter> {
         self.confirm.take()

@@ -4,10 +4,10 @@
 //! (`verdict_instance_lookup` compares port ids), and what lies unread in it stays there. What only
 //! this process knows goes along in a record. The steps of the predecessor:
 //!
-//! 1. Nothing is handed out any more ([`Hold::Paused`]). What is read from the socket meanwhile,
+//! 1. Nothing is handed out any more (`Hold::is_held`). What is read from the socket meanwhile,
 //!    for the sake of a reply, is kept.
 //! 2. Verdicts that are owed are awaited; at the limit the rest gets the default action.
-//! 3. When everything is sent, the socket is not touched any more ([`Hold::Frozen`]), and the
+//! 3. When everything is sent, the socket is not touched any more (`Hold::is_frozen`), and the
 //!    record is made.
 //! 4. Either the queue goes on here, or it is released: closed, but not unbound.
 //!
@@ -44,16 +44,6 @@ use crate::{
     types::{Error, ErrorKind},
     wire::{Message, Messages},
 };
-
-/// How far a hand-over is, for those who hand out and receive packets.
-#[repr(u8)]
-pub(super) enum Hold {
-    No = 0,
-    /// Packets are received but not handed out.
-    Paused = 1,
-    /// The socket is not touched.
-    Frozen = 2,
-}
 
 /// A queue that is not touched any more. It goes on if this is dropped.
 #[derive(Debug)]
@@ -116,14 +106,6 @@ struct Settling {
 }
 
 impl Shared {
-    pub(super) fn is_held(&self) -> bool {
-        self.hold.load(Ordering::SeqCst) != Hold::No as u8
-    }
-
-    pub(super) fn is_frozen(&self) -> bool {
-        self.hold.load(Ordering::SeqCst) == Hold::Frozen as u8
-    }
-
     /// Steps 1 to 3. If the future is dropped, the queue goes on.
     pub(crate) async fn hand_over(self: &Arc<Self>, within: Duration) -> Result<Frozen, Error> {
         if self.socket.is_in_memory() {
@@ -134,7 +116,6 @@ impl Shared {
         self.prove_sent();
         self.with(|core| {
             if core.machine.begin_hand_over(limit) {
-                self.hold.store(Hold::Paused as u8, Ordering::SeqCst);
                 return Ok(());
             }
             let error = self.closed("hand over queue");
@@ -155,7 +136,7 @@ impl Shared {
         let spare = self.core().wait(waker);
         drop(spare);
         loop {
-            let sender = lock(&self.sender);
+            let outbox = lock(&self.outbox);
             let receiver = lock(&self.receiver);
             let mut core = self.core();
             let machine = &mut core.machine;
@@ -171,17 +152,16 @@ impl Shared {
             }
             let sent = machine.is_all_sent();
             if owed == 0 && sent && (settling.looked || !machine.awaits_replies()) {
-                let position = machine.freeze(sender.sequence);
+                let position = machine.freeze();
                 let undecided = receiver.packets.iter().filter(|packet| machine.is_undecided(packet.id));
                 let unread = undecided.map(|packet| (packet.id, packet.datagram())).collect();
                 let limits = machine.limits();
-                self.hold.store(Hold::Frozen as u8, Ordering::SeqCst);
                 let longest = receiver.payload();
-                drop((core, receiver, sender));
+                drop((core, receiver, outbox));
                 self.perform_pending();
                 return Poll::Ready(self.record(position, limits, longest, unread));
             }
-            drop((core, receiver, sender));
+            drop((core, receiver, outbox));
             if owed > 0 && !due {
                 // A flush that found the send lock taken.
                 self.with(|core| core.machine.flush_if_wanted());
@@ -244,7 +224,6 @@ impl Shared {
 
     /// The queue goes on here.
     pub(crate) fn resume(&self) {
-        self.hold.store(Hold::No as u8, Ordering::SeqCst);
         self.with(|core| core.machine.resume());
     }
 
@@ -297,9 +276,7 @@ impl Shared {
 
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
         own_port(shared.socket.port_id());
-        shared.hold.store(Hold::Frozen as u8, Ordering::SeqCst);
         shared.last_sent.store(record.sequence, Ordering::Release);
-        lock(&shared.sender).sequence = record.sequence;
         let timed: Weak<Self> = Arc::downgrade(&shared);
         let _ = shared.timer.set(Timer::new(timed as Weak<dyn TimerTarget>, &shared.clock).map_err(os)?);
         driver::start(&shared);

@@ -6,7 +6,7 @@
 //! | [`shared`] | what the handles of one queue share, and its locks |
 //! | [`bind`], [`reconfigure`], [`close`] | configuration of the queue |
 //! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
-//! | [`sender`], [`send`] | from the ledger to the socket |
+//! | [`send`] | from the ledger to the socket |
 //! | [`driver`], [`timer`], [`ticks`] | the task in the runtime, and the timer thread |
 //! | [`socket`], [`buffers`], [`kernel`], [`clock`], [`sys`] | the operating system |
 //! | `memory` | what a kernel in memory has in its place |
@@ -35,7 +35,6 @@ mod receiver;
 mod reconfigure;
 mod recv;
 mod send;
-mod sender;
 mod shared;
 mod socket;
 mod stream;

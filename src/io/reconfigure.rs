@@ -70,7 +70,7 @@ impl Shared {
     }
 
     /// Makes room for what the kernel may send once it has carried out the configuration messages
-    /// whose replies are awaited. Neither size ever shrinks. The caller holds `sender`, so that no
+    /// whose replies are awaited. Neither size ever shrinks. The caller holds `outbox`, so that no
     /// other change comes in between.
     pub(super) fn make_room(&self) -> Result<(), Error> {
         let limits = self.core().machine.highest_limits();

@@ -24,7 +24,7 @@ impl Shared {
     }
 
     fn receive_a_round(&self, receiver: &mut Receiver, limit: usize) -> io::Result<bool> {
-        if self.is_frozen() && !receiver.has_second() {
+        if self.hold.is_frozen() && !receiver.has_second() {
             // Not `true`: the socket was not found empty.
             return Ok(false);
         }
@@ -105,7 +105,7 @@ impl Shared {
 
     /// Receives packets that may have been unread for long, so that their deadlines start.
     pub(super) fn receive_unread(&self) {
-        if !self.is_held() {
+        if !self.hold.is_held() {
             let _ = self.receive_all();
         }
         self.perform_pending();

@@ -10,43 +10,29 @@ use rustix::io::Errno;
 
 use super::{
     extras::VerdictExtras,
-    sender::Sender,
     shared::{Shared, lock},
     stream::unusable,
 };
 use crate::{
-    state::{Change, Proof, VerdictMessage},
+    state::{Change, Outbox, Outcome, Proof, Transmit},
     types::{Error, ErrorKind},
     wire::config::{Command, Config, CopyMode},
 };
-
-/// The result of sending a datagram.
-enum Outcome {
-    Sent,
-    /// The kernel discarded it because the capability is missing.
-    Refused,
-    TooLong(Errno),
-    /// The kernel was out of memory repeatedly, or refused the length of a datagram that every
-    /// socket can send.
-    Failed,
-    /// The socket cannot be used any more.
-    Broken(Errno),
-}
 
 impl Shared {
     /// Sends all gathered verdicts. If another thread is sending, that thread sends these as well,
     /// in another round.
     pub(super) fn flush(&self) {
         loop {
-            let mut sender = match self.sender.try_lock() {
-                Ok(sender) => sender,
+            let mut outbox = match self.outbox.try_lock() {
+                Ok(outbox) => outbox,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
                 // The holder looks whether a flush is wanted after it has released the lock.
                 Err(TryLockError::WouldBlock) => return,
             };
-            let spent = self.send_round(&mut sender);
-            self.core().machine.end_round();
-            drop(sender);
+            self.send_round(&mut outbox);
+            let spent = outbox.take_spent();
+            drop(outbox);
             drop(spent);
             self.socket.sent();
             if !self.send_lock_released() {
@@ -56,98 +42,31 @@ impl Shared {
     }
 
     /// Sends what is gathered now. The policy decides separately about what is gathered meanwhile.
-    /// Returns messages with extras, to be dropped without a lock.
-    fn send_round(&self, sender: &mut Sender) -> Vec<VerdictMessage<Box<VerdictExtras>>> {
-        let mut plan = std::mem::take(&mut sender.messages);
-        if self.core().machine.must_prove() {
-            let _ = self.receive_all();
-        }
-        {
-            let mut core = self.core();
-            if core.machine.is_permission_missing() {
-                // If it is unknown, `probe` asks the kernel soon, and without this lock.
-                if self.socket.is_capable() == Some(true) {
-                    core.machine.permitted();
-                } else {
-                    core.machine.refuse_gathered();
-                    return Vec::new();
+    fn send_round(&self, outbox: &mut Outbox<Box<VerdictExtras>>) {
+        let mut core = self.core();
+        // If the capability is unknown, `probe` asks the kernel soon, and without this lock.
+        while let Some(transmit) = core.machine.poll_transmit(outbox, || self.socket.is_capable() == Some(true)) {
+            drop(core);
+            match transmit {
+                Transmit::Receive => {
+                    let _ = self.receive_all();
+                    core = self.core();
+                }
+                Transmit::Datagram { proof, acknowledged } => {
+                    if acknowledged {
+                        let _ = self.receive_round();
+                    }
+                    let outcome = self.send_datagram(outbox.encode(), proof);
+                    core = self.core();
+                    let last = core.machine.transmitted(outbox, outcome);
+                    self.last_sent.store(last, Ordering::Release);
                 }
             }
-            core.machine.begin_round(&mut plan);
         }
-        if plan.iter().any(is_confirmed) {
-            // A reply does not fit into a full buffer; receiving makes room.
-            let _ = self.receive_round();
-        }
-        let mut begin = 0;
-        while begin < plan.len() {
-            begin = self.send_datagram(sender, &mut plan, begin);
-        }
-        let spent = plan.drain(..).filter(|message| match message {
-            VerdictMessage::Single { decision, .. } => decision.extras.is_some(),
-            VerdictMessage::Batch { .. } => false,
-        });
-        let spent = spent.collect();
-        sender.messages = plan;
-        spent
     }
 
-    /// Sends one datagram of messages from `begin` on. Returns the index of the first message that
-    /// is left. Messages that were not sent are removed from `plan`.
-    fn send_datagram(
-        &self,
-        sender: &mut Sender,
-        plan: &mut Vec<VerdictMessage<Box<VerdictExtras>>>,
-        begin: usize,
-    ) -> usize {
-        let first = sender.sequence.wrapping_add(1);
-        let end = begin + sender.encode(&plan[begin..], self.settings.queue);
-        let proof = self.core().machine.begin_send(first, &mut plan[begin..end]);
-        let outcome = self.transmit(&sender.datagram, proof);
-        let mut core = self.core();
-        let machine = &mut core.machine;
-        match outcome {
-            Outcome::Sent if !machine.is_refused() => machine.sent(&plan[begin..end]),
-            Outcome::Sent | Outcome::Refused => {
-                let rest = plan.split_off(end);
-                machine.refused(plan.split_off(begin), first);
-                machine.unsent(rest, sender.sequence.wrapping_add(1));
-                machine.flush();
-            }
-            Outcome::TooLong(source) if end == begin + 1 => {
-                let error = Error::new(ErrorKind::InvalidInput, "send verdict");
-                let bytes = sender.datagram.len();
-                let detail = format!("the message of {bytes} bytes is longer than the socket's send buffer allows");
-                // A batch behind it would decide its packet as well.
-                let rest = plan.split_off(end);
-                machine.impossible(plan.remove(begin), first, error.with_detail(detail).with_source(source.into()));
-                machine.unsent(rest, sender.sequence.wrapping_add(1));
-                machine.flush();
-                self.last_sent.store(sender.sequence, Ordering::Release);
-                return begin;
-            }
-            Outcome::TooLong(_) => {
-                // Somebody has reduced the send buffer.
-                sender.max_send = sender.datagram.len() / 2;
-                machine.unsent(plan.split_off(begin), first);
-                machine.flush();
-            }
-            Outcome::Failed => {
-                machine.unsent(plan.split_off(begin), first);
-                machine.send_failed();
-            }
-            Outcome::Broken(source) => {
-                machine.unsent(plan.split_off(begin), first);
-                machine.broken(unusable("send verdicts", source.into()));
-            }
-        }
-        self.last_sent.store(sender.sequence, Ordering::Release);
-        end
-    }
-
-    /// Sends the datagram, and finds out whether the kernel executed it, unless that is proven
-    /// later.
-    fn transmit(&self, datagram: &[u8], proof: Proof) -> Outcome {
+    /// Sends a datagram, and finds out whether the kernel executed it, unless that is proven later.
+    fn send_datagram(&self, datagram: &[u8], proof: Proof) -> Outcome {
         match self.send_with_retry(datagram) {
             Ok(()) => {}
             Err(error) => {
@@ -155,7 +74,7 @@ impl Shared {
                     Errno::MSGSIZE if datagram.len() > ALWAYS_FITS => Outcome::TooLong(error),
                     Errno::PERM => Outcome::Refused,
                     _ if is_short(error) || error == Errno::MSGSIZE => Outcome::Failed,
-                    _ => Outcome::Broken(error),
+                    _ => Outcome::Broken(unusable("send verdicts", error.into())),
                 };
             }
         }
@@ -209,30 +128,29 @@ impl Shared {
         only_while_open: bool,
     ) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
         let (waiter, reply) = oneshot::channel();
-        let mut sender = lock(&self.sender);
+        let outbox = lock(&self.outbox);
         // Checked under the lock under which the queue is stopped: nothing is configured after
         // that.
         let life = self.core().machine.life();
         if only_while_open && !life.is_open() || life.is_handing_over() {
-            drop(sender);
+            drop(outbox);
             self.flush_for_others();
             let error = self.closed(operation);
             return Err(if life.is_handing_over() { error.with_detail("it is being handed over") } else { error });
         }
         // Makes room for the reply.
         let _ = self.receive_round();
-        let sequence = sender.next_sequence();
-        sender.datagram.clear();
-        config.encode(&mut sender.datagram, sequence, self.settings.queue);
-        self.core().machine.await_config(sequence, operation, change_of(config), waiter);
+        let sequence = self.core().machine.await_config(operation, change_of(config), waiter);
+        let mut message = Vec::new();
+        config.encode(&mut message, sequence, self.settings.queue);
         // Memory first: longer messages may arrive before the reply.
         let room = self.make_room();
-        let result = if room.is_ok() { self.send_with_retry(&sender.datagram) } else { Ok(()) };
+        let result = if room.is_ok() { self.send_with_retry(&message) } else { Ok(()) };
         if room.is_err() || result.is_err() {
             self.core().machine.take_config(sequence);
         }
         self.last_sent.store(sequence, Ordering::Release);
-        drop(sender);
+        drop(outbox);
         self.socket.sent();
         self.flush_for_others();
         room?;
@@ -336,15 +254,6 @@ pub(super) const SETTING_RETRIES: usize = 3;
 /// Whether the kernel was out of memory.
 fn is_short(error: Errno) -> bool {
     matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::AGAIN)
-}
-
-fn is_confirmed(message: &VerdictMessage<Box<VerdictExtras>>) -> bool {
-    match message {
-        VerdictMessage::Single { decision, .. } => {
-            decision.extras.as_ref().is_some_and(|extras| extras.confirm.is_some())
-        }
-        VerdictMessage::Batch { .. } => false,
-    }
 }
 
 /// The limits that a message changes.

@@ -3,19 +3,19 @@
 //!
 //! | lock | held while | by |
 //! |---|---|---|
-//! | `sender` | messages are encoded and sent; within a send the kernel processes the packets, 100 µs for 64 | whoever flushes or configures. A thread that finds it taken by a flush leaves its verdicts to the holder |
+//! | `outbox`, the send lock | messages are encoded and sent; within a send the kernel processes the packets, 100 µs for 64 | whoever flushes or configures. A thread that finds it taken by a flush leaves its verdicts to the holder |
 //! | `receiver` | datagrams are received and parsed, about 50 µs at most | the stream, and whoever waits for a reply of the kernel |
 //! | `core` | the state changes, well below 1 µs | everybody |
 //!
 //! Users' code (wakers, subscribers, policies, drops of payloads) runs under none of them. So the
 //! effects that the state asks for are performed after the lock has been released:
-//! [`Shared::with`]. Whoever holds `sender` or `receiver` postpones them until these are released
+//! [`Shared::with`]. Whoever holds `outbox` or `receiver` postpones them until these are released
 //! as well: [`Shared::perform_pending`].
 
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -30,7 +30,6 @@ use super::{
     kernel::{KernelStats, KernelTable},
     ready_fd::ReadyFd,
     receiver::Receiver,
-    sender::Sender,
     socket::{self, Socket},
     sys::{self, Owner},
     timer::{Timer, TimerTarget},
@@ -38,7 +37,7 @@ use super::{
 };
 use crate::{
     state::{
-        Decision, Effects, Machine, Notice,
+        Carried, Decision, Effects, Hold, Machine, Notice, Outbox,
         flush::{FlushContext, FlushPolicy},
     },
     types::{Action, Error, ErrorKind, FlowMarks, PacketId, Stats},
@@ -69,7 +68,7 @@ pub(crate) struct Shared {
     pub(super) socket: Socket,
     pub(super) clock: QueueClock,
     pub(super) table: KernelTable,
-    pub(super) sender: Mutex<Sender>,
+    pub(super) outbox: Mutex<Outbox<Box<VerdictExtras>>>,
     pub(super) receiver: Mutex<Receiver>,
     core: Mutex<Core>,
     /// Wakes the driver. In an `Arc` of its own, so that the driver can wait without keeping the
@@ -85,8 +84,7 @@ pub(crate) struct Shared {
     /// send, and read before the socket is found empty: by then the kernel's replies up to this
     /// number have been received.
     pub(super) last_sent: AtomicU32,
-    /// Whether the queue is being handed over: see [`Hold`](super::handover::Hold).
-    pub(super) hold: AtomicU8,
+    pub(super) hold: Hold,
     /// How many packets have been handed out. It is written under the receive lock.
     pub(super) handed_out: AtomicUsize,
     /// For event loops that wait for a descriptor.
@@ -153,9 +151,10 @@ impl Shared {
     ) -> Self {
         let mut machine = machine;
         machine.set_receive_buffer(socket.receive_buffer());
+        let hold = machine.hold().clone();
         let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new(), given_back: 0 };
         Self {
-            sender: Mutex::new(Sender::new(socket.max_send())),
+            outbox: Mutex::new(Outbox::new(settings.queue, socket.max_send())),
             receiver: Mutex::new(receiver),
             core: Mutex::new(core),
             signal: Arc::new(Notify::new()),
@@ -163,7 +162,7 @@ impl Shared {
             watched: AtomicBool::new(false),
             process: sys::process().into(),
             last_sent: AtomicU32::new(0),
-            hold: AtomicU8::new(0),
+            hold,
             handed_out: AtomicUsize::new(0),
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),
@@ -175,7 +174,7 @@ impl Shared {
         }
     }
 
-    /// For callers that hold `sender` or `receiver`, or only read. Others use [`with`](Self::with).
+    /// For callers that hold `outbox` or `receiver`, or only read. Others use [`with`](Self::with).
     pub(super) fn core(&self) -> MutexGuard<'_, Core> {
         lock(&self.core)
     }
@@ -253,7 +252,7 @@ impl Shared {
         if let Some(ask) = ask {
             self.ask(*ask);
         }
-        if wake_stream && let Some(ready_fd) = self.ready_fd.get() {
+        if let Some(ready_fd) = self.ready_fd.get().filter(|_| wake_stream) {
             ready_fd.raise();
         }
         pending.wakers.into_iter().for_each(Waker::wake);
@@ -327,14 +326,14 @@ impl Shared {
         mut decision: Decision<Box<VerdictExtras>>,
     ) -> oneshot::Receiver<Result<(), Error>> {
         let (waiter, reply) = oneshot::channel();
-        decision.extras.get_or_insert_default().confirm = Some(waiter);
+        decision.extras.get_or_insert_default().confirm(waiter);
         let late = self.with(|core| {
             let late = core.machine.decide(id, decision).err();
             core.machine.flush();
             self.given_back(core);
             late
         });
-        if let Some(waiter) = late.and_then(|decision| decision.extras?.confirm) {
+        if let Some(waiter) = late.and_then(|decision| decision.extras?.take_waiter()) {
             let error = Error::new(ErrorKind::Expired, "confirm verdict").with_packet(PacketId::new(id));
             drop(waiter.send(Err(error)));
         }

@@ -32,12 +32,12 @@ impl Shared {
         self.look_for_fork();
         let mut looked = false;
         loop {
-            if self.is_held() {
+            if self.hold.is_held() {
                 if let Some(end) = self.end_of_stream(Some(cx.waker())) {
                     return Poll::Ready(end.map(Err));
                 }
                 // If it is released from now on, the waker is woken.
-                if self.is_held() {
+                if self.hold.is_held() {
                     return Poll::Pending;
                 }
             }
@@ -108,7 +108,7 @@ impl Shared {
 
     /// The next received packet that is undecided.
     fn take_packet(self: &Arc<Self>, receiver: &mut MutexGuard<'_, Receiver>) -> Option<Received> {
-        if self.is_held() {
+        if self.hold.is_held() {
             return None;
         }
         self.drop_decided(receiver);
@@ -124,7 +124,7 @@ impl Shared {
     /// Takes up to `limit` packets that have been received already.
     pub(crate) fn take_packets(self: &Arc<Self>, limit: usize, mut each: impl FnMut(Received)) {
         let mut receiver = lock(&self.receiver);
-        if self.is_held() {
+        if self.hold.is_held() {
             return;
         }
         self.drop_decided(&mut receiver);
@@ -173,9 +173,7 @@ impl Shared {
         loop {
             let mut receiver = lock(&self.receiver);
             if let Some(packet) = self.take_packet(&mut receiver) {
-                if let Some(ready_fd) = self.ready_fd.get()
-                    && !receiver.packets.is_empty()
-                {
+                if let Some(ready_fd) = self.ready_fd.get().filter(|_| !receiver.packets.is_empty()) {
                     ready_fd.raise();
                 }
                 return Ok(packet);
@@ -189,7 +187,7 @@ impl Shared {
                 Some(None) => return Err(TryRecvError::Closed),
                 Some(Some(error)) => return Err(TryRecvError::Failed(error)),
             }
-            if self.is_held() {
+            if self.hold.is_held() {
                 return Err(TryRecvError::Empty);
             }
             let received = self.receive(&mut receiver, RECEIVE_BATCH);

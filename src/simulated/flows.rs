@@ -142,7 +142,7 @@ impl Flows {
     }
 
     /// The rules before the queue. `matches`: whether the user's rule matches. `None` if the packet
-    /// is to be queued, with a code in its priority, or goes on because no rule matches.
+    /// is to be queued, with a code in its priority, or passes because no rule matches.
     pub(super) fn before_queue(
         &mut self,
         packet: &mut FlowPacket,
@@ -475,7 +475,7 @@ impl Memory {
 
 /// The default of `DivertBuilder::denied_flows`.
 const DENIED_FOR: Duration = Duration::from_secs(600);
-/// For how long the other side's first packet is taken for an answer to the denied one.
+/// For how long the other side's first packet is taken for a reply to the denied one.
 const RECENT: Duration = Duration::from_secs(2);
 /// What has expired is removed when a larger map is full.
 const MOST_BEFORE_PURGE: usize = 1024;

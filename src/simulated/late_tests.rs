@@ -1,5 +1,5 @@
-//! A packet that arrives between the call that finds the socket empty and the moment at which Tokio
-//! is told so.
+//! A packet that arrives between the call that finds the socket empty and the time at which Tokio
+//! learns of that.
 
 use std::{
     os::unix::net::UnixDatagram,

@@ -171,7 +171,7 @@ impl Kernel {
         Sent(slot)
     }
 
-    /// Sends packets in this order, which takes less time than to send each by itself.
+    /// Sends packets in this order, which takes less time than to send them one by one.
     pub fn send_all(&self, packets: impl IntoIterator<Item = TestPacket>) -> Vec<Sent> {
         // The iterator is users' code: it is not called under the lock.
         let packets: Vec<(TestPacket, Sent)> =
@@ -326,7 +326,7 @@ impl Shared {
         result
     }
 
-    /// As `with`, but wakes nobody: the caller may hold locks, and a waker is users' code.
+    /// As `with`, but wakes no task: the caller may hold locks, and a waker is users' code.
     fn execute<R>(&self, body: impl FnOnce(&mut Inner, Duration) -> R) -> R {
         let now = self.now();
         let mut inner = self.inner();
@@ -390,7 +390,8 @@ impl MemoryKernel for Shared {
         if let Some(signal) = inner.signals.get(&port) {
             match inner.model.is_readable(port) {
                 false => signal.lower(),
-                // It is readable although this attempt failed: whoever waits must hear of it again.
+                // It is readable although this attempt failed: a task that waits must be woken
+                // again.
                 true if result.is_err() => signal.raise(),
                 true => {}
             }

@@ -543,9 +543,10 @@ impl<T: Clone> Model<T> {
     fn batch(&mut self, port: u32, number: u16, order: &VerdictOrder<'_>, now: Duration) -> Result<(), Errno> {
         let (queue, word, max) = self.decided(port, number, order)?;
         let mut covered = Vec::new();
-        while let Some(first) = queue.entries.first_entry()
-            && (*first.key() as u32).wrapping_sub(max) as i32 <= 0
-        {
+        while let Some(first) = queue.entries.first_entry() {
+            if (*first.key() as u32).wrapping_sub(max) as i32 > 0 {
+                break;
+            }
             covered.push(first.remove());
         }
         if covered.is_empty() {

@@ -96,7 +96,7 @@ impl TestPacket {
         Self::complete(bytes)
     }
 
-    /// The server's answer to [`tcp_syn`](Self::tcp_syn): flags SYN and ACK, no payload.
+    /// The server's reply to [`tcp_syn`](Self::tcp_syn): flags SYN and ACK, no payload.
     ///
     /// # Panics
     /// As [`udp`](Self::udp).

@@ -1,5 +1,6 @@
 //! Packets from a capture file in the classic format (`pcap-savefile(5)`), which takes two fixed
-//! headers to read.
+//! headers to read. Crates that read them (`pcap-parser`, `pcap-file`) bring five to nine others
+//! and save ten lines: link types and cut packets stay here.
 
 use std::path::Path;
 

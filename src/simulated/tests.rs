@@ -497,7 +497,7 @@ async fn an_idle_queue_wakes_no_task_and_sets_no_timer() {
         }
         queue.sink().flush().await;
         assert!(sent.iter().all(|sent| !sent.is_waiting()));
-        // What is left to do ends by itself.
+        // What is left to do ends with time.
         kernel.advance(Duration::from_secs(120));
         assert_eq!(kernel.0.clock.next(), None, "{queue:?}");
         let wakes = Arc::new(Wakes::default());
@@ -549,7 +549,7 @@ fn moves_of_the_clock_by_several_threads_add_up() {
     kernel.advance(Duration::MAX);
     assert_eq!(kernel.now() - before, Duration::from_secs(4));
 }
-/// Nobody polls the stream, and no other verdict follows.
+/// No task polls the stream, and no other verdict follows.
 #[tokio::test]
 async fn a_packet_whose_verdict_is_too_long_gets_the_default_action_at_once() {
     const EMSGSIZE: i32 = 90;

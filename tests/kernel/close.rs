@@ -97,7 +97,7 @@ impl Stream {
 
     pub(crate) async fn finish(self) -> (u32, Vec<u32>) {
         self.stop.store(true, SeqCst);
-        // Both threads end by themselves, even if datagrams are missing.
+        // Both threads end even if datagrams are missing.
         while !self.sender.is_finished() || !self.receiver.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

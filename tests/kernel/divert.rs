@@ -462,18 +462,18 @@ fn bypass_accepts_packets_while_no_queue_is_bound() {
 
     // A bypassed rule still ends the traversal of its chain.
     let divert = install([udp_out().to_queue(30).bypass(true), udp_out().drop()]);
-    lo.passes("nobody listens");
+    lo.passes("no socket is bound");
     {
         let queue = RawQueue::bind(30).unwrap();
-        lo.queued(&queue, "somebody listens");
+        lo.queued(&queue, "a socket is bound");
     }
     // A process that another test starts has a copy of the socket for a moment.
     wait_until("the queue is not bound", || support::queue_line(30).is_none());
-    lo.passes("nobody listens any more");
+    lo.passes("no socket is bound any more");
     divert.close().unwrap();
 
     let _divert = install([udp_out().to_queues(30..=31).bypass(true)]);
-    lo.passes("nobody listens to any");
+    lo.passes("no queue is bound");
 }
 
 fn dropping_removes_the_table() {

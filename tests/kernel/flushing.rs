@@ -85,7 +85,7 @@ async fn fixed_waits_for_its_batch() {
     for _ in 0..9 {
         packets.next().unwrap().accept().submit().unwrap();
     }
-    // There is only this thread, so nobody else can have sent them meanwhile.
+    // There is only this thread, so no other thread can have sent them meanwhile.
     traffic.expect_nothing();
     assert_eq!(queue.stats().sent.flushes, 0);
     packets.next().unwrap().accept().submit().unwrap();
@@ -187,7 +187,7 @@ async fn a_policy_that_always_delays_delays_no_verdict_for_ever() {
     always(FlushDecision::Within(Duration::from_micros(300))).await;
 }
 
-/// Such a policy keeps no verdict for ever, although it never returns `Now`.
+/// Such a policy keeps no verdict indefinitely, although it never returns `Now`.
 async fn always(decision: FlushDecision) {
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(FlushPolicy::custom(move |_| decision)));
     let traffic = Traffic::new(50);

@@ -47,7 +47,7 @@ fn datagram(from: IpAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Source addresses that nobody has, and the other side's addresses.
+/// Source addresses that no host has, and the other side's addresses.
 fn ways(peer: &Peer) -> [(IpAddr, SocketAddr); 2] {
     [
         (Ipv4Addr::new(10, 9, 0, 77).into(), (peer.far_v4, PORT).into()),

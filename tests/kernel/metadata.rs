@@ -321,7 +321,7 @@ async fn transfer<T>(
         () = common::eventually("the transfer", || receiver.is_finished()) => {}
     }
     receiver.join().unwrap();
-    // The closing handshake does not matter, and may be delayed by a queue that nobody reads.
+    // The closing handshake does not matter, and may be delayed by a queue that no task reads.
     drop(queue);
     common::freed(0).await;
     sender.join().unwrap();

@@ -8,7 +8,7 @@ tests![both repeat_marked_never_loops];
 
 async fn repeat_marked_never_loops() {
     // The rule does not match on the mark, so without the check in `repeat_marked` the packet would
-    // be queued for ever.
+    // be queued indefinitely.
     let (mut queue, _rules) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     traffic.send([0]);

@@ -501,7 +501,7 @@ fn verdicts_drops_and_deadlines_take_effect_outside_block_on() {
     let builder = Queue::builder(0).on_unanswered(Action::Accept).deadline(Duration::from_millis(200), Action::Accept);
     let (mut queue, _divert) = inside.block_on(async { start(builder) });
     let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..6));
-    // From here on nobody drives the runtime.
+    // From here on no thread drives the runtime.
     packets.remove(0).accept().submit().unwrap();
     outside.block_on(traffic.expect([0]));
     drop(packets.remove(0));

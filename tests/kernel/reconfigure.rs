@@ -160,7 +160,7 @@ async fn a_closed_queue_cannot_be_changed() {
     let sink = queue.sink();
     let closing = tokio::spawn(queue.close());
     eventually("the shutdown has begun", || sink.is_closed()).await;
-    // A longer queue would queue packets that nobody reads.
+    // A longer queue would queue packets that are not read.
     let error = sink.reconfigure(&Reconfigure::new().max_len(100)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
     packet.accept().submit().unwrap();

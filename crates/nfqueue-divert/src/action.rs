@@ -165,7 +165,7 @@ impl Action {
             Self::Continue => {}
             Self::Goto(target) => encoder.chain(NFT_GOTO, target.name()),
             Self::Jump(target) => encoder.chain(NFT_JUMP, target.name()),
-            Self::Return => encoder.verdict(NFT_RETURN.cast_unsigned()),
+            Self::Return => encoder.verdict(NFT_RETURN as u32),
             Self::Offload => {
                 let name = DefaultNla::new(NFTA_FLOW_TABLE_NAME, [FLOWTABLE.as_bytes(), b"\0"].concat());
                 encoder.other("flow_offload", vec![name]);

@@ -195,11 +195,11 @@ impl DivertBuilder {
     /// least, and for how long after their last packet. Default: 65 535, and ten minutes: five
     /// times the longest interval in which TCP sends a segment again.
     ///
-    /// If there is no room, a connection is denied only as long as connection tracking has an
-    /// entry for it: not if its first packet was denied, so that its next packet comes to the
-    /// queue. A rejected connection is then dropped. A sender whose every packet is a new
-    /// connection that the policy denies takes all the room: give such packets a verdict for the
-    /// packet alone, or more room. Only with [`flow_marks`](Self::flow_marks).
+    /// If the set is full, a connection is denied only as long as connection tracking has an entry
+    /// for it: not if its first packet was denied, so that its next packet comes to the queue. A
+    /// rejected connection is then dropped. A sender whose every packet is a new connection that
+    /// the policy denies fills the set: give such packets a verdict for the packet alone, or raise
+    /// `capacity`. Only with [`flow_marks`](Self::flow_marks).
     pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
         self.denied = (capacity, timeout);
         self

@@ -6,7 +6,7 @@ use nfqueue_proto::types::Hook;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Chain {
     pub(super) name: String,
-    /// `None`: no packet comes to the chain by itself.
+    /// `None`: it is no base chain. Packets come to it from rules that jump to it.
     pub(super) base: Option<(Place, ChainType)>,
     /// Whether the rules of the chain stay the same while the table exists.
     pub(super) fixed: bool,

@@ -133,7 +133,7 @@ impl<'a> Chained<'a> {
     }
 
     /// Adds the rules that remember a connection that a verdict denies. Each is tried even if there
-    /// is no room in another's set.
+    /// another's set is full.
     pub(super) fn remember_verdict(&mut self, reject: bool) {
         let family = self.surroundings.family;
         self.remember(DeniedSet::all(family), reject, Of::Connection, &[]);

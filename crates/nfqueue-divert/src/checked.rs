@@ -192,10 +192,11 @@ impl Rule {
             let has_one = |conditions: &[(Match, bool)]| {
                 conditions.iter().any(|(condition, negated)| !negated && condition.condition().field() == "protocol")
             };
-            if let ProtocolNeed::Exactly(number) = need
-                && !has_one(&conditions)
-            {
-                conditions.push((Match::protocol(Protocol::Other(number)), false));
+            match need {
+                ProtocolNeed::Exactly(number) if !has_one(&conditions) => {
+                    conditions.push((Match::protocol(Protocol::Other(number)), false));
+                }
+                _ => {}
             }
         }
         conditions.sort_by_key(|(condition, _)| condition.condition().order());

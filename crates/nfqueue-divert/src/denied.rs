@@ -14,7 +14,7 @@
 //!
 //! A further set contains the ports of all these tuples, in both directions. Nearly every packet is
 //! found not to be denied by one lookup of eight bytes in it. A tuple is added after its ports, and
-//! only if there was room for them.
+//! only if their set was not full.
 
 use std::time::Duration;
 
@@ -185,7 +185,7 @@ impl Remember {
                 encoder.update_set(RECALLED, None);
             }
             Self::Denied(set, of) => {
-                // The ports come first: if there is no room for them, the rule ends here.
+                // The ports come first: if their set is full, the rule ends here.
                 for of in of.both() {
                     tuple::load_ports(of, REG32_00, encoder);
                     encoder.update_set(PORTS, None);
@@ -225,7 +225,7 @@ impl Remember {
                 }
             }
             Self::Replied(version) => {
-                // The tuple comes first: its set limits how much room of the ports these take.
+                // The tuple comes first: its set limits how many of the ports these take.
                 tuple::load(version, Of::Connection, REG32_00, encoder);
                 encoder.update_set(replied(version), None);
                 for of in Of::Connection.both() {
@@ -286,7 +286,7 @@ pub(super) const BESIDE: u32 = 4096;
 /// each IP version. A further packet that would begin one so is dropped.
 pub(super) const BEGUN: u32 = 4096;
 
-/// For how long the other side's first packet is taken for an answer to the denied one, if the
+/// For how long the other side's first packet is taken for a reply to the denied one, if the
 /// protocol does not tell and no rule asks about it. Longer, and a sender with forged addresses
 /// could block the connections of others for longer.
 pub(super) const RECENT: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! Reads what the kernel tells of rules and of the elements of sets. It cannot panic on any input.
+//! Reads the kernel's dumps of rules and of the elements of sets. It cannot panic on any input.
 
 use std::time::Duration;
 

@@ -143,7 +143,7 @@ impl<'a> DivertSet<'a> {
             batch.delete_elements(&self.name, &elements);
         });
         match result {
-            // There is no room for those that are not in the set.
+            // The set is too full for those that are not in it.
             Err(Failure { errno: Some(Errno::NFILE), .. }) => elements.iter().try_for_each(|element| {
                 let element = std::slice::from_ref(element);
                 match self.transact(operation, |batch| batch.delete_elements(&self.name, element)) {

@@ -338,7 +338,7 @@ impl Encoder {
         self.list.push(Expressions::Immediate(vec![
             Immediate::DestinationRegister(Register::Verdict),
             Immediate::Data(DataAttribute::Verdict(vec![
-                VerdictAttribute::Code(Verdict::Other(code.cast_unsigned())),
+                VerdictAttribute::Code(Verdict::Other(code as u32)),
                 VerdictAttribute::Chain(chain),
             ])),
         ]));

@@ -185,7 +185,7 @@ fn number_of<T: PartialEq>(all: &[T], one: &T) -> u32 {
 fn encode(divert: &Divert, state: &State, foreign: ForeignRules) -> Vec<u8> {
     let mut fields = FieldWriter::default();
     fields.u32(state.connection.sequence()).bytes(divert.table.as_bytes());
-    fields.u32(number_of(&FAMILIES, &divert.family)).u32(divert.priority.cast_unsigned());
+    fields.u32(number_of(&FAMILIES, &divert.family)).u32(divert.priority as u32);
     fields.u32(number_of(&METHODS, &state.method));
     let Hooks { tracking, defragment, allowed } = state.hooks;
     fields.flag(tracking).flag(defragment).flag(allowed);
@@ -232,12 +232,12 @@ fn encode(divert: &Divert, state: &State, foreign: ForeignRules) -> Vec<u8> {
 }
 
 fn encode_place(fields: &mut FieldWriter, place: Place) {
-    fields.u32(place.hook.number().into()).u32(place.priority.cast_unsigned());
+    fields.u32(place.hook.number().into()).u32(place.priority as u32);
 }
 
 fn decode_place(fields: &mut FieldReader<'_>) -> Option<Place> {
     let hook = Hook::new(Family::Ipv4, fields.u32()?.try_into().ok()?);
-    Some(Place { hook, priority: fields.u32()?.cast_signed() })
+    Some(Place { hook, priority: fields.u32()? as i32 })
 }
 
 /// A time-out is at most a hundred years.
@@ -251,7 +251,7 @@ pub(super) fn decode(body: &[u8]) -> Option<Decoded> {
         sequence: fields.u32()?,
         table: text(&mut fields)?,
         family: *FAMILIES.get(fields.u32()? as usize)?,
-        priority: fields.u32()?.cast_signed(),
+        priority: fields.u32()? as i32,
         method: *METHODS.get(fields.u32()? as usize)?,
         hooks: Hooks { tracking: fields.flag()?, defragment: fields.flag()?, allowed: fields.flag()? },
         flows: match fields.flag()? {

@@ -131,7 +131,7 @@ impl<'a> Batch<'a> {
             let mut hook = vec![
                 HookAttribute::Number(HookNumber::Inet(number)),
                 // The kernel reads the priority as a signed number (`nft_chain_parse_hook`).
-                HookAttribute::Priority(place.priority.cast_unsigned()),
+                HookAttribute::Priority(place.priority as u32),
             ];
             if place.hook == INGRESS {
                 hook.push(HookAttribute::NetDevices(device_names(devices)));
@@ -147,7 +147,7 @@ impl<'a> Batch<'a> {
     pub(super) fn create_flowtable(&mut self, devices: &[String]) {
         let mut hook = vec![
             number(NFTA_FLOWTABLE_HOOK_NUM, NF_NETDEV_INGRESS),
-            number(NFTA_FLOWTABLE_HOOK_PRIORITY, FLOWTABLE_PRIORITY.cast_unsigned()),
+            number(NFTA_FLOWTABLE_HOOK_PRIORITY, FLOWTABLE_PRIORITY as u32),
         ];
         if !self.encoding.trial {
             hook.push(nested(NFTA_FLOWTABLE_HOOK_DEVS, &device_names(devices)));

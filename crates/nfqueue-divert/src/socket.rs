@@ -268,7 +268,7 @@ impl Connection {
 
     /// Discards the errors that followed the first error of an earlier batch.
     fn discard_old_replies(&self) {
-        let flags = RecvFlags::DONTWAIT.bits().cast_signed();
+        let flags = RecvFlags::DONTWAIT.bits() as i32;
         // Those of a lent socket are for another process.
         let receive = |socket: &Socket| socket.recv_from(&mut Vec::with_capacity(REPLY_LENGTH), flags);
         while self.check_not_lent().and_then(|()| receive(self.socket()?)).is_ok() {}
@@ -350,14 +350,14 @@ pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffe
 pub(super) fn replies(datagram: &[u8]) -> Vec<Reply> {
     let mut found = Vec::new();
     for message in messages(datagram) {
-        if message.message_type() == NLMSG_ERROR
-            && let Ok(error) = ErrorBuffer::new_checked(message.payload())
-        {
-            let errno = error.code().map_or(0, |code| code.get().saturating_neg());
-            let has_attributes = message.flags() & NLM_F_ACK_TLVS != 0;
-            let text = if has_attributes { text(error.payload()) } else { None };
-            found.push(Reply { sequence: message.sequence_number(), errno, text });
+        if message.message_type() != NLMSG_ERROR {
+            continue;
         }
+        let Ok(error) = ErrorBuffer::new_checked(message.payload()) else { continue };
+        let errno = error.code().map_or(0, |code| code.get().saturating_neg());
+        let has_attributes = message.flags() & NLM_F_ACK_TLVS != 0;
+        let text = if has_attributes { text(error.payload()) } else { None };
+        found.push(Reply { sequence: message.sequence_number(), errno, text });
     }
     found
 }
@@ -373,7 +373,7 @@ fn text(payload: &[u8]) -> Option<String> {
 }
 
 /// The kernel replies before `send` returns, because `nfnetlink_rcv_batch` runs inside `send`. The
-/// timeout only ensures that a different kernel cannot block the caller forever.
+/// timeout only ensures that a different kernel cannot block the caller indefinitely.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The size of the receive buffer in bytes. A reply has a header, an error number, the header of
 /// the refused message and a line of text.

@@ -16,8 +16,6 @@
 //!
 //! The API follows the needs of tokio-nfqueue. Any release may change it.
 #![deny(unsafe_code)]
-// Fields and variants that are named as in the kernel, or as what they carry, say no more.
-#![allow(missing_docs)]
 
 pub mod record;
 pub mod state;

@@ -15,7 +15,9 @@ pub const HEADER: usize = MAGIC.len() + 4;
 /// What is handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Record {
+    /// The queues.
     pub queues: Vec<QueueRecord>,
+    /// What goes along with them.
     pub parts: Vec<PartRecord>,
 }
 
@@ -24,8 +26,11 @@ pub struct Record {
 pub struct QueueRecord {
     /// The kernel's unique number of the socket (`SO_COOKIE`).
     pub cookie: u64,
+    /// The netlink port id of the socket.
     pub port_id: u32,
+    /// The number of the queue.
     pub queue: u16,
+    /// How many packets the kernel queues at most.
     pub max_len: u32,
     /// The copy range in force, in bytes.
     pub payload: u32,
@@ -73,7 +78,9 @@ impl QueueRecord {
 /// it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartRecord {
+    /// The kernel's unique number of the socket (`SO_COOKIE`).
     pub cookie: u64,
+    /// What the socket is for. Only the reader of this kind of part understands it.
     pub body: Vec<u8>,
 }
 
@@ -105,6 +112,7 @@ pub fn check_header(bytes: &[u8]) -> Result<&[u8], Unreadable> {
 }
 
 impl Record {
+    /// The bytes of the record, with [`header`] in front.
     pub fn encode(&self) -> Vec<u8> {
         let mut fields = FieldWriter(header().to_vec());
         fields.u32(self.queues.len() as u32);
@@ -124,6 +132,10 @@ impl Record {
         fields.0
     }
 
+    /// Reads a record and its header.
+    ///
+    /// # Errors
+    /// It has another version, is damaged, or has bytes behind its end.
     pub fn decode(bytes: &[u8]) -> Result<Self, Unreadable> {
         let mut fields = FieldReader(check_header(bytes)?);
         let record = Self::read(&mut fields).ok_or(Unreadable::Malformed)?;
@@ -170,20 +182,24 @@ const LONGEST_ATTRIBUTES: u32 = 65_536;
 pub struct FieldWriter(pub Vec<u8>);
 
 impl FieldWriter {
+    /// Appends 4 bytes.
     pub fn u32(&mut self, number: u32) -> &mut Self {
         self.0.extend_from_slice(&number.to_le_bytes());
         self
     }
 
+    /// Appends 8 bytes.
     pub fn u64(&mut self, number: u64) -> &mut Self {
         self.0.extend_from_slice(&number.to_le_bytes());
         self
     }
 
+    /// Appends 0 or 1 as 4 bytes.
     pub fn flag(&mut self, flag: bool) -> &mut Self {
         self.u32(flag.into())
     }
 
+    /// Appends the length as 4 bytes, then the bytes.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.u32(bytes.len() as u32);
         self.0.extend_from_slice(bytes);
@@ -196,6 +212,7 @@ impl FieldWriter {
 pub struct FieldReader<'a>(pub &'a [u8]);
 
 impl<'a> FieldReader<'a> {
+    /// Whether every byte has been taken.
     pub fn is_at_end(&self) -> bool {
         self.0.is_empty()
     }
@@ -206,14 +223,17 @@ impl<'a> FieldReader<'a> {
         Some(*field)
     }
 
+    /// Takes 4 bytes.
     pub fn u32(&mut self) -> Option<u32> {
         self.take().map(u32::from_le_bytes)
     }
 
+    /// Takes 8 bytes.
     pub fn u64(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
     }
 
+    /// Takes 4 bytes. `None` for a value other than 0 and 1.
     pub fn flag(&mut self) -> Option<bool> {
         match self.u32()? {
             0 => Some(false),
@@ -222,6 +242,7 @@ impl<'a> FieldReader<'a> {
         }
     }
 
+    /// Takes a length of 4 bytes, and so many bytes.
     pub fn bytes(&mut self) -> Option<&'a [u8]> {
         let length = self.u32()? as usize;
         let (bytes, rest) = self.0.split_at_checked(length)?;

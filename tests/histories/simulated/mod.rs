@@ -19,7 +19,7 @@ pub(crate) struct Totals {
     pub(crate) packets: u64,
     pub(crate) accepted: u64,
     pub(crate) dropped: u64,
-    /// Decided by nobody's verdict: a full queue or buffer, an interface that went down.
+    /// Decided without a verdict: a full queue or buffer, an interface that went down.
     pub(crate) undecided: u64,
     /// Handed out, and not decided by the owner.
     pub(crate) abandoned: u64,

@@ -25,7 +25,7 @@ pub(crate) struct Records {
     pub(crate) packets: Vec<Packet>,
     pub(crate) places: HashMap<Place, HandedOut>,
     pub(crate) refusals: HashMap<Place, ErrorKind>,
-    /// Confirmations whose results nobody has read.
+    /// Confirmations whose results are unread.
     pub(crate) unheard: HashSet<Place>,
     /// The places of packets that are held.
     held: HashSet<Place>,
@@ -99,7 +99,7 @@ impl Records {
         }
     }
 
-    /// While the queues are open: nothing is decided that nobody decided.
+    /// While the queues are open: nothing is decided without a verdict.
     pub(crate) fn check_held(&mut self, plan: &Plan) {
         if self.gone || self.closing.is_some() {
             return;

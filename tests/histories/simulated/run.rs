@@ -104,7 +104,7 @@ impl Owned {
 fn datagram(length: usize, serial: usize) -> TestPacket {
     let from = (Ipv4Addr::new(10, 0, 0, 1), 4000);
     let to = (Ipv4Addr::new(10, 0, 0, 2), 53);
-    // The number of the packet is its priority, which nobody changes.
+    // The number of the packet is its priority, which no verdict changes.
     TestPacket::udp(from.into(), to.into(), &vec![serial as u8; length]).priority(serial as u32 + 1)
 }
 

@@ -77,7 +77,7 @@ impl Load {
     /// Waits until all datagrams are processed, and checks that exactly the right ones were
     /// delivered.
     pub async fn finish(self, count: u32) {
-        // Both threads end by themselves if there is no progress for some time.
+        // Both threads end if there is no progress for some time.
         while !self.sender.is_finished() || !self.receiver.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

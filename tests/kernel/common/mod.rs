@@ -144,7 +144,7 @@ pub fn start(builder: QueueBuilder) -> (Queue, Divert) {
 /// The next packet.
 pub async fn next(stream: &mut (impl Stream<Item = Result<Packet, Error>> + Unpin)) -> Packet {
     let item = soon("a packet", stream.next()).await;
-    item.expect("the stream goes on").expect("a packet and no error")
+    item.expect("the stream continues").expect("a packet and no error")
 }
 
 /// Sends numbers and takes their packets, in portions that fit in any buffer.

@@ -99,7 +99,7 @@ pub(crate) async fn query_by_injector(case: Case) {
     path.assert_checksums();
 }
 
-/// Nobody has the address.
+/// No host has the address.
 pub(crate) async fn echo(case: Case) {
     let path = Path::new(case);
     let protocol = if case.v6 { Protocol::Icmpv6 } else { Protocol::Icmp };
@@ -119,7 +119,7 @@ fn tcp_to(hook: Hook) -> Rule {
     Rule::new(hook).protocol(Protocol::Tcp).destination_port(PORT)
 }
 
-/// Somebody listens, and does not learn of the connection.
+/// A socket listens, and does not learn of the connection.
 pub(crate) async fn connection_refused(case: Case) {
     let path = Path::new(case);
     let listen = |address: IpAddr| {

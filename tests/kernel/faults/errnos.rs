@@ -33,12 +33,12 @@ fn packets(count: usize) -> impl Iterator<Item = TestPacket> {
 enum End {
     /// The stream ended with the errno.
     Reason,
-    /// The queue goes on. The kernel has got this number of verdicts as they were submitted.
+    /// The queue continues. The kernel has got this number of verdicts as they were submitted.
     GoesOn(usize),
 }
 
 /// A queue in which `inject` makes `times` system calls fail, while it has owed verdicts, and
-/// packets that nobody has read.
+/// unread packets.
 async fn suffer(errno: i32, times: usize, inject: fn(&Kernel, i32, usize)) -> End {
     let (kernel, mut queue) = simulated::queue(Queue::builder(0).close_timeout(Duration::from_millis(1))).unwrap();
     let mut refusals = queue.sink().refusals();
@@ -141,8 +141,8 @@ async fn every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing(
             let end = suffer(errno, times, Kernel::fail_receives).await;
             let is_temporary = TEMPORARY.contains(&errno) && errno != ENOMEM;
             match end {
-                // Whoever sends verdicts also receives, to make room, and leaves errors to others.
-                // So a few errors may not reach the stream.
+                // The thread that sends verdicts also receives, to make room, and leaves errors to
+                // others. So a few errors may not reach the stream.
                 End::GoesOn(decided) if is_temporary || times < 40 => assert_eq!(decided, 2 * COUNT, "{errno}"),
                 End::Reason if !is_temporary => {}
                 end => panic!("errno {errno}, {times} times: {end:?}"),

@@ -95,7 +95,7 @@ async fn decide(mut queue: Queue, mut others: Others, done: Arc<AtomicBool>) -> 
         let packet = tokio::time::timeout(Duration::from_millis(1), queue.recv()).await;
         let quiet = packet.is_err();
         if let Ok(packet) = packet {
-            let packet = packet.expect("the queue goes on").expect("no error");
+            let packet = packet.expect("the queue continues").expect("no error");
             others.send_bogus(packet.id().get());
             if number(&packet) == LAST {
                 done.store(true, SeqCst);

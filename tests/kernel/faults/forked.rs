@@ -41,7 +41,7 @@ fn a_forked_child_that_continues_with_the_queue_keeps_its_time_limits() {
     assert!(text.contains(KEPT), "the child has failed: {text}");
 }
 
-/// What the child prints at its end: its exit status is nobody's.
+/// What the child prints at its end: no process waits for its exit status.
 const KEPT: &str = "every time limit was kept";
 
 /// As a program that reads its signals from a descriptor: it blocks them after `bind`.
@@ -158,7 +158,7 @@ fn keep_time_limits() {
         let mut queue = builder().deadline(DEADLINE, Action::Accept).bind().await.unwrap();
         let held = take(&mut queue, &numbers, 2).await;
         numbers.receive(2);
-        // Nobody reads this one.
+        // This one stays unread.
         numbers.send(3);
         numbers.receive(3);
         drop(held);
@@ -166,7 +166,7 @@ fn keep_time_limits() {
     });
 }
 
-/// A daemon that has bound its queue before it forks: it goes on in the child.
+/// A daemon that has bound its queue before it forks: it continues in the child.
 pub(super) fn heir() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let numbers = Numbers::new();
@@ -184,7 +184,7 @@ pub(super) fn heir() {
     held.remove(0).accept().submit().unwrap();
     numbers.receive(0);
     numbers.receive(1);
-    // By their deadlines: one that was held at the fork, and one that nobody reads.
+    // By their deadlines: one that was held at the fork, and one that stays unread.
     numbers.receive(2);
     numbers.send(3);
     numbers.receive(3);

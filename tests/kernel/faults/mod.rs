@@ -15,7 +15,7 @@
 //! | a child by `fork` has the socket | `a_queue_that_a_forked_child_shares_works_and_closes` | 100 | 100 | 0 | 0 | 7 |
 //! | the same, and SIGKILL | `a_killed_process_whose_forked_child_lives_keeps_the_queue_bound` | 50 | 30 | 0 | the 20 queued | none: the queue lives as long as a copy of its socket |
 //! | bound after `fork`, in a child and in its child | `a_queue_that_is_bound_after_a_fork_keeps_its_time_limits` | 3 each | 3 each | 0 | 0 | 1, 7 |
-//! | a daemon: the queue's process goes on in a child | `a_forked_child_that_continues_with_the_queue_keeps_its_time_limits` | 5 | 5 | 0 | 0 | 1, 7 |
+//! | a daemon: the queue's process continues in a child | `a_forked_child_that_continues_with_the_queue_keeps_its_time_limits` | 5 | 5 | 0 | 0 | 1, 7 |
 //! | `capget` refused by seccomp | `where_capget_is_refused_every_verdict_is_sent` | 60 | 60 | 0 | 0 | 1, 7 |
 //! | the same, and privileges dropped | `where_capget_is_refused_the_kernels_answer_ends_a_queue_without_the_capability` | 2 | 1 | 0 | 1; the refused verdict is reported, and the stream ends with the reason | 6 |
 //! | `recvmmsg` refused by seccomp | `where_recvmmsg_is_refused_every_packet_is_received` | 60 | 60 | 0 | 0 | 5 |
@@ -27,9 +27,9 @@
 //! | namespace deleted | `handover::a_queue_keeps_its_namespace_in_existence` | 20 | 20 | 0 | 0 | 1 |
 //! | ids across 2^32, in the simulated kernel | `ids_beyond_the_largest_are_decided_in_any_order` | 3000 | each by its verdict | 0 | 0 | 1, 2, 3 |
 //! | losses across 2^32, in the simulated kernel | `losses_across_the_largest_id_are_counted_exactly` | 501 | each by its verdict | 0 | as the kernel counts | 5 |
-//! | send buffer full, and every errno of a send, in the simulated kernel | `every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each, after 1 and 5 failures in a row, those of a lack of memory also 40 | each by its verdict if the queue goes on | 0 | 0 if the queue goes on | 2, 6 |
+//! | send buffer full, and every errno of a send, in the simulated kernel | `every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each, after 1 and 5 failures in a row, those of a lack of memory also 40 | each by its verdict if the queue continues | 0 | 0 if the queue continues | 2, 6 |
 //! | a send buffer that is too small | `promises::a_datagram_longer_than_the_send_buffer_is_split` | | | | 0 | 6 |
-//! | every errno of a receive, in the simulated kernel | `every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each | each by its verdict if the queue goes on | 0 | 0 if the queue goes on | 2, 6 |
+//! | every errno of a receive, in the simulated kernel | `every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each | each by its verdict if the queue continues | 0 | 0 if the queue continues | 2, 6 |
 //! | slow reader | `overload::packets_lost_to_a_full_receive_buffer_are_counted`, `overload::losses_between_reads_are_counted_exactly` | 1010, 2001 | each by its verdict | 0 | as the kernel counts | 5 |
 //! | 10 000 clones of a sink | `ten_thousand_clones_of_a_sink_lose_no_packet` | 5000 | each by its verdict | 0 | 0 | 1, 2, 9 |
 //! | 1000 queues | `a_thousand_queues_in_one_process_lose_no_packet` | 1000 | 1000 | 0 | 0 | 1 |

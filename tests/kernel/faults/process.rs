@@ -184,7 +184,7 @@ async fn accept_all(mut queue: Queue, hold: bool, ready: &str) {
     loop {
         tokio::select! {
             packet = queue.recv() => {
-                let packet = packet.expect("the queue goes on").expect("no error");
+                let packet = packet.expect("the queue continues").expect("no error");
                 if hold { held.push(packet) } else { packet.accept().submit().unwrap() }
             }
             _ = &mut end => break,

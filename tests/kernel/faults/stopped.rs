@@ -1,4 +1,4 @@
-//! The process that owns the queue is stopped, and goes on later.
+//! The process that owns the queue is stopped, and continues later.
 
 use std::time::Duration;
 

@@ -115,7 +115,7 @@ async fn a_syn_that_no_rule_queues_inherits_no_accept() {
     pass_segment(&mut queue, SYN_ACK).await;
 }
 
-/// The older connection goes on: its server answers the SYN with an ACK.
+/// The older connection continues: its server answers the SYN with an ACK.
 async fn a_syn_speaks_not_for_the_older_connection() {
     let hosts = Hosts::new();
     let mut queue = bind();
@@ -271,7 +271,7 @@ fn marking_table(queue: u16, marks: FlowMarks, port: u16) -> (Queue, Divert) {
     (queue, table([rule]).flow_marks(marks).install().unwrap())
 }
 
-/// It is installed while a packet waits, which then goes on behind the other table's first chain
+/// It is installed while a packet waits, which then continues behind the other table's first chain
 /// (`nf_reinject` counts hooks).
 async fn a_verdict_of_another_table_does_not_accept() {
     for ([marks, other_marks], for_flow) in TABLES.into_iter().flat_map(|marks| [(marks, false), (marks, true)]) {

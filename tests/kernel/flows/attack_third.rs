@@ -303,7 +303,7 @@ async fn a_client_cannot_answer_its_own_sctp_init() {
     assert_eq!(hosts.arrived(), [0, 0], "data of the older association has passed");
 }
 
-/// The server's datagrams have passed before the verdict. Nobody asks about them.
+/// The server's datagrams have passed before the verdict. No rule asks about them.
 async fn a_crossed_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
     short_udp_timeouts();
@@ -350,7 +350,7 @@ async fn as_many_conversations_as_the_capacity_are_remembered() {
     assert_eq!(hosts.arrived(), [0, 0]);
 }
 
-/// The server's SYN passes after the denial: a connection of its own, which nobody answers. The
+/// The server's SYN passes after the denial: a connection of its own, to which no host replies. The
 /// client begins the denied connection anew.
 async fn a_later_syn_of_the_client_is_denied_beside_an_unanswered_one() {
     let hosts = Hosts::new();

@@ -68,7 +68,7 @@ async fn an_accepted_entry_stays_denied_by_a_verdict_for_the_other_side() {
     assert_eq!(hosts.arrived(), [0, 0], "it was accepted");
 }
 
-/// The verdict is for a packet with another entry. Nobody asks about what is announced.
+/// The verdict is for a packet with another entry. No rule asks about what is announced.
 async fn a_connection_that_a_denied_one_has_announced_is_denied() {
     let hosts = Hosts::new();
     rules::install_helper("helper", Place { hook: 0, priority: 0 }, "ftp", 6).unwrap();

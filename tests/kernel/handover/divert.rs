@@ -171,7 +171,7 @@ async fn a_table_of_a_failed_hand_over_stays() {
     assert!(divert.remove_rules().await.is_err());
     let error = handover.with_divert(&divert).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
-    // The error has dropped the handover: both go on.
+    // The error has dropped the handover: both continue.
     let (here, there) = connection();
     let handover = queue.hand_over(ENOUGH).await.unwrap().with_divert(&divert).await.unwrap();
     let (sent, ()) = tokio::join!(handover.send(here, ENOUGH), async {

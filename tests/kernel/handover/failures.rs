@@ -1,4 +1,4 @@
-//! Hand-overs that fail: the predecessor goes on, and nothing is lost.
+//! Hand-overs that fail: the predecessor keeps the queue, and nothing is lost.
 
 use std::{
     fs::File,
@@ -101,7 +101,7 @@ async fn a_successor_that_accepts_too_late_gets_an_error() {
     assert!(late.recv().now_or_never().is_none());
     let error = soon("the error", takeover.accept()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
-    assert!(error.to_string().contains("goes on"), "{error}");
+    assert!(error.to_string().contains("keeps the queue"), "{error}");
     assert!(soon("the end of the stream", late.recv()).await.is_none());
     drop(late);
     goes_on(&mut queue, &traffic, 0..10).await;

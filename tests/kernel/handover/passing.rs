@@ -299,7 +299,7 @@ async fn deadlines_hold_after_a_hand_over() {
     let sink = queue.sink();
     let successor = pass_on(&sink, deadline()).await;
     traffic.send(40..60);
-    // Nobody polls the stream.
+    // No task polls the stream.
     traffic.expect(0..60).await;
     let (before, after) = (sink.stats().decided, successor.stats().decided);
     assert_eq!(before.expired + after.expired, 59);
@@ -395,7 +395,7 @@ async fn descriptors_can_be_kept_in_any_order() {
     let mut kept: Vec<OwnedFd> = handover.descriptors().unwrap();
     handover.release();
     drop((queue, sink, divert));
-    // Nobody has the queue, and the kernel keeps the packets.
+    // No process has the queue, and the kernel keeps the packets.
     traffic.send(20..40);
     assert_eq!(account(0).unwrap().waiting, 39);
     for round in 0..2 {

@@ -76,7 +76,7 @@ async fn a_successor_that_is_killed_before_it_accepts_costs_nothing() {
         traffic.send(base..base + 50);
         assert_eq!(traffic.delivered(), [] as [u32; 0]);
         successor.kill();
-        service.expect("goes on: Disconnected");
+        service.expect("continues: Disconnected");
         traffic.expect(base..base + 50).await;
     }
     service.end();
@@ -91,7 +91,7 @@ async fn a_successor_that_is_stopped_costs_nothing() {
     let mut successor = Service::start("hang", Some(0), 100);
     successor.expect("received");
     traffic.send(0..50);
-    service.expect("goes on: TimedOut");
+    service.expect("continues: TimedOut");
     traffic.expect(0..50).await;
     // It wakes up too late.
     successor.end();
@@ -355,7 +355,7 @@ async fn serve(from: Option<u32>, to: u32, within: Duration) -> Result<(), Error
                 let handover = sink.hand_over(within).await?.with_divert(&divert).await?;
                 match handover.send(stream, within).await {
                     Ok(()) => break drop(divert),
-                    Err(error) => say(&format!("goes on: {:?}", error.kind())),
+                    Err(error) => say(&format!("continues: {:?}", error.kind())),
                 }
                 listens += 1;
                 listener = UnixListener::bind(name(listens)).expect("the name is free");

@@ -1,4 +1,4 @@
-//! A queue that dies says why, and what to do.
+//! A queue that fails says why, and what to do.
 
 use std::{
     fs::File,

@@ -330,7 +330,7 @@ pub(crate) async fn read(world: Arc<World>, queue: usize, mut stream: PacketStre
         }
     }
     if stream.next().await.is_some() {
-        world.error(format!("queue {queue}: the stream goes on after its end"));
+        world.error(format!("queue {queue}: the stream continues after its end"));
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct Records {
     /// The shutdown has begun.
     pub(crate) shutting_down: bool,
     /// Nothing can be sent any more, because the shutdown was begun without the capability.
-    pub(crate) hopeless: bool,
+    pub(crate) unsendable: bool,
 }
 
 #[derive(Debug, Default)]
@@ -122,7 +122,7 @@ impl Allowed {
             Action::Accept | Action::Stop | Action::Repeat => Self { delivered: true, ..Self::default() },
             Action::Drop => Self::LOST,
             Action::Requeue { .. } => Self { requeued: true, ..Self::default() },
-            other => unreachable!("{other:?} is given by nobody"),
+            other => unreachable!("{other:?} is never given"),
         }
     }
 
@@ -210,7 +210,7 @@ pub(crate) struct Mark {
 
 impl Records {
     pub(crate) fn new() -> Self {
-        Self { datagrams: Vec::new(), reported: HashMap::new(), round: 0, shutting_down: false, hopeless: false }
+        Self { datagrams: Vec::new(), reported: HashMap::new(), round: 0, shutting_down: false, unsendable: false }
     }
 
     /// A number for the next datagram.
@@ -271,12 +271,12 @@ impl Records {
         let settings = &plan.queues[time.queue];
         let closing = self.shutting_down && datagram.round == self.round;
         let faulty = plan.is_faulty(datagram.round);
-        let hopeless = self.hopeless && closing;
-        let gone = faulty || hopeless;
+        let unsendable = self.unsendable && closing;
+        let gone = faulty || unsendable;
         let unanswered = Allowed::of(settings.unanswered);
         let expired = match settings.deadline {
             // The verdict of the deadline may have been refused.
-            Some((_, action)) => Allowed::of(action).or_if(plan.capless || hopeless, unanswered),
+            Some((_, action)) => Allowed::of(action).or_if(plan.capless || unsendable, unanswered),
             None => Allowed::default(),
         };
         let decided_by_queue = expired.or_if(closing, unanswered);
@@ -286,7 +286,7 @@ impl Records {
             Done::Gave(action, response, _) => match (response, self.outcome(time, response)) {
                 (Response::NotAwaited, _) => Allowed::of(action)
                     .or(decided_by_queue)
-                    .or_if(plan.capless || hopeless, unanswered)
+                    .or_if(plan.capless || unsendable, unanswered)
                     .or_if(gone, Allowed::LOST),
                 // If a hook is added before the rules, the packet is queued once more, and may be
                 // lost there.
@@ -294,7 +294,9 @@ impl Records {
                     Allowed::of(action).or_if(plan.queues_again(datagram.round), Allowed::LOST)
                 }
                 (_, Ok(())) => Allowed::of(action).or_if(gone, Allowed::LOST),
-                (_, Err(ErrorKind::NotPermitted)) if plan.capless || hopeless => unanswered.or_if(gone, Allowed::LOST),
+                (_, Err(ErrorKind::NotPermitted)) if plan.capless || unsendable => {
+                    unanswered.or_if(gone, Allowed::LOST)
+                }
                 (_, Err(ErrorKind::Expired)) if decided_by_queue != Allowed::default() => {
                     decided_by_queue.or_if(gone, Allowed::LOST)
                 }
@@ -524,19 +526,19 @@ impl Records {
         }
         findings.expect(&name("malformed"), stats.received.malformed, 0);
         findings.expect(&name("refusals unread"), stats.sent.refusals_unread, 0);
-        if !self.hopeless {
+        if !self.unsendable {
             findings.expect(&name("refused"), stats.sent.refused, 0);
             findings.expect(&name("in flight"), stats.held.in_flight, 0);
             findings.expect(&name("held bytes"), stats.held.bytes, 0);
             findings.expect(&name("oldest undecided"), stats.held.oldest_undecided, None);
         }
-        if settings.receive_buffer.is_none() && !self.hopeless && tally.vanished > stats.sent.gone_at_least {
+        if settings.receive_buffer.is_none() && !self.unsendable && tally.vanished > stats.sent.gone_at_least {
             findings.sum(&name(&format!("{} vanished, but {} gone", tally.vanished, stats.sent.gone_at_least)));
         }
         let late = (tally.late, tally.late + tally.perhaps_late);
         findings.expect_between(&name("late"), stats.decided.late, late);
         let faulty = (0..plan.rounds.len()).any(|round| plan.is_faulty(round));
-        if faulty || plan.capless || self.hopeless {
+        if faulty || plan.capless || self.unsendable {
             return;
         }
         findings.expect(&name("gone"), stats.sent.gone_at_least, 0);
@@ -578,7 +580,7 @@ impl Records {
             || settings.receive_buffer.is_some()
             || !plan.bypass
             || plan.rounds.iter().any(|round| round.reconfigurers > 0);
-        if drops || self.hopeless || plan.is_faulty(self.round) || queue == plan.side() {
+        if drops || self.unsendable || plan.is_faulty(self.round) || queue == plan.side() {
             return;
         }
         let missing = self.datagrams.iter().enumerate().filter(|(serial, datagram)| {
@@ -618,7 +620,7 @@ impl Records {
                 let Done::Gave(Action::Accept | Action::Repeat, response, _) = last.done else { return false };
                 self.outcome(last, response).is_ok() && !self.was_reported(last, ErrorKind::NotPermitted)
             });
-            let faulty = plan.is_faulty(datagram.round) || self.hopeless;
+            let faulty = plan.is_faulty(datagram.round) || self.unsendable;
             totals.excused += u64::from(accepted && faulty && datagram.delivered == 0);
         }
         totals

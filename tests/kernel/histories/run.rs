@@ -395,7 +395,7 @@ impl History {
                     closed(sink.close_within(timeout).await, &[ErrorKind::TimedOut]);
                 })),
                 End::CloseWithoutCapability(timeout) => {
-                    self.world.records().hopeless = true;
+                    self.world.records().unsendable = true;
                     drop(thread::spawn(move || {
                         let result = without_net_admin(|| block_on(sink.close_within(timeout)));
                         closed(result, &[ErrorKind::TimedOut, ErrorKind::NotPermitted]);

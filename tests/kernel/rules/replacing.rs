@@ -168,7 +168,7 @@ fn traffic_with_held_packets_is_not_lost_nor_queued_twice() {
                     queue.accept(&packet);
                 }
             }
-            // A held packet outlives a replacement, or, so that the sender goes on, waits no
+            // A held packet outlives a replacement, or, so that the sender continues, waits no
             // longer.
             let stuck = held.len() >= 50;
             held.retain(|(packet, number)| {

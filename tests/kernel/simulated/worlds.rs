@@ -107,7 +107,7 @@ impl World for Simulated {
     fn datagram(&mut self, datagram: &Datagram) {
         let (from, mut to) = addresses();
         to.set_port(datagram.port());
-        // As over loopback: nobody finishes checksums.
+        // As over loopback: no device finishes checksums.
         let packet = TestPacket::udp(from, to, &datagram.payload)
             .interface_in(1)
             .hardware_address(&[0; 6])

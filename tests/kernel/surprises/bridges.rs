@@ -46,12 +46,12 @@ async fn the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost() 
     let groups = [(Ipv4Addr::new(192, 0, 2, 255).into(), 32), (Ipv4Addr::new(224, 0, 0, 0).into(), 4)];
     // Whether connections are tracked, the rule, and what becomes of broadcast and multicast.
     let cases = [
-        (true, udp(Hook::Forward), Fate::Lost),
-        (false, udp(Hook::Forward), Fate::Queued),
-        (true, udp(Hook::Prerouting), Fate::Queued),
-        (true, udp(Hook::Forward).unless(Match::destination_addresses(groups)), Fate::Unseen),
+        (true, udp(Hook::Forward), Outcome::Lost),
+        (false, udp(Hook::Forward), Outcome::Queued),
+        (true, udp(Hook::Prerouting), Outcome::Queued),
+        (true, udp(Hook::Forward).unless(Match::destination_addresses(groups)), Outcome::Unseen),
     ];
-    for (port, (tracked, rule, fate)) in (1..).zip(cases) {
+    for (port, (tracked, rule, outcome)) in (1..).zip(cases) {
         let tracking = Rule::new(Hook::Forward).when(Match::connection_state([ConnectionState::New])).count();
         let rules = [tracked.then_some(tracking), Some(rule.to_queue(0))];
         let divert = Divert::builder().rules(rules.into_iter().flatten()).install().unwrap();
@@ -59,20 +59,20 @@ async fn the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost() 
         for destination in [BROADCAST, GROUP, unicast] {
             for number in 0..3 {
                 // The first packet of the connection is lost, before it comes to the queue.
-                let fate = match fate {
-                    _ if destination == unicast => Fate::Queued,
-                    Fate::Lost if number > 0 => Fate::Queued,
-                    fate => fate,
+                let outcome = match outcome {
+                    _ if destination == unicast => Outcome::Queued,
+                    Outcome::Lost if number > 0 => Outcome::Queued,
+                    outcome => outcome,
                 };
                 from.socket.send(&frame(from.socket.address(), destination, port, number));
-                if fate == Fate::Queued {
+                if outcome == Outcome::Queued {
                     let packet = next(&mut queue).await;
                     assert_eq!(packet.payload().last(), Some(&number));
                     packet.accept().confirm().await.unwrap();
                 }
                 let case = format!("tracked: {tracked}, to {destination:x?}, packet {number}");
                 let arrived = std::iter::from_fn(|| to.socket.arrived()).count();
-                assert_eq!(arrived, usize::from(fate != Fate::Lost), "{case}");
+                assert_eq!(arrived, usize::from(outcome != Outcome::Lost), "{case}");
                 assert!(queue.try_recv().is_err(), "{case}");
             }
         }
@@ -82,7 +82,7 @@ async fn the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost() 
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum Outcome {
     Queued,
     /// It arrives without having been queued.
     Unseen,

@@ -90,7 +90,8 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
     for (rule, question, waits) in cases {
         let mut queue = Queue::builder(0).bind().await.unwrap();
         let _divert = divert([rule.to_queue(0)]);
-        // A policy that asks before it decides: nobody decides the question in the meantime.
+        // A policy that asks before it decides: no other thread decides the question in the
+        // meantime.
         question.send_to(b"name?", resolver.local_addr().unwrap()).unwrap();
         if waits {
             let packet = next(&mut queue).await;

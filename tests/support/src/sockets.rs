@@ -33,9 +33,9 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// The numbers of a queue in the calling thread's network namespace, `None` if nobody has it bound:
-/// queue, portid, outstanding, copy mode, copy range, dropped because the queue was full, dropped
-/// because the socket was, last id, 1.
+/// The numbers of a queue in the calling thread's network namespace, `None` if no socket has it
+/// bound: queue, portid, outstanding, copy mode, copy range, dropped because the queue was full,
+/// dropped because the socket was, last id, 1.
 ///
 /// The portid is read as the unsigned number that it is, though it is printed as signed.
 pub fn queue_line(queue: u16) -> Option<[u64; 9]> {

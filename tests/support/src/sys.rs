@@ -76,7 +76,6 @@ pub fn in_a_fork(body: impl FnOnce()) -> io::Result<bool> {
 
 /// Makes a system call fail with this error number, by a seccomp filter, in this thread and in
 /// those that it starts.
-#[cfg(target_pointer_width = "64")]
 pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let mut filter = [
@@ -101,7 +100,7 @@ pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// As a daemon does: a child by `fork` goes on, and the process itself ends.
+/// As a daemon does: a child by `fork` continues, and the process itself ends.
 pub fn go_on_in_a_fork() -> io::Result<()> {
     // SAFETY: as in `in_a_fork`.
     match unsafe { libc::fork() } {
@@ -113,7 +112,7 @@ pub fn go_on_in_a_fork() -> io::Result<()> {
 }
 
 /// Makes a child by `fork`, which has copies of all descriptors and sleeps. Returns its id. It ends
-/// by itself after an hour at the latest.
+/// after an hour at the latest.
 pub fn fork_sleeper() -> io::Result<libc::pid_t> {
     // SAFETY: the child calls only `alarm`, `pause` and `_exit`, which are async-signal-safe, so it
     // needs no lock that another thread held at the time of the fork.

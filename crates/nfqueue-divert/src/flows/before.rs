@@ -184,7 +184,7 @@ impl<'a> Flows<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Begins);
         chain.push(&[self.marked(marks.denied())], Action::Return);
-        // The older connection may be in the flowtable, or come into it at this moment.
+        // The older connection may be in the flowtable, or enter it now.
         if self.surroundings.offloads() {
             chain.push(&[Match::assured()], jump(FlowChain::Recall));
         }
@@ -210,7 +210,7 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The answer to a SYN shows that the connection is the one whose first packet was accepted.
+    /// The reply to a SYN shows that the connection is the one whose first packet was accepted.
     /// Until then, packets of an older one are asked about.
     pub(super) fn accepted(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Accepted);

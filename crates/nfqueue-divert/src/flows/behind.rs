@@ -107,8 +107,8 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// The denied connection may be in the flowtable, or come into it at this moment: by a packet
-    /// that has seen its mark before, and not that it is listed.
+    /// The denied connection may be in the flowtable, or enter it now: by a packet that has seen
+    /// its mark before, and not that it is listed.
     pub(super) fn recall(self, chain: &mut Chained<'a>) {
         if self.surroundings.offloads() {
             let rule = chain.push(&[self.marked(self.table.marks.accepted())], Action::Continue);

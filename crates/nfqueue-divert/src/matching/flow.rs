@@ -203,13 +203,13 @@ impl Match {
         Self::new(Flow::Dccp(0))
     }
 
-    /// The answer to `sctp_init`: its first chunk is INIT ACK (RFC 9260, section 3.2). The rule
-    /// must be limited to SCTP.
+    /// The reply to `sctp_init`: its first chunk is INIT ACK (RFC 9260, section 3.2). The rule must
+    /// be limited to SCTP.
     pub(in super::super) fn sctp_init_ack() -> Self {
         Self::new(Flow::SctpInitAck)
     }
 
-    /// The answer to a Request of DCCP. The rule must be limited to DCCP.
+    /// The reply to a Request of DCCP. The rule must be limited to DCCP.
     pub(in super::super) fn dccp_response() -> Self {
         Self::new(Flow::Dccp(1))
     }

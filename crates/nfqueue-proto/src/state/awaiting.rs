@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::{Change, Limits};
 use crate::types::Action;
 
-/// A message whose reply somebody waits for.
+/// A message whose reply a task waits for.
 #[derive(Debug)]
 pub(super) enum Awaited<W> {
     Verdict { id: u32, waiter: W },

@@ -31,9 +31,11 @@ pub struct Effects {
     /// Check whether the calling thread has the capability. Otherwise the driver does that: there
     /// is none, or it does not run.
     pub probe: bool,
+    /// Wake the task that reads packets.
     pub wake_stream: bool,
     /// Tasks that wait for a flush or for the end of the shutdown.
     pub wake_waiting: bool,
+    /// Wake the tasks that read refusals.
     pub wake_refusals: bool,
 }
 
@@ -69,14 +71,18 @@ impl Effects {
 /// overtake each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Alarm {
+    /// The time. `None`: no call is needed.
     pub at: Option<Instant>,
+    /// Grows with every change.
     pub number: u64,
 }
 
 /// What the caller must deliver once it has released the lock.
 #[derive(Debug)]
 pub enum Notice<E: Carried> {
+    /// The result for a waiter: the kernel has replied, or no reply will come.
     Reply(E::Waiter, Result<(), Error>),
+    /// To be logged.
     Report(Report),
     /// It is not needed any more. Dropping it may run users' code.
     Spent(E),

@@ -1,4 +1,4 @@
-//! Handing the queue over to another process, and going on where another process has stopped.
+//! Handing the queue over to another process, and continuing where another process has stopped.
 //!
 //! | step | here |
 //! |---|---|
@@ -13,7 +13,7 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use super::{Arrival, Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit, ledger::Ledger};
+use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, Notice, WaitLimit, ledger::Ledger};
 use crate::types::Error;
 
 /// How far a queue has been read.
@@ -36,7 +36,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if !self.life.is_open() || self.failure.is_some() {
             return false;
         }
-        self.life = LifeCycle::HandingOver { frozen: false, limit, then: None };
+        self.life.set(LifeCycle::HandingOver { frozen: false, limit, then: None });
         if let WaitLimit::At(at) = limit {
             self.set_timer(at);
         }
@@ -55,15 +55,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether the time for verdicts that are owed is over.
     pub fn is_hand_over_due(&self) -> bool {
-        matches!(self.life, LifeCycle::HandingOver { limit: WaitLimit::Over, .. })
+        matches!(*self.life, LifeCycle::HandingOver { limit: WaitLimit::Over, .. })
     }
 
     /// Stops waiting for verdicts if the time is over.
     pub(super) fn end_hand_over_wait(&mut self, now: Instant) {
-        if let LifeCycle::HandingOver { limit, .. } = &mut self.life
-            && matches!(limit, WaitLimit::At(at) if *at <= now)
+        if let LifeCycle::HandingOver { frozen, limit: WaitLimit::At(at), then } = *self.life
+            && at <= now
         {
-            *limit = WaitLimit::Over;
+            self.life.set(LifeCycle::HandingOver { frozen, limit: WaitLimit::Over, then });
             self.effects.wake_waiting = true;
         }
     }
@@ -73,7 +73,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn give_up_owed(&mut self, unread: &HashSet<u32>) -> usize {
         let mut ids = self.ledger.undecided_ids();
         ids.retain(|id| !unread.contains(id));
-        let action = match self.life {
+        let action = match *self.life {
             LifeCycle::HandingOver { then: Some((action, _)), .. } => action,
             _ => self.settings.on_unanswered,
         };
@@ -87,46 +87,46 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether every decision has been sent. The caller holds the send lock.
     pub fn is_all_sent(&self) -> bool {
-        self.ledger.gathered() == 0 && !self.sending.under_way
+        self.ledger.gathered() == 0 && !self.rounds.is_under_way()
     }
 
     /// Whether sending fails at present, so that it is tried again after a pause.
     pub fn cannot_send(&self) -> bool {
-        self.permission != Permission::Held || self.sending.retry.is_some()
+        !self.permission.is_held() || self.rounds.retry().is_some()
     }
 
-    /// Whether replies of the kernel matter to this process: somebody waits for one, or the
+    /// Whether replies of the kernel matter to this process: a task waits for one, or the
     /// capability was missing, so that only this process understands them.
     pub fn awaits_replies(&self) -> bool {
-        !self.awaiting.is_empty() || !self.sending.known_refused.is_empty() || self.sending.distrust
+        self.outstanding.awaits_replies()
     }
 
     /// From now on the socket is not touched: the position is that of the successor as well.
     /// Whoever waits for a reply learns that it will not come.
-    pub fn freeze(&mut self, sequence: u32) -> Position {
-        if let LifeCycle::HandingOver { frozen, .. } = &mut self.life {
-            *frozen = true;
+    pub fn freeze(&mut self) -> Position {
+        if let LifeCycle::HandingOver { limit, then, .. } = *self.life {
+            self.life.set(LifeCycle::HandingOver { frozen: true, limit, then });
         }
         self.abandon_replies();
         Position {
             next: self.ledger.next(),
             batches: self.ledger.allows_batches(),
             unknown: self.receiving.unknown,
-            sequence,
+            sequence: self.outstanding.sequence(),
         }
     }
 
     fn abandon_replies(&mut self) {
-        while let Some(awaited) = self.awaiting.pop_any() {
+        while let Some(awaited) = self.outstanding.take_any() {
             self.reply_is_lost(awaited);
         }
     }
 
-    /// The successor has not taken the queue over: it goes on as before. If it was closed
+    /// The successor has not taken the queue over: it continues as before. If it was closed
     /// meanwhile, the shutdown begins.
     pub fn resume(&mut self) {
-        let LifeCycle::HandingOver { then, .. } = self.life else { return };
-        self.life = LifeCycle::Open;
+        let LifeCycle::HandingOver { then, .. } = *self.life else { return };
+        self.life.set(LifeCycle::Open);
         self.effects.wake_stream = true;
         self.effects.wake_waiting = true;
         if let Some((action, limit)) = then {
@@ -142,8 +142,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The successor has taken the queue over. Here it is closed, without being unbound.
     pub fn release(&mut self) {
-        let LifeCycle::HandingOver { .. } = self.life else { return };
-        self.life = LifeCycle::Closed { still_bound: false };
+        if !self.life.is_handing_over() {
+            return;
+        }
+        self.life.set(LifeCycle::Closed(Binding::HandedOver));
         self.abandon_replies();
         self.counters.decided.handed_over += self.ledger.undecided() as u64;
         self.ledger = Ledger::new(self.ledger.next());
@@ -160,7 +162,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Begins, frozen, where another process has stopped. `unread` are the packets that it had
     /// received and not handed out.
     pub fn inherit(&mut self, position: Position, unread: impl Iterator<Item = Arrival>) {
-        self.life = LifeCycle::HandingOver { frozen: true, limit: WaitLimit::Over, then: None };
+        self.life.set(LifeCycle::HandingOver { frozen: true, limit: WaitLimit::Over, then: None });
         let now = self.clock.now();
         let mut ends: Option<(u32, u32)> = None;
         for Arrival { id, storage } in unread {
@@ -184,7 +186,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.ledger.forbid_batches();
         }
         self.receiving.unknown = position.unknown;
-        self.sending.inherited = Some(position.sequence);
+        self.outstanding.continue_after(position.sequence);
     }
 
     /// Why the queue cannot be handed over, if it has failed.

@@ -8,7 +8,7 @@
 //!
 //! | state of an id | meaning |
 //! |---|---|
-//! | undecided | arrived; nobody has decided it |
+//! | undecided | arrived and not decided |
 //! | decided | decided; no message has been made |
 //! | settled | a message decides it, or it never arrived: nothing is owed |
 
@@ -41,9 +41,11 @@ pub struct Ledger<E> {
 /// What happens to a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision<E> {
+    /// What every verdict message can carry.
     pub fields: VerdictFields,
     /// What only a message for a single packet can carry.
     pub extras: Option<E>,
+    /// Who has decided.
     pub origin: Origin,
 }
 
@@ -59,17 +61,25 @@ pub enum Origin {
 /// A message that settles one or more ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VerdictMessage<E> {
+    /// Decides one packet.
     Single {
+        /// Its id.
         id: u32,
+        /// What happens to it.
         decision: Decision<E>,
     },
     /// Decides everything that is queued up to `max`. `count` ids from `first` on were decided like
     /// this; the others in between are settled.
     Batch {
+        /// The first id that was decided like this.
         first: u32,
+        /// The last one, which is in the message.
         max: u32,
+        /// The verdict for all of them.
         fields: VerdictFields,
+        /// Who has decided them.
         origin: Origin,
+        /// How many packets were decided like this.
         count: usize,
     },
 }
@@ -83,6 +93,7 @@ impl<E> VerdictMessage<E> {
         }
     }
 
+    /// The verdict without extras.
     pub fn fields(&self) -> &VerdictFields {
         match self {
             Self::Single { decision, .. } => &decision.fields,
@@ -329,9 +340,10 @@ impl<E> Ledger<E> {
         }
         let before = out.len();
         for id in gathered {
-            if matches!(self.stragglers.get(id), Some(Slot::Decided(_)))
-                && let Some(Slot::Decided(decision)) = self.stragglers.remove(id)
-            {
+            if !matches!(self.stragglers.get(id), Some(Slot::Decided(_))) {
+                continue;
+            }
+            if let Some(Slot::Decided(decision)) = self.stragglers.remove(id) {
                 out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
@@ -385,9 +397,8 @@ impl<E> Ledger<E> {
         };
         rest.sort_unstable_by_key(offset);
         for id in rest.iter() {
-            if let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id))
-                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled)
-            {
+            let Some(slot @ Slot::Decided(_)) = self.ring.get_mut(offset(id)) else { continue };
+            if let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled) {
                 out.push(VerdictMessage::Single { id: *id, decision });
             }
         }
@@ -431,15 +442,13 @@ impl<E> Ledger<E> {
         let gathered = std::mem::take(&mut self.gathered);
         let mut taken = Vec::new();
         for id in gathered {
-            let by_owner = matches!(self.slot(id), Some(Slot::Decided(Decision { origin: Origin::Owner, .. })));
-            if by_owner
-                && let Some(slot) = self.slot_mut(id)
-                && let Slot::Decided(decision) = std::mem::replace(slot, Slot::Undecided(NO_TOKEN))
-            {
+            let Some(slot @ Slot::Decided(Decision { origin: Origin::Owner, .. })) = self.slot_mut(id) else {
+                self.gathered.push(id);
+                continue;
+            };
+            if let Slot::Decided(decision) = std::mem::replace(slot, Slot::Undecided(NO_TOKEN)) {
                 self.undecided += 1;
                 taken.push((id, decision));
-            } else {
-                self.gathered.push(id);
             }
         }
         taken

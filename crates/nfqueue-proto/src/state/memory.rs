@@ -8,14 +8,19 @@
 pub enum Storage {
     /// In memory of its own.
     Own {
+        /// The size of the memory.
         bytes: u32,
     },
     /// In a buffer that it shares with other packets. Each pool numbers its buffers.
     Shared {
+        /// The number of the pool, 0 or 1.
         pool: u8,
+        /// The number of the buffer in its pool.
         buffer: u32,
+        /// The size of the whole buffer.
         bytes: u32,
     },
+    /// It keeps no memory.
     None,
 }
 

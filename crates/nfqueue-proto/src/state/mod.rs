@@ -9,7 +9,7 @@
 //! | the kernel replied to a message | [`Machine::replied`] |
 //! | the socket was found empty | [`Machine::socket_empty`] |
 //! | a verdict was submitted, a packet was dropped | [`Machine::decide`], [`Machine::abandon`] |
-//! | a datagram was sent, refused, or not sent | [`Machine::sent`], [`Machine::refused`], [`Machine::unsent`] |
+//! | a thread has the send lock | [`Machine::poll_transmit`] and [`Machine::transmitted`], in turn; then [`Machine::send_lock_released`] |
 //! | time passed, the ready tasks have run | [`Machine::fire`], [`Machine::tasks_ran`] |
 //! | the queue is closed | [`Machine::begin_close`], [`Machine::stopped`], [`Machine::unbound`] |
 //! | the queue is handed over | [`Machine::begin_hand_over`], [`Machine::freeze`], [`Machine::release`] or [`Machine::resume`] |
@@ -27,22 +27,30 @@ use rustix::io::Errno;
 
 use crate::{
     types::{Action, Error, ErrorKind, FillCounter, Stats},
-    wire::{Refused, Reply, verdict::VerdictFields},
+    wire::{
+        Refused, Reply,
+        verdict::{Attachments, VerdictFields},
+    },
 };
 
 mod awaiting;
 mod deadlines;
 mod effects;
 pub mod flush;
+mod gathering;
 mod handover;
 pub mod ledger;
 mod life_cycle;
 mod memory;
 #[cfg(test)]
 mod model;
+mod outbox;
+mod outstanding;
+mod permission;
 mod recv;
 mod replies;
 mod reports;
+mod rounds;
 mod send;
 mod shutdown;
 mod timer;
@@ -50,48 +58,67 @@ mod unproven;
 mod verdicts;
 
 use self::{
-    awaiting::{Awaited, Awaiting, SentBatches},
+    awaiting::Awaited,
     deadlines::{Arrivals, Deadlines},
-    flush::{FlushPolicy, FlushReason},
+    flush::FlushPolicy,
+    gathering::Gathering,
     ledger::{Ledger, NO_TOKEN},
+    life_cycle::Life,
     memory::HeldMemory,
+    outstanding::Outstanding,
+    permission::Permission,
     reports::Reports,
-    unproven::{Unproven, Verdict},
+    rounds::Rounds,
+    unproven::Verdict,
 };
 pub use self::{
     effects::{Alarm, Effects, Notice},
     handover::Position,
     ledger::{Decision, Origin, VerdictMessage},
-    life_cycle::{LifeCycle, WaitLimit},
+    life_cycle::{Binding, Hold, LifeCycle, WaitLimit},
     memory::Storage,
+    outbox::Outbox,
     reports::{Report, ReportKind},
+    send::{Outcome, Transmit},
     unproven::Proof,
 };
 
 /// The source of the time.
 pub trait Clock {
+    /// The time now. It never decreases.
     fn now(&self) -> Instant;
 }
 
 /// What a verdict for a single packet carries besides its fields, including who waits for the
 /// kernel's reply.
 pub trait Carried {
+    /// Who waits for the kernel's reply.
     type Waiter;
+    /// What the verdict carries, for its message.
+    fn attachments(&self) -> Attachments<'_>;
+    /// Whether somebody waits, or has waited: the kernel replies also on success.
+    fn is_acknowledged(&self) -> bool;
+    /// Takes out who waits, if somebody does.
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
+    /// Puts back a waiter that was taken out: the verdict was not sent.
     fn put_waiter(&mut self, waiter: Self::Waiter);
 }
 
 /// The settings that do not change while the queue is bound.
 #[derive(Debug, Clone, Copy)]
 pub struct FixedSettings {
+    /// The number of the queue.
     pub queue: u16,
+    /// The default action: for packets that their owners drop undecided.
     pub on_unanswered: Action,
+    /// The action for packets that are undecided this long after they were received.
     pub deadline: Option<(Duration, Action)>,
 }
 
 /// The limits in force.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
+    /// How many packets the kernel queues at most.
     pub max_len: u32,
     /// The longest payload of a message, in bytes.
     pub payload: usize,
@@ -100,33 +127,16 @@ pub struct Limits {
 /// A change of the limits by a configuration message. What is `None` stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Change {
+    /// How many packets the kernel queues at most.
     pub max_len: Option<u32>,
+    /// The longest payload of a message, in bytes.
     pub payload: Option<usize>,
-}
-
-/// Whether this process has the capability to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Permission {
-    Held,
-    /// A verdict was refused because the capability was missing. The pause between two attempts
-    /// grows.
-    Missing {
-        since: Instant,
-        next: Instant,
-        pause: Duration,
-        /// How often the driver was woken without a reaction.
-        calls: u32,
-        /// A thread that represents the process has checked, after the time-out of the shutdown,
-        /// and has no capability.
-        confirmed: bool,
-    },
-    /// It has been missing for `LASTING`, and the stream has ended with an error.
-    Lost,
 }
 
 /// One received packet.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
+    /// The packet id.
     pub id: u32,
     /// The memory that it keeps allocated.
     pub storage: Storage,
@@ -138,14 +148,13 @@ pub struct Machine<E: Carried, K> {
     settings: FixedSettings,
     limits: Limits,
     clock: K,
-    life: LifeCycle,
+    life: Life,
     ledger: Ledger<E>,
     gathering: Gathering,
-    sending: Sending,
+    rounds: Rounds,
+    outstanding: Outstanding<E::Waiter>,
     receiving: Receiving,
     permission: Permission,
-    /// Messages whose replies somebody waits for.
-    awaiting: Awaiting<E::Waiter>,
     deadlines: Deadlines,
     arrivals: Arrivals,
     held: HeldMemory,
@@ -165,83 +174,6 @@ pub struct Machine<E: Carried, K> {
     notices: Vec<Notice<E>>,
 }
 
-/// Verdicts that wait to be sent, and the policy that says when.
-#[derive(Debug, Default)]
-struct Gathering {
-    /// `None` while a custom policy is being called, without the lock.
-    policy: Option<FlushPolicy>,
-    /// The policy is to be asked once more when the call has returned, and why.
-    ask_again: Option<FlushReason>,
-    /// Whether there is a driver task. Without one every verdict is sent at once.
-    driven: bool,
-    /// When the oldest verdict was given.
-    oldest: Option<Instant>,
-    /// When the verdicts are sent at the latest.
-    due: Option<Instant>,
-    /// Whether the socket, when it was last read, may have had more packets.
-    backlog: bool,
-    /// The driver has been woken, to report when the ready tasks have run.
-    wait_for_tasks: bool,
-    waits: Waits,
-}
-
-/// How often verdicts have begun to wait lately.
-#[derive(Debug, Default)]
-struct Waits {
-    since: Option<Instant>,
-    count: u32,
-}
-
-impl Waits {
-    /// Verdicts begin to wait. Waits longer ago than `period` do not count.
-    fn add(&mut self, now: Instant, period: Duration) {
-        if self.since.is_none_or(|since| now.saturating_duration_since(since) > period) {
-            *self = Self { since: Some(now), count: 0 };
-        }
-        self.count = self.count.saturating_add(1);
-    }
-}
-
-/// The rounds of sending. There is at most one at a time, under the send lock.
-#[derive(Debug, Default)]
-struct Sending {
-    /// Somebody wants everything sent. Whoever holds the send lock does it.
-    wanted: bool,
-    under_way: bool,
-    rounds_started: u64,
-    rounds_ended: u64,
-    /// Packets whose verdicts have left the ledger, but are not in the datagram being sent.
-    leaving: usize,
-    /// Messages in the datagram that is being sent.
-    begun: usize,
-    /// The datagram that is being sent, by the sequence number of its first message, and whether a
-    /// reply has refused it.
-    watched: Option<(u32, bool)>,
-    /// Datagrams that are known to have been refused, by their first messages. The replies to them
-    /// bring nothing new.
-    known_refused: VecDeque<u32>,
-    /// The kernel refused a datagram although the thread had the capability: only replies show
-    /// whether a datagram was executed.
-    distrust: bool,
-    /// Verdicts may have been sent for packets that the kernel had released or lost. From then on a
-    /// verdict that finds no packet does not prove that the kernel dropped it.
-    doubtful: bool,
-    /// Packets that the kernel has certainly dropped while they were queued.
-    dropped: u64,
-    /// When to send again after a failure, and the pause after the next failure.
-    retry: Option<(Instant, Duration)>,
-    batches: SentBatches,
-    unproven: Unproven,
-    /// Replies to messages up to this sequence number are for the process that had the queue
-    /// before.
-    inherited: Option<u32>,
-    /// The last send failed for a reason that does not pass.
-    broken: bool,
-    /// The sequence number of the last message. A reply to a later one is not for this queue: some
-    /// other process has a copy of the socket.
-    last: Option<u32>,
-}
-
 /// The rounds of receiving.
 #[derive(Debug)]
 struct Receiving {
@@ -259,35 +191,27 @@ struct Receiving {
 
 /// The number of unread refusals that are kept. Then the oldest are discarded and counted.
 const MAX_REFUSALS: usize = 1024;
-/// A longer delay of a custom policy is shortened to this.
-const LONGEST_DELAY: Duration = Duration::from_secs(1);
-/// After this many wake-ups without a reaction the driver is assumed not to run. Then the timer
-/// thread represents the process.
-const PATIENT_CALLS: u32 = 10;
-/// If the capability is missing for this time, the loss counts as permanent.
-const LASTING: Duration = Duration::from_secs(3);
 /// The first and the longest pause between attempts to send after a refusal or a failure. Each
 /// pause is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 /// A wider gap is not searched for packets whose id could not be read.
 const WIDEST_SEARCH: u32 = 65_536;
-/// The number of refused datagrams that are remembered. The kernel sends at most one error for each
-/// message of a datagram.
-const MAX_KNOWN_REFUSED: usize = 1024;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
+    /// A queue that has just been bound. `first` is the packet id that is expected first: 1 for a
+    /// new queue.
     pub fn new(settings: FixedSettings, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
         Self {
             settings,
             limits,
             clock,
-            life: LifeCycle::Open,
+            life: Life::new(),
             ledger: Ledger::new(first),
-            gathering: Gathering { policy: Some(policy), ..Gathering::default() },
-            sending: Sending::default(),
+            gathering: Gathering::new(policy),
+            rounds: Rounds::default(),
+            outstanding: Outstanding::new(),
             receiving: Receiving { receives: 0, unknown: 0, losing: false, lossless: true, look: None },
-            permission: Permission::Held,
-            awaiting: Awaiting::default(),
+            permission: Permission::default(),
             deadlines: Deadlines::default(),
             arrivals: Arrivals::default(),
             held: HeldMemory::default(),
@@ -339,7 +263,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     fn request_flush(&mut self) {
-        self.sending.wanted = true;
+        self.rounds.want();
         self.effects.flush = true;
     }
 
@@ -356,16 +280,17 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     fn in_flight(&self) -> usize {
-        self.ledger.undecided() + self.ledger.gathered() + self.sending.leaving
+        self.ledger.undecided() + self.ledger.gathered() + self.rounds.leaving()
     }
 
     /// How many packets the kernel has dropped while they were queued: they arrived, no verdict was
     /// sent before, and the first one found nothing. Those of a batch that found others are not
     /// known.
     pub fn dropped_while_queued(&self) -> u64 {
-        self.sending.dropped
+        self.outstanding.dropped()
     }
 
+    /// The limits in force, as far as they are known.
     pub fn limits(&self) -> Limits {
         self.limits
     }
@@ -374,9 +299,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// awaited. If there are several, it may carry out some and refuse others: then the highest
     /// value of each.
     pub fn highest_limits(&self) -> Limits {
-        self.awaiting.highest_limits(self.limits)
+        self.outstanding.highest_limits(self.limits)
     }
 
+    /// The counters now. `limits.receive_buffer` is left 0.
     pub fn stats(&self) -> Stats {
         let mut stats = self.counters;
         stats.held.in_flight = self.in_flight();
@@ -396,10 +322,6 @@ const SHORTEST_LOOK: Duration = Duration::from_micros(200);
 /// The queue's own decision, which is only an action.
 fn plain<E>(action: Action) -> Decision<E> {
     Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Queue }
-}
-
-fn missing_capability() -> Error {
-    Error::new(ErrorKind::NotPermitted, "send verdict").with_detail("CAP_NET_ADMIN is missing")
 }
 
 /// What the kernel's reply says.

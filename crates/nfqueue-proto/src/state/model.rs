@@ -22,6 +22,10 @@ const EVENTS: usize = 2000;
 /// histories are large enough for proofs that come later.
 const CHARGE: usize = 16 * 1024;
 const CAP: Duration = Duration::from_micros(500);
+/// The sequence numbers wrap early.
+const SEQUENCE: u32 = u32::MAX - 50;
+/// The length of a message in bytes.
+const MESSAGE: usize = 32;
 
 #[derive(Debug, Clone)]
 struct TestClock(Rc<Cell<Instant>>);
@@ -34,11 +38,20 @@ impl Clock for TestClock {
 
 #[derive(Debug, Default)]
 struct TestExtra {
+    acknowledged: bool,
     waiter: Option<u32>,
 }
 
 impl Carried for TestExtra {
     type Waiter = u32;
+
+    fn attachments(&self) -> Attachments<'_> {
+        Attachments::default()
+    }
+
+    fn is_acknowledged(&self) -> bool {
+        self.acknowledged
+    }
 
     fn take_waiter(&mut self) -> Option<u32> {
         self.waiter.take()
@@ -62,6 +75,7 @@ struct World {
     random: Random,
     clock: TestClock,
     machine: Machine<TestExtra, TestClock>,
+    outbox: Outbox<TestExtra>,
     kernel: Kernel,
     on_unanswered: Action,
     deadline: Option<(Duration, Action)>,
@@ -76,7 +90,6 @@ struct World {
     next_waiter: u32,
     /// When each decision was given that has not been sent.
     given: Vec<(u32, Instant)>,
-    sequence: u32,
     sent: u32,
     alarm: Option<Instant>,
     capable: bool,
@@ -114,6 +127,7 @@ impl World {
         let settings = FixedSettings { queue: 0, on_unanswered, deadline };
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
         let mut machine = Machine::new(settings, policy, limits, first, clock.clone());
+        machine.outstanding.continue_after(SEQUENCE);
         machine.set_driven(!random.one_in(5));
         machine.set_receive_buffer(room * CHARGE);
         let driver_runs = !random.one_in(3);
@@ -133,6 +147,7 @@ impl World {
             random,
             clock,
             machine,
+            outbox: Outbox::new(0, usize::MAX),
             kernel,
             on_unanswered,
             deadline,
@@ -144,8 +159,7 @@ impl World {
             waiters: HashMap::new(),
             next_waiter: 0,
             given: Vec::new(),
-            sequence: u32::MAX - 50,
-            sent: u32::MAX - 50,
+            sent: SEQUENCE,
             alarm: None,
             capable: true,
             out_of_memory: false,
@@ -211,7 +225,7 @@ impl World {
                 }
                 1..=8 => self.begin_hand_over(),
                 9 => {
-                    // The queue goes on in a child by `fork`: the thread that was to carry out
+                    // The queue continues in a child by `fork`: the thread that was to carry out
                     // these effects has stayed in the parent.
                     self.decide();
                     drop(self.machine.take_effects());
@@ -305,7 +319,7 @@ impl World {
         let extras = match waiter {
             Some(waiter) => {
                 self.next_waiter += 1;
-                Some(TestExtra { waiter: Some(waiter) })
+                Some(TestExtra { acknowledged: true, waiter: Some(waiter) })
             }
             None => self.random.one_in(8).then(TestExtra::default),
         };
@@ -377,18 +391,18 @@ impl World {
     fn check_cap(&mut self) {
         let now = self.now();
         let can_send = self.capable && !self.out_of_memory && !self.machine.is_permission_missing();
-        if can_send && !self.custom && self.machine.sending.retry.is_none() {
+        if can_send && !self.custom && self.machine.rounds.retry().is_none() {
             let late = self.given.iter().find(|(_, at)| now > *at + CAP);
             assert_eq!(late, None, "{} decisions wait", self.machine.ledger.gathered());
         } else {
             self.given.clear();
         }
         let machine = &self.machine;
-        let will_be_sent = machine.sending.wanted
-            || machine.gathering.due.is_some()
-            || machine.sending.retry.is_some()
+        let will_be_sent = machine.rounds.is_wanted()
+            || machine.gathering.due().is_some()
+            || machine.rounds.retry().is_some()
             || machine.is_permission_missing();
-        let goes_on = !matches!(machine.life, LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. });
+        let goes_on = !matches!(machine.life(), LifeCycle::Unbinding { .. } | LifeCycle::Closed(_));
         assert!(will_be_sent || machine.ledger.gathered() == 0 || !goes_on, "gathered, and nothing sends it");
     }
 
@@ -466,91 +480,66 @@ impl World {
     /// As `Shared::flush` does it.
     fn flush(&mut self) {
         loop {
-            let mut plan = Vec::new();
-            let mut refused = false;
-            if self.machine.must_prove() {
-                self.receive(100_000);
-            }
-            if self.machine.is_permission_missing() {
-                if self.capable {
-                    self.machine.permitted();
-                } else {
-                    self.machine.refuse_gathered();
-                    refused = true;
+            loop {
+                self.outbox.set_max_send(MESSAGE * (1 + self.random.below(20)));
+                match self.machine.poll_transmit(&mut self.outbox, || self.capable) {
+                    Some(Transmit::Receive) => self.receive(100_000),
+                    Some(Transmit::Datagram { proof, acknowledged }) => self.send(proof, acknowledged),
+                    None => break,
                 }
             }
-            if !refused {
-                self.machine.begin_round(&mut plan);
-            }
-            let mut begin = 0;
-            while begin < plan.len() {
-                let end = plan.len().min(begin + 1 + self.random.below(20));
-                begin = self.send(&mut plan, begin, end);
-            }
-            self.machine.end_round();
+            self.outbox.take_spent();
             if !self.machine.send_lock_released() {
                 return;
             }
         }
     }
 
-    fn send(&mut self, plan: &mut Vec<VerdictMessage<TestExtra>>, begin: usize, end: usize) -> usize {
-        let first = self.sequence.wrapping_add(1);
-        self.sequence = self.sequence.wrapping_add((end - begin) as u32);
-        let messages: Vec<Sent> = plan[begin..end]
+    fn send(&mut self, proof: Proof, acknowledged: bool) {
+        let (first, messages) = self.outbox.chosen();
+        let ids: Vec<u32> = messages.iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
+        // The queue's own decisions are short.
+        let may_be_long = match messages {
+            [VerdictMessage::Single { decision, .. }] => decision.origin == Origin::Owner,
+            _ => messages.len() > 1,
+        };
+        let alone = messages.len() == 1;
+        let messages: Vec<Sent> = messages
             .iter()
             .map(|message| match message {
                 VerdictMessage::Single { id, decision } => Sent::Single {
                     id: *id,
                     action: decision.fields.action,
-                    acknowledge: decision.extras.as_ref().is_some_and(|extras| extras.waiter.is_some()),
+                    acknowledge: decision.extras.as_ref().is_some_and(TestExtra::is_acknowledged),
                 },
                 VerdictMessage::Batch { max, fields, .. } => Sent::Batch { max: *max, action: fields.action },
             })
             .collect();
-        let proof = self.machine.begin_send(first, &mut plan[begin..end]);
-        let in_doubt = proof == Proof::Replies;
-        // The queue's own decisions are short.
-        let may_be_long = |message: &VerdictMessage<TestExtra>| match message {
-            VerdictMessage::Single { decision, .. } => decision.origin == Origin::Owner,
-            VerdictMessage::Batch { .. } => false,
-        };
-        if end == begin + 1 && may_be_long(&plan[begin]) && self.random.one_in(30) {
-            let error = Error::new(ErrorKind::InvalidInput, "send verdict");
-            self.machine.ledger.ids_of(&plan[begin]).into_iter().for_each(|id| self.refused(id));
-            let rest = plan.split_off(end);
-            self.machine.impossible(plan.remove(begin), first, error);
-            self.machine.unsent(rest, self.sequence.wrapping_add(1));
-            self.machine.flush();
-            self.sent = self.sequence;
-            return begin;
-        }
-        if self.out_of_memory && self.random.one_in(2) {
-            self.machine.unsent(plan.split_off(begin), first);
-            self.machine.send_failed();
-            self.sent = self.sequence;
-            return end;
-        }
-        self.kernel.send(first, messages, self.capable);
-        if in_doubt || self.random.one_in(3) {
-            // Somebody else receives meanwhile.
-            let most = if in_doubt { usize::MAX } else { 1 + self.random.below(20) };
-            self.receive(most.min(100_000));
-        }
-        // Nobody asks for the capability if the proof comes later.
-        if (self.capable || proof == Proof::Later) && !self.machine.is_refused() {
-            let ids: Vec<u32> =
-                plan[begin..end].iter().flat_map(|message| self.machine.ledger.ids_of(message)).collect();
-            self.given.retain(|(id, _)| !ids.contains(id));
-            self.machine.sent(&plan[begin..end]);
+        assert_eq!(self.outbox.encode().len(), messages.len() * MESSAGE);
+        let any = messages.iter().any(|message| matches!(message, Sent::Single { acknowledge: true, .. }));
+        assert_eq!(acknowledged, any);
+        let outcome = if may_be_long && self.random.one_in(30) {
+            if alone {
+                ids.iter().for_each(|id| self.refused(*id));
+            }
+            Outcome::TooLong(Errno::MSGSIZE)
+        } else if self.out_of_memory && self.random.one_in(2) {
+            Outcome::Failed
         } else {
-            let rest = plan.split_off(end);
-            self.machine.refused(plan.split_off(begin), first);
-            self.machine.unsent(rest, self.sequence.wrapping_add(1));
-            self.machine.flush();
+            self.kernel.send(first, messages, self.capable);
+            if proof == Proof::Replies || self.random.one_in(3) {
+                // Somebody else receives meanwhile.
+                let most = if proof == Proof::Replies { 100_000 } else { 1 + self.random.below(20) };
+                self.receive(most);
+            }
+            // Nobody asks for the capability if the proof comes later.
+            if self.capable || proof == Proof::Later { Outcome::Sent } else { Outcome::Refused }
+        };
+        let sent = matches!(outcome, Outcome::Sent) && !self.machine.outstanding.is_refused();
+        if sent {
+            self.given.retain(|(id, _)| !ids.contains(id));
         }
-        self.sent = self.sequence;
-        end
+        self.sent = self.machine.transmitted(&mut self.outbox, outcome);
     }
 
     /// As `Shared::configure`: receives until the reply has arrived or is lost.
@@ -559,9 +548,7 @@ impl World {
             self.receive(64);
             let waiter = 1_000_000 + self.next_waiter;
             self.next_waiter += 1;
-            self.sequence = self.sequence.wrapping_add(1);
-            let sequence = self.sequence;
-            self.machine.await_config(sequence, "set", Change::default(), waiter);
+            let sequence = self.machine.await_config("set", Change::default(), waiter);
             self.kernel.send(sequence, vec![message(action)], self.capable);
             self.sent = sequence;
             loop {
@@ -658,7 +645,7 @@ impl World {
             1 => WaitLimit::At(self.now()),
             _ => WaitLimit::At(self.now() + Duration::from_millis(5)),
         };
-        // Whoever closes may lack the capability; another thread has it, or gets it later.
+        // The thread that closes may lack the capability; another thread has it, or gets it later.
         let incapable = limit == WaitLimit::Never && self.random.one_in(2);
         self.capable = !incapable;
         self.close(limit);

@@ -27,10 +27,10 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let in_flight = self.in_flight();
         self.fill.sample(in_flight);
         self.counters.held.most_in_flight = self.counters.held.most_in_flight.max(in_flight);
-        let action = match self.life {
+        let action = match *self.life {
             LifeCycle::Open | LifeCycle::HandingOver { .. } => return true,
             LifeCycle::Stopping { action, .. } | LifeCycle::Waiting { action, .. } => action,
-            LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => self.settings.on_unanswered,
+            LifeCycle::Unbinding { .. } | LifeCycle::Closed(_) => self.settings.on_unanswered,
         };
         for Arrival { id, .. } in packets {
             self.decide_in_place(id, action);
@@ -62,7 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             if count > WIDEST_SEARCH {
                 self.ledger.forbid_batches();
             } else {
-                self.sending.doubtful = true;
+                self.outstanding.doubt();
                 // It is unknown which of them the kernel still holds, so each gets a message of its
                 // own.
                 for offset in 0..count {
@@ -110,11 +110,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         emptied: Option<u32>,
     ) {
         self.receiving.receives += 1;
-        self.gathering.backlog = emptied.is_none();
+        self.gathering.read(emptied.is_none());
         self.counters.received.bytes += bytes;
         self.counters.lost.overruns += overruns;
         self.receiving.lossless = overruns == 0 && self.counters.lost.packets == lost_before;
-        self.sending.unproven.received(charge, !self.receiving.lossless);
+        self.outstanding.received(charge, !self.receiving.lossless);
         if !self.receiving.lossless && !self.receiving.losing {
             self.receiving.losing = true;
             self.counters.lost.overrun_episodes += 1;
@@ -129,15 +129,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// reply that has not been received by now will not come.
     pub fn socket_empty(&mut self, sent: u32) {
         self.receiving.receives += 1;
-        self.gathering.backlog = false;
+        self.gathering.read(false);
         if self.receiving.lossless {
             self.receiving.losing = false;
         }
-        self.sending.inherited = None;
-        self.sending.batches.forget(sent);
-        let again = self.sending.unproven.emptied(sent);
+        let again = self.outstanding.emptied(sent);
         self.send_again(again);
-        while let Some(awaited) = self.awaiting.pop_sent(sent) {
+        while let Some(awaited) = self.outstanding.take_lost(sent) {
             self.reply_is_lost(awaited);
         }
     }
@@ -166,8 +164,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.counters.lost.packets
     }
 
-    /// The socket has become readable. This matters only with a deadline: nobody else may be
-    /// reading.
+    /// The socket has become readable. This matters only with a deadline: no task may be reading.
     pub fn readable(&mut self) {
         let Some((after, _)) = self.settings.deadline else { return };
         let at = self.clock.now() + (after / 64).max(SHORTEST_LOOK);

@@ -3,8 +3,8 @@
 use rustix::io::Errno;
 
 use super::{
-    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, awaiting::is_after,
-    flush::FlushReason, reply_error,
+    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, flush::FlushReason,
+    outstanding::Replied, reply_error,
 };
 use crate::{
     types::{Error, ErrorKind, PacketId},
@@ -14,33 +14,14 @@ use crate::{
 impl<E: Carried, K: Clock> Machine<E, K> {
     /// The kernel replied to one of our messages.
     pub fn replied(&mut self, reply: Reply) {
-        let first = reply.sequence;
-        if self.sending.inherited.is_some_and(|last| !is_after(first, last)) {
-            return self.inherited_reply(&reply);
-        }
-        if self.sending.last.is_none_or(|last| is_after(first, last)) {
-            return;
-        }
-        if reply.error == Some(Errno::PERM) {
-            if let Some(at) = self.sending.known_refused.iter().position(|known| *known == first) {
-                self.sending.known_refused.remove(at);
-                return;
-            }
-            if let Some((watched, refused)) = &mut self.sending.watched
-                && *watched == first
-            {
-                *refused = true;
-                return;
-            }
-        }
-        // Another error proves that it was executed.
-        if let Some(verdict) = self.sending.unproven.replied(first)
-            && reply.error == Some(Errno::PERM)
-        {
-            return self.refused_before(verdict);
-        }
+        let awaited = match self.outstanding.replied(reply.sequence, reply.error) {
+            Replied::Inherited => return self.inherited_reply(&reply),
+            Replied::Nothing => return,
+            Replied::Discarded(verdict) => return self.refused_before(verdict),
+            Replied::Message(awaited) => awaited,
+        };
         let failed = reply.error.map(|errno| reply_error(errno, &reply));
-        match self.awaiting.remove(reply.sequence) {
+        match awaited {
             Some(Awaited::Config { change, waiter, operation }) => {
                 if failed.is_none() {
                     self.limits.max_len = change.max_len.unwrap_or(self.limits.max_len);
@@ -78,9 +59,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// counted the packet as decided, or as refused and decided again.
     fn inherited_reply(&mut self, reply: &Reply) {
         // Except if it lacked the capability for a moment and has not read this reply.
-        if let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused)
-            && self.ledger.reopen(id, NO_TOKEN)
-        {
+        let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused) else { return };
+        if self.ledger.reopen(id, NO_TOKEN) {
             self.counters.received.packets += 1;
             self.decide_again(id);
             self.ask_policy(FlushReason::Verdict);
@@ -91,7 +71,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn not_taken(&mut self, reply: &Reply, confirmed: Option<u32>) -> bool {
         let (action, mut count, id) = match reply.refused {
             Refused::Verdict { id, action } => (action, 1, Some(id)),
-            Refused::Batch { .. } => match self.sending.batches.take(reply.sequence) {
+            Refused::Batch { .. } => match self.outstanding.take_batch(reply.sequence) {
                 Some((action, count)) => (Some(action), count, None),
                 None => (None, 1, None),
             },
@@ -100,24 +80,23 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if reply.error == Some(Errno::PERM) {
             // The thread had the capability shortly after, or the capability has no effect here:
             // what was executed is not known any more.
-            self.sending.distrust = true;
-            self.sending.doubtful = true;
+            self.outstanding.distrust();
             self.ledger.forbid_batches();
             self.missing_permission();
-            if let (Some(action), Some(id)) = (action, id)
-                && self.ledger.reopen(id, NO_TOKEN)
-            {
-                self.counters.uncount_decided(action, 1);
-                self.decide_again(id);
+            if let (Some(action), Some(id)) = (action, id) {
+                if self.ledger.reopen(id, NO_TOKEN) {
+                    self.counters.uncount_decided(action, 1);
+                    self.decide_again(id);
+                }
             }
             return true;
         }
         if reply.error == Some(Errno::NOENT) {
             // They were sent twice.
             match id {
-                Some(id) if self.sending.unproven.has_gone(id) => return false,
+                Some(id) if self.outstanding.has_gone(id) => return false,
                 Some(_) => {}
-                None => count -= self.sending.unproven.have_gone(count),
+                None => count -= self.outstanding.have_gone(count),
             }
         }
         if let Some(action) = action {
@@ -127,8 +106,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             // The interface went down, a hook was unregistered, or the queue was unbound: the
             // packets left the queue without a verdict.
             self.counters.sent.gone_at_least += count;
-            if !self.sending.doubtful {
-                self.sending.dropped += count;
+            if self.outstanding.count_dropped(count) {
                 self.note(ReportKind::Dropped, count, id);
             }
             return false;
@@ -146,7 +124,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.effects.wake_refusals = true;
     }
 
-    /// The oldest refusal that nobody has read.
+    /// The oldest unread refusal.
     pub fn next_refusal(&mut self) -> Option<Error> {
         self.refusals.pop_front()
     }
@@ -173,10 +151,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
     }
 
+    /// Whether the queue has failed and the error has not been taken.
     pub fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
 
+    /// The error with which the stream ends, for the first caller.
     pub fn take_failure(&mut self) -> Option<Error> {
         self.failure.take()
     }

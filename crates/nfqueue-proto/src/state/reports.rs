@@ -34,6 +34,7 @@ const KINDS: usize = 11;
 /// A log event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Report {
+    /// What has happened.
     pub kind: ReportKind,
     /// Packets, verdicts or messages since the last report of this kind.
     pub count: u64,

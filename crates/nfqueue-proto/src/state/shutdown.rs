@@ -2,57 +2,60 @@
 
 use std::time::Instant;
 
-use super::{Carried, Clock, LifeCycle, Machine, Notice, Permission, WaitLimit};
+use super::{Binding, Carried, Clock, Hold, LifeCycle, Machine, Notice, WaitLimit};
 use crate::types::{Action, Error, ErrorKind};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
-    /// With a deadline, somebody must look for unread packets.
+    /// With a deadline, the timer thread looks for unread packets.
     pub fn bound(&mut self) {
         self.effects.watch = self.settings.deadline.is_some();
     }
 
+    /// Where the queue is in its life cycle.
     pub fn life(&self) -> LifeCycle {
-        self.life
+        *self.life
+    }
+
+    /// What of the life cycle is read without the machine's lock.
+    pub fn hold(&self) -> &Hold {
+        self.life.hold()
     }
 
     /// Begins the shutdown: from now on no packet is handed out. Returns true if the caller must
     /// stop the queue; false if the shutdown had begun before.
     pub fn begin_close(&mut self, action: Action, limit: WaitLimit) -> bool {
-        match &mut self.life {
-            life @ LifeCycle::Open => {
-                *life = LifeCycle::Stopping { action, limit, failed: false };
+        match *self.life {
+            LifeCycle::Open => {
+                self.life.set(LifeCycle::Stopping { action, limit, failed: false });
                 self.effects.wake_stream = true;
+                if let WaitLimit::At(at) = limit {
+                    self.set_timer(at);
+                }
+                return true;
             }
-            LifeCycle::Stopping { limit: old, .. } | LifeCycle::Waiting { limit: old, .. } => {
-                // It was begun by a drop, which waits without limit, or by a caller with a longer
-                // time-out.
-                *old = old.tighten(limit);
-                // Also if the time is over already: the timer knows what nobody has been handed.
-                let now = self.clock.now();
-                self.rearm_timer(now);
-                return false;
+            // It was begun by a drop, which waits without limit, or by a caller with a longer
+            // time-out.
+            LifeCycle::Stopping { action, limit: old, failed } => {
+                self.life.set(LifeCycle::Stopping { action, limit: old.tighten(limit), failed });
+            }
+            LifeCycle::Waiting { action, limit: old } => {
+                self.life.set(LifeCycle::Waiting { action, limit: old.tighten(limit) });
             }
             LifeCycle::HandingOver { frozen, limit: wait, then } => {
-                let (action, limit) = match then {
-                    Some((action, old)) => (*action, old.tighten(limit)),
-                    None => (action, limit),
-                };
-                *then = Some((action, limit));
-                if !*frozen {
-                    // The hand-over waits no longer for verdicts than the shutdown would.
-                    *wait = wait.tighten(limit);
-                    let now = self.clock.now();
-                    self.end_hand_over_wait(now);
-                    self.rearm_timer(now);
+                let (action, limit) = then.map_or((action, limit), |(action, old)| (action, old.tighten(limit)));
+                // The hand-over waits no longer for verdicts than the shutdown would.
+                let wait = if frozen { wait } else { wait.tighten(limit) };
+                self.life.set(LifeCycle::HandingOver { frozen, limit: wait, then: Some((action, limit)) });
+                if frozen {
+                    return false;
                 }
-                return false;
+                self.end_hand_over_wait(self.clock.now());
             }
-            LifeCycle::Unbinding { .. } | LifeCycle::Closed { .. } => return false,
+            LifeCycle::Unbinding { .. } | LifeCycle::Closed(_) => return false,
         }
-        if let WaitLimit::At(at) = limit {
-            self.set_timer(at);
-        }
-        true
+        // Also if the time is over already: the timer knows what nobody has been handed.
+        self.rearm_timer(self.clock.now());
+        false
     }
 
     /// The kernel queues no more packets, or the request failed. All that was queued has been
@@ -60,20 +63,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     ///
     /// `capable` is whether the thread that tried has the capability.
     pub fn stopped(&mut self, result: Result<(), Error>, capable: bool) {
-        match (result, self.life) {
+        match (result, *self.life) {
             // A thread of the runtime may have the capability that this one lacks.
             (Err(error), LifeCycle::Stopping { action, limit, .. })
                 if !capable && self.may_be_permitted_later(&error, limit) =>
             {
                 self.close_error.get_or_insert(error);
-                self.life = LifeCycle::Stopping { action, limit, failed: true };
+                self.life.set(LifeCycle::Stopping { action, limit, failed: true });
                 return self.await_permission(limit);
             }
             (Err(error), _) => drop(self.close_error.get_or_insert(error)),
             (Ok(()), _) => {}
         }
-        if let LifeCycle::Stopping { action, limit, .. } = self.life {
-            self.life = LifeCycle::Waiting { action, limit };
+        if let LifeCycle::Stopping { action, limit, .. } = *self.life {
+            self.life.set(LifeCycle::Waiting { action, limit });
         }
         if self.ledger.gathered() > 0 {
             self.request_flush();
@@ -95,48 +98,47 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Whether no thread with the capability is awaited any more.
     fn is_forbidden(&self, limit: WaitLimit) -> bool {
-        match self.permission {
-            Permission::Held => false,
-            Permission::Missing { confirmed, .. } => confirmed && limit == WaitLimit::Over,
-            Permission::Lost => true,
-        }
+        self.permission.is_lost() || self.permission.is_denied() && limit == WaitLimit::Over
     }
 
     /// Whether the time-out is over, so that no runtime is awaited.
     pub(super) fn is_overdue(&self) -> bool {
-        match self.life {
+        match *self.life {
             LifeCycle::Stopping { limit, .. }
             | LifeCycle::Waiting { limit, .. }
             | LifeCycle::Unbinding { limit, .. } => limit == WaitLimit::Over,
-            LifeCycle::Open | LifeCycle::HandingOver { .. } | LifeCycle::Closed { .. } => false,
+            LifeCycle::Open | LifeCycle::HandingOver { .. } | LifeCycle::Closed(_) => false,
         }
     }
 
     /// Stops trying to stop the queue.
     pub(super) fn give_up_draining(&mut self) {
-        if let LifeCycle::Stopping { action, limit, failed: true } = self.life {
-            self.life = LifeCycle::Waiting { action, limit };
+        if let LifeCycle::Stopping { action, limit, failed: true } = *self.life {
+            self.life.set(LifeCycle::Waiting { action, limit });
         }
     }
 
     /// Continues a shutdown for which the capability was missing.
     pub(super) fn end_if_permitted(&mut self) {
-        match &mut self.life {
-            LifeCycle::Stopping { action, failed, .. } if *failed => {
-                *failed = false;
-                self.effects.drain = Some(*action);
+        match *self.life {
+            LifeCycle::Stopping { action, limit, failed: true } => {
+                self.life.set(LifeCycle::Stopping { action, limit, failed: false });
+                self.effects.drain = Some(action);
             }
-            LifeCycle::Closed { still_bound } => self.effects.unbind |= std::mem::take(still_bound),
+            LifeCycle::Closed(Binding::StillBound) => {
+                self.life.set(LifeCycle::Closed(Binding::Unbound));
+                self.effects.unbind = true;
+            }
             _ => {}
         }
         self.look_for_the_end();
     }
 
-    /// The action for packets that nobody has been handed, if the time-out is over while the queue
-    /// is being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: nobody
+    /// The action for packets that were not handed out, if the time-out is over while the queue is
+    /// being stopped. They are to be decided before [`fire`](Self::fire) ends the wait: no task
     /// owes their verdicts.
     pub fn overdue_while_stopping(&self) -> Option<Action> {
-        match self.life {
+        match *self.life {
             LifeCycle::Stopping { action, limit: WaitLimit::At(at), .. } if at <= self.clock.now() => Some(action),
             _ => None,
         }
@@ -144,14 +146,17 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Stops waiting for verdicts if the time-out is over.
     pub(super) fn end_wait(&mut self, now: Instant) {
-        let (action, limit) = match &mut self.life {
-            LifeCycle::Stopping { action, limit, .. } | LifeCycle::Waiting { action, limit } => (*action, limit),
+        let action = match *self.life {
+            LifeCycle::Stopping { action, limit: WaitLimit::At(at), failed } if at <= now => {
+                self.life.set(LifeCycle::Stopping { action, limit: WaitLimit::Over, failed });
+                action
+            }
+            LifeCycle::Waiting { action, limit: WaitLimit::At(at) } if at <= now => {
+                self.life.set(LifeCycle::Waiting { action, limit: WaitLimit::Over });
+                action
+            }
             _ => return,
         };
-        if !matches!(limit, WaitLimit::At(at) if *at <= now) {
-            return;
-        }
-        *limit = WaitLimit::Over;
         self.look_for_permission(now);
         let ids = self.ledger.undecided_ids();
         let owed = ids.len();
@@ -172,20 +177,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Lets the queue be unbound if nothing is owed any more.
     pub(super) fn look_for_the_end(&mut self) {
-        let LifeCycle::Waiting { action, limit } = self.life else { return };
-        let sent = self.ledger.gathered() == 0 && !self.sending.under_way && self.permission == Permission::Held;
+        let LifeCycle::Waiting { action, limit } = *self.life else { return };
+        let sent = self.ledger.gathered() == 0 && !self.rounds.is_under_way() && self.permission.is_held();
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
-        let hopeless = !self.sending.under_way
+        let hopeless = !self.rounds.is_under_way()
             && (self.is_forbidden(limit)
                 || self.is_broken()
-                || limit == WaitLimit::Over && self.sending.retry.is_some());
+                || limit == WaitLimit::Over && self.rounds.retry().is_some());
         if self.ledger.undecided() == 0 && (sent || hopeless) {
             let unsent = self.ledger.gathered();
             if unsent > 0 && limit == WaitLimit::Over {
                 self.timed_out(format!("{unsent} verdicts could not be sent before the time-out"));
             }
-            self.life = LifeCycle::Unbinding { action, limit };
+            self.life.set(LifeCycle::Unbinding { action, limit });
             self.effects.unbind = true;
         }
     }
@@ -193,25 +198,26 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The queue has been unbound, or could not be. Returns true if this is the end, false if it is
     /// tried again.
     pub fn unbound(&mut self, result: Result<(), Error>, capable: bool) -> bool {
-        if let (Err(error), LifeCycle::Unbinding { action, limit }) = (&result, self.life)
-            && !capable
-            && self.may_be_permitted_later(error, limit)
-        {
-            self.life = LifeCycle::Waiting { action, limit };
-            self.await_permission(limit);
-            return false;
+        match (&result, *self.life) {
+            (Err(error), LifeCycle::Unbinding { action, limit })
+                if !capable && self.may_be_permitted_later(error, limit) =>
+            {
+                self.life.set(LifeCycle::Waiting { action, limit });
+                self.await_permission(limit);
+                return false;
+            }
+            _ => {}
         }
         if self.life.is_closed() {
             return false;
         }
-        self.life = LifeCycle::Closed { still_bound: false };
+        self.life.set(LifeCycle::Closed(Binding::Unbound));
         if let Err(error) = result {
-            let still_bound = error.kind() == ErrorKind::NotPermitted && self.permission != Permission::Lost;
-            self.life = LifeCycle::Closed { still_bound };
-            self.close_error.get_or_insert(error);
-            if still_bound {
+            if error.kind() == ErrorKind::NotPermitted && !self.permission.is_lost() {
+                self.life.set(LifeCycle::Closed(Binding::StillBound));
                 self.missing_permission();
             }
+            self.close_error.get_or_insert(error);
         }
         self.effects.wake_stream = true;
         self.effects.wake_waiting = true;

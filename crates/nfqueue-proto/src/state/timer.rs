@@ -3,15 +3,10 @@
 use std::time::Instant;
 
 use super::{
-    Carried, Clock, LifeCycle, Machine, Notice, PATIENT_CALLS, PAUSES, Permission, ReportKind, WaitLimit,
+    Carried, Clock, LifeCycle, Machine, Notice, ReportKind, WaitLimit,
     flush::{FlushPolicy, FlushReason},
     plain,
 };
-
-/// If verdicts wait more often than this in the time in which the timer would fire once, it is not
-/// set for each. To set and to clear it takes two system calls, about 0.6 µs; an event takes about
-/// 3 µs.
-const MOST_WAITS: u32 = 4;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
     /// The timer has fired: does what is due.
@@ -21,40 +16,24 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let expired = self.expire(now);
         self.end_wait(now);
         self.end_hand_over_wait(now);
-        match self.permission {
-            Permission::Held => {
-                if self.sending.retry.is_some_and(|(at, _)| at <= now) {
-                    self.request_flush();
-                } else if self.gathering.due.is_some_and(|due| due <= now) {
-                    self.gathering.due = None;
-                    self.ask_policy(FlushReason::DelayOver);
-                } else if expired {
-                    self.ask_policy(FlushReason::Verdict);
-                }
+        if self.permission.is_held() {
+            if self.rounds.retry().is_some_and(|at| at <= now) {
+                self.request_flush();
+            } else if self.gathering.take_due(now) {
+                self.ask_policy(FlushReason::DelayOver);
+            } else if expired {
+                self.ask_policy(FlushReason::Verdict);
             }
-            Permission::Missing { since, next, pause, calls, confirmed } if next <= now => {
-                let pause_after = (pause * 2).min(PAUSES.1);
-                self.permission = Permission::Missing {
-                    since,
-                    next: now + pause,
-                    pause: pause_after,
-                    calls: calls.saturating_add(1),
-                    confirmed,
-                };
-                self.effects.call_driver = true;
-                self.effects.probe = !self.gathering.driven || calls >= PATIENT_CALLS || self.is_overdue();
-            }
-            Permission::Missing { .. } | Permission::Lost => {}
+        } else if let Some(driver_is_late) = self.permission.fire(now) {
+            self.effects.call_driver = true;
+            self.effects.probe = !self.gathering.is_driven() || driver_is_late || self.is_overdue();
         }
-        if let Some((at, receives)) = self.receiving.look
-            && at <= now
-        {
-            self.receiving.look = None;
-            // If somebody has received since then, they handle the rest as well.
+        if let Some((_, receives)) = self.receiving.look.take_if(|(at, _)| *at <= now) {
+            // A thread that has received since then handles the rest as well.
             self.effects.look = receives == self.receiving.receives;
             self.effects.watch = true;
         }
-        self.effects.look |= self.sending.unproven.look(now);
+        self.effects.look |= self.outstanding.look(now);
         for report in self.reports.due(now) {
             self.notices.push(Notice::Report(report));
         }
@@ -64,21 +43,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// This is a child process: the threads that were to carry out effects have stayed in the
     /// parent, and so has the timer thread. Doing a step twice does no harm.
     pub fn forked(&mut self) {
-        if self.gathering.policy.is_none() {
-            // It was being called.
-            self.gathering.policy = Some(FlushPolicy::default());
+        if self.gathering.is_being_asked() {
+            self.gathering.put_policy(FlushPolicy::default());
         }
         if self.ledger.gathered() > 0 {
             self.request_flush();
         }
-        match self.life {
+        match *self.life {
             LifeCycle::Open => self.effects.watch |= self.settings.deadline.is_some(),
             LifeCycle::Stopping { action, failed: false, .. } => self.effects.drain = Some(action),
             LifeCycle::Unbinding { .. } => self.effects.unbind = true,
             LifeCycle::Stopping { failed: true, .. }
             | LifeCycle::Waiting { .. }
             | LifeCycle::HandingOver { .. }
-            | LifeCycle::Closed { .. } => {}
+            | LifeCycle::Closed(_) => {}
         }
         self.effects.wake_stream = true;
         self.effects.wake_waiting = true;
@@ -90,16 +68,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Sets the timer for the next time at which something is due.
     pub(super) fn rearm_timer(&mut self, now: Instant) {
-        // While verdicts wait again and again, the timer keeps firing: one event in a period costs
-        // less than to set and to clear it for each wait.
-        let waits = std::mem::take(&mut self.gathering.waits).count;
-        let linger = self
-            .gathering
-            .policy
-            .as_ref()
-            .filter(|_| waits > MOST_WAITS && self.gathering.driven)
-            .and_then(FlushPolicy::linger)
-            .map(|cap| now + cap);
+        let linger = self.gathering.take_linger().map(|period| now + period);
         if let Some(at) = self.next_due(now).into_iter().chain(linger).min() {
             self.set_timer(at);
         }
@@ -107,26 +76,22 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The next time at which something is due.
     fn next_due(&self, now: Instant) -> Option<Instant> {
-        let permission = match self.permission {
-            Permission::Missing { next, .. } => Some(next),
-            _ => None,
-        };
-        let limit = match self.life {
+        let limit = match *self.life {
             LifeCycle::Stopping { limit: WaitLimit::At(at), .. }
             | LifeCycle::Waiting { limit: WaitLimit::At(at), .. }
             | LifeCycle::HandingOver { limit: WaitLimit::At(at), .. } => Some(at),
             _ => None,
         };
-        let retry = self.sending.retry.filter(|_| self.permission == Permission::Held).map(|(at, _)| at.max(now));
-        let due = self.gathering.due.filter(|_| self.permission == Permission::Held);
+        let retry = self.rounds.retry().filter(|_| self.permission.is_held()).map(|at| at.max(now));
+        let due = self.gathering.due().filter(|_| self.permission.is_held());
         let times = [
             due,
-            permission,
+            self.permission.due(),
             limit,
             retry,
             self.deadlines.next().filter(|_| !self.life.is_frozen()),
             self.receiving.look.map(|(at, _)| at),
-            self.sending.unproven.due(),
+            self.outstanding.due(),
             self.reports.pending(),
         ];
         times.into_iter().flatten().min()
@@ -135,9 +100,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The verdicts that waited are being sent. The timer thread is not woken for them, unless that
     /// happens so often that it costs less than to keep it from that.
     pub(super) fn end_waiting(&mut self) {
-        self.gathering.oldest = None;
-        let Some(due) = self.gathering.due.take() else { return };
-        if self.gathering.waits.count <= MOST_WAITS && self.alarm.at == Some(due) {
+        let due = self.gathering.end_waiting();
+        if due.is_some() && self.alarm.at == due {
             self.change_timer(self.next_due(self.clock.now()));
         }
     }

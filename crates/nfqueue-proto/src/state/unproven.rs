@@ -159,9 +159,9 @@ impl Unproven {
     }
 
     /// A round of sending has ended, and nothing is left to be sent. `last` is its last message.
-    pub(super) fn all_sent(&mut self, last: Option<u32>) {
+    pub(super) fn all_sent(&mut self, last: u32) {
         if !self.again.is_empty() {
-            self.again_until = last;
+            self.again_until = Some(last);
         }
     }
 
@@ -241,7 +241,7 @@ mod tests {
             assert_eq!(unproven.emptied(2), [verdict(2)]);
             assert!(unproven.has_gone(2) && !unproven.has_gone(2));
             // The reply to the other one has not been received before this number.
-            unproven.all_sent(Some(9));
+            unproven.all_sent(9);
             assert_eq!((unproven.emptied(8), unproven.can_defer()), (Vec::new(), false));
             assert_eq!((unproven.emptied(9), unproven.can_defer()), (Vec::new(), true));
         }

@@ -1,10 +1,9 @@
 //! Decisions, and when the policy sends them.
 
-use std::time::Duration;
-
 use super::{
-    Carried, Clock, Decision, LONGEST_DELAY, Machine, NO_TOKEN, ReportKind,
+    Carried, Clock, Decision, Machine, NO_TOKEN, ReportKind,
     flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason},
+    gathering::Next,
     plain,
 };
 use crate::types::Action;
@@ -52,13 +51,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         true
     }
 
-    /// Decides packets that nobody will take from the stream.
+    /// Decides packets that will not be handed out.
     pub fn decide_unread(&mut self, ids: impl Iterator<Item = u32>, action: Action) {
         for id in ids {
             self.decide_in_place(id, action);
         }
     }
 
+    /// Whether a packet has arrived and is not decided.
     pub fn is_undecided(&self, id: u32) -> bool {
         self.ledger.is_undecided(id)
     }
@@ -67,19 +67,20 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// sending after which that is done; `None` if there is nothing to send.
     pub fn flush(&mut self) -> Option<u64> {
         if self.ledger.gathered() == 0 {
-            return self.sending.under_way.then_some(self.sending.rounds_started);
+            return self.rounds.is_under_way().then_some(self.rounds.last());
         }
         self.request_flush();
-        Some(self.sending.rounds_started + 1)
+        Some(self.rounds.last() + 1)
     }
 
     /// Requests the flush that was requested while the send lock was held for another purpose.
     pub fn flush_if_wanted(&mut self) {
-        self.effects.flush |= self.sending.wanted;
+        self.effects.flush |= self.rounds.is_wanted();
     }
 
+    /// Whether this round of sending, from [`flush`](Self::flush), has ended.
     pub fn has_ended(&self, round: u64) -> bool {
-        self.sending.rounds_ended >= round
+        self.rounds.has_ended(round)
     }
 
     /// Asks the policy what to do with the gathered verdicts.
@@ -90,41 +91,33 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         let undecided = self.ledger.undecided();
         let last_words = !self.life.is_open() && undecided == 0;
-        if !self.gathering.driven || last_words || self.life.is_handing_over() {
+        if !self.gathering.is_driven() || last_words || self.life.is_handing_over() {
             return self.request_flush();
         }
-        let Some(policy) = &mut self.gathering.policy else {
-            self.gathering.ask_again = Some(reason);
-            return;
-        };
-        // Reading the clock costs as much as the rest of this function. Between two reads the timer
-        // keeps the time limit.
-        let custom = policy.is_custom();
-        let look = reason != FlushReason::Verdict || custom || gathered.is_multiple_of(8);
-        let waited = match self.gathering.oldest {
-            Some(oldest) if look => self.clock.now().saturating_duration_since(oldest),
-            _ => Duration::ZERO,
-        };
-        let context = FlushContext { gathered, undecided, backlog: self.gathering.backlog, waited, reason };
-        if custom {
-            if self.gathering.oldest.is_none() {
-                self.gathering.oldest = Some(self.clock.now());
+        let next = self.gathering.ask(gathered, undecided, reason, || self.clock.now());
+        self.follow(next);
+    }
+
+    fn follow(&mut self, next: Next) {
+        match next {
+            Next::Flush => self.request_flush(),
+            Next::Wait { until, call_driver } => {
+                self.effects.call_driver |= call_driver;
+                self.set_timer(until);
             }
-            // Users' code does not run under the lock.
-            self.effects.ask = self.gathering.policy.take().map(|policy| Box::new((policy, context)));
-            return;
+            Next::Ask(ask) => self.effects.ask = Some(ask),
+            Next::Nothing => {}
         }
-        let decision = policy.decide(&context);
-        self.apply(decision, &context);
     }
 
     /// A custom policy has decided.
     pub fn policy_decided(&mut self, policy: FlushPolicy, decision: FlushDecision, context: &FlushContext) {
-        self.gathering.policy = Some(policy);
+        self.gathering.put_policy(policy);
         if self.ledger.gathered() > 0 {
-            self.apply(decision, context);
+            let next = self.gathering.apply(decision, context, || self.clock.now());
+            self.follow(next);
         }
-        if let Some(reason) = self.gathering.ask_again.take() {
+        if let Some(reason) = self.gathering.take_ask_again() {
             self.ask_policy(reason);
         }
     }
@@ -132,55 +125,22 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// A custom policy has panicked. The default policy replaces it.
     pub fn policy_panicked(&mut self) {
         self.note(ReportKind::PolicyPanicked, 1, None);
-        self.gathering.policy = Some(FlushPolicy::default());
-        self.gathering.ask_again = None;
+        self.gathering.replace_policy();
         if self.ledger.gathered() > 0 {
             self.request_flush();
         }
     }
 
-    pub(super) fn apply(&mut self, decision: FlushDecision, context: &FlushContext) {
-        let delay = match decision {
-            FlushDecision::Now => return self.request_flush(),
-            // The ready tasks have run, or will not run in time. A policy that waits for them again
-            // has nothing else to wait for.
-            FlushDecision::AfterReadyTasks
-                if matches!(context.reason, FlushReason::TasksRan | FlushReason::DelayOver) =>
-            {
-                return self.request_flush();
-            }
-            FlushDecision::AfterReadyTasks => {
-                if !std::mem::replace(&mut self.gathering.wait_for_tasks, true) {
-                    self.effects.call_driver = true;
-                }
-                self.gathering.policy.as_ref().map_or(LONGEST_DELAY, FlushPolicy::cap)
-            }
-            // The delay is over. To wait again would repeat the question endlessly.
-            FlushDecision::Within(delay) if context.waited >= delay.min(LONGEST_DELAY) => return self.request_flush(),
-            FlushDecision::Within(delay) => delay.min(LONGEST_DELAY),
-        };
-        let oldest = match self.gathering.oldest {
-            Some(oldest) => oldest,
-            None => *self.gathering.oldest.insert(self.clock.now()),
-        };
-        if self.gathering.due.is_none() {
-            let period = self.gathering.policy.as_ref().and_then(FlushPolicy::linger).unwrap_or_default();
-            self.gathering.waits.add(oldest, period);
-        }
-        let due = self.gathering.due.map_or(oldest + delay, |earlier| earlier.min(oldest + delay));
-        self.gathering.due = Some(due);
-        self.set_timer(due);
-    }
-
     /// The runtime has run the tasks that were ready.
     pub fn tasks_ran(&mut self) {
-        if std::mem::take(&mut self.gathering.wait_for_tasks) {
+        if self.gathering.tasks_ran() {
             self.ask_policy(FlushReason::TasksRan);
         }
     }
 
+    /// Whether the driver is to call [`tasks_ran`](Self::tasks_ran).
     pub fn wants_tasks_ran(&self) -> bool {
-        self.gathering.wait_for_tasks
+        self.gathering.waits_for_tasks()
     }
 
     /// The stream was polled and the socket was found empty.
@@ -190,9 +150,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The driver task has started or ended.
     pub fn set_driven(&mut self, driven: bool) {
-        self.gathering.driven = driven;
+        self.gathering.set_driven(driven);
         if !driven {
-            self.gathering.wait_for_tasks = false;
             self.ask_policy(FlushReason::Verdict);
         }
     }

@@ -23,7 +23,7 @@ pub const ORIGINAL: u32 = !CODE;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlowCodes {
     /// The value of [`MASK`] in a code. As a traffic control class it has a major number of 0x8800
-    /// or higher, which the kernel does not come to by itself.
+    /// or higher, which the kernel does not assign.
     pub value: u32,
 }
 
@@ -31,6 +31,7 @@ pub struct FlowCodes {
 const DEFAULT: u32 = 0xa800_0000;
 
 impl FlowCodes {
+    /// The codes of a table with these marks.
     pub const fn of(marks: FlowMarks) -> Self {
         if marks.mask() == FlowMarks::DEFAULT {
             return Self { value: DEFAULT };

@@ -57,7 +57,7 @@ impl FlowMarks {
         self.place(ACCEPTED)
     }
 
-    /// The mark of a connection that was accepted by the SYN that began it. The answer to the SYN
+    /// The mark of a connection that was accepted by the SYN that began it. The reply to the SYN
     /// changes it to [`accepted`](Self::accepted).
     pub const fn accepting(self) -> u32 {
         self.place(ACCEPTING)

@@ -47,9 +47,9 @@ impl Action {
     #[doc(hidden)]
     pub fn check_default(self, queue: u16) -> Result<(), &'static str> {
         match self {
-            Self::Repeat => Err("Repeat would send the packet through the queue for ever"),
+            Self::Repeat => Err("Repeat would send the packet through the queue indefinitely"),
             Self::Requeue { queue: other, .. } if other == queue => {
-                Err("a requeue to the same queue would send the packet through it for ever")
+                Err("a requeue to the same queue would send the packet through it indefinitely")
             }
             _ => Ok(()),
         }

@@ -106,7 +106,7 @@ pub struct Decided {
     pub repeated: u64,
     /// Sent to another queue; counted like `accepted`.
     pub requeued: u64,
-    /// Got the default action: packets and verdicts that were dropped, packets that nobody had read
+    /// Got the default action: packets and verdicts that were dropped, packets that were unread
     /// when the queue closed, and packets whose verdict was refused. These packets are also counted
     /// by their action.
     pub unanswered: u64,
@@ -150,7 +150,7 @@ pub struct Sent {
     /// or by `Verdict::confirm`. If the capability was missing, the packet stays
     /// in flight and gets the default action as soon as that can be sent.
     pub refusals: u64,
-    /// Refusals that were discarded because nobody had read them.
+    /// Refusals that were discarded unread, because there were too many.
     pub refusals_unread: u64,
 }
 
@@ -374,6 +374,7 @@ pub struct FillCounter {
 }
 
 impl FillCounter {
+    /// Adds a sample.
     pub fn sample(&mut self, number: usize) {
         self.min = if self.samples == 0 { number } else { self.min.min(number) };
         self.max = self.max.max(number);
@@ -381,6 +382,7 @@ impl FillCounter {
         self.sum += number as u64;
     }
 
+    /// Minimum, mean and maximum of the samples.
     pub fn fill(&self) -> Fill {
         let mean = self.sum.checked_div(self.samples).unwrap_or(0) as usize;
         Fill { min: self.min, mean, max: self.max }

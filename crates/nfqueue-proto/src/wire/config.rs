@@ -8,8 +8,11 @@ use super::{MAX_PAYLOAD, MESSAGE_CONFIG, writer::Writer};
 /// A configuration message. Settings that are `None` stay unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Config {
+    /// Binds or unbinds the queue (`NFQA_CFG_CMD`).
     pub command: Option<Command>,
+    /// What to copy of each packet (`NFQA_CFG_PARAMS`).
     pub copy: Option<CopyMode>,
+    /// How many packets the kernel queues at most (`NFQA_CFG_QUEUE_MAXLEN`).
     pub max_len: Option<u32>,
     /// A mask of the flags to change, and their new values.
     pub flags: Option<(u32, u32)>,
@@ -59,7 +62,9 @@ impl Config {
 /// The commands (`NFQNL_CFG_CMD_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
+    /// Bind the socket to the queue.
     Bind = 1,
+    /// Unbind the queue. The kernel drops the packets in it.
     Unbind = 2,
     /// `PF_BIND`. It concerns no queue and does nothing since Linux 3.8; the kernel checks the
     /// capability, as for every message.
@@ -82,12 +87,18 @@ pub(super) const ATTRIBUTE_MAX_LEN: u16 = 3;
 pub(super) const ATTRIBUTE_MASK: u16 = 4;
 pub(super) const ATTRIBUTE_FLAGS: u16 = 5;
 
-/// The flags of a queue (`NFQA_CFG_F_*`).
+// The flags of a queue.
+/// Accepts packets that find the queue full, instead of dropping them (`NFQA_CFG_F_FAIL_OPEN`).
 pub const FLAG_FAIL_OPEN: u32 = 1;
+/// Sends connection tracking entries with packets (`NFQA_CFG_F_CONNTRACK`).
 pub const FLAG_CONNTRACK: u32 = 1 << 1;
+/// Queues segmentation offload packets whole, instead of in segments (`NFQA_CFG_F_GSO`).
 pub const FLAG_GSO: u32 = 1 << 2;
+/// Sends the user and group ids of local senders (`NFQA_CFG_F_UID_GID`).
 pub const FLAG_UID_GID: u32 = 1 << 3;
+/// Sends the security contexts of local senders (`NFQA_CFG_F_SECCTX`).
 pub const FLAG_SECURITY_CONTEXT: u32 = 1 << 4;
+/// All of these flags.
 pub const FLAGS_ALL: u32 = FLAG_FAIL_OPEN | FLAG_CONNTRACK | FLAG_GSO | FLAG_UID_GID | FLAG_SECURITY_CONTEXT;
 
 #[cfg(test)]

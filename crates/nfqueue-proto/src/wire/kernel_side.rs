@@ -48,6 +48,7 @@ impl<'a> Request<'a> {
         header.flags() & NLM_F_REQUEST != 0 && header.message_type() >= NLMSG_MIN_TYPE
     }
 
+    /// Whether the kernel replies also on success.
     pub fn wants_acknowledgement(&self) -> bool {
         self.header().flags() & NLM_F_ACK != 0
     }
@@ -78,8 +79,11 @@ impl<'a> Request<'a> {
 /// What a message asks for.
 #[derive(Debug)]
 pub enum Order<'a> {
+    /// A verdict on one packet (`NFQNL_MSG_VERDICT`).
     Verdict(VerdictOrder<'a>),
+    /// A verdict on all packets up to an id (`NFQNL_MSG_VERDICT_BATCH`).
     Batch(VerdictOrder<'a>),
+    /// A configuration message (`NFQNL_MSG_CONFIG`).
     Config(ConfigOrder),
 }
 
@@ -88,11 +92,17 @@ pub enum Order<'a> {
 pub struct VerdictOrder<'a> {
     /// The verdict word and the id; `None` if the attribute is missing.
     pub header: Option<(u32, u32)>,
+    /// The packet's new mark.
     pub mark: Option<u32>,
+    /// The packet's new priority.
     pub priority: Option<u32>,
+    /// The packet's new content, from the network header on.
     pub payload: Option<&'a [u8]>,
+    /// The packet's new VLAN tag.
     pub vlan: Option<Vlan>,
+    /// The packet's new link-layer header.
     pub layer2_header: Option<&'a [u8]>,
+    /// Changes of the packet's connection tracking entry.
     pub conntrack: Option<ConntrackOrder>,
 }
 
@@ -122,9 +132,11 @@ impl<'a> VerdictOrder<'a> {
 /// Changes of a connection tracking entry.
 #[derive(Debug, Clone, Copy)]
 pub struct ConntrackOrder {
+    /// The new time until the entry expires, in seconds.
     pub timeout_seconds: Option<u32>,
     /// A value, and a mask of the bits to change.
     pub mark: Option<(u32, u32)>,
+    /// A value, and a mask of the bits to change.
     pub labels: Option<([u8; 16], [u8; 16])>,
 }
 
@@ -143,11 +155,15 @@ impl ConntrackOrder {
 /// A configuration message.
 #[derive(Debug, Default)]
 pub struct ConfigOrder {
+    /// The command (`NFQNL_CFG_CMD_*`).
     pub command: Option<u8>,
     /// Copy range and copy mode.
     pub copy: Option<(u32, u8)>,
+    /// How many packets the queue holds at most.
     pub max_len: Option<u32>,
+    /// The flags to change.
     pub mask: Option<u32>,
+    /// The new values of these flags.
     pub flags: Option<u32>,
 }
 
@@ -197,24 +213,36 @@ pub fn encode_reply(buffer: &mut Vec<u8>, port: u32, error: Option<Errno>, reque
 /// What a packet message contains. What is absent in the kernel's message is `None` or 0.
 #[derive(Debug, Default)]
 pub struct PacketFields<'a> {
+    /// The family of the hook (`NFPROTO_*`).
     pub family: u8,
+    /// The packet id.
     pub id: u32,
+    /// The EtherType.
     pub hw_protocol: u16,
+    /// The number of the hook.
     pub hook: u8,
     /// By attribute number, as numbers of 32 bits: those that are 0 are left out.
     pub words: [(u16, u32); 7],
-    /// Numbers of 32 bits that are sent even if they are 0.
+    /// User id and group id of the sender. They are sent even if they are 0.
     pub owner: Option<(u32, u32)>,
+    /// The link-layer source address; at most 8 bytes are sent.
     pub hardware_address: Option<&'a [u8]>,
     /// Seconds and microseconds.
     pub timestamp: Option<(u64, u64)>,
+    /// The security context of the sender, without NUL.
     pub security_context: Option<&'a [u8]>,
+    /// The VLAN tag.
     pub vlan: Option<Vlan>,
+    /// The link-layer header.
     pub layer2_header: Option<&'a [u8]>,
+    /// The encoded entry of connection tracking, from [`encode_connection`].
     pub connection: Option<&'a [u8]>,
+    /// How the packet relates to the connection (`enum ip_conntrack_info`). Sent with `connection`
+    /// only.
     pub connection_state: u32,
     /// The length of the packet if it is not copied as a whole.
     pub captured_length: Option<u32>,
+    /// What is copied of the packet, from the network header on.
     pub payload: &'a [u8],
 }
 
@@ -279,9 +307,13 @@ pub fn encode_packet(buffer: &mut Vec<u8>, queue: u16, fields: &PacketFields<'_>
 /// One direction of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct Tuple {
+    /// The source address.
     pub source: std::net::IpAddr,
+    /// The destination address, of the same family.
     pub destination: std::net::IpAddr,
+    /// The number of the transport protocol, as in the IP header.
     pub protocol: u8,
+    /// Source and destination port, if the protocol has ports.
     pub ports: Option<(u16, u16)>,
 }
 
@@ -309,12 +341,19 @@ impl Tuple {
 /// What is known of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectionFields {
+    /// The direction of the first packet.
     pub original: Tuple,
+    /// The other direction.
     pub reply: Tuple,
+    /// The id of the entry.
     pub id: u32,
+    /// The status bits (`IPS_*`).
     pub status: u32,
+    /// The mark of the connection (`ct mark`).
     pub mark: u32,
+    /// The labels, sent if one is set.
     pub labels: [u8; 16],
+    /// The time until the entry expires, in seconds.
     pub timeout_seconds: u32,
 }
 

@@ -14,6 +14,7 @@ use crate::types::Action;
 /// One message from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
+    /// A packet (`NFQNL_MSG_PACKET`).
     Packet(PacketMessage),
     /// An acknowledgement or an error (`NLMSG_ERROR`).
     Reply(Reply),
@@ -40,15 +41,19 @@ pub struct Reply {
 /// (`netlink_ack`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
+    /// A verdict on one packet.
     Verdict {
+        /// The packet id.
         id: u32,
         /// `None` for an action that this crate does not send.
         action: Option<Action>,
     },
+    /// A verdict on all packets up to an id.
     Batch {
         /// The last id of the batch.
         max: u32,
     },
+    /// A configuration message, or one that cannot be read.
     Other,
 }
 
@@ -61,6 +66,7 @@ pub struct Messages<'a> {
 }
 
 impl<'a> Messages<'a> {
+    /// The messages of this datagram.
     pub fn new(datagram: &'a [u8]) -> Self {
         Self { datagram, next: 0 }
     }

@@ -8,44 +8,70 @@ use netlink_packet_core::{NLA_HEADER_SIZE, NlaBuffer};
 use super::{NETFILTER_HEADER, align};
 use crate::types::Vlan;
 
-/// `enum nfqnl_attr_type`.
-#[allow(dead_code)] // complete, so that a new accessor needs no new constant
+/// The attributes of packets (`enum nfqnl_attr_type`), all of them: a new accessor needs no new
+/// constant.
 pub mod attribute {
+    /// `NFQA_PACKET_HDR`: packet id, EtherType, hook.
     pub const PACKET_HEADER: u16 = 1;
+    /// `NFQA_MARK`
     pub const MARK: u16 = 3;
+    /// `NFQA_TIMESTAMP`; see [`timestamp`](super::timestamp).
     pub const TIMESTAMP: u16 = 4;
+    /// `NFQA_IFINDEX_INDEV`
     pub const INTERFACE_IN: u16 = 5;
+    /// `NFQA_IFINDEX_OUTDEV`
     pub const INTERFACE_OUT: u16 = 6;
+    /// `NFQA_IFINDEX_PHYSINDEV`: the bridge port of arrival.
     pub const PHYSICAL_IN: u16 = 7;
+    /// `NFQA_IFINDEX_PHYSOUTDEV`: the bridge port of departure.
     pub const PHYSICAL_OUT: u16 = 8;
+    /// `NFQA_HWADDR`; see [`hardware_address`](super::hardware_address).
     pub const HARDWARE_ADDRESS: u16 = 9;
+    /// `NFQA_PAYLOAD`
     pub const PAYLOAD: u16 = 10;
+    /// `NFQA_CT`: nested attributes of connection tracking (`CTA_*`).
     pub const CONNTRACK: u16 = 11;
+    /// `NFQA_CT_INFO` (`enum ip_conntrack_info`)
     pub const CONNTRACK_INFO: u16 = 12;
+    /// `NFQA_CAP_LEN`: the length of a packet that was not copied whole, in bytes.
     pub const CAPTURED_LENGTH: u16 = 13;
+    /// `NFQA_SKB_INFO`: checksum and segmentation offload (`NFQA_SKB_*`).
     pub const OFFLOAD: u16 = 14;
+    /// `NFQA_EXP`: nested attributes of an expectation (`CTA_EXPECT_*`).
     pub const EXPECTATION: u16 = 15;
+    /// `NFQA_UID`
     pub const UID: u16 = 16;
+    /// `NFQA_GID`
     pub const GID: u16 = 17;
+    /// `NFQA_SECCTX`
     pub const SECURITY_CONTEXT: u16 = 18;
+    /// `NFQA_VLAN`: nested attributes; see [`vlan`](super::vlan).
     pub const VLAN: u16 = 19;
+    /// `NFQA_L2HDR`: the link-layer header.
     pub const LAYER2_HEADER: u16 = 20;
+    /// `NFQA_PRIORITY`
     pub const PRIORITY: u16 = 21;
+    /// `NFQA_CGROUP_CLASSID`
     pub const CGROUP_CLASS_ID: u16 = 22;
     // enum nfqnl_vlan_attr
+    /// `NFQA_VLAN_PROTO`, in `NFQA_VLAN`.
     pub const VLAN_PROTOCOL: u16 = 1;
+    /// `NFQA_VLAN_TCI`, in `NFQA_VLAN`.
     pub const VLAN_CONTROL: u16 = 2;
 }
 
 /// The fields that every packet message has, and where the attributes and the payload are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PacketMessage {
+    /// The packet id.
     pub id: u32,
+    /// The number of the queue.
     pub queue: u16,
     /// `NFPROTO_*`
     pub family: u8,
     /// The EtherType.
     pub hw_protocol: u16,
+    /// The number of the hook in the family.
     pub hook: u8,
     /// The range of the attributes in the datagram.
     pub attributes: Range<usize>,
@@ -57,6 +83,7 @@ pub struct PacketMessage {
 /// if the id could not be read, and then no verdict is possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadPacket {
+    /// The packet id, if it could be read.
     pub id: Option<u32>,
 }
 

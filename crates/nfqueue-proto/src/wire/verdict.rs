@@ -12,12 +12,16 @@ use crate::types::{Action, Vlan};
 /// The fields that both verdict messages can carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerdictFields {
+    /// What to do with the packet.
     pub action: Action,
+    /// The new mark. `None`: it stays unchanged.
     pub mark: Option<u32>,
+    /// The new priority. `None`: it stays unchanged.
     pub priority: Option<u32>,
 }
 
 impl VerdictFields {
+    /// Only an action.
     pub const fn plain(action: Action) -> Self {
         Self { action, mark: None, priority: None }
     }
@@ -26,8 +30,12 @@ impl VerdictFields {
 /// The attributes that only the verdict message for one packet can carry.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Attachments<'a> {
+    /// The new content, from the network header on; at most [`MAX_PAYLOAD`](super::MAX_PAYLOAD)
+    /// bytes.
     pub payload: Option<&'a [u8]>,
+    /// The new VLAN tag.
     pub vlan: Option<Vlan>,
+    /// The new link-layer header.
     pub layer2_header: Option<&'a [u8]>,
     /// The encoded attributes of a connection tracking entry.
     pub conntrack: Option<&'a [u8]>,
@@ -127,10 +135,15 @@ pub fn action_of(word: u32) -> Option<Action> {
 
 /// The verdict numbers of the kernel (`include/uapi/linux/netfilter.h`).
 pub mod code {
+    /// `NF_DROP`
     pub const DROP: u32 = 0;
+    /// `NF_ACCEPT`
     pub const ACCEPT: u32 = 1;
+    /// `NF_QUEUE`
     pub const QUEUE: u32 = 3;
+    /// `NF_REPEAT`
     pub const REPEAT: u32 = 4;
+    /// `NF_STOP`
     pub const STOP: u32 = 5;
     /// `NF_VERDICT_FLAG_QUEUE_BYPASS`, for `QUEUE`: accept the packet if no socket has the queue
     /// bound.

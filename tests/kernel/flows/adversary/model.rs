@@ -155,7 +155,7 @@ impl Verdicts {
             // "The other side of a denied connection may begin a connection of its own, on the same
             // addresses and ports: its first packet (a SYN, or any packet of a protocol without
             // one) comes to the queue if a rule matches it." The other side is the one that has not
-            // begun the connection, whoever has sent the denied packet.
+            // begun the connection, also if the other side has sent the denied packet.
             let begins_reversed = match sent.kind {
                 Kind::Syn => denial.original != Some(sent.side),
                 Kind::Udp => denial.original != Some(sent.side) && !(denial.both && sent.known),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use super::world::{Host, World};
 use crate::common::{Random, rules};
 
-/// The first ports that go on to the right host: without and with masquerade.
+/// The first ports that are forwarded to the right host: without and with masquerade.
 const PORTS: [u16; 2] = [62_000, 62_100];
 /// The number of ports of each kind.
 const COUNT: u16 = 64;

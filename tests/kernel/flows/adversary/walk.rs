@@ -131,7 +131,7 @@ impl Adversary {
         }
     }
 
-    /// Goes on for so long, and for the time in which it waits for what is lost.
+    /// Continues for so long, and for the time in which it waits for what is lost.
     pub(super) async fn walk(&mut self, duration: Duration) {
         let mut until = Instant::now() + duration;
         while Instant::now() < until {

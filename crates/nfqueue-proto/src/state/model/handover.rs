@@ -29,7 +29,7 @@ impl World {
             return;
         }
         if self.random.one_in(200) {
-            // Nobody waits for it any more.
+            // No task waits for it any more.
             return self.resume();
         }
         let mut looked = false;
@@ -78,10 +78,10 @@ impl World {
     }
 
     fn freeze(&mut self) {
-        let position = self.machine.freeze(self.sequence);
+        let position = self.machine.freeze();
         self.perform();
         assert!(self.machine.life().is_frozen());
-        // Traffic and time go on, and nobody touches the socket.
+        // Traffic and time continue, and no process touches the socket.
         let decided = self.kernel.actions.len();
         for _ in 0..self.random.below(20) {
             self.kernel.packet(&mut self.random);

@@ -25,7 +25,7 @@ impl Random {
     }
 }
 
-/// What lies in the socket's receive buffer.
+/// What is in the socket's receive buffer.
 #[derive(Debug)]
 pub(super) enum Datagram {
     /// `readable` is set for a truncated message: its id, if that can be read.
