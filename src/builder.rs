@@ -5,8 +5,9 @@ use std::{borrow::Cow, future::Future, ops::RangeInclusive, sync::Arc, time::Dur
 #[cfg(feature = "divert")]
 use nfqueue_divert::DivertBuilder;
 
+#[cfg(feature = "handover")]
+use crate::handover::Takeover;
 use crate::{
-    handover::Takeover,
     io::{Opened, Settings, Shared},
     namespace::NetworkNamespace,
     numbers::QueueNumbers,
@@ -472,6 +473,7 @@ impl QueueBuilder {
     /// * `NoRuntime`: as [`bind`](Self::bind).
     /// * `Malformed`: what the predecessor has sent is damaged.
     /// * `Other`: another error of the operating system.
+    #[cfg(feature = "handover")]
     pub fn take_over(self, takeover: &mut Takeover) -> Result<Queue, Error> {
         let operation = format!("take over {}", self.numbers);
         let operation = || operation.clone();

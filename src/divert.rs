@@ -1,11 +1,6 @@
 //! Rules that send traffic to queues, without blocking the runtime.
 
-use std::{
-    ops::{Deref, RangeInclusive},
-    os::fd::AsFd,
-    sync::Arc,
-    time::Duration,
-};
+use std::{ops::Deref, sync::Arc, time::Duration};
 
 use nfqueue_divert::{Divert as Blocking, Installation};
 use tokio::{runtime::Handle, task::JoinError};
@@ -16,9 +11,7 @@ pub use nfqueue_divert::{
 };
 
 use crate::{
-    handover::{Handover, Part, Takeover},
-    io::{PassedPart, Pauses, clock::QueueClock},
-    record::PartRecord,
+    io::{Pauses, clock::QueueClock},
     types::{Error, ErrorKind},
 };
 
@@ -144,7 +137,7 @@ impl Divert {
         elsewhere(INSTALL, move || prepared.install().map(Self::new)).await?
     }
 
-    fn new(divert: Blocking) -> Self {
+    pub(crate) fn new(divert: Blocking) -> Self {
         Self(Arc::new(Owned(Some(divert))))
     }
 
@@ -153,7 +146,7 @@ impl Divert {
         &self.0
     }
 
-    async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         operation: &'static str,
         work: impl FnOnce(&Blocking) -> Result<T, Error> + Send + 'static,
@@ -364,74 +357,5 @@ impl DivertSet {
     /// As there.
     pub async fn elements(&self) -> Result<Vec<(SetElement, Option<Duration>)>, Error> {
         self.run(|set| set.elements()).await
-    }
-}
-
-impl Handover {
-    /// Hands a table over together with the queues. Its rules and hooks stay installed all the
-    /// time. The rules of a queue go along with it without this.
-    ///
-    /// From now on `divert` cannot be used: its methods return [`Other`](ErrorKind::Other). If this
-    /// process keeps the queues, `divert` can be used again. If they are handed over, drop it: that
-    /// does not affect the table any more.
-    ///
-    /// # Errors
-    /// This process keeps the queues: [`InvalidInput`](ErrorKind::InvalidInput) if the table is
-    /// being handed over already, or an error of the operating system.
-    ///
-    /// # Cancel safety
-    /// If the future is dropped, this process keeps the queues. The table may be lent then, until
-    /// the process ends: do not drop it.
-    pub async fn with_divert(mut self, divert: &Divert) -> Result<Self, Error> {
-        let part = divert.run("hand over a table", |divert| lend(divert)).await?;
-        self.push(part);
-        Ok(self)
-    }
-}
-
-fn lend(divert: &Blocking) -> Result<Part, Error> {
-    let lent = divert.lend()?;
-    let loan = lent.loan();
-    let socket = lent.socket().try_clone_to_owned().map_err(|source| {
-        loan.end();
-        Error::os("hand over a table", source)
-    })?;
-    let record = PartRecord { cookie: lent.cookie(), body: lent.description().to_vec() };
-    Ok(Part { socket, record, use_again: Box::new(move || loan.end()) })
-}
-
-impl Takeover {
-    /// Takes over the first table that the predecessor hands over; `None` if there is none (any
-    /// more). It can be changed when everything has been [accepted](Self::accept). A queue that is
-    /// taken over with [`QueueBuilder::divert`](crate::QueueBuilder::divert) takes its own rules.
-    ///
-    /// The rules, the sets with their elements, and the counters stay as they are. If this process
-    /// wants other rules, it calls [`Divert::replace_rules`] afterwards, which drops no queued
-    /// packet either. (Chains that only the new rules need are added then: see
-    /// [there](nfqueue_divert::Divert#installing-a-table-can-queue-packets-again).)
-    ///
-    /// # Errors
-    /// [`Malformed`](ErrorKind::Malformed) if what the predecessor has sent is damaged, or an error
-    /// of the operating system. The predecessor keeps the table if this value is dropped.
-    pub fn take_divert(&mut self) -> Result<Option<Divert>, Error> {
-        if self.parts_left().is_empty() { Ok(None) } else { self.take_part(0).map(Some) }
-    }
-
-    /// The table whose rules send to these queues, or else one that is of no queue.
-    pub(crate) fn take_divert_of(&mut self, queues: &RangeInclusive<u16>) -> Result<Option<Divert>, Error> {
-        let of = |part: &PassedPart| Blocking::described_queues(&part.record.body);
-        let parts = self.parts_left();
-        let own = parts.iter().position(|part| of(part).as_ref() == Some(queues));
-        let index = own.or_else(|| parts.iter().position(|part| of(part).is_none()));
-        index.map(|index| self.take_part(index)).transpose()
-    }
-
-    fn take_part(&mut self, index: usize) -> Result<Divert, Error> {
-        let passed = &self.parts_left()[index];
-        let socket = passed.socket.as_fd().try_clone_to_owned();
-        let socket = socket.map_err(|source| Error::os("take over a table", source))?;
-        let (divert, loan) = Blocking::adopt(socket, &passed.record.body)?;
-        self.part_taken(index, Box::new(move || loan.end()));
-        Ok(Divert::new(divert))
     }
 }

@@ -1,5 +1,8 @@
 //! Handing queues over to another process.
 
+#[cfg(feature = "divert")]
+mod table;
+
 use std::{
     fmt,
     ops::RangeInclusive,

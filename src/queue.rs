@@ -13,8 +13,9 @@ use futures::{Stream, stream::FusedStream};
 
 #[cfg(feature = "divert")]
 use crate::divert::Divert;
+#[cfg(feature = "handover")]
+use crate::handover::Handover;
 use crate::{
-    handover::Handover,
     io::Shared,
     numbers::QueueNumbers,
     packet::Packet,
@@ -163,6 +164,7 @@ impl Queue {
     ///
     /// # Cancel safety
     /// As [`VerdictSink::hand_over`].
+    #[cfg(feature = "handover")]
     pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
         self.sink.hand_over(within).await
     }

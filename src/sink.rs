@@ -14,9 +14,10 @@ use futures::{Sink, Stream, future::join_all, stream::FusedStream};
 
 #[cfg(feature = "divert")]
 use crate::divert::Divert;
+#[cfg(feature = "handover")]
+use crate::handover::Handover;
 use crate::{
     advice::{Advice, advise},
-    handover::Handover,
     io::{Shared, kernel::KernelStats},
     reconfigure::Reconfigure,
     rules::{How, Rules},
@@ -202,6 +203,7 @@ impl VerdictSink {
     ///
     /// # Cancel safety
     /// If the future is dropped, the queue continues here.
+    #[cfg(feature = "handover")]
     pub async fn hand_over(&self, within: Duration) -> Result<Handover, Error> {
         let frozen = join_all(self.queues.iter().map(|queue| queue.hand_over(within))).await;
         let handover = frozen.into_iter().collect::<Result<_, _>>().map(Handover::new)?;

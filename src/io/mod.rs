@@ -13,22 +13,29 @@
 //! | [`handover`], [`exchange`], [`passed`] | passing a queue to another process |
 //! | [`raw_sockets`] | raw sockets for packets outside of a queue |
 
+// Much of what a hand-over needs is small parts of other files.
+#![cfg_attr(not(feature = "handover"), allow(dead_code))]
+
 mod bind;
 mod buffers;
 mod busy_poll;
 pub(crate) mod clock;
 mod close;
 mod driver;
+#[cfg(feature = "handover")]
 mod exchange;
 mod extras;
 mod guard;
+#[cfg(feature = "handover")]
 mod handover;
 pub(crate) mod kernel;
 mod limits;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
+#[cfg(feature = "handover")]
 mod passed;
 mod raw_packet;
+#[cfg(feature = "inject")]
 pub(crate) mod raw_sockets;
 mod ready_fd;
 mod receiver;
@@ -43,17 +50,22 @@ mod ticks;
 pub(crate) mod timer;
 mod trace;
 
+#[cfg(all(feature = "divert", feature = "handover"))]
+pub(crate) use self::passed::PassedPart;
+#[cfg(feature = "divert")]
+pub(crate) use self::ticks::Pauses;
 pub(crate) use self::{
     bind::Opened,
-    exchange::{acknowledge, await_acknowledgement, receive_descriptors, send_descriptors, take_back},
     extras::VerdictExtras,
     guard::VerdictGuard,
-    handover::Frozen,
-    passed::{Passed, PassedQueue, packed, unpacked},
     raw_packet::RawPacket,
     ready_fd::AnyReadyFd,
     shared::{Settings, Shared},
     stream::Received,
 };
-#[cfg(feature = "divert")]
-pub(crate) use self::{passed::PassedPart, ticks::Pauses};
+#[cfg(feature = "handover")]
+pub(crate) use self::{
+    exchange::{acknowledge, await_acknowledgement, receive_descriptors, send_descriptors, take_back},
+    handover::Frozen,
+    passed::{Passed, PassedQueue, packed, unpacked},
+};

@@ -30,6 +30,7 @@ pub(crate) trait Owning: AsRawFd {}
 impl Owning for netlink_sys::Socket {}
 
 // It contains an `OwnedFd` that it gives away only by value.
+#[cfg(feature = "inject")]
 impl Owning for socket2::Socket {}
 
 /// Registers a descriptor with the current runtime. Returns `None` if the runtime has no I/O

@@ -13,9 +13,10 @@ use futures::future::join_all;
 use nfqueue_divert::{DivertBuilder, Installation};
 use tokio::sync::watch;
 
+#[cfg(feature = "handover")]
+use crate::handover::{Handover, Takeover};
 use crate::{
     divert::Divert,
-    handover::{Handover, Takeover},
     io::Shared,
     rules::How,
     types::{Error, ErrorKind, FlowMarks},
@@ -60,6 +61,7 @@ impl Wanted {
     }
 
     /// The rules that the predecessor hands over, if some are wanted.
+    #[cfg(feature = "handover")]
     pub(crate) fn take_over(
         &self,
         takeover: &mut Takeover,
@@ -221,6 +223,7 @@ impl Rules {
     }
 
     /// The rules go along with the queues.
+    #[cfg(feature = "handover")]
     pub(crate) async fn go_with(&self, handover: Handover) -> Result<Handover, Error> {
         handover.with_divert(&self.divert).await
     }

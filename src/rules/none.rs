@@ -2,8 +2,9 @@
 
 use std::{ops::RangeInclusive, sync::Arc};
 
+#[cfg(feature = "handover")]
+use crate::handover::{Handover, Takeover};
 use crate::{
-    handover::{Handover, Takeover},
     io::Shared,
     rules::How,
     types::{Error, FlowMarks},
@@ -26,6 +27,7 @@ impl Wanted {
         Ok(PreparedRules)
     }
 
+    #[cfg(feature = "handover")]
     pub(crate) fn take_over(
         &self,
         _: &mut Takeover,
@@ -69,6 +71,7 @@ impl Rules {
         match **self {}
     }
 
+    #[cfg(feature = "handover")]
     pub(crate) async fn go_with(&self, _: Handover) -> Result<Handover, Error> {
         match *self {}
     }
