@@ -378,7 +378,7 @@ impl Handover {
     /// If the future is dropped, this process keeps the queues. The table may be lent then, until
     /// the process ends: do not drop it.
     pub async fn with_divert(mut self, divert: &Divert) -> Result<Self, Error> {
-        let part = divert.run("hand over a table", |divert| lend(divert)).await?;
+        let part = divert.run("hand over a table", lend).await?;
         self.push(part);
         Ok(self)
     }
