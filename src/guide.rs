@@ -72,8 +72,8 @@
 //! - `Match::first_packets` does not limit a burst. While the first packets of a connection wait in
 //!   a queue, the kernel does not count them, and further packets match as well.
 //! - Rules fail open. When the process ends, also when it is killed, the kernel removes them, and
-//!   the packets pass unfiltered. With `DivertBuilder::fail_closed` the kernel keeps them, and drops
-//!   the packets until a new process has replaced them.
+//!   the packets pass unfiltered. With `DivertBuilder::fail_closed` the kernel keeps them, and
+//!   drops the packets until a new process has replaced them.
 //!
 //! # Connection tracking
 //!

@@ -76,7 +76,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
-//! | `divert` | [`Divert`]: nf_tables rules that vanish with the process |
+//! | `divert` | [`Divert`]: nf_tables rules that are removed with the process |
 //! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
 //! | `tower` | `Queue::serve_service`: services of tower decide packets |
 //! | `test-util` | [`simulated`]: a kernel in memory, to test programs that use this crate |
