@@ -1,8 +1,8 @@
 //! What to know before a queue goes into production: surprises, limits, and observability. Further
-//! pages: [`service`], privileges, a unit file, memory; [`kernels`], what differs by version;
-//! [`replies`], how to reply to packets; [`flows`], how to decide whole connections; `restarting`,
-//! how to restart a service without losing a packet; with feature `test-util`, `testing`, how to
-//! test a policy.
+//! pages: `first_filter`, where to begin; [`service`], privileges, a unit file, memory;
+//! [`kernels`], what differs by version; [`replies`], how to reply to packets; [`flows`], how to
+//! decide whole connections; `restarting`, how to restart a service without losing a packet;
+//! `testing`, how to test a policy.
 //!
 //! # Threads and runtimes
 //!
@@ -17,9 +17,9 @@
 //!   flush policy. It blocks all signals except those that report a fault of the thread itself
 //!   (`SIGSEGV`, `SIGBUS`, `SIGFPE`, `SIGILL`, `SIGTRAP`, `SIGSYS`), so a program may read its
 //!   signals from a `signalfd`.
-//! - [`AfterReadyTasks`](crate::flush::FlushDecision::AfterReadyTasks) needs the runtime. If the runtime
-//!   does not get to it, the thread asks the policy again after `max_delay`; for a custom policy,
-//!   after 1 ms.
+//! - [`AfterReadyTasks`](crate::flush::FlushDecision::AfterReadyTasks) needs the runtime. If the
+//!   runtime does not get to it, the thread asks the policy again after `max_delay`; for a custom
+//!   policy, after 1 ms.
 //! - The time limit is the time until the send begins, provided that the system runs the thread in
 //!   time. A send takes about 1.5 µs for each accepted packet. If all CPUs are busy, the thread
 //!   waits for its turn like any other.
@@ -72,8 +72,8 @@
 //! - `Match::first_packets` does not limit a burst. While the first packets of a connection wait in
 //!   a queue, the kernel does not count them, and further packets match as well.
 //! - Rules fail open. When the process ends, also when it is killed, the kernel removes them, and
-//!   the packets pass unfiltered. With `DivertBuilder::fail_closed` the kernel keeps them, and drops
-//!   the packets until a new process has replaced them.
+//!   the packets pass unfiltered. With `DivertBuilder::fail_closed` the kernel keeps them, and
+//!   drops the packets until a new process has replaced them.
 //!
 //! # Connection tracking
 //!
@@ -175,10 +175,12 @@
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
 //! | `the timer thread cannot be started` | ERROR | `error`; in no span; only in a child by `fork` |
 
+#[cfg(feature = "divert")]
+pub mod first_filter;
 pub mod flows;
 pub mod kernels;
 pub mod replies;
-#[cfg(feature = "divert")]
+#[cfg(all(feature = "divert", feature = "handover"))]
 pub mod restarting;
 pub mod service;
 #[cfg(feature = "test-util")]

@@ -5,84 +5,106 @@
 //! packets, and any task may submit the verdicts, in any order. Verdicts are gathered under load
 //! and sent together, within a latency limit; an idle queue sends each verdict at once. Linux only.
 //!
-//! ```no_run
-//! use futures::TryStreamExt;
-//! use tokio_nfqueue::Queue;
+//! A filter with its rule:
 //!
-//! # async fn allowed(_payload: &[u8]) -> bool { true }
+//! ```no_run
+//! # #[cfg(feature = "divert")] mod filter {
+//! use tokio_nfqueue::{Divert, Error, Hook, Packet, Protocol, Queue, Rule};
+//!
+//! # async fn allowed(_: &Packet) -> bool { true }
 //! #[tokio::main]
-//! async fn main() -> Result<(), tokio_nfqueue::Error> {
-//!     let (mut packets, verdicts) = Queue::builder(0).bind().await?.split();
-//!     loop {
-//!         tokio::select! {
-//!             packet = packets.try_next() => {
-//!                 // An error here is the end of the queue.
-//!                 let Some(packet) = packet? else { break };
-//!                 tokio::spawn(async move {
-//!                     let verdict = if allowed(packet.payload()).await {
-//!                         packet.accept()
-//!                     } else {
-//!                         packet.drop()
-//!                     };
-//!                     verdict.submit()
-//!                 });
-//!             }
-//!             _ = tokio::signal::ctrl_c() => break,
-//!         }
-//!     }
-//!     verdicts.close().await
+//! async fn main() -> Result<(), Error> {
+//!     let dns = Rule::new(Hook::Output).protocol(Protocol::Udp).destination_port(53);
+//!     let queue = Queue::builder(Queue::ANY).divert(Divert::builder().rule(dns)).bind().await?;
+//!     queue
+//!         .serve(async |packet: Packet| {
+//!             if allowed(&packet).await { packet.accept() } else { packet.reject() }
+//!         })
+//!         .with_graceful_shutdown(async { drop(tokio::signal::ctrl_c().await) })
+//!         .await
 //! }
+//! # }
+//! # fn main() {}
 //! ```
+//!
+//! The loop, for programs that await other things beside packets:
+//!
+//! ```no_run
+//! # use tokio_nfqueue::{Error, Packet, Queue, Verdict};
+//! # async fn decide(packet: Packet) -> Verdict { packet.accept() }
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Error> {
+//! let (mut packets, verdicts) = Queue::builder(0).bind().await?.split();
+//! loop {
+//!     tokio::select! {
+//!         packet = packets.recv() => {
+//!             let Some(packet) = packet else { break }; // None: closed
+//!             let packet = packet?; // an error here is the end of the queue, nothing less
+//!             tokio::spawn(async move { decide(packet).await.submit() });
+//!         }
+//!         _ = tokio::signal::ctrl_c() => break,
+//!     }
+//! }
+//! verdicts.close().await
+//! # }
+//! ```
+//!
+//! New to it? Begin with [`guide::first_filter`].
 //!
 //! # I want to ...
 //!
-//! | I want to ... | use |
+//! | receive packets | use |
 //! |---|---|
-//! | bind a queue | [`Queue::builder`], [`QueueBuilder::bind`] |
-//! | bind several queues as one, or any free number | [`QueueNumbers`] |
-//! | send traffic to the queue | your own rule, or [`Divert`] |
-//! | receive packets | [`Queue`] or [`PacketStream`] as a stream; [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many) |
-//! | accept, drop, requeue a packet | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::requeue`] |
-//! | decide a whole connection by one packet | [`Verdict::for_flow`]; [`guide::flows`] |
-//! | see only the beginning of each connection | `Rule::first_packets`, `Rule::first_bytes` |
-//! | reject a packet | [`Packet::reject`] |
-//! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
-//! | rewrite a packet | [`Packet::edit`], then [`Verdict::payload`] |
-//! | reply to a packet | [`Edit::turn_around`], [`Edit::tcp_reset`], [`Edit::icmp_unreachable`]; [`guide::replies`] |
-//! | send packets of one's own | [`Injector`] |
+//! | bind a queue, several as one, or any free number | [`Queue::builder`], [`QueueNumbers`] |
+//! | send traffic to the queue | [`QueueBuilder::divert`]; a rule of your own |
+//! | answer every packet by a function | [`Queue::serve`] |
+//! | receive packets beside other things | [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many), or the queue as a stream |
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |
-//! | submit a verdict | [`Verdict::submit`]; wait for the kernel's acknowledgement: [`Verdict::confirm`] |
+//!
+//! | decide them | use |
+//! |---|---|
+//! | accept, drop, reject, requeue | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::reject`], [`Packet::requeue`]; then [`Verdict::submit`] or [`Verdict::confirm`] |
+//! | a whole connection by one packet | [`Verdict::for_flow`]; [`guide::flows`] |
+//! | in the order of each connection | [`Serve::in_flow_order`] |
+//! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
+//! | rewrite, reply, send packets of one's own | [`Packet::edit`], `Edit`, `Injector`; [`guide::replies`] |
 //! | hold packets for a long time | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
 //! | say what happens to undecided packets | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |
+//!
+//! | run it | use |
+//! |---|---|
+//! | shut down without losing a packet | [`close`](VerdictSink::close), [`Serve::with_graceful_shutdown`] |
+//! | restart without losing a packet | `hand_over`, `take_over`, [`QueueBuilder::bind_when_free`]; `guide::restarting` |
+//! | fail open, or fail closed | `DivertBuilder::fail_closed`, [`QueueBuilder::fail_open`] when overloaded |
+//! | watch a queue | [`VerdictSink::stats`], [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice), [`refusals`](VerdictSink::refusals); events of `tracing` in [`guide`](guide#tracing) |
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
-//! | accept packets when overloaded | [`QueueBuilder::fail_open`] |
-//! | shut down without losing a packet | [`close`](VerdictSink::close), [`close_within`](VerdictSink::close_within) |
-//! | restart without losing a packet | [`VerdictSink::hand_over`], [`QueueBuilder::take_over`], [`QueueBuilder::bind_when_free`]; [`guide::restarting`] |
-//! | change settings while it runs | [`VerdictSink::reconfigure`] |
-//! | test a policy | [`Verdict::action`], [`Verdict::changes`]; the whole program without privileges: [`simulated`], [`guide::testing`] |
-//! | watch a queue | [`VerdictSink::stats`], [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice) |
-//! | get the errors of refused verdicts | [`VerdictSink::refusals`] |
-//! | log | the events of `tracing` in [`guide`](guide#tracing) |
-//! | use another network namespace | [`QueueBuilder::namespace`], [`NetworkNamespace`] |
-//! | use another event loop than Tokio's | [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
-//! | run it as a service | [`guide::service`]: privileges, a unit file, memory; [`guide`]: threads, shutdown |
-//! | know what a kernel lacks | [`guide::kernels`] |
+//! | change settings while it runs | [`VerdictSink::reconfigure`], `Divert::replace_rules` |
+//! | use another network namespace, or another event loop | [`QueueBuilder::namespace`]; [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
+//! | run it as a service; know what a kernel lacks | [`guide::service`], [`guide`]; [`guide::kernels`] |
+//! | test a policy, or a whole program without privileges | [`Verdict::action`], [`Verdict::changes`]; `simulated`, `guide::testing` |
 //! | port a program | `migration` has tables for libnetfilter_queue, go-nfqueue, NetfilterQueue and Suricata |
 //!
 //! # Features
 //!
-//! All but `tower` and `test-util` are on by default.
-//!
-//! | feature | what it adds |
-//! |---|---|
-//! | `conntrack` | connection tracking entries of packets, and changes to them in verdicts |
-//! | `divert` | [`Divert`]: nf_tables rules that are removed when the process exits |
-//! | `edit` | [`Edit`], [`PacketView`]: rewriting packets with correct lengths and checksums |
-//! | `tower` | `Queue::serve_service`: services of tower decide packets |
-//! | `test-util` | [`simulated`]: a kernel in memory, to test programs that use this crate |
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `conntrack` | on | the module `conntrack`: connection tracking entries of packets, and changes to them in verdicts |
+//! | `divert` | on | the module `divert`: nf_tables rules that are removed when the process exits |
+//! | `edit` | on | the module `edit`: rewriting packets with correct lengths and checksums |
+//! | `handover` | off | the module `handover`: a restart in which the new process takes the live queue over |
+//! | `inject` | off | the module `inject`: raw sockets for packets of one's own |
+//! | `tower` | off | `Queue::serve_service`: services of tower decide packets |
+//! | `test-util` | off | the module `simulated`: a kernel in memory, to test programs that use this crate |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
-    not(all(feature = "conntrack", feature = "divert", feature = "edit", feature = "test-util")),
+    not(all(
+        feature = "conntrack",
+        feature = "divert",
+        feature = "edit",
+        feature = "handover",
+        feature = "inject",
+        feature = "test-util"
+    )),
     allow(rustdoc::broken_intra_doc_links)
 )]
 #![deny(unsafe_code)]

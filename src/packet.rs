@@ -330,7 +330,8 @@ impl Packet {
     /// a host that bridges may lack, the packet is dropped without a reply and without a report.
     ///
     /// [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) and
-    /// [`Edit::icmp_unreachable`](crate::edit::Edit::icmp_unreachable) make replies without flow marks.
+    /// [`Edit::icmp_unreachable`](crate::edit::Edit::icmp_unreachable) make replies without flow
+    /// marks.
     #[doc(alias = "REJECT")]
     pub fn reject(self) -> Verdict {
         self.decide(Action::Drop).rejecting()

@@ -21,8 +21,8 @@ pub use self::decide::{Decide, Handler};
 use crate::{packet::Packet, queue::Queue, types::Error};
 
 impl Queue {
-    /// Answers every packet by a function: its future returns the [`Verdict`](crate::Verdict), which
-    /// is then submitted.
+    /// Answers every packet by a function: its future returns the [`Verdict`](crate::Verdict),
+    /// which is then submitted.
     ///
     /// ```no_run
     /// use tokio_nfqueue::{Packet, Queue};
@@ -148,8 +148,8 @@ impl<D: Decide, S: Future<Output = ()> + Send + 'static> Serve<D, S> {
         self
     }
 
-    /// Closes the queue as [`Queue::close`] does when this future ends: no new packet is queued, and
-    /// the handlers that run are awaited, up to
+    /// Closes the queue as [`Queue::close`] does when this future ends: no new packet is queued,
+    /// and the handlers that run are awaited, up to
     /// [`close_timeout`](crate::QueueBuilder::close_timeout).
     pub fn with_graceful_shutdown<T: Future<Output = ()> + Send + 'static>(self, shutdown: T) -> Serve<D, T> {
         let Self { queue, decide, settings, .. } = self;

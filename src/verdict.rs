@@ -346,13 +346,13 @@ impl Verdict {
     }
 
     /// Lets connection tracking expect a connection that belongs to the packet's connection.
-    /// Packets of the expected connection are [related](crate::conntrack::ConntrackState::Related), and its
-    /// entry names this connection as its [master](crate::conntrack::Conntrack::master).
+    /// Packets of the expected connection are [related](crate::conntrack::ConntrackState::Related),
+    /// and its entry names this connection as its [master](crate::conntrack::Conntrack::master).
     ///
-    /// The packet's connection must have a helper ([`Conntrack::helper`](crate::conntrack::Conntrack::helper),
-    /// assigned by a rule), whose limits for number and lifetime of expectations apply. Without a
-    /// helper, or if the addresses are of another family than the connection's, the kernel silently
-    /// ignores the expectation.
+    /// The packet's connection must have a helper
+    /// ([`Conntrack::helper`](crate::conntrack::Conntrack::helper), assigned by a rule), whose
+    /// limits for number and lifetime of expectations apply. Without a helper, or if the addresses
+    /// are of another family than the connection's, the kernel silently ignores the expectation.
     #[cfg(feature = "conntrack")]
     #[doc(alias = "NFQA_EXP")]
     pub fn expectation(mut self, expectation: Expectation) -> Self {

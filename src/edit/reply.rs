@@ -110,8 +110,8 @@ impl Edit {
     ///
     /// The reset has no payload and no TCP options. Addresses and ports are exchanged, and the TTL
     /// or hop limit is 64. The rest of the IP header stays. The reset of a
-    /// [super-packet](Self#super-packets) must be sent by an [`Injector`](crate::inject::Injector), because
-    /// as the payload of a verdict it would be lost.
+    /// [super-packet](Self#super-packets) must be sent by an [`Injector`](crate::inject::Injector),
+    /// because as the payload of a verdict it would be lost.
     ///
     /// It closes one side. To close the other side as well, send it a reset of its own, or accept
     /// no more packets of the connection.
@@ -167,9 +167,9 @@ impl Edit {
     /// [`set_source_address`](Self::set_source_address). The IP header is new, without options or
     /// extension headers; only the DF bit stays.
     ///
-    /// Send it with an [`Injector`](crate::inject::Injector): as the payload of a verdict, some kernels and
-    /// hooks lose it. The kernel sends such errors itself, with a limit of their rate (the `reject`
-    /// statement of nftables). This method has no limit.
+    /// Send it with an [`Injector`](crate::inject::Injector): as the payload of a verdict, some
+    /// kernels and hooks lose it. The kernel sends such errors itself, with a limit of their rate
+    /// (the `reject` statement of nftables). This method has no limit.
     ///
     /// # Errors
     ///

@@ -94,14 +94,14 @@
 //! # How long a denial holds
 //!
 //! A denied connection is remembered by protocol, addresses and ports, for
-//! [`denied_flows`](crate::divert::DivertBuilder::denied_flows) (ten minutes by default) since its last
-//! packet, in either direction. Each packet lets the time begin anew. Until then it stays denied,
-//! also if a side sends a reset and a SYN, and so does a new connection from the same port to the
-//! same port. Beyond that time it is denied as long as connection tracking has its entry: that of
-//! the packet with the verdict, or another one of which a packet has been stopped meanwhile. (It is
-//! dropped then, if it was rejected. Of TCP, SCTP and DCCP, an entry that the other side has begun
-//! comes to the queue.) Behind address translation, when the entry is gone, the time of each
-//! direction begins anew with its own packets only.
+//! [`denied_flows`](crate::divert::DivertBuilder::denied_flows) (ten minutes by default) since its
+//! last packet, in either direction. Each packet lets the time begin anew. Until then it stays
+//! denied, also if a side sends a reset and a SYN, and so does a new connection from the same port
+//! to the same port. Beyond that time it is denied as long as connection tracking has its entry:
+//! that of the packet with the verdict, or another one of which a packet has been stopped
+//! meanwhile. (It is dropped then, if it was rejected. Of TCP, SCTP and DCCP, an entry that the
+//! other side has begun comes to the queue.) Behind address translation, when the entry is gone,
+//! the time of each direction begins anew with its own packets only.
 //!
 //! The other side of a denied connection may begin a connection of its own, on the same addresses
 //! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
@@ -155,8 +155,8 @@
 //!
 //! - In the middle of a connection, the sender of the rejected packet is reset at once, and the
 //!   other side when it sends next. The kernel has no way to send a segment that nothing has
-//!   caused; [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) with an [`Injector`](crate::inject::Injector) can,
-//!   before the verdict.
+//!   caused; [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) with an
+//!   [`Injector`](crate::inject::Injector) can, before the verdict.
 //! - At `Postrouting` the kernel cannot reject. The packet is dropped, with `for_flow` also the
 //!   connection, and `refusals` reports it.
 //! - The kernel sends a reply only if it has a route to the sender. A host that bridges packets
@@ -169,9 +169,9 @@
 //! # Accepted connections past the hooks
 //!
 //! An accepted connection costs less than one whose packets all come to the queue, and more than
-//! one without any rule. With [`DivertBuilder::offload`](crate::divert::DivertBuilder::offload) it costs
-//! less than without any rule: the kernel forwards its packets when they arrive, past all hooks (an
-//! nf_tables flowtable, in software).
+//! one without any rule. With [`DivertBuilder::offload`](crate::divert::DivertBuilder::offload) it
+//! costs less than without any rule: the kernel forwards its packets when they arrive, past all
+//! hooks (an nf_tables flowtable, in software).
 //!
 //! ```no_run
 //! use tokio_nfqueue::{Divert, Hook, Protocol, Queue, Rule};

@@ -15,9 +15,9 @@
 //!
 //! There are two ways to send the reply:
 //!
-//! - **Injector**: drop the packet, and send the reply with an [`Injector`](crate::inject::Injector). This
-//!   works at every hook. The reply is a new packet of this host and passes the output and
-//!   postrouting hooks.
+//! - **Injector**: drop the packet, and send the reply with an
+//!   [`Injector`](crate::inject::Injector). This works at every hook. The reply is a new packet of
+//!   this host and passes the output and postrouting hooks.
 //! - **Verdict**: accept the packet with the reply as its
 //!   [payload](crate::Verdict::payload). The kernel continues with the packet where it was queued,
 //!   so the reply arrives only from two places. It needs neither `CAP_NET_RAW` nor a mark.
@@ -91,8 +91,8 @@
 //!
 //! `drop().for_flow()` at the input hook denies the connection in both directions. A reply that is
 //! injected afterwards is a packet of that connection: a rule at the output hook drops it, and
-//! [`send`](crate::inject::Injector::send) returns an error. Reply with `reject().for_flow()`, or drop each
-//! packet alone with `drop()`, for as long as packets are to be replied to.
+//! [`send`](crate::inject::Injector::send) returns an error. Reply with `reject().for_flow()`, or
+//! drop each packet alone with `drop()`, for as long as packets are to be replied to.
 //!
 //! # Not to reply to oneself
 //!

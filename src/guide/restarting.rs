@@ -25,11 +25,11 @@
 //! # }
 //! ```
 //!
-//! While there are no rules, packets pass unseen. Rules that
-//! [fail closed](crate::divert::DivertBuilder::fail_closed) stay when the old process is killed, and the new
-//! one replaces them; so do rules that were made with `nft`. The rules of a queue with a table name
-//! of their own are installed by `bind_when_free` as soon as the old table is removed. The removal
-//! of a table drops queued packets.
+//! While there are no rules, packets pass unseen. Rules that [fail
+//! closed](crate::divert::DivertBuilder::fail_closed) stay when the old process is killed, and the
+//! new one replaces them; rules that were made with `nft` stay as well. If the rules of a queue
+//! have a table name of their own, `bind_when_free` installs them as soon as the old table is
+//! removed. The removal of a table drops queued packets.
 //!
 //! # The hand-over
 //!

@@ -73,7 +73,7 @@
 //! Install rules after that, or with `bypass`. Otherwise the rule drops the packets while no socket
 //! has bound its queue.
 //!
-//! The rules of a queue or of a `Divert` are removed when the service ends or is killed, and packets
-//! pass unfiltered until it has been started again. With `DivertBuilder::fail_closed`, packets are
-//! dropped in between if the service was killed or has failed, but not after `close`. Before its
-//! first start, only rules that `nft` has installed can do that.
+//! The rules of a queue or of a `Divert` are removed when the service ends or is killed, and
+//! packets pass unfiltered until it has been started again. With `DivertBuilder::fail_closed`,
+//! packets are dropped in between if the service was killed or has failed, but not after `close`.
+//! Before its first start, only rules that `nft` has installed can do that.

@@ -11,19 +11,19 @@ impl Handover {
     /// Hands a table over together with the queues. Its rules and hooks stay installed all the
     /// time. The rules of a queue go along with it without this.
     ///
-    /// From now on `divert` cannot be used: its methods return [`Other`](crate::ErrorKind::Other). If this
-    /// process keeps the queues, `divert` can be used again. If they are handed over, drop it: that
-    /// does not affect the table any more.
+    /// From now on `divert` cannot be used: its methods return [`Other`](crate::ErrorKind::Other).
+    /// If this process keeps the queues, `divert` can be used again. If they are handed over, drop
+    /// it: that does not affect the table any more.
     ///
     /// # Errors
-    /// This process keeps the queues: [`InvalidInput`](crate::ErrorKind::InvalidInput) if the table is
-    /// being handed over already, or an error of the operating system.
+    /// This process keeps the queues: [`InvalidInput`](crate::ErrorKind::InvalidInput) if the table
+    /// is being handed over already, or an error of the operating system.
     ///
     /// # Cancel safety
     /// If the future is dropped, this process keeps the queues. The table may be lent then, until
     /// the process ends: do not drop it.
     pub async fn with_divert(mut self, divert: &Divert) -> Result<Self, Error> {
-        let part = divert.run("hand over a table", |divert| lend(divert)).await?;
+        let part = divert.run("hand over a table", lend).await?;
         self.push(part);
         Ok(self)
     }
@@ -51,8 +51,8 @@ impl Takeover {
     /// [there](nfqueue_divert::Divert#installing-a-table-can-queue-packets-again).)
     ///
     /// # Errors
-    /// [`Malformed`](crate::ErrorKind::Malformed) if what the predecessor has sent is damaged, or an error
-    /// of the operating system. The predecessor keeps the table if this value is dropped.
+    /// [`Malformed`](crate::ErrorKind::Malformed) if what the predecessor has sent is damaged, or
+    /// an error of the operating system. The predecessor keeps the table if this value is dropped.
     pub fn take_divert(&mut self) -> Result<Option<Divert>, Error> {
         if self.parts_left().is_empty() { Ok(None) } else { self.take_part(0).map(Some) }
     }

@@ -181,7 +181,9 @@ impl DivertBuilder {
     /// The kernel keeps the table (`NFT_TABLE_F_PERSIST`, Linux 6.9 and later), and drops what its
     /// rules send to a queue that is not bound; so no rule may have [`bypass`](Rule::bypass).
     /// [`install`](Self::install) replaces, in one step, a table of this name whose owner has
-    /// ended. Verdicts for connections are forgotten then.
+    /// ended: at no time do packets pass, but what is queued in other queues of the network
+    /// namespace [is dropped](Divert#removing-a-table-drops-queued-packets). Verdicts for
+    /// connections are forgotten then. Any other table of this name is an error, as always.
     ///
     /// Before Linux 6.9 the table has no owner. It works in the same way, but other programs can
     /// change the table, `nft flush ruleset` removes it, and a second process with the same name

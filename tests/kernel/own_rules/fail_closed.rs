@@ -1,9 +1,15 @@
 //! What becomes of packets when the process ends, with rules that fail open and with rules that
 //! fail closed: the table of `Divert`'s documentation.
 
-use std::net::Ipv4Addr;
+use std::{
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+};
 
-use tokio_nfqueue::{Divert, ErrorKind};
+use tokio_nfqueue::{Action, Divert, ErrorKind};
 
 use super::{MODE, TABLE, queue, rules, table_exists};
 use crate::{
@@ -19,6 +25,7 @@ tests![
     one after_a_drop_packets_pass_or_are_dropped_as_the_rules_say,
     one after_a_close_packets_pass,
     one accepted_connections_pass_after_a_kill,
+    multi no_packet_passes_while_a_table_is_replaced,
     both a_dropped_table_that_fails_closed_stays,
     both close_removes_rules_that_fail_closed_after_a_drop,
     both a_table_of_a_live_owner_is_not_replaced,
@@ -104,6 +111,34 @@ async fn accepted_connections_pass_after_a_kill() {
     next(&mut queue).await.accept().submit().unwrap();
     traffic.expect([4]).await;
     soon("the shutdown", queue.close()).await.unwrap();
+}
+
+async fn no_packet_passes_while_a_table_is_replaced() {
+    for _ in 0..5 {
+        let traffic = Traffic::new(1);
+        let (mut process, _) = Process::start(&format!("{MODE}closed kill"));
+        process.kill();
+        freed(0).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let sending = std::thread::spawn({
+            let (stop, sender, to) = (Arc::clone(&stop), traffic.sender.try_clone().unwrap(), traffic.to(0));
+            move || {
+                while !stop.load(SeqCst) {
+                    sender.send_to(&[0; 4], to).unwrap();
+                }
+            }
+        });
+        let queue = queue(rules().fail_closed()).on_unanswered(Action::Drop).bind().await.unwrap();
+        eventually("packets are queued", || account(0).unwrap().last_id > 0).await;
+        let sink = queue.sink();
+        // The rules stay.
+        drop(queue);
+        freed(0).await;
+        stop.store(true, SeqCst);
+        sending.join().unwrap();
+        traffic.expect_nothing();
+        soon("the shutdown", sink.close()).await.unwrap();
+    }
 }
 
 async fn a_dropped_table_that_fails_closed_stays() {
