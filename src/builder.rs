@@ -41,6 +41,7 @@ pub struct QueueBuilder {
     busy_poll: Duration,
     namespace: Option<NetworkNamespace>,
     flow_marks: Option<FlowMarks>,
+    in_submission_order: bool,
     rules: Wanted,
 }
 
@@ -63,6 +64,7 @@ impl Queue {
             busy_poll: Duration::ZERO,
             namespace: None,
             flow_marks: None,
+            in_submission_order: false,
             rules: Wanted::default(),
         }
     }
@@ -170,6 +172,20 @@ impl QueueBuilder {
     /// When gathered verdicts are sent. Default: [`FlushPolicy::default`].
     pub fn flush_policy(mut self, policy: FlushPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// Sends the verdicts in the order in which they were submitted, by whichever tasks. Default:
+    /// within one flush, in the order of the packets' ids.
+    ///
+    /// For programs that reorder packets on purpose, such as emulators of networks. Verdicts that
+    /// were submitted in the order of the ids still share messages; others have a message each, of
+    /// which many fit into one system call. A packet that is decided by a deadline, or gets the
+    /// default action, has its place in this order too. To keep the packets of a connection in
+    /// order although they are decided in another order, use
+    /// [`Serve::in_flow_order`](crate::Serve::in_flow_order).
+    pub fn in_submission_order(mut self) -> Self {
+        self.in_submission_order = true;
         self
     }
 
@@ -512,6 +528,7 @@ impl QueueBuilder {
             conntrack: self.flags & FLAG_CONNTRACK != 0,
             attributes: attributes(self.flags),
             flow_marks: self.flow_marks,
+            in_submission_order: self.in_submission_order,
         }
     }
 

@@ -1,10 +1,29 @@
 //! Tables for porting programs from other libraries.
 //!
-//! A program that releases packets in another order than they came in needs one change. This crate
-//! sends the verdicts of one flush in the order of the packets' ids, whatever the order of
-//! `submit`; the other libraries send each verdict at once. With
-//! [`FlushPolicy::immediate`](crate::FlushPolicy::immediate), or with
-//! [`flush`](crate::VerdictSink::flush) after each verdict, the order of the verdicts is kept.
+//! What differs, whatever the library:
+//!
+//! - **Order.** The other libraries send each verdict at once. This crate sends the verdicts of one
+//!   flush in the order of the packets' ids, whatever the order of `submit`. A program that
+//!   releases packets in another order than they came in says
+//!   [`in_submission_order`](crate::QueueBuilder::in_submission_order).
+//! - **GSO** is on here, and off in libnetfilter_queue: packets of up to 64 KiB arrive, with
+//!   unfinished checksums. [`gso(false)`](crate::QueueBuilder::gso) gives what the other libraries
+//!   give.
+//! - **Ranges.** A copy range of 0 or of more than 65 531 bytes, and a queue of length 0, are
+//!   errors here. The kernel takes both ranges for 65 531 bytes, and a queue of length 0 drops
+//!   everything. `NFQNL_COPY_NONE` has no counterpart: a queue that copies nothing is not bound.
+//! - **After a verdict** the packet is gone, by type. What a callback reads after its verdict is
+//!   read before it here; [`payload_bytes`](crate::Packet::payload_bytes) keeps the bytes.
+//! - **Batches up to an id** decide everything up to it, also packets that the program has not
+//!   seen. Here a batch decides only what the program has decided, so there is nothing to port.
+//! - **Errors.** `nfq_handle_packet` returns errors of single messages; here they are in
+//!   [`refusals`](crate::VerdictSink::refusals), and an error of the stream is its end.
+//! - **Loops of one's own**, with `poll(2)` or `epoll(7)`: bind within a runtime's context
+//!   (`Handle::enter`), then wait for [`readable_fd`](crate::PacketStream::readable_fd) and call
+//!   [`try_recv_many`](crate::PacketStream::try_recv_many) until it returns `Empty`. Verdicts are
+//!   sent when it does; [`flush_now`](crate::VerdictSink::flush_now) sends them before, and
+//!   [`Refusals::try_recv`](crate::Refusals::try_recv) reads errors without waiting.
+//! - **`nfq_open_nfnl`** shares a socket with other uses; here a queue has a socket of its own.
 //!
 //! # libnetfilter_queue
 //!

@@ -79,6 +79,12 @@ impl VerdictSink {
         .await;
     }
 
+    /// As [`flush`](Self::flush), but does not wait: it sends what is gathered, or leaves it to a
+    /// thread that is sending at this time. For programs without `await`.
+    pub fn flush_now(&self) {
+        self.queues.iter().for_each(|queue| queue.flush_gathered());
+    }
+
     /// Errors that concern one verdict or one message and do not end the queue: verdicts that the
     /// kernel refused, verdicts for packets that had already been decided, and malformed messages.
     /// Each has its packet's id, if that is known. The kind is `NotPermitted`, `Expired`,
@@ -348,6 +354,13 @@ impl Refusals {
     /// Cancel safe: no error is lost.
     pub async fn recv(&mut self) -> Option<Error> {
         std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    }
+}
+
+impl Refusals {
+    /// Takes an error if there is one. For programs without `await`.
+    pub fn try_recv(&mut self) -> Option<Error> {
+        self.queues.iter().find_map(|queue| queue.next_refusal())
     }
 }
 

@@ -140,6 +140,23 @@ impl PacketStream {
         }
     }
 
+    /// As [`try_recv`](Self::try_recv), but appends up to `limit` packets to `packets`, and returns
+    /// their number, which is 0 only if `limit` is.
+    ///
+    /// # Errors
+    /// As `try_recv`; then nothing has been appended.
+    pub fn try_recv_many(&mut self, packets: &mut Vec<Packet>, limit: usize) -> Result<usize, TryRecvError> {
+        if limit == 0 {
+            return Ok(0);
+        }
+        packets.push(self.try_recv()?);
+        let mut count = 1;
+        for source in self.sources_mut() {
+            count += source.take_received(packets, limit - count);
+        }
+        Ok(count)
+    }
+
     /// A descriptor that is readable when [`try_recv`](Self::try_recv) may have a packet or the end
     /// of the stream, for event loops that use `poll(2)` or `epoll(7)`. It stays the same while the
     /// stream exists, and must not be read from.

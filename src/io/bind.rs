@@ -24,7 +24,7 @@ use super::{
     timer::{Timer, TimerTarget},
 };
 use crate::{
-    state::{FixedSettings, Limits, Machine, flush::FlushPolicy},
+    state::{Limits, Machine, flush::FlushPolicy},
     types::{Error, ErrorKind},
     wire::config::{Command, Config, FLAG_CONNTRACK, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
 };
@@ -127,8 +127,7 @@ impl Shared {
         let Opened { socket, table, network_owner } = opened;
         let limits = limits_of(config, UNLIMITED);
         let socket = Socket::new(socket?).map_err(|error| error.with_operation(operation()))?;
-        let fixed =
-            FixedSettings { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
+        let fixed = settings.fixed();
         let machine = Machine::new(fixed, policy, limits, socket.first_id(), socket.clock());
         let receiver = Receiver::new(limits.payload, BusyPoll::new(settings.busy_poll));
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));

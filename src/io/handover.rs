@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     record::{QueueRecord, Unreadable},
-    state::{Arrival, Clock, FixedSettings, Limits, Machine, Position, Storage, WaitLimit, flush::FlushPolicy},
+    state::{Arrival, Clock, Limits, Machine, Position, Storage, WaitLimit, flush::FlushPolicy},
     types::{Error, ErrorKind},
     wire::{Message, Messages},
 };
@@ -265,8 +265,7 @@ impl Shared {
             let storage = Storage::Own { bytes: datagram.len() as u32 };
             receiver.packets.push_back(RawPacket::new(Bytes::copy_from_slice(datagram), &packet, storage));
         }
-        let fixed =
-            FixedSettings { queue: settings.queue, on_unanswered: settings.on_unanswered, deadline: settings.deadline };
+        let fixed = settings.fixed();
         let first = record.unread.first().map_or(record.next, |(id, _)| *id);
         let mut machine = Machine::new(fixed, policy, limits, first, socket.clock());
         let position =

@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     state::{
-        Carried, Decision, Effects, Hold, Machine, Notice, Outbox,
+        Carried, Decision, Effects, FixedSettings, Hold, Machine, Notice, Outbox,
         flush::{FlushContext, FlushPolicy},
     },
     types::{Action, Error, ErrorKind, FlowMarks, PacketId, Stats},
@@ -59,6 +59,19 @@ pub(crate) struct Settings {
     /// Bytes of optional attributes in a message.
     pub(crate) attributes: usize,
     pub(crate) flow_marks: Option<FlowMarks>,
+    pub(crate) in_submission_order: bool,
+}
+
+impl Settings {
+    /// What the state knows of them.
+    pub(super) fn fixed(&self) -> FixedSettings {
+        FixedSettings {
+            queue: self.queue,
+            on_unanswered: self.on_unanswered,
+            deadline: self.deadline,
+            in_submission_order: self.in_submission_order,
+        }
+    }
 }
 
 /// See the module's documentation.

@@ -245,6 +245,11 @@ impl Shared {
         self.with(|core| _ = core.machine.flush());
     }
 
+    /// The next unread refusal, if there is one.
+    pub(crate) fn next_refusal(&self) -> Option<Error> {
+        self.core().machine.next_refusal()
+    }
+
     /// The next unread refusal.
     pub(crate) fn poll_refusal(&self, cx: &mut Context<'_>) -> Poll<Option<Error>> {
         let waker = cx.waker().clone();

@@ -585,3 +585,28 @@ async fn a_datagram_that_always_fits_is_sent_again() {
         assert_eq!(sent.try_outcome().expect("it is decided").action, Some(Action::Accept));
     }
 }
+
+#[tokio::test]
+async fn programs_without_await_receive_flush_and_read_refusals() {
+    let (kernel, queue) = queue(Queue::builder(0)).unwrap();
+    let (mut packets, sink) = queue.split();
+    let mut refusals = sink.refusals();
+    let sent = kernel.send_all((0..10).map(|_| datagram(b"x")));
+    let mut received = Vec::new();
+    assert_eq!(packets.try_recv_many(&mut received, 0).unwrap(), 0);
+    while received.len() < 10 {
+        let before = received.len();
+        let count = packets.try_recv_many(&mut received, 4).unwrap();
+        assert!((1..=4).contains(&count) && received.len() == before + count);
+    }
+    assert!(matches!(packets.try_recv_many(&mut received, 4), Err(crate::TryRecvError::Empty)));
+    assert!(refusals.try_recv().is_none());
+    received.drain(1..).for_each(|packet| packet.accept().submit().unwrap());
+    sink.flush_now();
+    assert_eq!(sent.iter().filter(|sent| sent.try_outcome().is_some_and(|outcome| outcome.accepted)).count(), 9);
+    let late = received.pop().unwrap();
+    sink.close_within(Duration::ZERO).await.unwrap_err();
+    late.accept().submit().unwrap();
+    assert_eq!(refusals.try_recv().unwrap().kind(), ErrorKind::Expired);
+    assert!(refusals.try_recv().is_none());
+}

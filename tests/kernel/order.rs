@@ -13,6 +13,7 @@ tests![
     both each_packet_is_decided_once_in_random_order_and_several_flushes,
     both one_flush_sends_every_kind_of_verdict,
     one one_flush_releases_packets_in_the_order_of_their_ids,
+    both in_submission_order_packets_are_released_in_the_order_of_their_verdicts,
     one immediate_releases_packets_in_the_order_of_their_verdicts,
     one a_flush_after_each_verdict_keeps_the_order_of_the_verdicts,
     one no_batch_decides_a_held_packet,
@@ -130,6 +131,30 @@ async fn one_flush_releases_packets_in_the_order_of_their_ids() {
         assert_eq!(delivered, Vec::from_iter(0..100));
     }
     assert_eq!(delivered.len(), 100);
+}
+
+async fn in_submission_order_packets_are_released_in_the_order_of_their_verdicts() {
+    let (mut queue, _divert) = start(Queue::builder(0).in_submission_order());
+    let traffic = Traffic::new(200);
+    let mut packets = hold(&mut queue, &traffic, 0..200).await;
+    Random::new(4).shuffle(&mut packets);
+    let order: Vec<u32> = packets.iter().map(number).collect();
+    for packet in packets {
+        packet.accept().submit().unwrap();
+    }
+    queue.sink().flush().await;
+    assert_eq!(traffic.delivered(), order);
+    let stats = queue.stats();
+    assert!(stats.sent.sends < 100, "packed: {stats:?}");
+    // In the order of the ids they share messages.
+    let before = queue.stats();
+    for packet in hold(&mut queue, &traffic, 0..100).await {
+        packet.accept().submit().unwrap();
+    }
+    queue.sink().flush().await;
+    assert_eq!(traffic.delivered(), Vec::from_iter(0..100));
+    let since = queue.stats() - before;
+    assert!(since.sent.messages < 100, "batched: {since:?}");
 }
 
 async fn immediate_releases_packets_in_the_order_of_their_verdicts() {

@@ -36,6 +36,10 @@ pub struct Ledger<E> {
     leaving: Vec<u32>,
     undecided: usize,
     batches: bool,
+    /// The messages are in the order of the decisions.
+    keeps_order: bool,
+    /// How many of `gathered` are unsent messages of the last `settle`.
+    returned: usize,
 }
 
 /// What happens to a packet.
@@ -126,7 +130,14 @@ impl<E> Ledger<E> {
             leaving: Vec::new(),
             undecided: 0,
             batches: true,
+            keeps_order: false,
+            returned: 0,
         }
+    }
+
+    /// From now on the messages are in the order of the decisions, not of the ids.
+    pub fn keep_order(&mut self) {
+        self.keeps_order = true;
     }
 
     /// From now on every packet is settled by a message of its own. For when it is unknown what the
@@ -316,13 +327,22 @@ impl<E> Ledger<E> {
     /// event that makes the kernel drop the packets of one round may leave those of a later round,
     /// and the kernel does not report missing packets of a batch that finds any.
     ///
+    /// If the [order of the decisions is kept](Self::keep_order) and is not that of the ids, each
+    /// becomes a message for a single packet.
+    ///
     /// The messages must be sent in this order and before those of a later call. Before that call,
     /// messages that could not be sent must be returned by [`unsent`](Self::unsent), or their ids
     /// [reopened](Self::reopen).
     pub fn settle(&mut self, rounds: impl Iterator<Item = u32>, out: &mut Vec<VerdictMessage<E>>) {
         std::mem::swap(&mut self.gathered, &mut self.leaving);
         self.gathered.clear();
+        self.returned = 0;
         let mut gathered = std::mem::take(&mut self.leaving);
+        if self.keeps_order && !are_in_order(&gathered) {
+            self.settle_in_order(&gathered, out);
+            self.leaving = gathered;
+            return;
+        }
         let stragglers = self.settle_stragglers(&gathered, out);
         let before = self.ring.len();
         let from_prefix = self.settle_prefix(rounds, out);
@@ -331,6 +351,21 @@ impl<E> Ledger<E> {
             self.settle_rest(&mut gathered, popped, out);
         }
         self.leaving = gathered;
+    }
+
+    /// One message for each decision, in the order of the decisions.
+    fn settle_in_order(&mut self, gathered: &[u32], out: &mut Vec<VerdictMessage<E>>) {
+        for id in gathered {
+            let Some(slot @ Slot::Decided(_)) = self.slot_mut(*id) else { continue };
+            if let Slot::Decided(decision) = std::mem::replace(slot, Slot::Settled) {
+                out.push(VerdictMessage::Single { id: *id, decision });
+            }
+        }
+        self.stragglers.retain(|_, slot| !matches!(slot, Slot::Settled));
+        while let Some(Slot::Settled) = self.ring.front() {
+            self.ring.pop_front();
+            self.base = self.base.wrapping_add(1);
+        }
     }
 
     /// Returns their number.
@@ -424,7 +459,13 @@ impl<E> Ledger<E> {
         let ids = self.ids_of(&message);
         let mut put = |id: u32, decision: Decision<E>| {
             *self.slot_to_restore(id) = Slot::Decided(decision);
-            self.gathered.push(id);
+            if self.keeps_order {
+                // Before what has been decided since.
+                self.gathered.insert(self.returned, id);
+                self.returned += 1;
+            } else {
+                self.gathered.push(id);
+            }
         };
         match message {
             VerdictMessage::Single { id, decision } => put(id, decision),
@@ -453,6 +494,10 @@ impl<E> Ledger<E> {
         }
         taken
     }
+}
+
+fn are_in_order(ids: &[u32]) -> bool {
+    ids.windows(2).all(|pair| pair[1].wrapping_sub(pair[0]) <= u32::MAX / 2)
 }
 
 /// The token of an id without one.

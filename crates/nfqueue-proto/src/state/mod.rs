@@ -113,6 +113,8 @@ pub struct FixedSettings {
     pub on_unanswered: Action,
     /// The action for packets that are undecided this long after they were received.
     pub deadline: Option<(Duration, Action)>,
+    /// Whether verdicts are sent in the order of their submission, not of the ids.
+    pub in_submission_order: bool,
 }
 
 /// The limits in force.
@@ -201,12 +203,16 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// A queue that has just been bound. `first` is the packet id that is expected first: 1 for a
     /// new queue.
     pub fn new(settings: FixedSettings, policy: FlushPolicy, limits: Limits, first: u32, clock: K) -> Self {
+        let mut ledger = Ledger::new(first);
+        if settings.in_submission_order {
+            ledger.keep_order();
+        }
         Self {
             settings,
             limits,
             clock,
             life: Life::new(),
-            ledger: Ledger::new(first),
+            ledger,
             gathering: Gathering::new(policy),
             rounds: Rounds::default(),
             outstanding: Outstanding::new(),

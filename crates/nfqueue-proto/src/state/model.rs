@@ -124,7 +124,8 @@ impl World {
         let room = if random.one_in(3) { 1 + random.below(60) } else { 100_000 };
         // Near the wrap in some histories.
         let first = if random.one_in(4) { 0u32.wrapping_sub(random.below(500) as u32) } else { 1 };
-        let settings = FixedSettings { queue: 0, on_unanswered, deadline };
+        let in_submission_order = seed % 4 == 3;
+        let settings = FixedSettings { queue: 0, on_unanswered, deadline, in_submission_order };
         let limits = Limits { max_len: max_len as u32, payload: 1000 };
         let mut machine = Machine::new(settings, policy, limits, first, clock.clone());
         machine.outstanding.continue_after(SEQUENCE);

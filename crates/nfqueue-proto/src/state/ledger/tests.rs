@@ -116,3 +116,52 @@ fn a_slot_stays_small() {
     // 65 536 packets may be outstanding; with boxed extras a slot is 40 bytes at most.
     assert!(size_of::<Slot<Box<[u8; 100]>>>() <= 40, "{}", size_of::<Slot<Box<[u8; 100]>>>());
 }
+
+#[test]
+fn the_order_of_the_decisions_is_kept_on_request() {
+    let single = |id, action| VerdictMessage::Single { id, decision: plain(action) };
+    let mut ledger = ledger(1..=6);
+    ledger.keep_order();
+    for (id, action) in [(3, ACCEPT), (1, ACCEPT), (2, DROP), (5, ACCEPT)] {
+        ledger.decide(id, plain(action)).unwrap();
+    }
+    let expected = [single(3, ACCEPT), single(1, ACCEPT), single(2, DROP), single(5, ACCEPT)];
+    let sent = settled(&mut ledger);
+    assert_eq!(sent, expected);
+    assert_eq!((ledger.base, ledger.ring.len(), ledger.undecided()), (4, 3, 2));
+    // Unsent messages come before what has been decided since.
+    ledger.decide(4, plain(ACCEPT)).unwrap();
+    sent.into_iter().skip(2).for_each(|message| ledger.unsent(message));
+    assert_eq!(settled(&mut ledger), [single(2, DROP), single(5, ACCEPT), single(4, ACCEPT)]);
+    ledger.decide(6, plain(ACCEPT)).unwrap();
+    assert_eq!(settled(&mut ledger), [single(6, ACCEPT)]);
+    // In the order of the ids, they share a message.
+    (7..=9).for_each(|id| _ = ledger.arrive(id, 1));
+    (7..=9).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    assert_eq!(settled(&mut ledger), [batch(7, 9, ACCEPT, 3)]);
+    assert_eq!((ledger.ring.len(), ledger.stragglers.len()), (0, 0));
+}
+
+#[test]
+fn the_order_of_the_decisions_is_kept_across_the_wrap_and_for_stragglers() {
+    let mut ledger = Ledger::<u8>::new(u32::MAX);
+    ledger.keep_order();
+    [u32::MAX, 0, 1].into_iter().for_each(|id| _ = ledger.arrive(id, 1));
+    ledger.decide(u32::MAX, plain(ACCEPT)).unwrap();
+    ledger.decide(0, plain(ACCEPT)).unwrap();
+    assert_eq!(settled(&mut ledger), [batch(u32::MAX, 0, ACCEPT, 2)]);
+    // An id that stays undecided while many are decided leaves the ring.
+    let many = 2 * SPARE_SPAN as u32;
+    (2..many).for_each(|id| _ = ledger.arrive(id, 1));
+    (2..many - 1).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    settled(&mut ledger);
+    (many..2 * many).for_each(|id| _ = ledger.arrive(id, 1));
+    (many..2 * many).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    settled(&mut ledger);
+    assert!(ledger.stragglers.contains_key(&1));
+    ledger.decide(many - 1, plain(DROP)).unwrap();
+    ledger.decide(1, plain(ACCEPT)).unwrap();
+    let single = |id, action| VerdictMessage::Single { id, decision: plain(action) };
+    assert_eq!(settled(&mut ledger), [single(many - 1, DROP), single(1, ACCEPT)]);
+    assert!(ledger.stragglers.is_empty());
+}

@@ -98,7 +98,12 @@ impl World {
 
         self.receiver.retain(|id| self.machine.is_undecided(*id));
         let policy = if self.custom { custom_policy(decided as u64) } else { FlushPolicy::adaptive(CAP) };
-        let settings = FixedSettings { queue: 0, on_unanswered: self.on_unanswered, deadline: self.deadline };
+        let settings = FixedSettings {
+            queue: 0,
+            on_unanswered: self.on_unanswered,
+            deadline: self.deadline,
+            in_submission_order: self.random.one_in(4),
+        };
         let first = self.receiver.front().copied().unwrap_or(position.next);
         let mut successor = Machine::new(settings, policy, self.machine.limits(), first, self.clock.clone());
         let storage = Storage::Own { bytes: 100 };
