@@ -5,7 +5,7 @@ use std::{hint::black_box, net::SocketAddr, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio_nfqueue::{
-    Queue,
+    Packet, Queue,
     simulated::{self, TestPacket},
 };
 
@@ -15,7 +15,7 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3));
-    targets = accept
+    targets = accept, serve
 }
 criterion_main!(benches);
 
@@ -42,6 +42,46 @@ fn accept(criterion: &mut Criterion) {
                         packet.accept().submit().expect("it is open");
                     }
                     queue.sink().flush().await;
+                    assert!(
+                        sent.iter().all(|sent| black_box(sent.try_outcome()).is_some_and(|outcome| outcome.accepted))
+                    );
+                });
+            });
+        });
+    }
+}
+
+/// A loop and `serve` with handlers that are ready at once, beside each other: both read until the
+/// last outcome is there.
+fn serve(criterion: &mut Criterion) {
+    const PACKETS: usize = 1000;
+    let [client, server] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse::<SocketAddr>().unwrap());
+    let packet = TestPacket::udp(client, server, &[0x45; 64]);
+    let mut group = criterion.benchmark_group("simulated/serve");
+    group.throughput(Throughput::Elements(PACKETS as u64));
+    for way in ["recv loop", "serve", "serve, in_flow_order"] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let (kernel, mut queue) = runtime.block_on(async { simulated::queue(Queue::builder(0)) }).expect("a queue");
+        let serving = async move {
+            match way {
+                "recv loop" => {
+                    while let Some(packet) = queue.recv().await.transpose().expect("no failure") {
+                        packet.accept().submit().expect("it is open");
+                    }
+                }
+                "serve" => queue.serve(async |packet: Packet| packet.accept()).await.expect("no failure"),
+                _ => queue.serve(async |packet: Packet| packet.accept()).in_flow_order().await.expect("no failure"),
+            }
+        };
+        runtime.spawn(serving);
+        group.bench_function(way, |bencher| {
+            bencher.iter(|| {
+                runtime.block_on(async {
+                    let sent = kernel.send_all(std::iter::repeat_n(packet.clone(), PACKETS));
+                    let last = sent.last().expect("a packet");
+                    while last.try_outcome().is_none() {
+                        tokio::task::yield_now().await;
+                    }
                     assert!(
                         sent.iter().all(|sent| black_box(sent.try_outcome()).is_some_and(|outcome| outcome.accepted))
                     );
