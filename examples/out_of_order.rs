@@ -75,7 +75,8 @@ async fn hold(mut receiver: mpsc::UnboundedReceiver<Packet>, hold_us: u64, mut s
             () = sleep_until(soonest.unwrap_or_else(Instant::now)), if soonest.is_some() => {}
         }
         let now = Instant::now();
-        for (_, packet) in held.extract_if(.., |(until, _)| *until <= now) {
+        while let Some(index) = held.iter().position(|(until, _)| *until <= now) {
+            let (_, packet) = held.swap_remove(index);
             let _ = packet.accept().submit();
         }
     }

@@ -65,7 +65,7 @@ impl Queue {
             namespace: None,
             flow_marks: None,
             in_submission_order: false,
-            rules: Wanted::default(),
+            rules: Wanted::none(),
         }
     }
 }

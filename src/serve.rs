@@ -31,7 +31,9 @@ impl Queue {
     /// # async fn example() -> Result<(), tokio_nfqueue::Error> {
     /// let queue = Queue::builder(0).bind().await?;
     /// queue
-    ///     .serve(async |packet: Packet| if allowed(&packet).await { packet.accept() } else { packet.drop() })
+    ///     .serve(async |packet: Packet| {
+    ///         if allowed(&packet).await { packet.accept() } else { packet.drop() }
+    ///     })
     ///     .with_graceful_shutdown(async { drop(tokio::signal::ctrl_c().await) })
     ///     .await
     /// # }

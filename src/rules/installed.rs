@@ -23,10 +23,14 @@ use crate::{
 };
 
 /// The rules that a queue is to have.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Wanted(Option<Box<DivertBuilder>>);
 
 impl Wanted {
+    pub(crate) fn none() -> Self {
+        Self(None)
+    }
+
     pub(crate) fn new(rules: DivertBuilder) -> Self {
         Self(Some(Box::new(rules)))
     }

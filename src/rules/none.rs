@@ -10,10 +10,14 @@ use crate::{
     types::{Error, FlowMarks},
 };
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Wanted;
 
 impl Wanted {
+    pub(crate) fn none() -> Self {
+        Self
+    }
+
     pub(crate) fn flow_marks(&self, of_queue: Option<FlowMarks>) -> Result<Option<FlowMarks>, &'static str> {
         Ok(of_queue)
     }

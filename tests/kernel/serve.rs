@@ -42,7 +42,7 @@ async fn every_packet_under_load_is_served_once() {
     let serving = queue.serve(move |packet: Packet| {
         let decide = decide.clone();
         async move {
-            if number(&packet) % 4 == 0 {
+            if number(&packet).is_multiple_of(4) {
                 tokio::task::yield_now().await;
             }
             decide(packet)
@@ -87,7 +87,7 @@ impl Connections {
                         }
                         patience = Instant::now() + PATIENCE;
                         let connection = sent as usize % senders.len();
-                        let datagram = (connection as u32) << 24 | sent / senders.len() as u32;
+                        let datagram = ((connection as u32) << 24) | (sent / senders.len() as u32);
                         senders[connection].send_to(&datagram.to_be_bytes(), (Ipv4Addr::LOCALHOST, PORT)).unwrap();
                     }
                 });
