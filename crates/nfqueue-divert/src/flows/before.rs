@@ -2,7 +2,7 @@
 
 use super::{
     context::{CLEAR, Flows, stray},
-    places::{first_traversal, is_last, is_last_but_for_input, opposite_chain},
+    places::{first_traversal, is_last, opposite_chain},
 };
 use crate::{
     action::{Action, Change, Field, Queues, Target},
@@ -140,7 +140,7 @@ impl<'a> Flows<'a> {
         // Others than those that connection tracking calls invalid do not come to an older entry.
         chain.push(&[Match::connection_state([ConnectionState::Invalid])], jump(FlowChain::BegunStray));
         // At a later place, a verdict may deny the packet.
-        if is_last_but_for_input(place, places) {
+        if is_last(place, places) {
             for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
                 chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
             }
