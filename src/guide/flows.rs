@@ -80,8 +80,9 @@
 //!   with a SYN. So the hook must see both directions.
 //! - TCP, SCTP and DCCP in an authentication header of IPv6 (protocol 51) always come to the queue:
 //!   `accept().for_flow()` holds for the packet, because rules cannot see which packet begins a
-//!   connection. Denials hold, but not for packets that connection tracking calls invalid. (In IPv4
-//!   connection tracking does not see what is behind the header: as "all others".)
+//!   connection. Denials hold, but not for packets that connection tracking calls invalid, and also
+//!   for a connection that the other side begins. (In IPv4 connection tracking does not see what is
+//!   behind the header: as "all others".)
 //!
 //! # Where two verdicts meet
 //!

@@ -184,7 +184,7 @@ pub(super) const SCTP: Protocol = Protocol::Other(132);
 pub(super) const DCCP: Protocol = Protocol::Other(33);
 /// Of IPv6, what connection tracking skips and nf_tables takes for the transport protocol
 /// (`ipv6_skip_exthdr`, `nft_set_pktinfo_ipv6`).
-pub(super) const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
+const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
 
 /// Packets that begin a connection. Connection tracking may count them to an older one.
 pub(super) fn first_packets() -> [[Match; 2]; 3] {
@@ -195,6 +195,12 @@ pub(super) fn first_packets() -> [[Match; 2]; 3] {
         [Match::protocol(SCTP), Match::sctp_init()],
         [Match::protocol(DCCP), Match::dccp_request()],
     ]
+}
+
+/// Packets with an authentication header in front of what connection tracking reads. Any of them
+/// may be a first packet.
+pub(super) fn authenticated() -> [Match; 2] {
+    [Match::protocol(AUTHENTICATION_HEADER), Match::tracked_with_first_packets()]
 }
 
 pub(super) fn goto(chain: FlowChain) -> Action {

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     action::{Action, Change, Field, Queues, Target},
     chain::{Chain, Place, chain_name},
-    chained::{AUTHENTICATION_HEADER, Chained, DCCP, SCTP, first_packets, goto, jump},
+    chained::{Chained, DCCP, SCTP, authenticated, first_packets, goto, jump},
     checked::KernelRule,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
@@ -173,8 +173,7 @@ impl<'a> Flows<'a> {
         chain.push(&dccp, goto(FlowChain::Begins));
         // Connection tracking reads what comes behind an authentication header, and rules cannot:
         // each such packet may begin a connection.
-        let authenticated = [Match::protocol(AUTHENTICATION_HEADER), Match::tracked_with_first_packets()];
-        chain.push_for(IpVersion::V6, &authenticated, goto(FlowChain::Begins));
+        chain.push_for(IpVersion::V6, &authenticated(), goto(FlowChain::Begins));
         chain
     }
 
