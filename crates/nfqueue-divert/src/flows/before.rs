@@ -163,6 +163,7 @@ impl<'a> Flows<'a> {
         let mut chain = self.common(FlowChain::Inherits);
         chain.change(&[self.marked(marks.accepted())], self.save(0));
         chain.change(&[self.marked(marks.accepting())], self.save(0));
+        chain.change(&[self.marked(marks.begun_again()), Match::unconfirmed()], self.save(0));
         chain
     }
 
