@@ -168,7 +168,7 @@ impl Of {
         [self, self.reversed()]
     }
 
-    /// Of a connection: the fields and their directions, given the fields of source and destination.
+    /// Of a connection: the fields and their directions, given those of source and destination.
     fn of_connection(self, [source, destination]: [u32; 2]) -> Option<[(u32, u8); 2]> {
         match self {
             Self::Connection => Some([(source, IP_CT_DIR_ORIGINAL), (destination, IP_CT_DIR_ORIGINAL)]),
