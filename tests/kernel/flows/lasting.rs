@@ -5,7 +5,7 @@ use std::{net::SocketAddrV4, time::Duration};
 use tokio_nfqueue::{Divert, FlowMarks, Hook, Match, Protocol, Queue, Rule};
 
 use super::{
-    bind, come, confirm, denials_expired, entries_gone, forgetful, queue_is_empty,
+    bind, come, confirm, denials_expired, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
         ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, forwarded, opened, pass_segment, queued, segment, tcp, udp,
     },
@@ -26,6 +26,7 @@ tests![
     one a_verdict_denies_although_the_rules_were_replaced,
     one a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass,
     one a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own_is_gone,
+    one a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone,
     one a_connection_that_one_with_two_syns_has_announced_can_be_accepted,
 ];
 
@@ -281,4 +282,26 @@ async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
         lose_connections();
     }
     assert_eq!(asked, [false; 2], "it comes to the queue although it was accepted");
+}
+
+/// A packet of the client has passed before the verdict, and none of the server. Nobody asks about
+/// those of the server.
+async fn a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone() {
+    let hosts = Hosts::new();
+    short_udp_timeouts();
+    let [client, _] = hosts.addresses();
+    let mut queue = bind();
+    let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+    let _divert = table([rule]).install().unwrap();
+    hosts.datagram(true);
+    pass(&mut queue).await;
+    hosts.datagram(true);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    entries_gone().await;
+    for of_client in [false, true, false] {
+        hosts.datagram(of_client);
+        queue_is_empty(&mut queue);
+        assert_eq!(hosts.arrived(), [0, 0], "{of_client}");
+    }
 }
