@@ -123,16 +123,17 @@
 //! If a packet of either side has passed before the verdict, all that the other side sends is of
 //! the denied connection, also beside an earlier denial of the same addresses and ports, and when
 //! connection tracking has lost the connection. Only where the protocol shows that a packet begins
-//! a connection (TCP, SCTP and DCCP), the other side may still begin one, when connection tracking
-//! has lost the denied one.
+//! a connection (TCP, SCTP and DCCP), the other side may still begin one of its own: with a packet
+//! that connection tracking does not count to the denied one as a reply.
 //!
 //! Behind address translation, connection tracking may have an entry for each direction of what the
 //! ends take for one conversation: if packets of both sides cross before one of them has passed, or
 //! if the other side sends to an address that has been translated. Each is then a connection with
 //! verdicts of its own, except that a denial of a first packet also holds for an entry whose
-//! destination alone has been translated, without another port. (The first packet of such an entry
-//! comes to the queue only if the table sees it behind the translation. With a priority of −100 or
-//! below at `Prerouting`, it is as all others, but later ones are denied.)
+//! destination alone has been translated, without another port. (That such an entry is the
+//! other side's own shows only behind the translation: if all rules are at `Prerouting` with a
+//! priority of −100 or below, its first packet is as that of any connection, and later ones are
+//! denied.)
 //!
 //! The addresses of a packet can be forged:
 //!
