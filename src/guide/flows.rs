@@ -65,8 +65,10 @@
 //!   if its sender has forged them. The connection's packets then come to the queue again. (If
 //!   connection tracking calls the SYN invalid, it ends the accept when it passes. The table
 //!   remembers 4096 such for each IP version, for the time of denials, also if their connection is
-//!   not complete by then; while that list is full, it drops them. A SYN that a rule excludes from
-//!   tracking ends nothing: exclude all packets of a connection, or none.)
+//!   not complete by then; while there is no room, it drops them. A SYN that a rule excludes from
+//!   tracking ends nothing: exclude all packets of a connection, or none. Nor does a SYN that waits
+//!   in the queue of another program while [`replace_rules`](crate::Divert::replace_rules) adds a
+//!   rule at an earlier hook, or at an earlier priority of the same hook.)
 //! - If a SYN comes while conntrack has an entry with its addresses and ports (of an older
 //!   connection, or of the same one if the SYN is sent again), only a verdict for a SYN can accept
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
@@ -76,8 +78,9 @@
 //!   with a SYN. So the hook must see both directions.
 //! - TCP, SCTP and DCCP in an authentication header of IPv6 (protocol 51) always come to the queue:
 //!   `accept().for_flow()` holds for the packet, because rules cannot see which packet begins a
-//!   connection. Denials hold, but not for packets that connection tracking calls invalid. (In IPv4
-//!   connection tracking does not see what is behind the header: as "all others".)
+//!   connection. Denials hold, but not for packets that connection tracking calls invalid, and also
+//!   for a connection that the other side begins. (In IPv4 connection tracking does not see what is
+//!   behind the header: as "all others".)
 //!
 //! # Where two verdicts meet
 //!
@@ -103,31 +106,36 @@
 //! other side has begun comes to the queue.) Behind address translation, when the entry is gone,
 //! the time of each direction begins anew with its own packets only.
 //!
-//! The other side of a denied connection may begin a connection of its own, on the same addresses
-//! and ports: its first packet (a SYN, or any packet of a protocol without one) comes to the queue
-//! if a rule matches it. If none does, a packet of a protocol without SYN is dropped for two
-//! seconds after the verdict, as it may have crossed the denied one. After that it passes:
-//! otherwise a sender with a forged address could block the connections of others. (It also passes
-//! if a rule of yours accepts it.) Later packets of such a connection come to the queue, and cannot
-//! leave it, while the denial is remembered. The table remembers 4096 such connections for each IP
-//! version, for twice the time of denials; while that list is full, it drops the first packets of
-//! further ones.
+//! The other side of a connection that was denied at its first packet may begin a connection of its
+//! own, on the same addresses and ports: its first packet (a SYN, or any packet of a protocol
+//! without one) comes to the queue if a rule matches it. If none does, a packet of a protocol
+//! without SYN is dropped for two seconds after the verdict, as it may have crossed the denied one.
+//! After that it passes: otherwise a sender with a forged address could block the connections of
+//! others. (It also passes if a rule of yours accepts it at the last hook with rules.) Later
+//! packets of such a connection come to the queue, and cannot leave it, while the denial is
+//! remembered. The table remembers 4096 such connections for each IP version, for twice the time of
+//! denials; while there is no room, it drops the first packets of further ones.
 //!
-//! If the other side's packets have passed before the verdict, they are of the denied connection:
-//! also if they begin one of its own beside an earlier denial of the same addresses and ports.
-//! So is what the other side sends after a verdict on a connection to which both have sent, also
-//! when connection tracking has lost the connection; of TCP, SCTP and DCCP all but a first packet.
+//! If a packet of either side has passed before the verdict, all that the other side sends is of
+//! the denied connection, also beside an earlier denial of the same addresses and ports, and when
+//! connection tracking has lost the connection. Only where the protocol shows that a packet begins
+//! a connection (TCP, SCTP and DCCP), the other side may still begin one of its own: with a packet
+//! that connection tracking does not count to the denied one as a reply.
 //!
 //! Behind address translation, connection tracking may have an entry for each direction of what the
 //! ends take for one conversation: if packets of both sides cross before one of them has passed, or
 //! if the other side sends to an address that has been translated. Each is then a connection with
 //! verdicts of its own, except that a denial of a first packet also holds for an entry whose
-//! destination alone has been translated, without another port.
+//! destination alone has been translated, without another port. (That such an entry is the
+//! other side's own shows only behind the translation: if all rules are at `Prerouting` with a
+//! priority of −100 or below, its first packet is as that of any connection, and later ones are
+//! denied.)
 //!
 //! The addresses of a packet can be forged:
 //!
-//! - A sender that forges a client's address can have the client's connection denied. Let the
-//!   kernel drop what comes from the wrong side (`rp_filter`), or name the interface in the rule.
+//! - A sender that forges a client's address can have the client's connection denied; if an earlier
+//!   one of its packets has passed, also what the server sends on the same ports. Let the kernel
+//!   drop what comes from the wrong side (`rp_filter`), or name the interface in the rule.
 //! - A policy that accepts forged packets of a server before it denies their connection denies the
 //!   client's own connection on the same ports too: conntrack counts both to one.
 //! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
@@ -298,6 +306,9 @@
 //! [`forget_flow`](crate::Divert::forget_flow). When the table goes, at the latest when the process
 //! ends, nothing is left that reads the marks. The next table with the same marks removes them
 //! first.
+//!
+//! When connection tracking has lost a denied connection whose source was translated, `forget_flow`
+//! finds what the server sends only by the addresses of the server's packets when they arrive.
 //!
 //! An accept is found when its connection has an entry that connection tracking shows: from when a
 //! packet has passed all hooks. If the first packet of a connection is accepted with `for_flow` and

@@ -214,6 +214,14 @@ async fn the_other_side_of_a_denied_connection_is_asked_about_its_own() {
     }
     // The connection is that of the other side now. Its packets do not leave the queue.
     decided(&kernel, &mut queue, question(), ACCEPT).await;
+    // Where a packet had passed, it is of the denied connection, also without its entry.
+    for deny in DENIALS {
+        let (kernel, mut queue) = bind();
+        decided(&kernel, &mut queue, question(), ACCEPTS[0]).await;
+        let rejected = decided(&kernel, &mut queue, question(), deny).await.rejected;
+        kernel.advance(Duration::from_secs(100));
+        denied(&kernel, answer(), rejected);
+    }
     // The middle of a connection is none of its own.
     let (kernel, mut queue) = bind();
     decided(&kernel, &mut queue, syn(), REJECT).await;

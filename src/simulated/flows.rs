@@ -126,7 +126,8 @@ impl Flows {
         self.rejected = Memory::default();
         self.recent = Memory::default();
         self.beside = Memory::default();
-        self.entries.values_mut().for_each(|entry| entry.mark = Mark::None);
+        let verdicts = self.entries.values_mut().filter(|entry| entry.mark != Mark::BegunAgain);
+        verdicts.for_each(|entry| entry.mark = Mark::None);
     }
 
     #[cfg(test)]
@@ -211,10 +212,14 @@ impl Flows {
         }
         let original = connection.original;
         if self.is_denied(original, now) {
+            self.set_mark(connection, Mark::Denied);
             return Some(self.denied(packet, original, now));
         }
         if self.is_denied(original.reversed(), now) {
             // `flow_reversed`
+            if matches!(self.mark(connection), Mark::Accepting | Mark::Accepted) {
+                self.set_mark(connection, Mark::None);
+            }
             if packet.is_first() && connection.is_reply {
                 return Some(self.denied(packet, original.reversed(), now));
             }
@@ -227,6 +232,7 @@ impl Flows {
                         false => &mut self.dropped,
                     };
                     memory.remember(original, DENIED_FOR, now);
+                    self.set_mark(connection, Mark::Denied);
                 }
                 return Some(self.denied(packet, original.reversed(), now));
             }
@@ -269,17 +275,19 @@ impl Flows {
     /// `flow_denied`, `flow_reversed_denied`
     fn denied(&mut self, packet: &FlowPacket, original: Tuple, now: Duration) -> ChainVerdict {
         let reversed = original.reversed();
+        let is_confirmed = packet.connection.is_some_and(|connection| !self.is_unconfirmed(connection));
+        let is_rejected = self.rejected.contains(original, now);
+        let memory = if is_rejected { &mut self.rejected } else { &mut self.dropped };
+        memory.remember(original, DENIED_FOR, now);
+        if is_confirmed && !original.has_first_packets() {
+            memory.remember(reversed, DENIED_FOR, now);
+        }
         for memory in [&mut self.dropped, &mut self.rejected] {
             if !original.has_first_packets() && memory.contains(reversed, now) {
                 memory.remember(reversed, DENIED_FOR, now);
             }
         }
-        if self.rejected.contains(original, now) {
-            self.rejected.remember(original, DENIED_FOR, now);
-            return packet.reject();
-        }
-        self.dropped.remember(original, DENIED_FOR, now);
-        ChainVerdict::Dropped
+        if is_rejected { packet.reject() } else { ChainVerdict::Dropped }
     }
 
     /// `to_queue_N`
@@ -315,7 +323,9 @@ impl Flows {
         let original = connection.original;
         let begins = !connection.is_reply && (packet.is_first() || !original.has_first_packets());
         let may_begin = self.is_unconfirmed(connection) || self.mark(connection) == Mark::BegunAgain;
-        if begins && may_begin && !denied && self.is_denied(original.reversed(), now) {
+        // Without first packets, the denied connection's other side is remembered as denied too.
+        let own = packet.is_first() || !self.is_denied(original, now);
+        if begins && own && may_begin && !denied && self.is_denied(original.reversed(), now) {
             self.beside.remember(original, DENIED_FOR, now);
         }
     }
@@ -323,7 +333,7 @@ impl Flows {
     /// The verdicts that deny.
     fn denying_verdict(&mut self, packet: &FlowPacket, priority: u32, now: Duration) -> Option<ChainVerdict> {
         let codes = packet.codes;
-        let answered = packet.connection.is_some_and(|it| self.entry(it).is_some_and(|entry| entry.answered));
+        let is_confirmed = packet.connection.is_some_and(|connection| !self.is_unconfirmed(connection));
         let (memory, verdict) = match priority {
             code if code == codes.dropped() => (&mut self.dropped, ChainVerdict::Dropped),
             code if code == codes.rejected() => (&mut self.rejected, packet.reject()),
@@ -333,7 +343,7 @@ impl Flows {
         if let Some(connection) = packet.connection {
             self.beside.forget(connection.original.reversed());
             memory.remember(connection.original, DENIED_FOR, now);
-            if answered && !connection.original.has_first_packets() {
+            if is_confirmed && !connection.original.has_first_packets() {
                 memory.remember(connection.original.reversed(), DENIED_FOR, now);
             }
             if self.is_unconfirmed(connection) {

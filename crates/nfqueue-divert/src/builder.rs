@@ -14,7 +14,7 @@ use super::{
     encoder::{Encoding, QueueMethod},
     failure::{errno, lacks_queue, refused, subject},
     family::TableFamily,
-    forget::forget_marks,
+    forget::{Forget, forget_marks},
     layout::Layout,
     nft::{Batch, ChainKind, Command, Creation, Ownership, Subject},
     offload::{Interfaces, SHORTEST_DENIAL},
@@ -407,7 +407,7 @@ impl DivertBuilder {
 
         if let Some(flows) = surroundings.flows {
             // The marks of a table that was here before, perhaps of a process that was killed.
-            forget_marks(connection, flows.marks, None).map_err(|error| error.with_operation(operation()))?;
+            forget_marks(connection, flows.marks, Forget::All).map_err(|error| error.with_operation(operation()))?;
         }
         let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
         let commands = encode(creation, Encoding { method, trial: false }, hooks);

@@ -78,29 +78,40 @@ impl<'a> Chained<'a> {
         for set in DeniedSet::of_replies(self.surroundings.family) {
             self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
         }
-        // An entry that has the same replies as a denied connection is not its other side.
         for set in DeniedSet::all(self.surroundings.family) {
-            let of = Of::ConnectionReversed;
-            let rule = self.push(&[Match::source_not_translated(), Match::denied(set, of)], action);
-            rule.facts.version = Some(set.version);
-            let replies = DeniedSet::of(set.version).into_iter().filter(|set| set.replies);
-            rule.conditions.extend(replies.map(|set| (Match::denied(set, of), true)));
+            let conditions = [Match::source_not_translated(), Match::denied(set, Of::ConnectionReversed)];
+            self.push_for(set.version, &conditions, action);
         }
     }
 
-    /// Adds rules that remember the connection by this tuple, as a dropped or as a rejected one.
-    pub(super) fn remember(
+    /// Of packets of the other side that are not first ones, adds rules for those that are of the
+    /// denied connection, also without its entry: where first packets can be told apart, and where
+    /// the other side is known to have been sent to.
+    pub(super) fn push_conversation(&mut self, action: Action) {
+        self.push(&[begin_so()], action);
+        for set in DeniedSet::of_replies(self.surroundings.family) {
+            self.push_for(set.version, &[Match::denied(set, Of::Connection)], action);
+        }
+    }
+
+    /// Adds rules that remember the connection in these sets, and the other side's tuple in those
+    /// of the same kind. Each is tried even if there is no room in another's set.
+    pub(super) fn remember_connection(
         &mut self,
-        sets: impl Iterator<Item = DeniedSet>,
-        reject: bool,
-        of: Of,
+        sets: impl IntoIterator<Item = DeniedSet>,
         conditions: &[(Match, bool)],
     ) {
-        for set in sets.filter(|set| set.reject == reject) {
+        let mut remember = |set: DeniedSet, of, further: Option<Match>| {
             let rule = self.push(&[], Action::Continue);
             rule.facts.version = Some(set.version);
             rule.conditions.extend_from_slice(conditions);
+            rule.conditions.extend(further.map(|condition| (condition, false)));
             rule.remember = Some(Remember::Denied(set, of));
+        };
+        for set in sets {
+            remember(set, Of::Connection, None);
+            // Only then it is known how its replies are translated.
+            remember(DeniedSet { replies: true, ..set }, Of::ConnectionReversed, Some(Match::confirmed()));
         }
     }
 
@@ -132,18 +143,9 @@ impl<'a> Chained<'a> {
         }
     }
 
-    /// Adds the rules that remember a connection that a verdict denies. Each is tried even if there
-    /// another's set is full.
+    /// Adds the rules that remember a connection that a verdict denies.
     pub(super) fn remember_verdict(&mut self, reject: bool) {
-        let family = self.surroundings.family;
-        self.remember(DeniedSet::all(family), reject, Of::Connection, &[]);
-        // Only then it is known how they are translated.
-        let known = [(Match::confirmed(), false)];
-        self.remember(DeniedSet::of_replies(family), reject, Of::ConnectionReversed, &known);
-        // Where no packet shows that it begins a connection, the other side's next packet is of the
-        // same conversation, also without its entry.
-        let conversation = [(Match::answered(), false), (begin_so(), true)];
-        self.remember(DeniedSet::all(family), reject, Of::ConnectionReversed, &conversation);
+        self.remember_connection(DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject), &[]);
         for version in denied::versions(self.surroundings.family) {
             let rule = self.push(&[], Action::Continue);
             rule.facts.version = Some(version);
@@ -184,7 +186,7 @@ pub(super) const SCTP: Protocol = Protocol::Other(132);
 pub(super) const DCCP: Protocol = Protocol::Other(33);
 /// Of IPv6, what connection tracking skips and nf_tables takes for the transport protocol
 /// (`ipv6_skip_exthdr`, `nft_set_pktinfo_ipv6`).
-pub(super) const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
+const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
 
 /// Packets that begin a connection. Connection tracking may count them to an older one.
 pub(super) fn first_packets() -> [[Match; 2]; 3] {
@@ -197,6 +199,12 @@ pub(super) fn first_packets() -> [[Match; 2]; 3] {
     ]
 }
 
+/// Packets with an authentication header in front of what connection tracking reads. Any of them
+/// may be a first packet.
+pub(super) fn authenticated() -> [Match; 2] {
+    [Match::protocol(AUTHENTICATION_HEADER), Match::tracked_with_first_packets()]
+}
+
 pub(super) fn goto(chain: FlowChain) -> Action {
     Action::Goto(Target::Flow(chain))
 }
@@ -205,14 +213,15 @@ pub(super) fn jump(chain: FlowChain) -> Action {
     Action::Jump(Target::Flow(chain))
 }
 
-/// Packets of protocols whose ports connection tracking reads. Of GRE, it reads the keys of PPTP
-/// only.
+/// Packets of protocols whose ports every kernel's connection tracking reads. Support for others is
+/// optional, and of GRE it reads the keys of PPTP only.
 pub(super) fn with_ports() -> Match {
-    const UDP_LITE: Protocol = Protocol::Other(136);
-    Match::protocols([Protocol::Tcp, Protocol::Udp, UDP_LITE, SCTP, DCCP])
+    Match::protocols([Protocol::Tcp, Protocol::Udp])
 }
 
-/// Packets of protocols that have packets of [`first_packets`].
+/// Packets of connections whose protocol has packets of [`first_packets`]. That is the protocol of
+/// the connection, not of the packet: an ICMP error, or what is in an authentication header, begins
+/// nothing, and is no conversation of another protocol.
 pub(super) fn begin_so() -> Match {
-    Match::protocols([Protocol::Tcp, SCTP, DCCP])
+    Match::tracked_with_first_packets()
 }

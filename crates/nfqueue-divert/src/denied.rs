@@ -8,9 +8,12 @@
 //! Another such set contains the tuples of the other side's packets, before address translation,
 //! of denied connections whose first packet had passed: before that, it is not known how they are
 //! translated. An entry whose first packet has such a tuple is the denied connection as the other
-//! side continues it, or a connection that the other side has begun. So is one without source
-//! translation whose replies have the tuple of a denied connection. (With source translation,
-//! connections of different hosts have the same replies.)
+//! side continues it, or, where that packet shows that it begins a connection, one of the other
+//! side's own. So may be one without source translation whose replies have the tuple of a denied
+//! connection. (With source translation, connections of different hosts have the same replies.)
+//!
+//! Connections beside denied ones are remembered by the addresses and ports of their true ends: of
+//! the senders of both directions. These name the same two ends whatever is translated between.
 //!
 //! A further set contains the ports of all these tuples, in both directions. Nearly every packet is
 //! found not to be denied by one lookup of eight bytes in it. A tuple is added after its ports, and
@@ -114,12 +117,6 @@ impl DeniedSet {
             replies,
         })
     }
-
-    /// How many elements it can have, for this number of denied connections.
-    pub(super) fn capacity(self, connections: u32) -> u32 {
-        // Conversations without first packets have both tuples in the first set.
-        if self.replies { connections } else { connections.saturating_mul(2) }
-    }
 }
 
 /// What a rule remembers.
@@ -150,8 +147,7 @@ impl Remember {
     /// In the language of nft.
     pub(super) fn nft(self) -> String {
         let update = |name: &str, key: String| format!("update @{name} {{ {key} }}");
-        let delete =
-            |name: &str, version| format!("delete @{name} {{ {} }}", tuple::nft(version, Of::ConnectionReversed));
+        let delete = |name: &str, version, of| format!("delete @{name} {{ {} }}", tuple::nft(version, of));
         match self {
             Self::Denied(set, of) => {
                 let [ports, reversed] = of.both().map(|of| update(PORTS, tuple::nft_ports(of)));
@@ -159,8 +155,8 @@ impl Remember {
             }
             Self::Recent(version) => update(recent(version), tuple::nft(version, Of::Connection)),
             Self::Beside(version, of) => update(beside(version), tuple::nft(version, of)),
-            Self::NotBeside(version) => delete(beside(version), version),
-            Self::NotRecent(version) => delete(recent(version), version),
+            Self::NotBeside(version) => delete(beside(version), version, Of::EndsReversed),
+            Self::NotRecent(version) => delete(recent(version), version, Of::ConnectionReversed),
             Self::Begun(version) => {
                 let [ports, reversed] = Of::Packet.both().map(|of| update(PORTS, tuple::nft_ports(of)));
                 [update(begun(version), tuple::nft(version, Of::Packet)), ports, reversed].join(" ")
@@ -208,7 +204,7 @@ impl Remember {
                 encoder.update_set(beside(version), None);
             }
             Self::NotBeside(version) => {
-                tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
+                tuple::load(version, Of::EndsReversed, REG32_00, encoder);
                 encoder.delete_from_set(beside(version));
             }
             Self::NotRecent(version) => {

@@ -151,17 +151,20 @@ impl Encoder {
     }
 
     /// Loads what connection tracking has in place of the ports of an echo request into two
-    /// registers: identifier, type and code. The packet is the request or the reply.
-    pub(super) fn echo_request(&mut self, version: IpVersion, register: u32) {
-        let request = match version {
-            IpVersion::V4 => 8,
-            IpVersion::V6 => 128,
-        };
+    /// registers: identifier, type and code. The packet is the request.
+    pub(super) fn echo_request(&mut self, register: u32) {
         self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 4, 2, register);
-        self.list.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Other(register + 1)),
-            Immediate::Data(DataAttribute::Value(vec![request, 0, 0, 0])),
-        ]));
+        self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, register + 1);
+    }
+
+    /// The same, if the packet is the reply.
+    pub(super) fn echo_reply(&mut self, version: IpVersion, register: u32) {
+        self.echo_request(register);
+        let other_type = match version {
+            IpVersion::V4 => 8,
+            IpVersion::V6 => 128 ^ 129,
+        };
+        self.bitwise_in(Register::Other(register + 1), vec![0xff; 2], vec![other_type, 0]);
     }
 
     /// Loads the ports of a protocol without ports, as connection tracking has them, into two
@@ -247,9 +250,13 @@ impl Encoder {
 
     /// `register = register & mask ^ change`, for the first register.
     pub(super) fn bitwise(&mut self, mask: Vec<u8>, change: Vec<u8>) {
+        self.bitwise_in(Register::Reg1, mask, change);
+    }
+
+    fn bitwise_in(&mut self, register: Register, mask: Vec<u8>, change: Vec<u8>) {
         self.list.push(Expressions::Bitwise(vec![
-            Bitwise::SourceRegister(Register::Reg1),
-            Bitwise::DestinationRegister(Register::Reg1),
+            Bitwise::SourceRegister(register),
+            Bitwise::DestinationRegister(register),
             Bitwise::Length(mask.len() as u32),
             Bitwise::Xor(DataAttribute::Value(change)),
             Bitwise::Mask(DataAttribute::Value(mask)),

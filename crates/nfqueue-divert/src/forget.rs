@@ -35,16 +35,25 @@ pub(super) struct Forgotten {
     accepted: HashSet<FlowTuple>,
 }
 
-/// Removes the marks of all connections, or of one.
-pub(super) fn forget_marks(
-    connection: &mut Connection,
-    marks: FlowMarks,
-    flow: Option<FlowTuple>,
-) -> Result<Forgotten, Error> {
+/// Which marks of connections are removed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Forget {
+    /// Also those that are no verdicts.
+    All,
+    /// Those of all verdicts. That a connection has begun on an older one's entry stays: verdicts
+    /// for packets of the older one may be on their way.
+    Verdicts,
+    /// Those of the verdict for one connection.
+    VerdictOf(FlowTuple),
+}
+
+/// Removes the marks of connections.
+pub(super) fn forget_marks(connection: &mut Connection, marks: FlowMarks, forget: Forget) -> Result<Forgotten, Error> {
     let found = RefCell::new(Forgotten::default());
     let verdicts = [marks.accepting(), marks.accepted(), marks.denied()];
     let common = verdicts.into_iter().fold(marks.mask(), |common, value| common & value);
-    for (value, mask) in [(common, common), (marks.begun_again(), marks.mask())] {
+    let begun_again = matches!(forget, Forget::All).then_some((marks.begun_again(), marks.mask()));
+    for (value, mask) in [(common, common)].into_iter().chain(begun_again) {
         let filter = vec![
             ConntrackAttribute::Other(number(CTA_MARK, value)),
             ConntrackAttribute::Other(number(CTA_MARK_MASK, mask)),
@@ -53,20 +62,18 @@ pub(super) fn forget_marks(
         let result = connection.change_all(request, |header, entry| {
             // Older kernels do not filter.
             let mark = u32::from_be_bytes(attribute(entry, CTA_MARK)?.try_into().ok()?) & marks.mask();
-            let is_verdict = verdicts.contains(&mark);
-            if !is_verdict && mark != marks.begun_again() {
+            let no_verdict = begun_again.is_some_and(|(value, _)| mark == value);
+            if !verdicts.contains(&mark) && !no_verdict {
                 return None;
             }
             let names = names(entry);
-            if let Some(flow) = flow {
+            if let Forget::VerdictOf(flow) = forget {
                 let names = names?;
                 if !names.iter().any(|name| flow.is(*name)) {
                     return None;
                 }
-                if is_verdict {
-                    // By the tuples of both sides. Without translation each names both.
-                    found.borrow_mut().flows.extend([names[0], names[2]]);
-                }
+                // By the tuples of both sides. Without translation each names both.
+                found.borrow_mut().flows.extend([names[0], names[2]]);
             }
             if mark == marks.accepted() || mark == marks.accepting() {
                 found.borrow_mut().accepted.extend(names.map(|names| names[0]));
@@ -128,19 +135,22 @@ pub(super) fn denied_elements(
     flow: FlowTuple,
     tuples: &[FlowTuple],
 ) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
-    let mut keys: Vec<Vec<u8>> =
-        tuples.iter().chain([&flow]).flat_map(|tuple| [tuple.key(), tuple.reversed().key()]).collect();
+    let of = |tuple: FlowTuple| [tuple.key(), tuple.reversed().key()];
+    let mut keys: Vec<Vec<u8>> = tuples.iter().chain([&flow]).flat_map(|tuple| of(*tuple)).collect();
     let map = denied::translated(version);
     for object in connection.dump(&nft::get_elements(table, map))? {
-        let elements = dump::mapped(&object).into_iter();
-        // As a packet shows it behind the translation.
-        let shown = elements.filter(|(key, data)| FlowTuple::translated(key, data).is_some_and(|name| flow.is(name)));
-        keys.extend(shown.map(|(key, _)| key));
+        for (key, data) in dump::mapped(&object) {
+            // As a packet shows it behind the translation. Either name names both.
+            let Some(shown) = FlowTuple::translated(&key, &data) else { continue };
+            if flow.is(shown) || of(flow).contains(&key) {
+                keys.extend(of(shown).into_iter().chain([key]));
+            }
+        }
     }
     keys.sort();
     keys.dedup();
-    let names: Vec<&str> =
-        DeniedSet::of(version).map(DeniedSet::name).into_iter().chain([map, denied::beside(version)]).collect();
+    let others = [map, denied::beside(version), denied::recent(version)];
+    let names: Vec<&str> = DeniedSet::of(version).map(DeniedSet::name).into_iter().chain(others).collect();
     let mut found = Vec::new();
     for key in keys {
         for name in &names {

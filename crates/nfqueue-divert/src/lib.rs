@@ -49,7 +49,7 @@ use self::{
     denied::FlowTable,
     encoder::{Encoding, QueueMethod},
     failure::refused,
-    forget::{Forgotten, denied_elements, forget_marks},
+    forget::{Forget, Forgotten, denied_elements, forget_marks},
     handover::{ForeignRules, InstalledRules},
     layout::Layout,
     nft::{Batch, ChainKind},
@@ -322,7 +322,7 @@ impl Divert {
         let commands = batch.commands;
         let result = state.connection.transact(&commands, Outcome::Commit);
         result.map_err(|refusal| refused(operation(), &commands, &[], refusal))?;
-        let forgotten = forget_marks(&mut state.connection, flows.marks, None);
+        let forgotten = forget_marks(&mut state.connection, flows.marks, Forget::Verdicts);
         let forgotten = forgotten.map_err(|error| error.with_operation(operation()))?;
         self.recall(&mut state, &forgotten, operation)
     }
@@ -356,7 +356,7 @@ impl Divert {
         };
         let mut state = self.lock();
         let state = &mut *state;
-        let forgotten = forget_marks(&mut state.connection, flows.marks, Some(flow));
+        let forgotten = forget_marks(&mut state.connection, flows.marks, Forget::VerdictOf(flow));
         let forgotten = forgotten.map_err(|error| error.with_operation(operation()))?;
         self.recall(state, &forgotten, operation)?;
         let marked = forgotten.flows;

@@ -257,8 +257,7 @@ impl<'a> Batch<'a> {
     /// Creates the sets to which rules add denied connections.
     pub(super) fn create_denied_sets(&mut self, family: TableFamily, flows: FlowTable) {
         for set in DeniedSet::every(family) {
-            let capacity = set.capacity(flows.capacity);
-            self.create_denied_set(set.name(), tuple::key(set.version), None, capacity, flows);
+            self.create_denied_set(set.name(), tuple::key(set.version), None, flows.capacity, flows);
         }
         for version in denied::versions(family) {
             let data = tuple::translated(version);

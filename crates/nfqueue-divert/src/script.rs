@@ -36,7 +36,7 @@ pub(super) fn script(table: &str, surroundings: Surroundings<'_>, layout: &Layou
             line(&mut text, 1, format_args!("}}"));
         };
         for denied in DeniedSet::every(family) {
-            set(denied.name(), &tuple::nft_type(denied.version), denied.capacity(flows.capacity), flows.timeout);
+            set(denied.name(), &tuple::nft_type(denied.version), flows.capacity, flows.timeout);
         }
         for version in denied::versions(family) {
             set(denied::begun(version), &tuple::nft_type(version), denied::BEGUN, flows.timeout);

@@ -123,6 +123,11 @@ pub(super) enum Of {
     Connection,
     /// Those of the other side's packets, before address translation.
     ConnectionReversed,
+    /// Those of the connection's ends: of the sender of the first packet, and of the sender of the
+    /// replies, each as it knows itself.
+    Ends,
+    /// The same, exchanged.
+    EndsReversed,
     /// Those of the packet.
     Packet,
     /// The same, source and destination exchanged.
@@ -146,6 +151,8 @@ impl Of {
         match self {
             Self::Connection => Self::ConnectionReversed,
             Self::ConnectionReversed => Self::Connection,
+            Self::Ends => Self::EndsReversed,
+            Self::EndsReversed => Self::Ends,
             Self::Packet => Self::PacketReversed,
             Self::PacketReversed => Self::Packet,
             Self::Quoted(version) => Self::QuotedReversed(version),
@@ -161,20 +168,26 @@ impl Of {
         [self, self.reversed()]
     }
 
-    /// Of a connection: whose tuple.
-    fn direction(self) -> u8 {
-        if self == Self::ConnectionReversed { IP_CT_DIR_REPLY } else { IP_CT_DIR_ORIGINAL }
+    /// Of a connection: the fields and their directions, given those of source and destination.
+    fn of_connection(self, [source, destination]: [u32; 2]) -> Option<[(u32, u8); 2]> {
+        match self {
+            Self::Connection => Some([(source, IP_CT_DIR_ORIGINAL), (destination, IP_CT_DIR_ORIGINAL)]),
+            Self::ConnectionReversed => Some([(source, IP_CT_DIR_REPLY), (destination, IP_CT_DIR_REPLY)]),
+            Self::Ends => Some([(source, IP_CT_DIR_ORIGINAL), (source, IP_CT_DIR_REPLY)]),
+            Self::EndsReversed => Some([(source, IP_CT_DIR_REPLY), (source, IP_CT_DIR_ORIGINAL)]),
+            _ => None,
+        }
     }
 
     /// Of a source and a destination, the one that comes first, and the other.
     fn order<T>(self, source: T, destination: T) -> [T; 2] {
         match self {
-            Self::Connection | Self::Packet | Self::Quoted(_) | Self::EchoRequest(_) | Self::WithoutPorts => {
-                [source, destination]
-            }
-            Self::ConnectionReversed | Self::PacketReversed | Self::QuotedReversed(_) | Self::EchoReply(_) => {
-                [destination, source]
-            }
+            Self::ConnectionReversed
+            | Self::EndsReversed
+            | Self::PacketReversed
+            | Self::QuotedReversed(_)
+            | Self::EchoReply(_) => [destination, source],
+            _ => [source, destination],
         }
     }
 }
@@ -195,18 +208,27 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
         IpVersion::V4 => [CT_SRC_IP, CT_DST_IP],
         IpVersion::V6 => [CT_SRC_IP6, CT_DST_IP6],
     };
-    for (key, end) in keys.into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination)) {
-        match of {
-            Of::Connection | Of::ConnectionReversed => load_field(key, of.direction(), register, encoder),
-            Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_address(version, end, register),
-            _ => encoder.address(version, end, register),
+    if let Some(fields) = of.of_connection(keys) {
+        for (key, direction) in fields {
+            load_field(key, direction, register, encoder);
+            register += words;
         }
-        register += words;
-    }
-    match of {
-        Of::Connection | Of::ConnectionReversed => load_field(CT_PROTOCOL, of.direction(), register, encoder),
-        Of::Quoted(_) | Of::QuotedReversed(_) => encoder.quoted_protocol(version, register),
-        _ => encoder.meta_into(MetaKey::L4Proto, register),
+        load_field(CT_PROTOCOL, IP_CT_DIR_ORIGINAL, register, encoder);
+    } else {
+        let quoted = matches!(of, Of::Quoted(_) | Of::QuotedReversed(_));
+        for end in of.order(Endpoint::Source, Endpoint::Destination) {
+            if quoted {
+                encoder.quoted_address(version, end, register);
+            } else {
+                encoder.address(version, end, register);
+            }
+            register += words;
+        }
+        if quoted {
+            encoder.quoted_protocol(version, register);
+        } else {
+            encoder.meta_into(MetaKey::L4Proto, register);
+        }
     }
     load_ports(of, register + 1, encoder);
 }
@@ -214,15 +236,20 @@ pub(super) fn load(version: IpVersion, of: Of, mut register: u32, encoder: &mut 
 /// Loads the ports into two registers. For protocols without ports, those of the connection are
 /// numbers that connection tracking uses in their place.
 pub(super) fn load_ports(of: Of, register: u32, encoder: &mut Encoder) {
+    if let Some(fields) = of.of_connection([CT_PROTO_SRC, CT_PROTO_DST]) {
+        for ((key, direction), register) in fields.into_iter().zip(register..) {
+            load_field(key, direction, register, encoder);
+        }
+        return;
+    }
     match of {
-        Of::EchoReply(version) | Of::EchoRequest(version) => return encoder.echo_request(version, register),
+        Of::EchoReply(version) => return encoder.echo_reply(version, register),
+        Of::EchoRequest(_) => return encoder.echo_request(register),
         Of::WithoutPorts => return encoder.no_ports(register),
         _ => {}
     }
-    let keys = [CT_PROTO_SRC, CT_PROTO_DST].into_iter().zip(of.order(Endpoint::Source, Endpoint::Destination));
-    for ((key, end), register) in keys.zip(register..) {
+    for (end, register) in of.order(Endpoint::Source, Endpoint::Destination).into_iter().zip(register..) {
         match of {
-            Of::Connection | Of::ConnectionReversed => load_field(key, of.direction(), register, encoder),
             Of::Quoted(version) | Of::QuotedReversed(version) => encoder.quoted_port(version, end, register),
             _ => encoder.port(end, register),
         }

@@ -9,12 +9,12 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule};
 
 use super::{
-    bind, confirm, pass, queue_is_empty,
+    bind, come, confirm, entries_gone, pass, queue_is_empty,
     segments::{ACK, LAST, SYN, SYN_ACK},
     table,
 };
 use crate::{
-    common::next,
+    common::{lose_connections, next},
     support::{self, Peer, VethOptions},
 };
 
@@ -22,6 +22,8 @@ tests![
     one a_syn_in_an_authentication_header_never_takes_the_shortcut,
     one a_denial_holds_in_an_authentication_header,
     one datagrams_in_an_authentication_header_can_be_accepted,
+    one an_accept_in_an_authentication_header_does_not_hold_for_other_packets,
+    one a_denial_holds_for_the_other_side_in_an_authentication_header,
 ];
 
 const AUTHENTICATED: u8 = 51;
@@ -95,6 +97,18 @@ impl Net {
         let mut packet = Vec::new();
         builder.write(&mut packet, data).unwrap();
         from.send(&authenticated(packet), to);
+    }
+
+    /// The client sends a segment without the header.
+    fn plain_segment(&self) {
+        let (from, to, ports) = self.ends(true);
+        let mut packet = Vec::new();
+        PacketBuilder::ipv6(from.address().octets(), to.address().octets(), 64)
+            .tcp(ports[0], ports[1], 1005, 64_000)
+            .ack(5001)
+            .write(&mut packet, b"bad")
+            .unwrap();
+        from.send(&packet, to);
     }
 
     fn datagram(&self, of_client: bool) {
@@ -191,4 +205,40 @@ async fn datagrams_in_an_authentication_header_can_be_accepted() {
     net.datagram(false);
     assert_eq!(net.arrived(), [2, 2]);
     queue_is_empty(&mut queue);
+}
+
+/// The packet with the header is accepted alone, as the guide says. Segments without the header
+/// have the same connection.
+async fn an_accept_in_an_authentication_header_does_not_hold_for_other_packets() {
+    let mut come_to_queue = Vec::new();
+    let net = Net::new();
+    for for_flow in [false, true] {
+        let mut queue = bind();
+        let plain = Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0);
+        let divert = table([rule(), plain]).install().unwrap();
+        net.segment(true, ACK, (1001, 5001), b"data");
+        let verdict = queued(&mut queue, ACK).await.accept();
+        confirm(if for_flow { verdict.for_flow() } else { verdict }).await.unwrap();
+        net.plain_segment();
+        let packet = come(&mut queue).await;
+        come_to_queue.push(packet.map(|packet| packet.payload()[6]));
+        divert.close().unwrap();
+        lose_connections();
+    }
+    assert_eq!(come_to_queue, [Some(6); 2], "the segment did not come to the queue");
+}
+
+/// A segment without the header is denied, and conntrack has no entry.
+async fn a_denial_holds_for_the_other_side_in_an_authentication_header() {
+    let net = Net::new();
+    let mut queue = bind();
+    let plain = Rule::new(Hook::Forward).protocol(Protocol::Tcp).to_queue(0);
+    let _divert = table([plain]).install().unwrap();
+    net.plain_segment();
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    net.segment(true, ACK, (1001, 5001), b"data");
+    entries_gone().await;
+    assert_eq!(net.arrived(), [0, 0]);
+    net.segment(false, ACK, (5001, 1008), b"data");
+    assert_eq!(net.arrived(), [0, 0]);
 }

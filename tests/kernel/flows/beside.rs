@@ -1,12 +1,20 @@
 //! Connections that the other side of a denied one begins, on the same addresses and ports.
 
-use std::{net::TcpListener, time::Duration};
+use std::{
+    net::{SocketAddrV4, TcpListener},
+    time::Duration,
+};
 
-use tokio_nfqueue::{Hook, Protocol, Rule, divert::FlowTuple};
+use tokio_nfqueue::{
+    Hook, Protocol, Rule,
+    divert::{FlowTuple, Match, TcpFlags},
+};
 
 use super::{
-    MEMORY, bind, confirm, forgetful, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, datagram, opened, pass_segment, queued, segment, tcp, udp, unreachable},
+    MEMORY, bind, come, confirm, forgetful, pass, queue_is_empty,
+    segments::{
+        ACK, Hosts, SYN, SYN_ACK, datagram, forwarded, opened, pass_segment, queued, segment, tcp, udp, unreachable,
+    },
     table,
 };
 use crate::{
@@ -22,6 +30,9 @@ tests![
     one an_error_about_a_connection_beside_a_denied_one_passes,
     one an_invalid_segment_of_a_connection_beside_a_denied_one_comes_to_the_queue,
     one the_other_side_begins_again_after_its_crossing_connection_was_denied,
+    one an_error_about_a_crossing_connection_denies_no_later_one,
+    one an_error_about_a_crossing_connection_protects_nothing,
+    one a_syn_that_input_drops_begins_nothing,
 ];
 
 /// The one that this host has begun is denied when the server answers.
@@ -30,7 +41,7 @@ async fn a_connection_to_this_host_begins_beside_its_denied_one() {
     for hooks in [&[Hook::Prerouting][..], &[Hook::Prerouting, Hook::Forward]] {
         hosts.another_port();
         let [client, server] = hosts.addresses();
-        let here = std::net::SocketAddrV4::new(hosts.server.gateway(), client.port());
+        let here = SocketAddrV4::new(hosts.server.gateway(), client.port());
         let from_server = |flags, numbers| hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
         let mut queue = bind();
         let rules = hooks.iter().map(|hook| Rule::new(*hook).protocol(Protocol::Tcp).to_queue(0));
@@ -175,4 +186,106 @@ async fn the_other_side_begins_again_after_its_crossing_connection_was_denied() 
     hosts.client(SYN, (9000, 0), b"");
     pass_segment(&mut queue, SYN).await;
     assert_eq!(hosts.arrived(), [1, 0]);
+}
+
+/// Both sides begin at once, and the client's SYN is denied. The client's host, or anybody in its
+/// name, sends an ICMP error about the server's SYN.
+async fn an_error_about_a_crossing_connection_denies_no_later_one() {
+    let hosts = Hosts::new();
+    let mut come_again = Vec::new();
+    for error in [false, true] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let mut queue = bind();
+        let divert = table([tcp()]).install().unwrap();
+        hosts.client(SYN, (1000, 0), b"");
+        let denied = queued(&mut queue, SYN).await;
+        hosts.server(SYN, (5000, 0), b"");
+        pass_segment(&mut queue, SYN).await;
+        confirm(denied.drop().for_flow()).await.unwrap();
+        assert_eq!(hosts.arrived(), [0, 1]);
+        if error {
+            let quoted = segment(server, client, SYN, (5000, 0), b"");
+            hosts.client.send(&unreachable(client, server, &quoted[..28]), *server.ip());
+            assert_eq!(hosts.arrived(), [0, 0]);
+        }
+        lose_connections();
+        hosts.server(SYN, (9000, 0), b"");
+        come_again.push(come(&mut queue).await.is_some());
+        divert.close().unwrap();
+    }
+    assert_eq!(come_again, [true; 2], "the server cannot begin a connection of its own");
+}
+
+/// The server's SYN has passed twice before the client's is denied. An ICMP error about what the
+/// client sends on the server's connection waits meanwhile.
+async fn an_error_about_a_crossing_connection_protects_nothing() {
+    let hosts = Hosts::new();
+    for error in [false, true] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let mut queue = bind();
+        let syn = forwarded(Protocol::Tcp).when(Match::tcp_syn()).to_queue(0);
+        let divert = table([syn, forwarded(Protocol::Icmp).to_queue(0)]).install().unwrap();
+        hosts.client(SYN, (1000, 0), b"");
+        let denied = queued(&mut queue, SYN).await;
+        for _ in 0..2 {
+            hosts.server(SYN, (5000, 0), b"");
+            pass_segment(&mut queue, SYN).await;
+        }
+        let mut waits = None;
+        if error {
+            let quoted = segment(client, server, SYN_ACK, (1000, 5001), b"");
+            hosts.server.send(&unreachable(server, client, &quoted[..28]), *client.ip());
+            waits = Some(next(&mut queue).await);
+        }
+        confirm(denied.drop().for_flow()).await.unwrap();
+        if let Some(error) = waits {
+            confirm(error.accept()).await.unwrap();
+        }
+        hosts.arrived();
+        hosts.client(SYN_ACK, (1000, 5001), b"");
+        hosts.server(ACK, (5001, 1001), b"");
+        hosts.client(ACK, (1001, 5001), b"bad");
+        queue_is_empty(&mut queue);
+        assert_eq!(hosts.arrived(), [0, 0], "{error}");
+        divert.close().unwrap();
+    }
+}
+
+/// `Prerouting` asks about SYNs, and `Input` drops them.
+async fn a_syn_that_input_drops_begins_nothing() {
+    let hosts = Hosts::new();
+    for syn in [false, true] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let here = SocketAddrV4::new(hosts.server.gateway(), client.port());
+        let from_server = |flags, numbers| hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
+        let mut queue = bind();
+        let of_server = |hook| Rule::new(hook).protocol(Protocol::Tcp).source_address(*server.ip(), 32);
+        let rules = [
+            of_server(Hook::Prerouting).when(Match::tcp_flags(TcpFlags::SYN, TcpFlags::SYN)),
+            of_server(Hook::Input).when(Match::tcp_syn()).drop(),
+            of_server(Hook::Input).count(),
+        ];
+        let [asked, begins, all] = rules;
+        let divert = table([asked.to_queue(0), begins, all]).install().unwrap();
+        let first = segment(here, server, SYN, (1000, 0), b"");
+        support::send_raw_ipv4(&support::raw_ipv4(), &first, *server.ip()).unwrap();
+        from_server(SYN_ACK, (5000, 1001));
+        confirm(queued(&mut queue, SYN_ACK).await.drop().for_flow()).await.unwrap();
+        lose_connections();
+        if syn {
+            from_server(SYN, (9000, 0));
+            pass_segment(&mut queue, SYN).await;
+        }
+        let count = || divert.counters().unwrap()[2].packets;
+        let before = count();
+        from_server(ACK, (5001, 1001));
+        hosts.arrived();
+        queue_is_empty(&mut queue);
+        assert_eq!(count() - before, 0, "{syn}: a segment of the denied connection has passed");
+        divert.close().unwrap();
+        lose_connections();
+    }
 }

@@ -1,19 +1,19 @@
 //! Verdicts for connections are taken back.
 
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, divert::FlowTuple};
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
-    segments::{Hosts, echo},
+    DECISIONS, Decision, LOOPBACKS, Talk, bind, come, confirm, pass, queue_is_empty,
+    segments::{ACK, Hosts, SYN, SYN_ACK, echo, forwarded, opened, pass_segment, queued, tcp, udp},
     table, to_port,
 };
 use crate::{
     common::{
-        next,
-        rules::{self, NetfilterProtoFamily},
+        lose_connections, next,
+        rules::{self, NetfilterProtoFamily, Place},
     },
     support,
 };
@@ -28,6 +28,9 @@ tests![
     one tables_with_other_marks_do_not_concern_each_other,
     one table_without_flow_marks_has_no_flows,
     one an_accept_is_found_when_its_first_packet_has_passed_the_last_hook,
+    one a_translated_connection_is_forgotten_without_its_entry,
+    one a_verdict_for_an_older_connection_does_not_accept_after_forgetting,
+    one a_forgotten_denial_drops_no_datagram_of_the_other_side,
 ];
 
 fn rules_of(talks: &[Talk]) -> Vec<Rule> {
@@ -258,4 +261,84 @@ async fn an_accept_is_found_when_its_first_packet_has_passed_the_last_hook() {
     talk.ask(2);
     pass(&mut queue).await;
     talk.asked(2);
+}
+
+/// The connection is named as before the translation, and conntrack has lost it.
+async fn a_translated_connection_is_forgotten_without_its_entry() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let service = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), server.port());
+    let arriving = Place { hook: 0, priority: -100 };
+    rules::install_nat_at("dnat", arriving, server.port(), (*server.ip(), server.port())).unwrap();
+    let mut asked = Vec::new();
+    for [name, other] in [[client, server], [client, service], [service, client]] {
+        let mut queue = bind();
+        let divert = table([udp()]).install().unwrap();
+        hosts.client.datagram(client, service);
+        pass(&mut queue).await;
+        hosts.server.datagram(server, client);
+        pass(&mut queue).await;
+        hosts.client.datagram(client, service);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        lose_connections();
+        assert!(divert.forget_flow(FlowTuple::udp(SocketAddr::from(name), SocketAddr::from(other))).unwrap());
+        hosts.server.datagram(server, client);
+        asked.push(come(&mut queue).await.is_some());
+        divert.close().unwrap();
+        lose_connections();
+    }
+    assert_eq!(asked, [true; 3], "the server's datagram is still denied");
+}
+
+/// "If a SYN comes while conntrack has an entry with its addresses and ports, only a verdict for a
+/// SYN can accept the connection." Not if the flows are forgotten between.
+async fn a_verdict_for_an_older_connection_does_not_accept_after_forgetting() {
+    let hosts = Hosts::new();
+    for forget in [None, Some(false), Some(true)] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let mut queue = bind();
+        let divert = table([tcp()]).install().unwrap();
+        opened(&hosts, &mut queue).await;
+        hosts.client(ACK, (1001, 5001), b"request");
+        let older = queued(&mut queue, ACK).await;
+        hosts.client(SYN, (90_000, 0), b"");
+        pass_segment(&mut queue, SYN).await;
+        match forget {
+            None => {}
+            Some(false) => divert.forget_flows().unwrap(),
+            Some(true) => drop(divert.forget_flow(FlowTuple::tcp(client, server)).unwrap()),
+        }
+        confirm(older.accept().for_flow()).await.unwrap();
+        hosts.server(SYN_ACK, (7000, 90_001), b"");
+        let asked = come(&mut queue).await;
+        assert!(asked.is_some(), "{forget:?}: the new connection is accepted");
+        drop(asked);
+        divert.close().unwrap();
+        hosts.arrived();
+    }
+}
+
+/// No rule asks about it.
+async fn a_forgotten_denial_drops_no_datagram_of_the_other_side() {
+    let hosts = Hosts::new();
+    let mut arrived = Vec::new();
+    for all in [true, false] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let mut queue = bind();
+        let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+        let divert = table([rule]).install().unwrap();
+        hosts.datagram(true);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        if all {
+            divert.forget_flows().unwrap();
+        } else {
+            assert!(divert.forget_flow(FlowTuple::udp(client, server)).unwrap());
+        }
+        hosts.datagram(false);
+        arrived.push(hosts.arrived());
+        divert.close().unwrap();
+    }
+    assert_eq!(arrived, [[0, 1]; 2]);
 }

@@ -6,9 +6,11 @@ use nfqueue_divert::Divert;
 use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 
 use super::{
-    bind, confirm, denials_expired, forgetful, queue_is_empty,
-    segments::{ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, forwarded, opened, queued, segment, tcp, udp},
-    table,
+    bind, come, confirm, denials_expired, entries_gone, forgetful, pass, queue_is_empty,
+    segments::{
+        ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, forwarded, opened, pass_segment, queued, segment, tcp, udp,
+    },
+    short_udp_timeouts, table,
 };
 use crate::common::{
     lose_connections, next,
@@ -24,6 +26,9 @@ tests![
     one a_denied_connection_stays_denied_for_any_flags,
     one a_verdict_denies_although_the_rules_were_replaced,
     one a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass,
+    one a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own_is_gone,
+    one a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone,
+    one a_connection_that_one_with_two_syns_has_announced_can_be_accepted,
 ];
 
 /// Of two SYNs that wait at once each has an entry. The first one's is kept.
@@ -200,4 +205,104 @@ async fn a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass() {
     confirm(queued(&mut queue, SYN).await.reject().for_flow()).await.unwrap();
     queue_is_empty(&mut other_queue);
     assert_eq!(hosts.arrived(), [0, 1]);
+}
+
+/// Of two first datagrams that wait at once, one passes and is answered, and the other one is
+/// denied. Only the client's datagrams come to the queue.
+async fn a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own_is_gone() {
+    let hosts = Hosts::new();
+    short_udp_timeouts();
+    let [client, _] = hosts.addresses();
+    for at_once in [false, true] {
+        hosts.another_port();
+        let mut queue = bind();
+        let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+        let divert = table([rule]).install().unwrap();
+        hosts.datagram(true);
+        let first = next(&mut queue).await;
+        let denied = if at_once {
+            hosts.datagram(true);
+            Some(next(&mut queue).await)
+        } else {
+            None
+        };
+        confirm(first.accept()).await.unwrap();
+        hosts.datagram(false);
+        assert_eq!(hosts.arrived(), [1, 1]);
+        let denied = match denied {
+            Some(denied) => denied,
+            None => {
+                hosts.datagram(true);
+                next(&mut queue).await
+            }
+        };
+        confirm(denied.drop().for_flow()).await.unwrap();
+        hosts.datagram(false);
+        hosts.datagram(true);
+        queue_is_empty(&mut queue);
+        assert_eq!(hosts.arrived(), [0, 0]);
+        entries_gone().await;
+        hosts.datagram(false);
+        assert_eq!(hosts.arrived(), [0, 0], "{at_once}: the server's datagram has passed");
+        divert.close().unwrap();
+    }
+}
+
+/// The SYN of the announcing connection was sent twice. The announced one is accepted by its first
+/// packet.
+async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
+    let hosts = Hosts::new();
+    rules::install_helper("helper", Place { hook: 0, priority: 0 }, "ftp", 6).unwrap();
+    let mut asked = Vec::new();
+    for again in [false, true] {
+        hosts.another_port();
+        let [client, server] = hosts.addresses();
+        let mut queue = bind();
+        let [client_side, server_side] = [client, server].map(|address| *address.ip());
+        let divert = table([tcp()]).install().unwrap();
+        for _ in 0..=u8::from(again) {
+            hosts.client(SYN, (1000, 0), b"");
+            pass_segment(&mut queue, SYN).await;
+        }
+        hosts.server(SYN_ACK, (5000, 1001), b"");
+        pass_segment(&mut queue, SYN_ACK).await;
+        for (number, data) in [(1001, &b""[..]), (1001, b"USER me\r\n"), (1010, b"PORT 10,9,1,2,200,10\r\n")] {
+            hosts.client(ACK, (number, 5001), data);
+            pass_segment(&mut queue, ACK).await;
+        }
+        let announced = SocketAddrV4::new(client_side, 200 * 256 + 10);
+        let data = |number| {
+            let from = SocketAddrV4::new(server_side, 20);
+            hosts.server.send(&segment(from, announced, ACK, (number, 1), b"data"), client_side);
+        };
+        data(1);
+        confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        data(5);
+        asked.push(come(&mut queue).await.is_some());
+        divert.close().unwrap();
+        lose_connections();
+    }
+    assert_eq!(asked, [false; 2], "it comes to the queue although it was accepted");
+}
+
+/// A packet of the client has passed before the verdict, and none of the server. Nobody asks about
+/// those of the server.
+async fn a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone() {
+    let hosts = Hosts::new();
+    short_udp_timeouts();
+    let [client, _] = hosts.addresses();
+    let mut queue = bind();
+    let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+    let _divert = table([rule]).install().unwrap();
+    hosts.datagram(true);
+    pass(&mut queue).await;
+    hosts.datagram(true);
+    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [1, 0]);
+    entries_gone().await;
+    for of_client in [false, true, false] {
+        hosts.datagram(of_client);
+        queue_is_empty(&mut queue);
+        assert_eq!(hosts.arrived(), [0, 0], "{of_client}");
+    }
 }

@@ -1,15 +1,16 @@
 //! Two verdicts for one connection: the denial wins.
 
-use std::time::Duration;
+use std::{net::SocketAddrV4, time::Duration};
 
+use nfqueue_divert::Divert;
 use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict, divert::Match};
 
 use super::{
-    LOOPBACKS, Talk, bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo, udp},
+    LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
+    segments::{self, ACK, Hosts, LAST, SYN, SYN_ACK, datagram, echo, queued, udp},
     table, to_port,
 };
-use crate::common::{kernel_release, next};
+use crate::common::{kernel_release, lose_connections, next};
 
 tests![
     one a_denial_wins_over_an_accept_of_another_first_packet,
@@ -19,6 +20,10 @@ tests![
     one an_icmp_error_does_not_speak_for_the_connection_it_quotes,
     one forged_packets_do_not_block_the_connections_of_others,
     one a_packet_of_the_other_side_is_dropped_only_shortly,
+    one a_denial_wins_over_an_accept_of_the_other_side_at_an_earlier_hook,
+    one a_denial_wins_over_such_an_accept_that_waits_in_another_queue,
+    one a_crossing_datagram_is_dropped_although_an_earlier_one_of_the_client_has_passed,
+    one a_rule_lets_a_crossing_datagram_pass_at_the_last_hook,
 ];
 
 /// All but the last packets of the rounds.
@@ -104,7 +109,7 @@ async fn a_denial_wins_in_one_flush() {
         let mut queue = bind();
         let _divert = table([to_port(Hook::Output, talk.port()).to_queue(0)]).install().unwrap();
         talk.ask(1);
-        super::pass(&mut queue).await;
+        pass(&mut queue).await;
         talk.asked(1);
         talk.ask(2);
         talk.ask(3);
@@ -135,7 +140,7 @@ async fn an_accept_of_a_lost_entry_is_forgotten() {
     talk.ask(3);
     // Linux 6.1 gives the packet the entry that was kept; 6.12 and later do not.
     if kernel_release() >= (6, 12) {
-        super::pass(&mut queue).await;
+        pass(&mut queue).await;
     }
     talk.asked(3);
 }
@@ -222,4 +227,112 @@ async fn a_packet_of_the_other_side_is_dropped_only_shortly() {
     confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     hosts.client(SYN, (1000, 0), b"");
     assert_eq!(hosts.arrived(), [1, 0]);
+}
+
+/// The server's SYN is accepted with its connection at `Prerouting` and waits at `Forward`, when
+/// the client's is denied.
+async fn a_denial_wins_over_an_accept_of_the_other_side_at_an_earlier_hook() {
+    let hosts = Hosts::new();
+    for later_for_flow in [false, true] {
+        hosts.another_port();
+        let mut queue = bind();
+        let rules = [Hook::Prerouting, Hook::Forward].map(|hook| Rule::new(hook).protocol(Protocol::Tcp).to_queue(0));
+        let divert = table(rules).install().unwrap();
+        hosts.client(SYN, (1000, 0), b"");
+        let denied = queued(&mut queue, SYN).await;
+        hosts.server(SYN, (5000, 0), b"");
+        confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+        let later = queued(&mut queue, SYN).await;
+        confirm(denied.drop().for_flow()).await.unwrap();
+        let later = later.accept();
+        confirm(if later_for_flow { later.for_flow() } else { later }).await.unwrap();
+        hosts.arrived();
+        hosts.client(SYN_ACK, (1000, 5001), b"");
+        hosts.server(ACK, (5001, 1001), b"data");
+        hosts.client(ACK, (1001, 5005), b"bad");
+        assert_eq!(hosts.arrived(), [0, 0], "it left the queue, {later_for_flow}");
+        divert.close().unwrap();
+    }
+}
+
+/// The same, and the SYN waits in the queue of another table.
+async fn a_denial_wins_over_such_an_accept_that_waits_in_another_queue() {
+    let hosts = Hosts::new();
+    for two_places in [false, true] {
+        hosts.another_port();
+        let mut queue = bind();
+        let later = segments::forwarded(Protocol::Udp).destination_port(9).drop();
+        let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Tcp).to_queue(0);
+        let divert = table([rule].into_iter().chain(two_places.then_some(later))).install().unwrap();
+        let mut other = Queue::builder(1).bind().await.unwrap();
+        let earlier = Rule::new(Hook::Forward).protocol(Protocol::Tcp).priority(-5).to_queue(1);
+        let second = Divert::builder().rule(earlier).install().unwrap();
+        hosts.client(SYN, (1000, 0), b"");
+        let denied = queued(&mut queue, SYN).await;
+        hosts.server(SYN, (5000, 0), b"");
+        confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
+        let later = next(&mut other).await;
+        confirm(denied.drop().for_flow()).await.unwrap();
+        confirm(later.accept()).await.unwrap();
+        second.close().unwrap();
+        hosts.arrived();
+        hosts.client(SYN_ACK, (1000, 5001), b"");
+        hosts.server(ACK, (5001, 1001), b"data");
+        hosts.client(ACK, (1001, 5005), b"bad");
+        assert_eq!(hosts.arrived(), [0, 0], "it left the queue, {two_places}");
+        divert.close().unwrap();
+    }
+}
+
+/// It waits in the queue of another table meanwhile.
+async fn a_crossing_datagram_is_dropped_although_an_earlier_one_of_the_client_has_passed() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let mut arrived = Vec::new();
+    for earlier in [false, true] {
+        let mut queue = bind();
+        let rule = segments::forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+        let divert = table([rule]).install().unwrap();
+        let mut other = Queue::builder(1).bind().await.unwrap();
+        let of_server = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_address(*server.ip(), 32);
+        let second = Divert::builder().rule(of_server.to_queue(1)).install().unwrap();
+        hosts.datagram(false);
+        let crosses = next(&mut other).await;
+        if earlier {
+            hosts.datagram(true);
+            pass(&mut queue).await;
+        }
+        hosts.datagram(true);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        hosts.arrived();
+        confirm(crosses.accept()).await.unwrap();
+        arrived.push(hosts.arrived());
+        second.close().unwrap();
+        divert.close().unwrap();
+        lose_connections();
+    }
+    assert_eq!(arrived, [[0, 0]; 2]);
+}
+
+/// "It also passes if a rule of yours accepts it at the last hook with rules."
+async fn a_rule_lets_a_crossing_datagram_pass_at_the_last_hook() {
+    let hosts = Hosts::new();
+    let [client, server] = hosts.addresses();
+    let mut arrived = Vec::new();
+    for later in [false, true] {
+        hosts.another_port();
+        let mut queue = bind();
+        let from = |address: SocketAddrV4| {
+            Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_address(*address.ip(), 32)
+        };
+        let other = segments::forwarded(Protocol::Udp).destination_port(9).drop();
+        let rules = [from(client).to_queue(0), from(server).accept()];
+        let divert = table(rules.into_iter().chain(later.then_some(other))).install().unwrap();
+        hosts.datagram(true);
+        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        hosts.datagram(false);
+        arrived.push(hosts.arrived());
+        divert.close().unwrap();
+    }
+    assert_eq!(arrived, [[0, 1], [0, 0]]);
 }

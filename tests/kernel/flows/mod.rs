@@ -211,6 +211,11 @@ fn queue_is_empty(queue: &mut Queue) {
     assert!(packet.is_err(), "{packet:?} came to the queue");
 }
 
+/// The next packet, if one comes soon.
+async fn come(queue: &mut Queue) -> Option<Packet> {
+    tokio::time::timeout(Duration::from_millis(700), next(queue)).await.ok()
+}
+
 /// Takes a packet and accepts it alone.
 async fn pass(queue: &mut Queue) {
     confirm(next(queue).await.accept()).await.unwrap();

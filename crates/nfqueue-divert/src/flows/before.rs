@@ -2,12 +2,12 @@
 
 use super::{
     context::{CLEAR, Flows, stray},
-    places::{first_traversal, is_last, is_last_but_for_input, opposite_chain},
+    places::{first_traversal, is_last, opposite_chain},
 };
 use crate::{
     action::{Action, Change, Field, Queues, Target},
     chain::{Chain, Place, chain_name},
-    chained::{AUTHENTICATION_HEADER, Chained, DCCP, SCTP, first_packets, goto, jump},
+    chained::{Chained, DCCP, SCTP, authenticated, first_packets, goto, jump},
     checked::KernelRule,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
@@ -140,7 +140,7 @@ impl<'a> Flows<'a> {
         // Others than those that connection tracking calls invalid do not come to an older entry.
         chain.push(&[Match::connection_state([ConnectionState::Invalid])], jump(FlowChain::BegunStray));
         // At a later place, a verdict may deny the packet.
-        if is_last_but_for_input(place, places) {
+        if is_last(place, places) {
             for condition in [Match::unconfirmed(), self.marked(self.table.marks.begun_again())] {
                 chain.push(&[condition, Match::listed(Of::Connection)], jump(FlowChain::Beside));
             }
@@ -163,6 +163,7 @@ impl<'a> Flows<'a> {
         let mut chain = self.common(FlowChain::Inherits);
         chain.change(&[self.marked(marks.accepted())], self.save(0));
         chain.change(&[self.marked(marks.accepting())], self.save(0));
+        chain.change(&[self.marked(marks.begun_again()), Match::unconfirmed()], self.save(0));
         chain
     }
 
@@ -173,8 +174,7 @@ impl<'a> Flows<'a> {
         chain.push(&dccp, goto(FlowChain::Begins));
         // Connection tracking reads what comes behind an authentication header, and rules cannot:
         // each such packet may begin a connection.
-        let authenticated = [Match::protocol(AUTHENTICATION_HEADER), Match::tracked_with_first_packets()];
-        chain.push_for(IpVersion::V6, &authenticated, goto(FlowChain::Begins));
+        chain.push_for(IpVersion::V6, &authenticated(), goto(FlowChain::Begins));
         chain
     }
 

@@ -7,9 +7,10 @@ use super::{
 use crate::{
     action::Action,
     chain::Place,
-    chained::{Chained, goto, jump},
+    chained::{Chained, authenticated, goto, jump},
     checked::KernelRule,
     denied::{self, Remember},
+    family::IpVersion,
     flow_chain::{FlowChain, Way},
     matching::Match,
     tuple::Of,
@@ -74,6 +75,8 @@ impl<'a> Flows<'a> {
     pub(super) fn save_chain(self) -> Chained<'a> {
         let marks = self.table.marks;
         let mut chain = self.common(FlowChain::Save);
+        // It may begin a connection, or be of an older one.
+        chain.push_for(IpVersion::V6, &authenticated(), Action::Return);
         chain.push_first(&[], goto(FlowChain::SaveFirst), None);
         for undecided in [marks.begun_again(), marks.accepting()] {
             chain.push(&[self.marked(undecided)], Action::Return);

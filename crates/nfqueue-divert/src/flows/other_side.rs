@@ -20,17 +20,17 @@ impl<'a> Flows<'a> {
     pub(super) fn reversed(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Reversed(way), way);
         // It is remembered as long as the denial, which any packet of the denied side renews.
-        chain.renew_beside(Of::Connection, &[]);
+        chain.renew_beside(Of::Ends, &[]);
+        // An accept that it had does not come back when the memory of the denial is gone.
+        chain.push(&[], jump(FlowChain::Inherits));
         // The denied side would begin its connection again.
         chain.push_first(&[Match::is_reply(true)], goto(FlowChain::ReversedDenied(way)), None);
         for version in denied::versions(self.surroundings.family) {
-            chain.push_for(version, &[Match::beside(version, Of::Connection)], Action::Return);
+            chain.push_for(version, &[Match::beside(version, Of::Ends)], Action::Return);
         }
         chain.push_first(&[], Action::Return, None);
-        // An accept that it had does not come back when the memory of the denial is gone.
-        chain.push(&[Match::confirmed()], jump(FlowChain::Inherits));
         chain.push(&[Match::confirmed()], goto(FlowChain::ReversedDenied(way)));
-        chain.push(&[begin_so()], goto(FlowChain::ReversedDenied(way)));
+        chain.push_conversation(goto(FlowChain::ReversedDenied(way)));
         chain
     }
 
@@ -39,15 +39,17 @@ impl<'a> Flows<'a> {
         let family = self.surroundings.family;
         // By which of its tuples the connection is found.
         let of = |set: DeniedSet| if set.replies { Of::Connection } else { Of::ConnectionReversed };
-        // Without first packets, it is the same conversation also when its entry is gone.
+        // It is the other side's of the same conversation also when its entry is gone.
         for set in DeniedSet::every(family) {
             let rule = chain.push(&[Match::denied(set, of(set))], Action::Continue);
             rule.facts.version = Some(set.version);
-            rule.conditions.push((begin_so(), true));
-            rule.remember = Some(Remember::Denied(DeniedSet { replies: false, ..set }, Of::Connection));
+            rule.remember = Some(Remember::Denied(DeniedSet { replies: true, ..set }, Of::Connection));
         }
-        chain.renew(DeniedSet::every(family), Of::ConnectionReversed, &[]);
-        chain.renew(DeniedSet::of_replies(family), Of::Connection, &[]);
+        chain.renew(DeniedSet::all(family), Of::ConnectionReversed, &[]);
+        // Otherwise the other side's own SYN would be denied as long as the entry is there.
+        let denied = chain.push(&[], Action::Continue);
+        denied.conditions.push((begin_so(), true));
+        denied.changes.push(self.save(self.table.marks.denied()));
         for set in DeniedSet::every(family).filter(|set| set.reject) {
             chain.push_for(set.version, &[Match::denied(set, of(set))], goto(FlowChain::Rejected(way)));
         }
@@ -71,7 +73,7 @@ impl<'a> Flows<'a> {
         let mut chain = self.common(FlowChain::BesideBegins);
         chain.push(&[Match::is_reply(true)], Action::Return);
         chain.push_first(&[], goto(FlowChain::BesideRecord), None);
-        chain.push(&[begin_so()], Action::Return);
+        chain.push_conversation(Action::Return);
         chain.push(&[], goto(FlowChain::BesideRecord));
         chain
     }
@@ -80,10 +82,12 @@ impl<'a> Flows<'a> {
     /// denied one.
     pub(super) fn beside_record(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::BesideRecord);
+        // An earlier place may have accepted it, before the denial.
+        chain.push(&[], jump(FlowChain::Inherits));
         for version in denied::versions(self.surroundings.family) {
             let rule = chain.push(&[], Action::Return);
             rule.facts.version = Some(version);
-            rule.remember = Some(Remember::Beside(version, Of::Connection));
+            rule.remember = Some(Remember::Beside(version, Of::Ends));
         }
         chain.drop();
         chain

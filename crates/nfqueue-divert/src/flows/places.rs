@@ -34,14 +34,8 @@ pub(super) fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Mat
 /// Whether packets come to no later place of `places`, except over the loopback interface.
 pub(super) fn is_last(place: Place, places: &[Place]) -> bool {
     let later = |hook: Hook| places.iter().any(|other| other.hook == hook);
-    is_last_but_for_input(place, places) && !(place.hook == Hook::Prerouting && later(Hook::Input))
-}
-
-/// The same for forwarded packets and those that leave; others may come to `Input`.
-pub(super) fn is_last_but_for_input(place: Place, places: &[Place]) -> bool {
-    let later = |hook: Hook| places.iter().any(|other| other.hook == hook);
     let last_hook = match place.hook {
-        Hook::Prerouting => !later(Hook::Forward) && !later(Hook::Postrouting),
+        Hook::Prerouting => ![Hook::Input, Hook::Forward, Hook::Postrouting].into_iter().any(later),
         Hook::Forward | Hook::Output => !later(Hook::Postrouting),
         _ => true,
     };

@@ -3,7 +3,7 @@
 use super::context::Flows;
 use crate::{
     action::Action,
-    chained::{Chained, DCCP, SCTP, begin_so, goto, jump, with_ports},
+    chained::{Chained, DCCP, SCTP, goto, jump, with_ports},
     denied::{self, DeniedSet, Remember},
     family::IpVersion,
     flow_chain::{FlowChain, Way},
@@ -35,19 +35,16 @@ impl<'a> Flows<'a> {
         let family = self.surroundings.family;
         let mut chain = self.of_way(FlowChain::Denied(way), way);
         chain.remember_translated();
-        chain.renew(DeniedSet::all(family), Of::ConnectionReversed, &[(begin_so(), true)]);
         chain.renew(DeniedSet::of_replies(family), Of::ConnectionReversed, &[]);
-        chain.renew_beside(Of::ConnectionReversed, &[]);
+        chain.renew_beside(Of::EndsReversed, &[]);
         chain.change(&[], self.save(self.table.marks.denied()));
+        // As a verdict for a packet of this entry would.
         for set in DeniedSet::all(family).filter(|set| set.reject) {
-            let rule = chain.push(&[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
-            rule.facts.version = Some(set.version);
-            rule.remember = Some(Remember::Denied(set, Of::Connection));
+            let rejected = [(Match::denied(set, Of::Connection), false)];
+            chain.remember_connection([set], &rejected);
+            chain.push_for(set.version, &[Match::denied(set, Of::Connection)], goto(FlowChain::Rejected(way)));
         }
-        // Translation is complete only then.
-        let known = [(Match::confirmed(), false)];
-        chain.remember(DeniedSet::of_replies(family), false, Of::ConnectionReversed, &known);
-        chain.remember(DeniedSet::all(family), false, Of::Connection, &[]);
+        chain.remember_connection(DeniedSet::all(family).filter(|set| !set.reject), &[]);
         chain.drop();
         chain
     }
@@ -114,14 +111,16 @@ impl<'a> Flows<'a> {
         for version in denied::versions(family) {
             chain.push_for(version, &[listed.clone(), Match::beside(version, Of::Packet)], Action::Return);
         }
-        chain.renew(DeniedSet::all(family), Of::PacketReversed, &[(begin_so(), false), (listed, false)]);
         for protocol in [Protocol::Tcp, SCTP, DCCP] {
-            for set in DeniedSet::every(family) {
-                deny(&mut chain, set, Some(protocol), if set.replies { Of::Packet } else { Of::PacketReversed });
-            }
+            let conditions = [(Match::protocol(protocol), false), (listed.clone(), false)];
+            chain.renew(DeniedSet::all(family), Of::PacketReversed, &conditions);
+        }
+        DeniedSet::of_replies(family).for_each(|set| deny(&mut chain, set, None, Of::Packet));
+        for protocol in [Protocol::Tcp, SCTP, DCCP] {
+            DeniedSet::all(family).for_each(|set| deny(&mut chain, set, Some(protocol), Of::PacketReversed));
         }
         chain.push(&[with_ports()], Action::Return);
-        DeniedSet::all(family).for_each(|set| deny(&mut chain, set, None, Of::WithoutPorts));
+        DeniedSet::every(family).for_each(|set| deny(&mut chain, set, None, Of::WithoutPorts));
         chain
     }
 
@@ -135,7 +134,7 @@ impl<'a> Flows<'a> {
                 IpVersion::V6 => Protocol::Icmpv6,
             };
             let about = [Of::Quoted, Of::QuotedReversed, Of::EchoReply, Of::EchoRequest];
-            for of in about[..if set.replies { 1 } else { 4 }].iter().map(|of| of(set.version)) {
+            for of in about[..if set.replies { 2 } else { 4 }].iter().map(|of| of(set.version)) {
                 let conditions =
                     [Match::protocol(protocol), Match::icmp_about(of), Match::listed(of), Match::denied(set, of)];
                 let rule = chain.push(&conditions, Action::Drop);

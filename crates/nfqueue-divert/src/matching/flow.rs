@@ -159,11 +159,6 @@ impl Match {
         Self::new(Flow::Beside(version, of))
     }
 
-    /// Packets of connections of which both sides have sent packets.
-    pub(in super::super) fn answered() -> Self {
-        Self::status(IPS_SEEN_REPLY, IPS_SEEN_REPLY)
-    }
-
     /// Packets of the side that has not begun the connection, or of the one that has.
     pub(in super::super) fn is_reply(reply: bool) -> Self {
         Self::new(Flow::IsReply(reply))
@@ -445,7 +440,6 @@ const FIRST_PACKETS: [Range; 3] = [(6, 6), (33, 33), (132, 132)];
 const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
-const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_ASSURED: u32 = 1 << 2;
 const IPS_CONFIRMED: u32 = 1 << 3;
 const IPS_SRC_NAT: u32 = 1 << 4;
