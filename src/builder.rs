@@ -72,14 +72,14 @@ impl Queue {
 
 impl QueueBuilder {
     /// Copies the first `bytes` bytes of each packet, 1 to 65 531. Default: 65 531, the whole
-    /// packet.
+    /// packet. As in the kernel, 0 and more than 65 531 mean 65 531.
     ///
     /// Most filters read only headers; a short range then saves memory and time. A replaced payload
     /// ([`Verdict::payload`](crate::Verdict::payload)) must be a whole packet, so a program that
     /// edits needs whole packets.
     #[doc(alias = "NFQNL_COPY_PACKET")]
     pub fn copy_range(mut self, bytes: u32) -> Self {
-        self.copy = CopyMode::Packet(bytes);
+        self.copy = CopyMode::payload(bytes);
         self
     }
 
@@ -91,13 +91,13 @@ impl QueueBuilder {
     }
 
     /// How many packets the kernel queues before it drops further packets (with
-    /// [`fail_open`](Self::fail_open): accepts them). Must not be 0. Default: 1024, as in the
-    /// kernel.
+    /// [`fail_open`](Self::fail_open): accepts them). Default: 1024, as in the kernel. 0 counts as
+    /// 1: the kernel would drop every packet.
     ///
     /// Linux 6.12.83, 6.18.24 and later queue at most 65 536 packets, whatever the value.
     #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
     pub fn max_len(mut self, packets: u32) -> Self {
-        self.max_len = packets;
+        self.max_len = packets.max(1);
         self
     }
 
@@ -619,9 +619,6 @@ mod tests {
     fn invalid_values_are_refused_by_name() {
         let builder = || Queue::builder(3);
         for (builder, name) in [
-            (builder().copy_range(0), "copy range"),
-            (builder().copy_range(65_532), "copy range"),
-            (builder().max_len(0), "max_len"),
             (builder().receive_buffer(0), "receive buffer"),
             (builder().on_unanswered(Action::Repeat), "on_unanswered"),
             (builder().deadline(Duration::ZERO, Action::Drop), "deadline"),

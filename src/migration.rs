@@ -9,9 +9,9 @@
 //! - **GSO** is on here, and off in libnetfilter_queue: packets of up to 64 KiB arrive, with
 //!   unfinished checksums. [`gso(false)`](crate::QueueBuilder::gso) gives what the other libraries
 //!   give.
-//! - **Ranges.** A copy range of 0 or of more than 65 531 bytes, and a queue of length 0, are
-//!   errors here. The kernel takes both ranges for 65 531 bytes, and a queue of length 0 drops
-//!   everything. `NFQNL_COPY_NONE` has no counterpart: a queue that copies nothing is not bound.
+//! - **Ranges.** A copy range of 0 or 0xffff is 65 531 bytes, as in the kernel. A queue of length 0
+//!   drops everything there; here it has the length 1. `NFQNL_COPY_NONE` has no counterpart: bind
+//!   the queue when its packets are wanted.
 //! - **After a verdict** the packet is gone, by type. What a callback reads after its verdict is
 //!   read before it here; [`payload_bytes`](crate::Packet::payload_bytes) keeps the bytes.
 //! - **Batches up to an id** decide everything up to it, also packets that the program has not

@@ -24,7 +24,7 @@ impl Reconfigure {
 
     /// As [`QueueBuilder::copy_range`](crate::QueueBuilder::copy_range), in bytes.
     pub fn copy_range(mut self, bytes: u32) -> Self {
-        self.copy = Some(CopyMode::Packet(bytes));
+        self.copy = Some(CopyMode::payload(bytes));
         self
     }
 
@@ -37,7 +37,7 @@ impl Reconfigure {
     /// As [`QueueBuilder::max_len`](crate::QueueBuilder::max_len), in packets. Packets queued
     /// beyond a new, shorter length stay queued.
     pub fn max_len(mut self, packets: u32) -> Self {
-        self.max_len = Some(packets);
+        self.max_len = Some(packets.max(1));
         self
     }
 

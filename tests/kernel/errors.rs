@@ -36,9 +36,6 @@ tests![
 async fn invalid_values_are_refused() {
     let builder = || Queue::builder(3);
     for (builder, name) in [
-        (builder().copy_range(0), "copy range"),
-        (builder().copy_range(65_532), "copy range"),
-        (builder().max_len(0), "max_len"),
         (builder().receive_buffer(0), "receive buffer"),
         (builder().on_unanswered(Action::Repeat), "on_unanswered"),
         (builder().deadline(Duration::ZERO, Action::Drop), "deadline"),

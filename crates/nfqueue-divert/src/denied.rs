@@ -63,7 +63,8 @@ impl FlowTable {
     pub(super) fn check_place(self, place: Place) -> Result<(), String> {
         if place.hook != Hook::Forward && place.priority <= CONNECTION_TRACKING {
             return Err(format!(
-                "priority: {} is not above that of connection tracking ({CONNECTION_TRACKING}), which flow marks need",
+                "priority: {} is not above that of connection tracking ({CONNECTION_TRACKING}), which flow marks need; \
+                 the rules of a queue have these unless flow_marks(None) says otherwise",
                 place.priority
             ));
         }

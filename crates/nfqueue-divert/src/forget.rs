@@ -206,9 +206,10 @@ fn failed(error: std::io::Error) -> Error {
             (ErrorKind::NotPermitted, "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace")
         }
         // nfnetlink_rcv_msg: the kernel has no such subsystem.
-        Some(Errno::INVAL | Errno::OPNOTSUPP) => {
-            (ErrorKind::Unsupported, "the kernel has no NF_CT_NETLINK, which flow marks need")
-        }
+        Some(Errno::INVAL | Errno::OPNOTSUPP) => (
+            ErrorKind::Unsupported,
+            "the kernel has no NF_CT_NETLINK, which flow marks need; for rules without them: flow_marks(None)",
+        ),
         _ => (ErrorKind::Other, "cannot change the marks of connections"),
     };
     Error::new(kind, "").with_source(error).with_detail(detail)

@@ -263,7 +263,7 @@ async fn a_queue_that_is_not_taken_over_is_an_error() {
         let mut takeover = Takeover::receive(there).await.unwrap();
         let error = Queue::builder(1).take_over(&mut takeover).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
-        let error = Queue::builder(0).max_len(0).take_over(&mut takeover).unwrap_err();
+        let error = Queue::builder(0).receive_buffer(0).take_over(&mut takeover).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
         takeover.accept().await.unwrap_err()
     };

@@ -128,7 +128,7 @@ async fn bind_when_free_waits_in_another_namespace() {
 }
 
 async fn what_does_not_change_by_waiting_is_an_error() {
-    let error = soon("the error", Queue::builder(0).max_len(0).bind_when_free()).await.unwrap_err();
+    let error = soon("the error", Queue::builder(0).receive_buffer(0).bind_when_free()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     give_up_capabilities();
     let error = soon("the error", Queue::builder(0).bind_when_free()).await.unwrap_err();

@@ -80,6 +80,15 @@ pub enum CopyMode {
     Packet(u32),
 }
 
+impl CopyMode {
+    /// The payload up to this number of bytes. As in the kernel (`nfqnl_set_mode`), 0 and more than
+    /// [`MAX_PAYLOAD`] are as much as there can be.
+    pub fn payload(bytes: u32) -> Self {
+        let most = MAX_PAYLOAD as u32;
+        Self::Packet(if bytes == 0 { most } else { bytes.min(most) })
+    }
+}
+
 // enum nfqnl_attr_config
 pub(super) const ATTRIBUTE_COMMAND: u16 = 1;
 pub(super) const ATTRIBUTE_PARAMS: u16 = 2;
@@ -104,6 +113,13 @@ pub const FLAGS_ALL: u32 = FLAG_FAIL_OPEN | FLAG_CONNTRACK | FLAG_GSO | FLAG_UID
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copy_ranges_are_limited_as_by_the_kernel() {
+        for (wanted, expected) in [(0, 65_531), (1, 1), (65_531, 65_531), (65_532, 65_531), (u32::MAX, 65_531)] {
+            assert_eq!(CopyMode::payload(wanted), CopyMode::Packet(expected));
+        }
+    }
 
     #[test]
     fn one_message_carries_all_settings() {
