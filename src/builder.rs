@@ -251,7 +251,7 @@ impl QueueBuilder {
     }
 
     /// The queue's own rules, which send packets to it. They are installed when the queue is bound,
-    /// and removed when it is closed or dropped, in the order that loses no packet:
+    /// and removed when it is closed or dropped, in the order that loses no packet of it:
     ///
     /// | when | what happens |
     /// |---|---|
@@ -260,6 +260,12 @@ impl QueueBuilder {
     /// | the stream is dropped | the same, in a thread, while the program continues; rules that [fail closed](DivertBuilder::fail_closed) stay, and the kernel drops what they match |
     /// | the process ends first | the kernel removes the table and the queue, in any order, so that a few packets may be dropped; rules that fail closed stay |
     /// | [`hand_over`](crate::VerdictSink::hand_over) | the table goes along with the queue |
+    ///
+    /// These steps lose no packet of this queue. The removal of its table drops what is queued in
+    /// all other queues of the network namespace, also those of other programs. So a program with
+    /// several queues binds their numbers at once, with one table, and gives the rules targets:
+    /// `Queue::builder(5..7).divert(Divert::builder().rule(a.to_queue(5)).rule(b.to_queue(6)))`;
+    /// [`PacketStream::into_each`](crate::PacketStream::into_each) then tells them apart.
     ///
     /// Rules without a target ([`Rule::to_queue`] and so on) send their packets to this queue, to
     /// all its numbers. The table has [flow marks](DivertBuilder::flow_marks): those of this

@@ -20,8 +20,8 @@ const INSTALL: &str = "install rules";
 /// nf_tables rules that send packets to queues. The rules exist until the last clone is dropped.
 ///
 /// Most programs give their rules to the queue ([`QueueBuilder::divert`]), which installs them when
-/// it is bound, and ends them in the order that loses no packet; [`Queue::divert`] returns them.
-/// [`install`](Self::install) is for rules that do not belong to one queue.
+/// it is bound, and ends them in the order that loses no packet of it; [`Queue::divert`] returns
+/// them. [`install`](Self::install) is for rules that do not belong to one queue.
 ///
 /// It is [`nfqueue_divert::Divert`], whose documentation says what the kernel does, and when rules
 /// fail open or closed. Its methods wait until no CPU uses the old rules (some tens of

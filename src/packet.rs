@@ -14,8 +14,9 @@ use crate::{
 /// A packet in the queue: its payload and metadata, and the right to decide it.
 ///
 /// Deciding consumes it: [`accept`](Self::accept), [`drop`](Self::drop()),
-/// [`repeat`](Self::repeat), [`stop`](Self::stop) and [`requeue`](Self::requeue) each turn it into
-/// a [`Verdict`], which takes effect when it is [submitted](Verdict::submit). A packet that is
+/// [`reject`](Self::reject), [`repeat`](Self::repeat), [`stop`](Self::stop) and
+/// [`requeue`](Self::requeue) each turn it into a [`Verdict`], which takes effect when it is
+/// [submitted](Verdict::submit). A packet that is
 /// dropped without a verdict gets the default action:
 /// [`QueueBuilder::on_unanswered`](crate::QueueBuilder::on_unanswered).
 ///

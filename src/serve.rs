@@ -39,6 +39,35 @@ impl Queue {
     /// # }
     /// ```
     ///
+    /// A handler with state of its own is a closure that returns an `async` block, and clones what
+    /// the block needs. (An `async` closure cannot capture anything here: the compiler says that it
+    /// does not implement `Fn` because it captures state.)
+    ///
+    /// ```no_run
+    /// use std::{collections::HashMap, sync::{Arc, Mutex}};
+    /// use tokio_nfqueue::{Packet, Queue};
+    ///
+    /// # async fn example(queue: Queue) -> Result<(), tokio_nfqueue::Error> {
+    /// // The first five packets of each source.
+    /// let seen = Arc::new(Mutex::new(HashMap::new()));
+    /// queue
+    ///     .serve(move |packet: Packet| {
+    ///         let seen = Arc::clone(&seen);
+    ///         async move {
+    ///             let Some((source, _)) = packet.addresses() else { return packet.drop() };
+    ///             let mut seen = seen.lock().unwrap();
+    ///             let count = seen.entry(source).or_insert(0);
+    ///             *count += 1;
+    ///             if *count <= 5 { packet.accept() } else { packet.drop() }
+    ///         }
+    ///     })
+    ///     .await
+    /// # }
+    /// ```
+    ///
+    /// A handler that awaits nothing returns `std::future::ready(verdict)`, and needs neither the
+    /// block nor the `Arc`.
+    ///
     /// The function may also return an `Option` or a `Result` of a verdict: see [`IntoVerdict`]. An
     /// error or a panic gives the packet the
     /// [default action](crate::QueueBuilder::on_unanswered); it is counted, and traced.

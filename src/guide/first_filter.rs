@@ -39,10 +39,11 @@
 //! - [`Queue::ANY`](crate::Queue::ANY) is the first free number. Name a number if something else
 //!   must know it.
 //! - [`divert`](crate::QueueBuilder::divert) installs the rule when the queue is bound.
-//! - [`serve`](crate::Queue::serve) asks your function about each packet. Each packet needs a
-//!   verdict: without one it waits, and takes one of the queue's
-//!   [1024 places](crate::QueueBuilder::max_len). If your function fails or panics, the packet is
-//!   dropped, unless [`on_unanswered`](crate::QueueBuilder::on_unanswered) says otherwise.
+//! - [`serve`](crate::Queue::serve) asks your function about each packet; there is an example of
+//!   one with state. Each packet needs a verdict: without one it waits, and takes one of the
+//!   queue's [1024 places](crate::QueueBuilder::max_len). If your function fails or panics, the
+//!   packet is dropped, unless [`on_unanswered`](crate::QueueBuilder::on_unanswered) says
+//!   otherwise.
 //! - The program needs `CAP_NET_ADMIN`: run it as root, or see [`service`](super::service).
 //!
 //! # The stop
@@ -58,19 +59,41 @@
 //! While it runs:
 //!
 //! ```sh
-//! nft list table inet first_filter
+//! nft list chain inet first_filter output
 //! cat /proc/net/netfilter/nfnetlink_queue
 //! dig @9.9.9.9 example.org
 //! ```
 //!
-//! The first command shows the rule with its counter: if this stays 0, the rule does not match. The
-//! second shows the queue: number, owner, packets that wait, and, in the sixth and seventh column,
-//! packets that found the queue or the receive buffer full. [`stats`](crate::Queue::stats) and
-//! [`advice`](crate::VerdictSink::advice) say the same, and more.
+//! The first command shows the rule with its counter: if this stays 0, the rule does not match.
+//! (The whole table has about a thousand lines, because it can carry out verdicts for connections.)
+//! The second shows the queue: number, owner, packets that wait, and, in the sixth and seventh
+//! column, packets that found the queue or the receive buffer full. [`stats`](crate::Queue::stats)
+//! and [`advice`](crate::VerdictSink::advice) say the same, and more.
 //!
 //! On kernels without the `queue` expression of nf_tables the rule uses the target `NFQUEUE` of
-//! xtables. `nft` then prints `# Warning: table ... is managed by iptables-nft`, which means only
-//! that.
+//! xtables. `nft` then prints `# Warning: table ... is managed by iptables-nft`, and, where
+//! iptables is not installed, `unhandled NFPROTO` and `XT target NFQUEUE not found`. That concerns
+//! the printing only.
+//!
+//! # Rules of your own
+//!
+//! The rule may also be yours, made with nft or iptables, and then the program binds a number that
+//! both know: `Queue::builder(0).bind().await?`.
+//!
+//! ```sh
+//! nft add table inet filter
+//! nft add chain inet filter output '{ type filter hook output priority 0; }'
+//! nft add rule inet filter output udp dport 53 queue num 0 bypass
+//! ```
+//!
+//! - `type filter hook output`: a chain at the hook `Output`.
+//! - `queue num 0`: what the rule matches goes to queue 0.
+//! - `bypass`: while no program has bound queue 0, packets pass; without it they are dropped. So
+//!   bind first, and then add the rule.
+//!
+//! If nft says "No such file or directory" at `queue`, the kernel lacks `NFT_QUEUE`: use
+//! `iptables -I OUTPUT -p udp --dport 53 -j NFQUEUE --queue-num 0 --queue-bypass`, or the rules of
+//! this crate, which do without it.
 //!
 //! # Testing it
 //!

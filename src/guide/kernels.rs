@@ -11,7 +11,8 @@
 //! | 3.14 | [`uid_gid`](crate::QueueBuilder::uid_gid) |
 //! | 4.3 | [`security_context`](crate::QueueBuilder::security_context) |
 //! | 5.12 | tables with an owner: feature `divert` |
-//! | 5.18 | [`Packet::priority`](crate::Packet::priority) and [`Verdict::priority`](crate::Verdict::priority); ignored before |
+//! | 5.18 | verdicts for connections ([`for_flow`](crate::Verdict::for_flow)) and [`reject`](crate::Packet::reject), which use the priority; before, `refusals` reports each. [`Packet::priority`](crate::Packet::priority) and [`Verdict::priority`](crate::Verdict::priority); ignored before |
+//! | 6.9 | [`fail_closed`](crate::divert::DivertBuilder::fail_closed) keeps a table with an owner; before, the table has none, and other programs can change it |
 //! | 6.1.107, 6.10.7 | packets that share an unconfirmed entry of connection tracking are dropped: see [`guide`](crate::guide#connection-tracking). With [`gso(false)`](crate::QueueBuilder::gso), these are all segments of new UDP connections |
 //! | 6.1.167, 6.6.130, 6.12.78, 6.18.20 | all queued packets are dropped when another program removes a conntrack template: a rule with `-j CT`, an nf_tables rule that sets a zone, a helper object or a time-out object. Other rules have no effect |
 //! | 6.1.167, 6.12.78, 6.18.19 | a verdict with an incomplete VLAN tag no longer leaks its packet. This crate always sends protocol and control field |

@@ -59,7 +59,40 @@
 //! # }
 //! ```
 //!
-//! The new process connects, prepares everything, and then accepts:
+//! A queue with [rules of its own](crate::QueueBuilder::divert) takes them along: leave
+//! `with_divert` and `take_divert` out, and give the successor's builder the same rules. The start
+//! of a program that is the first or a successor:
+//!
+//! ```no_run
+//! # use tokio::net::{UnixListener, UnixStream};
+//! # use tokio_nfqueue::{Divert, Queue, QueueBuilder, Rule, handover::Takeover};
+//! # fn rule() -> Rule { Rule::new(tokio_nfqueue::Hook::Input) }
+//! const PATH: &str = "/run/filter/handover";
+//!
+//! fn settings() -> QueueBuilder {
+//!     Queue::builder(0).divert(Divert::builder().table("my_filter").rule(rule()))
+//! }
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let queue = match UnixStream::connect(PATH).await {
+//!     Ok(stream) => {
+//!         let mut takeover = Takeover::receive(stream).await?;
+//!         let queue = settings().take_over(&mut takeover)?;
+//!         takeover.accept().await?;
+//!         queue
+//!     }
+//!     Err(_) => settings().bind_when_free().await?,
+//! };
+//! // For the next one.
+//! let _ = std::fs::remove_file(PATH);
+//! let listener = UnixListener::bind(PATH)?;
+//! # let _ = (queue, listener);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With a `Divert` that does not belong to the queue, the new process connects, prepares
+//! everything, and then accepts:
 //!
 //! ```no_run
 //! # use tokio::net::UnixStream;

@@ -70,8 +70,28 @@
 //! # }
 //! ```
 //!
-//! Install rules after that, or with `bypass`. Otherwise the rule drops the packets while no socket
-//! has bound its queue.
+//! # The stop
+//!
+//! `systemctl stop` sends SIGTERM. A program that awaits only Ctrl-C (SIGINT) is killed by it:
+//! queued packets are dropped, and rules that fail closed stay and drop packets. Await both:
+//!
+//! ```no_run
+//! # async fn example() -> std::io::Result<()> {
+//! use tokio::signal::unix::{SignalKind, signal};
+//!
+//! let mut terminate = signal(SignalKind::terminate())?;
+//! tokio::select! {
+//!     _ = terminate.recv() => {}
+//!     _ = tokio::signal::ctrl_c() => {}
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Rules
+//!
+//! Install rules after the queue is bound, or with `bypass`. Otherwise the rule drops the packets
+//! while no socket has bound its queue.
 //!
 //! The rules of a queue or of a `Divert` are removed when the service ends or is killed, and
 //! packets pass unfiltered until it has been started again. With `DivertBuilder::fail_closed`,

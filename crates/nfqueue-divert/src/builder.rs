@@ -178,6 +178,9 @@ impl DivertBuilder {
     /// [name](Self::table), which must be given. Default: off, so that the rules end with the
     /// process. [`Divert`](Divert#fail-open-or-fail-closed) has the table of what stays when.
     ///
+    /// A stop by a signal that the program does not handle, such as SIGTERM, is such an end as
+    /// well.
+    ///
     /// The kernel keeps the table (`NFT_TABLE_F_PERSIST`, Linux 6.9 and later), and drops what its
     /// rules send to a queue that is not bound; so no rule may have [`bypass`](Rule::bypass).
     /// [`install`](Self::install) replaces, in one step, a table of this name whose owner has

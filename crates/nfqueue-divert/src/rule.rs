@@ -52,9 +52,11 @@ pub struct Rule {
 impl Rule {
     /// Returns a rule that matches every packet at `hook`.
     ///
-    /// It needs an action: [`to_queue`](Self::to_queue), [`to_queues`](Self::to_queues),
+    /// Without an action its packets go to the queue that it is given to (`QueueBuilder::divert` of
+    /// tokio-nfqueue) or to [`default_queues`](crate::DivertBuilder::default_queues); in other
+    /// tables it needs one: [`to_queue`](Self::to_queue), [`to_queues`](Self::to_queues),
     /// [`accept`](Self::accept), [`drop`](Self::drop), [`reject`](Self::reject), or
-    /// [`count`](Self::count). A rule that changes a mark needs none.
+    /// [`count`](Self::count). A rule that changes a mark and has no action only does that.
     pub fn new(hook: Hook) -> Self {
         Self {
             hook,

@@ -45,7 +45,7 @@ pub use self::{
 /// ```
 /// use nfqueue_divert::{ConnectionState, Hook, Match, Protocol, Rule};
 ///
-/// // New connections to all ports but two, at most ten per second, go to a queue.
+/// // New connections to all ports but two go to a queue.
 /// let rule = Rule::new(Hook::Input)
 ///     .protocol(Protocol::Tcp)
 ///     .unless(Match::destination_ports([22, 443]))
