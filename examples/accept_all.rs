@@ -8,7 +8,7 @@
 //! It prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: packets
 //! that are queued or arrive meanwhile are accepted, and it prints one line of statistics.
 
-use std::{pin::pin, process::ExitCode};
+use std::{num::NonZero, pin::pin, process::ExitCode};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_nfqueue::{Action, Error, Queue};
@@ -130,7 +130,7 @@ fn options() -> Result<Option<Options>, lexopt::Error> {
         match argument {
             Long("queue") => options.queue = arguments.value()?.parse()?,
             Long("max-len") => options.max_len = arguments.value()?.parse()?,
-            Long("copy-range") => options.copy_range = arguments.value()?.parse()?,
+            Long("copy-range") => options.copy_range = arguments.value()?.parse::<NonZero<u32>>()?.get(),
             Long("no-gso") => options.gso = false,
             Long("fail-open") => options.fail_open = true,
             Long("threads") => {

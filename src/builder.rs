@@ -535,6 +535,7 @@ impl QueueBuilder {
             attributes: attributes(self.flags),
             flow_marks: self.flow_marks,
             in_submission_order: self.in_submission_order,
+            fail_closed: self.rules.fail_closed(),
         }
     }
 

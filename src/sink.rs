@@ -174,6 +174,16 @@ impl VerdictSink {
         self.close_all(move |queue| (action, queue.close_timeout())).await
     }
 
+    /// Ends a queue that has failed: as [`close`](Self::close), but rules that fail closed stay.
+    pub(crate) async fn close_after_failure(&self) {
+        if self.rules.as_ref().is_some_and(|rules| rules.fail_closed()) {
+            let closing = self.queues.iter().map(|queue| queue.close(queue.on_unanswered(), queue.close_timeout()));
+            join_all(closing).await;
+        } else {
+            let _ = self.close().await;
+        }
+    }
+
     /// Closes all numbers at the same time. Returns the first error.
     async fn close_all(&self, how: impl Fn(&Shared) -> How + Send + 'static) -> Result<(), Error> {
         if let Some(rules) = &self.rules {

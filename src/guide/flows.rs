@@ -313,7 +313,9 @@
 //! An accept is found when its connection has an entry that connection tracking shows: from when a
 //! packet has passed all hooks. If the first packet of a connection is accepted with `for_flow` and
 //! waits at a later hook, in another queue, `forget_flows` misses the accept, and `forget_flow`
-//! returns `false`. Call it again after that. A denial is found at once.
+//! returns `false`. Call it again after that. A denial is found at once; but a denied connection of
+//! which a packet comes while it is being forgotten (some tens of milliseconds) can stay denied,
+//! because its entry and the sets renew each other. Forget it again while its sender is silent.
 //!
 //! # With rules of your own
 //!

@@ -34,7 +34,9 @@ impl Shared {
         // stays closed. It has a message of its own before that with the length: nfqnl_recv_config
         // applies the length first and the flags later, and a packet in between would find a full
         // queue with the old flags.
-        let fail_open = if action == Action::Accept { FLAG_FAIL_OPEN } else { 0 };
+        // Rules that fail closed may still send packets here, and must not have them accepted.
+        let accepts = action == Action::Accept && !self.settings.fail_closed;
+        let fail_open = if accepts { FLAG_FAIL_OPEN } else { 0 };
         let flags = Config { flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
         let length = Config { max_len: Some(0), ..Config::default() };
         let result = [flags, length].iter().try_for_each(|config| self.configure_surely("close queue", config));

@@ -60,6 +60,8 @@ pub(crate) struct Settings {
     pub(crate) attributes: usize,
     pub(crate) flow_marks: Option<FlowMarks>,
     pub(crate) in_submission_order: bool,
+    /// The queue has rules that fail closed.
+    pub(crate) fail_closed: bool,
 }
 
 impl Settings {

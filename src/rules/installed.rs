@@ -35,6 +35,11 @@ impl Wanted {
         Self(Some(Box::new(rules)))
     }
 
+    /// Whether there are rules that fail closed.
+    pub(crate) fn fail_closed(&self) -> bool {
+        self.0.as_ref().is_some_and(|rules| rules.fails_closed())
+    }
+
     /// The flow marks of the queue, if it has been given these.
     pub(crate) fn flow_marks(&self, of_queue: Option<FlowMarks>) -> Result<Option<FlowMarks>, &'static str> {
         let Some(rules) = &self.0 else { return Ok(of_queue) };
@@ -147,6 +152,11 @@ impl Rules {
 
     pub(crate) fn divert(&self) -> Divert {
         self.divert.clone()
+    }
+
+    /// Whether they stay when they are not closed.
+    pub(crate) fn fail_closed(&self) -> bool {
+        self.divert.fails_closed()
     }
 
     /// One stream has become several.

@@ -18,6 +18,10 @@ impl Wanted {
         Self
     }
 
+    pub(crate) fn fail_closed(&self) -> bool {
+        false
+    }
+
     pub(crate) fn flow_marks(&self, of_queue: Option<FlowMarks>) -> Result<Option<FlowMarks>, &'static str> {
         Ok(of_queue)
     }
@@ -63,6 +67,10 @@ impl PreparedRules {
 pub(crate) enum Rules {}
 
 impl Rules {
+    pub(crate) fn fail_closed(&self) -> bool {
+        match *self {}
+    }
+
     pub(crate) fn divided(&self, _: usize) {
         match *self {}
     }

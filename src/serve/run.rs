@@ -90,8 +90,8 @@ async fn serve_all<D: Decide>(
         all = all.and(served);
         if error.is_some() && first_error.is_none() {
             first_error = error;
-            // So that the others end as well. The error of closing is not the first.
-            let _ = sink.close().await;
+            // So that the others end as well.
+            sink.close_after_failure().await;
             abandon.send_replace(true);
         }
     }
@@ -100,8 +100,7 @@ async fn serve_all<D: Decide>(
 
 async fn end(served: Served, error: Option<Error>, sink: &VerdictSink) -> Result<Served, Error> {
     let Some(error) = error else { return Ok(served) };
-    // The error of closing is not the first.
-    let _ = sink.close().await;
+    sink.close_after_failure().await;
     Err(error)
 }
 

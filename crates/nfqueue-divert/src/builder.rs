@@ -156,6 +156,12 @@ impl DivertBuilder {
         self.flow_marks_chosen.then_some(self.flow_marks)
     }
 
+    /// See [`fail_closed`](Self::fail_closed).
+    #[doc(hidden)]
+    pub fn fails_closed(&self) -> bool {
+        self.fail_closed
+    }
+
     /// Whether the family carries out verdicts for connections.
     #[doc(hidden)]
     pub fn can_have_flow_marks(&self) -> bool {
@@ -188,9 +194,14 @@ impl DivertBuilder {
     /// namespace [is dropped](Divert#removing-a-table-drops-queued-packets). Verdicts for
     /// connections are forgotten then. Any other table of this name is an error, as always.
     ///
-    /// Before Linux 6.9 the table has no owner. It works in the same way, but other programs can
-    /// change the table, `nft flush ruleset` removes it, and a second process with the same name
-    /// replaces that of the first.
+    /// A table that has lost its owner can be changed by other programs, and `nft flush ruleset`
+    /// removes it. It still queues to the number of its queue: give the queue a number of its own,
+    /// not `Queue::ANY`, so that no other program binds that number and gets the packets.
+    ///
+    /// Before Linux 6.9 the table never has an owner. It works in the same way, but at any time
+    /// other programs can change it, and a second process with the same name replaces the table of
+    /// the first. When the first then closes, it removes the table of the second: let the first end
+    /// before the second begins, or hand over.
     pub fn fail_closed(mut self) -> Self {
         self.fail_closed = true;
         self

@@ -147,7 +147,8 @@ impl<'a> Chained<'a> {
     pub(super) fn remember_verdict(&mut self, reject: bool) {
         self.remember_connection(DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject), &[]);
         for version in denied::versions(self.surroundings.family) {
-            let rule = self.push(&[], Action::Continue);
+            // A denied first packet is of no connection that has begun: its addresses may be forged.
+            let rule = self.push(&[Match::confirmed()], Action::Continue);
             rule.facts.version = Some(version);
             rule.remember = Some(Remember::NotBeside(version));
         }
@@ -186,7 +187,7 @@ pub(super) const SCTP: Protocol = Protocol::Other(132);
 pub(super) const DCCP: Protocol = Protocol::Other(33);
 /// Of IPv6, what connection tracking skips and nf_tables takes for the transport protocol
 /// (`ipv6_skip_exthdr`, `nft_set_pktinfo_ipv6`).
-const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
+pub(super) const AUTHENTICATION_HEADER: Protocol = Protocol::Other(51);
 
 /// Packets that begin a connection. Connection tracking may count them to an older one.
 pub(super) fn first_packets() -> [[Match; 2]; 3] {

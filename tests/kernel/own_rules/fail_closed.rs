@@ -2,14 +2,16 @@
 //! fail closed: the table of `Divert`'s documentation.
 
 use std::{
+    future::{Ready, ready},
     net::Ipv4Addr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
+    task::{Context, Poll},
 };
 
-use tokio_nfqueue::{Action, Divert, ErrorKind};
+use tokio_nfqueue::{Action, Divert, ErrorKind, Packet, Verdict};
 
 use super::{MODE, TABLE, queue, rules, table_exists};
 use crate::{
@@ -31,7 +33,76 @@ tests![
     both a_table_of_a_live_owner_is_not_replaced,
     both a_table_of_another_program_is_not_replaced,
     one what_lets_packets_pass_is_refused,
+    both a_dropped_queue_that_is_not_settled_lets_no_packet_pass,
+    both rules_that_fail_closed_stay_when_serving_fails,
 ];
+
+/// The queue stays bound while a packet is held, and its rules send packets to it.
+async fn a_dropped_queue_that_is_not_settled_lets_no_packet_pass() {
+    for fail_closed in [true, false] {
+        let traffic = Traffic::new(100);
+        let rules = if fail_closed { rules().fail_closed() } else { rules() };
+        // The default action is to accept.
+        let (mut packets, sink) = queue(rules.clone()).bind().await.unwrap().split();
+        traffic.send(0..2);
+        let held = next(&mut packets).await;
+        drop(packets);
+        if fail_closed {
+            // What was queued gets the default action.
+            traffic.expect([1]).await;
+            traffic.send(10..20);
+        }
+        held.accept().submit().unwrap();
+        freed(0).await;
+        traffic.expect(if fail_closed { 0..1 } else { 0..2 }).await;
+        traffic.expect_nothing();
+        assert_eq!(table_exists(), fail_closed);
+        if let Some(divert) = sink.divert() {
+            soon("the end of the table", divert.close()).await.unwrap();
+        }
+    }
+}
+
+/// Fails instead of taking a second packet.
+#[derive(Clone, Default)]
+struct Failing(Arc<AtomicBool>);
+
+impl tower_service::Service<Packet> for Failing {
+    type Response = Verdict;
+    type Error = String;
+    type Future = Ready<Result<Verdict, String>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), String>> {
+        Poll::Ready(if self.0.load(SeqCst) { Err("it has failed".to_owned()) } else { Ok(()) })
+    }
+
+    fn call(&mut self, packet: Packet) -> Self::Future {
+        self.0.store(true, SeqCst);
+        ready(Ok(packet.accept()))
+    }
+}
+
+async fn rules_that_fail_closed_stay_when_serving_fails() {
+    for fail_closed in [true, false] {
+        let traffic = Traffic::new(100);
+        let rules = if fail_closed { rules().fail_closed() } else { rules() };
+        let served = queue(rules).bind().await.unwrap();
+        let divert = served.divert().unwrap();
+        let serving = tokio::spawn(served.serve_service(Failing::default()).run());
+        traffic.send([0]);
+        let error = soon("the failure", serving).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("it has failed"), "{error}");
+        traffic.expect([0]).await;
+        assert_eq!((account(0), table_exists()), (None, fail_closed));
+        traffic.send([1]);
+        if fail_closed {
+            traffic.expect_nothing();
+        } else {
+            traffic.expect([1]).await;
+        }
+        soon("the end of the table", divert.close()).await.unwrap();
+    }
+}
 
 /// A process with rules comes to its end; then packets pass or are dropped. A new process with the
 /// same rules gets them again.

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     action::{Action, Change, Field, Queues, Target},
     chain::{Chain, Place, chain_name},
-    chained::{Chained, DCCP, SCTP, authenticated, first_packets, goto, jump},
+    chained::{AUTHENTICATION_HEADER, Chained, DCCP, SCTP, authenticated, first_packets, goto, jump},
     checked::KernelRule,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
@@ -124,10 +124,10 @@ impl<'a> Flows<'a> {
         let known = Match::connection_state([ConnectionState::New, ConnectionState::Established]);
         chain.change(&[has(codes.alone()), known], code(codes.queued()));
         // The first packet of a connection that another one has announced. ICMP errors are related
-        // too.
+        // too, also behind an authentication header, where rules do not see what they are.
         let related = [has(codes.alone()), Match::connection_state([ConnectionState::Related])];
         let rule = chain.push(&related, Action::Continue);
-        rule.conditions.push((Match::protocols([Protocol::Icmp, Protocol::Icmpv6]), true));
+        rule.conditions.push((Match::protocols([Protocol::Icmp, Protocol::Icmpv6, AUTHENTICATION_HEADER]), true));
         rule.changes.push(code(codes.queued()));
         chain.push(&[], Action::Queue(queues)).counts = true;
         let mut rules = chain.rules;
@@ -174,6 +174,10 @@ impl<'a> Flows<'a> {
         chain.push(&dccp, goto(FlowChain::Begins));
         // Connection tracking reads what comes behind an authentication header, and rules cannot:
         // each such packet may begin a connection.
+        // But an ICMP error there does not begin the connection that it quotes.
+        let related = Match::connection_state([ConnectionState::Related]);
+        let quotes: Vec<Match> = authenticated().into_iter().chain([related]).collect();
+        chain.push_for(IpVersion::V6, &quotes, Action::Return);
         chain.push_for(IpVersion::V6, &authenticated(), goto(FlowChain::Begins));
         chain
     }
