@@ -91,7 +91,8 @@ impl Queue {
     /// then tower's. Needs the feature `tower`.
     ///
     /// If the service fails while it gets ready, the queue is closed gracefully, and the error is
-    /// returned; rules that fail closed stay. With several numbers on a multi-thread runtime, each has a clone of the service.
+    /// returned; rules that fail closed stay. With several numbers on a multi-thread runtime, each
+    /// has a clone of the service.
     #[cfg(feature = "tower")]
     pub fn serve_service<S>(self, service: S) -> Serve<Service<S>>
     where
@@ -110,7 +111,8 @@ impl Queue {
 ///
 /// # Errors
 /// That of the stream, which is the end of the queue, or that of [closing](Queue::close) it. After
-/// an error that is not of closing, rules that fail closed stay, and the kernel drops their packets.
+/// an error that is not of closing, rules that fail closed stay, and the kernel drops their
+/// packets.
 ///
 /// # Cancel safety
 /// If the future is dropped, the queue is closed as by a drop, and unfinished handlers are aborted:
