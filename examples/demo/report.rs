@@ -23,13 +23,19 @@ pub(crate) fn print(outcome: &Outcome, counts: &Counts, stats: &Stats) {
             decided.dropped,
             decided.rewritten,
             flow.lost,
-            throughput(flow.bytes, flow.took),
+            // The others are sent at a fixed rate.
+            if flow.flow == Flow::Tcp { throughput(flow.bytes, flow.took) } else { "-".to_owned() },
         );
     }
     println!(
         "sent counts datagrams, for TCP the {} KiB writes; queued counts packets as the kernel hands them over.",
         Flow::TCP_WRITE / 1024
     );
+    if outcome.flows.iter().any(|flow| flow.flow == Flow::Rewritten) {
+        println!(
+            "One rewritten datagram more than 1000 was sent first, to see whether this kernel takes rewritten ones."
+        );
+    }
     for note in &outcome.notes {
         println!("{note}");
     }
@@ -50,7 +56,6 @@ pub(crate) fn print(outcome: &Outcome, counts: &Counts, stats: &Stats) {
 
 fn throughput(bytes: u64, took: Duration) -> String {
     match bytes as f64 * 8.0 / took.as_secs_f64().max(1e-9) {
-        0.0 => "-".to_owned(),
         bits if bits >= 1e9 => format!("{:.2} Gbit/s", bits / 1e9),
         bits => format!("{:.2} Mbit/s", bits / 1e6),
     }

@@ -151,6 +151,10 @@
 //! `stop()` skips the chain behind the queue, which learns nothing of the packet: it ends no
 //! accept, and begins no connection beside a denied one. Use `accept()`.
 //!
+//! A rule at a later hook that [`replace_rules`](crate::Divert::replace_rules) adds does not change
+//! where a connection beside a denied one begins: it begins when its first packet has passed the
+//! last hook that had rules when the table was installed, also if the new rule drops that packet.
+//!
 //! There must be room: see [`denied_flows`](crate::divert::DivertBuilder::denied_flows).
 //!
 //! # Rejected connections
