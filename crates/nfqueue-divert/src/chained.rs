@@ -147,8 +147,7 @@ impl<'a> Chained<'a> {
     pub(super) fn remember_verdict(&mut self, reject: bool) {
         self.remember_connection(DeniedSet::all(self.surroundings.family).filter(|set| set.reject == reject), &[]);
         for version in denied::versions(self.surroundings.family) {
-            // A denied first packet is of no connection that has begun, and may be forged.
-            let rule = self.push(&[Match::confirmed()], Action::Continue);
+            let rule = self.push(&[], Action::Continue);
             rule.facts.version = Some(version);
             rule.remember = Some(Remember::NotBeside(version));
         }
