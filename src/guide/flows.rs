@@ -141,8 +141,8 @@
 //! - A packet that connection tracking calls invalid is denied by its own addresses. Behind address
 //!   translation these are not the connection's, and the packet has no receiver who knows them.
 //! - A denial of any packet with a connection's addresses and ports ends the connection that the
-//!   other side has begun beside an earlier denial. With destination translation, a forged packet to
-//!   the translated address has these addresses too.
+//!   other side has begun beside an earlier denial. With destination translation, a forged packet
+//!   to the translated address has these addresses too.
 //! - An ICMP message that belongs to no connection (invalid, or another program's `notrack`) is
 //!   dropped if it quotes a packet of a denied connection, is a denied echo request, or the reply
 //!   to one. It is not if the quoted packet has IP options or extension headers, is a later

@@ -3,10 +3,10 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
-use etherparse::{IpNumber, PacketBuilder};
+use etherparse::{Icmpv6Type, IpNumber, PacketBuilder, icmpv6::DestUnreachableCode};
 use nfqueue_divert::Divert;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule};
+use tokio_nfqueue::{ErrorKind, Hook, Packet, Protocol, Queue, Rule};
 
 use super::{
     bind, come, confirm, entries_gone, pass, queue_is_empty,
@@ -24,6 +24,7 @@ tests![
     one datagrams_in_an_authentication_header_can_be_accepted,
     one an_accept_in_an_authentication_header_does_not_hold_for_other_packets,
     one a_denial_holds_for_the_other_side_in_an_authentication_header,
+    one an_icmp_error_in_an_authentication_header_does_not_speak_for_the_connection_it_quotes,
 ];
 
 const AUTHENTICATED: u8 = 51;
@@ -241,4 +242,42 @@ async fn a_denial_holds_for_the_other_side_in_an_authentication_header() {
     assert_eq!(net.arrived(), [0, 0]);
     net.segment(false, ACK, (5001, 1008), b"data");
     assert_eq!(net.arrived(), [0, 0]);
+}
+
+async fn an_icmp_error_in_an_authentication_header_does_not_speak_for_the_connection_it_quotes() {
+    let net = Net::new();
+    let mut queue = bind();
+    let _divert = table([rule()]).install().unwrap();
+    for deny in [true, false] {
+        let before = net.arrived();
+        for of_client in [true, false] {
+            net.datagram(of_client);
+            pass(&mut queue).await;
+        }
+        // Anybody can quote the client's datagram.
+        let (client, server, ports) = net.ends(true);
+        let mut quoted = Vec::new();
+        PacketBuilder::ipv6(client.address().octets(), server.address().octets(), 64)
+            .udp(ports[0], ports[1])
+            .write(&mut quoted, b"data")
+            .unwrap();
+        let mut error = Vec::new();
+        PacketBuilder::ipv6(server.address().octets(), client.address().octets(), 64)
+            .icmpv6(Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port))
+            .write(&mut error, &quoted)
+            .unwrap();
+        server.send(&authenticated(error), client);
+        let packet = next(&mut queue).await;
+        assert_eq!(packet.payload()[40], 58, "{packet:?}");
+        let verdict = if deny { packet.drop() } else { packet.accept() };
+        let refusal = confirm(verdict.for_flow()).await.unwrap_err();
+        assert_eq!(refusal.kind(), ErrorKind::InvalidInput, "{refusal}");
+        // The connection is neither denied nor accepted.
+        for of_client in [true, false] {
+            net.datagram(of_client);
+            pass(&mut queue).await;
+        }
+        let [to_server, to_client] = net.arrived();
+        assert_eq!([to_server - before[0], to_client - before[1]], [2, 3 - u64::from(deny)]);
+    }
 }
