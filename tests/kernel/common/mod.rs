@@ -68,6 +68,15 @@ macro_rules! assert_fields {
     }};
 }
 
+/// Runs what catches a panic of its own, whose message would look like that of a failed test.
+pub fn without_panic_messages<T>(body: impl FnOnce() -> T) -> T {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let result = body();
+    std::panic::set_hook(hook);
+    result
+}
+
 /// Binds a queue that has no rules of its own, which needs no waiting.
 pub fn bind_now(builder: QueueBuilder) -> Queue {
     builder.bind().now_or_never().expect("bound at once").expect("bind the queue")
