@@ -111,6 +111,20 @@ pub enum Family {
     Other(u8),
 }
 
+impl Family {
+    /// The kernel's number (`NFPROTO_*`).
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Ipv4 => 2,
+            Self::Arp => 3,
+            Self::Netdev => 5,
+            Self::Bridge => 7,
+            Self::Ipv6 => 10,
+            Self::Other(number) => number,
+        }
+    }
+}
+
 impl From<u8> for Family {
     fn from(number: u8) -> Self {
         match number {
