@@ -160,6 +160,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn families_have_the_numbers_of_the_kernel() {
+        assert!((0..=u8::MAX).all(|number| Family::from(number).number() == number));
+        assert_eq!((Family::Ipv4.number(), Family::Ipv6.number()), (2, 10));
+    }
+
+    #[test]
     fn ids_compare_across_the_wrap() {
         assert!(PacketId(1).is_before(PacketId(2)));
         assert!(!PacketId(2).is_before(PacketId(2)) && !PacketId(2).is_before(PacketId(1)));
