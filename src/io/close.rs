@@ -24,8 +24,27 @@ use crate::{
 impl Shared {
     /// Decides packets that were received and not handed out.
     pub(super) fn decide_unread(&self, action: Action) {
-        let unread = std::mem::take(&mut lock(&self.receiver).packets);
+        let mut receiver = lock(&self.receiver);
+        let unread = std::mem::take(&mut receiver.packets);
+        // Under both locks, so that the end of the time-out does not come in between, and takes
+        // these packets for packets that are owed.
         self.core().machine.decide_unread(unread.iter().map(|packet| packet.id), action);
+        drop(receiver);
+    }
+
+    /// The timer fires, and the time-out of a queue that is being stopped may be over. No packet is
+    /// received between the decision about what was not handed out and the end of the wait.
+    pub(super) fn fire_while_stopping(&self) {
+        let mut receiver = lock(&self.receiver);
+        let mut core = self.core();
+        let overdue = core.machine.overdue_while_stopping();
+        let unread = overdue.map(|action| (std::mem::take(&mut receiver.packets), action));
+        if let Some((unread, action)) = &unread {
+            core.machine.decide_unread(unread.iter().map(|packet| packet.id), *action);
+        }
+        core.machine.fire();
+        drop((core, receiver, unread));
+        self.perform_pending();
     }
 
     /// Steps 1 and 2.

@@ -462,10 +462,10 @@ impl Shared {
 impl TimerTarget for Shared {
     fn fire(self: Arc<Self>) {
         let overdue = self.core().machine.overdue_while_stopping();
-        if let Some(action) = overdue {
-            self.decide_unread(action);
+        match overdue {
+            Some(_) => self.fire_while_stopping(),
+            None => self.with(|core| core.machine.fire()),
         }
-        self.with(|core| core.machine.fire());
     }
 
     fn readable(self: Arc<Self>) {
