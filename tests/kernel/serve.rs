@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio_nfqueue::{Action, Divert, Error, Packet, Protocol, Queue, Rule, Verdict};
+use tokio_nfqueue::{Divert, Error, Packet, Protocol, Queue, Rule, Verdict};
 
 use crate::{
     common::{self, Hook, Load, PATIENCE, PORT, Traffic, account, divert, eventually, number, soon, udp_in},
@@ -255,7 +255,7 @@ async fn decide(packet: Packet) -> Verdict {
 
 async fn the_loop_of_the_design_runs() {
     let rules = Divert::builder().rule(udp_in());
-    let queue = Queue::builder(Queue::ANY).on_unanswered(Action::Accept).divert(rules).bind().await.unwrap();
+    let queue = Queue::builder(Queue::ANY).divert(rules).bind().await.unwrap();
     let (ask, service) = mpsc::channel(10);
     let (stop, stopped) = signal();
     let running = tokio::spawn(event_loop(queue, service, stopped));
@@ -263,6 +263,7 @@ async fn the_loop_of_the_design_runs() {
     traffic.send(0..50);
     ask.send(7).await.unwrap();
     traffic.expect((0..50).step_by(2)).await;
+    eventually("the request is taken", || ask.capacity() == 10).await;
     stop.send(()).unwrap();
     assert_eq!(soon("the shutdown", running).await.unwrap().unwrap(), [7]);
     assert!(account(0).is_none());
