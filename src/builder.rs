@@ -487,7 +487,7 @@ impl QueueBuilder {
     /// A deadline begins anew for packets that the predecessor had received.
     ///
     /// # Errors
-    /// The predecessor then goes on, if the `Takeover` is dropped:
+    /// The predecessor keeps the queue, if the `Takeover` is dropped:
     /// * `InvalidInput`: the predecessor does not hand over this queue, or with `divert` no table,
     ///   or a setting is invalid.
     /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN` in the user namespace that owns the

@@ -6,7 +6,7 @@
 //! 2. The queue is closed, which waits for the verdicts that are owed.
 //! 3. The table is removed.
 //!
-//! Steps 1 and 3 take the kernel some tens of milliseconds each, and all must go on when the
+//! Steps 1 and 3 take the kernel some tens of milliseconds each, and all must continue when the
 //! caller's future is dropped, or its runtime ends. So a thread does them.
 
 #[cfg(feature = "divert")]

@@ -129,6 +129,8 @@ impl VerdictSink {
     /// # Errors
     /// The first caller that waits gets the error:
     /// * `TimedOut`: packets were still undecided after the time-out. They got the default action.
+    /// * `Other`: the queue has rules of its own, and no thread can be started to end them. Nothing
+    ///   is closed then.
     /// * `NotPermitted`: the thread has no `CAP_NET_ADMIN`. A thread of the runtime continues the
     ///   shutdown if it has the capability. Otherwise the kernel drops what is queued when the last
     ///   handle is dropped.

@@ -65,7 +65,7 @@
 //!   if its sender has forged them. The connection's packets then come to the queue again. (If
 //!   connection tracking calls the SYN invalid, it ends the accept when it passes. The table
 //!   remembers 4096 such for each IP version, for the time of denials, also if their connection is
-//!   not complete by then; while there is no room, it drops them. A SYN that a rule excludes from
+//!   not complete by then; while that list is full, it drops them. A SYN that a rule excludes from
 //!   tracking ends nothing: exclude all packets of a connection, or none. Nor does a SYN that waits
 //!   in the queue of another program while [`replace_rules`](crate::Divert::replace_rules) adds a
 //!   rule at an earlier hook, or at an earlier priority of the same hook.)
@@ -114,7 +114,7 @@
 //! others. (It also passes if a rule of yours accepts it at the last hook with rules.) Later
 //! packets of such a connection come to the queue, and cannot leave it, while the denial is
 //! remembered. The table remembers 4096 such connections for each IP version, for twice the time of
-//! denials; while there is no room, it drops the first packets of further ones.
+//! denials; while that list is full, it drops the first packets of further ones.
 //!
 //! If a packet of either side has passed before the verdict, all that the other side sends is of
 //! the denied connection, also beside an earlier denial of the same addresses and ports, and when

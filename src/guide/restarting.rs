@@ -116,7 +116,7 @@
 //! | event | result |
 //! |---|---|
 //! | a task still holds packets when the time of `hand_over` is over | they get the default action; [`Handover::unanswered`](crate::handover::Handover::unanswered) counts them |
-//! | the new process fails, ends or is killed before it accepts | `send` returns an error, and the old process goes on |
+//! | the new process fails, ends or is killed before it accepts | `send` returns an error, and the old process keeps the queue |
 //! | it does not accept in time | the same; its `accept` returns `TimedOut`, also if it comes later |
 //! | it uses another version of this crate with another format | its `receive` returns `Incompatible`, and the old process keeps the queue |
 //! | the old process is killed before the new one accepts | the new process gets the queue, and `accept` returns `Ok` |

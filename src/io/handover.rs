@@ -9,7 +9,7 @@
 //! 2. Verdicts that are owed are awaited; at the limit the rest gets the default action.
 //! 3. When everything is sent, the socket is not touched any more (`Hold::is_frozen`), and the
 //!    record is made.
-//! 4. Either the queue goes on here, or it is released: closed, but not unbound.
+//! 4. Either the queue continues here, or it is released: closed, but not unbound.
 //!
 //! The successor begins at step 4.
 
@@ -45,7 +45,7 @@ use crate::{
     wire::{Message, Messages},
 };
 
-/// A queue that is not touched any more. It goes on if this is dropped.
+/// A queue that is not touched any more. It continues if this is dropped.
 #[derive(Debug)]
 pub(crate) struct Frozen {
     shared: Arc<Shared>,
@@ -86,7 +86,7 @@ impl Drop for Frozen {
     }
 }
 
-/// Lets the queue go on when it is dropped.
+/// Lets the queue continue when it is dropped.
 struct Resume<'a>(Option<&'a Shared>);
 
 impl Drop for Resume<'_> {
@@ -106,7 +106,7 @@ struct Settling {
 }
 
 impl Shared {
-    /// Steps 1 to 3. If the future is dropped, the queue goes on.
+    /// Steps 1 to 3. If the future is dropped, the queue continues.
     pub(crate) async fn hand_over(self: &Arc<Self>, within: Duration) -> Result<Frozen, Error> {
         if self.socket.is_in_memory() {
             let error = Error::new(ErrorKind::Unsupported, self.operation());
@@ -222,12 +222,12 @@ impl Shared {
         format!("{HAND_OVER} queue {}", self.settings.queue)
     }
 
-    /// The queue goes on here.
+    /// The queue continues here.
     pub(crate) fn resume(&self) {
         self.with(|core| core.machine.resume());
     }
 
-    /// The queue goes on elsewhere, or not at all: it is closed here, without being unbound.
+    /// The queue continues elsewhere, or not at all: it is closed here, without being unbound.
     pub(crate) fn release(&self) {
         if let Some(timer) = self.timer.get() {
             timer.unwatch(self.socket.fd());
@@ -237,7 +237,7 @@ impl Shared {
         drop(unread);
     }
 
-    /// A queue that goes on where its predecessor has stopped, frozen. [`resume`](Self::resume) is
+    /// A queue that continues where its predecessor has stopped, frozen. [`resume`](Self::resume) is
     /// called when the predecessor has given it up, and [`release`](Self::release) if it does not.
     pub(crate) fn take_over(settings: Settings, policy: FlushPolicy, passed: &PassedQueue) -> Result<Arc<Self>, Error> {
         let operation = || format!("{TAKE_OVER} queue {}", settings.queue);

@@ -95,7 +95,7 @@ impl<'a> Chained<'a> {
     }
 
     /// Adds rules that remember the connection in these sets, and the other side's tuple in those
-    /// of the same kind. Each is tried even if there is no room in another's set.
+    /// of the same kind. Each is tried even if another's set is full.
     pub(super) fn remember_connection(
         &mut self,
         sets: impl IntoIterator<Item = DeniedSet>,

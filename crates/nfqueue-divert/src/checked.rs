@@ -50,6 +50,18 @@ pub(super) struct Surroundings<'a> {
 }
 
 impl Surroundings<'_> {
+    /// A table of the family `inet` without settings.
+    #[cfg(test)]
+    pub(super) const PLAIN: Surroundings<'static> = Surroundings {
+        family: TableFamily::Inet,
+        sets: &[],
+        priority: 0,
+        flows: None,
+        offload: &[],
+        queues: None,
+        fail_closed: false,
+    };
+
     pub(super) fn offloads(self) -> bool {
         !self.offload.is_empty()
     }

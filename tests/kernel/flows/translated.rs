@@ -294,7 +294,7 @@ async fn an_idle_connection_goes_on_beside_a_denial_behind_translation() {
 }
 
 /// The client uses one port for both, one after the other. The conversation with the first one is
-/// denied, conntrack loses it, and the server goes on to send.
+/// denied, conntrack loses it, and the server sends again.
 async fn a_renewed_denial_does_not_reach_another_address_of_the_same_server() {
     let hosts = Hosts::new();
     let [client, server] = hosts.addresses();

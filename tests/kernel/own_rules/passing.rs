@@ -176,7 +176,7 @@ async fn rules_that_are_not_wanted_must_be_taken_as_before() {
     tokio::join!(handover.send(here, PATIENCE), receive).0.unwrap();
 }
 
-/// What a successor with this builder gets; the predecessor goes on.
+/// What a successor with this builder gets; the predecessor keeps the queue.
 async fn refused(old: &mut Queue, builder: QueueBuilder) -> tokio_nfqueue::Error {
     let handover = hand_over(old).await;
     let (here, there) = UnixStream::pair().unwrap();

@@ -46,15 +46,7 @@ fn mask(mask: &[u8]) -> Vec<u8> {
 }
 
 fn surroundings(sets: &[NamedSet]) -> Surroundings<'_> {
-    Surroundings {
-        family: TableFamily::Inet,
-        sets,
-        priority: 0,
-        flows: None,
-        offload: &[],
-        queues: None,
-        fail_closed: false,
-    }
+    Surroundings { sets, ..Surroundings::PLAIN }
 }
 
 fn encoded(rule: &Rule, method: QueueMethod) -> Vec<u8> {
@@ -281,15 +273,7 @@ fn conditions_must_have_the_same_version() {
         "source address: the addresses are of both IPv4 and IPv6",
     );
     refused_for(&queued().when(Match::source_addresses([])), "source address: there is no address");
-    let six = Surroundings {
-        family: TableFamily::Ip6,
-        sets: &[],
-        priority: 0,
-        flows: None,
-        offload: &[],
-        queues: None,
-        fail_closed: false,
-    };
+    let six = Surroundings { family: TableFamily::Ip6, ..Surroundings::PLAIN };
     let reason = queued().source_address(v4, 8).check(0, six).unwrap_err();
     assert_eq!(reason, "source address: the rule can never match: it requires both IPv6 and IPv4");
     assert!(!valid(&queued().unless(Match::source_address(v4, 0))));
@@ -384,15 +368,7 @@ fn reject_depends_on_the_protocol() {
     assert_eq!(actions(rule().unless(Match::protocol(Protocol::Udp))), both);
     assert_eq!(actions(rule().when(Match::protocols([Protocol::Udp, Protocol::Tcp]))), both);
     assert!(refused(&Rule::new(Hook::Postrouting).reject()).starts_with("action: "));
-    let bridge = Surroundings {
-        family: TableFamily::Bridge,
-        sets: &[],
-        priority: 0,
-        flows: None,
-        offload: &[],
-        queues: None,
-        fail_closed: false,
-    };
+    let bridge = Surroundings { family: TableFamily::Bridge, ..Surroundings::PLAIN };
     assert!(Rule::new(Hook::Forward).reject().check(0, bridge).is_err());
     assert!(rule().check(0, bridge).is_ok());
 }

@@ -1,7 +1,7 @@
 use netlink_packet_core::{Emitable, NLA_F_NESTED};
 
 use crate::{
-    Match, Protocol, Rule, TableFamily,
+    Match, Protocol, Rule,
     chain::{ChainType, Place},
     checked::Surroundings,
     encoder::QueueMethod,
@@ -87,16 +87,7 @@ fn rule_comes_after_its_sets_and_has_a_comment() {
         .unless(Match::source_ports([1_u16, 3]))
         .comment("web")
         .accept();
-    let surroundings = Surroundings {
-        family: TableFamily::Inet,
-        sets: &[],
-        priority: 0,
-        flows: None,
-        offload: &[],
-        queues: None,
-        fail_closed: false,
-    };
-    let rules = rule.check(7, surroundings).unwrap();
+    let rules = rule.check(7, Surroundings::PLAIN).unwrap();
     let mut batch = batch();
     batch.add_rule(&rules[0]);
     let commands = batch.commands;

@@ -48,7 +48,7 @@ pub enum LifeCycle {
         frozen: bool,
         /// Until when verdicts that are owed are awaited.
         limit: WaitLimit,
-        /// The shutdown that was requested meanwhile. It begins if the queue goes on here.
+        /// The shutdown that was requested meanwhile. It begins if the queue continues here.
         then: Option<(Action, WaitLimit)>,
     },
     /// Nothing is sent or received any more.

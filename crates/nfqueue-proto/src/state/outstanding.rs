@@ -32,7 +32,7 @@ pub(super) struct Outstanding<W> {
     unproven: Unproven,
     /// The kernel refused a datagram although the thread had the capability: only replies show
     /// whether a datagram was executed.
-    distrust: bool,
+    only_replies_prove: bool,
     /// Verdicts may have been sent for packets that the kernel had released or lost. From then on a
     /// verdict that finds no packet does not prove that the kernel dropped it.
     doubtful: bool,
@@ -66,7 +66,7 @@ impl<W> Outstanding<W> {
             awaiting: Awaiting::default(),
             batches: SentBatches::default(),
             unproven: Unproven::default(),
-            distrust: false,
+            only_replies_prove: false,
             doubtful: false,
             dropped: 0,
         }
@@ -218,7 +218,7 @@ impl<W> Outstanding<W> {
     /// Whether replies matter to this process: somebody waits for one, or the capability was
     /// missing, so that only this process understands them.
     pub(super) fn awaits_replies(&self) -> bool {
-        !self.awaiting.is_empty() || !self.known_refused.is_empty() || self.distrust
+        !self.awaiting.is_empty() || !self.known_refused.is_empty() || self.only_replies_prove
     }
 
     // Proofs.
@@ -270,13 +270,13 @@ impl<W> Outstanding<W> {
 
     /// What was executed is not known any more: the kernel refused a datagram although the thread
     /// had the capability.
-    pub(super) fn distrust(&mut self) {
-        (self.distrust, self.doubtful) = (true, true);
+    pub(super) fn trust_only_replies(&mut self) {
+        (self.only_replies_prove, self.doubtful) = (true, true);
     }
 
     /// Whether only replies show whether a datagram was executed.
-    pub(super) fn is_distrusted(&self) -> bool {
-        self.distrust
+    pub(super) fn only_replies_prove(&self) -> bool {
+        self.only_replies_prove
     }
 
     /// Verdicts are sent for packets that the kernel may not have.

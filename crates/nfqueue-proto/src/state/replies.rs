@@ -80,7 +80,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if reply.error == Some(Errno::PERM) {
             // The thread had the capability shortly after, or the capability has no effect here:
             // what was executed is not known any more.
-            self.outstanding.distrust();
+            self.outstanding.trust_only_replies();
             self.ledger.forbid_batches();
             self.missing_permission();
             if let (Some(action), Some(id)) = (action, id) {

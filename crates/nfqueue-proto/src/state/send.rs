@@ -114,7 +114,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.rounds.retry().is_some() || self.is_permission_missing()
     }
 
-    /// Whether the last send failed for a reason that does not pass, and nobody is about to send: a
+    /// Whether the last send failed for a reason that does not pass, and no thread is about to send: a
     /// reply that has not come will not come.
     pub fn is_broken(&self) -> bool {
         self.rounds.are_broken()
@@ -168,7 +168,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     fn proof(&self, messages: &[VerdictMessage<E>]) -> Proof {
         match messages {
-            _ if self.outstanding.is_distrusted() => Proof::Replies,
+            _ if self.outstanding.only_replies_prove() => Proof::Replies,
             [VerdictMessage::Single { decision, .. }]
                 if decision.extras.is_none()
                     && self.life.is_open()

@@ -53,7 +53,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             LifeCycle::Unbinding { .. } | LifeCycle::Closed(_) => return false,
         }
-        // Also if the time is over already: the timer knows what nobody has been handed.
+        // Also if the time is over already: the timer knows what has not been handed out.
         self.rearm_timer(self.clock.now());
         false
     }
@@ -181,11 +181,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let sent = self.ledger.gathered() == 0 && !self.rounds.is_under_way() && self.permission.is_held();
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
-        let hopeless = !self.rounds.is_under_way()
+        let cannot_be_sent = !self.rounds.is_under_way()
             && (self.is_forbidden(limit)
                 || self.is_broken()
                 || limit == WaitLimit::Over && self.rounds.retry().is_some());
-        if self.ledger.undecided() == 0 && (sent || hopeless) {
+        if self.ledger.undecided() == 0 && (sent || cannot_be_sent) {
             let unsent = self.ledger.gathered();
             if unsent > 0 && limit == WaitLimit::Over {
                 self.timed_out(format!("{unsent} verdicts could not be sent before the time-out"));

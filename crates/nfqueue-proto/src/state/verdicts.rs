@@ -90,8 +90,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             return;
         }
         let undecided = self.ledger.undecided();
-        let last_words = !self.life.is_open() && undecided == 0;
-        if !self.gathering.is_driven() || last_words || self.life.is_handing_over() {
+        let closing_settled = !self.life.is_open() && undecided == 0;
+        if !self.gathering.is_driven() || closing_settled || self.life.is_handing_over() {
             return self.request_flush();
         }
         let next = self.gathering.ask(gathered, undecided, reason, || self.clock.now());
