@@ -237,8 +237,9 @@ impl Shared {
         drop(unread);
     }
 
-    /// A queue that continues where its predecessor has stopped, frozen. [`resume`](Self::resume) is
-    /// called when the predecessor has given it up, and [`release`](Self::release) if it does not.
+    /// A queue that continues where its predecessor has stopped, frozen. [`resume`](Self::resume)
+    /// is called when the predecessor has given it up, and [`release`](Self::release) if it does
+    /// not.
     pub(crate) fn take_over(settings: Settings, policy: FlushPolicy, passed: &PassedQueue) -> Result<Arc<Self>, Error> {
         let operation = || format!("{TAKE_OVER} queue {}", settings.queue);
         let os = |source| Error::os(operation(), source);

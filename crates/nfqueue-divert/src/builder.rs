@@ -1,31 +1,29 @@
 //! The rules and settings of a table.
 
-use std::{ops::RangeInclusive, sync::Mutex, time::Duration};
+mod install;
+
+use std::{ops::RangeInclusive, time::Duration};
 
 use nfqueue_proto::types::{Error, ErrorKind, FlowMarks, Hook};
-use rustix::io::Errno;
 
 use super::{
-    Divert, State,
-    chain::{Chain, LONGEST_NAME, Place},
+    chain::{LONGEST_NAME, Place},
     check_rules,
     checked::{KernelRule, Surroundings},
     denied::{self, FlowTable},
-    encoder::{Encoding, QueueMethod},
-    failure::{errno, lacks_queue, refused, subject},
     family::TableFamily,
-    forget::{Forget, forget_marks},
     layout::Layout,
-    nft::{Batch, ChainKind, Command, Creation, Ownership, Subject},
     offload::{Interfaces, SHORTEST_DENIAL},
     priority::Priority,
     rule::Rule,
     script::script,
     set::{NamedSet, name_problem},
-    socket::{Connection, Outcome, Refusal},
 };
 
-/// The rules and settings of a [`Divert`], from [`Divert::builder`].
+pub use self::install::Installation;
+
+/// The rules and settings of a [`Divert`](crate::Divert), from
+/// [`Divert::builder`](crate::Divert::builder).
 #[derive(Debug, Clone)]
 #[must_use = "no packet is sent to a queue until `install` is called"]
 pub struct DivertBuilder {
@@ -103,8 +101,8 @@ impl DivertBuilder {
     }
 
     /// Creates a base chain even if no rule needs it yet, so that
-    /// [`replace_rules`](Divert::replace_rules) need not register a hook for later rules. `None` is
-    /// the priority of rules without one of their own.
+    /// [`replace_rules`](crate::Divert::replace_rules) need not register a hook for later rules.
+    /// `None` is the priority of rules without one of their own.
     pub fn chain(mut self, hook: Hook, priority: impl Into<Option<Priority>>) -> Self {
         self.chains.push((hook, priority.into()));
         self
@@ -180,9 +178,10 @@ impl DivertBuilder {
     }
 
     /// Drops the packets of the rules, instead of letting them pass, when the process has ended
-    /// without [closing](Divert::close) the table: until a new process installs a table of the same
-    /// [name](Self::table), which must be given. Default: off, so that the rules end with the
-    /// process. [`Divert`](Divert#fail-open-or-fail-closed) has the table of what stays when.
+    /// without [closing](crate::Divert::close) the table: until a new process installs a table of
+    /// the same [name](Self::table), which must be given. Default: off, so that the rules end with
+    /// the process. [`Divert`](crate::Divert#fail-open-or-fail-closed) has the table of what stays
+    /// when.
     ///
     /// A stop by a signal that the program does not handle, such as SIGTERM, is such an end as
     /// well.
@@ -191,7 +190,7 @@ impl DivertBuilder {
     /// rules send to a queue that is not bound; so no rule may have [`bypass`](Rule::bypass).
     /// [`install`](Self::install) replaces, in one step, a table of this name whose owner has
     /// ended: at no time do packets pass, but what is queued in other queues of the network
-    /// namespace [is dropped](Divert#removing-a-table-drops-queued-packets). Verdicts for
+    /// namespace [is dropped](crate::Divert#removing-a-table-drops-queued-packets). Verdicts for
     /// connections are forgotten then. Any other table of this name is an error, as always.
     ///
     /// A table that has lost its owner can be changed by other programs, and `nft flush ruleset`
@@ -276,54 +275,6 @@ impl DivertBuilder {
         self
     }
 
-    /// Creates the table, a base chain for each used hook, and the rules.
-    ///
-    /// One transaction creates everything. If the kernel refuses a part, it creates nothing. Before
-    /// that, a trial transaction without base chains checks the rules, so that an error drops no
-    /// queued packet.
-    ///
-    /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
-    /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
-    /// `NETFILTER_XT_TARGET_NFQUEUE`).
-    ///
-    /// Blocks the thread for some tens of milliseconds (46 ms measured on Linux 6.18 with two
-    /// cores), because the kernel waits until no CPU uses the old rules. With
-    /// [`flow_marks`](Self::flow_marks), it also takes as long as
-    /// [`forget_flows`](Divert::forget_flows). From an async task, call it in `spawn_blocking`.
-    ///
-    /// # Errors
-    ///
-    /// * [`InvalidInput`](ErrorKind::InvalidInput): there is no rule, set or chain; the table name
-    ///   is invalid; a set or a rule is invalid; or the rules do not fit into one transaction. The
-    ///   error names the set, or the rule by its index, from 0, and the field. Rules that can never
-    ///   match are invalid. One transaction can carry some hundreds of rules. There is no limit if
-    ///   the thread has `CAP_NET_ADMIN` in the initial user namespace (`SO_SNDBUFFORCE`).
-    /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
-    ///   namespace that owns the network namespace.
-    /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, with flow marks no
-    ///   `NF_CT_NETLINK`, with [`offload`](Self::offload) no flowtables, no tables with owners
-    ///   (before Linux 5.12), neither the `queue` expression nor the `NFQUEUE` target, or lacks
-    ///   another expression that a rule needs.
-    /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
-    /// * [`AlreadyExists`](ErrorKind::AlreadyExists): a table of this name exists (`EEXIST`, or
-    ///   `EPERM` if another socket owns it).
-    /// * [`Other`](ErrorKind::Other): the kernel returns another error.
-    pub fn install(&self) -> Result<Divert, Error> {
-        let (connection, devices) = self.open()?;
-        self.install_on(connection, &devices).map_err(|(error, _)| error)
-    }
-
-    /// Checks the rules, and opens the socket in the network namespace of the calling thread. The
-    /// rules are installed by [`Installation::try_install`], in any thread.
-    ///
-    /// # Errors
-    ///
-    /// As [`install`](Self::install), as far as the rules can be checked without the kernel.
-    pub fn prepare(&self) -> Result<Installation, Error> {
-        let (connection, devices) = self.open()?;
-        Ok(Installation { builder: self.clone(), connection: Some(connection), devices })
-    }
-
     /// As far as the rules can be checked without the kernel.
     #[doc(hidden)]
     pub fn validate(&self) -> Result<(), Error> {
@@ -331,104 +282,11 @@ impl DivertBuilder {
         check_rules(&self.rules, self.check(&[]).map_err(invalid)?).map_err(invalid).map(drop)
     }
 
-    /// Checks the rules, and opens the socket. Also returns the interfaces of the flowtable.
-    fn open(&self) -> Result<(Connection, Vec<String>), Error> {
-        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
-        self.check(&[]).map_err(invalid)?;
-        let devices = self.devices("install rules")?;
-        check_rules(&self.rules, self.check(&devices).map_err(invalid)?).map_err(invalid)?;
-        let failed = |error| Error::os("open a netlink socket for nf_tables", error);
-        Ok((Connection::open(self.family).map_err(failed)?, devices))
-    }
-
     /// The interfaces of the flowtable.
     fn devices(&self, operation: &'static str) -> Result<Vec<String>, Error> {
         let Some(interfaces) = &self.offload else { return Ok(Vec::new()) };
         let names = interfaces.names().map_err(|error| Error::os("list the interfaces", error))?;
         names.map_err(|reason| Error::new(ErrorKind::InvalidInput, operation).with_detail(reason))
-    }
-
-    /// Returns the socket if there is an error.
-    fn install_on(&self, mut connection: Connection, devices: &[String]) -> Result<Divert, (Error, Connection)> {
-        match self.transact(&mut connection, devices) {
-            Ok((table, state)) => {
-                let Installed { priority, flows, method, places, hooks, chains } = state;
-                let rules = self.rules.clone();
-                let state = State { connection, method, places, hooks, rules, foreign: None, chains };
-                let sets = self.sets.clone();
-                let offload = devices.to_vec();
-                let (family, queues, fail_closed) = (self.family, self.queues, self.fail_closed);
-                let state = Mutex::new(state);
-                Ok(Divert { table, family, priority, flows, sets, offload, queues, fail_closed, state })
-            }
-            Err(error) => Err((error, connection)),
-        }
-    }
-
-    fn transact(&self, connection: &mut Connection, devices: &[String]) -> Result<(String, Installed), Error> {
-        let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "install rules").with_detail(detail);
-        let surroundings = self.check(devices).map_err(invalid)?;
-        let rules = check_rules(&self.rules, surroundings).map_err(invalid)?;
-        let places = self.places(&rules);
-        let layout = Layout::new(rules, &places, surroundings);
-        let rules = &layout.rules;
-
-        let table = match &self.table {
-            Some(name) => name.clone(),
-            None => format!("tokio_nfqueue_{}", connection.port()),
-        };
-        let none = Hooks::default();
-        let encode = |creation: Creation, encoding: Encoding, hooks: Hooks| {
-            let mut batch = Batch::new(&table, encoding);
-            batch.create_table(creation);
-            let (tracking, defragment) = hooks.beyond(none);
-            batch.create_holder(self.family, tracking, defragment);
-            self.sets.iter().for_each(|set| batch.create_set(set));
-            if let Some(flows) = surroundings.flows {
-                batch.create_denied_sets(self.family, flows);
-                if surroundings.offloads() {
-                    batch.create_recalled_set(flows);
-                    batch.create_flowtable(devices);
-                }
-            }
-            let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
-            layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind, devices));
-            rules.iter().for_each(|rule| batch.add_rule(rule));
-            batch.commands
-        };
-
-        // The trial must not contain base chains: to abort it, the kernel would unregister their
-        // hooks, which drops all queued packets.
-        let operation = || format!("install table {table}");
-        let mut method = QueueMethod::Expression;
-        let ownership = match self.fail_closed {
-            false => Ownership::Process,
-            true if has_lasting_tables(connection) => Ownership::Lasting,
-            true => Ownership::None,
-        };
-        let mut creation = Creation { ownership, replaces: false };
-        loop {
-            let trial = encode(creation, Encoding { method, trial: true }, none);
-            let Err(refusal) = connection.transact(&trial, Outcome::Abort) else { break };
-            if method == QueueMethod::Expression && lacks_queue(&refusal, &trial, rules) {
-                method = QueueMethod::Target;
-            } else if self.fail_closed && !creation.replaces && exists(&refusal, &trial) {
-                creation.replaces = true;
-            } else {
-                return Err(refused(operation(), &trial, rules, refusal));
-            }
-        }
-
-        if let Some(flows) = surroundings.flows {
-            // The marks of a table that was here before, perhaps of a process that was killed.
-            forget_marks(connection, flows.marks, Forget::All).map_err(|error| error.with_operation(operation()))?;
-        }
-        let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
-        let commands = encode(creation, Encoding { method, trial: false }, hooks);
-        let result = connection.transact(&commands, Outcome::Commit);
-        result.map_err(|refusal| refused(operation(), &commands, rules, refusal))?;
-        let Surroundings { priority, flows, .. } = surroundings;
-        Ok((table, Installed { priority, flows, method, places, hooks, chains: layout.chains }))
     }
 
     /// Prints the table as a script for `nft -f`, which `nft -c -f` checks.
@@ -520,99 +378,6 @@ impl DivertBuilder {
         places.dedup();
         places
     }
-
-    fn hooks(&self, rules: &[KernelRule<'_>], connection: &mut Connection) -> Result<Hooks, Error> {
-        let tracking = self.track || rules.iter().any(KernelRule::tracks);
-        let defragment = self.defragment.unwrap_or_else(|| rules.iter().any(KernelRule::needs_reassembly));
-        let given = Hooks { tracking, allowed: self.defragment != Some(false), ..Hooks::default() };
-        if !defragment || self.family == TableFamily::Bridge {
-            return Ok(given);
-        }
-        let hooks = given.with_reassembly(connection);
-        if self.defragment == Some(true) && !hooks.reassembles() {
-            return Err(
-                Error::new(ErrorKind::Unsupported, "").with_detail("the kernel has neither NFT_TPROXY nor NFT_CT")
-            );
-        }
-        Ok(hooks)
-    }
-}
-
-/// What the kernel has installed.
-struct Installed {
-    priority: i32,
-    flows: Option<FlowTable>,
-    method: QueueMethod,
-    places: Vec<Place>,
-    hooks: Hooks,
-    chains: Vec<Chain>,
-}
-
-/// Which hooks beside the base chains the table keeps registered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Hooks {
-    /// Connection tracking, and with it defragmentation.
-    pub(super) tracking: bool,
-    /// Only defragmentation.
-    pub(super) defragment: bool,
-    /// Whether a rule may switch defragmentation on.
-    pub(super) allowed: bool,
-}
-
-impl Hooks {
-    /// With what these rules need in addition.
-    pub(super) fn needed(rules: &[KernelRule<'_>], connection: &mut Connection, present: Self) -> Self {
-        let tracking = present.tracking || rules.iter().any(KernelRule::tracks);
-        let hooks = Self { tracking, ..present };
-        if hooks.allowed && rules.iter().any(KernelRule::needs_reassembly) {
-            return hooks.with_reassembly(connection);
-        }
-        hooks
-    }
-
-    /// What a table with `present` must add: connection tracking, defragmentation.
-    pub(super) fn beyond(self, present: Self) -> (bool, bool) {
-        (self.tracking && !present.tracking, self.defragment && !present.defragment)
-    }
-
-    fn reassembles(self) -> bool {
-        self.tracking || self.defragment
-    }
-
-    fn with_reassembly(self, connection: &mut Connection) -> Self {
-        if self.reassembles() {
-            self
-        } else if has_expression(connection, "tproxy") {
-            Self { defragment: true, ..self }
-        } else {
-            Self { tracking: has_expression(connection, "ct"), ..self }
-        }
-    }
-}
-
-/// Whether the kernel has an expression. A rule with an incomplete one is refused, but not with
-/// `ENOENT` if the kernel has it.
-fn has_expression(connection: &mut Connection, name: &str) -> bool {
-    let table = format!("tokio_nfqueue_{}_probe", connection.port());
-    let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
-    batch.create_table(Creation { ownership: Ownership::Process, replaces: false });
-    batch.probe(name);
-    let refusal = connection.transact(&batch.commands, Outcome::Abort).err();
-    let refused = refusal.filter(|refusal| matches!(subject(refusal, &batch.commands), Some(Subject::Hooks(_))));
-    refused.is_some_and(|refusal| refusal.error.raw_os_error() == Some(Errno::INVAL.raw_os_error()))
-}
-
-/// Whether the kernel has refused to create a table because there is one.
-fn exists(refusal: &Refusal, commands: &[Command]) -> bool {
-    subject(refusal, commands) == Some(&Subject::Table) && errno(refusal) == Some(Errno::EXIST)
-}
-
-/// Whether the kernel keeps a table without its owner.
-fn has_lasting_tables(connection: &mut Connection) -> bool {
-    let table = format!("tokio_nfqueue_{}_probe", connection.port());
-    let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
-    batch.create_table(Creation { ownership: Ownership::Lasting, replaces: false });
-    connection.transact(&batch.commands, Outcome::Abort).is_ok()
 }
 
 /// The table in the language of nft.
@@ -636,57 +401,4 @@ pub(super) fn check_table_name(name: &str) -> Result<(), String> {
         return Err(format!("the table name must have 1 to {LONGEST_NAME} bytes and no NUL"));
     }
     Ok(())
-}
-
-/// Rules that can be installed: [`DivertBuilder::prepare`].
-#[derive(Debug)]
-pub struct Installation {
-    builder: DivertBuilder,
-    /// `None` after it has been installed.
-    connection: Option<Connection>,
-    devices: Vec<String>,
-}
-
-impl Installation {
-    /// Installs the rules: see [`DivertBuilder::install`].
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn install(self) -> Result<Divert, Error> {
-        let Self { builder, connection, devices } = self;
-        let missing = || Error::new(ErrorKind::InvalidInput, "install rules").with_detail("they are installed");
-        builder.install_on(connection.ok_or_else(missing)?, &devices).map_err(|(error, _)| error)
-    }
-
-    /// Installs the rules. `None` while another socket owns a table of this name, for example that
-    /// of a process which is about to end: try again later. The kernel does not report that a table
-    /// has been removed.
-    ///
-    /// Blocks the thread as [`DivertBuilder::install`] does.
-    ///
-    /// # Errors
-    ///
-    /// As [`DivertBuilder::install`], except that it returns `None` instead of the error that
-    /// another socket owns the table. A table of this name without an owner is an error.
-    /// [`InvalidInput`](ErrorKind::InvalidInput) after it has been installed.
-    pub fn try_install(&mut self) -> Result<Option<Divert>, Error> {
-        let Some(connection) = self.connection.take() else {
-            return Err(Error::new(ErrorKind::InvalidInput, "install rules").with_detail("they are installed"));
-        };
-        match self.builder.install_on(connection, &self.devices) {
-            Ok(divert) => Ok(Some(divert)),
-            // The kernel lacks no capability, so it is the owner of the table: see `failure`.
-            Err((error, connection))
-                if error.kind() == ErrorKind::AlreadyExists && error.errno() == Some(Errno::PERM) =>
-            {
-                self.connection = Some(connection);
-                Ok(None)
-            }
-            Err((error, connection)) => {
-                self.connection = Some(connection);
-                Err(error)
-            }
-        }
-    }
 }

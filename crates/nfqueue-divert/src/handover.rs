@@ -17,11 +17,12 @@ use rustix::net::sockopt::socket_cookie;
 
 use super::{
     Divert, State,
-    builder::{Hooks, check_table_name},
+    builder::check_table_name,
     chain::{Chain, ChainType, Place},
     denied::FlowTable,
     encoder::QueueMethod,
     family::TableFamily,
+    hooks::Hooks,
     matching::check_interface_name,
     set::{NamedSet, SetField},
     socket::Connection,

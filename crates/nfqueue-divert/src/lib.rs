@@ -23,6 +23,7 @@ mod flow_chain;
 mod flows;
 mod forget;
 mod handover;
+mod hooks;
 mod layout;
 mod links;
 mod matching;
@@ -43,7 +44,6 @@ use std::{
 };
 
 use self::{
-    builder::Hooks,
     chain::{Chain, Place, chain_name},
     checked::{KernelRule, Surroundings},
     denied::FlowTable,
@@ -51,6 +51,7 @@ use self::{
     failure::refused,
     forget::{Forget, Forgotten, denied_elements, forget_marks},
     handover::{ForeignRules, InstalledRules},
+    hooks::Hooks,
     layout::Layout,
     nft::{Batch, ChainKind},
     socket::{Connection, Outcome},

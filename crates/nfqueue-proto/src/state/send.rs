@@ -114,8 +114,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.rounds.retry().is_some() || self.is_permission_missing()
     }
 
-    /// Whether the last send failed for a reason that does not pass, and no thread is about to send: a
-    /// reply that has not come will not come.
+    /// Whether the last send failed for a reason that does not pass, and no thread is about to
+    /// send: a reply that has not come will not come.
     pub fn is_broken(&self) -> bool {
         self.rounds.are_broken()
     }
