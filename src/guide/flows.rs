@@ -91,8 +91,9 @@
 //!
 //! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
 //! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
-//! connection's next packet comes to the queue. (On Linux 6.1 it holds: the packet gets the entry
-//! that was kept. On 6.12 and later it does not.)
+//! connection's next packet comes to the queue. (Before Linux 6.12 it holds: the packet gets the
+//! entry that was kept. So it is with first packets of both sides that cross: if one has passed
+//! while the other waits, both are of one connection, and a denial of the later one denies it.)
 //!
 //! # How long a denial holds
 //!

@@ -18,7 +18,7 @@ use super::{
     table,
 };
 use crate::{
-    common::{lose_connections, next},
+    common::{kernel_release, lose_connections, next},
     support,
 };
 
@@ -184,6 +184,12 @@ async fn the_other_side_begins_again_after_its_crossing_connection_was_denied() 
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [1, 0]);
     hosts.client(SYN, (9000, 0), b"");
+    if kernel_release() < (6, 12) {
+        // The server's packet had got the entry of the client's, which had passed.
+        queue_is_empty(&mut queue);
+        assert_eq!(hosts.arrived(), [0, 0]);
+        return;
+    }
     pass_segment(&mut queue, SYN).await;
     assert_eq!(hosts.arrived(), [1, 0]);
 }
@@ -210,11 +216,14 @@ async fn an_error_about_a_crossing_connection_denies_no_later_one() {
             assert_eq!(hosts.arrived(), [0, 0]);
         }
         lose_connections();
-        hosts.server(SYN, (9000, 0), b"");
+        // The side that was not denied. Earlier kernels give the client's packet the entry of the
+        // server's, which has passed.
+        let begin = if kernel_release() >= (6, 12) { Hosts::server } else { Hosts::client };
+        begin(&hosts, SYN, (9000, 0), b"");
         come_again.push(come(&mut queue).await.is_some());
         divert.close().unwrap();
     }
-    assert_eq!(come_again, [true; 2], "the server cannot begin a connection of its own");
+    assert_eq!(come_again, [true; 2], "the other side cannot begin a connection of its own");
 }
 
 /// The server's SYN has passed twice before the client's is denied. An ICMP error about what the
