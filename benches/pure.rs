@@ -7,6 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 
 use nfqueue_proto::{
     state::{
+        Storage,
         flush::{FlushContext, FlushPolicy, FlushReason},
         ledger::{Decision, Ledger, Origin},
     },
@@ -97,7 +98,7 @@ fn settle(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
                 bencher.iter(|| {
                     for offset in 0..size as u32 {
-                        ledger.arrive(first.wrapping_add(offset), 100);
+                        ledger.arrive(first.wrapping_add(offset), Storage::None);
                     }
                     for together in ids.chunks(FLUSH) {
                         for offset in together {

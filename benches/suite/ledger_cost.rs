@@ -4,7 +4,10 @@
 use std::time::Instant;
 
 use nfqueue_proto::{
-    state::ledger::{Decision, Ledger, Origin},
+    state::{
+        Storage,
+        ledger::{Decision, Ledger, Origin},
+    },
     types::Action::Accept as ACCEPT,
     wire::verdict::VerdictFields,
 };
@@ -25,8 +28,6 @@ pub enum Order {
 
 pub const ORDERS: [Order; 3] = [Order::Arrival, Order::Reverse, Order::Random];
 
-/// Bytes of a packet.
-const WEIGHT: u32 = 100;
 /// Verdicts between two flushes.
 const FLUSH: usize = 64;
 
@@ -67,7 +68,7 @@ pub fn ids(outstanding: usize, order: Order) -> Vec<u32> {
 pub fn cycle(ledger: &mut Ledger<()>, first: u32, ids: &[u32]) -> u32 {
     let mut settled = Vec::with_capacity(FLUSH);
     for offset in 0..ids.len() as u32 {
-        ledger.arrive(first.wrapping_add(offset), WEIGHT);
+        ledger.arrive(first.wrapping_add(offset), Storage::None);
     }
     for together in ids.chunks(FLUSH) {
         for offset in together {

@@ -5,7 +5,10 @@
 use std::collections::BTreeMap;
 
 use nfqueue_proto::{
-    state::ledger::{Decision, Ledger, Origin, VerdictMessage},
+    state::{
+        Storage,
+        ledger::{Decision, Ledger, Origin, VerdictMessage},
+    },
     types::Action,
     wire::verdict::VerdictFields,
 };
@@ -105,7 +108,7 @@ pub(crate) fn run(first: u32, steps: impl IntoIterator<Item = Step>) {
                         expected_gap += 1;
                         continue;
                     }
-                    assert_eq!(ledger.arrive(id, 3), expected_gap);
+                    assert_eq!(ledger.arrive(id, Storage::Own { bytes: 3 }), expected_gap);
                     expected_gap = 0;
                     kernel.queued.push(id);
                     owned.push(id);
@@ -161,6 +164,7 @@ pub(crate) fn run(first: u32, steps: impl IntoIterator<Item = Step>) {
             assert_eq!(wanted.get(id), Some(verdict), "packet {id}");
         }
         assert_eq!(ledger.undecided(), owned.len());
+        assert_eq!(ledger.bytes(), 3 * owned.len());
     }
     flush(&mut ledger, &mut kernel, next);
     for (id, verdict) in &wanted {

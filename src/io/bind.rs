@@ -1,19 +1,14 @@
 //! Binding a queue, and explaining why the kernel refuses.
 
-use std::{
-    future::Future,
-    sync::{Arc, Weak},
-};
-
-use tokio::runtime::Handle;
+use std::{future::Future, sync::Arc};
 
 use rustix::io::Errno;
+use tokio::runtime::Handle;
 
 #[cfg(feature = "test-util")]
 use super::memory::MemoryKernel;
 use super::{
     busy_poll::BusyPoll,
-    driver,
     kernel::KernelTable,
     limits::{limits_of, receive_buffer},
     receiver::Receiver,
@@ -21,10 +16,9 @@ use super::{
     socket::{Socket, Unregistered, is_own_port, own_port},
     sys::{self, Owner},
     ticks::Pauses,
-    timer::{Timer, TimerTarget},
 };
 use crate::{
-    state::{Limits, Machine, flush::FlushPolicy},
+    state::{Machine, flush::FlushPolicy},
     types::{Error, ErrorKind},
     wire::config::{Command, Config, FLAG_CONNTRACK, FLAG_GSO, FLAG_SECURITY_CONTEXT, FLAG_UID_GID},
 };
@@ -39,7 +33,7 @@ pub(crate) struct Opened {
 impl Opened {
     /// Opens a socket and the kernel's table of queues in the calling thread's network namespace.
     pub(crate) fn new(settings: &Settings, config: &Config) -> Self {
-        let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
+        let wanted = || receive_buffer(limits_of(config), settings.attributes);
         let socket = Unregistered::open(settings.receive_buffer.unwrap_or_else(wanted));
         let mut table = KernelTable::open();
         if table.is_missing() {
@@ -58,15 +52,12 @@ impl Opened {
     /// Opens a socket of a kernel in memory.
     #[cfg(feature = "test-util")]
     pub(crate) fn in_memory(kernel: &Arc<dyn MemoryKernel>, settings: &Settings, config: &Config) -> Self {
-        let wanted = || receive_buffer(limits_of(config, UNLIMITED), settings.attributes);
+        let wanted = || receive_buffer(limits_of(config), settings.attributes);
         let receive_buffer = settings.receive_buffer.unwrap_or_else(wanted);
         let socket = Unregistered::open_in_memory(kernel, receive_buffer, settings.flow_marks);
         Self { socket, table: KernelTable::none(), network_owner: Owner::Own }
     }
 }
-
-/// The limits of a queue that is not bound yet.
-const UNLIMITED: Limits = Limits { max_len: 0, payload: 0 };
 
 impl Shared {
     /// Returns an error outside of a runtime.
@@ -125,7 +116,7 @@ impl Shared {
     fn prepare(settings: Settings, config: &Config, policy: FlushPolicy, opened: Opened) -> Result<Arc<Self>, Error> {
         let operation = || format!("bind queue {}", settings.queue);
         let Opened { socket, table, network_owner } = opened;
-        let limits = limits_of(config, UNLIMITED);
+        let limits = limits_of(config);
         let socket = Socket::new(socket?).map_err(|error| error.with_operation(operation()))?;
         let fixed = settings.fixed();
         let machine = Machine::new(fixed, policy, limits, socket.first_id(), socket.clock());
@@ -137,13 +128,10 @@ impl Shared {
 
     /// Starts what a bound queue needs.
     fn begin(self: &Arc<Self>) -> Result<(), Error> {
-        let timed: Weak<Self> = Arc::downgrade(self);
-        let timer = Timer::new(timed as Weak<dyn TimerTarget>, &self.clock).map_err(|source| {
+        self.start().map_err(|source| {
             let error = Error::os(format!("bind queue {}", self.settings.queue), source);
             error.with_detail("the timer thread cannot be started")
         })?;
-        let _ = self.timer.set(timer);
-        driver::start(self);
         let max_len = self.core().machine.limits().max_len;
         self.with(|core| core.machine.bound());
         self.trace.bound(max_len, self.socket.receive_buffer());

@@ -111,7 +111,7 @@ impl Shared {
             if core.machine.life().is_closed() {
                 return Poll::Ready(core.machine.take_close_error().map_or(Ok(()), Err));
             }
-            let spare = core.wait(waker);
+            let spare = core.wakers.wait(waker);
             drop(core);
             drop(spare);
             Poll::Pending

@@ -17,7 +17,7 @@ use std::{
     collections::HashSet,
     fs::File,
     os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Weak, atomic::Ordering},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -27,7 +27,6 @@ use rustix::net::sockopt;
 
 use super::{
     busy_poll::BusyPoll,
-    driver,
     exchange::{HAND_OVER, TAKE_OVER, unreadable},
     kernel::KernelTable,
     passed::PassedQueue,
@@ -36,7 +35,6 @@ use super::{
     shared::{Settings, Shared, lock},
     socket::{Socket, Unregistered, own_port},
     sys::{self, Owner},
-    timer::{Timer, TimerTarget},
 };
 use crate::{
     record::{QueueRecord, Unreadable},
@@ -133,7 +131,7 @@ impl Shared {
 
     fn poll_freeze(&self, settling: &mut Settling, cx: &mut Context<'_>) -> Poll<Result<QueueRecord, Error>> {
         let waker = cx.waker().clone();
-        let spare = self.core().wait(waker);
+        let spare = self.core().wakers.wait(waker);
         drop(spare);
         loop {
             let outbox = lock(&self.outbox);
@@ -177,12 +175,12 @@ impl Shared {
                 continue;
             }
             self.with(|core| core.machine.flush());
-            let (sent, cannot_send) = {
+            let (sent, sends_later) = {
                 let core = self.core();
-                (core.machine.is_all_sent(), core.machine.cannot_send())
+                (core.machine.is_all_sent(), core.machine.sends_later())
             };
             if !sent {
-                if due && cannot_send {
+                if due && sends_later {
                     let error = Error::new(ErrorKind::TimedOut, self.operation());
                     return Poll::Ready(Err(error.with_detail("verdicts cannot be sent")));
                 }
@@ -276,10 +274,8 @@ impl Shared {
 
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
         own_port(shared.socket.port_id());
-        shared.last_sent.store(record.sequence, Ordering::Release);
-        let timed: Weak<Self> = Arc::downgrade(&shared);
-        let _ = shared.timer.set(Timer::new(timed as Weak<dyn TimerTarget>, &shared.clock).map_err(os)?);
-        driver::start(&shared);
+        shared.last_sent.store(record.sequence);
+        shared.start().map_err(os)?;
         shared.trace.taken_over(record.unread.len());
         Ok(shared)
     }

@@ -1,18 +1,22 @@
 //! How much memory the queue and its socket need. Pure.
 
 use crate::{
-    state::Limits,
+    state::{Change, Limits},
     wire::config::{Config, CopyMode},
 };
 
-/// The limits after a configuration message. What the message does not contain stays as `before`.
-pub(super) fn limits_of(config: &Config, before: Limits) -> Limits {
-    let payload = match config.copy {
-        None => before.payload,
-        Some(CopyMode::Metadata) => 0,
-        Some(CopyMode::Packet(range)) => range as usize,
-    };
-    Limits { max_len: config.max_len.unwrap_or(before.max_len), payload }
+/// The limits that a configuration message changes.
+pub(super) fn change_of(config: &Config) -> Change {
+    let payload = config.copy.map(|copy| match copy {
+        CopyMode::Metadata => 0,
+        CopyMode::Packet(range) => range as usize,
+    });
+    Change { max_len: config.max_len, payload }
+}
+
+/// The limits of a queue that this message binds.
+pub(super) fn limits_of(config: &Config) -> Limits {
+    Limits { max_len: 0, payload: 0 }.after(change_of(config))
 }
 
 /// The receive buffer for a full queue and some replies, in bytes as the kernel accounts them.

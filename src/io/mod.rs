@@ -8,6 +8,7 @@
 //! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
 //! | [`send`] | from the ledger to the socket |
 //! | [`driver`], [`timer`], [`ticks`] | the task in the runtime, and the timer thread |
+//! | [`guard`], [`wakers`] | who holds packets, and who waits |
 //! | [`socket`], [`buffers`], [`kernel`], [`clock`], [`sys`] | the operating system |
 //! | `memory` | what a kernel in memory has in its place |
 //! | [`handover`], [`exchange`], [`passed`] | passing a queue to another process |
@@ -49,6 +50,7 @@ pub(crate) mod sys;
 mod ticks;
 pub(crate) mod timer;
 mod trace;
+mod wakers;
 
 #[cfg(all(feature = "divert", feature = "handover"))]
 pub(crate) use self::passed::PassedPart;

@@ -1,6 +1,6 @@
 //! Receiving: packets go to the stream, and replies to whoever waits for them.
 
-use std::{io, sync::atomic::Ordering};
+use std::io;
 
 use super::{
     receiver::{RECEIVE_BATCH, Receiver, Round},
@@ -28,7 +28,7 @@ impl Shared {
             // Not `true`: the socket was not found empty.
             return Ok(false);
         }
-        let sent = self.last_sent.load(Ordering::Acquire);
+        let sent = self.last_sent.load();
         let already = receiver.packets.len();
         let mut round = Round::default();
         let result = receiver.receive(&self.socket, limit, &mut round);
@@ -114,8 +114,7 @@ impl Shared {
     /// Lets the timer thread report when the socket is readable.
     pub(super) fn watch_socket(&self) {
         let Some(timer) = self.timer.get() else { return };
-        let again = self.watched.swap(true, Ordering::Relaxed);
-        if let Err(source) = self.socket.watch(timer, again) {
+        if let Err(source) = self.socket.watch(timer) {
             self.trace.watch_failed(&source);
         }
     }

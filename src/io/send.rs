@@ -1,7 +1,10 @@
 //! Sending: verdict messages and configuration.
 
 use std::{
-    sync::{TryLockError, atomic::Ordering},
+    sync::{
+        TryLockError,
+        atomic::{AtomicU32, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -10,13 +13,14 @@ use rustix::io::Errno;
 
 use super::{
     extras::VerdictExtras,
+    limits::change_of,
     shared::{Shared, lock},
     stream::unusable,
 };
 use crate::{
-    state::{Change, Outbox, Outcome, Proof, Transmit},
+    state::{Outbox, Outcome, Proof, Transmit},
     types::{Error, ErrorKind},
-    wire::config::{Command, Config, CopyMode},
+    wire::config::{Command, Config},
 };
 
 impl Shared {
@@ -59,7 +63,7 @@ impl Shared {
                     let outcome = self.send_datagram(outbox.encode(), proof);
                     core = self.core();
                     let last = core.machine.transmitted(outbox, outcome);
-                    self.last_sent.store(last, Ordering::Release);
+                    self.last_sent.store(last);
                 }
             }
         }
@@ -149,7 +153,7 @@ impl Shared {
         if room.is_err() || result.is_err() {
             self.core().machine.take_config(sequence);
         }
-        self.last_sent.store(sequence, Ordering::Release);
+        self.last_sent.store(sequence);
         drop(outbox);
         self.socket.sent();
         self.flush_for_others();
@@ -225,7 +229,7 @@ impl Shared {
         let broken = core.machine.is_broken();
         let later = core.machine.sends_later();
         // The end of the next round of sending wakes the task. Polling until then would take a CPU.
-        let spare = if later { core.wait(waker) } else { Some(waker) };
+        let spare = if later { core.wakers.wait(waker) } else { Some(waker) };
         drop(core);
         drop(spare);
         if let Poll::Ready(result) = reply.poll_unpin(cx) {
@@ -238,6 +242,26 @@ impl Shared {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
+    }
+}
+
+/// The sequence number of the last message whose send has returned.
+///
+/// The kernel puts a reply into the socket before the send returns. So if the socket is found empty
+/// after the number was loaded, every reply up to it has been received: a message that still waits
+/// for one has lost it. A stale number is smaller, and only delays that conclusion.
+#[derive(Debug, Default)]
+pub(super) struct LastSent(AtomicU32);
+
+impl LastSent {
+    /// Called when the send has returned.
+    pub(super) fn store(&self, sequence: u32) {
+        self.0.store(sequence, Ordering::Release);
+    }
+
+    /// Called before the socket is read.
+    pub(super) fn load(&self) -> u32 {
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -254,13 +278,4 @@ pub(super) const SETTING_RETRIES: usize = 3;
 /// Whether the kernel was out of memory.
 fn is_short(error: Errno) -> bool {
     matches!(error, Errno::NOBUFS | Errno::NOMEM | Errno::AGAIN)
-}
-
-/// The limits that a message changes.
-fn change_of(config: &Config) -> Change {
-    let payload = config.copy.map(|copy| match copy {
-        CopyMode::Metadata => 0,
-        CopyMode::Packet(range) => range as usize,
-    });
-    Change { max_len: config.max_len, payload }
 }

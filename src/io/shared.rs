@@ -13,9 +13,10 @@
 //! as well: [`Shared::perform_pending`].
 
 use std::{
+    io,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
     },
     task::Waker,
     time::Duration,
@@ -26,14 +27,18 @@ use tokio::sync::Notify;
 
 use super::{
     clock::QueueClock,
+    driver,
     extras::VerdictExtras,
+    guard::HandedOut,
     kernel::{KernelStats, KernelTable},
     ready_fd::ReadyFd,
     receiver::Receiver,
+    send::LastSent,
     socket::{self, Socket},
     sys::{self, Owner},
     timer::{Timer, TimerTarget},
     trace::Trace,
+    wakers::Wakers,
 };
 use crate::{
     state::{
@@ -91,17 +96,11 @@ pub(crate) struct Shared {
     pub(super) signal: Arc<Notify>,
     /// Set once by `bind`, because the timer refers to this struct.
     pub(super) timer: OnceLock<Timer>,
-    /// Whether the timer thread has watched the socket before.
-    pub(super) watched: AtomicBool,
     /// The process that used the queue last: [`sys::process`].
     process: AtomicUsize,
-    /// The sequence number of the last message whose send has returned. It is written after the
-    /// send, and read before the socket is found empty: by then the kernel's replies up to this
-    /// number have been received.
-    pub(super) last_sent: AtomicU32,
+    pub(super) last_sent: LastSent,
     pub(super) hold: Hold,
-    /// How many packets have been handed out. It is written under the receive lock.
-    pub(super) handed_out: AtomicUsize,
+    pub(super) handed_out: HandedOut,
     /// For event loops that wait for a descriptor.
     pub(super) ready_fd: OnceLock<ReadyFd>,
     pub(super) trace: Trace,
@@ -112,13 +111,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) machine: Machine<Box<VerdictExtras>, QueueClock>,
-    pub(super) stream: Option<Waker>,
-    /// Tasks that wait for a flush or for the end of the shutdown.
-    pub(super) waiting: Vec<Waker>,
-    /// Tasks that wait for refusals.
-    pub(super) refusals: Vec<Waker>,
-    /// How many packets that were handed out have come back, with a verdict or without.
-    pub(super) given_back: usize,
+    pub(super) wakers: Wakers,
 }
 
 /// What must be delivered to users' code.
@@ -129,29 +122,8 @@ struct Pending {
 }
 
 impl Core {
-    /// Wakes a task after the next round of sending, or when the queue is closed. Returns the waker
-    /// if it is registered already, to be dropped without the lock.
-    pub(super) fn wait(&mut self, waker: Waker) -> Option<Waker> {
-        if self.waiting.iter().any(|other| other.will_wake(&waker)) {
-            return Some(waker);
-        }
-        self.waiting.push(waker);
-        None
-    }
-
     fn pending(&mut self, effects: &Effects) -> Pending {
-        let notices = self.machine.take_notices();
-        let mut wakers = Vec::new();
-        if effects.wake_stream {
-            wakers.extend(self.stream.take());
-        }
-        if effects.wake_waiting {
-            wakers.append(&mut self.waiting);
-        }
-        if effects.wake_refusals {
-            wakers.append(&mut self.refusals);
-        }
-        Pending { wakers, notices }
+        Pending { wakers: self.wakers.take(effects), notices: self.machine.take_notices() }
     }
 }
 
@@ -167,18 +139,17 @@ impl Shared {
         let mut machine = machine;
         machine.set_receive_buffer(socket.receive_buffer());
         let hold = machine.hold().clone();
-        let core = Core { machine, stream: None, waiting: Vec::new(), refusals: Vec::new(), given_back: 0 };
+        let core = Core { machine, wakers: Wakers::default() };
         Self {
             outbox: Mutex::new(Outbox::new(settings.queue, socket.max_send())),
             receiver: Mutex::new(receiver),
             core: Mutex::new(core),
             signal: Arc::new(Notify::new()),
             timer: OnceLock::new(),
-            watched: AtomicBool::new(false),
             process: sys::process().into(),
-            last_sent: AtomicU32::new(0),
+            last_sent: LastSent::default(),
             hold,
-            handed_out: AtomicUsize::new(0),
+            handed_out: HandedOut::default(),
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),
             network_owner,
@@ -187,6 +158,17 @@ impl Shared {
             socket,
             table,
         }
+    }
+
+    /// Starts the timer and the driver of a queue that has been bound or taken over.
+    ///
+    /// # Errors
+    /// The timer thread cannot be started.
+    pub(super) fn start(self: &Arc<Self>) -> io::Result<()> {
+        let timed: Weak<Self> = Arc::downgrade(self);
+        let _ = self.timer.set(Timer::new(timed as Weak<dyn TimerTarget>, &self.clock)?);
+        driver::start(self);
+        Ok(())
     }
 
     /// For callers that hold `outbox` or `receiver`, or only read. Others use [`with`](Self::with).
@@ -215,7 +197,6 @@ impl Shared {
     pub(super) fn look_for_fork(&self) {
         let process = sys::process();
         if self.process.load(Ordering::Relaxed) != process && self.process.swap(process, Ordering::Relaxed) != process {
-            self.watched.store(false, Ordering::Relaxed);
             self.with(|core| core.machine.forked());
         }
     }
@@ -371,15 +352,10 @@ impl Shared {
     /// A packet that was handed out has come back: with the last one of a closed queue, the streams
     /// of refusals end.
     fn given_back(&self, core: &mut Core) {
-        core.given_back = core.given_back.wrapping_add(1);
-        if core.machine.life().is_closed() && !self.is_any_held(core) {
+        self.handed_out.come_back();
+        if core.machine.life().is_closed() && !self.handed_out.is_any_held() {
             core.machine.wake_refusals();
         }
-    }
-
-    /// Whether a packet that was handed out has not come back.
-    pub(super) fn is_any_held(&self, core: &Core) -> bool {
-        core.given_back != self.handed_out.load(Ordering::Relaxed)
     }
 
     /// The memory of a packet has been freed.

@@ -314,12 +314,12 @@ impl Socket {
     }
 
     /// Lets the timer thread report when the socket is readable.
-    pub(crate) fn watch(&self, timer: &Timer, again: bool) -> io::Result<()> {
+    pub(crate) fn watch(&self, timer: &Timer) -> io::Result<()> {
         #[cfg(feature = "test-util")]
         if let Transport::Memory(socket) = &*self.transport {
             timer.watch_in_memory(socket.descriptor());
         }
-        timer.watch(&*self.transport, again)
+        timer.watch(&*self.transport)
     }
 
     /// The descriptor.

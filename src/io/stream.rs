@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::BorrowedFd,
     pin::pin,
-    sync::{Arc, MutexGuard, atomic::Ordering},
+    sync::{Arc, MutexGuard},
     task::{Context, Poll, Waker},
 };
 
@@ -117,7 +117,7 @@ impl Shared {
 
     /// The caller holds the receive lock.
     fn hand_out(self: &Arc<Self>, packet: RawPacket) -> Received {
-        self.handed_out.store(self.handed_out.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        self.handed_out.hand_out();
         Received { guard: VerdictGuard::new(Arc::clone(self), &packet), packet }
     }
 
@@ -151,12 +151,12 @@ impl Shared {
         if core.machine.life().has_ended() {
             return Some(None);
         }
-        let waker = waker.filter(|waker| core.stream.as_ref().is_none_or(|old| !old.will_wake(waker)));
+        let waker = waker.filter(|waker| !core.wakers.has_stream(waker));
         if let Some(waker) = waker {
             // Cloning and dropping a waker may run users' code.
             drop(core);
             let waker = waker.clone();
-            let old = self.core().stream.replace(waker);
+            let old = self.core().wakers.set_stream(waker);
             drop(old);
             // Events in between have woken the old waker.
             let core = self.core();
@@ -234,7 +234,7 @@ impl Shared {
         }
         // The thread that is sending wakes the task afterwards.
         *round = Some(wanted);
-        let spare = core.wait(waker);
+        let spare = core.wakers.wait(waker);
         drop(core);
         drop(spare);
         Poll::Pending
@@ -258,12 +258,12 @@ impl Shared {
             return Poll::Ready(Some(error));
         }
         // A verdict for a packet that is still held will be too late.
-        if core.machine.life().is_closed() && !self.is_any_held(&core) {
+        if core.machine.life().is_closed() && !self.handed_out.is_any_held() {
             return Poll::Ready(None);
         }
-        if !core.refusals.iter().any(|other| other.will_wake(&waker)) {
-            core.refusals.push(waker);
-        }
+        let spare = core.wakers.wait_for_refusals(waker);
+        drop(core);
+        drop(spare);
         Poll::Pending
     }
 }

@@ -38,6 +38,8 @@ use crate::state::Alarm;
 pub(crate) struct Timer {
     timed: Timed,
     key: u64,
+    /// The process whose thread has watched this timer's descriptor: [`sys::process`], or 0.
+    watched_in: AtomicUsize,
     /// For a clock that is not the system's.
     #[cfg(feature = "test-util")]
     memory: Option<Arc<MemoryTimer>>,
@@ -64,6 +66,7 @@ impl Timer {
         let timer = Self {
             timed: Timed(timed),
             key: NEXT_KEY.fetch_add(1, Ordering::Relaxed) as u64,
+            watched_in: AtomicUsize::new(0),
             #[cfg(feature = "test-util")]
             memory,
         };
@@ -113,9 +116,9 @@ impl Timer {
         }
     }
 
-    /// Has [`TimerTarget::readable`] called once, as soon as the descriptor is readable. `again` is
-    /// whether this has been requested before.
-    pub(crate) fn watch(&self, fd: impl AsFd, again: bool) -> io::Result<()> {
+    /// Has [`TimerTarget::readable`] called once, as soon as the descriptor is readable: always the
+    /// same descriptor.
+    pub(crate) fn watch(&self, fd: impl AsFd) -> io::Result<()> {
         #[cfg(feature = "test-util")]
         if self.memory.as_ref().is_some_and(|memory| memory.stands_still()) {
             return Ok(());
@@ -123,7 +126,8 @@ impl Timer {
         let thread = TimerThread::get()?;
         thread.state().entry(self);
         let (data, flags) = (epoll::EventData::new_u64(self.key), epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
-        if again {
+        let process = sys::process();
+        if self.watched_in.swap(process, Ordering::Relaxed) == process {
             epoll::modify(&thread.epoll, fd, data, flags)?;
         } else {
             epoll::add(&thread.epoll, fd, data, flags)?;
@@ -457,10 +461,10 @@ mod tests {
         let timed: Weak<dyn TimerTarget> = Arc::downgrade(&probe) as _;
         let timer = Timer::new(timed, &QueueClock::System).unwrap();
         let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        timer.watch(&event, false).unwrap();
+        timer.watch(&event).unwrap();
         rustix::io::write(&event, &1_u64.to_ne_bytes()).unwrap();
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("readable"));
-        timer.watch(&event, true).unwrap();
+        timer.watch(&event).unwrap();
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("readable"));
         // It is not watched any more: the next call is that of the timer itself.
         set(&timer, Some(Instant::now() + Duration::from_millis(20)));

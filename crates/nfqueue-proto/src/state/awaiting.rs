@@ -40,19 +40,13 @@ impl<W> Awaiting<W> {
     /// highest value of each limit.
     pub(super) fn highest_limits(&self, present: Limits) -> Limits {
         let mut after = self.entries.iter().filter_map(|(_, awaited)| match awaited {
-            Awaited::Config { change, .. } => Some(Limits {
-                max_len: change.max_len.unwrap_or(present.max_len),
-                payload: change.payload.unwrap_or(present.payload),
-            }),
+            Awaited::Config { change, .. } => Some(present.after(*change)),
             Awaited::Verdict { .. } => None,
         });
         let Some(first) = after.next() else { return present };
         match after.next() {
             None => first,
-            Some(second) => [present, second].into_iter().chain(after).fold(first, |highest, limits| Limits {
-                max_len: highest.max_len.max(limits.max_len),
-                payload: highest.payload.max(limits.payload),
-            }),
+            Some(second) => [present, second].into_iter().chain(after).fold(first, Limits::highest),
         }
     }
 

@@ -55,6 +55,14 @@ impl Effects {
         wake_refusals: false,
     };
 
+    /// Every task looks whether what it waits for has happened.
+    pub(super) fn wake_all(&mut self) {
+        self.wake_stream = true;
+        self.wake_waiting = true;
+        self.wake_refusals = true;
+        self.call_driver = true;
+    }
+
     pub(super) fn is_nothing(&self) -> bool {
         let flags = [self.flush, self.call_driver, self.look, self.watch, self.unbind, self.probe];
         let wakes = [self.wake_stream, self.wake_waiting, self.wake_refusals];

@@ -13,7 +13,7 @@
 
 use std::{collections::HashSet, time::Instant};
 
-use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, Notice, WaitLimit, ledger::Ledger};
+use super::{Arrival, Binding, Carried, Clock, LifeCycle, Machine, WaitLimit, ledger::Ledger};
 use crate::types::Error;
 
 /// How far a queue has been read.
@@ -40,9 +40,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if let WaitLimit::At(at) = limit {
             self.set_timer(at);
         }
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
         true
     }
 
@@ -60,11 +58,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// Stops waiting for verdicts if the time is over.
     pub(super) fn end_hand_over_wait(&mut self, now: Instant) {
-        if let LifeCycle::HandingOver { frozen, limit: WaitLimit::At(at), then } = *self.life
-            && at <= now
-        {
-            self.life.set(LifeCycle::HandingOver { frozen, limit: WaitLimit::Over, then });
-            self.effects.wake_waiting = true;
+        match *self.life {
+            LifeCycle::HandingOver { frozen, limit: WaitLimit::At(at), then } if at <= now => {
+                self.life.set(LifeCycle::HandingOver { frozen, limit: WaitLimit::Over, then });
+                self.effects.wake_waiting = true;
+            }
+            _ => {}
         }
     }
 
@@ -90,11 +89,6 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.ledger.gathered() == 0 && !self.rounds.is_under_way()
     }
 
-    /// Whether sending fails at present, so that it is tried again after a pause.
-    pub fn cannot_send(&self) -> bool {
-        !self.permission.is_held() || self.rounds.retry().is_some()
-    }
-
     /// Whether replies of the kernel matter to this process: a task waits for one, or the
     /// capability was missing, so that only this process understands them.
     pub fn awaits_replies(&self) -> bool {
@@ -111,7 +105,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         Position {
             next: self.ledger.next(),
             batches: self.ledger.allows_batches(),
-            unknown: self.receiving.unknown,
+            unknown: self.receiving.unknown(),
             sequence: self.outstanding.sequence(),
         }
     }
@@ -134,9 +128,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.effects.drain = Some(action);
         }
         self.effects.watch |= self.settings.deadline.is_some();
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
         self.rearm_timer(self.clock.now());
     }
 
@@ -149,43 +141,31 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.abandon_replies();
         self.counters.decided.handed_over += self.ledger.undecided() as u64;
         self.ledger = Ledger::new(self.ledger.next());
-        self.held = Default::default();
-        self.effects.wake_stream = true;
-        self.effects.wake_waiting = true;
-        self.effects.wake_refusals = true;
-        self.effects.call_driver = true;
-        for report in self.reports.rest(self.clock.now()) {
-            self.notices.push(Notice::Report(report));
-        }
+        self.closed();
     }
 
     /// Begins, frozen, where another process has stopped. `unread` are the packets that it had
     /// received and not handed out.
     pub fn inherit(&mut self, position: Position, unread: impl Iterator<Item = Arrival>) {
         self.life.set(LifeCycle::HandingOver { frozen: true, limit: WaitLimit::Over, then: None });
-        let now = self.clock.now();
         let mut ends: Option<(u32, u32)> = None;
         for Arrival { id, storage } in unread {
             if self.ledger.is_repeated(id) {
                 continue;
             }
-            let token = self.held.enter(storage);
             // A packet that is missing in between is not lost: the other process has decided it.
-            self.ledger.arrive(id, token);
+            self.ledger.arrive(id, storage);
             self.counters.received.packets += 1;
             ends = Some((ends.map_or(id, |(first, _)| first), id));
         }
         if let Some((first, last)) = ends {
-            self.arrivals.arrived(first, self.ledger.oldest(), now);
-            if let Some((after, _)) = self.settings.deadline {
-                self.deadlines.arrived(first, last, now, after);
-            }
+            self.arrivals.arrived(first, last, self.ledger.oldest(), self.clock.now());
         }
         self.ledger.skip_to(position.next);
         if !position.batches {
             self.ledger.forbid_batches();
         }
-        self.receiving.unknown = position.unknown;
+        self.receiving.continue_after(position.unknown);
         self.outstanding.continue_after(position.sequence);
     }
 

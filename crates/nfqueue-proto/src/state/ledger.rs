@@ -1,5 +1,5 @@
-//! The packets in flight, and the messages that decide them. It knows ids and verdict fields, but
-//! no bytes, sockets or clocks.
+//! The packets in flight, the memory that they keep allocated, and the messages that decide them.
+//! No bytes, sockets or clocks: only ids and verdict fields.
 //!
 //! The kernel assigns ids in order (`__nfqnl_enqueue_packet` counts under the queue's lock), so the
 //! window of ids in flight is a ring, indexed by the distance from its base. An id that stays
@@ -14,6 +14,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::memory::{HeldMemory, NO_TOKEN, Storage};
 use crate::wire::verdict::VerdictFields;
 
 #[cfg(test)]
@@ -35,6 +36,8 @@ pub struct Ledger<E> {
     /// known to be sent.
     leaving: Vec<u32>,
     undecided: usize,
+    /// The memory of the undecided packets. Each slot has the token of its own.
+    held: HeldMemory,
     batches: bool,
     /// The messages are in the order of the decisions.
     keeps_order: bool,
@@ -108,7 +111,7 @@ impl<E> VerdictMessage<E> {
 
 #[derive(Debug)]
 enum Slot<E> {
-    /// With the token from its arrival.
+    /// With the token of its memory.
     Undecided(u32),
     Decided(Decision<E>),
     Settled,
@@ -129,6 +132,7 @@ impl<E> Ledger<E> {
             gathered: Vec::new(),
             leaving: Vec::new(),
             undecided: 0,
+            held: HeldMemory::default(),
             batches: true,
             keeps_order: false,
             returned: 0,
@@ -172,15 +176,19 @@ impl<E> Ledger<E> {
         self.base.wrapping_add(self.ring.len() as u32)
     }
 
-    /// An id has arrived. Returns how many ids before it are missing. The token is returned when
-    /// the id is decided.
-    pub fn arrive(&mut self, id: u32, token: u32) -> u32 {
+    /// A packet has arrived. Returns how many ids before it are missing. Its memory counts until it
+    /// is decided or [`detach`](Self::detach)ed.
+    pub fn arrive(&mut self, id: u32, storage: Storage) -> u32 {
         let lost = id.wrapping_sub(self.next());
         if lost > u32::MAX / 2 {
             // Before the expected id. The kernel does not do this; keep the packet nevertheless.
-            self.reopen(id, token);
+            if self.reopen(id) {
+                let token = self.held.enter(storage);
+                *self.slot_to_restore(id) = Slot::Undecided(token);
+            }
             return 0;
         }
+        let token = self.held.enter(storage);
         if lost as usize > SPARE_SPAN {
             // The gap is wider than the ring should be: start a new ring behind it.
             while !self.ring.is_empty() {
@@ -200,12 +208,12 @@ impl<E> Ledger<E> {
     }
 
     /// Makes a settled id undecided again: its verdict did not reach the kernel, or the packet had
-    /// been counted as lost.
-    pub fn reopen(&mut self, id: u32, token: u32) -> bool {
+    /// been counted as lost. Returns whether it was settled. It keeps no memory.
+    pub fn reopen(&mut self, id: u32) -> bool {
         let slot = self.slot_to_restore(id);
         let settled = matches!(slot, Slot::Settled);
         if settled {
-            *slot = Slot::Undecided(token);
+            *slot = Slot::Undecided(NO_TOKEN);
             self.undecided += 1;
         }
         settled
@@ -241,25 +249,31 @@ impl<E> Ledger<E> {
         }
     }
 
-    /// Stores a decision, and returns the token from the arrival.
+    /// Stores a decision.
     ///
     /// # Errors
     /// Returns the decision if the id is not undecided: it has been decided, or it never arrived.
-    pub fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<u32, Decision<E>> {
+    pub fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<(), Decision<E>> {
         let Some(slot) = self.slot_mut(id) else { return Err(decision) };
         let Slot::Undecided(token) = *slot else { return Err(decision) };
         *slot = Slot::Decided(decision);
         self.undecided -= 1;
         self.gathered.push(id);
-        Ok(token)
+        self.held.leave(token);
+        Ok(())
     }
 
-    /// Replaces the token of an undecided id; returns the old one.
-    pub fn exchange_token(&mut self, id: u32, token: u32) -> Option<u32> {
-        match self.slot_mut(id) {
-            Some(Slot::Undecided(old)) => Some(std::mem::replace(old, token)),
-            _ => None,
+    /// The memory of a packet that may be undecided has been freed.
+    pub fn detach(&mut self, id: u32) {
+        if let Some(Slot::Undecided(token)) = self.slot_mut(id) {
+            let token = std::mem::replace(token, NO_TOKEN);
+            self.held.leave(token);
         }
+    }
+
+    /// The memory that the undecided packets keep allocated, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.held.bytes()
     }
 
     /// Whether an id is undecided.
@@ -499,9 +513,6 @@ impl<E> Ledger<E> {
 fn are_in_order(ids: &[u32]) -> bool {
     ids.windows(2).all(|pair| pair[1].wrapping_sub(pair[0]) <= u32::MAX / 2)
 }
-
-/// The token of an id without one.
-pub const NO_TOKEN: u32 = u32::MAX;
 
 /// Consecutive decisions with the same fields.
 struct Run {

@@ -48,7 +48,7 @@ impl HeldMemory {
     /// A packet waits for its verdict. The token is for [`leave`](Self::leave).
     pub(super) fn enter(&mut self, storage: Storage) -> u32 {
         match storage {
-            Storage::None => NOWHERE,
+            Storage::None => NO_TOKEN,
             Storage::Own { bytes } => self.add(bytes, false),
             Storage::Shared { pool, buffer, bytes } => {
                 let pool = usize::from(pool);
@@ -111,7 +111,8 @@ impl HeldMemory {
     }
 }
 
-const NOWHERE: u32 = super::NO_TOKEN;
+/// The token of a packet that keeps no memory.
+pub(super) const NO_TOKEN: u32 = u32::MAX;
 
 #[cfg(test)]
 mod tests {
@@ -130,7 +131,7 @@ mod tests {
         }
         assert_eq!(held.bytes(), 1000);
         held.leave(tokens[0]);
-        held.leave(NOWHERE);
+        held.leave(NO_TOKEN);
         assert_eq!(held.bytes(), 0);
     }
 

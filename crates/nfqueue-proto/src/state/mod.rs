@@ -33,8 +33,8 @@ use crate::{
     },
 };
 
+mod arrivals;
 mod awaiting;
-mod deadlines;
 mod effects;
 pub mod flush;
 mod gathering;
@@ -47,6 +47,7 @@ mod model;
 mod outbox;
 mod outstanding;
 mod permission;
+mod receive_rounds;
 mod recv;
 mod replies;
 mod reports;
@@ -58,17 +59,8 @@ mod unproven;
 mod verdicts;
 
 use self::{
-    awaiting::Awaited,
-    deadlines::{Arrivals, Deadlines},
-    flush::FlushPolicy,
-    gathering::Gathering,
-    ledger::{Ledger, NO_TOKEN},
-    life_cycle::Life,
-    memory::HeldMemory,
-    outstanding::Outstanding,
-    permission::Permission,
-    reports::Reports,
-    rounds::Rounds,
+    arrivals::Arrivals, awaiting::Awaited, flush::FlushPolicy, gathering::Gathering, ledger::Ledger, life_cycle::Life,
+    outstanding::Outstanding, permission::Permission, receive_rounds::ReceiveRounds, reports::Reports, rounds::Rounds,
     unproven::Verdict,
 };
 pub use self::{
@@ -126,6 +118,18 @@ pub struct Limits {
     pub payload: usize,
 }
 
+impl Limits {
+    /// The limits once the kernel has carried out a change.
+    pub fn after(self, change: Change) -> Self {
+        Self { max_len: change.max_len.unwrap_or(self.max_len), payload: change.payload.unwrap_or(self.payload) }
+    }
+
+    /// The higher value of each.
+    fn highest(self, other: Self) -> Self {
+        Self { max_len: self.max_len.max(other.max_len), payload: self.payload.max(other.payload) }
+    }
+}
+
 /// A change of the limits by a configuration message. What is `None` stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Change {
@@ -155,11 +159,9 @@ pub struct Machine<E: Carried, K> {
     gathering: Gathering,
     rounds: Rounds,
     outstanding: Outstanding<E::Waiter>,
-    receiving: Receiving,
+    receiving: ReceiveRounds,
     permission: Permission,
-    deadlines: Deadlines,
     arrivals: Arrivals,
-    held: HeldMemory,
     fill: FillCounter,
     counters: Stats,
     /// For the log.
@@ -174,21 +176,6 @@ pub struct Machine<E: Carried, K> {
     alarm: Alarm,
     effects: Effects,
     notices: Vec<Notice<E>>,
-}
-
-/// The rounds of receiving.
-#[derive(Debug)]
-struct Receiving {
-    /// Their number.
-    receives: u64,
-    /// Packet messages whose id could not be read, since the last id that could.
-    unknown: u32,
-    /// An episode of loss to the receive buffer has not ended.
-    losing: bool,
-    /// No packet was missing in the last round.
-    lossless: bool,
-    /// When to look for unread packets, and `receives` when the socket became readable.
-    look: Option<(Instant, u64)>,
 }
 
 /// The number of unread refusals that are kept. Then the oldest are discarded and counted.
@@ -216,11 +203,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             gathering: Gathering::new(policy),
             rounds: Rounds::default(),
             outstanding: Outstanding::new(),
-            receiving: Receiving { receives: 0, unknown: 0, losing: false, lossless: true, look: None },
+            receiving: ReceiveRounds::new(),
             permission: Permission::default(),
-            deadlines: Deadlines::default(),
-            arrivals: Arrivals::default(),
-            held: HeldMemory::default(),
+            arrivals: Arrivals::new(settings.deadline.map(|(after, _)| after)),
             fill: FillCounter::default(),
             counters: Stats::default(),
             reports: Reports::default(),
@@ -313,7 +298,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let mut stats = self.counters;
         stats.held.in_flight = self.in_flight();
         stats.held.fill = self.fill.fill();
-        stats.held.bytes = self.held.bytes();
+        stats.held.bytes = self.ledger.bytes();
         if self.ledger.undecided() > 0 {
             stats.held.oldest_undecided = self.arrivals.age(self.ledger.oldest(), self.clock.now());
         }

@@ -105,9 +105,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn permitted(&mut self) {
         if !self.permission.is_held() {
             self.permission = Permission::default();
-            if self.ledger.gathered() > 0 {
-                self.request_flush();
-            }
+            self.flush();
             self.end_if_permitted();
         }
     }

@@ -1,8 +1,8 @@
 //! Received packets, gaps, and malformed messages.
 
 use super::{
-    Arrival, Awaited, Carried, Clock, LifeCycle, Machine, NO_TOKEN, Notice, ReportKind, SHORTEST_LOOK, Storage,
-    WIDEST_SEARCH, flush::FlushReason,
+    Arrival, Awaited, Carried, Clock, LifeCycle, Machine, Notice, ReportKind, SHORTEST_LOOK, Storage, WIDEST_SEARCH,
+    flush::FlushReason,
 };
 use crate::types::{Error, ErrorKind, PacketId};
 
@@ -11,18 +11,15 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// be handed out.
     pub fn arrived(&mut self, packets: impl Iterator<Item = Arrival> + Clone) -> bool {
         let Some(Arrival { id: first, .. }) = packets.clone().next() else { return true };
-        let now = self.clock.now();
-        self.arrivals.arrived(first, self.ledger.oldest(), now);
+        let (now, oldest) = (self.clock.now(), self.ledger.oldest());
         let mut last = first;
         for Arrival { id, storage } in packets.clone() {
             self.enter(id, storage);
             last = id;
         }
-        if let Some((after, _)) = self.settings.deadline {
-            self.deadlines.arrived(first, last, now, after);
-            if let Some(at) = self.deadlines.next() {
-                self.set_timer(at);
-            }
+        self.arrivals.arrived(first, last, oldest, now);
+        if let Some(at) = self.arrivals.next_deadline() {
+            self.set_timer(at);
         }
         let in_flight = self.in_flight();
         self.fill.sample(in_flight);
@@ -41,24 +38,22 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     pub(super) fn enter(&mut self, id: u32, storage: Storage) {
         if self.ledger.is_repeated(id) {
-            // It is no further packet, and its memory is not counted: the token of the first
-            // message is returned when the id is decided.
+            // It is no further packet, and its memory is not counted.
             self.counters.received.malformed += 1;
             return;
         }
-        let token = self.held.enter(storage);
-        let missing = self.ledger.arrive(id, token);
+        let missing = self.ledger.arrive(id, storage);
         self.counters.received.packets += 1;
         if missing > 0 {
             self.missing(id.wrapping_sub(missing), missing);
         }
-        self.receiving.unknown = 0;
+        self.receiving.id_was_read();
     }
 
     /// Ids are missing: lost to the full receive buffer, or of malformed messages.
     pub(super) fn missing(&mut self, first: u32, count: u32) {
         let mut lost = count;
-        if self.receiving.unknown > 0 {
+        if self.receiving.unknown() > 0 {
             if count > WIDEST_SEARCH {
                 self.ledger.forbid_batches();
             } else {
@@ -67,7 +62,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 // own.
                 for offset in 0..count {
                     let id = first.wrapping_add(offset);
-                    if self.ledger.reopen(id, NO_TOKEN) {
+                    if self.ledger.reopen(id) {
                         self.counters.received.packets += 1;
                         self.decide_in_place(id, self.settings.on_unanswered);
                     }
@@ -93,7 +88,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 self.decide_in_place(id, self.settings.on_unanswered);
                 self.ask_policy(FlushReason::Verdict);
             }
-            None => self.receiving.unknown = self.receiving.unknown.saturating_add(1),
+            None => self.receiving.id_is_unknown(),
         }
         self.push_refusal(error);
     }
@@ -109,14 +104,12 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         lost_before: u64,
         emptied: Option<u32>,
     ) {
-        self.receiving.receives += 1;
         self.gathering.read(emptied.is_none());
         self.counters.received.bytes += bytes;
         self.counters.lost.overruns += overruns;
-        self.receiving.lossless = overruns == 0 && self.counters.lost.packets == lost_before;
-        self.outstanding.received(charge, !self.receiving.lossless);
-        if !self.receiving.lossless && !self.receiving.losing {
-            self.receiving.losing = true;
+        let lossy = overruns > 0 || self.counters.lost.packets > lost_before;
+        self.outstanding.received(charge, lossy);
+        if self.receiving.round_ended(lossy) {
             self.counters.lost.overrun_episodes += 1;
             self.note(ReportKind::Lost, self.counters.lost.packets - lost_before, None);
         }
@@ -128,11 +121,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The socket was found empty after every message up to this sequence number had been sent. A
     /// reply that has not been received by now will not come.
     pub fn socket_empty(&mut self, sent: u32) {
-        self.receiving.receives += 1;
+        self.receiving.emptied();
         self.gathering.read(false);
-        if self.receiving.lossless {
-            self.receiving.losing = false;
-        }
         let again = self.outstanding.emptied(sent);
         self.send_again(again);
         while let Some(awaited) = self.outstanding.take_lost(sent) {
@@ -168,7 +158,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn readable(&mut self) {
         let Some((after, _)) = self.settings.deadline else { return };
         let at = self.clock.now() + (after / 64).max(SHORTEST_LOOK);
-        self.receiving.look = Some((at, self.receiving.receives));
+        self.receiving.readable(at);
         self.set_timer(at);
     }
 }

@@ -3,8 +3,8 @@
 use rustix::io::Errno;
 
 use super::{
-    Awaited, Carried, Clock, MAX_REFUSALS, Machine, NO_TOKEN, Notice, ReportKind, flush::FlushReason,
-    outstanding::Replied, reply_error,
+    Awaited, Carried, Clock, MAX_REFUSALS, Machine, Notice, ReportKind, flush::FlushReason, outstanding::Replied,
+    reply_error,
 };
 use crate::{
     types::{Error, ErrorKind, PacketId},
@@ -24,8 +24,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         match awaited {
             Some(Awaited::Config { change, waiter, operation }) => {
                 if failed.is_none() {
-                    self.limits.max_len = change.max_len.unwrap_or(self.limits.max_len);
-                    self.limits.payload = change.payload.unwrap_or(self.limits.payload);
+                    self.limits = self.limits.after(change);
                 }
                 let result = failed.map_or(Ok(()), |error| Err(error.with_operation(operation)));
                 self.notices.push(Notice::Reply(waiter, result));
@@ -60,7 +59,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     fn inherited_reply(&mut self, reply: &Reply) {
         // Except if it lacked the capability for a moment and has not read this reply.
         let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused) else { return };
-        if self.ledger.reopen(id, NO_TOKEN) {
+        if self.ledger.reopen(id) {
             self.counters.received.packets += 1;
             self.decide_again(id);
             self.ask_policy(FlushReason::Verdict);
@@ -84,7 +83,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.ledger.forbid_batches();
             self.missing_permission();
             if let (Some(action), Some(id)) = (action, id) {
-                if self.ledger.reopen(id, NO_TOKEN) {
+                if self.ledger.reopen(id) {
                     self.counters.uncount_decided(action, 1);
                     self.decide_again(id);
                 }

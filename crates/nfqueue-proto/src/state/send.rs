@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use super::{
-    Awaited, Carried, Change, Clock, Decision, Machine, NO_TOKEN, Notice, Origin, Outbox, Proof, ReportKind, Verdict,
+    Awaited, Carried, Change, Clock, Decision, Machine, Notice, Origin, Outbox, Proof, ReportKind, Verdict,
     VerdictMessage, flush::FlushReason, outbox::Stage, permission::missing_capability,
 };
 use crate::{
@@ -257,7 +257,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
                 VerdictMessage::Batch { fields, origin, .. } => (None, by_queue(origin, &fields)),
             };
             for id in ids {
-                self.ledger.reopen(id, NO_TOKEN);
+                self.ledger.reopen(id);
                 match by_queue {
                     // The queue's own decision stays the same.
                     Some(fields) => self.decide_as_before(id, fields),
@@ -276,7 +276,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// now.
     pub(super) fn refused_before(&mut self, verdict: Verdict) {
         self.missing_permission();
-        if !self.ledger.reopen(verdict.id, NO_TOKEN) {
+        if !self.ledger.reopen(verdict.id) {
             return;
         }
         self.counters.uncount_decided(verdict.fields.action, 1);
@@ -293,7 +293,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// are refused now.
     pub(super) fn send_again(&mut self, verdicts: Vec<Verdict>) {
         for Verdict { id, fields, .. } in verdicts {
-            if self.ledger.reopen(id, NO_TOKEN) {
+            if self.ledger.reopen(id) {
                 self.counters.uncount_decided(fields.action, 1);
                 self.decide_as_before(id, fields);
                 self.request_flush();
@@ -310,7 +310,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.rounds.leave(message.count());
         let ids = self.ledger.ids_of(&message);
         if let (VerdictMessage::Single { decision, .. }, [id]) = (message, &ids[..]) {
-            self.ledger.reopen(*id, NO_TOKEN);
+            self.ledger.reopen(*id);
             self.refuse(*id, decision.extras, error);
         }
     }

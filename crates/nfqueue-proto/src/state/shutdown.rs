@@ -78,9 +78,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if let LifeCycle::Stopping { action, limit, .. } = *self.life {
             self.life.set(LifeCycle::Waiting { action, limit });
         }
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
         self.look_for_the_end();
     }
 
@@ -164,9 +162,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if owed > 0 {
             self.timed_out(format!("{owed} packets were still undecided after the time-out"));
         }
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
         self.look_for_the_end();
     }
 
@@ -178,7 +174,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// Lets the queue be unbound if nothing is owed any more.
     pub(super) fn look_for_the_end(&mut self) {
         let LifeCycle::Waiting { action, limit } = *self.life else { return };
-        let sent = self.ledger.gathered() == 0 && !self.rounds.is_under_way() && self.permission.is_held();
+        let sent = self.is_all_sent() && self.permission.is_held();
         // What cannot be sent is not awaited beyond the time-out. That one thread lacks the
         // capability says nothing about other threads.
         let cannot_be_sent = !self.rounds.is_under_way()
@@ -219,14 +215,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             self.close_error.get_or_insert(error);
         }
-        self.effects.wake_stream = true;
-        self.effects.wake_waiting = true;
-        self.effects.wake_refusals = true;
-        for report in self.reports.rest(self.clock.now()) {
-            self.notices.push(Notice::Report(report));
-        }
-        self.effects.call_driver = true;
+        self.closed();
         true
+    }
+
+    /// Nothing is sent or received any more.
+    pub(super) fn closed(&mut self) {
+        self.effects.wake_all();
+        self.notices.extend(self.reports.rest(self.clock.now()).into_iter().map(Notice::Report));
     }
 
     /// The error of the shutdown, for the first caller that asks.

@@ -28,9 +28,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.effects.call_driver = true;
             self.effects.probe = !self.gathering.is_driven() || driver_is_late || self.is_overdue();
         }
-        if let Some((_, receives)) = self.receiving.look.take_if(|(at, _)| *at <= now) {
-            // A thread that has received since then handles the rest as well.
-            self.effects.look = receives == self.receiving.receives;
+        if let Some(unread) = self.receiving.take_look(now) {
+            self.effects.look = unread;
             self.effects.watch = true;
         }
         self.effects.look |= self.outstanding.look(now);
@@ -46,9 +45,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if self.gathering.is_being_asked() {
             self.gathering.put_policy(FlushPolicy::default());
         }
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
         match *self.life {
             LifeCycle::Open => self.effects.watch |= self.settings.deadline.is_some(),
             LifeCycle::Stopping { action, failed: false, .. } => self.effects.drain = Some(action),
@@ -58,10 +55,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             | LifeCycle::HandingOver { .. }
             | LifeCycle::Closed(_) => {}
         }
-        self.effects.wake_stream = true;
-        self.effects.wake_waiting = true;
-        self.effects.wake_refusals = true;
-        self.effects.call_driver = true;
+        self.effects.wake_all();
         self.alarm.at = None;
         self.rearm_timer(self.clock.now());
     }
@@ -89,8 +83,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             self.permission.due(),
             limit,
             retry,
-            self.deadlines.next().filter(|_| !self.life.is_frozen()),
-            self.receiving.look.map(|(at, _)| at),
+            self.arrivals.next_deadline().filter(|_| !self.life.is_frozen()),
+            self.receiving.look_due(),
             self.outstanding.due(),
             self.reports.pending(),
         ];
@@ -110,10 +104,9 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn expire(&mut self, now: Instant) -> bool {
         let Some((_, action)) = self.settings.deadline.filter(|_| !self.life.is_frozen()) else { return false };
         let before = self.counters.decided.expired;
-        while let Some((first, last)) = self.deadlines.due(now) {
+        while let Some((first, last)) = self.arrivals.take_expired(now) {
             for id in self.ledger.undecided_between(first, last) {
-                if let Ok(token) = self.ledger.decide(id, plain(action)) {
-                    self.held.leave(token);
+                if self.ledger.decide(id, plain(action)).is_ok() {
                     self.counters.decided.expired += 1;
                     self.note(ReportKind::Expired, 1, Some(id));
                 }

@@ -1,7 +1,7 @@
 //! Decisions, and when the policy sends them.
 
 use super::{
-    Carried, Clock, Decision, Machine, NO_TOKEN, ReportKind,
+    Carried, Clock, Decision, Machine, ReportKind,
     flush::{FlushContext, FlushDecision, FlushPolicy, FlushReason},
     gathering::Next,
     plain,
@@ -15,8 +15,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The packet has already been decided.
     pub fn decide(&mut self, id: u32, decision: Decision<E>) -> Result<(), Decision<E>> {
         match self.ledger.decide(id, decision) {
-            Ok(token) => {
-                self.held.leave(token);
+            Ok(()) => {
                 self.ask_policy(FlushReason::Verdict);
                 Ok(())
             }
@@ -38,17 +37,14 @@ impl<E: Carried, K: Clock> Machine<E, K> {
 
     /// The owner of a packet has freed its memory.
     pub fn detached(&mut self, id: u32) {
-        if let Some(token) = self.ledger.exchange_token(id, NO_TOKEN) {
-            self.held.leave(token);
-        }
+        self.ledger.detach(id);
     }
 
     /// Decides a packet for its owner. Returns whether it was still undecided.
     pub(super) fn decide_in_place(&mut self, id: u32, action: Action) -> bool {
-        let Ok(token) = self.ledger.decide(id, plain(action)) else { return false };
-        self.held.leave(token);
-        self.counters.decided.unanswered += 1;
-        true
+        let decided = self.ledger.decide(id, plain(action)).is_ok();
+        self.counters.decided.unanswered += u64::from(decided);
+        decided
     }
 
     /// Decides packets that will not be handed out.
@@ -126,9 +122,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub fn policy_panicked(&mut self) {
         self.note(ReportKind::PolicyPanicked, 1, None);
         self.gathering.replace_policy();
-        if self.ledger.gathered() > 0 {
-            self.request_flush();
-        }
+        self.flush();
     }
 
     /// The runtime has run the tasks that were ready.

@@ -14,7 +14,7 @@ fn batch(first: u32, max: u32, action: Action, count: usize) -> VerdictMessage<u
 fn ledger(ids: impl IntoIterator<Item = u32>) -> Ledger<u8> {
     let mut ledger = Ledger::new(1);
     for id in ids {
-        ledger.arrive(id, 1);
+        ledger.arrive(id, Storage::None);
     }
     ledger
 }
@@ -74,8 +74,8 @@ fn a_batch_spans_no_two_rounds_of_receiving() {
 #[test]
 fn gaps_are_counted_and_need_no_verdict() {
     let mut ledger = Ledger::<u8>::new(1);
-    assert_eq!(ledger.arrive(4, 1), 3);
-    assert_eq!(ledger.arrive(5, 1), 0);
+    assert_eq!(ledger.arrive(4, Storage::None), 3);
+    assert_eq!(ledger.arrive(5, Storage::None), 0);
     assert_eq!(ledger.decide(2, plain(ACCEPT)), Err(plain(ACCEPT)));
     assert_eq!(ledger.undecided_ids(), [4, 5]);
 }
@@ -96,7 +96,7 @@ fn a_packet_held_for_long_costs_one_entry_and_forbids_batches() {
     // An interpreter (Miri) takes its time.
     let end = if cfg!(miri) { 20_000 } else { 200_000 };
     for id in 2..end {
-        ledger.arrive(id, 1);
+        ledger.arrive(id, Storage::None);
         ledger.decide(id, plain(ACCEPT)).unwrap();
         if id % 64 == 0 {
             let out = settled(&mut ledger);
@@ -136,8 +136,8 @@ fn the_order_of_the_decisions_is_kept_on_request() {
     ledger.decide(6, plain(ACCEPT)).unwrap();
     assert_eq!(settled(&mut ledger), [single(6, ACCEPT)]);
     // In the order of the ids, they share a message.
-    (7..=9).for_each(|id| _ = ledger.arrive(id, 1));
-    (7..=9).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    (7..=9).for_each(|id| _ = ledger.arrive(id, Storage::None));
+    (7..=9).for_each(|id| ledger.decide(id, plain(ACCEPT)).unwrap());
     assert_eq!(settled(&mut ledger), [batch(7, 9, ACCEPT, 3)]);
     assert_eq!((ledger.ring.len(), ledger.stragglers.len()), (0, 0));
 }
@@ -146,17 +146,17 @@ fn the_order_of_the_decisions_is_kept_on_request() {
 fn the_order_of_the_decisions_is_kept_across_the_wrap_and_for_stragglers() {
     let mut ledger = Ledger::<u8>::new(u32::MAX);
     ledger.keep_order();
-    [u32::MAX, 0, 1].into_iter().for_each(|id| _ = ledger.arrive(id, 1));
+    [u32::MAX, 0, 1].into_iter().for_each(|id| _ = ledger.arrive(id, Storage::None));
     ledger.decide(u32::MAX, plain(ACCEPT)).unwrap();
     ledger.decide(0, plain(ACCEPT)).unwrap();
     assert_eq!(settled(&mut ledger), [batch(u32::MAX, 0, ACCEPT, 2)]);
     // An id that stays undecided while many are decided leaves the ring.
     let many = 2 * SPARE_SPAN as u32;
-    (2..many).for_each(|id| _ = ledger.arrive(id, 1));
-    (2..many - 1).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    (2..many).for_each(|id| _ = ledger.arrive(id, Storage::None));
+    (2..many - 1).for_each(|id| ledger.decide(id, plain(ACCEPT)).unwrap());
     settled(&mut ledger);
-    (many..2 * many).for_each(|id| _ = ledger.arrive(id, 1));
-    (many..2 * many).for_each(|id| _ = ledger.decide(id, plain(ACCEPT)).unwrap());
+    (many..2 * many).for_each(|id| _ = ledger.arrive(id, Storage::None));
+    (many..2 * many).for_each(|id| ledger.decide(id, plain(ACCEPT)).unwrap());
     settled(&mut ledger);
     assert!(ledger.stragglers.contains_key(&1));
     ledger.decide(many - 1, plain(DROP)).unwrap();

@@ -55,7 +55,7 @@ impl World {
                 self.perform();
                 if !self.machine.is_all_sent() {
                     // What cannot be sent is not left to the successor.
-                    return if due && self.machine.cannot_send() {
+                    return if due && self.machine.sends_later() {
                         self.resume()
                     };
                 }
