@@ -1,6 +1,6 @@
 //! Several numbers as one queue, and free numbers.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use futures::{FutureExt, SinkExt, StreamExt, TryStreamExt, stream::FusedStream};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -34,9 +34,8 @@ async fn refusals_of_all_queues_are_one_stream() {
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(40);
     let mut packets = Vec::new();
-    for number in 0..40_u32 {
-        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
-        traffic.send_from(&sender, [number]);
+    for number in 0..40 {
+        traffic.send_from_many([number]);
         packets.push(next(&mut group).await);
     }
     let sink = group.sink();
@@ -62,12 +61,7 @@ async fn balanced_traffic_arrives_in_one_stream() {
     let mut group = group(|builder| builder);
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(100);
-    // The hash covers the addresses, and its seed is random, so many addresses are needed to reach
-    // two queues for sure.
-    for number in 0..100_u32 {
-        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
-        traffic.send_from(&sender, [number]);
-    }
+    traffic.send_from_many(0..100);
     let mut seen = BTreeSet::new();
     for _ in 0..100 {
         let packet = next(&mut group).await;
@@ -258,10 +252,7 @@ async fn all_methods_concern_all_numbers() {
     assert!(group.sink().each().all(|sink| sink.kernel_stats().unwrap().copy_range == 100));
     assert!(matches!(group.try_recv(), Err(TryRecvError::Empty)));
     let traffic = Traffic::new(40);
-    for number in 0..40_u32 {
-        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
-        traffic.send_from(&sender, [number]);
-    }
+    traffic.send_from_many(0..40);
     {
         let mut fds = [PollFd::from_borrowed_fd(group.readable_fd().unwrap(), PollFlags::IN)];
         assert_eq!(poll(&mut fds, None), Ok(1));

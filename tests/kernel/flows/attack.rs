@@ -13,7 +13,8 @@ use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 use super::{
     DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
     segments::{
-        ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, opened, pass_segment, queued, tcp, udp, unreachable,
+        ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, from_client, opened, pass_segment, queued, tcp, udp,
+        unreachable,
     },
     table, to_port,
 };
@@ -180,8 +181,7 @@ async fn an_icmp_error_about_a_denied_first_packet_is_dropped() {
 async fn a_datagram_that_crosses_a_denied_one_opens_nothing() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let [client, _] = hosts.addresses();
-    let rule = Rule::new(Hook::Forward).protocol(Protocol::Udp).source_address(*client.ip(), 32);
+    let rule = from_client(&hosts, Protocol::Udp);
     let _divert = table([rule.to_queue(0)]).install().unwrap();
     hosts.datagram(true);
     let denied = next(&mut queue).await;
@@ -198,8 +198,7 @@ async fn a_datagram_that_crosses_a_denied_one_opens_nothing() {
 async fn a_segment_that_crosses_a_denied_one_opens_nothing() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let [client, _] = hosts.addresses();
-    let rule = Rule::new(Hook::Forward).protocol(Protocol::Tcp).source_address(*client.ip(), 32);
+    let rule = from_client(&hosts, Protocol::Tcp);
     let _divert = table([rule.to_queue(0)]).install().unwrap();
     hosts.client(ACK, (1001, 5001), b"bad");
     let denied = queued(&mut queue, ACK).await;

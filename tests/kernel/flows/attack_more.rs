@@ -10,7 +10,7 @@ use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::{
     LOOPBACKS, Talk, bind, confirm, entries_gone, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, forwarded, opened, pass_segment, queued, tcp},
+    segments::{ACK, Hosts, SYN, SYN_ACK, deny_datagram, forwarded, from_client, opened, pass_segment, queued, tcp},
     short_udp_timeouts, table, to_port,
 };
 use crate::common::{
@@ -153,15 +153,13 @@ async fn a_denied_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
     short_udp_timeouts();
     let mut queue = bind();
-    let [client, _] = hosts.addresses();
-    let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32);
+    let rule = from_client(&hosts, Protocol::Udp);
     let _divert = table([rule.to_queue(0)]).install().unwrap();
     hosts.datagram(true);
     pass(&mut queue).await;
     hosts.datagram(false);
     assert_eq!(hosts.arrived(), [1, 1]);
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     hosts.datagram(false);
     assert_eq!(hosts.arrived(), [0, 0]);
     entries_gone().await;
@@ -176,8 +174,7 @@ async fn a_connection_beside_a_forgotten_denial_can_be_accepted() {
     let mut queue = bind();
     let rule = forwarded(Protocol::Udp).to_queue(0);
     let _divert = table([rule]).denied_flows(10, Duration::from_millis(300)).install().unwrap();
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     hosts.datagram(false);
     pass(&mut queue).await;
     // The client's denial is forgotten.
@@ -262,8 +259,7 @@ async fn a_translated_connection_is_not_the_other_side_of_another() {
     hosts.datagram(false);
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [1, 2]);
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     hosts.datagram(false);
     while let Ok(packet) = queue.try_recv() {
         confirm(packet.accept()).await.unwrap();

@@ -15,8 +15,11 @@ use tokio_nfqueue::{
 use super::{
     LOOPBACKS, Talk,
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
-    bind, confirm, entries_gone, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, forwarded, pass_segment, queued, tcp, udp},
+    bind, come, confirm, entries_gone, pass, queue_is_empty,
+    segments::{
+        ACK, Hosts, SYN, SYN_ACK, deny_crossing_syn, deny_datagram, forwarded, from_client, pass_segment, queued, tcp,
+        udp,
+    },
     short_udp_timeouts, table, to_port,
 };
 use crate::common::{
@@ -45,22 +48,13 @@ tests![
     one as_many_conversations_as_the_capacity_are_remembered,
 ];
 
-fn udp_of_client(hosts: &Hosts) -> Rule {
-    forwarded(Protocol::Udp).source_address(*hosts.addresses()[0].ip(), 32).to_queue(0)
-}
-
 /// Both sides begin at once, and the server's SYN passes before that of the client is denied. The
 /// client sends its SYN once more, as every client does.
 async fn a_denied_syn_that_is_sent_again_does_not_come_to_the_queue() {
     let hosts = Hosts::new();
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
-    hosts.client(SYN, (1000, 0), b"");
-    let denied = queued(&mut queue, SYN).await;
-    hosts.server(SYN, (5000, 0), b"");
-    pass_segment(&mut queue, SYN).await;
-    confirm(denied.drop().for_flow()).await.unwrap();
-    assert_eq!(hosts.arrived(), [0, 1]);
+    deny_crossing_syn(&hosts, &mut queue).await;
     hosts.client(SYN, (1000, 0), b"");
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [0, 0]);
@@ -72,12 +66,7 @@ async fn a_denied_syn_that_is_sent_again_begins_nothing() {
     let mut queue = bind();
     let rule = forwarded(Protocol::Tcp).when(Match::connection_state([ConnectionState::New])).to_queue(0);
     let _divert = table([rule]).install().unwrap();
-    hosts.client(SYN, (1000, 0), b"");
-    let denied = queued(&mut queue, SYN).await;
-    hosts.server(SYN, (5000, 0), b"");
-    pass_segment(&mut queue, SYN).await;
-    confirm(denied.drop().for_flow()).await.unwrap();
-    assert_eq!(hosts.arrived(), [0, 1]);
+    deny_crossing_syn(&hosts, &mut queue).await;
     hosts.client(SYN, (1000, 0), b"");
     hosts.client(SYN_ACK, (1000, 5001), b"");
     hosts.server(SYN_ACK, (5000, 1001), b"");
@@ -113,8 +102,7 @@ async fn a_forwarded_datagram_that_crosses_a_denied_one_is_dropped_beside_rules_
         let asked = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
         let other = hook.map(|hook| Rule::new(hook).protocol(Protocol::Udp).destination_port(9).drop());
         let divert = table([asked].into_iter().chain(other)).install().unwrap();
-        hosts.datagram(true);
-        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        deny_datagram(&hosts, &mut queue).await;
         hosts.datagram(false);
         arrived.push(hosts.arrived());
         divert.close().unwrap();
@@ -127,10 +115,10 @@ async fn a_forwarded_datagram_that_crosses_a_denied_one_is_dropped_beside_rules_
 async fn a_syn_that_a_later_place_drops_begins_nothing() {
     let hosts = Hosts::new();
     fs::write("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established", "1").unwrap();
-    let [client, server] = hosts.addresses();
+    let [_, server] = hosts.addresses();
     for later in [false, true] {
         let mut queue = bind();
-        let asked = forwarded(Protocol::Tcp).source_address(*client.ip(), 32).to_queue(0);
+        let asked = from_client(&hosts, Protocol::Tcp).to_queue(0);
         let begins = forwarded(Protocol::Tcp).source_address(*server.ip(), 32).when(Match::tcp_syn()).drop();
         let begins = if later { begins.priority(10) } else { begins };
         let divert = table([asked, begins]).install().unwrap();
@@ -175,8 +163,7 @@ async fn a_forgotten_denial_leaves_nothing_beside() {
         let mut queue = bind();
         let divert = table([udp()]).install().unwrap();
         if earlier {
-            hosts.datagram(true);
-            confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+            deny_datagram(&hosts, &mut queue).await;
             hosts.datagram(false);
             pass(&mut queue).await;
             divert.forget_flow(FlowTuple::udp(client, server)).unwrap();
@@ -195,8 +182,7 @@ async fn an_expired_denial_leaves_nothing_beside() {
     short_udp_timeouts();
     let mut queue = bind();
     let _divert = table([udp()]).denied_flows(10, Duration::from_secs(5)).install().unwrap();
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     for _ in 0..8 {
         hosts.datagram(false);
         pass(&mut queue).await;
@@ -261,13 +247,12 @@ async fn a_translated_conversation_stays_denied_when_its_entry_is_gone() {
     short_udp_timeouts();
     let answer = translated(&hosts);
     let mut queue = bind();
-    let _divert = table([udp_of_client(&hosts)]).install().unwrap();
+    let _divert = table([from_client(&hosts, Protocol::Udp).to_queue(0)]).install().unwrap();
     hosts.datagram(true);
     pass(&mut queue).await;
     answer();
     assert_eq!(hosts.arrived(), [1, 1]);
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     answer();
     assert_eq!(hosts.arrived(), [0, 0]);
     entries_gone().await;
@@ -308,7 +293,7 @@ async fn a_crossed_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
     short_udp_timeouts();
     let mut queue = bind();
-    let _divert = table([udp_of_client(&hosts)]).install().unwrap();
+    let _divert = table([from_client(&hosts, Protocol::Udp).to_queue(0)]).install().unwrap();
     hosts.datagram(true);
     let denied = next(&mut queue).await;
     hosts.datagram(false);
@@ -337,8 +322,7 @@ async fn as_many_conversations_as_the_capacity_are_remembered() {
             hosts.datagram(of_client);
             pass(&mut queue).await;
         }
-        hosts.datagram(true);
-        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        deny_datagram(&hosts, &mut queue).await;
     }
     assert_eq!(hosts.arrived(), [2, 2]);
     entries_gone().await;
@@ -380,8 +364,8 @@ async fn an_accept_on_this_host_survives_its_later_hook() {
     let _divert = table([asked, other]).install().unwrap();
     let client = std::thread::spawn(move || std::net::TcpStream::connect(address).unwrap());
     confirm(queued(&mut queue, SYN).await.accept().for_flow()).await.unwrap();
-    let queued = tokio::time::timeout(Duration::from_millis(500), next(&mut queue)).await;
-    assert!(queued.is_err(), "{queued:?} came to the queue");
+    let queued = come(&mut queue).await;
+    assert!(queued.is_none(), "{queued:?} came to the queue");
     drop(client.join());
 }
 
@@ -419,8 +403,7 @@ async fn a_connection_beside_a_denial_comes_to_a_queue_behind_everything() {
         let mut queue = bind();
         let rule = Rule::new(Hook::Postrouting).protocol(Protocol::Udp).priority(priority);
         let divert = table([rule.to_queue(0)]).install().unwrap();
-        hosts.datagram(true);
-        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        deny_datagram(&hosts, &mut queue).await;
         entries_gone().await;
         for _ in 0..2 {
             hosts.datagram(false);

@@ -6,14 +6,15 @@ use std::{
 };
 
 use tokio_nfqueue::{
-    Hook, Protocol, Rule,
+    Hook, Protocol, Queue, Rule,
     divert::{FlowTuple, Match, TcpFlags},
 };
 
 use super::{
     MEMORY, bind, come, confirm, forgetful, pass, queue_is_empty,
     segments::{
-        ACK, Hosts, SYN, SYN_ACK, datagram, forwarded, opened, pass_segment, queued, segment, tcp, udp, unreachable,
+        ACK, Hosts, SYN, SYN_ACK, datagram, deny_crossing_syn, deny_datagram, forwarded, opened, pass_segment, queued,
+        segment, tcp, udp, unreachable,
     },
     table,
 };
@@ -35,25 +36,40 @@ tests![
     one a_syn_that_input_drops_begins_nothing,
 ];
 
+/// Where this host speaks to the server.
+fn here(hosts: &Hosts) -> SocketAddrV4 {
+    let [client, _] = hosts.addresses();
+    SocketAddrV4::new(hosts.server.gateway(), client.port())
+}
+
+/// The server sends a segment to this host.
+fn to_here(hosts: &Hosts, flags: u8, numbers: (u32, u32)) {
+    let ([_, server], here) = (hosts.addresses(), here(hosts));
+    hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
+}
+
+/// This host begins a connection, which is denied when the server answers.
+async fn begin_here_and_deny(hosts: &Hosts, queue: &mut Queue) {
+    let [_, server] = hosts.addresses();
+    let syn = segment(here(hosts), server, SYN, (1000, 0), b"");
+    support::send_raw_ipv4(&support::raw_ipv4(), &syn, *server.ip()).unwrap();
+    to_here(hosts, SYN_ACK, (5000, 1001));
+    confirm(queued(queue, SYN_ACK).await.drop().for_flow()).await.unwrap();
+}
+
 /// The one that this host has begun is denied when the server answers.
 async fn a_connection_to_this_host_begins_beside_its_denied_one() {
     let hosts = Hosts::new();
     for hooks in [&[Hook::Prerouting][..], &[Hook::Prerouting, Hook::Forward]] {
         hosts.another_port();
-        let [client, server] = hosts.addresses();
-        let here = SocketAddrV4::new(hosts.server.gateway(), client.port());
-        let from_server = |flags, numbers| hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
         let mut queue = bind();
         let rules = hooks.iter().map(|hook| Rule::new(*hook).protocol(Protocol::Tcp).to_queue(0));
         let divert = table(rules).install().unwrap();
-        let _listener = TcpListener::bind(here).unwrap();
-        let syn = segment(here, server, SYN, (1000, 0), b"");
-        support::send_raw_ipv4(&support::raw_ipv4(), &syn, *server.ip()).unwrap();
-        from_server(SYN_ACK, (5000, 1001));
-        confirm(queued(&mut queue, SYN_ACK).await.drop().for_flow()).await.unwrap();
+        let _listener = TcpListener::bind(here(&hosts)).unwrap();
+        begin_here_and_deny(&hosts, &mut queue).await;
         assert_eq!(hosts.arrived(), [1, 0]);
         lose_connections();
-        from_server(SYN, (9000, 0));
+        to_here(&hosts, SYN, (9000, 0));
         pass_segment(&mut queue, SYN).await;
         assert_eq!(hosts.arrived(), [1, 0], "{hooks:?}: the answer of this host is denied");
         divert.close().unwrap();
@@ -102,8 +118,7 @@ async fn a_connection_for_which_there_is_no_room_begins_later() {
         pass(&mut queue).await;
         hosts.another_port();
     }
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     assert_eq!(hosts.arrived(), [0, ROOM.into()]);
     for _ in 0..2 {
         hosts.datagram(false);
@@ -145,8 +160,7 @@ async fn an_error_about_a_connection_beside_a_denied_one_passes() {
     let [client, server] = hosts.addresses();
     let mut queue = bind();
     let _divert = table([udp()]).install().unwrap();
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     hosts.datagram(false);
     pass(&mut queue).await;
     let error = unreachable(client, server, &datagram(server, client, b"data"));
@@ -204,12 +218,7 @@ async fn an_error_about_a_crossing_connection_denies_no_later_one() {
         let [client, server] = hosts.addresses();
         let mut queue = bind();
         let divert = table([tcp()]).install().unwrap();
-        hosts.client(SYN, (1000, 0), b"");
-        let denied = queued(&mut queue, SYN).await;
-        hosts.server(SYN, (5000, 0), b"");
-        pass_segment(&mut queue, SYN).await;
-        confirm(denied.drop().for_flow()).await.unwrap();
-        assert_eq!(hosts.arrived(), [0, 1]);
+        deny_crossing_syn(&hosts, &mut queue).await;
         if error {
             let quoted = segment(server, client, SYN, (5000, 0), b"");
             hosts.client.send(&unreachable(client, server, &quoted[..28]), *server.ip());
@@ -267,11 +276,8 @@ async fn a_syn_that_input_drops_begins_nothing() {
     let hosts = Hosts::new();
     for syn in [false, true] {
         hosts.another_port();
-        let [client, server] = hosts.addresses();
-        let here = SocketAddrV4::new(hosts.server.gateway(), client.port());
-        let from_server = |flags, numbers| hosts.server.send(&segment(server, here, flags, numbers, b""), *here.ip());
         let mut queue = bind();
-        let of_server = |hook| Rule::new(hook).protocol(Protocol::Tcp).source_address(*server.ip(), 32);
+        let of_server = |hook| Rule::new(hook).protocol(Protocol::Tcp).source_address(hosts.server.address(), 32);
         let rules = [
             of_server(Hook::Prerouting).when(Match::tcp_flags(TcpFlags::SYN, TcpFlags::SYN)),
             of_server(Hook::Input).when(Match::tcp_syn()).drop(),
@@ -279,18 +285,15 @@ async fn a_syn_that_input_drops_begins_nothing() {
         ];
         let [asked, begins, all] = rules;
         let divert = table([asked.to_queue(0), begins, all]).install().unwrap();
-        let first = segment(here, server, SYN, (1000, 0), b"");
-        support::send_raw_ipv4(&support::raw_ipv4(), &first, *server.ip()).unwrap();
-        from_server(SYN_ACK, (5000, 1001));
-        confirm(queued(&mut queue, SYN_ACK).await.drop().for_flow()).await.unwrap();
+        begin_here_and_deny(&hosts, &mut queue).await;
         lose_connections();
         if syn {
-            from_server(SYN, (9000, 0));
+            to_here(&hosts, SYN, (9000, 0));
             pass_segment(&mut queue, SYN).await;
         }
         let count = || divert.counters().unwrap()[2].packets;
         let before = count();
-        from_server(ACK, (5001, 1001));
+        to_here(&hosts, ACK, (5001, 1001));
         hosts.arrived();
         queue_is_empty(&mut queue);
         assert_eq!(count() - before, 0, "{syn}: a segment of the denied connection has passed");

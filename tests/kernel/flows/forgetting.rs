@@ -7,7 +7,7 @@ use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, divert::F
 
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, come, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, echo, forwarded, opened, pass_segment, queued, tcp, udp},
+    segments::{ACK, Hosts, SYN, SYN_ACK, deny_datagram, echo, from_client, opened, pass_segment, queued, tcp, udp},
     table, to_port,
 };
 use crate::{
@@ -327,10 +327,9 @@ async fn a_forgotten_denial_drops_no_datagram_of_the_other_side() {
         hosts.another_port();
         let [client, server] = hosts.addresses();
         let mut queue = bind();
-        let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+        let rule = from_client(&hosts, Protocol::Udp).to_queue(0);
         let divert = table([rule]).install().unwrap();
-        hosts.datagram(true);
-        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        deny_datagram(&hosts, &mut queue).await;
         if all {
             divert.forget_flows().unwrap();
         } else {

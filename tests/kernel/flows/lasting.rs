@@ -3,12 +3,13 @@
 use std::{net::SocketAddrV4, time::Duration};
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
+use tokio_nfqueue::{FlowMarks, Hook, Packet, Protocol, Queue, Rule, divert::Match};
 
 use super::{
     bind, come, confirm, denials_expired, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
-        ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, forwarded, opened, pass_segment, queued, segment, tcp, udp,
+        ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, deny_datagram, forwarded, from_client, opened, pass_segment,
+        queued, segment, tcp, udp,
     },
     short_udp_timeouts, table,
 };
@@ -31,18 +32,41 @@ tests![
     one a_connection_that_one_with_two_syns_has_announced_can_be_accepted,
 ];
 
+/// Of two SYNs that wait at once, the first one is accepted, and its connection is established.
+/// Returns the other one.
+async fn accepted_while_another_syn_waits(hosts: &Hosts, queue: &mut Queue) -> Packet {
+    hosts.client(SYN, (1000, 0), b"");
+    let accepted = queued(queue, SYN).await;
+    hosts.client(SYN, (1000, 0), b"");
+    let waits = queued(queue, SYN).await;
+    confirm(accepted.accept().for_flow()).await.unwrap();
+    hosts.server(SYN_ACK, (5000, 1001), b"");
+    hosts.client(ACK, (1001, 5001), b"");
+    waits
+}
+
+/// Has connection tracking read what FTP announces.
+fn assist_ftp() {
+    rules::install_helper("helper", Place { hook: 0, priority: 0 }, "ftp", 6).unwrap();
+}
+
+/// What an FTP client sends to announce a connection to its port 200 · 256 + 10, and the sequence
+/// numbers of that.
+const ANNOUNCEMENT: [(u32, &[u8]); 2] = [(1001, b"USER me\r\n"), (1010, b"PORT 10,9,1,2,200,10\r\n")];
+
+/// The server sends a segment of the announced connection.
+fn send_announced(hosts: &Hosts, flags: u8, numbers: (u32, u32), data: &[u8]) {
+    let [client, server] = hosts.addresses().map(|address| *address.ip());
+    let (from, to) = (SocketAddrV4::new(server, 20), SocketAddrV4::new(client, 200 * 256 + 10));
+    hosts.server.send(&segment(from, to, flags, numbers, data), client);
+}
+
 /// Of two SYNs that wait at once each has an entry. The first one's is kept.
 async fn an_accepted_entry_stays_denied_by_a_verdict_for_another_one() {
     let hosts = Hosts::new();
     let mut queue = bind();
     let _divert = forgetful([tcp()]).install().unwrap();
-    hosts.client(SYN, (1000, 0), b"");
-    let accepted = queued(&mut queue, SYN).await;
-    hosts.client(SYN, (1000, 0), b"");
-    let denied = queued(&mut queue, SYN).await;
-    confirm(accepted.accept().for_flow()).await.unwrap();
-    hosts.server(SYN_ACK, (5000, 1001), b"");
-    hosts.client(ACK, (1001, 5001), b"");
+    let denied = accepted_while_another_syn_waits(&hosts, &mut queue).await;
     assert_eq!(hosts.arrived(), [2, 1]);
     confirm(denied.drop().for_flow()).await.unwrap();
     hosts.client(ACK, (1001, 5001), b"bad");
@@ -76,26 +100,19 @@ async fn an_accepted_entry_stays_denied_by_a_verdict_for_the_other_side() {
 /// The verdict is for a packet with another entry. No rule asks about what is announced.
 async fn a_connection_that_a_denied_one_has_announced_is_denied() {
     let hosts = Hosts::new();
-    rules::install_helper("helper", Place { hook: 0, priority: 0 }, "ftp", 6).unwrap();
-    let [client, server] = hosts.addresses();
+    assist_ftp();
+    let [_, server] = hosts.addresses();
     let mut queue = bind();
     let _divert = table([tcp().destination_port(server.port())]).install().unwrap();
-    hosts.client(SYN, (1000, 0), b"");
-    let accepted = queued(&mut queue, SYN).await;
-    hosts.client(SYN, (1000, 0), b"");
-    let denied = queued(&mut queue, SYN).await;
-    confirm(accepted.accept().for_flow()).await.unwrap();
-    hosts.server(SYN_ACK, (5000, 1001), b"");
-    hosts.client(ACK, (1001, 5001), b"");
-    hosts.client(ACK, (1001, 5001), b"USER me\r\n");
-    hosts.client(ACK, (1010, 5001), b"PORT 10,9,1,2,200,10\r\n");
+    let denied = accepted_while_another_syn_waits(&hosts, &mut queue).await;
+    for (number, data) in ANNOUNCEMENT {
+        hosts.client(ACK, (number, 5001), data);
+    }
     assert_eq!(hosts.arrived(), [4, 1]);
     confirm(denied.drop().for_flow()).await.unwrap();
     hosts.client(ACK, (1032, 5001), b"bad");
     assert_eq!(hosts.arrived(), [0, 0]);
-    let announced = SocketAddrV4::new(*client.ip(), 200 * 256 + 10);
-    let data = segment(SocketAddrV4::new(*server.ip(), 20), announced, SYN, (1, 0), b"");
-    hosts.server.send(&data, *client.ip());
+    send_announced(&hosts, SYN, (1, 0), b"");
     queue_is_empty(&mut queue);
     assert_eq!(hosts.arrived(), [0, 0]);
 }
@@ -212,11 +229,10 @@ async fn a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass() {
 async fn a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own_is_gone() {
     let hosts = Hosts::new();
     short_udp_timeouts();
-    let [client, _] = hosts.addresses();
     for at_once in [false, true] {
         hosts.another_port();
         let mut queue = bind();
-        let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+        let rule = from_client(&hosts, Protocol::Udp).to_queue(0);
         let divert = table([rule]).install().unwrap();
         hosts.datagram(true);
         let first = next(&mut queue).await;
@@ -252,13 +268,11 @@ async fn a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own
 /// packet.
 async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
     let hosts = Hosts::new();
-    rules::install_helper("helper", Place { hook: 0, priority: 0 }, "ftp", 6).unwrap();
+    assist_ftp();
     let mut asked = Vec::new();
     for again in [false, true] {
         hosts.another_port();
-        let [client, server] = hosts.addresses();
         let mut queue = bind();
-        let [client_side, server_side] = [client, server].map(|address| *address.ip());
         let divert = table([tcp()]).install().unwrap();
         for _ in 0..=u8::from(again) {
             hosts.client(SYN, (1000, 0), b"");
@@ -266,18 +280,15 @@ async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
         }
         hosts.server(SYN_ACK, (5000, 1001), b"");
         pass_segment(&mut queue, SYN_ACK).await;
-        for (number, data) in [(1001, &b""[..]), (1001, b"USER me\r\n"), (1010, b"PORT 10,9,1,2,200,10\r\n")] {
+        hosts.client(ACK, (1001, 5001), b"");
+        pass_segment(&mut queue, ACK).await;
+        for (number, data) in ANNOUNCEMENT {
             hosts.client(ACK, (number, 5001), data);
             pass_segment(&mut queue, ACK).await;
         }
-        let announced = SocketAddrV4::new(client_side, 200 * 256 + 10);
-        let data = |number| {
-            let from = SocketAddrV4::new(server_side, 20);
-            hosts.server.send(&segment(from, announced, ACK, (number, 1), b"data"), client_side);
-        };
-        data(1);
+        send_announced(&hosts, ACK, (1, 1), b"data");
         confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
-        data(5);
+        send_announced(&hosts, ACK, (5, 1), b"data");
         asked.push(come(&mut queue).await.is_some());
         divert.close().unwrap();
         lose_connections();
@@ -290,14 +301,12 @@ async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
 async fn a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
     short_udp_timeouts();
-    let [client, _] = hosts.addresses();
     let mut queue = bind();
-    let rule = forwarded(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
+    let rule = from_client(&hosts, Protocol::Udp).to_queue(0);
     let _divert = table([rule]).install().unwrap();
     hosts.datagram(true);
     pass(&mut queue).await;
-    hosts.datagram(true);
-    confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+    deny_datagram(&hosts, &mut queue).await;
     assert_eq!(hosts.arrived(), [1, 0]);
     entries_gone().await;
     for of_client in [false, true, false] {

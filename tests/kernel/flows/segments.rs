@@ -169,6 +169,11 @@ pub(super) fn udp() -> Rule {
     forwarded(Protocol::Udp).to_queue(0)
 }
 
+/// Packets of the client that this host forwards.
+pub(super) fn from_client(hosts: &Hosts, protocol: Protocol) -> Rule {
+    forwarded(protocol).source_address(hosts.client.address(), 32)
+}
+
 /// The next packet, a segment with these flags.
 pub(super) async fn queued(queue: &mut Queue, flags: u8) -> Packet {
     let packet = next(queue).await;
@@ -190,6 +195,23 @@ pub(super) async fn opened(hosts: &Hosts, queue: &mut Queue) {
     hosts.client(ACK, (1001, 5001), b"");
     pass_segment(queue, ACK).await;
     assert_eq!(hosts.arrived(), [2, 1]);
+}
+
+/// The client sends a datagram, and its conversation is denied.
+pub(super) async fn deny_datagram(hosts: &Hosts, queue: &mut Queue) {
+    hosts.datagram(true);
+    confirm(next(queue).await.drop().for_flow()).await.unwrap();
+}
+
+/// Both sides begin a connection at once. The server's SYN passes, and then that of the client is
+/// denied.
+pub(super) async fn deny_crossing_syn(hosts: &Hosts, queue: &mut Queue) {
+    hosts.client(SYN, (1000, 0), b"");
+    let denied = queued(queue, SYN).await;
+    hosts.server(SYN, (5000, 0), b"");
+    pass_segment(queue, SYN).await;
+    confirm(denied.drop().for_flow()).await.unwrap();
+    assert_eq!(hosts.arrived(), [0, 1]);
 }
 
 fn last_packet(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {

@@ -12,7 +12,7 @@ use tokio_nfqueue::{
 
 use super::{
     MEMORY, bind, come, confirm, forgetful, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, echo, forwarded, pass_segment, queued, segment, tcp, udp},
+    segments::{ACK, Hosts, SYN, SYN_ACK, deny_datagram, echo, forwarded, pass_segment, queued, segment, tcp, udp},
     table, unlimited_icmp_errors,
 };
 use crate::{
@@ -388,8 +388,7 @@ async fn a_connection_beside_a_denial_begins_if_its_first_packet_is_seen_behind_
         let mut queue = bind();
         let rule = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).to_queue(0);
         let divert = table([rule]).priority(priority).install().unwrap();
-        hosts.datagram(true);
-        confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
+        deny_datagram(&hosts, &mut queue).await;
         hosts.server.datagram(server, to);
         let verdict = next(&mut queue).await.accept();
         confirm(if for_flow { verdict.for_flow() } else { verdict }).await.unwrap();

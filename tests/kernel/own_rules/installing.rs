@@ -33,11 +33,7 @@ tests![
 async fn rules_without_a_target_go_to_all_numbers_of_the_queue() {
     let mut queue = Queue::builder(0..4).divert(rules()).bind().await.unwrap();
     let traffic = Traffic::new(100);
-    // The hash covers the addresses, and its seed is random.
-    for number in 0..100_u32 {
-        let sender = support::udp((Ipv4Addr::new(127, 0, 1, number as u8), 0));
-        traffic.send_from(&sender, [number]);
-    }
+    traffic.send_from_many(0..100);
     let mut seen = BTreeSet::new();
     for _ in 0..100 {
         let packet = next(&mut queue).await;
