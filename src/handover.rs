@@ -187,7 +187,7 @@ impl Offered {
         await_acknowledgement(&self.stream, limit).await
     }
 
-    /// Finds out who has the queues, for good. Returns whether it is the successor.
+    /// Finds out which process has the queues from now on. Returns whether it is the successor.
     fn end(&mut self) -> Result<bool, Error> {
         let Some(handover) = self.handover.take() else { return Ok(false) };
         let taken = take_back(&self.stream)?;

@@ -38,7 +38,7 @@ impl Opened {
         let mut table = KernelTable::open();
         if table.is_missing() {
             // The kernel loads the module when the first message for it comes (nfnetlink_rcv_msg).
-            // This message has a socket of its own, so that nobody waits for the reply.
+            // This message has a socket of its own, so that its reply is discarded.
             let mut message = Vec::new();
             Config { command: Some(Command::Nothing), ..Config::default() }.encode(&mut message, 1, settings.queue);
             if Unregistered::open(0).is_ok_and(|socket| socket.send(&message)) {
@@ -85,7 +85,7 @@ impl Shared {
 
     /// As [`bind`](Self::bind), but waits while another socket owns the queue.
     ///
-    /// The kernel tells nobody that a queue has been unbound, so it is asked again and again, with
+    /// The kernel does not report that a queue has been unbound, so the request is repeated, with
     /// the same socket.
     pub(crate) fn bind_when_free(
         settings: Settings,

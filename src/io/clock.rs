@@ -32,7 +32,7 @@ impl Clock for QueueClock {
 }
 
 impl QueueClock {
-    /// Whether time passes only when somebody moves the clock.
+    /// Whether time passes only when a test moves the clock.
     #[inline]
     pub(super) fn stands_still(&self) -> bool {
         match self {

@@ -58,7 +58,7 @@ impl Shared {
         let fail_open = if accepts { FLAG_FAIL_OPEN } else { 0 };
         let flags = Config { flags: Some((FLAG_FAIL_OPEN, fail_open)), ..Config::default() };
         let length = Config { max_len: Some(0), ..Config::default() };
-        let result = [flags, length].iter().try_for_each(|config| self.configure_surely("close queue", config));
+        let result = [flags, length].iter().try_for_each(|config| self.configure_acknowledged("close queue", config));
         // The reply was behind everything that was queued.
         self.decide_unread(action);
         // If it is unknown, the result is the kernel's answer.
@@ -68,7 +68,7 @@ impl Shared {
 
     /// As [`drain`](Self::drain), but lets other tasks run in between: a long queue may hold 65 536
     /// packets, and deciding each takes some microseconds.
-    async fn drain_gently(&self, action: Action) {
+    async fn drain_yielding(&self, action: Action) {
         // If this future is dropped, the shutdown continues.
         let rest = Rest { shared: self, action };
         self.decide_unread(action);
@@ -88,7 +88,7 @@ impl Shared {
     /// Step 4, by the thread that finds everything settled.
     pub(super) fn unbind(&self) {
         let config = Config { command: Some(Command::Unbind), ..Config::default() };
-        let result = self.configure_surely("unbind queue", &config);
+        let result = self.configure_acknowledged("unbind queue", &config);
         let error = result.as_ref().err().map(ToString::to_string);
         let capable = self.socket.was_capable().unwrap_or(false);
         if self.with(|core| core.machine.unbound(result, capable)) {
@@ -96,14 +96,14 @@ impl Shared {
         }
     }
 
-    /// Drains and unbinds the queue; resolves when that is done. It continues by itself if it is
+    /// Drains and unbinds the queue; resolves when that is done. It continues if it is
     /// not awaited any more.
     pub(crate) async fn close(&self, action: Action, timeout: Duration) -> Result<(), Error> {
         let limit = self.clock.now().checked_add(timeout).map_or(WaitLimit::Never, WaitLimit::At);
         self.trace.closing(action);
         self.prove_sent();
         if self.with(|core| core.machine.begin_close(action, limit)) {
-            self.drain_gently(action).await;
+            self.drain_yielding(action).await;
         }
         std::future::poll_fn(|cx| {
             let waker = cx.waker().clone();

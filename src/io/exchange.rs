@@ -9,7 +9,7 @@
 //! The queue changes hands when the successor's message has been sent. If the predecessor does not
 //! wait any longer, it first shuts its receiving side down. The kernel puts a message into the
 //! receiver's queue and checks for the shutdown under one lock (`unix_stream_sendmsg`). So either
-//! the message is there and is found, or it can never be sent, and the successor learns that.
+//! the message is there and is found, or it can never be sent, and the successor gets an error.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -97,7 +97,7 @@ pub(crate) fn take_back(stream: &UnixStream) -> Result<bool, Error> {
         }
         _ => {}
     }
-    // If it cannot be sent, nobody is there to read it.
+    // If it cannot be sent, the successor has ended.
     let _ = rustix::net::send(stream, &[TAKEN_BACK], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     Ok(false)
 }
@@ -150,8 +150,8 @@ pub(crate) async fn acknowledge(stream: &UnixStream) -> Result<(), Error> {
         Err(Errno::PIPE | Errno::CONNRESET) => {}
         Err(errno) => return Err(failed(TAKE_OVER, errno.into())),
     }
-    // The predecessor has taken it back and says so, or it has ended without a word. Then nobody
-    // else has the queue.
+    // The predecessor has taken it back and says so, or it has ended without that. Then no other
+    // process has the queue.
     let mut byte = [0];
     let receive = || Ok(rustix::net::recv(stream, &mut byte[..], RecvFlags::DONTWAIT)?.0);
     match stream.async_io(Interest::READABLE, receive).await {

@@ -95,7 +95,7 @@ impl KernelTable {
         Self(Ok(file))
     }
 
-    /// That of another network namespace than the calling thread's, which nobody has opened.
+    /// That of another network namespace than the calling thread's, when no file was opened there.
     pub(crate) fn out_of_reach() -> Self {
         Self(Err(if lacks_proc() { Unopened::NoProc } else { Unopened::OtherNamespace }))
     }

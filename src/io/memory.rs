@@ -22,7 +22,7 @@ pub(crate) trait MemoryKernel: Debug + Send + Sync {
     /// `flow_marks`: packets are sent to its queues by rules with flow marks.
     fn open(&self, signal: Signal, flow_marks: Option<crate::types::FlowMarks>) -> u32;
     fn close(&self, port: u32);
-    /// Executes a datagram before it returns. The caller may hold locks: nobody is woken.
+    /// Executes a datagram before it returns. The caller may hold locks: no task is woken.
     fn send(&self, port: u32, datagram: &[u8]) -> Result<(), Errno>;
     /// Wakes those who wait for what has been sent. The caller holds no lock.
     fn wake(&self);
@@ -80,7 +80,7 @@ impl MemorySocket {
         Ok(Self { kernel, port, signal })
     }
 
-    /// For whoever watches the descriptor beyond the socket's life.
+    /// For a thread that may watch the descriptor longer than the socket lives.
     pub(super) fn descriptor(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.signal.0)
     }

@@ -49,10 +49,10 @@ pub(crate) fn packed(record: &Record) -> Result<OwnedFd, Error> {
     let write = || -> io::Result<OwnedFd> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let create = |flags| rustix::fs::memfd_create("tokio-nfqueue", flags);
-        // A system may require it (`vm.memfd_noexec`); kernels before 6.3 do not know it.
+        // A system may require it (`vm.memfd_noexec`); kernels before 6.3 refuse it.
         let file = File::from(create(flags | MemfdFlags::NOEXEC_SEAL).or_else(|_| create(flags))?);
         file.write_all_at(&record.encode(), 0)?;
-        // The same for whoever reads it, and whenever.
+        // So that no process with the descriptor can change it while another one reads it.
         rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(file.into())
     };

@@ -69,7 +69,7 @@ impl RawSockets {
     /// Sends a packet. Waits while the send buffer is full.
     pub(crate) async fn send(&self, packet: &[u8], to: IpAddr) -> Result<(), Error> {
         let socket = self.socket(to)?;
-        // The runtime learns only later that a new socket is writable.
+        // The runtime finds out only later that a new socket is writable.
         if attempt(socket.get_ref(), packet, to)? {
             return Ok(());
         }

@@ -9,7 +9,7 @@ use std::{
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
 /// Readable while the socket is readable, and after the stream would have been woken for another
-/// reason: packets that somebody else has received, or the end of the stream.
+/// reason: packets that another task has received, or the end of the stream.
 #[derive(Debug)]
 pub(super) struct ReadyFd {
     /// Contains the socket and `received`.

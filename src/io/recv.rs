@@ -1,4 +1,4 @@
-//! Receiving: packets go to the stream, and replies to whoever waits for them.
+//! Receiving: packets go to the stream, and replies to the callers that wait for them.
 
 use std::io;
 
@@ -59,7 +59,7 @@ impl Shared {
         machine.end_receive_round(round.bytes, round.charge(), round.overruns, lost_before, emptied);
         if self.settings.deadline.is_some() {
             // What its deadline has decided is not handed out, and its memory is not kept for a
-            // stream that nobody polls.
+            // stream that no task polls.
             while receiver.packets.front().is_some_and(|packet| !machine.is_undecided(packet.id)) {
                 round.decided.extend(receiver.packets.pop_front());
             }
@@ -82,7 +82,7 @@ impl Shared {
 
     /// Receives until the socket is found empty.
     ///
-    /// Bounded: the kernel queues at most `max_len` packets that nobody decides, and replies only
+    /// Bounded: the kernel queues at most `max_len` undecided packets, and replies only
     /// to what was sent.
     pub(super) fn receive_all(&self) -> io::Result<()> {
         let max_len = self.core().machine.limits().max_len as usize;

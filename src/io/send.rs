@@ -193,7 +193,7 @@ impl Shared {
 
     /// As [`configure`](Self::configure), but repeated if the reply was lost. Setting the same
     /// values twice does no harm.
-    pub(super) fn configure_surely(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
+    pub(super) fn configure_acknowledged(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
         let mut result = self.configure(operation, config);
         for _ in 0..SETTING_RETRIES {
             match &result {

@@ -3,14 +3,14 @@
 //!
 //! | lock | held while | by |
 //! |---|---|---|
-//! | `outbox`, the send lock | messages are encoded and sent; within a send the kernel processes the packets, 100 µs for 64 | whoever flushes or configures. A thread that finds it taken by a flush leaves its verdicts to the holder |
-//! | `receiver` | datagrams are received and parsed, about 50 µs at most | the stream, and whoever waits for a reply of the kernel |
-//! | `core` | the state changes, well below 1 µs | everybody |
+//! | `outbox`, the send lock | messages are encoded and sent; within a send the kernel processes the packets, 100 µs for 64 | threads that flush or configure. One that finds it taken by a flush leaves its verdicts to the holder |
+//! | `receiver` | datagrams are received and parsed, about 50 µs at most | the stream, and callers that wait for a reply of the kernel |
+//! | `core` | the state changes, well below 1 µs | every caller |
 //!
 //! Users' code (wakers, subscribers, policies, drops of payloads) runs under none of them. So the
 //! effects that the state asks for are performed after the lock has been released:
-//! [`Shared::with`]. Whoever holds `outbox` or `receiver` postpones them until these are released
-//! as well: [`Shared::perform_pending`].
+//! [`Shared::with`]. A thread that holds `outbox` or `receiver` postpones them until these are
+//! released as well: [`Shared::perform_pending`].
 
 use std::{
     io,

@@ -268,7 +268,8 @@ impl Shared {
     }
 }
 
-/// The error with which the stream ends because a system call on the socket has failed for good.
+/// The error with which the stream ends because a system call on the socket has failed for a reason
+/// that does not pass.
 pub(super) fn unusable(operation: &'static str, source: io::Error) -> Error {
     let detail = "the socket cannot be used any more; drop the queue and bind it again";
     Error::os(operation, source).with_detail(detail).fatal()

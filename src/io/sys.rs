@@ -95,7 +95,7 @@ fn user_namespace_of(namespace: impl AsFd) -> rustix::io::Result<OwnedFd> {
     const NAMESPACES: u32 = 0x6e73_6673;
     // Called once: `as_fd` need not return the same descriptor every time.
     let namespace = namespace.as_fd();
-    // Only files of nsfs understand the command. For another file it may mean anything.
+    // The command is one of nsfs. For another file it may mean anything.
     if fstatfs(namespace)?.f_type as u32 != NAMESPACES {
         return Err(Errno::NOTTY);
     }
@@ -111,7 +111,7 @@ pub(crate) fn network_namespace_of(socket: impl AsFd) -> rustix::io::Result<Owne
     const GET_NETWORK_NAMESPACE: Opcode = 0x894c;
     // Called once: `as_fd` need not return the same descriptor every time.
     let socket = socket.as_fd();
-    // Only sockets understand the command. For another file it may mean anything.
+    // The command is one of sockets. For another file it may mean anything.
     socket_type(socket)?;
     // SAFETY: for a socket, `sock_ioctl` (net/socket.c) takes no argument and returns a new
     // descriptor.
@@ -136,7 +136,7 @@ unsafe impl Ioctl for NewDescriptor {
     }
 
     unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
-        // SAFETY: the call has succeeded, and its result is a new descriptor that nobody else owns.
+        // SAFETY: the call has succeeded, and its result is a new descriptor without an owner.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
 }
@@ -144,8 +144,8 @@ unsafe impl Ioctl for NewDescriptor {
 /// Makes a netlink socket of a descriptor. The caller has checked that it is one.
 #[allow(unsafe_code)]
 pub(crate) fn netlink_socket(fd: OwnedFd) -> netlink_sys::Socket {
-    // SAFETY: the descriptor is open, and it is owned by nobody else, for it comes from an
-    // `OwnedFd` that gives it up here.
+    // SAFETY: the descriptor is open, and it has no other owner: the `OwnedFd` from which it comes
+    // gives it up here.
     unsafe { netlink_sys::Socket::from_raw_fd(fd.into_raw_fd()) }
 }
 
@@ -228,7 +228,7 @@ fn wiped_on_fork() -> Option<&'static AtomicUsize> {
     // The kernel maps and clears whole pages.
     const LENGTH: usize = size_of::<AtomicUsize>();
     let protection = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: without an address, it is a new mapping that nobody else uses.
+    // SAFETY: without an address, it is a new mapping, which no other code uses.
     let page = unsafe { mmap_anonymous(std::ptr::null_mut(), LENGTH, protection, MapFlags::PRIVATE) }.ok()?;
     // SAFETY: the mapping is the one that was just made, and nothing refers to it yet.
     unsafe { madvise(page, LENGTH, Advice::LinuxWipeOnFork) }.ok()?;

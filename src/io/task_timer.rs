@@ -52,7 +52,7 @@ impl Ticks {
         Ok(Self { timer, task, number: AtomicU64::new(0), clock })
     }
 
-    /// Waits until `at`; for ever if it is `None`.
+    /// Waits until `at`; indefinitely if it is `None`.
     pub(crate) async fn wait(&self, at: Option<Instant>) {
         std::future::poll_fn(|cx| {
             let Some(at) = at else { return Poll::Pending };

@@ -2,7 +2,7 @@
 //!
 //! A promise with a time limit must hold whatever the tasks of a runtime do: a worker may be busy
 //! for long, and a current-thread runtime may be outside of `block_on`, or may have ended. So this
-//! thread does what is due if nobody else has done it by then. There is one thread for the process.
+//! thread does what is due if no other has done it by then. There is one thread for the process.
 //! The first queue starts it, and it sleeps while nothing is due.
 //!
 //! A child by `fork` has no copy of the thread. The first use of a timer there starts another one,
@@ -398,7 +398,7 @@ mod tests {
 
         fn readable(self: Arc<Self>) {
             self.0.lock().unwrap().send("readable").unwrap();
-            panic!("a panic of a user's code: the thread goes on");
+            panic!("a panic of a user's code: the thread continues");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The events for `tracing`. Only this file knows their names and fields.
+//! The events for `tracing`. Their names and fields are in this file only.
 
 use tracing::Span;
 

@@ -158,7 +158,7 @@ impl<D: Decide> Loop<D> {
         }
     }
 
-    /// Asks about a packet. Answers it, or leaves that to a task.
+    /// Calls the handler with a packet. Takes its outcome, or leaves that to a task.
     fn begin(&mut self, packet: Packet) {
         self.served.packets += 1;
         let id = packet.id();
@@ -181,7 +181,7 @@ impl<D: Decide> Loop<D> {
             (Some(order), Some(flow)) if !order.is_idle(&flow) => Some(order.take(flow)),
             _ => None,
         };
-        self.answer(Done { packet: id, place, outcome });
+        self.finish(Done { packet: id, place, outcome });
     }
 
     /// Leaves the rest to a task.
@@ -204,7 +204,7 @@ impl<D: Decide> Loop<D> {
     }
 
     /// A handler has ended.
-    fn answer(&mut self, done: Done) {
+    fn finish(&mut self, done: Done) {
         let Done { packet, place, outcome } = done;
         let verdict = match outcome {
             Outcome::Verdict(verdict) => verdict,
@@ -269,12 +269,12 @@ impl<D: Decide> Loop<D> {
         false
     }
 
-    /// Answers what tasks have decided. Returns whether one had ended.
-    fn answer_ended(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Takes the outcomes of tasks that have ended. Returns whether there was one.
+    fn finish_ended(&mut self, cx: &mut Context<'_>) -> bool {
         let mut any = false;
         while !self.tasks.is_empty() {
             match self.tasks.poll_join_next(cx) {
-                Poll::Ready(Some(Ok(done))) => self.answer(done),
+                Poll::Ready(Some(Ok(done))) => self.finish(done),
                 // Its panics are caught, and it is aborted only with the set.
                 Poll::Ready(Some(Err(error))) => {
                     self.error = Some(Error::new(ErrorKind::Other, SERVE).with_source(error.into()));
@@ -300,12 +300,12 @@ impl<D: Decide> Future for Loop<D> {
         loop {
             let awaits_stream = this.read(cx);
             // After the reading, so that the end of a task that it has begun wakes this one.
-            let answered = this.answer_ended(cx);
+            let finished = this.finish_ended(cx);
             let over = this.ended && this.tasks.is_empty();
             if over || !awaits_stream && this.abandoned.poll_unpin(cx).is_ready() {
                 return Poll::Ready((this.served, this.error.take()));
             }
-            if !answered {
+            if !finished {
                 return Poll::Pending;
             }
         }

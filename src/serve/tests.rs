@@ -179,7 +179,7 @@ async fn in_flow_order_a_verdict_waits_for_earlier_packets_of_its_connection_onl
     for at in [0, 1, 2, 4] {
         assert!(sent[at].outcome().await.accepted);
     }
-    // What panics does not hold up the others for good.
+    // What panics does not delay the others indefinitely.
     serving.abort();
 }
 

@@ -46,7 +46,7 @@ pub(super) struct Model<T> {
     pub(super) small_head: usize,
     /// The queue that was bound first: that of packets that name none.
     default_queue: Option<u16>,
-    /// The flags of queues that this kernel knows.
+    /// The flags of queues that this kernel supports.
     pub(super) known_flags: u32,
     /// Errors that the next system calls return.
     pub(super) send_errors: VecDeque<Errno>,
@@ -572,7 +572,7 @@ impl<T: Clone> Model<T> {
             Some(Action::Accept | Action::Stop) => self.finish(*skb, Cause::Verdict, true, now),
             Some(Action::Repeat) => self.evaluate(skb, now),
             Some(Action::Requeue { queue, bypass }) => self.enqueue(skb, queue, bypass, now),
-            // `Drop`, and what the kernel does not know.
+            // `Drop`, and unknown actions.
             _ => self.finish(*skb, Cause::Verdict, false, now),
         }
     }

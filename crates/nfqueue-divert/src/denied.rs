@@ -284,7 +284,7 @@ pub(super) const BESIDE: u32 = 4096;
 pub(super) const BEGUN: u32 = 4096;
 
 /// For how long the other side's first packet is taken for a reply to the denied one, if the
-/// protocol does not tell and no rule asks about it. Longer, and a sender with forged addresses
+/// protocol does not show it and no rule asks about it. Longer, and a sender with forged addresses
 /// could block the connections of others for longer.
 pub(super) const RECENT: Duration = Duration::from_secs(2);
 

@@ -1,4 +1,4 @@
-//! What the parts of a rule need to know of each other and of the table.
+//! What the parts of a rule need of each other and of the table.
 
 use nfqueue_proto::types::Hook;
 

@@ -1,4 +1,4 @@
-//! The interfaces of a network namespace, as far as a flowtable needs to know them.
+//! The interfaces of a network namespace, as far as a flowtable needs them.
 
 use std::io;
 

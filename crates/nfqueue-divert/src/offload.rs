@@ -4,7 +4,7 @@
 //! hooks. It looks only for FIN and RST (`nf_flow_state_check`), so that a SYN on the same ports
 //! would pass, and so would packets of a connection that has been denied since. Therefore a chain
 //! before the flowtable moves past it what could be of another connection than the accepted one.
-//! There, no rule can tell the kernel to skip a hook. But the flowtable leaves packets alone that
+//! There, no rule can make the kernel skip a hook. But the flowtable leaves packets alone that
 //! must not be forwarded any further (TTL or hop limit 0 or 1). So the chain takes the TTL away and
 //! puts it into the packet's priority, and a chain before all that reads it restores both. Since
 //! Linux 7.3, rules can change no other field that the flowtable looks at (`nft_nh_write_ok`).

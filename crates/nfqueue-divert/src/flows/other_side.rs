@@ -93,7 +93,7 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// A first packet of the other side may have crossed the denied one. Where the protocol tells
+    /// A first packet of the other side may have crossed the denied one. Where the protocol shows
     /// that it begins a connection, it has not.
     pub(super) fn crossed(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Crossed);

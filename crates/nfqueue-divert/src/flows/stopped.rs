@@ -1,4 +1,5 @@
-//! Packets of denied connections are stopped, and told so if the connection is rejected.
+//! Packets of denied connections are dropped, with an error to the sender if the connection is
+//! rejected.
 
 use super::context::Flows;
 use crate::{

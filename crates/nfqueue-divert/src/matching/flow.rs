@@ -164,7 +164,7 @@ impl Match {
         Self::new(Flow::IsReply(reply))
     }
 
-    /// Packets of connections of protocols whose packets tell that they begin a connection, as
+    /// Packets of connections of protocols whose packets show that they begin a connection, as
     /// connection tracking sees the protocol.
     pub(in super::super) fn tracked_with_first_packets() -> Self {
         Self::new(Flow::TrackedWithFirstPackets)

@@ -90,13 +90,13 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 
     /// Whether replies of the kernel matter to this process: a task waits for one, or the
-    /// capability was missing, so that only this process understands them.
+    /// capability was missing, so that only this process can interpret them.
     pub fn awaits_replies(&self) -> bool {
         self.outstanding.awaits_replies()
     }
 
     /// From now on the socket is not touched: the position is that of the successor as well.
-    /// Whoever waits for a reply learns that it will not come.
+    /// Tasks that wait for a reply get an error.
     pub fn freeze(&mut self) -> Position {
         if let LifeCycle::HandingOver { limit, then, .. } = *self.life {
             self.life.set(LifeCycle::HandingOver { frozen: true, limit, then });

@@ -34,7 +34,7 @@ pub enum LifeCycle {
         /// As in `Stopping`.
         limit: WaitLimit,
     },
-    /// Every packet is decided; somebody unbinds the queue.
+    /// Every packet is decided; a thread unbinds the queue.
     Unbinding {
         /// As in `Stopping`.
         action: Action,

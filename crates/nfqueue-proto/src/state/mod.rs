@@ -81,16 +81,16 @@ pub trait Clock {
     fn now(&self) -> Instant;
 }
 
-/// What a verdict for a single packet carries besides its fields, including who waits for the
+/// What a verdict for a single packet carries besides its fields, including what waits for the
 /// kernel's reply.
 pub trait Carried {
-    /// Who waits for the kernel's reply.
+    /// What waits for the kernel's reply.
     type Waiter;
     /// What the verdict carries, for its message.
     fn attachments(&self) -> Attachments<'_>;
-    /// Whether somebody waits, or has waited: the kernel replies also on success.
+    /// Whether a task waits, or has waited: the kernel replies also on success.
     fn is_acknowledged(&self) -> bool;
-    /// Takes out who waits, if somebody does.
+    /// Takes out what waits, if anything does.
     fn take_waiter(&mut self) -> Option<Self::Waiter>;
     /// Puts back a waiter that was taken out: the verdict was not sent.
     fn put_waiter(&mut self, waiter: Self::Waiter);

@@ -529,11 +529,11 @@ impl World {
         } else {
             self.kernel.send(first, messages, self.capable);
             if proof == Proof::Replies || self.random.one_in(3) {
-                // Somebody else receives meanwhile.
+                // Another thread receives meanwhile.
                 let most = if proof == Proof::Replies { 100_000 } else { 1 + self.random.below(20) };
                 self.receive(most);
             }
-            // Nobody asks for the capability if the proof comes later.
+            // The capability is not asked for if the proof comes later.
             if self.capable || proof == Proof::Later { Outcome::Sent } else { Outcome::Refused }
         };
         let sent = matches!(outcome, Outcome::Sent) && !self.machine.outstanding.is_refused();

@@ -114,8 +114,8 @@ impl<E: Carried> Outbox<E> {
         (self.messages.split_off(self.begin), rest)
     }
 
-    /// The socket does not send a datagram of this length any more: somebody has reduced its send
-    /// buffer.
+    /// The socket does not send a datagram of this length any more: its send buffer has been
+    /// reduced (it may be shared with another process).
     pub(super) fn shorten(&mut self) {
         self.max_send = self.length / 2;
     }

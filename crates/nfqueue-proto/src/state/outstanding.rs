@@ -26,7 +26,7 @@ pub(super) struct Outstanding<W> {
     /// Datagrams that are known to have been refused, by their first messages. The replies to them
     /// bring nothing new.
     known_refused: VecDeque<u32>,
-    /// Messages whose replies somebody waits for.
+    /// Messages whose replies a task waits for.
     awaiting: Awaiting<W>,
     batches: SentBatches,
     unproven: Unproven,
@@ -95,8 +95,8 @@ impl<W> Outstanding<W> {
         self.current = Some((first, false));
     }
 
-    /// A message is about to be sent, when so many packets have been received. Returns whether
-    /// somebody waits for the reply.
+    /// A message is about to be sent, when so many packets have been received. Returns whether a
+    /// task waits for the reply.
     pub(super) fn begin<E: Carried<Waiter = W>>(&mut self, message: &mut VerdictMessage<E>, received: u64) -> bool {
         let sequence = self.next_sequence();
         match message {
@@ -205,7 +205,7 @@ impl<W> Outstanding<W> {
         self.awaiting.pop_sent(sent)
     }
 
-    /// A message whose reply somebody waits for.
+    /// A message whose reply a task waits for.
     pub(super) fn take_any(&mut self) -> Option<Awaited<W>> {
         self.awaiting.pop_any()
     }
@@ -215,8 +215,8 @@ impl<W> Outstanding<W> {
         self.awaiting.highest_limits(present)
     }
 
-    /// Whether replies matter to this process: somebody waits for one, or the capability was
-    /// missing, so that only this process understands them.
+    /// Whether replies matter to this process: a task waits for one, or the capability was
+    /// missing, so that only this process can interpret them.
     pub(super) fn awaits_replies(&self) -> bool {
         !self.awaiting.is_empty() || !self.known_refused.is_empty() || self.only_replies_prove
     }

@@ -53,7 +53,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             }
             LifeCycle::Unbinding { .. } | LifeCycle::Closed(_) => return false,
         }
-        // Also if the time is over already: the timer knows what has not been handed out.
+        // Also if the time is over already: the timer decides what has not been handed out.
         self.rearm_timer(self.clock.now());
         false
     }

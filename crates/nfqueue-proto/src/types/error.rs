@@ -54,7 +54,7 @@ pub enum ErrorKind {
     Malformed,
     /// A time-out expired.
     TimedOut,
-    /// Another version of this crate has made it, and this version does not understand it.
+    /// Another version of this crate has made it, and this version cannot read it.
     Incompatible,
     /// The other process has ended, or has closed the connection.
     Disconnected,

@@ -12,7 +12,7 @@
 
 use super::FlowMarks;
 
-/// The bits that tell codes from ordinary priorities.
+/// The bits that distinguish codes from ordinary priorities.
 pub const MASK: u32 = 0xf800_0000;
 /// The bits of the code itself.
 pub const CODE: u32 = 0xff00_0000;

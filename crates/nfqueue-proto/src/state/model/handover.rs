@@ -1,4 +1,4 @@
-//! Hand-overs in the histories: to a machine that knows only what was passed on, or back.
+//! Hand-overs in the histories: to a machine that has only what was passed on, or back.
 
 use std::{collections::HashSet, time::Duration};
 
