@@ -70,8 +70,7 @@ pub enum Advice {
 const LONGEST_QUEUE: u32 = 65_536;
 
 /// What the counters advise. `wanted` is the receive buffer in bytes that was requested, or that a
-/// full queue needs.
-/// `flushed` are packets that the kernel has dropped while they were queued.
+/// full queue needs. `flushed` are packets that the kernel has dropped while they were queued.
 pub(crate) fn advise(
     stats: &Stats,
     kernel: Result<Option<KernelStats>, Option<i32>>,

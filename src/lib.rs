@@ -57,7 +57,7 @@
 //! |---|---|
 //! | bind a queue, several as one, or any free number | [`Queue::builder`], [`QueueNumbers`] |
 //! | send traffic to the queue | [`QueueBuilder::divert`]; a rule of your own |
-//! | answer every packet by a function, with state or without | [`Queue::serve`] |
+//! | decide every packet by a function, with state or without | [`Queue::serve`] |
 //! | have a task for each number | [`PacketStream::into_each`], or `serve` on a multi-thread runtime |
 //! | receive packets beside other things | [`recv`](PacketStream::recv), [`recv_many`](PacketStream::recv_many), or the queue as a stream |
 //! | read headers | [`Packet::view`], [`Packet::addresses`] |

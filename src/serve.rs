@@ -107,7 +107,7 @@ impl Queue {
 /// Serves a queue when it is awaited: from [`Queue::serve`].
 ///
 /// It resolves when the queue has been closed, by this crate's user or by
-/// [`with_graceful_shutdown`](Self::with_graceful_shutdown), and every packet has been answered.
+/// [`with_graceful_shutdown`](Self::with_graceful_shutdown), and every packet has been decided.
 ///
 /// # Errors
 /// That of the stream, which is the end of the queue, or that of [closing](Queue::close) it. After

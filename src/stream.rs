@@ -73,11 +73,9 @@ impl PacketStream {
     }
 
     /// A stream for each number, in their order, for a task each. [`QueueNumbers`] says how a queue
-    /// has several.
+    /// has several. The queue's own rules are removed when all streams have been dropped.
     ///
     /// [`QueueNumbers`]: crate::QueueNumbers
-    ///
-    /// The queue's own rules are removed when all of them have been dropped.
     pub fn into_each(mut self) -> Vec<Self> {
         let Sources::Several(several) = &mut self.sources else { return vec![self] };
         let sources = std::mem::take(&mut several.sources);

@@ -227,7 +227,7 @@ impl QueueBuilder {
     }
 }
 
-/// Queues that are bound. If that comes to nothing, they are closed as a dropped [`Queue`] is:
+/// Queues that are bound. If a later step fails, they are closed as a dropped [`Queue`] is:
 /// packets may have arrived.
 struct Bound(Vec<Arc<Shared>>);
 

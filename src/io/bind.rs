@@ -15,7 +15,7 @@ use super::{
     shared::{Settings, Shared},
     socket::{Socket, Unregistered, is_own_port, own_port},
     sys::{self, Owner},
-    ticks::Pauses,
+    task_timer::Pauses,
 };
 use crate::{
     state::{Machine, flush::FlushPolicy},

@@ -61,7 +61,7 @@ impl Shared {
         let result = [flags, length].iter().try_for_each(|config| self.configure_acknowledged("close queue", config));
         // The reply was behind everything that was queued.
         self.decide_unread(action);
-        // If it is unknown, the result is the kernel's answer.
+        // If it is unknown, the result is the kernel's reply.
         let capable = self.socket.was_capable().unwrap_or(false);
         self.with(|core| core.machine.stopped(result, capable));
     }

@@ -27,7 +27,7 @@ use rustix::{
 };
 use tokio::{io::Interest, net::UnixStream};
 
-use super::{clock::QueueClock, ticks::Ticks};
+use super::{clock::QueueClock, task_timer::TaskTimer};
 use crate::{
     record::{self, HEADER, Unreadable},
     types::{Error, ErrorKind},
@@ -65,10 +65,10 @@ pub(crate) async fn send_descriptors(stream: &UnixStream, descriptors: &[Borrowe
 /// # Errors
 /// It has not, until `limit` or because it has ended; but it may do so until [`take_back`].
 pub(crate) async fn await_acknowledgement(stream: &UnixStream, limit: Option<Instant>) -> Result<(), Error> {
-    let ticks = Ticks::new(QueueClock::System).map_err(|source| Error::os(HAND_OVER, source))?;
+    let timer = TaskTimer::new(QueueClock::System).map_err(|source| Error::os(HAND_OVER, source))?;
     let mut byte = [0];
     let reply = std::pin::pin!(stream.async_io(Interest::READABLE, || peek(stream, &mut byte)));
-    let time = std::pin::pin!(ticks.wait(limit));
+    let time = std::pin::pin!(timer.wait(limit));
     match futures::future::select(reply, time).await {
         futures::future::Either::Left((Ok(1), _)) => Ok(()),
         futures::future::Either::Left((Ok(_), _)) => Err(Error::new(ErrorKind::Disconnected, HAND_OVER)),

@@ -7,7 +7,7 @@
 //! | [`bind`], [`reconfigure`], [`close`] | configuration of the queue |
 //! | [`receiver`], [`recv`], [`stream`] | from the socket to the stream |
 //! | [`send`] | from the ledger to the socket |
-//! | [`driver`], [`timer`], [`ticks`] | the task in the runtime, and the timer thread |
+//! | [`driver`], [`timer`], [`task_timer`] | the task in the runtime, and the timer thread |
 //! | [`guard`], [`wakers`] | who holds packets, and who waits |
 //! | [`socket`], [`buffers`], [`kernel`], [`clock`], [`sys`] | the operating system |
 //! | `memory` | what a kernel in memory has in its place |
@@ -47,7 +47,7 @@ mod shared;
 mod socket;
 mod stream;
 pub(crate) mod sys;
-mod ticks;
+mod task_timer;
 pub(crate) mod timer;
 mod trace;
 mod wakers;
@@ -55,7 +55,7 @@ mod wakers;
 #[cfg(all(feature = "divert", feature = "handover"))]
 pub(crate) use self::passed::PassedPart;
 #[cfg(feature = "divert")]
-pub(crate) use self::ticks::Pauses;
+pub(crate) use self::task_timer::Pauses;
 pub(crate) use self::{
     bind::Opened,
     extras::VerdictExtras,

@@ -1,4 +1,4 @@
-//! Sleeping, in any executor.
+//! A timer for one task, in any executor, and the pauses between attempts.
 
 use std::{
     io,
@@ -23,7 +23,7 @@ use crate::{
 
 /// A timer for one task.
 #[derive(Debug)]
-pub(crate) struct Ticks {
+pub(crate) struct TaskTimer {
     task: Arc<Task>,
     /// Of the last alarm.
     number: AtomicU64,
@@ -44,7 +44,7 @@ impl TimerTarget for Task {
     fn readable(self: Arc<Self>) {}
 }
 
-impl Ticks {
+impl TaskTimer {
     pub(crate) fn new(clock: QueueClock) -> io::Result<Self> {
         let task = Arc::new(Task::default());
         let timed: Weak<Task> = Arc::downgrade(&task);
@@ -73,18 +73,18 @@ impl Ticks {
 /// (measured on a busy machine).
 #[derive(Debug)]
 pub(crate) struct Pauses {
-    ticks: Ticks,
+    timer: TaskTimer,
     next: Duration,
 }
 
 impl Pauses {
     pub(crate) fn new(operation: &'static str, clock: QueueClock) -> Result<Self, Error> {
-        let ticks = Ticks::new(clock).map_err(|source| Error::os(operation, source))?;
-        Ok(Self { ticks, next: Duration::from_millis(1) })
+        let timer = TaskTimer::new(clock).map_err(|source| Error::os(operation, source))?;
+        Ok(Self { timer, next: Duration::from_millis(1) })
     }
 
     pub(crate) async fn pause(&mut self) {
-        self.ticks.wait(Some(self.ticks.clock.now() + self.next)).await;
+        self.timer.wait(Some(self.timer.clock.now() + self.next)).await;
         self.next = (self.next * 2).min(Duration::from_millis(20));
     }
 }

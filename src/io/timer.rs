@@ -134,9 +134,7 @@ impl Timer {
         }
         Ok(())
     }
-}
 
-impl Timer {
     /// Ends a [`watch`](Self::watch), if there is one. Closing the descriptor does not suffice if
     /// another process has a copy.
     pub(crate) fn unwatch(&self, fd: impl AsFd) {

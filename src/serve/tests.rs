@@ -35,7 +35,7 @@ async fn accepted(sent: &[Sent]) -> usize {
     accepted
 }
 
-/// Closes the queue after what was sent before has been answered.
+/// Closes the queue after what was sent before has been decided.
 async fn stop(stop: oneshot::Sender<()>) {
     stop.send(()).unwrap();
 }

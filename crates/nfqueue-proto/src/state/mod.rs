@@ -23,14 +23,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::io::Errno;
-
 use crate::{
-    types::{Action, Error, ErrorKind, FillCounter, Stats},
-    wire::{
-        Refused, Reply,
-        verdict::{Attachments, VerdictFields},
-    },
+    types::{Action, Error, FillCounter, Stats},
+    wire::verdict::{Attachments, VerdictFields},
 };
 
 mod arrivals;
@@ -51,8 +46,8 @@ mod receive_rounds;
 mod recv;
 mod replies;
 mod reports;
-mod rounds;
 mod send;
+mod send_rounds;
 mod shutdown;
 mod timer;
 mod unproven;
@@ -60,8 +55,8 @@ mod verdicts;
 
 use self::{
     arrivals::Arrivals, awaiting::Awaited, flush::FlushPolicy, gathering::Gathering, ledger::Ledger, life_cycle::Life,
-    outstanding::Outstanding, permission::Permission, receive_rounds::ReceiveRounds, reports::Reports, rounds::Rounds,
-    unproven::Verdict,
+    outstanding::Outstanding, permission::Permission, receive_rounds::ReceiveRounds, reports::Reports,
+    send_rounds::SendRounds, unproven::Verdict,
 };
 pub use self::{
     effects::{Alarm, Effects, Notice},
@@ -157,7 +152,7 @@ pub struct Machine<E: Carried, K> {
     life: Life,
     ledger: Ledger<E>,
     gathering: Gathering,
-    rounds: Rounds,
+    rounds: SendRounds,
     outstanding: Outstanding<E::Waiter>,
     receiving: ReceiveRounds,
     permission: Permission,
@@ -178,13 +173,9 @@ pub struct Machine<E: Carried, K> {
     notices: Vec<Notice<E>>,
 }
 
-/// The number of unread refusals that are kept. Then the oldest are discarded and counted.
-const MAX_REFUSALS: usize = 1024;
 /// The first and the longest pause between attempts to send after a refusal or a failure. Each
 /// pause is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
-/// A wider gap is not searched for packets whose id could not be read.
-const WIDEST_SEARCH: u32 = 65_536;
 
 impl<E: Carried, K: Clock> Machine<E, K> {
     /// A queue that has just been bound. `first` is the packet id that is expected first: 1 for a
@@ -201,7 +192,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
             life: Life::new(),
             ledger,
             gathering: Gathering::new(policy),
-            rounds: Rounds::default(),
+            rounds: SendRounds::default(),
             outstanding: Outstanding::new(),
             receiving: ReceiveRounds::new(),
             permission: Permission::default(),
@@ -307,23 +298,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     }
 }
 
-/// The shortest time between two checks for unread packets.
-const SHORTEST_LOOK: Duration = Duration::from_micros(200);
-
 /// The queue's own decision, which is only an action.
 fn plain<E>(action: Action) -> Decision<E> {
     Decision { fields: VerdictFields::plain(action), extras: None, origin: Origin::Queue }
-}
-
-/// What the kernel's reply says.
-fn reply_error(errno: Errno, reply: &Reply) -> Error {
-    let error = Error::os("send verdict", errno.into());
-    let error = match (errno, reply.refused) {
-        (Errno::NOENT, Refused::Verdict { .. } | Refused::Batch { .. }) => error.with_kind(ErrorKind::PacketGone),
-        _ => error,
-    };
-    match &reply.text {
-        Some(text) => error.with_detail(text.to_string()),
-        None => error,
-    }
 }

@@ -9,8 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::io::Errno;
+
 use self::kernel::{Datagram, Kernel, Random, Sent};
 use super::{flush::FlushDecision, *};
+use crate::types::ErrorKind;
 
 mod handover;
 mod kernel;

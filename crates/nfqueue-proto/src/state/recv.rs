@@ -1,9 +1,8 @@
 //! Received packets, gaps, and malformed messages.
 
-use super::{
-    Arrival, Awaited, Carried, Clock, LifeCycle, Machine, Notice, ReportKind, SHORTEST_LOOK, Storage, WIDEST_SEARCH,
-    flush::FlushReason,
-};
+use std::time::Duration;
+
+use super::{Arrival, Awaited, Carried, Clock, LifeCycle, Machine, Notice, ReportKind, Storage, flush::FlushReason};
 use crate::types::{Error, ErrorKind, PacketId};
 
 impl<E: Carried, K: Clock> Machine<E, K> {
@@ -162,3 +161,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.set_timer(at);
     }
 }
+
+/// A wider gap is not searched for packets whose id could not be read.
+const WIDEST_SEARCH: u32 = 65_536;
+/// The shortest time between two checks for unread packets.
+const SHORTEST_LOOK: Duration = Duration::from_micros(200);

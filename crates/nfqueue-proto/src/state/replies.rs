@@ -2,10 +2,7 @@
 
 use rustix::io::Errno;
 
-use super::{
-    Awaited, Carried, Clock, MAX_REFUSALS, Machine, Notice, ReportKind, flush::FlushReason, outstanding::Replied,
-    reply_error,
-};
+use super::{Awaited, Carried, Clock, Machine, Notice, ReportKind, flush::FlushReason, outstanding::Replied};
 use crate::{
     types::{Error, ErrorKind, PacketId},
     wire::{Refused, Reply},
@@ -57,7 +54,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The kernel replied to a message of the process that had the queue before. That process has
     /// counted the packet as decided, or as refused and decided again.
     fn inherited_reply(&mut self, reply: &Reply) {
-        // Except if it lacked the capability for a moment and has not read this reply.
+        // Except if it lacked the capability at that time and has not read this reply.
         let (Some(Errno::PERM), Refused::Verdict { id, .. }) = (reply.error, reply.refused) else { return };
         if self.ledger.reopen(id) {
             self.counters.received.packets += 1;
@@ -158,5 +155,21 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     /// The error with which the stream ends, for the first caller.
     pub fn take_failure(&mut self) -> Option<Error> {
         self.failure.take()
+    }
+}
+
+/// The number of unread refusals that are kept. Then the oldest are discarded and counted.
+const MAX_REFUSALS: usize = 1024;
+
+/// What the kernel's reply says.
+fn reply_error(errno: Errno, reply: &Reply) -> Error {
+    let error = Error::os("send verdict", errno.into());
+    let error = match (errno, reply.refused) {
+        (Errno::NOENT, Refused::Verdict { .. } | Refused::Batch { .. }) => error.with_kind(ErrorKind::PacketGone),
+        _ => error,
+    };
+    match &reply.text {
+        Some(text) => error.with_detail(text.to_string()),
+        None => error,
     }
 }

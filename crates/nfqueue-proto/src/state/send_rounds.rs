@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::PAUSES;
 
 #[derive(Debug, Default)]
-pub(super) struct Rounds {
+pub(super) struct SendRounds {
     /// Everything is to be sent. The thread that has the send lock does it.
     wanted: bool,
     under_way: bool,
@@ -20,7 +20,7 @@ pub(super) struct Rounds {
     broken: bool,
 }
 
-impl Rounds {
+impl SendRounds {
     pub(super) fn want(&mut self) {
         self.wanted = true;
     }

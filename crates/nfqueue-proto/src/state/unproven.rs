@@ -118,8 +118,8 @@ impl Unproven {
         self.received = if lost { usize::MAX } else { self.received.saturating_add(bytes) };
     }
 
-    /// Whether the buffer cannot have been full since the socket was found empty last. One message
-    /// more may did not fit.
+    /// Whether the buffer cannot have been full since the socket was found empty last. Half of it
+    /// is left for a message that is not counted yet.
     fn is_certain(&self) -> bool {
         self.received < self.buffer / 2
     }
