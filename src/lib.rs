@@ -161,7 +161,10 @@ use nfqueue_proto::{state, types, wire};
 pub mod stats {
     pub use crate::{
         io::kernel::KernelStats,
-        types::stats::{Decided, Fill, Held, Lost, Number, NumberKind, QueueLimits, Received, Sent},
+        types::{
+            Histogram, Waited,
+            stats::{Decided, Fill, Held, Lost, Number, NumberKind, QueueLimits, Received, Sent},
+        },
     };
 }
 

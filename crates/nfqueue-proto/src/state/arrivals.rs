@@ -59,6 +59,12 @@ impl Arrivals {
         self.entries.iter().rev().find(before).map(|(_, at)| now.saturating_duration_since(*at))
     }
 
+    /// How long the packet `id` has waited. Of one that is older than what is stored, at least.
+    pub(super) fn waited(&self, id: u32, now: Instant) -> Duration {
+        let oldest = || self.entries.front().map(|(_, at)| now.saturating_duration_since(*at));
+        self.age(id, now).or_else(oldest).unwrap_or_default()
+    }
+
     /// The first id of each round of receiving, oldest first, as far as they are stored.
     pub(super) fn rounds(&self) -> impl Iterator<Item = u32> {
         self.entries.iter().map(|(first, _)| *first)

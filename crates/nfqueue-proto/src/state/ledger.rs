@@ -100,6 +100,14 @@ impl<E> VerdictMessage<E> {
         }
     }
 
+    /// The id of the first packet that it decides.
+    pub fn first(&self) -> u32 {
+        match self {
+            Self::Single { id, .. } => *id,
+            Self::Batch { first, .. } => *first,
+        }
+    }
+
     /// The verdict without extras.
     pub fn fields(&self) -> &VerdictFields {
         match self {

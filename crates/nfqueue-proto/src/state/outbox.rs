@@ -1,6 +1,8 @@
 //! From verdict messages to datagrams. The thread that sends has the outbox for itself: messages
 //! are encoded without the lock of the machine.
 
+use std::time::Duration;
+
 use super::{Carried, VerdictMessage};
 use crate::wire::verdict::{self, Attachments};
 
@@ -13,6 +15,8 @@ pub struct Outbox<E> {
     pub(super) stage: Stage,
     /// Those of the round; kept for its memory.
     messages: Vec<VerdictMessage<E>>,
+    /// How long the packets of each message have waited.
+    waited: Vec<Duration>,
     /// The messages before this one have been sent.
     begin: usize,
     /// The messages from `begin` to here are those of the datagram.
@@ -41,6 +45,7 @@ impl<E: Carried> Outbox<E> {
             max_send,
             stage: Stage::Idle,
             messages: Vec::new(),
+            waited: Vec::new(),
             begin: 0,
             end: 0,
             first: 0,
@@ -49,9 +54,17 @@ impl<E: Carried> Outbox<E> {
         }
     }
 
-    /// For the messages of a new round.
-    pub(super) fn messages(&mut self) -> &mut Vec<VerdictMessage<E>> {
-        &mut self.messages
+    /// The messages of a new round are stored by `settle`, and how long the packets of each have
+    /// waited is found by `waited`, from the id of the first one. Returns the number of the
+    /// messages.
+    pub(super) fn fill(
+        &mut self,
+        settle: impl FnOnce(&mut Vec<VerdictMessage<E>>),
+        waited: impl Fn(u32) -> Duration,
+    ) -> usize {
+        settle(&mut self.messages);
+        self.waited.extend(self.messages.iter().map(|message| waited(message.first())));
+        self.messages.len()
     }
 
     /// Chooses the next messages for a datagram: as many as fit, and at least one. Returns false if
@@ -100,6 +113,12 @@ impl<E: Carried> Outbox<E> {
         &self.datagram
     }
 
+    /// The messages of the datagram, and how long the packets of each have waited.
+    pub(super) fn chosen_with_times(&self) -> impl Iterator<Item = (&VerdictMessage<E>, Duration)> {
+        let range = self.begin..self.end;
+        self.messages[range.clone()].iter().zip(self.waited[range].iter().copied())
+    }
+
     /// The datagram has been sent. Returns the number of its messages.
     pub(super) fn sent(&mut self) -> usize {
         let count = self.end - self.begin;
@@ -111,6 +130,7 @@ impl<E: Carried> Outbox<E> {
     pub(super) fn take_unsent(&mut self) -> (Vec<VerdictMessage<E>>, Vec<VerdictMessage<E>>) {
         let rest = self.messages.split_off(self.end);
         self.end = self.begin;
+        self.waited.truncate(self.begin);
         (self.messages.split_off(self.begin), rest)
     }
 
@@ -128,6 +148,7 @@ impl<E: Carried> Outbox<E> {
     /// Ends a round: removes its messages. What they carried is to be dropped without a lock.
     pub fn take_spent(&mut self) -> Vec<E> {
         (self.begin, self.end) = (0, 0);
+        self.waited.clear();
         let spent = self.messages.drain(..).filter_map(|message| match message {
             VerdictMessage::Single { decision, .. } => decision.extras,
             VerdictMessage::Batch { .. } => None,

@@ -7,12 +7,14 @@ pub mod flow_codes;
 mod flow_marks;
 mod hook;
 pub mod stats;
+mod waiting;
 
 pub use self::{
     error::{Error, ErrorKind, TryRecvError},
     flow_marks::FlowMarks,
     hook::Hook,
     stats::Stats,
+    waiting::{Histogram, Waited},
 };
 pub use stats::FillCounter;
 

@@ -2,7 +2,7 @@
 
 use std::{iter::Sum, ops::Sub, time::Duration};
 
-use super::Action;
+use super::{Action, Waited};
 
 /// A snapshot of a queue's counters, in groups.
 ///
@@ -42,6 +42,8 @@ pub struct Stats {
     pub held: Held,
     /// The limits that are in force now.
     pub limits: QueueLimits,
+    /// How long packets waited for their verdicts.
+    pub waited: Waited,
 }
 
 /// A number of [`Stats`] or of the kernel, for metrics and logs.
@@ -219,10 +221,11 @@ pub struct Fill {
 
 impl Stats {
     /// All numbers with their names, such as `received.packets`, their kind and a line of help.
-    /// Times are in microseconds, sizes in bytes, as the names say. [`Held::oldest_undecided`] is
-    /// left out if there is none.
+    /// Times are in microseconds, sizes in bytes, as the names say. A time that does not exist is
+    /// left out. Of [`waited`](Self::waited), it has the quantiles over all actions.
     pub fn iter(&self) -> impl Iterator<Item = Number> + use<> {
-        let Self { received, decided, sent, lost, held, limits } = *self;
+        let Self { received, decided, sent, lost, held, limits, waited } = *self;
+        let waited = waited.all();
         let (counter, gauge) = (Number::counter, Number::gauge);
         let numbers = [
             counter("received.packets", received.packets, "Packets received."),
@@ -266,9 +269,21 @@ impl Stats {
                 "Size of the receive buffer, as the kernel accounts it.",
             ),
         ];
-        let age = held.oldest_undecided.map(|age| u64::try_from(age.as_micros()).unwrap_or(u64::MAX));
-        let help = "How long the oldest undecided packet has been in this process.";
-        numbers.into_iter().chain(age.map(|age| gauge("held.oldest_undecided_us", age, help)))
+        let times = [
+            ("waited.p50_us", waited.quantile(0.5), "Half of the packets waited no longer in this process."),
+            ("waited.p99_us", waited.quantile(0.99), "99 % of the packets waited no longer in this process."),
+            ("waited.max_us", waited.quantile(1.0), "The longest time that a packet waited in this process."),
+            (
+                "held.oldest_undecided_us",
+                held.oldest_undecided,
+                "How long the oldest undecided packet has been in this process.",
+            ),
+        ];
+        let times = times.into_iter().filter_map(move |(name, time, help)| {
+            let microseconds = u64::try_from(time?.as_micros()).unwrap_or(u64::MAX);
+            Some(gauge(name, microseconds, help))
+        });
+        numbers.into_iter().chain(times)
     }
 
     fn decided_as(&mut self, action: Action) -> &mut u64 {
@@ -312,6 +327,7 @@ impl Sub for Stats {
             lost: difference!(lost: packets gaps overrun_episodes overruns),
             held: self.held,
             limits: self.limits,
+            waited: self.waited - earlier.waited,
         }
     }
 }
@@ -344,6 +360,7 @@ impl Sum for Stats {
                 lost: sum!(lost: packets gaps overrun_episodes overruns),
                 held,
                 limits: sum!(limits: max_len receive_buffer),
+                waited: one.waited.and(&other.waited),
             }
         })
     }
