@@ -77,7 +77,8 @@
 //! | shut down without losing a packet | [`close`](VerdictSink::close), [`Serve::with_graceful_shutdown`] |
 //! | restart without losing a packet | `hand_over`, `take_over`, [`QueueBuilder::bind_when_free`]; `guide::restarting` |
 //! | fail open, or fail closed | `DivertBuilder::fail_closed`, [`QueueBuilder::fail_open`] when overloaded |
-//! | watch a queue | [`VerdictSink::stats`], [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice), [`refusals`](VerdictSink::refusals); events of `tracing` in [`guide`](guide#tracing) |
+//! | export metrics | `metrics::QueueMetrics` |
+//! | watch a queue | [`VerdictSink::stats`], also how long packets waited ([`Stats::waited`]), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice), [`refusals`](VerdictSink::refusals); events of `tracing` in [`guide`](guide#tracing) |
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
 //! | change settings while it runs | [`VerdictSink::reconfigure`], `Divert::replace_rules` |
 //! | use another network namespace, or another event loop | [`QueueBuilder::namespace`]; [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
@@ -94,6 +95,7 @@
 //! | `edit` | on | the module `edit`: rewriting packets with correct lengths and checksums |
 //! | `handover` | off | the module `handover`: a restart in which the new process takes the live queue over |
 //! | `inject` | off | the module `inject`: raw sockets for packets of one's own |
+//! | `metrics` | off | the module `metrics`: all numbers of a queue for the facade of this name |
 //! | `tower` | off | `Queue::serve_service`: services of tower decide packets |
 //! | `test-util` | off | the module `simulated`: a kernel in memory, to test programs that use this crate |
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -104,6 +106,7 @@
         feature = "edit",
         feature = "handover",
         feature = "inject",
+        feature = "metrics",
         feature = "test-util"
     )),
     allow(rustdoc::broken_intra_doc_links)
@@ -130,6 +133,8 @@ pub mod handover;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod io;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 #[cfg(all(
     doc,
     feature = "conntrack",

@@ -33,6 +33,7 @@ mod histories;
 mod injector;
 mod isolation;
 mod metadata;
+mod metrics;
 mod modes;
 mod namespaces;
 mod numbers;
@@ -69,6 +70,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     concurrency::tests,
     modes::tests,
     metadata::tests,
+    metrics::tests,
     payload::tests,
     replacement::tests,
     edit::tests,
