@@ -181,8 +181,9 @@ pub mod flush {
 /// What connection tracking knows of a packet, and expectations for related connections.
 #[cfg(feature = "conntrack")]
 pub mod conntrack {
+    pub use crate::types::FlowTuple;
     pub use crate::wire::{
-        conntrack::{Conntrack, ConntrackState, ConntrackStatus, Flow},
+        conntrack::{Conntrack, ConntrackState, ConntrackStatus},
         expectation::Expectation,
     };
 }
@@ -193,7 +194,7 @@ pub use builder::QueueBuilder;
 pub use divert::Divert;
 pub use namespace::NetworkNamespace;
 #[cfg(feature = "divert")]
-pub use nfqueue_divert::{Protocol, Rule};
+pub use nfqueue_divert::Rule;
 pub use numbers::QueueNumbers;
 pub use packet::{DetachedPacket, Packet};
 pub use queue::Queue;
@@ -202,5 +203,5 @@ pub use serve::Serve;
 pub use sink::{Refusals, VerdictSink};
 pub use state::flush::FlushPolicy;
 pub use stream::PacketStream;
-pub use types::{Action, Error, ErrorKind, Family, FlowMarks, Hook, PacketId, Stats, TryRecvError, Vlan};
+pub use types::{Action, Error, ErrorKind, Family, FlowMarks, Hook, PacketId, Protocol, Stats, TryRecvError, Vlan};
 pub use verdict::{Changes, Confirm, Verdict};

@@ -30,7 +30,7 @@ fn every_type_can_be_sent_between_threads() {
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
     assert_traits!(send: tokio_nfqueue::conntrack::Conntrack, tokio_nfqueue::conntrack::ConntrackState, tokio_nfqueue::conntrack::ConntrackStatus,
-        tokio_nfqueue::conntrack::Flow, tokio_nfqueue::conntrack::Expectation);
+        tokio_nfqueue::conntrack::FlowTuple, tokio_nfqueue::conntrack::Expectation);
     assert_traits!(send: tokio_nfqueue::divert::ConnectionState, tokio_nfqueue::divert::Direction, tokio_nfqueue::Divert,
         tokio_nfqueue::divert::DivertBuilder, tokio_nfqueue::divert::DivertSet, tokio_nfqueue::divert::Match, tokio_nfqueue::divert::NamedSet,
         tokio_nfqueue::divert::PacketField, tokio_nfqueue::divert::PortRange, tokio_nfqueue::divert::Priority, tokio_nfqueue::Protocol,

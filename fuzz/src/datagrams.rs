@@ -75,7 +75,7 @@ fn encode_expectation(input: &mut Input<'_>) {
         true => IpAddr::from(input.array::<16>()),
     };
     let (destination, source, other) = (address(true), address(false), address(true));
-    let mut expectation = Expectation::new(input.byte(), SocketAddr::new(destination, input.short()));
+    let mut expectation = Expectation::new(input.byte().into(), SocketAddr::new(destination, input.short()));
     if input.flag() {
         expectation = expectation.source(source).source_port(input.short());
     }

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use super::tuple::Packet;
-use crate::wire::kernel_side::{ConnectionFields, ConntrackOrder, Tuple, encode_connection};
+use crate::{
+    types::FlowTuple,
+    wire::kernel_side::{ConnectionFields, ConntrackOrder, encode_connection},
+};
 
 /// The connection of a test packet: see
 /// [`TestPacket::of_connection`](super::TestPacket::of_connection).
@@ -64,12 +67,7 @@ impl Connections {
         /// `nf_conntrack_udp_timeout`
         const TIMEOUT: u32 = 30;
         let Some(tuple) = tuple(packet) else { return };
-        let reverse = Tuple {
-            source: tuple.destination,
-            destination: tuple.source,
-            ports: tuple.ports.map(|(source, destination)| (destination, source)),
-            ..tuple
-        };
+        let reverse = tuple.reversed();
         let (original, reply) = if connection.is_reply { (reverse, tuple) } else { (tuple, reverse) };
         let status = if connection.state == NEW { 0 } else { SEEN };
         let entry = self.0.entry(connection.id).or_insert(ConnectionFields {
@@ -107,8 +105,12 @@ impl Connections {
     }
 }
 
-fn tuple(packet: &[u8]) -> Option<Tuple> {
+fn tuple(packet: &[u8]) -> Option<FlowTuple> {
     let packet = Packet::parse(packet)?;
-    let Packet { source, destination, protocol, .. } = packet;
-    Some(Tuple { source, destination, protocol, ports: packet.ports() })
+    let (source, destination) = packet.ports();
+    Some(FlowTuple {
+        protocol: packet.protocol.into(),
+        source: (packet.source, source).into(),
+        destination: (packet.destination, destination).into(),
+    })
 }

@@ -78,7 +78,7 @@ async fn every_attribute_of_a_packet_arrives() {
     let kernel = Kernel::new();
     kernel.add_interface(9, "dmz");
     let mut queue = kernel.bind(Queue::builder(0).conntrack(true).uid_gid(true).security_context(true)).unwrap();
-    let (from, to) = ("[fd00::1]:4000".parse().unwrap(), "[fd00::2]:80".parse().unwrap());
+    let (from, to): (SocketAddr, SocketAddr) = ("[fd00::1]:4000".parse().unwrap(), "[fd00::2]:80".parse().unwrap());
     let packet = TestPacket::tcp(from, to, b"GET")
         .hook(Hook::Forward)
         .interface_in(2)
@@ -108,8 +108,8 @@ async fn every_attribute_of_a_packet_arrives() {
     {
         let entry = packet.conntrack().unwrap();
         assert_eq!((entry.id, entry.mark, entry.labels), (Some(77), Some(5), Some([1; 16])));
-        assert_eq!(entry.original.source_port, Some(4000));
-        assert_eq!(entry.reply.source, Some(to.ip()));
+        let flow = crate::conntrack::FlowTuple::tcp(from, to);
+        assert_eq!((entry.original, entry.reply), (Some(flow), Some(flow.reversed())));
         assert_eq!(packet.conntrack_state(), Some(crate::conntrack::ConntrackState::Established));
         packet.accept().conntrack_mark(0xf0, 0xf0).submit().unwrap();
         assert_eq!(sent.outcome().await.connection_mark, Some(0xf5));

@@ -93,10 +93,14 @@ impl<'a> Packet<'a> {
         })
     }
 
-    /// Source and destination port of TCP and UDP.
-    pub(super) fn ports(&self) -> Option<(u16, u16)> {
-        let has_ports = matches!(self.protocol, TCP | UDP);
-        self.transport.filter(|_| has_ports).and_then(ports)
+    /// The ports, as in [`FlowTuple`](crate::types::FlowTuple).
+    pub(super) fn ports(&self) -> (u16, u16) {
+        let ports = |at| self.transport.and_then(|transport| ports(transport.get(at..)?)).unwrap_or_default();
+        match self.protocol {
+            TCP | UDP | UDP_LITE | SCTP | DCCP => ports(0),
+            ICMP | ICMPV6 => (ports(4).0, 0),
+            _ => (0, 0),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{
     Action, ErrorKind, Packet, Queue, Verdict,
-    conntrack::{Conntrack, ConntrackState, Expectation, Flow},
+    conntrack::{Conntrack, ConntrackState, Expectation, FlowTuple},
 };
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
         rules::{self, Expressions, NetfilterProtoFamily, Place},
         soon,
     },
+    flows::segments::of_protocol,
     support,
 };
 
@@ -31,6 +32,7 @@ tests![
     both replies_change_the_state,
     one an_ipv6_entry_is_decoded,
     one the_zone_of_an_entry_is_decoded,
+    one protocols_without_ports_have_an_identifier_or_nothing,
     one an_icmp_error_is_related,
     one untracked_packets_have_no_entry,
     both a_connection_mark_is_seen_in_later_packets,
@@ -130,16 +132,9 @@ impl Pair {
     #[track_caller]
     fn assert_is(&self, entry: &Conntrack) {
         let (client, server) = (self.client.local_addr().unwrap(), self.server.local_addr().unwrap());
-        assert_flow(entry.original, 17, client, server);
-        assert_flow(entry.reply, 17, server, client);
+        assert_eq!(entry.original, Some(FlowTuple::udp(client, server)));
+        assert_eq!(entry.reply, Some(FlowTuple::udp(server, client)));
     }
-}
-
-#[track_caller]
-fn assert_flow(flow: Flow, protocol: u8, source: SocketAddr, destination: SocketAddr) {
-    assert_fields!(flow, source: Some(source.ip()), source_port: Some(source.port()));
-    assert_fields!(flow, destination: Some(destination.ip()), destination_port: Some(destination.port()));
-    assert_eq!(flow.protocol, Some(protocol));
 }
 
 /// At the output hook a packet is seen before its entry is confirmed.
@@ -224,7 +219,7 @@ async fn replies_change_the_state() {
     other.send_to(&[0; 4], pair.server.local_addr().unwrap()).unwrap();
     let (packet, fourth) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
-    assert_eq!(fourth.original.source_port, Some(other.local_addr().unwrap().port()));
+    assert_eq!(fourth.original.unwrap().source, other.local_addr().unwrap());
     assert_ne!(fourth.id, first.id);
     packet.accept().submit().unwrap();
 }
@@ -237,7 +232,6 @@ async fn an_ipv6_entry_is_decoded() {
     pair.ask(1);
     let (packet, entry) = entry(&mut queue).await;
     pair.assert_is(&entry);
-    assert_eq!(entry.original.source, Some(Ipv6Addr::LOCALHOST.into()));
     give(packet.accept().conntrack_mark(6, 6)).await;
     assert_eq!(pair.heard(), 1);
 }
@@ -254,6 +248,39 @@ async fn the_zone_of_an_entry_is_decoded() {
     give(packet.accept()).await;
 }
 
+async fn protocols_without_ports_have_an_identifier_or_nothing() {
+    let Some(mut queue) = with_conntrack(0).await else { return };
+    track();
+    let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+    // Without the key of PPTP, GRE has no ports. The last is for experiments (RFC 3692).
+    let others = [47, 253].map(Protocol::Other);
+    let protocols = [Protocol::Icmp, Protocol::Icmpv6].into_iter().chain(others);
+    let _divert = divert(protocols.map(|protocol| Rule::new(Hook::Output).protocol(protocol).to_queue(0)));
+    let is = |entry: Conntrack, protocol, address, port| {
+        let [source, destination] = [port, 0].map(|port| SocketAddr::new(address, port));
+        let tuple = Some(FlowTuple { protocol, source, destination });
+        assert_eq!((entry.original, entry.reply), (tuple, tuple));
+    };
+    for (address, protocol) in [(v4, Protocol::Icmp), (v6, Protocol::Icmpv6)] {
+        support::ping(address, Duration::from_millis(1));
+        let (packet, request) = entry(&mut queue).await;
+        is(request, protocol, address, u16::from_be_bytes(*b"nf"));
+        give(packet.accept()).await;
+        // The directions are those of the connection, not of the packet.
+        let (packet, reply) = entry(&mut queue).await;
+        assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
+        is(reply, protocol, address, u16::from_be_bytes(*b"nf"));
+        give(packet.accept()).await;
+    }
+    for protocol in others {
+        let bytes = of_protocol(protocol.number(), Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST, &[0; 8]);
+        support::send_raw_ipv4(&support::raw_ipv4(), &bytes, Ipv4Addr::LOCALHOST).unwrap();
+        let (packet, entry) = entry(&mut queue).await;
+        is(entry, protocol, v4, 0);
+        give(packet.drop()).await;
+    }
+}
+
 async fn an_icmp_error_is_related() {
     let Some(mut queue) = with_conntrack(0).await else { return };
     track();
@@ -264,7 +291,7 @@ async fn an_icmp_error_is_related() {
     // Port unreachable.
     let (packet, entry) = entry(&mut queue).await;
     assert_eq!(packet.conntrack_state(), Some(ConntrackState::RelatedReply));
-    assert_flow(entry.original, 17, client.local_addr().unwrap(), nobody);
+    assert_eq!(entry.original, Some(FlowTuple::udp(client.local_addr().unwrap(), nobody)));
     packet.accept().submit().unwrap();
 }
 
@@ -493,7 +520,7 @@ async fn an_expected_connection_is_related() {
         assert!(!entry.status.unwrap().is_expected());
     }
     let (state, entry) = follow(&mut queue, &right).await;
-    assert_eq!((state, entry.master), (ConntrackState::Related, Some(first.original)));
+    assert_eq!((state, entry.master), (ConntrackState::Related, first.original));
     assert!(entry.status.unwrap().is_expected());
 }
 

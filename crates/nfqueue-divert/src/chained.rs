@@ -1,5 +1,7 @@
 //! Builds the rules of chains that carry out verdicts for whole connections.
 
+use nfqueue_proto::types::Protocol;
+
 use super::{
     action::{Action, Change, Target},
     chain::Place,
@@ -8,7 +10,7 @@ use super::{
     facts::Facts,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
-    matching::{Match, Protocol, TcpFlags},
+    matching::{Match, TcpFlags},
     tuple::Of,
 };
 

@@ -2,7 +2,7 @@
 
 use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, MetaKey};
 
-use nfqueue_proto::types::Hook;
+use nfqueue_proto::types::{Hook, Protocol};
 
 use super::{
     action::{Action, Change, Field, Queues, TTLS, Target, ttl},
@@ -11,7 +11,7 @@ use super::{
     encoder::{AnonymousSet, Encoder, Encoding, Range, complement, merge},
     facts::{Facts, has_ports},
     family::{IpVersion, TableFamily},
-    matching::{Condition, Match, Protocol, ProtocolNeed, Values},
+    matching::{Condition, Match, ProtocolNeed, Values},
     rule::{Rule, RuleAction},
     set::NamedSet,
 };

@@ -3,7 +3,6 @@
 use std::{
     cell::RefCell,
     collections::{BTreeSet, HashSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use netlink_packet_core::{DefaultNla, NLA_F_NESTED};
@@ -13,7 +12,10 @@ use netlink_packet_netfilter::{
 };
 use rustix::io::Errno;
 
-use nfqueue_proto::types::{Error, ErrorKind, FlowMarks};
+use nfqueue_proto::{
+    types::{Error, ErrorKind, FlowMarks, FlowTuple},
+    wire::tuple::decode,
+};
 
 use super::{
     denied::{self, DeniedSet},
@@ -23,7 +25,7 @@ use super::{
     family::IpVersion,
     nft::{self, Batch, Element},
     socket::{Connection, Outcome, Refusal},
-    tuple::FlowTuple,
+    tuple::{key_of, ports_key_of, same_connection, translated_flow},
 };
 
 /// The connections of which a verdict has been forgotten.
@@ -69,7 +71,7 @@ pub(super) fn forget_marks(connection: &mut Connection, marks: FlowMarks, forget
             let names = names(entry);
             if let Forget::VerdictOf(flow) = forget {
                 let names = names?;
-                if !names.iter().any(|name| flow.is(*name)) {
+                if !names.iter().any(|name| same_connection(flow, *name)) {
                     return None;
                 }
                 // By the tuples of both sides. Without translation each names both.
@@ -102,9 +104,9 @@ pub(super) fn recall(connection: &mut Connection, table: &str, forgotten: &Forgo
     let request = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(Vec::new()));
     connection.change_all(request, |_, entry| {
         let status = u32::from_be_bytes(attribute(entry, CTA_STATUS)?.try_into().ok()?);
-        let tuples = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| attribute(entry, kind).and_then(tuple));
+        let tuples = [CTA_TUPLE_ORIG, CTA_TUPLE_REPLY].map(|kind| attribute(entry, kind).and_then(decode));
         if status & IPS_OFFLOAD != 0 && forgotten.accepted.contains(&tuples[0]?) {
-            keys.borrow_mut().extend(tuples.into_iter().flatten().map(FlowTuple::ports_key));
+            keys.borrow_mut().extend(tuples.into_iter().flatten().map(ports_key_of));
         }
         None
     })?;
@@ -135,14 +137,14 @@ pub(super) fn denied_elements(
     flow: FlowTuple,
     tuples: &[FlowTuple],
 ) -> std::io::Result<Vec<(&'static str, Vec<u8>)>> {
-    let of = |tuple: FlowTuple| [tuple.key(), tuple.reversed().key()];
+    let of = |tuple: FlowTuple| [tuple, tuple.reversed()].map(key_of);
     let mut keys: Vec<Vec<u8>> = tuples.iter().chain([&flow]).flat_map(|tuple| of(*tuple)).collect();
     let map = denied::translated(version);
     for object in connection.dump(&nft::get_elements(table, map))? {
         for (key, data) in dump::mapped(&object) {
             // As a packet shows it behind the translation. Either name names both.
-            let Some(shown) = FlowTuple::translated(&key, &data) else { continue };
-            if flow.is(shown) || of(flow).contains(&key) {
+            let Some(shown) = translated_flow(&key, &data) else { continue };
+            if same_connection(flow, shown) || of(flow).contains(&key) {
                 keys.extend(of(shown).into_iter().chain([key]));
             }
         }
@@ -169,31 +171,10 @@ pub(super) fn denied_elements(
 /// The tuples by which packets name the connection of an entry, in one direction: with and without
 /// the translation of each end.
 fn names(entry: &[u8]) -> Option<[FlowTuple; 4]> {
-    let original = tuple(attribute(entry, CTA_TUPLE_ORIG)?)?;
-    let reply = tuple(attribute(entry, CTA_TUPLE_REPLY)?)?;
-    let name = |source, destination| FlowTuple { source, destination, ..original };
-    Some([
-        original,
-        name(original.source, reply.source),
-        name(reply.destination, reply.source),
-        name(reply.destination, original.destination),
-    ])
-}
-
-fn tuple(nested: &[u8]) -> Option<FlowTuple> {
-    let (ip, proto) = (attribute(nested, CTA_TUPLE_IP)?, attribute(nested, CTA_TUPLE_PROTO)?);
-    let v4 = |kind| Some(Ipv4Addr::from(<[u8; 4]>::try_from(attribute(ip, kind)?).ok()?).into());
-    let v6 = |kind| Some(Ipv6Addr::from(<[u8; 16]>::try_from(attribute(ip, kind)?).ok()?).into());
-    let address = |kind_v4, kind_v6| -> Option<IpAddr> { v4(kind_v4).or_else(|| v6(kind_v6)) };
-    let number = |kind| Some(u16::from_be_bytes(attribute(proto, kind)?.try_into().ok()?));
-    let identifier = || number(CTA_PROTO_ICMP_ID).or_else(|| number(CTA_PROTO_ICMPV6_ID));
-    let protocol = *attribute(proto, CTA_PROTO_NUM)?.first()?;
-    let port = |kind| number(kind).or_else(identifier).unwrap_or(0);
-    Some(FlowTuple {
-        protocol,
-        source: SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT)),
-        destination: SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT)),
-    })
+    let original = decode(attribute(entry, CTA_TUPLE_ORIG)?)?;
+    let back = decode(attribute(entry, CTA_TUPLE_REPLY)?)?.reversed();
+    let destination = FlowTuple { destination: back.destination, ..original };
+    Some([original, destination, back, FlowTuple { source: back.source, ..original }])
 }
 
 fn message(family: NetfilterProtoFamily, message: ConntrackMessage) -> NetfilterMessage {
@@ -224,14 +205,3 @@ const CTA_STATUS: u16 = 3;
 const CTA_MARK: u16 = 8;
 const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;
-const CTA_TUPLE_IP: u16 = 1;
-const CTA_TUPLE_PROTO: u16 = 2;
-const CTA_IP_V4_SRC: u16 = 1;
-const CTA_IP_V4_DST: u16 = 2;
-const CTA_IP_V6_SRC: u16 = 3;
-const CTA_IP_V6_DST: u16 = 4;
-const CTA_PROTO_NUM: u16 = 1;
-const CTA_PROTO_SRC_PORT: u16 = 2;
-const CTA_PROTO_DST_PORT: u16 = 3;
-const CTA_PROTO_ICMP_ID: u16 = 4;
-const CTA_PROTO_ICMPV6_ID: u16 = 7;

@@ -55,10 +55,11 @@ use self::{
     layout::Layout,
     nft::{Batch, ChainKind},
     socket::{Connection, Outcome},
+    tuple::version_of,
 };
 use rustix::io::Errno;
 
-pub use nfqueue_proto::types::{Error, ErrorKind, FlowMarks, Hook};
+pub use nfqueue_proto::types::{Error, ErrorKind, FlowMarks, FlowTuple, Hook, Protocol};
 
 pub use self::{
     builder::{DivertBuilder, Installation},
@@ -66,11 +67,10 @@ pub use self::{
     elements::DivertSet,
     family::TableFamily,
     handover::{Lent, Loan},
-    matching::{ConnectionState, Direction, Match, PacketField, PortRange, Protocol, Rate, TcpFlags},
+    matching::{ConnectionState, Direction, Match, PacketField, PortRange, Rate, TcpFlags},
     priority::Priority,
     rule::Rule,
     set::{NamedSet, SetElement, SetField, SetValue},
-    tuple::FlowTuple,
 };
 
 /// nf_tables rules that send packets to queues. The rules exist until this value is dropped.
@@ -351,7 +351,7 @@ impl Divert {
     pub fn forget_flow(&self, flow: FlowTuple) -> Result<bool, Error> {
         let operation = || format!("forget a flow of table {}", self.table);
         let flows = self.flows(operation)?;
-        let Some(version) = flow.version() else {
+        let Some(version) = version_of(flow) else {
             let error = Error::new(ErrorKind::InvalidInput, operation());
             return Err(error.with_detail("the addresses are of different IP versions"));
         };

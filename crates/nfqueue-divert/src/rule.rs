@@ -2,12 +2,12 @@
 
 use std::{net::IpAddr, ops::RangeInclusive};
 
-use nfqueue_proto::types::Hook;
+use nfqueue_proto::types::{Hook, Protocol};
 
 use super::{
     action::{Change, Field},
     family::IpVersion,
-    matching::{Match, Protocol},
+    matching::Match,
     priority::Priority,
 };
 

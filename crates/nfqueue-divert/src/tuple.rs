@@ -4,116 +4,69 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::MetaKey;
+use nfqueue_proto::types::{FlowTuple, Protocol};
 
 use super::{
     encoder::{Encoder, Endpoint, IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, REG_1, ValueType, concatenated, number},
     family::IpVersion,
 };
 
-/// The addresses and ports of a connection, in either direction, for
-/// [`Divert::forget_flow`](super::Divert::forget_flow).
-///
-/// With address translation, these may be the addresses before or after the translation: those of
-/// a packet in the queue, or those of the entry of connection tracking. For ICMP echo, the port of
-/// the source is the identifier, and that of the destination is ignored. For other protocols
-/// without ports both are 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct FlowTuple {
-    /// The number of the transport protocol: 6 for TCP, 17 for UDP.
-    pub protocol: u8,
-    /// Source address and port.
-    pub source: SocketAddr,
-    /// Destination address and port.
-    pub destination: SocketAddr,
+/// Whether both are the same connection.
+pub(super) fn same_connection(flow: FlowTuple, other: FlowTuple) -> bool {
+    [other, other.reversed()].into_iter().any(|other| key_of(flow) == key_of(other))
 }
 
-impl FlowTuple {
-    /// A TCP connection.
-    pub fn tcp(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
-        Self { protocol: 6, source: source.into(), destination: destination.into() }
-    }
+/// The connection with this key, whose destination has been translated to what the data says.
+pub(super) fn translated_flow(key: &[u8], data: &[u8]) -> Option<FlowTuple> {
+    let address_length = if key.len() == 20 { 4 } else { 16 };
+    let ip = |bytes: &[u8]| -> Option<IpAddr> {
+        Some(match <[u8; 4]>::try_from(bytes) {
+            Ok(octets) => Ipv4Addr::from(octets).into(),
+            Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into(),
+        })
+    };
+    let port = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+    let source = SocketAddr::new(ip(key.get(..address_length)?)?, port(key, 2 * address_length + 4)?);
+    let destination = SocketAddr::new(ip(data.get(..address_length)?)?, port(data, address_length)?);
+    Some(FlowTuple { protocol: (*key.get(2 * address_length)?).into(), source, destination })
+}
 
-    /// A flow of UDP datagrams.
-    pub fn udp(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Self {
-        Self { protocol: 17, source: source.into(), destination: destination.into() }
+/// The IP version. `None` if the addresses are of different versions.
+pub(super) fn version_of(flow: FlowTuple) -> Option<IpVersion> {
+    match (flow.source, flow.destination) {
+        (SocketAddr::V4(_), SocketAddr::V4(_)) => Some(IpVersion::V4),
+        (SocketAddr::V6(_), SocketAddr::V6(_)) => Some(IpVersion::V6),
+        _ => None,
     }
+}
 
-    pub(super) fn reversed(self) -> Self {
-        let reversed = Self { source: self.destination, destination: self.source, ..self };
-        if self.echo_request().is_some() { reversed.with_ports(self.source.port(), 0) } else { reversed }
-    }
+/// The key of a connection, as [`load`] loads it.
+pub(super) fn key_of(flow: FlowTuple) -> Vec<u8> {
+    let address = |address: IpAddr| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let port = |port: u16| [port.to_be_bytes(), [0; 2]].concat();
+    // Of ICMP, type and code of an echo request.
+    let destination_port = match flow.protocol {
+        Protocol::Icmp => 8 << 8,
+        Protocol::Icmpv6 => 128 << 8,
+        _ => flow.destination.port(),
+    };
+    [
+        address(flow.source.ip()),
+        address(flow.destination.ip()),
+        vec![flow.protocol.number(), 0, 0, 0],
+        port(flow.source.port()),
+        port(destination_port),
+    ]
+    .concat()
+}
 
-    fn with_ports(mut self, source: u16, destination: u16) -> Self {
-        self.source.set_port(source);
-        self.destination.set_port(destination);
-        self
-    }
-
-    /// Type and code of an echo request, if the protocol has such.
-    fn echo_request(self) -> Option<u16> {
-        match self.protocol {
-            ICMP => Some(8 << 8),
-            ICMPV6 => Some(128 << 8),
-            _ => None,
-        }
-    }
-
-    /// Whether both are the same connection.
-    pub(super) fn is(self, other: Self) -> bool {
-        let without = |flow: Self| match flow.echo_request() {
-            Some(_) => flow.with_ports(flow.source.port(), 0),
-            None => flow,
-        };
-        [other, other.reversed()].into_iter().any(|other| without(self) == without(other))
-    }
-
-    /// The connection with this key, whose destination has been translated to what the data says.
-    pub(super) fn translated(key: &[u8], data: &[u8]) -> Option<Self> {
-        let address_length = if key.len() == 20 { 4 } else { 16 };
-        let ip = |bytes: &[u8]| -> Option<IpAddr> {
-            Some(match <[u8; 4]>::try_from(bytes) {
-                Ok(octets) => Ipv4Addr::from(octets).into(),
-                Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into(),
-            })
-        };
-        let port = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
-        let source = SocketAddr::new(ip(key.get(..address_length)?)?, port(key, 2 * address_length + 4)?);
-        let destination = SocketAddr::new(ip(data.get(..address_length)?)?, port(data, address_length)?);
-        Some(Self { protocol: *key.get(2 * address_length)?, source, destination })
-    }
-
-    /// The ports, as [`load_ports`] loads them.
-    pub(super) fn ports_key(self) -> Vec<u8> {
-        let key = self.key();
-        key[key.len() - ports_key().0..].to_vec()
-    }
-
-    /// The IP version. `None` if the addresses are of different versions.
-    pub(super) fn version(self) -> Option<IpVersion> {
-        match (self.source, self.destination) {
-            (SocketAddr::V4(_), SocketAddr::V4(_)) => Some(IpVersion::V4),
-            (SocketAddr::V6(_), SocketAddr::V6(_)) => Some(IpVersion::V6),
-            _ => None,
-        }
-    }
-
-    /// The key, as [`load`] loads it.
-    pub(super) fn key(self) -> Vec<u8> {
-        let address = |address: IpAddr| match address {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
-        let port = |port: u16| [port.to_be_bytes(), [0; 2]].concat();
-        let destination_port = self.echo_request().unwrap_or(self.destination.port());
-        [
-            address(self.source.ip()),
-            address(self.destination.ip()),
-            vec![self.protocol, 0, 0, 0],
-            port(self.source.port()),
-            port(destination_port),
-        ]
-        .concat()
-    }
+/// The ports of a connection, as [`load_ports`] loads them.
+pub(super) fn ports_key_of(flow: FlowTuple) -> Vec<u8> {
+    let key = key_of(flow);
+    key[key.len() - ports_key().0..].to_vec()
 }
 
 /// Whose addresses and ports a rule loads.
@@ -330,8 +283,6 @@ pub(super) fn nft_type(version: IpVersion) -> String {
     format!("{address} . {address} . inet_proto . inet_service . inet_service")
 }
 
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
 // uapi/linux/netfilter/nf_tables.h
 const NFTA_CT_DREG: u16 = 1;
 const NFTA_CT_KEY: u16 = 2;
@@ -348,16 +299,17 @@ const CT_DST_IP6: u32 = 22;
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddrV6;
+
     use super::*;
 
     #[test]
     fn keys_are_as_the_registers() {
         let tuple = FlowTuple::udp(([10, 0, 0, 1], 0x1234), ([10, 0, 0, 2], 53));
-        assert_eq!(tuple.key(), [10, 0, 0, 1, 10, 0, 0, 2, 17, 0, 0, 0, 0x12, 0x34, 0, 0, 0, 53, 0, 0]);
-        assert_eq!(key(IpVersion::V4).0, tuple.key().len());
+        assert_eq!(key_of(tuple), [10, 0, 0, 1, 10, 0, 0, 2, 17, 0, 0, 0, 0x12, 0x34, 0, 0, 0, 53, 0, 0]);
+        assert_eq!(key(IpVersion::V4).0, key_of(tuple).len());
         let tuple = FlowTuple::tcp(([1_u16; 8], 1), ([2_u16; 8], 2));
-        assert_eq!(key(IpVersion::V6).0, tuple.key().len());
-        assert_eq!(tuple.reversed().reversed(), tuple);
+        assert_eq!(key(IpVersion::V6).0, key_of(tuple).len());
     }
 
     #[test]
@@ -365,19 +317,24 @@ mod tests {
         let [client, server, service] =
             [([10, 0, 0, 1], 7), ([10, 0, 0, 2], 8), ([10, 0, 0, 3], 9)].map(SocketAddr::from);
         let flow = FlowTuple::udp(client, service);
-        assert!(flow.is(flow) && flow.is(flow.reversed()) && !flow.is(FlowTuple::tcp(client, service)));
+        assert!(same_connection(flow, flow) && same_connection(flow, flow.reversed()));
+        assert!(!same_connection(flow, FlowTuple::tcp(client, service)));
         let data = [10, 0, 0, 2, 0, 8, 0, 0];
-        assert_eq!(FlowTuple::translated(&flow.key(), &data), Some(FlowTuple::udp(client, server)));
+        assert_eq!(translated_flow(&key_of(flow), &data), Some(FlowTuple::udp(client, server)));
         for length in 0..20 {
-            assert_eq!(FlowTuple::translated(&flow.key()[..length], &data), None);
+            assert_eq!(translated_flow(&key_of(flow)[..length], &data), None);
         }
-        assert_eq!(FlowTuple::translated(&flow.key(), &data[..5]), None);
+        assert_eq!(translated_flow(&key_of(flow), &data[..5]), None);
         let v6 = FlowTuple::tcp(([1_u16; 8], 1), ([2_u16; 8], 2));
         let data = [[3; 16].as_slice(), &[0, 3, 0, 0]].concat();
-        assert_eq!(FlowTuple::translated(&v6.key(), &data).unwrap().destination, ([0x0303_u16; 8], 3).into());
+        assert_eq!(translated_flow(&key_of(v6), &data).unwrap().destination, ([0x0303_u16; 8], 3).into());
+        // Scopes are those of this host's interfaces.
+        let scoped = |scope| SocketAddrV6::new([0xfe80_u16; 8].into(), 1, 0, scope);
+        assert!(same_connection(FlowTuple::tcp(scoped(0), scoped(0)), FlowTuple::tcp(scoped(2), scoped(2))));
         // Echo requests have an identifier in both directions.
-        let ping = |source, destination| FlowTuple { protocol: ICMP, source, destination };
-        assert!(ping(client, server).is(ping(server, client).with_ports(7, 99)));
-        assert_eq!(ping(client, server).reversed().key()[12..], [0, 7, 0, 0, 8, 0, 0, 0]);
+        let ping = |source, destination| FlowTuple { protocol: Protocol::Icmp, source, destination };
+        let reply = ping(SocketAddr::new(server.ip(), 7), SocketAddr::new(client.ip(), 99));
+        assert!(same_connection(ping(client, server), reply));
+        assert_eq!(key_of(ping(client, server).reversed())[12..], [0, 7, 0, 0, 8, 0, 0, 0]);
     }
 }

@@ -3,11 +3,14 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, divert::FlowTuple};
+use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, conntrack::Conntrack, divert::FlowTuple};
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, Talk, bind, come, confirm, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, deny_datagram, echo, from_client, opened, pass_segment, queued, tcp, udp},
+    DECISIONS, Decision, LOOPBACKS, Talk, bind, builder, come, confirm, pass, queue_is_empty,
+    segments::{
+        ACK, Hosts, SYN, SYN_ACK, datagram, deny_datagram, echo, forwarded, from_client, of_protocol, opened,
+        pass_segment, queued, segment, tcp, udp,
+    },
     table, to_port,
 };
 use crate::{
@@ -24,6 +27,7 @@ tests![
     one connections_without_a_verdict_are_not_forgotten,
     one translated_connections_are_forgotten_by_any_of_their_addresses,
     one echo_requests_are_forgotten_by_their_identifier,
+    one a_connection_is_forgotten_by_either_tuple_of_its_entry,
     one connections_of_an_earlier_table_are_new,
     one tables_with_other_marks_do_not_concern_each_other,
     one table_without_flow_marks_has_no_flows,
@@ -177,7 +181,7 @@ async fn echo_requests_are_forgotten_by_their_identifier() {
         let [client, server] = hosts.addresses();
         let ping = || hosts.client.send(&echo(*client.ip(), *server.ip(), false, 7), *server.ip());
         let flow = |source: SocketAddrV4, destination: SocketAddrV4, id| FlowTuple {
-            protocol: 1,
+            protocol: Protocol::Icmp,
             source: SocketAddrV4::new(*source.ip(), id).into(),
             destination: SocketAddrV4::new(*destination.ip(), 0).into(),
         };
@@ -191,6 +195,53 @@ async fn echo_requests_are_forgotten_by_their_identifier() {
             assert!(divert.forget_flow(flow(source, destination, 7)).unwrap());
         }
         divert.close().unwrap();
+    }
+}
+
+async fn a_connection_is_forgotten_by_either_tuple_of_its_entry() {
+    let hosts = Hosts::new();
+    let mut queue = match builder().conntrack(true).bind().await {
+        Ok(queue) => queue,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            return;
+        }
+    };
+    // A redirection: the tuples differ in more than their order.
+    let translated = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), 4000);
+    let arriving = Place { hook: 0, priority: -100 };
+    let [_, server] = hosts.addresses();
+    rules::install_nat_at("dnat", arriving, translated.port(), (*server.ip(), server.port())).unwrap();
+    for decision in DECISIONS {
+        for of in [|entry: Conntrack| entry.original, |entry: Conntrack| entry.reply] {
+            let mut asked = Vec::new();
+            for kind in 0..5 {
+                hosts.another_port();
+                let [client, server] = hosts.addresses();
+                let packet = match kind {
+                    0 => segment(client, server, SYN, (1000, 0), b""),
+                    1 => datagram(client, server, b"data"),
+                    2 => datagram(client, translated, b"data"),
+                    3 => echo(*client.ip(), *server.ip(), false, client.port()),
+                    _ => of_protocol(47, *client.ip(), *server.ip(), &[0; 8]),
+                };
+                let to = if kind == 2 { translated } else { server };
+                let send = || hosts.client.send(&packet, *to.ip());
+                let rule = Rule::new(Hook::Forward).ipv4().to_queue(0);
+                let divert = table([rule]).install().unwrap();
+                send();
+                let packet = next(&mut queue).await;
+                let tuple = of(packet.conntrack().expect("an entry")).expect("a tuple");
+                confirm(decision.for_flow(packet)).await.unwrap();
+                assert!(divert.forget_flow(tuple).unwrap(), "{decision:?} {tuple:?}");
+                assert!(!divert.forget_flow(tuple).unwrap(), "{decision:?} {tuple:?}");
+                send();
+                asked.push(come(&mut queue).await.is_some());
+                divert.close().unwrap();
+                lose_connections();
+            }
+            assert_eq!(asked, [true; 5], "{decision:?}: they are still decided");
+        }
     }
 }
 

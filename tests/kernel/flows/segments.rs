@@ -215,9 +215,13 @@ pub(super) async fn deny_crossing_syn(hosts: &Hosts, queue: &mut Queue) {
 }
 
 fn last_packet(from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    of_protocol(LAST, from, to, &[])
+}
+
+/// A packet of a protocol by its number.
+pub(crate) fn of_protocol(number: u8, from: Ipv4Addr, to: Ipv4Addr, transport: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64);
-    builder.write(&mut bytes, IpNumber(LAST), &[]).unwrap();
+    PacketBuilder::ipv4(from.octets(), to.octets(), 64).write(&mut bytes, IpNumber(number), transport).unwrap();
     bytes
 }
 

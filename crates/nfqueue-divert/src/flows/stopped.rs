@@ -1,6 +1,8 @@
 //! Packets of denied connections are dropped, with an error to the sender if the connection is
 //! rejected.
 
+use nfqueue_proto::types::Protocol;
+
 use super::context::Flows;
 use crate::{
     action::Action,
@@ -8,7 +10,7 @@ use crate::{
     denied::{self, DeniedSet, Remember},
     family::IpVersion,
     flow_chain::{FlowChain, Way},
-    matching::{ConnectionState, Match, Protocol, TcpFlags},
+    matching::{ConnectionState, Match, TcpFlags},
     tuple::Of,
 };
 

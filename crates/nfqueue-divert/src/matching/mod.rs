@@ -26,7 +26,6 @@ pub use self::{
     connection::{ConnectionState, Direction},
     named_set::PacketField,
     port::PortRange,
-    protocol::Protocol,
     rate::Rate,
     transport::TcpFlags,
 };

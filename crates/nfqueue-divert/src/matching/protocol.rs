@@ -1,6 +1,7 @@
 //! The transport protocol.
 
 use netlink_packet_netfilter::nftables::MetaKey;
+use nfqueue_proto::types::Protocol;
 
 use super::{
     super::{
@@ -12,7 +13,7 @@ use super::{
 };
 
 impl Match {
-    /// Packets of this transport protocol.
+    /// Packets of this transport protocol (`meta l4proto`).
     pub fn protocol(protocol: Protocol) -> Self {
         Self::protocols([protocol])
     }
@@ -20,38 +21,6 @@ impl Match {
     /// Packets of one of these transport protocols.
     pub fn protocols(protocols: impl IntoIterator<Item = Protocol>) -> Self {
         Self::new(Protocols { numbers: protocols.into_iter().map(Protocol::number).collect() })
-    }
-}
-
-/// A transport protocol, for [`Rule::protocol`](crate::Rule::protocol).
-///
-/// The rule compares it with the layer 4 protocol (`meta l4proto`). In IPv6, this is the protocol
-/// after the extension headers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Protocol {
-    /// TCP, protocol 6.
-    Tcp,
-    /// UDP, protocol 17.
-    Udp,
-    /// ICMP for IPv4, protocol 1.
-    Icmp,
-    /// ICMPv6, protocol 58.
-    Icmpv6,
-    /// Any protocol, by its number in the IP header.
-    Other(u8),
-}
-
-impl Protocol {
-    /// The number of the protocol in the IP header.
-    pub fn number(self) -> u8 {
-        match self {
-            Self::Icmp => 1,
-            Self::Tcp => 6,
-            Self::Udp => 17,
-            Self::Icmpv6 => 58,
-            Self::Other(number) => number,
-        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+mod connection;
 mod error;
 pub mod flow_codes;
 mod flow_marks;
@@ -10,6 +11,7 @@ pub mod stats;
 mod waiting;
 
 pub use self::{
+    connection::{FlowTuple, Protocol},
     error::{Error, ErrorKind, TryRecvError},
     flow_marks::FlowMarks,
     hook::Hook,

@@ -1,12 +1,14 @@
 //! Decodes the connection tracking entry that the kernel sends with a packet, and encodes changes
 //! to it.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt, time::Duration};
 
-use netlink_packet_core::{NlaBuffer, NlasIterator, Parseable};
-use netlink_packet_netfilter::conntrack::{ConntrackAttribute, IPTuple, ProtoTuple, Status, Tuple};
-
-use super::writer::put_attribute;
+use super::{
+    packet::{find, find_be32},
+    tuple,
+    writer::put_attribute,
+};
+use crate::types::FlowTuple;
 
 /// The connection tracking entry of a packet, from `Packet::conntrack`.
 ///
@@ -15,10 +17,10 @@ use super::writer::put_attribute;
 #[non_exhaustive]
 pub struct Conntrack {
     /// The original direction: the direction of the first packet.
-    pub original: Flow,
+    pub original: Option<FlowTuple>,
     /// The reply direction. With address translation (NAT), it is not the exact reverse of
     /// `original`.
-    pub reply: Flow,
+    pub reply: Option<FlowTuple>,
     /// The status bits of the entry.
     pub status: Option<ConntrackStatus>,
     /// The mark of the entry (`ct mark`). If the mark is 0, some kernels send 0 and others send
@@ -36,71 +38,55 @@ pub struct Conntrack {
     /// The name of the helper, which finds the connections to expect from this one.
     pub helper: Option<String>,
     /// The original direction of the master connection, from which this connection was expected.
-    pub master: Option<Flow>,
-}
-
-/// One direction of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct Flow {
-    /// The source address.
-    pub source: Option<IpAddr>,
-    /// The destination address.
-    pub destination: Option<IpAddr>,
-    /// The number of the transport protocol, as in the IP header.
-    pub protocol: Option<u8>,
-    /// The source port, if the protocol has ports.
-    pub source_port: Option<u16>,
-    /// The destination port, if the protocol has ports.
-    pub destination_port: Option<u16>,
+    pub master: Option<FlowTuple>,
 }
 
 /// The status bits of a connection tracking entry (`IPS_*`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ConntrackStatus(Status);
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct ConntrackStatus(u32);
 
 impl ConntrackStatus {
     /// All status bits, in the layout of `enum ip_conntrack_status`.
     pub fn bits(self) -> u32 {
-        self.0.bits()
+        self.0
     }
 
     /// Whether the connection was expected from another connection.
     #[doc(alias = "IPS_EXPECTED")]
     pub fn is_expected(self) -> bool {
-        self.0.contains(Status::Expected)
+        self.0 & 1 << 0 != 0
     }
 
     /// Whether packets were seen in both directions.
     #[doc(alias = "IPS_SEEN_REPLY")]
     pub fn has_seen_reply(self) -> bool {
-        self.0.contains(Status::SeenReply)
+        self.0 & 1 << 1 != 0
     }
 
     /// Whether the kernel keeps the entry until its timeout. It may remove entries without this bit
     /// earlier.
     #[doc(alias = "IPS_ASSURED")]
     pub fn is_assured(self) -> bool {
-        self.0.contains(Status::Assured)
+        self.0 & 1 << 2 != 0
     }
 
     /// Whether the entry is in the connection tracking table. It enters the table when its first
     /// packet leaves the host or reaches its socket.
     #[doc(alias = "IPS_CONFIRMED")]
     pub fn is_confirmed(self) -> bool {
-        self.0.contains(Status::Confirmed)
+        self.0 & 1 << 3 != 0
     }
 
     /// Whether the source is translated (SNAT).
     #[doc(alias = "IPS_SRC_NAT")]
     pub fn is_source_nat(self) -> bool {
-        self.0.contains(Status::SrcNat)
+        self.0 & 1 << 4 != 0
     }
 
     /// Whether the destination is translated (DNAT).
     #[doc(alias = "IPS_DST_NAT")]
     pub fn is_destination_nat(self) -> bool {
-        self.0.contains(Status::DstNat)
+        self.0 & 1 << 5 != 0
     }
 }
 
@@ -142,29 +128,25 @@ impl Conntrack {
     /// Decodes the attributes in `NFQA_CT`, and skips malformed ones.
     #[doc(hidden)]
     pub fn decode(attributes: &[u8]) -> Self {
-        let mut entry = Self::default();
-        for attribute in NlasIterator::new(attributes).map_while(Result::ok) {
-            match (attribute.kind(), raw(&attribute)) {
-                (CTA_ID, value) => entry.id = value.first_chunk().map(|bytes| u32::from_be_bytes(*bytes)),
-                (CTA_ZONE, value) => entry.zone = value.first_chunk().map(|bytes| u16::from_be_bytes(*bytes)),
-                (CTA_LABELS, value) => entry.labels = value.first_chunk().copied(),
-                (CTA_HELP, value) => entry.helper = helper_name(value),
-                (CTA_TUPLE_MASTER, value) => entry.master = Some(Flow::decode(value)),
-                _ => entry.decode_attribute(&attribute),
-            }
+        let be32 = |kind| find_be32(attributes, kind);
+        Self {
+            original: find(attributes, CTA_TUPLE_ORIG).and_then(tuple::decode),
+            reply: find(attributes, CTA_TUPLE_REPLY).and_then(tuple::decode),
+            status: be32(CTA_STATUS).map(ConntrackStatus),
+            mark: be32(CTA_MARK),
+            labels: find(attributes, CTA_LABELS).and_then(|labels| labels.first_chunk().copied()),
+            timeout: be32(CTA_TIMEOUT).map(|seconds| Duration::from_secs(seconds.into())),
+            id: be32(CTA_ID),
+            zone: find(attributes, CTA_ZONE).and_then(|zone| zone.first_chunk().copied()).map(u16::from_be_bytes),
+            helper: find(attributes, CTA_HELP).and_then(helper_name),
+            master: find(attributes, CTA_TUPLE_MASTER).and_then(tuple::decode),
         }
-        entry
     }
+}
 
-    fn decode_attribute(&mut self, attribute: &NlaBuffer<&[u8]>) {
-        match ConntrackAttribute::parse(attribute) {
-            Ok(ConntrackAttribute::CtaTupleOrig(tuple)) => self.original = Flow::new(&tuple),
-            Ok(ConntrackAttribute::CtaTupleReply(tuple)) => self.reply = Flow::new(&tuple),
-            Ok(ConntrackAttribute::CtaStatus(status)) => self.status = Some(ConntrackStatus(status)),
-            Ok(ConntrackAttribute::CtaMark(mark)) => self.mark = Some(mark),
-            Ok(ConntrackAttribute::CtaTimeout(seconds)) => self.timeout = Some(Duration::from_secs(seconds.into())),
-            _ => {}
-        }
+impl fmt::Debug for ConntrackStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ConntrackStatus({:#x})", self.0)
     }
 }
 
@@ -177,80 +159,45 @@ pub fn encode_changes(
     labels: Option<([u8; 16], [u8; 16])>,
     timeout_seconds: Option<u32>,
 ) -> Vec<u8> {
-    // enum ctattr_type
-    const TIMEOUT: u16 = 7;
-    const MARK: u16 = 8;
-    const MARK_MASK: u16 = 21;
-    const LABELS: u16 = 22;
-    const LABELS_MASK: u16 = 23;
-
     let mut nested = Vec::new();
     if let Some(seconds) = timeout_seconds {
-        put_attribute(&mut nested, TIMEOUT, &seconds.to_be_bytes());
+        put_attribute(&mut nested, CTA_TIMEOUT, &seconds.to_be_bytes());
     }
     if let Some((value, mask)) = mark {
         // The kernel inverts bits that are in the value but not in the mask
         // (`ctnetlink_change_mark`).
-        put_attribute(&mut nested, MARK, &(value & mask).to_be_bytes());
-        put_attribute(&mut nested, MARK_MASK, &mask.to_be_bytes());
+        put_attribute(&mut nested, CTA_MARK, &(value & mask).to_be_bytes());
+        put_attribute(&mut nested, CTA_MARK_MASK, &mask.to_be_bytes());
     }
     if let Some((value, mask)) = labels {
         // The kernel inverts label bits in the same case (`nf_connlabels_replace`).
         let value: [u8; 16] = std::array::from_fn(|byte| value[byte] & mask[byte]);
-        put_attribute(&mut nested, LABELS, &value);
-        put_attribute(&mut nested, LABELS_MASK, &mask);
+        put_attribute(&mut nested, CTA_LABELS, &value);
+        put_attribute(&mut nested, CTA_LABELS_MASK, &mask);
     }
     nested
 }
 
 fn helper_name(attributes: &[u8]) -> Option<String> {
     const CTA_HELP_NAME: u16 = 1;
-    let mut attributes = NlasIterator::new(attributes).map_while(Result::ok);
-    let name = raw(&attributes.find(|attribute| attribute.kind() == CTA_HELP_NAME)?);
+    let name = find(attributes, CTA_HELP_NAME)?;
     let name = name.split(|byte| *byte == 0).next()?;
     Some(String::from_utf8_lossy(name).into_owned())
 }
 
-impl Flow {
-    fn decode(attributes: &[u8]) -> Self {
-        let parts = NlasIterator::new(attributes).map_while(Result::ok);
-        Self::new(&parts.filter_map(|part| Tuple::parse(&part).ok()).collect::<Vec<_>>())
-    }
-
-    fn new(tuple: &[Tuple]) -> Self {
-        let mut flow = Self::default();
-        for part in tuple {
-            match part {
-                Tuple::Ip(addresses) => addresses.iter().for_each(|address| match address {
-                    IPTuple::SourceAddress(address) => flow.source = Some(*address),
-                    IPTuple::DestinationAddress(address) => flow.destination = Some(*address),
-                    _ => {}
-                }),
-                Tuple::Proto(parts) => parts.iter().for_each(|part| match part {
-                    ProtoTuple::Protocol(protocol) => flow.protocol = Some((*protocol).into()),
-                    ProtoTuple::SourcePort(port) => flow.source_port = Some(*port),
-                    ProtoTuple::DestinationPort(port) => flow.destination_port = Some(*port),
-                    _ => {}
-                }),
-                _ => {}
-            }
-        }
-        flow
-    }
-}
-
-/// The bytes of an attribute. Empty if the attribute is malformed.
-fn raw<'a>(attribute: &NlaBuffer<&'a [u8]>) -> &'a [u8] {
-    let length = usize::from(attribute.length());
-    attribute.into_inner().get(4..length).unwrap_or(&[])
-}
-
-// enum ctattr_type: the attributes that netlink-packet-netfilter does not decode.
+// enum ctattr_type of uapi/linux/netfilter/nfnetlink_conntrack.h
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
 const CTA_HELP: u16 = 5;
+const CTA_TIMEOUT: u16 = 7;
+const CTA_MARK: u16 = 8;
 const CTA_ID: u16 = 12;
 const CTA_TUPLE_MASTER: u16 = 14;
 const CTA_ZONE: u16 = 18;
+const CTA_MARK_MASK: u16 = 21;
 const CTA_LABELS: u16 = 22;
+const CTA_LABELS_MASK: u16 = 23;
 
 #[cfg(test)]
 mod tests {
@@ -287,14 +234,8 @@ mod tests {
     #[test]
     fn entry_is_decoded() {
         let entry = Conntrack::decode(&entry());
-        let flow = Flow {
-            source: Some([10, 0, 0, 1].into()),
-            destination: Some([10, 0, 0, 2].into()),
-            protocol: Some(17),
-            source_port: Some(53),
-            destination_port: Some(8080),
-        };
-        assert_eq!((entry.original, entry.reply), (flow, Flow::default()));
+        let flow = FlowTuple::udp(([10, 0, 0, 1], 53), ([10, 0, 0, 2], 8080));
+        assert_eq!((entry.original, entry.reply), (Some(flow), None));
         let status = entry.status.unwrap();
         assert!(status.has_seen_reply() && status.is_confirmed() && !status.is_assured());
         assert_eq!((entry.timeout, entry.mark), (Some(Duration::from_secs(30)), Some(256)));

@@ -2,8 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_packet_core::{DefaultNla, Emitable, Nla};
-use netlink_packet_netfilter::conntrack::{IPTuple, ProtoTuple, Protocol, Tuple};
+use netlink_packet_core::NLA_F_NESTED;
+
+use super::{tuple, writer::put_attribute};
+use crate::types::{FlowTuple, Protocol};
 
 /// A connection that connection tracking expects, and then treats as related:
 /// `Verdict::expectation`.
@@ -23,7 +25,7 @@ use netlink_packet_netfilter::conntrack::{IPTuple, ProtoTuple, Protocol, Tuple};
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expectation {
-    protocol: u8,
+    protocol: Protocol,
     destination: SocketAddr,
     source: Option<IpAddr>,
     source_port: Option<u16>,
@@ -35,9 +37,8 @@ pub struct Expectation {
 }
 
 impl Expectation {
-    /// Expects a connection to `destination`. `protocol` is the number in the IP header of a
-    /// transport protocol with ports.
-    pub fn new(protocol: u8, destination: SocketAddr) -> Self {
+    /// Expects a connection to `destination`. The protocol must have ports.
+    pub fn new(protocol: Protocol, destination: SocketAddr) -> Self {
         Self {
             protocol,
             destination,
@@ -53,12 +54,12 @@ impl Expectation {
 
     /// Expects a TCP connection to `destination`.
     pub fn tcp(destination: SocketAddr) -> Self {
-        Self::new(6, destination)
+        Self::new(Protocol::Tcp, destination)
     }
 
     /// Expects a UDP flow to `destination`.
     pub fn udp(destination: SocketAddr) -> Self {
-        Self::new(17, destination)
+        Self::new(Protocol::Udp, destination)
     }
 
     /// Expects the connection only from this address. Default: any address.
@@ -149,48 +150,31 @@ impl Expectation {
         let port = |port: Option<u16>| port.map_or(0, |_| u16::MAX);
         let wanted = SocketAddr::new(self.source.unwrap_or(none), self.source_port.unwrap_or(0));
         let masked = SocketAddr::new(self.source.map_or(none, |_| all), port(self.source_port));
-        let mut parts = vec![
-            nest(TUPLE, &self.tuple(wanted, self.destination)),
-            // The kernel always compares the whole destination.
-            nest(MASK, &self.tuple(masked, SocketAddr::new(all, u16::MAX))),
-        ];
-        let word = |kind, value: u32| DefaultNla::new(kind, value.to_be_bytes().to_vec());
-        parts.extend((self.flags != 0).then(|| word(FLAGS, self.flags)));
-        parts.extend(self.class.map(|class| word(CLASS, class)));
-        parts.extend(self.helper.as_deref().map(|name| named(HELPER, name)));
-        parts.extend(self.function.as_deref().map(|name| named(FUNCTION, name)));
-        parts.extend(self.translation.map(|(reply, address)| {
-            let nothing = SocketAddr::new(none, 0);
-            let parts =
-                [word(TRANSLATION_DIRECTION, reply.into()), nest(TRANSLATION_TUPLE, &self.tuple(address, nothing))];
-            nest(TRANSLATION, &parts)
-        }));
-        bytes(&parts)
+        let tuple = |source, destination| tuple::encode(FlowTuple { protocol: self.protocol, source, destination });
+        let mut bytes = Vec::new();
+        put_attribute(&mut bytes, TUPLE | NLA_F_NESTED, &tuple(wanted, self.destination));
+        // The kernel always compares the whole destination.
+        put_attribute(&mut bytes, MASK | NLA_F_NESTED, &tuple(masked, SocketAddr::new(all, u16::MAX)));
+        if self.flags != 0 {
+            put_attribute(&mut bytes, FLAGS, &self.flags.to_be_bytes());
+        }
+        if let Some(class) = self.class {
+            put_attribute(&mut bytes, CLASS, &class.to_be_bytes());
+        }
+        for (kind, name) in [(HELPER, &self.helper), (FUNCTION, &self.function)] {
+            if let Some(name) = name {
+                put_attribute(&mut bytes, kind, &[name.as_bytes(), b"\0"].concat());
+            }
+        }
+        if let Some((reply, address)) = self.translation {
+            let mut translation = Vec::new();
+            put_attribute(&mut translation, TRANSLATION_DIRECTION, &u32::from(reply).to_be_bytes());
+            let translated = tuple(address, SocketAddr::new(none, 0));
+            put_attribute(&mut translation, TRANSLATION_TUPLE | NLA_F_NESTED, &translated);
+            put_attribute(&mut bytes, TRANSLATION | NLA_F_NESTED, &translation);
+        }
+        bytes
     }
-
-    fn tuple(&self, source: SocketAddr, destination: SocketAddr) -> [Tuple; 2] {
-        let addresses = vec![IPTuple::SourceAddress(source.ip()), IPTuple::DestinationAddress(destination.ip())];
-        let protocol = vec![
-            ProtoTuple::Protocol(Protocol::from(self.protocol)),
-            ProtoTuple::SourcePort(source.port()),
-            ProtoTuple::DestinationPort(destination.port()),
-        ];
-        [Tuple::Ip(addresses), Tuple::Proto(protocol)]
-    }
-}
-
-fn nest(kind: u16, parts: &[impl Nla]) -> DefaultNla {
-    DefaultNla::new(kind, bytes(parts))
-}
-
-fn named(kind: u16, name: &str) -> DefaultNla {
-    DefaultNla::new(kind, [name.as_bytes(), b"\0"].concat())
-}
-
-fn bytes(parts: &[impl Nla]) -> Vec<u8> {
-    let mut bytes = vec![0; parts.buffer_len()];
-    parts.emit(&mut bytes);
-    bytes
 }
 
 // enum ctattr_expect

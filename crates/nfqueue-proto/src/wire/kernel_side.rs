@@ -9,9 +9,10 @@ use super::{
     NETLINK_HEADER, align, attribute,
     config::{ATTRIBUTE_COMMAND, ATTRIBUTE_FLAGS, ATTRIBUTE_MASK, ATTRIBUTE_MAX_LEN, ATTRIBUTE_PARAMS},
     packet::{attributes_of, find, find_be32, vlan},
+    tuple,
     writer::{Writer, put_attribute},
 };
-use crate::types::Vlan;
+use crate::types::{FlowTuple, Vlan};
 
 /// A message of a datagram to the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -304,47 +305,13 @@ pub fn encode_packet(buffer: &mut Vec<u8>, queue: u16, fields: &PacketFields<'_>
     buffer[start + NETLINK_HEADER] = fields.family;
 }
 
-/// One direction of a connection.
-#[derive(Debug, Clone, Copy)]
-pub struct Tuple {
-    /// The source address.
-    pub source: std::net::IpAddr,
-    /// The destination address, of the same family.
-    pub destination: std::net::IpAddr,
-    /// The number of the transport protocol, as in the IP header.
-    pub protocol: u8,
-    /// Source and destination port, if the protocol has ports.
-    pub ports: Option<(u16, u16)>,
-}
-
-impl Tuple {
-    fn encode(&self) -> Vec<u8> {
-        let (mut addresses, mut protocol, mut nested) = (Vec::new(), Vec::new(), Vec::new());
-        for (number, address) in [(1, self.source), (2, self.destination)] {
-            match address {
-                // CTA_IP_V4_SRC, CTA_IP_V4_DST; CTA_IP_V6_SRC, CTA_IP_V6_DST
-                std::net::IpAddr::V4(address) => put_attribute(&mut addresses, number, &address.octets()),
-                std::net::IpAddr::V6(address) => put_attribute(&mut addresses, number + 2, &address.octets()),
-            }
-        }
-        put_attribute(&mut protocol, 1, &[self.protocol]);
-        if let Some((source, destination)) = self.ports {
-            put_attribute(&mut protocol, 2, &source.to_be_bytes());
-            put_attribute(&mut protocol, 3, &destination.to_be_bytes());
-        }
-        put_attribute(&mut nested, 1 | NESTED, &addresses);
-        put_attribute(&mut nested, 2 | NESTED, &protocol);
-        nested
-    }
-}
-
 /// What is known of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectionFields {
     /// The direction of the first packet.
-    pub original: Tuple,
+    pub original: FlowTuple,
     /// The other direction.
-    pub reply: Tuple,
+    pub reply: FlowTuple,
     /// The id of the entry.
     pub id: u32,
     /// The status bits (`IPS_*`).
@@ -360,8 +327,8 @@ pub struct ConnectionFields {
 /// Encodes the attributes in `NFQA_CT`.
 pub fn encode_connection(fields: &ConnectionFields) -> Vec<u8> {
     let mut bytes = Vec::new();
-    put_attribute(&mut bytes, ct::TUPLE_ORIGINAL | NESTED, &fields.original.encode());
-    put_attribute(&mut bytes, ct::TUPLE_REPLY | NESTED, &fields.reply.encode());
+    put_attribute(&mut bytes, ct::TUPLE_ORIGINAL | NESTED, &tuple::encode(fields.original));
+    put_attribute(&mut bytes, ct::TUPLE_REPLY | NESTED, &tuple::encode(fields.reply));
     put_attribute(&mut bytes, ct::STATUS, &fields.status.to_be_bytes());
     put_attribute(&mut bytes, ct::TIMEOUT, &fields.timeout_seconds.to_be_bytes());
     put_attribute(&mut bytes, ct::MARK, &fields.mark.to_be_bytes());
