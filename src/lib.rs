@@ -181,9 +181,9 @@ pub mod flush {
 /// What connection tracking knows of a packet, and expectations for related connections.
 #[cfg(feature = "conntrack")]
 pub mod conntrack {
-    pub use crate::types::FlowTuple;
+    pub use crate::types::{ConnectionState, Direction, FlowTuple};
     pub use crate::wire::{
-        conntrack::{Conntrack, ConntrackState, ConntrackStatus},
+        conntrack::{Conntrack, ConntrackStatus},
         expectation::Expectation,
     };
 }

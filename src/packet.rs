@@ -217,12 +217,28 @@ impl Packet {
         self.attribute(attribute::CONNTRACK).map(crate::conntrack::Conntrack::decode)
     }
 
-    /// How the packet relates to its connection. It needs
-    /// [`conntrack`](crate::QueueBuilder::conntrack).
+    /// The state of the packet's connection. It needs
+    /// [`conntrack`](crate::QueueBuilder::conntrack). `None` if the packet has no entry: it is
+    /// invalid or untracked, or nothing tracks connections.
     #[cfg(feature = "conntrack")]
     #[doc(alias = "NFQA_CT_INFO")]
-    pub fn conntrack_state(&self) -> Option<crate::conntrack::ConntrackState> {
-        self.raw.be32(attribute::CONNTRACK_INFO).map(Into::into)
+    pub fn connection_state(&self) -> Option<crate::conntrack::ConnectionState> {
+        self.connection_info().map(|(state, _)| state)
+    }
+
+    /// The packet's direction in its connection. It needs
+    /// [`conntrack`](crate::QueueBuilder::conntrack). `None` as for
+    /// [`connection_state`](Self::connection_state), and if that is
+    /// [`Other`](crate::conntrack::ConnectionState::Other).
+    #[cfg(feature = "conntrack")]
+    #[doc(alias = "NFQA_CT_INFO")]
+    pub fn direction(&self) -> Option<crate::conntrack::Direction> {
+        self.connection_info()?.1
+    }
+
+    #[cfg(feature = "conntrack")]
+    fn connection_info(&self) -> Option<(crate::conntrack::ConnectionState, Option<crate::conntrack::Direction>)> {
+        self.raw.be32(attribute::CONNTRACK_INFO).map(crate::wire::conntrack::decode_info)
     }
 
     /// The name of an interface in the queue's network namespace, by an index from this packet. It

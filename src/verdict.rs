@@ -346,7 +346,7 @@ impl Verdict {
     }
 
     /// Lets connection tracking expect a connection that belongs to the packet's connection.
-    /// Packets of the expected connection are [related](crate::conntrack::ConntrackState::Related),
+    /// Packets of the expected connection are [related](crate::conntrack::ConnectionState::Related),
     /// and its entry names this connection as its [master](crate::conntrack::Conntrack::master).
     ///
     /// The packet's connection must have a helper

@@ -29,7 +29,7 @@ fn every_type_can_be_sent_between_threads() {
         KernelStats, NetworkNamespace, Packet, PacketId, PacketStream, Queue, QueueBuilder, QueueNumbers, Reconfigure, Refusals,
         Stats, Takeover, TryRecvError, TrySendError, Verdict, VerdictSink, Vlan, stats::Decided, stats::Fill, stats::Held, stats::Lost,
         stats::QueueLimits, stats::Received, stats::Sent);
-    assert_traits!(send: tokio_nfqueue::conntrack::Conntrack, tokio_nfqueue::conntrack::ConntrackState, tokio_nfqueue::conntrack::ConntrackStatus,
+    assert_traits!(send: tokio_nfqueue::conntrack::Conntrack, tokio_nfqueue::conntrack::ConnectionState, tokio_nfqueue::conntrack::Direction, tokio_nfqueue::conntrack::ConntrackStatus,
         tokio_nfqueue::conntrack::FlowTuple, tokio_nfqueue::conntrack::Expectation);
     assert_traits!(send: tokio_nfqueue::divert::ConnectionState, tokio_nfqueue::divert::Direction, tokio_nfqueue::Divert,
         tokio_nfqueue::divert::DivertBuilder, tokio_nfqueue::divert::DivertSet, tokio_nfqueue::divert::Match, tokio_nfqueue::divert::NamedSet,

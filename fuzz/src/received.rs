@@ -117,7 +117,7 @@ fn look(packet: Packet) -> Packet {
     let _ = (packet.hook(), packet.hw_protocol(), packet.mark(), packet.priority(), packet.timestamp());
     let _ = (packet.interface_in(), packet.interface_out(), packet.physical_in(), packet.physical_out());
     let _ = (packet.hardware_address(), packet.uid(), packet.gid(), packet.security_context(), packet.vlan());
-    let _ = (packet.layer2_header(), packet.cgroup_class_id(), packet.conntrack(), packet.conntrack_state());
+    let _ = (packet.layer2_header(), packet.cgroup_class_id(), packet.conntrack(), packet.connection_state());
     let _ = (packet.is_checksum_ready(), packet.is_gso(), packet.is_checksum_unverified(), packet.addresses());
     let _ = format!("{packet:?}");
     if let Ok(packet) = packet.view() {

@@ -110,7 +110,9 @@ async fn every_attribute_of_a_packet_arrives() {
         assert_eq!((entry.id, entry.mark, entry.labels), (Some(77), Some(5), Some([1; 16])));
         let flow = crate::conntrack::FlowTuple::tcp(from, to);
         assert_eq!((entry.original, entry.reply), (Some(flow), Some(flow.reversed())));
-        assert_eq!(packet.conntrack_state(), Some(crate::conntrack::ConntrackState::Established));
+        use crate::conntrack::{ConnectionState, Direction};
+        assert_eq!(packet.connection_state(), Some(ConnectionState::Established));
+        assert_eq!(packet.direction(), Some(Direction::Original));
         packet.accept().conntrack_mark(0xf0, 0xf0).submit().unwrap();
         assert_eq!(sent.outcome().await.connection_mark, Some(0xf5));
         assert_eq!(kernel.connection_mark(77), Some(0xf5));

@@ -14,7 +14,7 @@ use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{
     Action, ErrorKind, Packet, Queue, Verdict,
-    conntrack::{Conntrack, ConntrackState, Expectation, FlowTuple},
+    conntrack::{ConnectionState, Conntrack, Direction, Expectation, FlowTuple},
 };
 
 use crate::{
@@ -81,7 +81,7 @@ async fn refuses_changes(number: u16) {
     for (index, change) in (0..).zip(changes) {
         flow.ask(index);
         let packet = next(&mut queue).await;
-        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None));
+        assert_eq!((packet.conntrack(), packet.connection_state(), packet.direction()), (None, None, None));
         let id = packet.id();
         let verdict = change(packet.accept());
         let error = match index {
@@ -142,6 +142,11 @@ fn udp_out() -> Rule {
     Rule::new(Hook::Output).protocol(Protocol::Udp)
 }
 
+#[track_caller]
+fn assert_is(packet: &Packet, state: ConnectionState, direction: Direction) {
+    assert_eq!((packet.connection_state(), packet.direction()), (Some(state), Some(direction)));
+}
+
 /// The next packet, and its entry.
 async fn entry(queue: &mut Queue) -> (Packet, Conntrack) {
     let packet = next(queue).await;
@@ -166,7 +171,7 @@ async fn the_first_packet_has_an_unconfirmed_entry() {
     let pair = Pair::new("127.0.0.1");
     pair.ask(1);
     let (packet, first) = entry(&mut queue).await;
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    assert_is(&packet, ConnectionState::New, Direction::Original);
     pair.assert_is(&first);
     let status = first.status.unwrap();
     assert!(!status.is_confirmed() && !status.has_seen_reply() && !status.is_assured() && !status.is_expected());
@@ -179,7 +184,7 @@ async fn the_first_packet_has_an_unconfirmed_entry() {
     pair.ask(2);
     let (packet, second) = entry(&mut queue).await;
     // The server has not replied yet.
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    assert_is(&packet, ConnectionState::New, Direction::Original);
     pair.assert_is(&second);
     assert!(second.status.unwrap().is_confirmed());
     assert_eq!(second.id, first.id);
@@ -198,14 +203,14 @@ async fn replies_change_the_state() {
     give(packet.accept()).await;
     pair.reply(2);
     let (packet, second) = entry(&mut queue).await;
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
+    assert_is(&packet, ConnectionState::Established, Direction::Reply);
     // The directions of the entry are those of the connection, not of the packet.
     pair.assert_is(&second);
     assert!(second.status.unwrap().has_seen_reply());
     give(packet.accept()).await;
     pair.ask(3);
     let (packet, third) = entry(&mut queue).await;
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::Established));
+    assert_is(&packet, ConnectionState::Established, Direction::Original);
     pair.assert_is(&third);
     let status = third.status.unwrap();
     assert!(status.has_seen_reply() && status.is_confirmed());
@@ -218,7 +223,7 @@ async fn replies_change_the_state() {
     let other = support::udp("127.0.0.1:0");
     other.send_to(&[0; 4], pair.server.local_addr().unwrap()).unwrap();
     let (packet, fourth) = entry(&mut queue).await;
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::New));
+    assert_is(&packet, ConnectionState::New, Direction::Original);
     assert_eq!(fourth.original.unwrap().source, other.local_addr().unwrap());
     assert_ne!(fourth.id, first.id);
     packet.accept().submit().unwrap();
@@ -268,7 +273,7 @@ async fn protocols_without_ports_have_an_identifier_or_nothing() {
         give(packet.accept()).await;
         // The directions are those of the connection, not of the packet.
         let (packet, reply) = entry(&mut queue).await;
-        assert_eq!(packet.conntrack_state(), Some(ConntrackState::EstablishedReply));
+        assert_is(&packet, ConnectionState::Established, Direction::Reply);
         is(reply, protocol, address, u16::from_be_bytes(*b"nf"));
         give(packet.accept()).await;
     }
@@ -290,7 +295,7 @@ async fn an_icmp_error_is_related() {
     client.send_to(b"hello?", nobody).unwrap();
     // Port unreachable.
     let (packet, entry) = entry(&mut queue).await;
-    assert_eq!(packet.conntrack_state(), Some(ConntrackState::RelatedReply));
+    assert_is(&packet, ConnectionState::Related, Direction::Reply);
     assert_eq!(entry.original, Some(FlowTuple::udp(client.local_addr().unwrap(), nobody)));
     packet.accept().submit().unwrap();
 }
@@ -302,7 +307,7 @@ async fn untracked_packets_have_no_entry() {
     for turn in 0..2 {
         pair.ask(turn);
         let packet = next(&mut queue).await;
-        assert_eq!((packet.conntrack(), packet.conntrack_state()), (None, None), "{turn}");
+        assert_eq!((packet.conntrack(), packet.connection_state(), packet.direction()), (None, None, None), "{turn}");
         // A program cannot know beforehand whether a packet has an entry, so this is no error.
         give(packet.accept().conntrack_mark(1, 1)).await;
         assert_eq!(pair.heard(), turn);
@@ -331,7 +336,8 @@ async fn a_connection_mark_is_seen_in_later_packets() {
     // It applies to both directions.
     pair.reply(3);
     let (packet, marked) = entry(&mut queue).await;
-    assert_eq!((packet.conntrack_state(), marked.mark), (Some(ConntrackState::EstablishedReply), Some(0xdead_beef)));
+    assert_is(&packet, ConnectionState::Established, Direction::Reply);
+    assert_eq!(marked.mark, Some(0xdead_beef));
     packet.accept().submit().unwrap();
     other.ask(4);
     let (packet, unmarked) = entry(&mut queue).await;
@@ -489,10 +495,11 @@ async fn expect(queue: &mut Queue, pair: &Pair, expectation: Expectation) -> Con
 }
 
 /// Sends a packet to the expected destination. Returns its state and its entry.
-async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConntrackState, Conntrack) {
+async fn follow(queue: &mut Queue, from: &UdpSocket) -> (ConnectionState, Conntrack) {
     from.send_to(&[0; 4], LATER).unwrap();
     let (packet, entry) = entry(queue).await;
-    let state = packet.conntrack_state().unwrap();
+    let state = packet.connection_state().unwrap();
+    assert_eq!(packet.direction(), Some(Direction::Original));
     give(packet.accept()).await;
     (state, entry)
 }
@@ -505,7 +512,7 @@ async fn an_expected_connection_is_related() {
     let _later = support::udp(LATER);
     let (pair, source) = (Pair::new("127.0.0.1"), support::udp("127.0.0.1:0"));
     let (state, entry) = follow(&mut queue, &source).await;
-    assert_eq!((state, entry.master), (ConntrackState::New, None), "before");
+    assert_eq!((state, entry.master), (ConnectionState::New, None), "before");
 
     // Each of the wrong sources differs in one thing: the source port or the source address.
     let [right, other] = ["127.0.0.1:0"; 2].map(support::udp);
@@ -516,11 +523,11 @@ async fn an_expected_connection_is_related() {
     assert_eq!((first.helper.as_deref(), first.master), (Some(HELPER), None));
     for from in [other, elsewhere] {
         let (state, entry) = follow(&mut queue, &from).await;
-        assert_eq!((state, entry.master), (ConntrackState::New, None));
+        assert_eq!((state, entry.master), (ConnectionState::New, None));
         assert!(!entry.status.unwrap().is_expected());
     }
     let (state, entry) = follow(&mut queue, &right).await;
-    assert_eq!((state, entry.master), (ConntrackState::Related, first.original));
+    assert_eq!((state, entry.master), (ConnectionState::Related, first.original));
     assert!(entry.status.unwrap().is_expected());
 }
 
@@ -531,7 +538,7 @@ async fn an_expectation_matches_once_unless_it_is_permanent() {
     let _divert = divert([udp_out().to_queue(0)]);
     let _later = support::udp(LATER);
     let pair = Pair::new("127.0.0.1");
-    use ConntrackState::{New, Related};
+    use ConnectionState::{New, Related};
     let anyone = Expectation::udp(LATER);
     for (expectation, states) in [
         (anyone.clone().inactive(), [New, New]),
@@ -556,7 +563,7 @@ async fn an_expectation_without_a_helper_is_ignored() {
     assert_eq!(first.helper, None);
     // The kernel reports no error.
     let (state, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
-    assert_eq!(state, ConntrackState::New);
+    assert_eq!(state, ConnectionState::New);
 
     // An expectation that the kernel would ignore is refused if that is known beforehand.
     let source = support::udp("127.0.0.1:0");

@@ -59,7 +59,7 @@ use self::{
 };
 use rustix::io::Errno;
 
-pub use nfqueue_proto::types::{Error, ErrorKind, FlowMarks, FlowTuple, Hook, Protocol};
+pub use nfqueue_proto::types::{ConnectionState, Direction, Error, ErrorKind, FlowMarks, FlowTuple, Hook, Protocol};
 
 pub use self::{
     builder::{DivertBuilder, Installation},
@@ -67,7 +67,7 @@ pub use self::{
     elements::DivertSet,
     family::TableFamily,
     handover::{Lent, Loan},
-    matching::{ConnectionState, Direction, Match, PacketField, PortRange, Rate, TcpFlags},
+    matching::{Match, PacketField, PortRange, Rate, TcpFlags},
     priority::Priority,
     rule::Rule,
     set::{NamedSet, SetElement, SetField, SetValue},

@@ -317,9 +317,13 @@ fn protocols_are_implied_or_checked() {
 #[test]
 fn other_conditions_are_checked() {
     refused_for(&queued().when(Match::connection_state([])), "connection state: there is no state");
-    use ConnectionState::{Established, Invalid, New, Related, Untracked};
+    use ConnectionState::{Established, Invalid, New, Other, Related, Untracked};
     let all = Match::connection_state([Invalid, Established, Related, New, Untracked]);
     assert!(refused(&queued().unless(all)).contains("never match"));
+    refused_for(
+        &queued().when(Match::connection_state([New, Other(9)])),
+        "connection state: rules cannot match Other(9)",
+    );
     assert!(valid(&queued().unless(Match::direction(Direction::Reply))));
     refused_for(&queued().when(Match::rate_above(Rate::packets_per_second(0))), "rate: the rate is 0");
     refused_for(&queued().when(Match::rate_above(Rate::packets_per_hour(1).burst(0))), "rate: the burst is 0");

@@ -11,10 +11,10 @@ use crate::{
     checked::KernelRule,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
-    matching::{ConnectionState, Match, TcpFlags},
+    matching::{Match, TcpFlags},
     tuple::Of,
 };
-use nfqueue_proto::types::{Hook, Protocol, flow_codes};
+use nfqueue_proto::types::{ConnectionState, Hook, Protocol, flow_codes};
 
 impl<'a> Flows<'a> {
     /// The chains of a place before the user's rules.

@@ -6,9 +6,12 @@ use crate::{
     checked::Surroundings,
     denied::FlowTable,
     flow_chain::{FlowChain, Way},
-    matching::{ConnectionState, Match},
+    matching::Match,
 };
-use nfqueue_proto::types::flow_codes::{self, FlowCodes};
+use nfqueue_proto::types::{
+    ConnectionState,
+    flow_codes::{self, FlowCodes},
+};
 
 /// The rules of a table. Each file of this directory adds those of its packets.
 #[derive(Clone, Copy)]

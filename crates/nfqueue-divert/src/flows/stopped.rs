@@ -1,7 +1,7 @@
 //! Packets of denied connections are dropped, with an error to the sender if the connection is
 //! rejected.
 
-use nfqueue_proto::types::Protocol;
+use nfqueue_proto::types::{ConnectionState, Protocol};
 
 use super::context::Flows;
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     denied::{self, DeniedSet, Remember},
     family::IpVersion,
     flow_chain::{FlowChain, Way},
-    matching::{ConnectionState, Match, TcpFlags},
+    matching::{Match, TcpFlags},
     tuple::Of,
 };
 

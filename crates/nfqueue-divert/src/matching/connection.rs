@@ -1,5 +1,7 @@
 //! State and direction of the connection.
 
+use nfqueue_proto::types::{ConnectionState, Direction};
+
 use super::{
     super::{encoder::Encoder, facts::Facts},
     Condition, Match, Needs, Order, operator,
@@ -23,58 +25,29 @@ impl Match {
     }
 }
 
-/// The state of a packet's connection, as connection tracking sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ConnectionState {
-    /// The packet is not valid in its connection.
-    Invalid,
-    /// Packets in both directions have been seen.
-    Established,
-    /// The packet opens a connection, or is an ICMP error, that belongs to another connection.
-    Related,
-    /// The packet opens a connection, or packets in one direction only have been seen.
-    New,
-    /// The packet is not tracked.
-    Untracked,
-}
-
-impl ConnectionState {
-    /// `NF_CT_STATE_BIT` and the like of uapi/linux/netfilter/nf_conntrack_common.h.
-    fn bit(self) -> u32 {
-        match self {
-            Self::Invalid => 1 << 0,
-            Self::Established => 1 << 1,
-            Self::Related => 1 << 2,
-            Self::New => 1 << 3,
-            Self::Untracked => 1 << 6,
-        }
+/// `NF_CT_STATE_BIT` and the like of uapi/linux/netfilter/nf_conntrack_common.h, and the name in
+/// nft.
+fn bit_and_name(state: &ConnectionState) -> Option<(u32, &'static str)> {
+    match state {
+        ConnectionState::Invalid => Some((1 << 0, "invalid")),
+        ConnectionState::Established => Some((1 << 1, "established")),
+        ConnectionState::Related => Some((1 << 2, "related")),
+        ConnectionState::New => Some((1 << 3, "new")),
+        ConnectionState::Untracked => Some((1 << 6, "untracked")),
+        _ => None,
     }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Invalid => "invalid",
-            Self::Established => "established",
-            Self::Related => "related",
-            Self::New => "new",
-            Self::Untracked => "untracked",
-        }
-    }
-}
-
-/// The direction of a packet in its connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// From the side that opened the connection.
-    Original,
-    /// To the side that opened the connection.
-    Reply,
 }
 
 const NEEDS: fn() -> Needs = || Needs { tracking: true, ..Needs::default() };
 
 #[derive(Debug)]
 struct States(Vec<ConnectionState>);
+
+impl States {
+    fn bits(&self) -> u32 {
+        self.0.iter().filter_map(bit_and_name).fold(0, |bits, (bit, _)| bits | bit)
+    }
+}
 
 impl Condition for States {
     fn field(&self) -> &'static str {
@@ -91,7 +64,10 @@ impl Condition for States {
 
     fn check(&self, _facts: &Facts<'_>, negated: bool) -> Result<(), String> {
         const ALL: u32 = 0b100_1111;
-        match self.0.iter().fold(0, |bits, state| bits | state.bit()) {
+        if let Some(unknown) = self.0.iter().find(|state| bit_and_name(state).is_none()) {
+            return Err(format!("rules cannot match {unknown:?}"));
+        }
+        match self.bits() {
             0 => Err("there is no state".to_owned()),
             ALL if negated => Err("the rule can never match: every state is excluded".to_owned()),
             _ => Ok(()),
@@ -99,14 +75,13 @@ impl Condition for States {
     }
 
     fn encode(&self, _facts: &Facts<'_>, negated: bool, encoder: &mut Encoder) {
-        let bits: u32 = self.0.iter().fold(0, |bits, state| bits | state.bit());
         encoder.connection(CT_STATE);
-        encoder.mask(bits.to_ne_bytes().to_vec());
+        encoder.mask(self.bits().to_ne_bytes().to_vec());
         encoder.equal(vec![0; 4], !negated);
     }
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
-        let names: Vec<&str> = self.0.iter().map(|state| state.name()).collect();
+        let names: Vec<&str> = self.0.iter().filter_map(bit_and_name).map(|(_, name)| name).collect();
         format!("ct state {}{{ {} }}", operator(negated), names.join(", "))
     }
 }

@@ -22,13 +22,7 @@ use super::{
 };
 
 pub(super) use self::interface::check_name as check_interface_name;
-pub use self::{
-    connection::{ConnectionState, Direction},
-    named_set::PacketField,
-    port::PortRange,
-    rate::Rate,
-    transport::TcpFlags,
-};
+pub use self::{named_set::PacketField, port::PortRange, rate::Rate, transport::TcpFlags};
 
 /// A condition on a packet, for [`Rule::when`](super::Rule::when) and
 /// [`Rule::unless`](super::Rule::unless).

@@ -1,4 +1,4 @@
-//! What identifies a connection.
+//! Connections: what identifies them, and what a packet is in one.
 
 use std::net::SocketAddr;
 
@@ -93,6 +93,40 @@ impl FlowTuple {
     pub fn has_identifier(self) -> bool {
         matches!(self.protocol, Protocol::Icmp | Protocol::Icmpv6)
     }
+}
+
+/// The state of a packet's connection, as connection tracking sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ConnectionState {
+    /// The packet is not valid in its connection. Such a packet has no entry, so
+    /// `Packet::connection_state` returns `None` for it.
+    Invalid,
+    /// Packets in both directions have been seen.
+    #[doc(alias = "IP_CT_ESTABLISHED")]
+    Established,
+    /// The packet opens a connection, or is an ICMP error, that belongs to another connection.
+    #[doc(alias = "IP_CT_RELATED")]
+    Related,
+    /// The packet opens a connection, or packets in one direction only have been seen.
+    #[doc(alias = "IP_CT_NEW")]
+    New,
+    /// The packet is excluded from connection tracking (`notrack`). Such a packet has no entry, so
+    /// `Packet::connection_state` returns `None` for it.
+    #[doc(alias = "IP_CT_UNTRACKED")]
+    Untracked,
+    /// A value of the kernel's `enum ip_conntrack_info` that this crate does not know. Rules refuse
+    /// it.
+    Other(u32),
+}
+
+/// The direction of a packet in its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the side that opened the connection.
+    Original,
+    /// To the side that opened the connection.
+    Reply,
 }
 
 #[cfg(test)]

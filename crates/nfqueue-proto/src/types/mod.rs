@@ -11,7 +11,7 @@ pub mod stats;
 mod waiting;
 
 pub use self::{
-    connection::{FlowTuple, Protocol},
+    connection::{ConnectionState, Direction, FlowTuple, Protocol},
     error::{Error, ErrorKind, TryRecvError},
     flow_marks::FlowMarks,
     hook::Hook,

@@ -8,7 +8,7 @@ use super::{
     tuple,
     writer::put_attribute,
 };
-use crate::types::FlowTuple;
+use crate::types::{ConnectionState, Direction, FlowTuple};
 
 /// The connection tracking entry of a packet, from `Packet::conntrack`.
 ///
@@ -90,37 +90,16 @@ impl ConntrackStatus {
     }
 }
 
-/// How a packet relates to its connection (`enum ip_conntrack_info`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ConntrackState {
-    /// Part of an established connection, in the original direction.
-    Established,
-    /// Related to a connection (an ICMP error, an expected connection), in the original direction.
-    Related,
-    /// The first packet of a connection, or a later packet before the first reply.
-    New,
-    /// Part of an established connection, in the reply direction.
-    EstablishedReply,
-    /// Related to a connection, in the reply direction.
-    RelatedReply,
-    /// Excluded from connection tracking (`notrack`).
-    Untracked,
-    /// Any other value of `enum ip_conntrack_info`.
-    Other(u32),
-}
-
-impl From<u32> for ConntrackState {
-    fn from(number: u32) -> Self {
-        match number {
-            0 => Self::Established,
-            1 => Self::Related,
-            2 => Self::New,
-            3 => Self::EstablishedReply,
-            4 => Self::RelatedReply,
-            7 => Self::Untracked,
-            other => Self::Other(other),
-        }
+/// Decodes `NFQA_CT_INFO` (`enum ip_conntrack_info`). There is no direction without a connection.
+pub fn decode_info(number: u32) -> (ConnectionState, Option<Direction>) {
+    match number {
+        0 => (ConnectionState::Established, Some(Direction::Original)),
+        1 => (ConnectionState::Related, Some(Direction::Original)),
+        2 => (ConnectionState::New, Some(Direction::Original)),
+        3 => (ConnectionState::Established, Some(Direction::Reply)),
+        4 => (ConnectionState::Related, Some(Direction::Reply)),
+        7 => (ConnectionState::Untracked, None),
+        other => (ConnectionState::Other(other), None),
     }
 }
 
@@ -241,6 +220,19 @@ mod tests {
         assert_eq!((entry.timeout, entry.mark), (Some(Duration::from_secs(30)), Some(256)));
         assert_eq!((entry.helper.as_deref(), entry.master), (Some("tftp"), Some(flow)));
         assert_eq!((entry.id, entry.zone, entry.labels), (Some(0x0102_0304), Some(5), Some([7; 16])));
+    }
+
+    #[test]
+    fn unknown_states_are_visible() {
+        let states = [0, 1, 2, 3, 4, 7].map(decode_info);
+        assert!(states.iter().all(|(state, _)| !matches!(state, ConnectionState::Other(_))));
+        assert_eq!(
+            states.map(|(_, direction)| direction == Some(Direction::Reply)),
+            [false, false, false, true, true, false]
+        );
+        for number in [5, 6, 8, u32::MAX] {
+            assert_eq!(decode_info(number), (ConnectionState::Other(number), None));
+        }
     }
 
     #[test]
