@@ -11,7 +11,10 @@ use nfqueue_proto::{
         verdict::{Attachments, VerdictFields, encode_batch, encode_single},
     },
 };
-use tokio_nfqueue::simulated::{Connection, Kernel, TestPacket};
+use tokio_nfqueue::{
+    Protocol,
+    simulated::{Connection, Kernel, TestPacket},
+};
 
 /// The seeds of a target, by its name.
 pub(super) fn of(target: &str) -> Vec<Vec<u8>> {
@@ -37,7 +40,7 @@ fn packets() -> Vec<TestPacket> {
         packets.push(TestPacket::tcp_syn(client, server).interface_out(1).hook(Hook::Forward));
         packets.push(TestPacket::tcp(client, server, b"data").owner(0, 0).security_context(b"context"));
         packets.push(TestPacket::echo_request(client.ip(), server.ip(), b"ping").mark(9).hardware_address(&[2; 6]));
-        packets.push(TestPacket::ip(client.ip(), server.ip(), 132, &[5; 12]).priority(3));
+        packets.push(TestPacket::ip(client.ip(), server.ip(), Protocol::Other(132), &[5; 12]).priority(3));
     }
     packets.push(packets[0].clone().bridged(&[7; 14], Some(Vlan { protocol: 0x8100, control: 5 })));
     packets.push(TestPacket::udp(v4[0], v4[1], &[1; 40]).gso(20));

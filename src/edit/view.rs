@@ -10,7 +10,7 @@ use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice, TcpSlice, ip_number
 use super::layout::{Layout, Obstacle, Transport, Version};
 use crate::{
     packet::Packet,
-    types::{Error, ErrorKind},
+    types::{Error, ErrorKind, Protocol},
 };
 
 /// The headers of a packet. They are read in place, without a copy.
@@ -122,11 +122,10 @@ impl<'a> PacketView<'a> {
         self.address(16, 24)
     }
 
-    /// The number of the transport protocol. In IPv6, this is the protocol after the extension
-    /// headers.
+    /// The transport protocol. In IPv6, this is the protocol after the extension headers.
     #[doc(alias = "nfq_ip6_set_transport_header")]
-    pub fn protocol(&self) -> u8 {
-        self.layout.protocol.0
+    pub fn protocol(&self) -> Protocol {
+        self.layout.protocol.0.into()
     }
 
     /// Whether the packet is a fragment of a datagram. Only the first fragment has a transport

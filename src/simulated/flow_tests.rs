@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use super::{Cause, Kernel, Outcome, TestPacket, queue};
-use crate::{Action, Error, ErrorKind, FlowMarks, FlushPolicy, Hook, Packet, Queue, QueueBuilder, Verdict};
+use crate::{Action, Error, ErrorKind, FlowMarks, FlushPolicy, Hook, Packet, Protocol, Queue, QueueBuilder, Verdict};
 
 fn builder() -> QueueBuilder {
     Queue::builder(0).flow_marks(FlowMarks::default())
@@ -285,7 +285,7 @@ async fn an_icmp_error_is_accepted_with_its_connection_and_decided_alone() {
     let error = || {
         let quoted = request();
         let bytes = [&[3, 3, 0, 0, 0, 0, 0, 0], &quoted.payload()[..28]].concat();
-        TestPacket::ip(server.ip(), client.ip(), 1, &bytes)
+        TestPacket::ip(server.ip(), client.ip(), Protocol::Icmp, &bytes)
     };
     for deny in DENIALS {
         let (kernel, mut queue) = bind();
@@ -324,11 +324,11 @@ async fn echo_and_other_protocols_are_connections() {
     let (kernel, mut queue) = bind();
     let ping = || TestPacket::echo_request(client, server, b"");
     decided(&kernel, &mut queue, ping(), ACCEPT).await;
-    let reply = TestPacket::ip(server, client, 1, &[0, 0, 0, 0, 0, 1, 0, 1]);
+    let reply = TestPacket::ip(server, client, Protocol::Icmp, &[0, 0, 0, 0, 0, 1, 0, 1]);
     assert!(unseen(&kernel, reply).accepted);
     assert!(unseen(&kernel, ping()).accepted);
     decided(&kernel, &mut queue, TestPacket::echo_request(server, client, b""), DROP).await;
-    let tunnelled = |data: &[u8]| TestPacket::ip(client, server, 47, data);
+    let tunnelled = |data: &[u8]| TestPacket::ip(client, server, Protocol::Other(47), data);
     let outcome = decided(&kernel, &mut queue, tunnelled(&[0; 8]), REJECT).await;
     assert!(outcome.rejected);
     denied(&kernel, tunnelled(&[1; 9]), true);

@@ -7,7 +7,7 @@ use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep};
 
 use super::connection::Connection;
 use crate::{
-    types::{Family, Hook, Vlan},
+    types::{Family, Hook, Protocol, Vlan},
     wire::MAX_PAYLOAD,
 };
 
@@ -127,9 +127,9 @@ impl TestPacket {
     ///
     /// # Panics
     /// As [`udp`](Self::udp).
-    pub fn ip(source: IpAddr, destination: IpAddr, protocol: u8, payload: &[u8]) -> Self {
+    pub fn ip(source: IpAddr, destination: IpAddr, protocol: Protocol, payload: &[u8]) -> Self {
         let mut bytes = Vec::new();
-        ip(source, destination).write(&mut bytes, IpNumber(protocol), payload).expect(TOO_LONG);
+        ip(source, destination).write(&mut bytes, IpNumber(protocol.number()), payload).expect(TOO_LONG);
         Self::complete(bytes)
     }
 

@@ -358,8 +358,8 @@ fn packets_of_every_kind_are_complete() {
         (TestPacket::tcp_syn(from, to), 6),
         (TestPacket::echo_request(from.ip(), to.ip(), b"x"), 1),
         (TestPacket::echo_request(v6[0], v6[1], b"x"), 58),
-        (TestPacket::ip(from.ip(), to.ip(), 47, b"x"), 47),
-        (TestPacket::ip(v6[0], v6[1], 47, b"x"), 47),
+        (TestPacket::ip(from.ip(), to.ip(), 47.into(), b"x"), 47),
+        (TestPacket::ip(v6[0], v6[1], 47.into(), b"x"), 47),
     ] {
         let headers = etherparse::IpHeaders::from_slice(packet.payload()).unwrap();
         assert_eq!(headers.1.ip_number.0, protocol);

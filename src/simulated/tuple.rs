@@ -215,7 +215,7 @@ mod tests {
 
     fn of(names: [&str; 2], protocol: u8, transport: &[u8]) -> Option<Seen> {
         let [source, destination] = addresses(names);
-        look(TestPacket::ip(source, destination, protocol, transport).payload())
+        look(TestPacket::ip(source, destination, protocol.into(), transport).payload())
     }
 
     fn tcp_segment(flags: u8) -> [u8; 20] {
@@ -281,7 +281,7 @@ mod tests {
     fn errors_belong_to_what_they_quote() {
         for (names, protocol, kind) in [(V4, ICMP, 3), (V4, ICMP, 11), (V6, ICMPV6, 1), (V6, ICMPV6, 3)] {
             let [source, destination] = addresses(names);
-            let quoted = TestPacket::ip(source, destination, TCP, &tcp_segment(tcp::ACK));
+            let quoted = TestPacket::ip(source, destination, TCP.into(), &tcp_segment(tcp::ACK));
             let whole = quoted.payload();
             // The header and eight bytes.
             let quote = &whole[..whole.len() - 12];
@@ -293,9 +293,9 @@ mod tests {
     #[test]
     fn other_packets_belong_to_no_connection() {
         let [source, destination] = addresses(V4);
-        let mut fragment = TestPacket::ip(source, destination, UDP, &[0; 8]).payload().to_vec();
+        let mut fragment = TestPacket::ip(source, destination, UDP.into(), &[0; 8]).payload().to_vec();
         fragment[6] = 0x20;
-        let whole = TestPacket::ip(source, destination, UDP, &[0; 8]).payload().to_vec();
+        let whole = TestPacket::ip(source, destination, UDP.into(), &[0; 8]).payload().to_vec();
         for bytes in [&[][..], &[0x45; 19], &[0; 40], &fragment, &whole[..24]] {
             assert_eq!(look(bytes), None, "{bytes:?}");
         }

@@ -1,6 +1,9 @@
 //! Tests the maximum length, absent checksums, bytes after the payload, and the view.
 
-use tokio_nfqueue::edit::{Edit, PacketView, complete_checksums};
+use tokio_nfqueue::{
+    Protocol,
+    edit::{Edit, PacketView, complete_checksums},
+};
 
 use super::{
     refusal,
@@ -94,7 +97,7 @@ fn view_is_displayed_in_one_line() {
 fn view_returns_header_fields() {
     let packet = plain(true, SampleTransport::Icmp(1, 2), b"hello").bytes();
     let view = PacketView::new(&packet).unwrap();
-    assert_eq!((view.protocol(), view.ip_payload().len()), (58, 13));
+    assert_eq!((view.protocol(), view.ip_payload().len()), (Protocol::Icmpv6, 13));
     assert!(!view.is_ipv4() && !view.is_udp() && !view.is_tcp() && view.tcp().is_none());
     assert_eq!(view.icmp(), Some((128, 0)));
     assert_eq!(view.transport_header().map(<[u8]>::len), Some(8));

@@ -5,6 +5,8 @@ use std::{
     time::Duration,
 };
 
+use nfqueue_proto::types::Protocol;
+
 use super::encoder::{IPV4_ADDRESS, IPV6_ADDRESS, PORT, PROTOCOL, ValueType, concatenated};
 
 /// A named set of a [`Divert`](super::Divert)'s table: addresses, ports, protocols, or tuples of
@@ -171,7 +173,7 @@ impl SetField {
             Self::Ipv4Address => SetValue::Address(<[u8; 4]>::try_from(bytes).ok()?.into()),
             Self::Ipv6Address => SetValue::Address(<[u8; 16]>::try_from(bytes).ok()?.into()),
             Self::Port => SetValue::Port(u16::from_be_bytes(bytes.try_into().ok()?)),
-            Self::Protocol => SetValue::Protocol(*bytes.first()?),
+            Self::Protocol => SetValue::Protocol((*bytes.first()?).into()),
         })
     }
 }
@@ -184,8 +186,8 @@ pub enum SetValue {
     Address(IpAddr),
     /// A port in host byte order.
     Port(u16),
-    /// The number of a transport protocol.
-    Protocol(u8),
+    /// A transport protocol.
+    Protocol(Protocol),
 }
 
 impl SetValue {
@@ -203,7 +205,7 @@ impl SetValue {
             Self::Address(IpAddr::V4(address)) => address.octets().to_vec(),
             Self::Address(IpAddr::V6(address)) => address.octets().to_vec(),
             Self::Port(port) => port.to_be_bytes().to_vec(),
-            Self::Protocol(number) => vec![*number],
+            Self::Protocol(protocol) => vec![protocol.number()],
         }
     }
 }
@@ -226,13 +228,19 @@ impl From<Ipv6Addr> for SetValue {
     }
 }
 
+impl From<Protocol> for SetValue {
+    fn from(protocol: Protocol) -> Self {
+        Self::Protocol(protocol)
+    }
+}
+
 impl From<u16> for SetValue {
     fn from(port: u16) -> Self {
         Self::Port(port)
     }
 }
 
-/// An element of a [`NamedSet`]: from an address, from a port, from a
+/// An element of a [`NamedSet`]: from an address, from a port, from a protocol, from a
 /// [`SocketAddr`](std::net::SocketAddr) (address and port), or from a tuple of values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SetElement(Vec<SetValue>);
@@ -303,7 +311,7 @@ mod tests {
     #[test]
     fn elements_are_encoded_and_decoded() {
         let set = NamedSet::new("s", [SetField::Ipv4Address, SetField::Port, SetField::Protocol]);
-        let element = SetElement(vec![Ipv4Addr::new(10, 0, 0, 1).into(), 0x1234.into(), SetValue::Protocol(6)]);
+        let element = SetElement(vec![Ipv4Addr::new(10, 0, 0, 1).into(), 0x1234.into(), Protocol::Tcp.into()]);
         let bytes = set.encode(&element).unwrap();
         assert_eq!(bytes, [10, 0, 0, 1, 0x12, 0x34, 0, 0, 6, 0, 0, 0]);
         assert_eq!(set.key_length(), 12);

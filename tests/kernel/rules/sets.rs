@@ -8,7 +8,7 @@ use std::{
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{
     ErrorKind, Protocol, Rule,
-    divert::{Match, NamedSet, PacketField, SetElement, SetField, SetValue},
+    divert::{Match, NamedSet, PacketField, SetElement, SetField},
 };
 
 use super::{counts, datagram, out, port, receiver, udp_out};
@@ -73,7 +73,7 @@ fn ports_and_protocols() {
     let condition = Match::in_set("protocols", [PacketField::Protocol]);
     let divert = table(NamedSet::new("protocols", [SetField::Protocol]), both(out(), condition));
     datagram(Ipv4Addr::LOCALHOST, &to[0]);
-    divert.set("protocols").insert(SetValue::Protocol(17), None).unwrap();
+    divert.set("protocols").insert(Protocol::Udp, None).unwrap();
     datagram(Ipv4Addr::LOCALHOST, &to[0]);
     assert_eq!(counts(&divert), [1, 1]);
 }
@@ -86,7 +86,7 @@ fn tuples() {
     );
     let [from, to, other] = [(); 3].map(|()| receiver(Ipv6Addr::LOCALHOST));
     let divert = table(NamedSet::new("flows", fields), both(udp_out(), condition));
-    let element = (SetValue::Protocol(17), Ipv6Addr::LOCALHOST, port(&from), port(&to));
+    let element = (Protocol::Udp, Ipv6Addr::LOCALHOST, port(&from), port(&to));
     divert.set("flows").insert(element, HOUR).unwrap();
     from.send_to(b"x", to.local_addr().unwrap()).unwrap();
     from.send_to(b"x", other.local_addr().unwrap()).unwrap();
