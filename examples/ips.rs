@@ -118,8 +118,8 @@ impl Table {
 
     fn judge_segment(&mut self, view: PacketView<'_>) -> Option<Judgement> {
         let (tcp, payload) = (view.tcp()?, view.payload()?);
-        let client = SocketAddr::new(view.source(), view.source_port()?);
-        let server = SocketAddr::new(view.destination(), view.destination_port()?);
+        let client = SocketAddr::new(view.source_address(), view.source_port()?);
+        let server = SocketAddr::new(view.destination_address(), view.destination_port()?);
         let begin = tcp.sequence_number.wrapping_add(tcp.syn.into());
         if tcp.syn {
             self.begin((client, server), begin);

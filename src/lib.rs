@@ -67,7 +67,7 @@
 //! | accept, drop, reject, requeue | [`Packet::accept`], [`Packet::drop`](Packet::drop()), [`Packet::reject`], [`Packet::requeue`]; then [`Verdict::submit`] or [`Verdict::confirm`] |
 //! | a whole connection by one packet | [`Verdict::for_flow`]; [`guide::flows`] |
 //! | in the order of each connection | [`Serve::in_flow_order`] |
-//! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::conntrack_mark`] |
+//! | set a mark | [`Verdict::mark`], [`Packet::mark_with`]; of the connection [`Verdict::connection_mark`] |
 //! | rewrite, reply, send packets of one's own | [`Packet::edit`], `Edit`, `Injector`; [`guide::replies`] |
 //! | hold packets for a long time | [`Packet::detach`]; [`QueueBuilder::max_len`] limits their number |
 //! | say what happens to undecided packets | [`QueueBuilder::on_unanswered`], [`QueueBuilder::deadline`] |

@@ -57,7 +57,7 @@
 //! | `nfq_nlmsg_parse` and the attributes by number | [`Packet::attribute`](crate::Packet::attribute), [`Packet::attributes`](crate::Packet::attributes) |
 //! | `nfq_nlmsg_verdict_put`, `_put_mark`, `_put_pkt` | [`Verdict`](crate::Verdict) |
 //! | `nfq_nlmsg_cfg_put_cmd`, `_params`, `_qmaxlen` | [`QueueBuilder`](crate::QueueBuilder): one message, acknowledged |
-//! | `NFQA_CT` in verdicts | [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`conntrack_timeout`](crate::Verdict::conntrack_timeout) |
+//! | `NFQA_CT` in verdicts | [`connection_mark`](crate::Verdict::connection_mark), [`connection_labels`](crate::Verdict::connection_labels), [`connection_timeout`](crate::Verdict::connection_timeout) |
 //! | `NFQA_EXP` in verdicts | [`expectation`](crate::Verdict::expectation) |
 //! | `NFQA_VLAN`, `NFQA_L2HDR` | [`Packet::vlan`](crate::Packet::vlan), [`Packet::layer2_header`](crate::Packet::layer2_header), [`Verdict::vlan`](crate::Verdict::vlan), [`Verdict::layer2_header`](crate::Verdict::layer2_header) |
 //! | `nfq_ip_*`, `nfq_ip6_*`, `nfq_tcp_*`, `nfq_udp_*`, `nfq_icmp_*`, `pktb_*` | [`Edit`](crate::edit::Edit), which has a separate table |
@@ -79,7 +79,7 @@
 //! | `Config.Logger` | `tracing` |
 //! | `Register`, `RegisterWithErrorFunc` | the stream; errors of single verdicts: [`refusals`](crate::VerdictSink::refusals) |
 //! | `SetVerdict` | [`submit`](crate::Verdict::submit) |
-//! | `SetVerdictWithOption`: `WithMark`, `WithConnMark`, `WithLabel`, `WithAlteredPacket` | [`mark`](crate::Verdict::mark), [`conntrack_mark`](crate::Verdict::conntrack_mark), [`conntrack_labels`](crate::Verdict::conntrack_labels), [`payload`](crate::Verdict::payload) |
+//! | `SetVerdictWithOption`: `WithMark`, `WithConnMark`, `WithLabel`, `WithAlteredPacket` | [`mark`](crate::Verdict::mark), [`connection_mark`](crate::Verdict::connection_mark), [`connection_labels`](crate::Verdict::connection_labels), [`payload`](crate::Verdict::payload) |
 //! | `SetVerdictBatch` | automatic |
 //! | `Con`, `SetOption` | not needed: `NETLINK_NO_ENOBUFS` and the receive buffer are set |
 //! | `Close` | [`close`](crate::VerdictSink::close) |
@@ -102,7 +102,7 @@
 //! | `mode: accept` | [`Packet::accept`](crate::Packet::accept) |
 //! | `mode: repeat`, `repeat-mark`, `repeat-mask` | [`Packet::repeat_marked`](crate::Packet::repeat_marked) |
 //! | `mode: route`, `route-queue` | [`Packet::requeue`](crate::Packet::requeue), [`Packet::requeue_bypass`](crate::Packet::requeue_bypass) |
-//! | `bypass-mark`, `bypass-mask` | [`Packet::mark_with`](crate::Packet::mark_with) with [`Verdict::mark`](crate::Verdict::mark) and a rule that saves the mark in the connection; or [`Verdict::conntrack_mark`](crate::Verdict::conntrack_mark) |
+//! | `bypass-mark`, `bypass-mask` | [`Packet::mark_with`](crate::Packet::mark_with) with [`Verdict::mark`](crate::Verdict::mark) and a rule that saves the mark in the connection; or [`Verdict::connection_mark`](crate::Verdict::connection_mark) |
 //! | `batchcount` | [`FlushPolicy`](crate::FlushPolicy), in all modes |
 //! | `fail-open` | [`fail_open`](crate::QueueBuilder::fail_open) |
 //! | `-q 0 -q 1 ...`, `-q 0:3` | [`Queue::builder(0..4)`](crate::Queue::builder) |

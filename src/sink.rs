@@ -329,7 +329,7 @@ impl Sink<Verdict> for VerdictSink {
 
     fn start_send(self: Pin<&mut Self>, verdict: Verdict) -> Result<(), Error> {
         if self.closed {
-            return Err(Error::new(ErrorKind::Closed, "submit verdict").with_packet(verdict.packet_id()));
+            return Err(Error::new(ErrorKind::Closed, "submit verdict").with_packet(verdict.id()));
         }
         verdict.submit()
     }

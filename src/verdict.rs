@@ -85,15 +85,15 @@ pub struct Changes<'a> {
     pub vlan: Option<Vlan>,
     /// The packet's new link-layer header: [`Verdict::layer2_header`].
     pub layer2_header: Option<&'a Bytes>,
-    /// Value and mask: [`Verdict::conntrack_mark`].
+    /// Value and mask: [`Verdict::connection_mark`].
     #[cfg(feature = "conntrack")]
-    pub conntrack_mark: Option<(u32, u32)>,
-    /// Value and mask: [`Verdict::conntrack_labels`].
+    pub connection_mark: Option<(u32, u32)>,
+    /// Value and mask: [`Verdict::connection_labels`].
     #[cfg(feature = "conntrack")]
-    pub conntrack_labels: Option<([u8; 16], [u8; 16])>,
-    /// The new timeout: [`Verdict::conntrack_timeout`].
+    pub connection_labels: Option<([u8; 16], [u8; 16])>,
+    /// The new timeout: [`Verdict::connection_timeout`].
     #[cfg(feature = "conntrack")]
-    pub conntrack_timeout: Option<Duration>,
+    pub connection_timeout: Option<Duration>,
     /// The expected connection: [`Verdict::expectation`].
     #[cfg(feature = "conntrack")]
     pub expectation: Option<&'a Expectation>,
@@ -124,8 +124,8 @@ impl Verdict {
         }
     }
 
-    /// The id of the packet.
-    pub fn packet_id(&self) -> PacketId {
+    /// The kernel's id of the packet.
+    pub fn id(&self) -> PacketId {
         self.guard.id()
     }
 
@@ -198,7 +198,7 @@ impl Verdict {
     /// # Cancel safety
     /// If the future is dropped, the verdict stays submitted; only the confirmation is lost.
     pub fn confirm(self) -> Confirm {
-        let id = self.packet_id();
+        let id = self.id();
         let state = match self.check().err().or_else(|| self.obstacle()) {
             Some(error) => Confirmation::Refused(Some(error)),
             None => {
@@ -318,7 +318,7 @@ impl Verdict {
     /// and the other conntrack changes, because a kernel without the support ignores them silently.
     #[cfg(feature = "conntrack")]
     #[doc(alias = "NFQA_CT")]
-    pub fn conntrack_mark(mut self, value: u32, mask: u32) -> Self {
+    pub fn connection_mark(mut self, value: u32, mask: u32) -> Self {
         self.conntrack.get_or_insert_default().mark = Some((value, mask));
         self
     }
@@ -330,7 +330,7 @@ impl Verdict {
     /// the kernel silently ignores this change, and also the change of the connection's mark by the
     /// same verdict.
     #[cfg(feature = "conntrack")]
-    pub fn conntrack_labels(mut self, value: [u8; 16], mask: [u8; 16]) -> Self {
+    pub fn connection_labels(mut self, value: [u8; 16], mask: [u8; 16]) -> Self {
         self.conntrack.get_or_insert_default().labels = Some((value, mask));
         self
     }
@@ -340,14 +340,15 @@ impl Verdict {
     ///
     /// In whole seconds. The kernel limits it to 2³¹ − 1 ticks, which is 24 days or more.
     #[cfg(feature = "conntrack")]
-    pub fn conntrack_timeout(mut self, timeout: Duration) -> Self {
+    pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.conntrack.get_or_insert_default().timeout = Some(timeout);
         self
     }
 
     /// Lets connection tracking expect a connection that belongs to the packet's connection.
-    /// Packets of the expected connection are [related](crate::conntrack::ConnectionState::Related),
-    /// and its entry names this connection as its [master](crate::conntrack::Conntrack::master).
+    /// Packets of the expected connection are
+    /// [related](crate::conntrack::ConnectionState::Related), and its entry names this connection
+    /// as its [master](crate::conntrack::Conntrack::master).
     ///
     /// The packet's connection must have a helper
     /// ([`Conntrack::helper`](crate::conntrack::Conntrack::helper), assigned by a rule), whose
@@ -377,11 +378,11 @@ impl Verdict {
             vlan: extras.and_then(|extras| extras.vlan),
             layer2_header: extras.and_then(|extras| extras.layer2_header.as_ref()),
             #[cfg(feature = "conntrack")]
-            conntrack_mark: conntrack.and_then(|change| change.mark),
+            connection_mark: conntrack.and_then(|change| change.mark),
             #[cfg(feature = "conntrack")]
-            conntrack_labels: conntrack.and_then(|change| change.labels),
+            connection_labels: conntrack.and_then(|change| change.labels),
             #[cfg(feature = "conntrack")]
-            conntrack_timeout: conntrack.and_then(|change| change.timeout),
+            connection_timeout: conntrack.and_then(|change| change.timeout),
             #[cfg(feature = "conntrack")]
             expectation: conntrack.and_then(|change| change.expectation.as_ref()),
         }
@@ -446,7 +447,7 @@ impl Verdict {
         };
         #[cfg(feature = "conntrack")]
         if self.conntrack.as_ref().and_then(|change| change.mark).is_some_and(|(_, mask)| mask & marks.mask() != 0) {
-            return Err("conntrack_mark: the mask has bits of the queue's flow marks");
+            return Err("connection_mark: the mask has bits of the queue's flow marks");
         }
         if self.priority.is_some_and(|priority| FlowCodes::of(marks).has(priority)) {
             return Err("priority: it is one of the codes of the queue's flow marks");

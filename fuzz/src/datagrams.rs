@@ -77,7 +77,7 @@ fn encode_expectation(input: &mut Input<'_>) {
     let (destination, source, other) = (address(true), address(false), address(true));
     let mut expectation = Expectation::new(input.byte().into(), SocketAddr::new(destination, input.short()));
     if input.flag() {
-        expectation = expectation.source(source).source_port(input.short());
+        expectation = expectation.source_address(source).source_port(input.short());
     }
     if input.flag() {
         expectation = expectation.translation(input.flag(), SocketAddr::new(other, input.short()));

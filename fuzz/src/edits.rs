@@ -64,9 +64,9 @@ pub(super) fn view(view: &PacketView<'_>) {
     let whole = view.ip_header().len() + view.ip_payload().len();
     let header = view.transport_header().map_or(0, <[u8]>::len);
     assert!(header + view.payload().map_or(0, <[u8]>::len) <= whole);
-    assert_eq!(view.is_ipv4(), view.source().is_ipv4());
+    assert_eq!(view.is_ipv4(), view.source_address().is_ipv4());
     let _ = (view.source_port(), view.destination_port());
-    let _ = (view.ttl(), view.tos(), view.destination(), view.protocol(), view.is_fragment(), view.icmp());
+    let _ = (view.ttl(), view.tos(), view.destination_address(), view.protocol(), view.is_fragment(), view.icmp());
     assert!(!view.is_tcp() || !view.is_udp());
     assert!(view.tcp().is_none() || view.is_tcp());
     assert!(!view.to_string().is_empty());
@@ -88,12 +88,12 @@ fn step(edit: &mut Edit, input: &mut Input<'_>) -> Result<(), Error> {
         2 => {
             let address = address(input);
             edit.set_source_address(address)?;
-            assert_eq!(edit.view().source(), address);
+            assert_eq!(edit.view().source_address(), address);
         }
         3 => {
             let address = address(input);
             edit.set_destination_address(address)?;
-            assert_eq!(edit.view().destination(), address);
+            assert_eq!(edit.view().destination_address(), address);
         }
         4 => {
             let port = input.short();
@@ -158,7 +158,10 @@ fn turn_around(edit: &mut Edit) -> Result<(), Error> {
     let old = whole(&edit.view());
     edit.turn_around()?;
     let (old, new) = (PacketView::new(&old)?, edit.view());
-    assert_eq!((new.source(), new.destination(), new.ttl()), (old.destination(), old.source(), 64));
+    assert_eq!(
+        (new.source_address(), new.destination_address(), new.ttl()),
+        (old.destination_address(), old.source_address(), 64)
+    );
     assert_eq!((new.source_port(), new.destination_port()), (old.destination_port(), old.source_port()));
     assert_eq!(new.payload(), old.payload());
     Ok(())
@@ -169,7 +172,7 @@ fn reset(edit: &mut Edit) -> Result<(), Error> {
     let old = whole(&edit.view());
     edit.tcp_reset()?;
     let (old, new) = (PacketView::new(&old)?, edit.view());
-    assert_eq!((new.source(), new.destination()), (old.destination(), old.source()));
+    assert_eq!((new.source_address(), new.destination_address()), (old.destination_address(), old.source_address()));
     assert_eq!((new.source_port(), new.destination_port()), (old.destination_port(), old.source_port()));
     assert_eq!((new.payload(), new.transport_header().map(<[u8]>::len)), (Some(&[][..]), Some(20)));
     let (Some(from), Some(to)) = (old.tcp(), new.tcp()) else { panic!("a reset of no TCP packet") };
@@ -190,7 +193,10 @@ fn unreachable(edit: &mut Edit, reason: Unreachable) -> Result<(), Error> {
     edit.icmp_unreachable(reason)?;
     let packet = whole(&edit.view());
     let (before, new) = (PacketView::new(&old)?, edit.view());
-    assert_eq!((new.source(), new.destination()), (before.destination(), before.source()));
+    assert_eq!(
+        (new.source_address(), new.destination_address()),
+        (before.destination_address(), before.source_address())
+    );
     let (header, most, kind) = if new.is_ipv4() { (28, 576, 3) } else { (48, 1280, 1) };
     assert_eq!(packet[header..], old[..(most - header).min(old.len())], "what is quoted");
     assert_eq!(new.icmp().map(|(kind, _)| kind), Some(kind));

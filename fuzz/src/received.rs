@@ -135,7 +135,7 @@ fn decide(packet: Packet, input: &mut Input<'_>) {
         2 => packet.accept().mark(input.word()),
         3 => packet.requeue(input.byte().into()),
         4 => packet.repeat(),
-        5 => packet.accept().conntrack_mark(input.word(), u32::MAX),
+        5 => packet.accept().connection_mark(input.word(), u32::MAX),
         6 => match edit {
             Ok(mut edit) => {
                 edit.set_ttl(input.byte());

@@ -254,7 +254,7 @@ impl Edit {
 
     fn check_hosts(&self, operation: &'static str) -> Result<(), Error> {
         let view = self.view();
-        match [view.source(), view.destination()].into_iter().find(|address| !is_host(*address)) {
+        match [view.source_address(), view.destination_address()].into_iter().find(|address| !is_host(*address)) {
             Some(address) => Err(invalid(operation, format!("{address} is not the address of a host"))),
             None => Ok(()),
         }

@@ -110,7 +110,7 @@ impl<'a> PacketView<'a> {
     }
 
     /// The source address in the IP header.
-    pub fn source(&self) -> IpAddr {
+    pub fn source_address(&self) -> IpAddr {
         self.address(12, 8)
     }
 
@@ -118,7 +118,7 @@ impl<'a> PacketView<'a> {
     ///
     /// This is the next hop while an IPv4 source route is not completed, or an IPv6 routing header
     /// has segments left.
-    pub fn destination(&self) -> IpAddr {
+    pub fn destination_address(&self) -> IpAddr {
         self.address(16, 24)
     }
 
@@ -276,9 +276,9 @@ impl fmt::Display for PacketView<'_> {
                 None => address.fmt(f),
             }
         }
-        endpoint(f, self.source(), self.source_port())?;
+        endpoint(f, self.source_address(), self.source_port())?;
         f.write_str(" > ")?;
-        endpoint(f, self.destination(), self.destination_port())?;
+        endpoint(f, self.destination_address(), self.destination_port())?;
         match self.layout.protocol {
             ip_number::TCP => f.write_str(" TCP")?,
             ip_number::UDP => f.write_str(" UDP")?,

@@ -230,7 +230,7 @@ impl<D: Decide> Loop<D> {
     }
 
     fn submit(&mut self, verdict: Option<Verdict>) {
-        let packet = verdict.as_ref().map(Verdict::packet_id);
+        let packet = verdict.as_ref().map(Verdict::id);
         if let (Some(packet), Outcome::Failed(error)) = (packet, submit(verdict)) {
             self.failed(packet, &error);
         }

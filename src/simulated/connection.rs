@@ -49,7 +49,8 @@ impl Connection {
         self
     }
 
-    /// The labels, 128 bits as in [`Verdict::conntrack_labels`](crate::Verdict::conntrack_labels).
+    /// The labels, 128 bits as in
+    /// [`Verdict::connection_labels`](crate::Verdict::connection_labels).
     pub fn labels(mut self, labels: [u8; 16]) -> Self {
         self.labels = labels;
         self

@@ -113,7 +113,7 @@ async fn every_attribute_of_a_packet_arrives() {
         use crate::conntrack::{ConnectionState, Direction};
         assert_eq!(packet.connection_state(), Some(ConnectionState::Established));
         assert_eq!(packet.direction(), Some(Direction::Original));
-        packet.accept().conntrack_mark(0xf0, 0xf0).submit().unwrap();
+        packet.accept().connection_mark(0xf0, 0xf0).submit().unwrap();
         assert_eq!(sent.outcome().await.connection_mark, Some(0xf5));
         assert_eq!(kernel.connection_mark(77), Some(0xf5));
     }

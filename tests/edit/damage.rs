@@ -41,12 +41,12 @@ fn reply(bytes: &[u8]) {
     for make in [Edit::turn_around, Edit::tcp_reset, |edit: &mut Edit| edit.icmp_unreachable(Unreachable::Port)] {
         let Ok(mut edit) = Edit::new(bytes) else { return };
         let packet = whole(&edit.view());
-        let (result, source) = (make(&mut edit), edit.view().source());
+        let (result, source) = (make(&mut edit), edit.view().source_address());
         if result.is_err() {
             assert_eq!(whole(&edit.view()), packet);
             continue;
         }
-        assert_eq!((source, edit.view().ttl()), (PacketView::new(bytes).unwrap().destination(), 64));
+        assert_eq!((source, edit.view().ttl()), (PacketView::new(bytes).unwrap().destination_address(), 64));
         let is_error = whole(&edit.view()) != packet && matches!(edit.view().icmp(), Some((1 | 3, _)));
         let reply = edit.finish();
         assert_eq!(Edit::new(&reply).unwrap().finish(), reply);

@@ -274,7 +274,7 @@ fn addresses_of_groups_get_no_reply() {
     let mut edit = Edit::new(&packet).unwrap();
     edit.set_destination_address([192, 0, 2, 1]).unwrap();
     edit.turn_around().unwrap();
-    assert_eq!(edit.view().source().to_string(), "192.0.2.1");
+    assert_eq!(edit.view().source_address().to_string(), "192.0.2.1");
 }
 
 #[test]

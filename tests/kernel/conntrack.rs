@@ -73,9 +73,9 @@ async fn refuses_changes(number: u16) {
     let _divert = divert([udp_out().to_queue(number)]);
     let flow = Pair::new("127.0.0.1");
     let changes: [fn(Verdict) -> Verdict; 4] = [
-        |verdict| verdict.conntrack_mark(1, 1),
-        |verdict| verdict.conntrack_labels([1; 16], [1; 16]),
-        |verdict| verdict.conntrack_timeout(Duration::from_secs(60)),
+        |verdict| verdict.connection_mark(1, 1),
+        |verdict| verdict.connection_labels([1; 16], [1; 16]),
+        |verdict| verdict.connection_timeout(Duration::from_secs(60)),
         |verdict| verdict.expectation(Expectation::udp(LATER)),
     ];
     for (index, change) in (0..).zip(changes) {
@@ -237,7 +237,7 @@ async fn an_ipv6_entry_is_decoded() {
     pair.ask(1);
     let (packet, entry) = entry(&mut queue).await;
     pair.assert_is(&entry);
-    give(packet.accept().conntrack_mark(6, 6)).await;
+    give(packet.accept().connection_mark(6, 6)).await;
     assert_eq!(pair.heard(), 1);
 }
 
@@ -309,7 +309,7 @@ async fn untracked_packets_have_no_entry() {
         let packet = next(&mut queue).await;
         assert_eq!((packet.conntrack(), packet.connection_state(), packet.direction()), (None, None, None), "{turn}");
         // A program cannot know beforehand whether a packet has an entry, so this is no error.
-        give(packet.accept().conntrack_mark(1, 1)).await;
+        give(packet.accept().connection_mark(1, 1)).await;
         assert_eq!(pair.heard(), turn);
         if turn == 0 {
             // At first there is no connection tracking. Now there is, but these packets are exempt.
@@ -328,7 +328,7 @@ async fn a_connection_mark_is_seen_in_later_packets() {
     pair.ask(1);
     let packet = next(&mut queue).await;
     // The connection's mark, not the packet's.
-    give(packet.accept().conntrack_mark(0xdead_beef, u32::MAX)).await;
+    give(packet.accept().connection_mark(0xdead_beef, u32::MAX)).await;
     pair.ask(2);
     let (packet, marked) = entry(&mut queue).await;
     assert_eq!((number(&packet), marked.mark, packet.mark()), (2, Some(0xdead_beef), 0));
@@ -346,7 +346,7 @@ async fn a_connection_mark_is_seen_in_later_packets() {
     // The mark is removed.
     pair.ask(5);
     let packet = next(&mut queue).await;
-    give(packet.accept().conntrack_mark(0, u32::MAX)).await;
+    give(packet.accept().connection_mark(0, u32::MAX)).await;
     pair.ask(6);
     let (packet, unmarked) = entry(&mut queue).await;
     assert_eq!(mark(&unmarked), 0);
@@ -374,7 +374,7 @@ async fn a_connection_mark_changes_only_within_its_mask() {
     for ((value, mask), expected) in changes {
         pair.ask(0);
         let packet = next(&mut queue).await;
-        give(packet.accept().conntrack_mark(value, mask)).await;
+        give(packet.accept().connection_mark(value, mask)).await;
         pair.ask(0);
         let (packet, entry) = entry(&mut queue).await;
         assert_eq!(entry.mark, Some(expected), "{:#x?} with {value:#x} in {mask:#x}", entry.mark);
@@ -399,7 +399,7 @@ async fn labels_change_only_within_their_mask() {
     {
         pair.ask(0);
         let packet = next(&mut queue).await;
-        give(packet.accept().conntrack_labels(value, mask)).await;
+        give(packet.accept().connection_labels(value, mask)).await;
         pair.ask(0);
         let (packet, entry) = entry(&mut queue).await;
         assert_eq!(entry.labels, expected);
@@ -415,7 +415,7 @@ async fn labels_need_a_rule_that_sets_labels() {
     pair.ask(0);
     let packet = next(&mut queue).await;
     // The kernel reports no error, and ignores the mark as well.
-    give(packet.accept().conntrack_labels([1; 16], [0xff; 16]).conntrack_mark(1, 1)).await;
+    give(packet.accept().connection_labels([1; 16], [0xff; 16]).connection_mark(1, 1)).await;
     pair.ask(0);
     let (packet, entry) = entry(&mut queue).await;
     assert_eq!((entry.labels, mark(&entry)), (None, 0));
@@ -434,7 +434,7 @@ async fn a_timeout_lasts_until_the_next_packet() {
         assert!(before.timeout.is_some_and(|timeout| timeout <= Duration::from_secs(30)), "{turn}: {before:?}");
         assert_eq!(before.status.unwrap().is_confirmed(), turn == 1);
         // The packet does not leave netfilter in between.
-        give(packet.requeue(1).conntrack_timeout(Duration::from_millis(1_000_900))).await;
+        give(packet.requeue(1).connection_timeout(Duration::from_millis(1_000_900))).await;
         let (packet, after) = entry(&mut second).await;
         let timeout = after.timeout.unwrap();
         assert!((Duration::from_secs(900)..=Duration::from_secs(1000)).contains(&timeout), "{turn}: {timeout:?}");
@@ -454,7 +454,7 @@ async fn a_very_long_timeout_is_limited_by_the_kernel() {
     let pair = Pair::new("127.0.0.1");
     pair.ask(0);
     let packet = next(&mut queue).await;
-    give(packet.requeue(1).conntrack_timeout(Duration::MAX)).await;
+    give(packet.requeue(1).connection_timeout(Duration::MAX)).await;
     let (packet, entry) = entry(&mut second).await;
     // The kernel limits it to 2³¹ − 1 ticks: 24 days at 1000 ticks per second.
     assert!(entry.timeout.unwrap() > Duration::from_secs(24 * 86_400), "{entry:?}");
@@ -473,9 +473,9 @@ async fn all_changes_work_in_one_verdict() {
     let verdict = packet
         .requeue(1)
         .mark(3)
-        .conntrack_mark(4, 0xff)
-        .conntrack_labels([5; 16], [0xff; 16])
-        .conntrack_timeout(Duration::from_secs(600));
+        .connection_mark(4, 0xff)
+        .connection_labels([5; 16], [0xff; 16])
+        .connection_timeout(Duration::from_secs(600));
     give(verdict).await;
     let (packet, after) = entry(&mut second).await;
     assert_eq!((packet.mark(), after.mark, after.labels), (3, Some(4), Some([5; 16])));
@@ -518,7 +518,7 @@ async fn an_expected_connection_is_related() {
     let [right, other] = ["127.0.0.1:0"; 2].map(support::udp);
     let port = right.local_addr().unwrap().port();
     let elsewhere = support::udp(("127.0.0.2", port));
-    let expectation = Expectation::udp(LATER).source(Ipv4Addr::LOCALHOST.into()).source_port(port);
+    let expectation = Expectation::udp(LATER).source_address(Ipv4Addr::LOCALHOST.into()).source_port(port);
     let first = expect(&mut queue, &pair, expectation).await;
     assert_eq!((first.helper.as_deref(), first.master), (Some(HELPER), None));
     for from in [other, elsewhere] {
@@ -569,7 +569,7 @@ async fn an_expectation_without_a_helper_is_ignored() {
     let source = support::udp("127.0.0.1:0");
     source.send_to(&[0; 4], LATER).unwrap();
     let verdict = next(&mut queue).await.accept();
-    let mixed = Expectation::udp(LATER).source(Ipv6Addr::LOCALHOST.into());
+    let mixed = Expectation::udp(LATER).source_address(Ipv6Addr::LOCALHOST.into());
     let error = verdict.expectation(mixed).submit().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
 }
@@ -584,7 +584,7 @@ async fn a_dropped_packet_leaves_no_entry() {
         let (packet, entry) = entry(&mut queue).await;
         assert!(!entry.status.unwrap().is_confirmed());
         assert_eq!(mark(&entry), 0);
-        give(packet.drop().conntrack_mark(9, 9)).await;
+        give(packet.drop().connection_mark(9, 9)).await;
     }
 }
 

@@ -46,7 +46,7 @@ async fn a_verdict_returns_all_that_it_changes() {
     let traffic = Traffic::new(2);
     let mut packets = hold(&mut queue, &traffic, 0..2).await;
     let plain = packets.remove(0).drop();
-    assert_eq!((plain.action(), plain.packet_id().get(), plain.queue_number()), (Action::Drop, 1, 0));
+    assert_eq!((plain.action(), plain.id().get(), plain.queue_number()), (Action::Drop, 1, 0));
     assert_eq!(plain.changes(), Changes::default());
     let vlan = Vlan { protocol: 0x8100, control: 7 };
     let verdict = packets.remove(0).accept().mark(5).priority(6).payload(vec![7; 30]).vlan(vlan);
@@ -56,12 +56,12 @@ async fn a_verdict_returns_all_that_it_changes() {
     assert_eq!(changes.payload.map(|payload| &payload[..]), Some(&[7; 30][..]));
     assert_eq!(changes.layer2_header.map(|header| &header[..]), Some(&[8; 14][..]));
     let expectation = tokio_nfqueue::conntrack::Expectation::tcp(([192, 0, 2, 7], 40_000).into());
-    let verdict = verdict.conntrack_mark(1, 2).conntrack_labels([3; 16], [4; 16]);
+    let verdict = verdict.connection_mark(1, 2).connection_labels([3; 16], [4; 16]);
     let timeout = std::time::Duration::from_secs(9);
-    let verdict = verdict.conntrack_timeout(timeout).expectation(expectation.clone());
+    let verdict = verdict.connection_timeout(timeout).expectation(expectation.clone());
     let changes = verdict.changes();
-    assert_fields!(changes, mark: Some(5), conntrack_mark: Some((1, 2)));
-    assert_fields!(changes, conntrack_labels: Some(([3; 16], [4; 16])), conntrack_timeout: Some(timeout));
+    assert_fields!(changes, mark: Some(5), connection_mark: Some((1, 2)));
+    assert_fields!(changes, connection_labels: Some(([3; 16], [4; 16])), connection_timeout: Some(timeout));
     assert_eq!(changes.expectation, Some(&expectation));
     // None of these was submitted.
     drop((plain, verdict));
@@ -212,7 +212,7 @@ async fn a_detached_packet_can_be_decided_like_a_packet() {
             6 => detached.decide(Action::Accept),
             _ => detached.repeat(),
         };
-        assert_eq!(verdict.packet_id(), id);
+        assert_eq!(verdict.id(), id);
         verdict.submit().unwrap();
     }
     queue.sink().flush().await;

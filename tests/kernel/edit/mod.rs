@@ -153,7 +153,7 @@ async fn in_part(case: Case) {
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::InvalidInput, Some(packet.id())));
     assert!(error.to_string().contains("only 60 of its 5"), "{error}");
     let view = packet.view().unwrap();
-    assert_eq!((view.destination(), view.destination_port()), (path.far, Some(PORT)));
+    assert_eq!((view.destination_address(), view.destination_port()), (path.far, Some(PORT)));
     packet.drop().submit().unwrap();
 }
 

@@ -66,7 +66,7 @@ pub(crate) async fn redirected(case: Case) {
             edit.set_destination_address(server_address)?;
             edit.set_destination_port(REPLY_PORT)
         } else {
-            assert_eq!((edit.view().source(), edit.view().source_port()), (server_address, Some(REPLY_PORT)));
+            assert_eq!((edit.view().source_address(), edit.view().source_port()), (server_address, Some(REPLY_PORT)));
             edit.set_source_address(asked)?;
             edit.set_source_port(PORT)
         }

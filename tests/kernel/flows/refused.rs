@@ -66,7 +66,7 @@ async fn verdicts_that_no_rule_carries_out() {
         ("the action must be", |packet| packet.requeue(7).for_flow()),
         ("priority: it is one of the codes", |packet| packet.accept().priority(0xaa00_0000)),
         ("the new priority must be less", |packet| packet.accept().priority(0x0100_0000).for_flow()),
-        ("without conntrack(true)", |packet| packet.accept().conntrack_mark(0x1012, 0x1012)),
+        ("without conntrack(true)", |packet| packet.accept().connection_mark(0x1012, 0x1012)),
     ];
     for (what, decide) in cases {
         talk.ask(1);

@@ -20,7 +20,8 @@ use crate::types::{FlowTuple, Protocol};
 /// ```
 /// # use nfqueue_proto::wire::expectation::Expectation;
 /// // A data connection from any port of 192.0.2.1 to port 40000 of 192.0.2.7.
-/// let data = Expectation::tcp(([192, 0, 2, 7], 40_000).into()).source([192, 0, 2, 1].into());
+/// let server = [192, 0, 2, 1].into();
+/// let data = Expectation::tcp(([192, 0, 2, 7], 40_000).into()).source_address(server);
 /// # let _ = data;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,7 +64,7 @@ impl Expectation {
     }
 
     /// Expects the connection only from this address. Default: any address.
-    pub fn source(mut self, address: IpAddr) -> Self {
+    pub fn source_address(mut self, address: IpAddr) -> Self {
         self.source = Some(address);
         self
     }
@@ -230,7 +231,7 @@ mod tests {
     #[test]
     fn all_fields_are_encoded() {
         let expectation = Expectation::tcp("[2001:db8::1]:21".parse().unwrap())
-            .source("2001:db8::2".parse().unwrap())
+            .source_address("2001:db8::2".parse().unwrap())
             .source_port(7)
             .permanent()
             .inactive()
@@ -255,7 +256,7 @@ mod tests {
     fn expectations_that_the_kernel_would_ignore_are_refused() {
         let udp = || Expectation::udp(([192, 0, 2, 7], 1).into());
         for bad in [
-            udp().source(Ipv6Addr::LOCALHOST.into()),
+            udp().source_address(Ipv6Addr::LOCALHOST.into()),
             udp().translation(false, (Ipv6Addr::LOCALHOST, 1).into()),
             udp().helper(""),
             udp().helper("a name of 16 by."),
