@@ -37,7 +37,7 @@
 //! | `nfq_set_queue_flags` | [`fail_open`](crate::QueueBuilder::fail_open), [`conntrack`](crate::QueueBuilder::conntrack), [`gso`](crate::QueueBuilder::gso), [`uid_gid`](crate::QueueBuilder::uid_gid), [`security_context`](crate::QueueBuilder::security_context) |
 //! | any of these settings on a bound queue | [`reconfigure`](crate::VerdictSink::reconfigure) |
 //! | `nfq_fd`, `nfq_handle_packet`, the callback | the [`Stream`](crate::PacketStream) of packets; without Tokio [`readable_fd`](crate::PacketStream::readable_fd) and [`try_recv`](crate::PacketStream::try_recv) |
-//! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer) |
+//! | `nfnl_rcvbufsiz` | [`receive_buffer`](crate::QueueBuilder::receive_buffer); on a bound queue [`Reconfigure::receive_buffer`](crate::Reconfigure::receive_buffer) |
 //! | `NETLINK_NO_ENOBUFS` | always set |
 //! | `nfq_set_verdict` | [`submit`](crate::Verdict::submit); with a buffer: [`Verdict::payload`](crate::Verdict::payload) |
 //! | `nfq_set_verdict2`, `nfq_set_verdict_mark` | [`Verdict::mark`](crate::Verdict::mark) |

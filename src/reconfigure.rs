@@ -12,6 +12,7 @@ use crate::wire::config::{
 pub struct Reconfigure {
     copy: Option<CopyMode>,
     max_len: Option<u32>,
+    receive_buffer: Option<usize>,
     mask: u32,
     flags: u32,
 }
@@ -38,6 +39,17 @@ impl Reconfigure {
     /// beyond a new, shorter length stay queued.
     pub fn max_len(mut self, packets: u32) -> Self {
         self.max_len = Some(packets.max(1));
+        self
+    }
+
+    /// As [`QueueBuilder::receive_buffer`](crate::QueueBuilder::receive_buffer), in bytes. Must not
+    /// be 0. Afterwards this size stays, whatever `max_len` and the copy range are.
+    ///
+    /// What is in a buffer that becomes smaller stays there. It is changed first: a kernel that
+    /// refuses another setting of the same change has this size nevertheless.
+    #[doc(alias = "SO_RCVBUF")]
+    pub fn receive_buffer(mut self, bytes: usize) -> Self {
+        self.receive_buffer = Some(bytes);
         self
     }
 
@@ -72,10 +84,14 @@ impl Reconfigure {
         self
     }
 
-    /// The message, if the values are valid.
-    pub(crate) fn config(&self) -> Result<Config, &'static str> {
+    /// The message and the receive buffer, if the values are valid.
+    pub(crate) fn changes(&self) -> Result<(Config, Option<usize>), &'static str> {
+        if self.receive_buffer == Some(0) {
+            return Err("receive buffer is 0");
+        }
         let flags = (self.mask != 0).then_some((self.mask, self.flags));
         let config = Config { command: None, copy: self.copy, max_len: self.max_len, flags };
-        config.check().map(|()| config)
+        config.check()?;
+        Ok((config, self.receive_buffer))
     }
 }

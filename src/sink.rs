@@ -233,7 +233,8 @@ impl VerdictSink {
 
     /// Changes settings while the queue runs, in one message that the kernel applies or refuses as
     /// a whole. No packet is lost. If the receive buffer has its default size, it grows with a
-    /// longer queue or copy range.
+    /// longer queue or copy range. A receive buffer that is requested is set before the message is
+    /// sent.
     ///
     /// The message is sent by this call; the future resolves when the kernel has replied. The reply
     /// arrives in the socket behind the packets that wait there. The future receives these too, up
@@ -252,7 +253,7 @@ impl VerdictSink {
     /// If the future is dropped, the change stays; only its confirmation is lost.
     #[must_use = "the change has been sent, but only the future returns the kernel's reply"]
     pub fn reconfigure(&self, change: &Reconfigure) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        let changes = join_all(self.queues.iter().map(|queue| queue.reconfigure(change.config())));
+        let changes = join_all(self.queues.iter().map(|queue| queue.reconfigure(change.changes())));
         async move { changes.await.into_iter().collect() }
     }
 

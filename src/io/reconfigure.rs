@@ -1,6 +1,9 @@
 //! Changing settings while the queue runs.
 
-use std::{future::Future, sync::Arc};
+use std::{
+    future::Future,
+    sync::{Arc, atomic::Ordering},
+};
 
 use futures::channel::oneshot;
 
@@ -19,10 +22,10 @@ impl Shared {
     /// queued packets stay queued, and packets that arrive meanwhile are kept.
     pub(crate) fn reconfigure(
         self: &Arc<Self>,
-        config: Result<Config, &'static str>,
+        changes: Result<(Config, Option<usize>), &'static str>,
     ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
         let shared = Arc::clone(self);
-        let begun = self.begin_reconfigure(config);
+        let begun = self.begin_reconfigure(changes);
         async move {
             let result = match begun {
                 Ok((config, reply)) => shared.finish_reconfigure(config, reply).await,
@@ -35,13 +38,13 @@ impl Shared {
 
     fn begin_reconfigure(
         &self,
-        config: Result<Config, &'static str>,
+        changes: Result<(Config, Option<usize>), &'static str>,
     ) -> Result<(Config, oneshot::Receiver<Result<(), Error>>), Error> {
-        let config = config.map_err(|what| {
+        let (config, receive_buffer) = changes.map_err(|what| {
             let error = Error::new(ErrorKind::InvalidInput, format!("reconfigure queue {}", self.settings.queue));
             error.with_detail(what)
         })?;
-        let reply = self.begin_configure(RECONFIGURE, &config, true)?;
+        let reply = self.begin_configure(RECONFIGURE, &config, true, receive_buffer)?;
         Ok((config, reply))
     }
 
@@ -59,7 +62,7 @@ impl Shared {
                     // The reply was lost. Setting the same values again does no harm, and causes
                     // another reply.
                     tries += 1;
-                    reply = self.begin_configure(RECONFIGURE, &config, true)?;
+                    reply = self.begin_configure(RECONFIGURE, &config, true, None)?;
                 }
                 result => {
                     let named = |error: Error| error.with_operation(format!("{RECONFIGURE} {}", self.settings.queue));
@@ -70,22 +73,35 @@ impl Shared {
     }
 
     /// Makes room for what the kernel may send once it has carried out the configuration messages
-    /// whose replies are awaited. Neither size ever shrinks. The caller holds `outbox`, so that no
-    /// other change comes in between.
-    pub(super) fn make_room(&self) -> Result<(), Error> {
+    /// whose replies are awaited. Neither size ever shrinks, unless this size of the receive buffer
+    /// is requested. The caller holds `outbox`, so that no other change comes in between.
+    pub(super) fn make_room(&self, requested: Option<usize>) -> Result<(), Error> {
         let limits = self.core().machine.highest_limits();
         lock(&self.receiver).grow(limits.payload);
-        if self.settings.receive_buffer.is_none() {
-            self.socket.grow_receive_buffer(receive_buffer(limits, self.settings.attributes))?;
-            self.core().machine.set_receive_buffer(self.socket.receive_buffer());
+        let present = self.socket.receive_buffer();
+        if let Some(bytes) = requested {
+            self.requested_buffer.store(bytes, Ordering::Relaxed);
         }
-        Ok(())
+        let wanted = requested.unwrap_or_else(|| match self.requested_buffer.load(Ordering::Relaxed) {
+            0 => receive_buffer(limits, self.settings.attributes).max(present),
+            _ => present,
+        });
+        if wanted == present {
+            return Ok(());
+        }
+        // Until the size is known, no reply is certain to have found room.
+        self.core().machine.set_receive_buffer(0);
+        let result = self.socket.set_receive_buffer(wanted);
+        self.core().machine.set_receive_buffer(self.socket.receive_buffer());
+        result
     }
 
     /// The receive buffer that was requested, or that a full queue needs; in bytes.
     pub(crate) fn wanted_receive_buffer(&self) -> usize {
-        let limits = self.core().machine.limits();
-        self.settings.receive_buffer.unwrap_or_else(|| receive_buffer(limits, self.settings.attributes))
+        match self.requested_buffer.load(Ordering::Relaxed) {
+            0 => receive_buffer(self.core().machine.limits(), self.settings.attributes),
+            bytes => bytes,
+        }
     }
 }
 

@@ -130,6 +130,7 @@ impl Shared {
         operation: &'static str,
         config: &Config,
         only_while_open: bool,
+        receive_buffer: Option<usize>,
     ) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
         let (waiter, reply) = oneshot::channel();
         let outbox = lock(&self.outbox);
@@ -148,7 +149,7 @@ impl Shared {
         let mut message = Vec::new();
         config.encode(&mut message, sequence, self.settings.queue);
         // Memory first: longer messages may arrive before the reply.
-        let room = self.make_room();
+        let room = self.make_room(receive_buffer);
         let result = if room.is_ok() { self.send_with_retry(&message) } else { Ok(()) };
         if room.is_err() || result.is_err() {
             self.core().machine.take_config(sequence);
@@ -176,7 +177,7 @@ impl Shared {
     /// # Errors
     /// The kernel's error, or `Unconfirmed` if its reply was lost.
     pub(super) fn configure(&self, operation: &'static str, config: &Config) -> Result<(), Error> {
-        let mut reply = self.begin_configure(operation, config, false)?;
+        let mut reply = self.begin_configure(operation, config, false, None)?;
         let named = |error: Error| error.with_operation(format!("{operation} {}", self.settings.queue));
         loop {
             if let Some(result) = (&mut reply).now_or_never() {

@@ -52,7 +52,7 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings {
     pub(crate) queue: u16,
-    /// The requested receive buffer in bytes; `None` for one that holds a full queue.
+    /// The receive buffer that `bind` requests, in bytes; `None` for one that holds a full queue.
     pub(crate) receive_buffer: Option<usize>,
     pub(crate) on_unanswered: Action,
     pub(crate) deadline: Option<(Duration, Action)>,
@@ -106,6 +106,9 @@ pub(crate) struct Shared {
     pub(super) trace: Trace,
     /// The owner of the socket's network namespace.
     pub(super) network_owner: Owner,
+    /// The size of the receive buffer that was requested, last; 0 if it follows from the limits. It
+    /// is written under the send lock.
+    pub(super) requested_buffer: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -153,6 +156,7 @@ impl Shared {
             ready_fd: OnceLock::new(),
             trace: Trace::new(settings.queue),
             network_owner,
+            requested_buffer: settings.receive_buffer.unwrap_or(0).into(),
             settings,
             clock: socket.clock(),
             socket,

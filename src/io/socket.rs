@@ -296,20 +296,15 @@ impl Socket {
         self.port_id
     }
 
-    /// Makes the receive buffer at least this large if the system allows it, in bytes as the kernel
-    /// accounts them.
-    pub(crate) fn grow_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
-        // One call at a time, so that no call reduces what another has increased.
-        static GROWING: Mutex<()> = Mutex::new(());
-        let _one_at_a_time = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes > self.receive_buffer() {
-            let came = match &*self.transport {
-                Transport::Netlink(socket) => set_receive_buffer(socket, bytes)?,
-                #[cfg(feature = "test-util")]
-                Transport::Memory(socket) => socket.kernel.set_receive_buffer(socket.port, bytes),
-            };
-            self.receive_buffer.store(came, Ordering::Relaxed);
-        }
+    /// Sets the receive buffer as far as the system allows it, in bytes as the kernel accounts
+    /// them. The caller sees to it that there is one call at a time.
+    pub(crate) fn set_receive_buffer(&self, bytes: usize) -> Result<(), Error> {
+        let came = match &*self.transport {
+            Transport::Netlink(socket) => set_receive_buffer(socket, bytes)?,
+            #[cfg(feature = "test-util")]
+            Transport::Memory(socket) => socket.kernel.set_receive_buffer(socket.port, bytes),
+        };
+        self.receive_buffer.store(came, Ordering::Relaxed);
         Ok(())
     }
 

@@ -27,6 +27,7 @@ tests![
     both a_change_under_load_loses_no_packet,
     multi a_change_during_close_delays_no_verdict,
     one a_receive_buffer_of_default_size_grows,
+    one the_receive_buffer_changes,
 ];
 
 async fn change(queue: &Queue, change: Reconfigure) -> Result<(), Error> {
@@ -220,6 +221,7 @@ async fn a_change_under_load_loses_no_packet() {
         decide(packet).submit().unwrap();
         if index % 10 == 0 {
             let change = Reconfigure::new().max_len(1000 + index).copy_range(1000 + index).gso(index % 20 == 0);
+            let change = change.receive_buffer(300_000 + index as usize * 7 % 100_000);
             sink.reconfigure(&change).await.unwrap();
         }
     }
@@ -240,4 +242,39 @@ async fn a_receive_buffer_of_default_size_grows() {
     let before = queue.stats().limits.receive_buffer;
     change(&queue, Reconfigure::new().max_len(10_000)).await.unwrap();
     assert_eq!(queue.stats().limits.receive_buffer, before, "what was asked for stays");
+}
+
+/// The kernel's limit without privileges, 212 992 bytes and as much again for its own data, is more
+/// than any size here.
+async fn the_receive_buffer_changes() {
+    // About 48 small packets.
+    const SMALL: usize = 40_000;
+    let (mut queue, _divert) = start(Queue::builder(0));
+    let traffic = Traffic::new(200);
+    change(&queue, Reconfigure::new().receive_buffer(SMALL)).await.unwrap();
+    assert_eq!(queue.stats().limits.receive_buffer, SMALL);
+    traffic.send(0..200);
+    eventually("the kernel has seen all packets", || account(0).unwrap().last_id == 200).await;
+    let lost = account(0).unwrap().socket_full;
+    assert!((100..200).contains(&lost), "{lost} are lost");
+
+    // What is in the buffer stays there, whether it becomes larger or smaller.
+    change(&queue, Reconfigure::new().receive_buffer(10 * SMALL)).await.unwrap();
+    assert_eq!(queue.stats().limits.receive_buffer, 10 * SMALL);
+    traffic.send(200..400);
+    eventually("the kernel has seen all packets", || account(0).unwrap().last_id == 400).await;
+    assert_eq!(account(0).unwrap().socket_full, lost, "all fit");
+    change(&queue, Reconfigure::new().receive_buffer(SMALL)).await.unwrap();
+    for _ in lost..400 {
+        next(&mut queue).await.accept().submit().unwrap();
+    }
+    queue.sink().flush().await;
+    assert_eq!((queue.stats().lost.packets, queue.stats().decided.accepted), (lost, 400 - lost));
+
+    // What was asked for stays, and what is refused changes nothing.
+    change(&queue, Reconfigure::new().max_len(10_000)).await.unwrap();
+    let error = change(&queue, Reconfigure::new().max_len(7).receive_buffer(0)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    let limits = queue.stats().limits;
+    assert_eq!((limits.receive_buffer, limits.max_len), (SMALL, 10_000));
 }

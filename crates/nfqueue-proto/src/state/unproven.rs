@@ -49,6 +49,9 @@ struct Entry {
 pub(super) struct Unproven {
     entries: VecDeque<Entry>,
     /// The receive buffer in bytes, as the kernel accounts them.
+    size: usize,
+    /// The smallest that it has been since the socket was found empty last, or since there were no
+    /// entries.
     buffer: usize,
     /// When to read the socket, and the oldest entry at the time when that was decided.
     look: Option<(Instant, u32)>,
@@ -72,7 +75,8 @@ const MOST_AGAIN: usize = 64;
 
 impl Unproven {
     pub(super) fn set_receive_buffer(&mut self, bytes: usize) {
-        self.buffer = bytes;
+        self.size = bytes;
+        self.buffer = if self.entries.is_empty() { bytes } else { self.buffer.min(bytes) };
     }
 
     /// Whether a single verdict need not be proven at once.
@@ -128,7 +132,7 @@ impl Unproven {
     /// Returns verdicts that must be sent again.
     pub(super) fn emptied(&mut self, sent: u32) -> Vec<Verdict> {
         let certain = self.is_certain();
-        self.received = 0;
+        (self.received, self.buffer) = (0, self.size);
         if self.again_until.take_if(|until| !is_after(*until, sent)).is_some() {
             self.again.clear();
         }
@@ -245,6 +249,23 @@ mod tests {
             assert_eq!((unproven.emptied(8), unproven.can_defer()), (Vec::new(), false));
             assert_eq!((unproven.emptied(9), unproven.can_defer()), (Vec::new(), true));
         }
+    }
+
+    #[test]
+    fn a_buffer_of_another_size_does_not_hide_that_the_one_before_was_full() {
+        let mut unproven = unproven();
+        begin(&mut unproven, 1, 1);
+        unproven.set_receive_buffer(4 * BUFFER);
+        unproven.received(BUFFER, false);
+        assert_eq!(unproven.emptied(1), [verdict(1)]);
+        // From now on the new size counts.
+        begin(&mut unproven, 2, 2);
+        unproven.received(BUFFER, false);
+        assert_eq!(unproven.emptied(2), []);
+        begin(&mut unproven, 3, 3);
+        unproven.set_receive_buffer(BUFFER);
+        unproven.received(BUFFER, false);
+        assert_eq!(unproven.emptied(3), [verdict(3)]);
     }
 
     #[test]
