@@ -18,12 +18,46 @@
 //!   seen. Here a batch decides only what the program has decided, so there is nothing to port.
 //! - **Errors.** `nfq_handle_packet` returns errors of single messages; here they are in
 //!   [`refusals`](crate::VerdictSink::refusals), and an error of the stream is its end.
-//! - **Loops of one's own**, with `poll(2)` or `epoll(7)`: bind within a runtime's context
-//!   (`Handle::enter`), then wait for [`readable_fd`](crate::PacketStream::readable_fd) and call
-//!   [`try_recv_many`](crate::PacketStream::try_recv_many) until it returns `Empty`. Verdicts are
-//!   sent when it does; [`flush_now`](crate::VerdictSink::flush_now) sends them before, and
-//!   [`Refusals::try_recv`](crate::Refusals::try_recv) reads errors without waiting.
+//! - **Loops of one's own**, with `poll(2)` or `epoll(7)`, are possible: see the
+//!   [next section](#a-loop-of-ones-own).
 //! - **`nfq_open_nfnl`** shares a socket with other uses; here a queue has a socket of its own.
+//!
+//! # A loop of one's own
+//!
+//! A queue is bound in a runtime, because the stream needs its I/O driver. A program that does not
+//! use the stream need not drive that runtime afterwards.
+//!
+#![doc = include_str!("poll_loop.md")]
+//!
+//! | part | in a runtime that is not driven |
+//! |---|---|
+//! | [`readable_fd`], [`try_recv`], [`try_recv_many`], [`submit`], [`flush_now`], [`Refusals::try_recv`] | as in one that is driven |
+//! | time limits of flush policies, [`deadline`], the time-out of [`close`] | kept by the crate's timer thread |
+//! | [`confirm`], [`reconfigure`], [`close`], [`flush`], the methods of [`Divert`] | awaited by any executor, such as `futures::executor::block_on` |
+//! | the queue as a stream, [`recv`], [`recv_many`], [`serve`] | do not wake: they need a runtime that is driven |
+//! | [`FlushReason::TasksRan`] | is not reported; the policy is asked when the delay is over |
+//!
+//! A verdict is sent by the flush policy: with the default at once if no other packet is undecided,
+//! and after 500 µs at the latest. `try_recv` and `try_recv_many` send what is gathered before they
+//! return `Empty`; `flush_now` sends it at any time. If the runtime is dropped, all this stays as
+//! it is, except that each verdict is sent at once, in a message of its own.
+//!
+//! [`readable_fd`]: crate::PacketStream::readable_fd
+//! [`try_recv`]: crate::PacketStream::try_recv
+//! [`try_recv_many`]: crate::PacketStream::try_recv_many
+//! [`submit`]: crate::Verdict::submit
+//! [`flush_now`]: crate::VerdictSink::flush_now
+//! [`Refusals::try_recv`]: crate::Refusals::try_recv
+//! [`deadline`]: crate::QueueBuilder::deadline
+//! [`close`]: crate::VerdictSink::close
+//! [`confirm`]: crate::Verdict::confirm
+//! [`reconfigure`]: crate::VerdictSink::reconfigure
+//! [`flush`]: crate::VerdictSink::flush
+//! [`Divert`]: crate::Divert
+//! [`recv`]: crate::PacketStream::recv
+//! [`recv_many`]: crate::PacketStream::recv_many
+//! [`serve`]: crate::Queue::serve
+//! [`FlushReason::TasksRan`]: crate::flush::FlushReason::TasksRan
 //!
 //! # libnetfilter_queue
 //!

@@ -174,7 +174,8 @@ impl Queue {
         self.sink.stats()
     }
 
-    /// A descriptor for other event loops: see [`PacketStream::readable_fd`].
+    /// A descriptor for other event loops, in a runtime that need not be driven: see
+    /// [`PacketStream::readable_fd`], which has an example.
     ///
     /// # Errors
     /// As [`PacketStream::readable_fd`].

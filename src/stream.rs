@@ -139,7 +139,8 @@ impl PacketStream {
     }
 
     /// As [`try_recv`](Self::try_recv), but appends up to `limit` packets to `packets`, and returns
-    /// their number, which is 0 only if `limit` is.
+    /// their number, which is 0 only if `limit` is. [`readable_fd`](Self::readable_fd) has an
+    /// example.
     ///
     /// # Errors
     /// As `try_recv`; then nothing has been appended.
@@ -170,8 +171,14 @@ impl PacketStream {
     /// stream, whatever closes the queue or hands it over. It costs two more descriptors for each
     /// number, and one more if there are several.
     ///
+    /// The runtime in which the queue was bound need not be driven; `migration` says what it is
+    /// needed for.
+    ///
     /// # Errors
     /// The process or the system has no free descriptor.
+    ///
+    /// # Examples
+    #[doc = include_str!("poll_loop.md")]
     pub fn readable_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         match &self.sources {
             Sources::One(source) => source.shared.readable_fd(),

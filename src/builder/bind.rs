@@ -2,6 +2,8 @@
 
 use std::{future::Future, ops::RangeInclusive, sync::Arc};
 
+use tokio::runtime::Handle;
+
 use super::QueueBuilder;
 #[cfg(feature = "handover")]
 use crate::handover::Takeover;
@@ -21,7 +23,11 @@ impl QueueBuilder {
     ///
     /// The queue is bound by this call, which waits only for these system calls. Without rules of
     /// its own, the future is ready at once; otherwise it resolves when they are installed, which
-    /// takes the kernel some tens of milliseconds.
+    /// takes the kernel some tens of milliseconds. Outside of a runtime, as in
+    /// `runtime.block_on(builder.bind())`, the queue is bound when the future is polled first.
+    ///
+    /// The runtime drives the stream. A program with an event loop of its own need not drive it:
+    /// see [`PacketStream::readable_fd`](crate::PacketStream::readable_fd).
     ///
     /// Packets that arrive before the acknowledgement are kept. Bind before a rule sends packets to
     /// the queue: until the queue is bound, the rule drops them, or accepts them with `bypass`.
@@ -34,7 +40,7 @@ impl QueueBuilder {
     ///   network namespace, or not the capability that [`namespace`](Self::namespace) needs.
     /// * `Unsupported`: this kernel lacks nfnetlink_queue or does not support a setting. The error
     ///   names nfnetlink_queue, `conntrack` or `security_context` if that is the reason.
-    /// * `NoRuntime`: not called within a Tokio runtime, or in a runtime without an I/O driver. In
+    /// * `NoRuntime`: not polled within a Tokio runtime, or in a runtime without an I/O driver. In
     ///   the latter case Tokio's panic message is printed, because Tokio has no other way to find
     ///   out.
     /// * `Other`: another error of the operating system, for example no free descriptor, or
@@ -44,9 +50,9 @@ impl QueueBuilder {
     /// # Cancel safety
     /// A future that is dropped unbinds the queue again, and removes the rules.
     pub fn bind(self) -> impl Future<Output = Result<Queue, Error>> + Send + use<> {
-        let begun = self.begin();
+        let begun = in_a_runtime(self, Self::begin);
         async move {
-            let (queues, rules) = begun?;
+            let (queues, rules) = begun.unwrap_or_else(|builder| builder.begin())?;
             let rules = rules.install(&queues.0).await?;
             Ok(Queue::new(queues.kept(), rules))
         }
@@ -112,10 +118,11 @@ impl QueueBuilder {
     /// ends without handing over. If the number is free, it does what [`bind`](Self::bind) does. Of
     /// several numbers it waits for each in turn; [`Queue::ANY`] and [`Queue::any`] do not wait.
     ///
-    /// The sockets are opened by this call, in the calling thread's network namespace. The kernel
-    /// does not report that a queue has been unbound, so it is asked again while another socket
-    /// owns the queue: after 1 ms, and then in growing intervals of up to 20 ms. Until the queue is
-    /// bound, the rule drops packets, or accepts them with `bypass`.
+    /// The sockets are opened by this call (outside of a runtime, when the future is polled first),
+    /// in the calling thread's network namespace. The kernel does not report that a queue has been
+    /// unbound, so it is asked again while another socket owns the queue: after 1 ms, and then in
+    /// growing intervals of up to 20 ms. Until the queue is bound, the rule drops packets, or
+    /// accepts them with `bypass`.
     ///
     /// It waits without a limit. A queue that was closed gracefully is free as soon as `close` has
     /// returned; that of a killed process when the last copy of its socket is closed.
@@ -128,9 +135,9 @@ impl QueueBuilder {
     /// # Cancel safety
     /// Cancel safe: a future that is dropped leaves nothing behind.
     pub fn bind_when_free(self) -> impl Future<Output = Result<Queue, Error>> + Send + use<> {
-        let begun = self.begin_when_free();
+        let begun = in_a_runtime(self, Self::begin_when_free);
         async move {
-            let (queues, rules) = match begun? {
+            let (queues, rules) = match begun.unwrap_or_else(|builder| builder.begin_when_free())? {
                 Begun::Bound(queues, rules) => (queues, rules),
                 Begun::Waiting(waiting, rules) => {
                     let mut queues = Bound(Vec::new());
@@ -247,6 +254,12 @@ impl Drop for Bound {
 enum Begun<F> {
     Bound(Bound, PreparedRules),
     Waiting(Vec<F>, PreparedRules),
+}
+
+/// Calls `begin` within a runtime. Otherwise it is for the future to do so: `block_on` enters the
+/// runtime after its argument has been made.
+fn in_a_runtime<T>(builder: QueueBuilder, begin: impl FnOnce(QueueBuilder) -> T) -> Result<T, Box<QueueBuilder>> {
+    if Handle::try_current().is_ok() { Ok(begin(builder)) } else { Err(builder.into()) }
 }
 
 #[cfg(test)]

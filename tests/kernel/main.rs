@@ -41,6 +41,7 @@ mod order;
 mod overload;
 mod own_rules;
 mod payload;
+mod poll_loop;
 mod promises;
 mod reconfigure;
 mod replacement;
@@ -69,6 +70,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     flushing::tests,
     concurrency::tests,
     modes::tests,
+    poll_loop::tests,
     metadata::tests,
     metrics::tests,
     payload::tests,
