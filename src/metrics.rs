@@ -228,15 +228,15 @@ impl Rising {
         Self { counter: counter!(name, labels), last: 0 }
     }
 
-    fn to(&mut self, value: u64) {
+    fn rise(&mut self, value: u64) {
         self.counter.increment(value.saturating_sub(self.last));
         self.last = self.last.max(value);
     }
 
     /// To the value of a counter that wraps at 2³².
-    fn to_wrapping(&mut self, value: u32) {
+    fn rise_wrapping(&mut self, value: u32) {
         let more = value.wrapping_sub(self.last as u32);
-        self.to(self.last + u64::from(more));
+        self.rise(self.last + u64::from(more));
     }
 }
 
@@ -274,13 +274,13 @@ impl Waits {
         for (end, count) in waited.buckets() {
             below += count;
             if let Some((_, series)) = ends.next_if(|(wanted, _)| *wanted == end) {
-                series.to(below);
+                series.rise(below);
             }
         }
-        self.verdicts.to(waited.count());
+        self.verdicts.rise(waited.count());
         self.seconds.increment(waited.sum().saturating_sub(self.last_sum).as_secs_f64());
         self.last_sum = waited.sum();
-        self.count.to(waited.count());
+        self.count.rise(waited.count());
     }
 }
 
@@ -328,7 +328,7 @@ impl Series {
         let numbers: Vec<_> = stats.iter().collect();
         let value = |name| numbers.iter().find(|number| number.name == name).map_or(0, |number| number.value);
         for (series, metric) in self.counters.iter_mut().zip(COUNTERS) {
-            series.to(value(metric.of));
+            series.rise(value(metric.of));
         }
         for (gauge, metric) in self.gauges.iter().zip(GAUGES) {
             gauge.set(value(metric.of) as f64);
@@ -340,9 +340,9 @@ impl Series {
         self.readable.set(if kernel.is_some() { 1.0 } else { 0.0 });
         if let Some(kernel) = kernel {
             self.length.set(f64::from(kernel.queued));
-            self.dropped_queue.to_wrapping(kernel.dropped_queue);
-            self.dropped_socket.to_wrapping(kernel.dropped_socket);
-            self.queued.to_wrapping(kernel.last_id);
+            self.dropped_queue.rise_wrapping(kernel.dropped_queue);
+            self.dropped_socket.rise_wrapping(kernel.dropped_socket);
+            self.queued.rise_wrapping(kernel.last_id);
         }
     }
 }
@@ -375,10 +375,10 @@ mod tests {
     #[test]
     fn a_counter_of_the_kernel_may_wrap() {
         let mut rising = Rising { counter: Counter::noop(), last: 0 };
-        rising.to_wrapping(u32::MAX - 1);
-        rising.to_wrapping(5);
+        rising.rise_wrapping(u32::MAX - 1);
+        rising.rise_wrapping(5);
         assert_eq!(rising.last, (1 << 32) + 5);
-        rising.to(3);
+        rising.rise(3);
         assert_eq!(rising.last, (1 << 32) + 5);
     }
 

@@ -74,6 +74,15 @@
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
 //!   both connections may wait in the queue. Of two SYNs that wait at once, the later verdict holds
 //!   for both.
+//! - A connection of TCP, SCTP or DCCP whose beginning connection tracking has not seen is accepted
+//!   by its second packet: `accept().for_flow()` for the first one, which has no entry yet, holds
+//!   for that packet. It may be of an older connection than a SYN that has passed meanwhile.
+//! - A SYN does not renew the entry of a connection that a reset has closed
+//!   (`nf_conntrack_tcp_timeout_close`, 10 s). If the entry ends before the server's answer, about
+//!   once in 50 000 connections that use their ports again within that time, the accept ends with
+//!   it: the answer is invalid for connection tracking, and the packets behind it come to the queue
+//!   as those of a connection whose beginning was not seen. Of two that wait in the queue at once,
+//!   the kernel drops one; TCP sends it again.
 //! - After `accept().for_flow()` for a SYN, packets come to the queue until the server has answered
 //!   with a SYN. So the hook must see both directions.
 //! - TCP, SCTP and DCCP in an authentication header of IPv6 (protocol 51) always come to the queue:
@@ -119,9 +128,12 @@
 //!
 //! If a packet of either side has passed before the verdict, all that the other side sends is of
 //! the denied connection, also beside an earlier denial of the same addresses and ports, and when
-//! connection tracking has lost the connection. Only where the protocol shows that a packet begins
-//! a connection (TCP, SCTP and DCCP), the other side may still begin one of its own: with a packet
-//! that connection tracking does not count to the denied one as a reply.
+//! connection tracking has lost the connection. (If two first packets wait at once, one passes, and
+//! the other one is denied, the rules cannot see that one has passed. Then this holds once a packet
+//! of the connection has been stopped while connection tracking has its entry.) Only where the
+//! protocol shows that a packet begins a connection (TCP, SCTP and DCCP), the other side may still
+//! begin one of its own: with a packet that connection tracking does not count to the denied one as
+//! a reply.
 //!
 //! Behind address translation, connection tracking may have an entry for each direction of what the
 //! ends take for one conversation: if packets of both sides cross before one of them has passed, or
@@ -303,10 +315,13 @@
 //! # Other programs
 //!
 //! A program that overwrites the whole mark of connections (`ct mark set`) erases accepts: the
-//! connections come to the queue again. It does not erase denials. One that writes exactly
-//! [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose marks
-//! that no other program uses. A second `Divert` at an earlier priority sees resets of this host
-//! for connections that the first has rejected.
+//! connections come to the queue again. It does not erase denials while they are remembered. But it
+//! also erases that a SYN has ended an accept. If it does that while a packet of the older
+//! connection waits in the queue, `accept().for_flow()` for that packet accepts the new connection.
+//! Let such a program change its own bits only (`ct mark set ct mark & ... | ...`). One that writes
+//! exactly [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose
+//! marks that no other program uses. A second `Divert` at an earlier priority sees resets of this
+//! host for connections that the first has rejected.
 //!
 //! # Taking verdicts back
 //!

@@ -14,6 +14,11 @@ pub(super) enum FlowChain {
     /// Those of other protocols than TCP.
     BeginsOther,
     Accepted,
+    Known,
+    /// As `Begins`, at `Postrouting`, of packets that have come by no interface.
+    BeginsBridged,
+    /// As `Inherits`, of such packets.
+    InheritsBridged,
     Stray(Way),
     StrayIcmp,
     Listed(Way),
@@ -69,6 +74,9 @@ impl FlowChain {
             Self::BeginsOther => return "flow_begins_other".to_owned(),
             Self::Begins => return "flow_begins".to_owned(),
             Self::Accepted => return "flow_accepted".to_owned(),
+            Self::Known => return "flow_known".to_owned(),
+            Self::BeginsBridged => return "flow_begins_bridged".to_owned(),
+            Self::InheritsBridged => return "flow_inherits_bridged".to_owned(),
             Self::VerdictAccept => return "flow_verdict_accept".to_owned(),
             Self::Save => return "flow_save".to_owned(),
             Self::SaveFirst => return "flow_save_first".to_owned(),

@@ -103,6 +103,9 @@ pub(super) fn common_chains<'a>(surroundings: Surroundings<'a>) -> [Chained<'a>;
     let devices = surroundings.offload;
 
     let mut offload = chain(FlowChain::Offload, Way::Forward);
+    // As in `flow_known`.
+    let [syn, ..] = first_packets();
+    offload.push(&syn, Action::Return);
     for name in devices {
         offload.push(&[Match::input_interface(name)], goto(FlowChain::OffloadTo));
     }

@@ -13,8 +13,8 @@ use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 use super::{
     DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
     segments::{
-        ACK, Hosts, LAST, RST, SYN, SYN_ACK, datagram, echo, from_client, opened, pass_segment, queued, tcp, udp,
-        unreachable,
+        ACK, Hosts, LAST, RST, SYN, SYN_ACK, accept_in_the_middle, datagram, echo, from_client, opened, pass_segment,
+        queued, tcp, udp, unreachable,
     },
     table, to_port,
 };
@@ -245,11 +245,10 @@ async fn a_connection_picked_up_in_reverse_passes_no_accept_on() {
     let hosts = Hosts::new();
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
-    hosts.server(ACK, (5001, 1001), b"data");
-    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    accept_in_the_middle(&mut queue, || hosts.server(ACK, (5001, 1001), b"data")).await;
     hosts.client(ACK, (1001, 5005), b"data");
     hosts.server(RST, (5005, 0), b"");
-    assert_eq!(hosts.arrived(), [1, 2]);
+    assert_eq!(hosts.arrived(), [1, 3]);
     queue_is_empty(&mut queue);
     hosts.client(SYN, (1005, 0), b"");
     pass_segment(&mut queue, SYN).await;

@@ -10,7 +10,10 @@ use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::{
     LOOPBACKS, Talk, bind, confirm, entries_gone, pass, queue_is_empty,
-    segments::{ACK, Hosts, SYN, SYN_ACK, deny_datagram, forwarded, from_client, opened, pass_segment, queued, tcp},
+    segments::{
+        ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client, opened, pass_segment,
+        queued, tcp,
+    },
     short_udp_timeouts, table, to_port,
 };
 use crate::common::{
@@ -315,11 +318,10 @@ async fn syn_ends_accept(
 ) {
     let mut queue = bind();
     let _divert = table(rules).install().unwrap();
-    hosts.client(ACK, (1001, 5001), b"request");
-    confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+    accept_in_the_middle(&mut queue, || hosts.client(ACK, (1001, 5001), b"request")).await;
     hosts.server(ACK, (5001, 1008), b"response");
     queue_is_empty(&mut queue);
-    assert_eq!(hosts.arrived(), [1, 1]);
+    assert_eq!(hosts.arrived(), [2, 1]);
     before_syn();
     hosts.server(SYN, (5009, 0), b"");
     if syn_is_queued {

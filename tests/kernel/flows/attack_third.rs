@@ -17,8 +17,8 @@ use super::{
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
     bind, come, confirm, entries_gone, pass, queue_is_empty,
     segments::{
-        ACK, Hosts, SYN, SYN_ACK, deny_crossing_syn, deny_datagram, forwarded, from_client, pass_segment, queued, tcp,
-        udp,
+        ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_crossing_syn, deny_datagram, forwarded, from_client,
+        pass_segment, queued, tcp, udp,
     },
     short_udp_timeouts, table, to_port,
 };
@@ -378,8 +378,7 @@ async fn a_stray_syn_that_is_rejected_does_not_end_the_accept() {
         // So that what comes to the queue is no packet that connection tracking calls invalid.
         let invalid = forwarded(Protocol::Tcp).when(Match::connection_state([ConnectionState::Invalid]));
         let divert = table([invalid.unless(Match::tcp_syn()).drop(), tcp()]).install().unwrap();
-        hosts.client(ACK, (1001, 5001), b"request");
-        confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        accept_in_the_middle(&mut queue, || hosts.client(ACK, (1001, 5001), b"request")).await;
         hosts.server(ACK, (5001, 1008), b"response");
         queue_is_empty(&mut queue);
         hosts.server(SYN, (5009, 0), b"");

@@ -8,8 +8,8 @@ use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule, conntrack
 use super::{
     DECISIONS, Decision, LOOPBACKS, Talk, bind, builder, come, confirm, pass, queue_is_empty,
     segments::{
-        ACK, Hosts, SYN, SYN_ACK, datagram, deny_datagram, echo, forwarded, from_client, of_protocol, opened,
-        pass_segment, queued, segment, tcp, udp,
+        ACK, Hosts, SYN, SYN_ACK, datagram, deny_datagram, echo, from_client, of_protocol, opened, pass_segment,
+        queued, segment, tcp, udp,
     },
     table, to_port,
 };

@@ -8,8 +8,8 @@ use tokio_nfqueue::{FlowMarks, Hook, Packet, Protocol, Queue, Rule, divert::Matc
 use super::{
     bind, come, confirm, denials_expired, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
-        ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, deny_datagram, forwarded, from_client, opened, pass_segment,
-        queued, segment, tcp, udp,
+        ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client,
+        opened, pass_segment, queued, segment, tcp, udp,
     },
     short_udp_timeouts, table,
 };
@@ -286,8 +286,7 @@ async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
             hosts.client(ACK, (number, 5001), data);
             pass_segment(&mut queue, ACK).await;
         }
-        send_announced(&hosts, ACK, (1, 1), b"data");
-        confirm(queued(&mut queue, ACK).await.accept().for_flow()).await.unwrap();
+        accept_in_the_middle(&mut queue, || send_announced(&hosts, ACK, (1, 1), b"data")).await;
         send_announced(&hosts, ACK, (5, 1), b"data");
         asked.push(come(&mut queue).await.is_some());
         divert.close().unwrap();

@@ -25,6 +25,7 @@ tests![
     one the_first_packet_is_answered_for_another_host,
     one the_first_packet_is_answered_for_others,
     one a_bridged_packet_is_answered_if_a_route_leads_to_its_sender,
+    one a_bridged_syn_never_takes_the_shortcut,
     one the_first_packet_is_answered_behind_address_translation,
 ];
 
@@ -224,43 +225,93 @@ fn at(peer: &support::Peer, client: IpAddr) -> impl Fn(SocketAddr, SocketAddr) -
 }
 
 /// This host bridges, and rules of IP see what it bridges.
-async fn a_bridged_packet_is_answered_if_a_route_leads_to_its_sender() {
-    const IPV4: [u8; 2] = [8, 0];
-    /// For experiments (IEEE 802).
-    const LAST: [u8; 2] = [0x88, 0xb5];
+struct Bridging(Bridge);
+
+/// A kernel without BRIDGE_NETFILTER has no such rules.
+fn bridging() -> Option<Bridging> {
     let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
     if !fs::exists(setting).unwrap() {
-        return println!("the kernel has no BRIDGE_NETFILTER");
+        println!("the kernel has no BRIDGE_NETFILTER");
+        return None;
     }
     let bridge = Bridge::new();
     fs::write(setting, "1").unwrap();
-    let send = |from: usize, ethertype: [u8; 2], packet: &[u8]| {
-        let [source, destination] = [from, 1 - from].map(|end| bridge.ends[end].socket.address());
+    Some(Bridging(bridge))
+}
+
+impl Bridging {
+    const IPV4: [u8; 2] = [8, 0];
+    /// For experiments (IEEE 802).
+    const LAST: [u8; 2] = [0x88, 0xb5];
+
+    fn send(&self, from: usize, ethertype: [u8; 2], packet: &[u8]) {
+        let ends = &self.0.ends;
+        let [source, destination] = [from, 1 - from].map(|end| ends[end].socket.address());
         let bytes = [&destination[..], &source, &ethertype, packet].concat();
-        bridge.ends[from].socket.send(&Frame { tag: None, bytes });
-    };
-    // The IPv4 packets that have arrived at an end.
-    let arrived = |end: usize| {
-        send(1 - end, LAST, &[0; 46]);
+        ends[from].socket.send(&Frame { tag: None, bytes });
+    }
+
+    /// The client is at the first end, the server at the second one.
+    fn segment(&self, from: usize, port: u16, flags: u8, numbers: (u32, u32)) {
+        let [client, server] = [1, 2].map(|subnet| Ipv4Addr::new(10, 9, subnet, 2));
+        let mut ends = [SocketAddrV4::new(client, port), SocketAddrV4::new(server, 80)];
+        ends.rotate_left(from);
+        self.send(from, Self::IPV4, &segment(ends[0], ends[1], flags, numbers, b""));
+    }
+
+    /// The IPv4 packets that have arrived at an end.
+    fn arrived(&self, end: usize) -> usize {
+        self.send(1 - end, Self::LAST, &[0; 46]);
         let frames = iter::repeat_with(|| {
             let mut frame = None;
             support::wait_until("a frame has arrived", || {
-                frame = bridge.ends[end].socket.arrived();
+                frame = self.0.ends[end].socket.arrived();
                 frame.is_some()
             });
             frame.unwrap().bytes
         });
-        frames.take_while(|bytes| bytes[12..14] != LAST).filter(|bytes| bytes[12..14] == IPV4).count()
-    };
+        let before_last = frames.take_while(|bytes| bytes[12..14] != Self::LAST);
+        before_last.filter(|bytes| bytes[12..14] == Self::IPV4).count()
+    }
+}
+
+async fn a_bridged_packet_is_answered_if_a_route_leads_to_its_sender() {
+    let Some(bridging) = bridging() else { return };
     let mut queue = bind();
     let _divert = table([Rule::new(Hook::Forward).ipv4().to_queue(0)]).install().unwrap();
-    let [client, server] = [1, 2].map(|subnet| Ipv4Addr::new(10, 9, subnet, 2));
     for (route, port) in [(false, 40_000), (true, 40_001)] {
         if route {
-            support::add_address(&bridge.name, Ipv4Addr::new(10, 9, 7, 1).into(), 16);
+            support::add_address(&bridging.0.name, Ipv4Addr::new(10, 9, 7, 1).into(), 16);
         }
-        send(0, IPV4, &segment(SocketAddrV4::new(client, port), SocketAddrV4::new(server, 80), SYN, (1000, 0), b""));
+        bridging.segment(0, port, SYN, (1000, 0));
         confirm(next(&mut queue).await.reject().for_flow()).await.unwrap();
-        assert_eq!([0, 1].map(arrived), [usize::from(route), 0]);
+        assert_eq!([0, 1].map(|end| bridging.arrived(end)), [usize::from(route), 0]);
+    }
+}
+
+/// Bridged packets come to `Postrouting` without the interface by which they have come.
+async fn a_bridged_syn_never_takes_the_shortcut() {
+    let Some(bridging) = bridging() else { return };
+    let post = || Rule::new(Hook::Postrouting).protocol(Protocol::Tcp).to_queue(0);
+    let none = |hook| Rule::new(hook).protocol(Protocol::Tcp).destination_port(9).drop();
+    let tables = [vec![post()], vec![post(), none(Hook::Output)], vec![post(), none(Hook::Input)]];
+    for (rules, port) in tables.into_iter().zip(40_000..) {
+        let mut queue = bind();
+        let divert = table(rules).install().unwrap();
+        bridging.segment(0, port, SYN, (1000, 0));
+        confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+        bridging.segment(1, port, SYN_ACK, (5000, 1001));
+        bridging.segment(0, port, ACK, (1001, 5001));
+        assert_eq!([0, 1].map(|end| bridging.arrived(end)), [1, 2]);
+        queue_is_empty(&mut queue);
+        // The next connection is accepted packet by packet.
+        for (from, flags, numbers) in
+            [(0, SYN, (90_000, 0)), (1, SYN_ACK, (70_000, 90_001)), (0, ACK, (90_001, 70_001))]
+        {
+            bridging.segment(from, port, flags, numbers);
+            confirm(next(&mut queue).await.accept()).await.unwrap();
+        }
+        assert_eq!([0, 1].map(|end| bridging.arrived(end)), [1, 2]);
+        divert.close().unwrap();
     }
 }

@@ -4,7 +4,7 @@ use tokio_nfqueue::{Packet, Queue, Verdict};
 
 use super::{
     bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, RST, RST_ACK, SYN, SYN_ACK, opened, pass_segment, queued, tcp},
+    segments::{ACK, Hosts, RST, RST_ACK, SYN, SYN_ACK, accept_in_the_middle, opened, pass_segment, queued, tcp},
     table,
 };
 
@@ -14,6 +14,8 @@ tests![
     one a_verdict_for_the_old_connection_does_not_accept_the_new_one,
     one a_connection_on_reused_ports_can_be_accepted,
     one of_two_syns_the_later_verdict_holds_if_it_sets_a_priority,
+    one an_older_packet_does_not_accept_a_connection_whose_entry_is_gone,
+    one a_connection_in_the_middle_is_accepted_by_its_second_packet,
     one a_denied_connection_stays_denied_after_a_reset_and_a_syn,
     one a_denied_connection_stays_denied_when_its_entry_is_gone,
     one a_denied_connection_stays_denied_for_packets_that_conntrack_calls_invalid,
@@ -216,4 +218,51 @@ async fn a_denied_connection_stays_denied_for_packets_that_conntrack_calls_inval
     hosts.server(ACK, (0x7000_0000, 0x7000_0000), b"data");
     assert_eq!(hosts.arrived(), [0, 0]);
     queue_is_empty(&mut queue);
+}
+
+/// A packet of an older connection waits while the client's SYN passes and the server refuses it:
+/// connection tracking then has no entry.
+async fn an_older_packet_does_not_accept_a_connection_whose_entry_is_gone() {
+    let hosts = Hosts::new();
+    for again in [false, true] {
+        hosts.another_port();
+        let mut queue = bind();
+        let divert = table([tcp()]).install().unwrap();
+        hosts.client(ACK, (901, 801), b"older");
+        let older = queued(&mut queue, ACK).await;
+        hosts.client(SYN, (1000, 0), b"");
+        pass_segment(&mut queue, SYN).await;
+        let mut waits = None;
+        if again {
+            hosts.client(SYN, (1000, 0), b"");
+            waits = Some(queued(&mut queue, SYN).await);
+        }
+        // Connection tracking removes the entry before the verdict.
+        hosts.server(RST_ACK, (0, 1001), b"");
+        confirm(queued(&mut queue, RST_ACK).await.drop()).await.unwrap();
+        confirm(older.accept().for_flow()).await.unwrap();
+        if let Some(syn) = waits {
+            confirm(syn.accept()).await.unwrap();
+        }
+        hosts.server(SYN_ACK, (5000, 1001), b"");
+        pass_segment(&mut queue, SYN_ACK).await;
+        hosts.client(ACK, (1001, 5001), b"");
+        pass_segment(&mut queue, ACK).await;
+        hosts.client(ACK, (1001, 5001), b"request");
+        pass_segment(&mut queue, ACK).await;
+        assert_eq!(hosts.arrived(), [4 + u64::from(again), 1]);
+        divert.close().unwrap();
+    }
+}
+
+/// Connection tracking has not seen the beginning.
+async fn a_connection_in_the_middle_is_accepted_by_its_second_packet() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let _divert = table([tcp()]).install().unwrap();
+    accept_in_the_middle(&mut queue, || hosts.client(ACK, (1001, 5001), b"request")).await;
+    hosts.client(ACK, (1008, 5001), b"request");
+    hosts.server(ACK, (5001, 1015), b"response");
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [3, 1]);
 }

@@ -186,6 +186,15 @@ pub(super) async fn pass_segment(queue: &mut Queue, flags: u8) {
     confirm(queued(queue, flags).await.accept()).await.unwrap();
 }
 
+/// Accepts a connection of which connection tracking has not seen the beginning: by its second
+/// packet.
+pub(super) async fn accept_in_the_middle(queue: &mut Queue, send: impl Fn()) {
+    for _ in 0..2 {
+        send();
+        confirm(queued(queue, ACK).await.accept().for_flow()).await.unwrap();
+    }
+}
+
 /// A connection whose packets are accepted one by one.
 pub(super) async fn opened(hosts: &Hosts, queue: &mut Queue) {
     hosts.client(SYN, (1000, 0), b"");

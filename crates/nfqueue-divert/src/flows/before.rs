@@ -2,7 +2,7 @@
 
 use super::{
     context::{CLEAR, Flows, stray},
-    places::{first_traversal, is_last, opposite_chain},
+    places::{first_traversal, is_first_for_bridged, is_last, opposite_chain},
 };
 use crate::{
     action::{Action, Change, Field, Queues, Target},
@@ -63,6 +63,14 @@ impl<'a> Flows<'a> {
             let rule = chain.push(&[Match::higher_protocol(17)], jump(FlowChain::BeginsOther));
             rule.conditions.extend(first.clone());
         }
+        let bridged = is_first_for_bridged(place, places);
+        if bridged {
+            let [syn, ..] = first_packets();
+            for condition in [&syn[..], &[Match::higher_protocol(17)]] {
+                let rule = chain.push(condition, jump(FlowChain::BeginsBridged));
+                rule.conditions.push((Match::arrived(), true));
+            }
+        }
         // Nothing else concerns most packets. An entry that no packet has confirmed may have
         // inherited its mark.
         let accepted = chain.push(&[self.marked(marks.accepted()), Match::confirmed()], Action::Return);
@@ -81,6 +89,9 @@ impl<'a> Flows<'a> {
         unusual.push(&[stray()], goto(FlowChain::Stray(way)));
         if let Some(first) = first {
             unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
+        }
+        if bridged {
+            unusual.push(&[], jump(FlowChain::InheritsBridged)).conditions.push((Match::arrived(), true));
         }
         // A packet that is queued twice with one unconfirmed entry is dropped
         // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
@@ -116,7 +127,7 @@ impl<'a> Flows<'a> {
             let protocols = Match::protocols([Protocol::Tcp, Protocol::Udp]);
             chain.push(&[self.marked(marks.accepted()), established, protocols], jump(FlowChain::Offload));
         }
-        chain.push(&[self.marked(marks.accepted())], Action::Accept);
+        chain.push(&[self.marked(marks.accepted())], jump(FlowChain::Known));
         let codes = self.codes();
         let code = |code| Change { field: Field::Priority, value: code, mask: flow_codes::CODE };
         let has = |code| Match::priority(code, flow_codes::CODE);
@@ -201,6 +212,36 @@ impl<'a> Flows<'a> {
         for value in [marks.accepted(), marks.accepting()] {
             let change = Change { field: Field::Mark, value: 0, mask: marks.mask() };
             chain.change(&[Match::mark(value, marks.mask())], change);
+        }
+        chain
+    }
+
+    /// A packet that begins a connection comes to the queue: a verdict for an older one may have
+    /// been carried out on another processor after `flow_begins`, or another program may have
+    /// restored the mark.
+    pub(super) fn known(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::Known);
+        chain.push(&[Match::protocol(Protocol::Udp)], Action::Accept);
+        let [syn, ..] = first_packets();
+        chain.push(&syn, Action::Return);
+        chain.push(&[Match::protocol(Protocol::Tcp)], Action::Accept);
+        chain.push_first(&[], Action::Return, None);
+        chain.push_for(IpVersion::V6, &authenticated(), Action::Return);
+        chain.push(&[], Action::Accept);
+        chain
+    }
+
+    /// What a process of this host has sent has come by `Output`. What the kernel has sent is
+    /// taken for bridged, and may come to the queue once more.
+    pub(super) fn bridged(self, name: FlowChain) -> Chained<'a> {
+        let mut chain = self.common(name);
+        chain.push(&[Match::of_user()], Action::Return);
+        if name == FlowChain::InheritsBridged {
+            chain.push(&[], goto(FlowChain::Inherits));
+        } else {
+            let [syn, ..] = first_packets();
+            chain.push(&syn, goto(FlowChain::Begins));
+            chain.push(&[], goto(FlowChain::BeginsOther));
         }
         chain
     }

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     action::Action,
     chain::Place,
-    chained::{Chained, authenticated, goto, jump},
+    chained::{Chained, authenticated, begin_so, goto, jump},
     checked::KernelRule,
     denied::{self, Remember},
     family::IpVersion,
@@ -25,24 +25,23 @@ impl<'a> Flows<'a> {
         let mut chain = Chained::new(behind.name, place, self.surroundings);
         // Nothing else concerns most packets.
         let accepted = self.marked(self.table.marks.accepted());
-        chain.push(&[accepted], Action::Accept).conditions.push((self.has_code(), true));
+        chain.push(&[accepted], jump(FlowChain::Known)).conditions.push((self.has_code(), true));
+        let accepts = self.verdict_accepts();
+        let start = chain.rules.len();
+        let known = [self.marked(self.table.marks.accepted()), Match::confirmed()];
+        chain.push_first(&known, Action::Continue, Some(self.save(self.table.marks.begun_again())));
+        chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((accepts.clone(), true)));
         // What passes, also by a rule of the user that accepts it.
         self.push_passing(&mut chain, place, places);
         chain.push(&[self.marked(self.table.marks.accepting())], jump(FlowChain::Alone));
         // What has come from the queue.
         chain.push(&[], Action::Accept).conditions.push((self.has_code(), true));
         self.denying_verdicts(&mut chain, way);
-        let accepted = self.verdict_accepts();
-        chain.push(std::slice::from_ref(&accepted), jump(FlowChain::VerdictAccept));
+        chain.push(&[accepts], jump(FlowChain::VerdictAccept));
         for version in denied::versions(self.surroundings.family) {
             chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
             chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
         }
-        let again = self.save(self.table.marks.begun_again());
-        let start = chain.rules.len();
-        let known = [self.marked(self.table.marks.accepted()), Match::confirmed()];
-        chain.push_first(&known, Action::Continue, Some(again));
-        chain.rules[start..].iter_mut().for_each(|rule| rule.conditions.push((accepted.clone(), true)));
         chain.change(&[], CLEAR);
         chain.rules
     }
@@ -78,6 +77,9 @@ impl<'a> Flows<'a> {
         // It may begin a connection, or be of an older one.
         chain.push_for(IpVersion::V6, &authenticated(), Action::Return);
         chain.push_first(&[], goto(FlowChain::SaveFirst), None);
+        // It is in the middle of a connection that has no other entry, or whose first packet has
+        // passed with an entry that is gone: then it may be of an older connection.
+        chain.push(&[begin_so(), Match::unconfirmed()], Action::Return);
         for undecided in [marks.begun_again(), marks.accepting()] {
             chain.push(&[self.marked(undecided)], Action::Return);
         }

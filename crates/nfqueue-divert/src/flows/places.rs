@@ -31,6 +31,15 @@ pub(super) fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Mat
     }
 }
 
+/// Whether bridged packets come to this place first, and show it not: at `Postrouting` they have
+/// come by no interface (`br_nf_post_routing`), as those that come from `Output`.
+pub(super) fn is_first_for_bridged(place: Place, places: &[Place]) -> bool {
+    let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
+    let later = places.iter().any(|other| other.hook == place.hook && other.priority < place.priority);
+    let before = has(Hook::Prerouting) || has(Hook::Forward);
+    place.hook == Hook::Postrouting && has(Hook::Output) && !before && !later
+}
+
 /// Whether packets come to no later place of `places`, except over the loopback interface.
 pub(super) fn is_last(place: Place, places: &[Place]) -> bool {
     let later = |hook: Hook| places.iter().any(|other| other.hook == hook);
