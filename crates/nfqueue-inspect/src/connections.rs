@@ -79,8 +79,8 @@ impl Start {
 
 /// The SYN cookies of Linux count sizes of segments, four of them, in the number that also counts the
 /// client's bytes: `check_tcp_syn_cookie` in `net/ipv4/syncookies.c`. So a server that has kept nothing
-/// of the handshake takes a segment that begins up to three bytes late for its end, and its stream
-/// begins there.
+/// of the handshake takes a segment that begins up to three bytes early or late for its end, and its
+/// stream begins there.
 const COOKIE_STEPS: u32 = 3;
 
 impl Connections {
@@ -174,7 +174,7 @@ impl Connections {
     }
 
     /// How much memory a table with these limits allocates at most, in bytes, without what the
-    /// allocator adds: [`bytes`](Limits::bytes), the bytes of one connection more, and about 350
+    /// allocator adds: [`bytes`](Limits::bytes), the bytes of one connection more, and about 440
     /// bytes for each connection (rounded up to a power of two).
     pub fn most_memory(limits: &Limits) -> usize {
         Table::<Connection, Tracked>::most_memory(limits.connections.max(1))
@@ -296,7 +296,7 @@ impl Connections {
         }
         if self.limits.both_directions && !start.arrived {
             let offset = segment.sequence.wrapping_sub(start.first);
-            if (1..=COOKIE_STEPS).contains(&offset) {
+            if (1..=COOKIE_STEPS).contains(&offset) || (1..=COOKIE_STEPS).contains(&offset.wrapping_neg()) {
                 return Progress::Drop(Reason::Unacceptable);
             }
         }

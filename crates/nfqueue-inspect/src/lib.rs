@@ -58,7 +58,7 @@
 //! | a SYN with data | dropped, clients then send a SYN without: [`Reason::SynData`] |
 //! | data without a SYN, or when its connection was removed | [`Progress::Unknown`]: drop it |
 //! | a SYN with another sequence number that the server ignores, to move the stream | dropped, or without effect until the server has accepted it: [`Reason::OtherStart`], [`Reason::Unconfirmed`] |
-//! | the same with SYN cookies, which accept several SYNs at once | segments must acknowledge what the server has sent after the last SYN-ACK, and those that begin 1 to 3 bytes after the first one wait until the server has acknowledged that: [`Reason::Unacceptable`] |
+//! | the same with SYN cookies, which accept several SYNs at once | segments must acknowledge what the server has sent after the last SYN-ACK, and those that begin 1 to 3 bytes before or after the first one wait until the server has acknowledged that: [`Reason::Unacceptable`] |
 //! | a FIN before bytes that were seen | dropped: [`Reason::Conflict`] |
 //! | resets | accepted. They change nothing: the server may have ignored them |
 //! | sequence numbers across 2^32 | compared modulo 2^32 |
@@ -83,7 +83,7 @@
 //! - When a connection is removed or expires while the server still has it, the client can send a
 //!   SYN that the server ignores, and so move the stream. The lifetime should be longer than the
 //!   server waits for a complete message.
-//! - A Linux server that uses SYN cookies can be made to begin the stream one to three bytes late.
+//! - A Linux server that uses SYN cookies can be made to begin the stream one to three bytes early or late.
 //! - `settled` is never true: a flow that leaves the queue earlier can send other bytes in the place
 //!   of those that were judged, if the server has ignored these. If such a flow stays in the queue
 //!   for 4 GiB, its bytes are compared with those at the beginning, and it stalls.
@@ -98,14 +98,17 @@
 //!   reaches; an [encrypted hello](tls::Hello::encrypted_hello) hides it.
 //! - A segment of an allowed connection that stays in the network until its client has begun another
 //!   connection from the same port, and the server accepted it, is not compared.
+//! - A server that uses SYN cookies accepts the segment that ended a handshake again for some minutes,
+//!   also after the connection has ended. So a client can begin an allowed, settled connection anew
+//!   without a SYN, and without being judged.
 //! - A table is for one network: addresses that exist twice, in two VRFs or behind two VLANs, need
 //!   two tables.
 //!
 //! # Memory
 //!
-//! [`Connections::most_memory`]: [`Limits::bytes`], and about MEASURE bytes for each of
+//! [`Connections::most_memory`]: [`Limits::bytes`], and about 440 bytes for each of
 //! [`Limits::connections`] (a power of two of them), whatever clients do. With the defaults these
-//! are MEASURE MiB. A connection allocates a buffer when it has data: at least 512 bytes, doubled when it
+//! are 39 MiB. A connection allocates a buffer when it has data: at least 512 bytes, doubled when it
 //! is full, and reduced to the judged bytes by the decision. A settled or denied connection has
 //! none. [`Connections::memory`] is what is allocated now.
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -283,8 +283,10 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
             let was_open = matches!(server.state, State::Open(_));
             let answers = server.receive(&sent);
             if was_open && matches!(server.state, State::Listening) {
-                // Nothing stays in the network for longer than a connection.
+                // Nothing stays in the network for longer than a connection, and its cookie is void:
+                // limits that the documentation names.
                 network.clear();
+                server.offered.clear();
             }
             for answer in answers {
                 let Sent { sequence, acknowledgment, flags, .. } = answer;

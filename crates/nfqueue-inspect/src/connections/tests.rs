@@ -205,9 +205,11 @@ fn a_stream_cannot_be_moved_by_a_syn_cookie() {
     test.bytes(at(0, b"xyz"), b"xyz");
     test.dropped(at(3, b"GET"), Reason::Unacceptable);
     test.dropped(at(3, b""), Reason::Unacceptable);
+    test.dropped(client(1, FIRST.wrapping_sub(3), b""), Reason::Unacceptable);
     test.bytes(at(0, b"xyzGET"), b"xyzGET");
     test.decide(1, Decision::Allow);
     test.dropped(at(3, b"GET"), Reason::Unacceptable);
+    test.dropped(client(1, FIRST.wrapping_sub(3), b"GET"), Reason::Unacceptable);
     test.is(of_server(1, FIRST.wrapping_add(1)), Progress::NoData);
     test.is(at(3, b"GET"), Progress::Allowed { settled: false });
 }
