@@ -233,21 +233,16 @@ impl Connections {
         }
         if flags.syn {
             let server = segment.sequence.wrapping_add(1);
-            let same = |start: Start| start.first == acknowledged && start.server.is_none_or(|known| known == server);
-            match &mut tracked.start {
-                Some(start) if same(*start) => start.server = Some(server),
-                _ if self.limits.both_directions && tracked.offered == Some(acknowledged) => {
-                    self.bytes -= tracked.stream.memory();
-                    let start = Start::new(acknowledged, Some(server));
-                    *tracked = Tracked {
-                        state: State::Undecided,
-                        start: Some(start),
-                        offered: None,
-                        stream: Stream::default(),
-                    };
-                    self.table.renew(number, List::Empty, now);
-                }
-                _ => {}
+            let same = |start: &Start| start.first == acknowledged && start.server.is_none_or(|known| known == server);
+            // What was offered begins a connection even if all numbers are those of the last one: a
+            // server with SYN cookies repeats its number.
+            if self.limits.both_directions && tracked.offered == Some(acknowledged) {
+                self.bytes -= tracked.stream.memory();
+                let start = Some(Start::new(acknowledged, Some(server)));
+                *tracked = Tracked { state: State::Undecided, start, offered: None, stream: Stream::default() };
+                self.table.renew(number, List::Empty, now);
+            } else if let Some(start) = tracked.start.as_mut().filter(|start| same(start)) {
+                start.server = Some(server);
             }
             return;
         }

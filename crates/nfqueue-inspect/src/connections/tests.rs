@@ -233,6 +233,20 @@ fn with_both_directions_a_second_syn_passes_after_what_was_judged_has_arrived() 
 }
 
 #[test]
+fn a_connection_with_the_numbers_of_the_last_one_is_judged() {
+    let mut test = Test::both_directions();
+    test.bytes(at(0, b"abcd"), b"abcd");
+    test.decide(1, Decision::Allow);
+    test.is(of_server(1, FIRST.wrapping_add(4)), Progress::NoData);
+    // A late SYN-ACK begins nothing.
+    test.is(syn_ack(1, FIRST), Progress::NoData);
+    test.is(at(4, b"e"), Progress::Allowed { settled: true });
+    test.is(syn(1, SYN), Progress::NoData);
+    test.is(syn_ack(1, FIRST), Progress::NoData);
+    test.bytes(at(0, b"other"), b"other");
+}
+
+#[test]
 fn a_connection_is_settled_when_the_server_has_acknowledged_what_was_judged() {
     let mut test = Test::both_directions();
     test.bytes(at(0, b"abcd"), b"abcd");

@@ -132,7 +132,7 @@ impl QuicNames {
 
     /// How much memory is allocated now, in bytes, without what the allocator adds. It is at most
     /// [`Limits::bytes`], the bytes of one pair of ports more (sixteen times
-    /// [`Limits::bytes_per_connection`]), and about 250 bytes for each of
+    /// [`Limits::bytes_per_connection`]), and about 400 bytes for each of
     /// [`Limits::connections`].
     pub fn memory(&self) -> usize {
         self.table.memory() + self.bytes
