@@ -77,10 +77,10 @@ impl Start {
     }
 }
 
-/// The SYN cookies of Linux count sizes of segments, four of them, in the number that also counts the
-/// client's bytes: `check_tcp_syn_cookie` in `net/ipv4/syncookies.c`. So a server that has kept nothing
-/// of the handshake takes a segment that begins up to three bytes early or late for its end, and its
-/// stream begins there.
+/// The SYN cookies of Linux count sizes of segments, four of them, in the number that also counts
+/// the client's bytes: `check_tcp_syn_cookie` in `net/ipv4/syncookies.c`. So a server that has kept
+/// nothing of the handshake takes a segment that begins up to three bytes early or late for its
+/// end, and its stream begins there.
 const COOKIE_STEPS: u32 = 3;
 
 impl Connections {
@@ -93,8 +93,8 @@ impl Connections {
 
     /// What a segment means, at this time. The segment may be of the client or of the server.
     ///
-    /// The bytes of a segment count as sent, whatever the filter then does with it. Nothing needs to
-    /// be taken back if it is dropped.
+    /// The bytes of a segment count as sent, whatever the filter then does with it. Nothing needs
+    /// to be taken back if it is dropped.
     ///
     /// A time before that of an earlier call counts as the same time.
     pub fn push(&mut self, now: Instant, segment: &Segment<'_>) -> Progress<'_> {

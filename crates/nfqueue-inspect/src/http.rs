@@ -29,7 +29,8 @@ const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "
 /// ```
 /// use nfqueue_inspect::{Parsed, http};
 ///
-/// let Parsed::Found(head) = http::host(b"GET / HTTP/1.1\r\nHost: Example.com:8080\r\n\r\n") else { panic!() };
+/// let request = b"GET / HTTP/1.1\r\nHost: Example.com:8080\r\n\r\n";
+/// let Parsed::Found(head) = http::host(request) else { panic!() };
 /// assert_eq!(head.host.as_ref().map(|name| name.as_str()), Some("example.com"));
 /// assert_eq!(head.port, Some(8080));
 /// ```

@@ -22,7 +22,9 @@
 //!     let Ok(segment) = Segment::parse(packet) else { return false };
 //!     let decision = match connections.push(now, &segment) {
 //!         Progress::NoData | Progress::Allowed { .. } => return true,
-//!         Progress::Bytes(first) if first.bytes.windows(6).any(|bytes| bytes == b"attack") => Decision::Deny,
+//!         Progress::Bytes(first) if first.bytes.windows(6).any(|word| word == b"attack") => {
+//!             Decision::Deny
+//!         }
 //!         Progress::Bytes(first) if first.bytes.len() >= 20 || first.ended => Decision::Allow,
 //!         // More bytes are needed, and this segment is a part of them.
 //!         Progress::Bytes(_) => return true,
@@ -71,9 +73,9 @@
 //!
 //! # One direction, or both
 //!
-//! With [`Limits::both_directions`], the packets of servers are pushed as well. They prove which SYN
-//! the server has accepted and which bytes it has received. All of the above holds then, also when a
-//! connection was removed from the table while the server still has it.
+//! With [`Limits::both_directions`], the packets of servers are pushed as well. They prove which
+//! SYN the server has accepted and which bytes it has received. All of the above holds then, also
+//! when a connection was removed from the table while the server still has it.
 //!
 //! Without them, the first SYN counts for as long as the connection is remembered. So:
 //!
@@ -83,24 +85,25 @@
 //! - When a connection is removed or expires while the server still has it, the client can send a
 //!   SYN that the server ignores, and so move the stream. The lifetime should be longer than the
 //!   server waits for a complete message.
-//! - A Linux server that uses SYN cookies can be made to begin the stream one to three bytes early or late.
-//! - `settled` is never true: a flow that leaves the queue earlier can send other bytes in the place
-//!   of those that were judged, if the server has ignored these. If such a flow stays in the queue
-//!   for 4 GiB, its bytes are compared with those at the beginning, and it stalls.
+//! - A Linux server that uses SYN cookies can be made to begin the stream one to three bytes early
+//!   or late.
+//! - `settled` is never true: a flow that leaves the queue earlier can send other bytes in the
+//!   place of those that were judged, if the server has ignored these. If such a flow stays in the
+//!   queue for 4 GiB, its bytes are compared with those at the beginning, and it stalls.
 //! - Somebody who can forge the client's address can block a port of it for the lifetime, by a SYN.
 //!
 //! # What it does not do
 //!
-//! - Only the beginning of a connection is judged. HTTP carries other requests, with other hosts, on
-//!   the same connection; a TLS client may, after a HelloRetryRequest, send a second hello, whose
-//!   name the server must compare.
+//! - Only the beginning of a connection is judged. HTTP carries other requests, with other hosts,
+//!   on the same connection; a TLS client may, after a HelloRetryRequest, send a second hello,
+//!   whose name the server must compare.
 //! - The name is what the client says. It may say another one than that of the server that it
 //!   reaches; an [encrypted hello](tls::Hello::encrypted_hello) hides it.
-//! - A segment of an allowed connection that stays in the network until its client has begun another
-//!   connection from the same port, and the server accepted it, is not compared.
-//! - A server that uses SYN cookies accepts the segment that ended a handshake again for some minutes,
-//!   also after the connection has ended. So a client can begin an allowed, settled connection anew
-//!   without a SYN, and without being judged.
+//! - A segment of an allowed connection that stays in the network until its client has begun
+//!   another connection from the same port, and the server accepted it, is not compared.
+//! - A server that uses SYN cookies accepts the segment that ended a handshake again for some
+//!   minutes, also after the connection has ended. So a client can begin an allowed, settled
+//!   connection anew without a SYN, and without being judged.
 //! - A table is for one network: addresses that exist twice, in two VRFs or behind two VLANs, need
 //!   two tables.
 //!
@@ -108,8 +111,8 @@
 //!
 //! [`Connections::most_memory`]: [`Limits::bytes`], and about 440 bytes for each of
 //! [`Limits::connections`] (a power of two of them), whatever clients do. With the defaults these
-//! are 39 MiB. A connection allocates a buffer when it has data: at least 512 bytes, doubled when it
-//! is full, and reduced to the judged bytes by the decision. A settled or denied connection has
+//! are 39 MiB. A connection allocates a buffer when it has data: at least 512 bytes, doubled when
+//! it is full, and reduced to the judged bytes by the decision. A settled or denied connection has
 //! none. [`Connections::memory`] is what is allocated now.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 mod connections;

@@ -37,8 +37,8 @@ pub struct Limits {
     pub lifetime: Duration,
     /// Whether the segments of servers are pushed as well: all of them, from the SYN-ACK until the
     /// connection is settled. The promise of this crate needs them: they prove which SYN the server
-    /// has accepted, and which bytes it has received. With `true`, bytes are accepted only after the
-    /// server's SYN-ACK.
+    /// has accepted, and which bytes it has received. With `true`, bytes are accepted only after
+    /// the server's SYN-ACK.
     ///
     /// The packets of servers must come from where the servers are. If a client can send packets
     /// with the address of its server into the queue, it can forge these proofs: let the rule name

@@ -59,8 +59,8 @@ impl fmt::Display for Name {
 
 /// What a parser says of the first bytes of a client.
 ///
-/// It depends on the bytes alone, and once it is not [`NeedMore`](Self::NeedMore), more bytes do not
-/// change it.
+/// It depends on the bytes alone, and once it is not [`NeedMore`](Self::NeedMore), more bytes do
+/// not change it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parsed<T> {
     /// The bytes so far are the beginning of a message.

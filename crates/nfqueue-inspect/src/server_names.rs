@@ -79,8 +79,8 @@ pub enum Hint {
     Denied,
     /// Drop the packet.
     Drop(Reason),
-    /// The table does not know the connection. See [`Progress::Unknown`]: drop or reject the packet,
-    /// to be safe.
+    /// The table does not know the connection. See [`Progress::Unknown`]: drop or reject the
+    /// packet, to be safe.
     Unknown,
     /// The packet is not what is inspected here. Of the three kinds, accept
     /// [`OtherProtocol`](Unparsed::OtherProtocol) at most.

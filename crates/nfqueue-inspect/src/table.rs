@@ -56,8 +56,8 @@ impl<K: Copy + Eq + Hash, V> Table<K, V> {
 
     /// The memory that a full table of `most` entries takes, without what the entries point to.
     ///
-    /// Both parts double when they grow. A hash table is 7/8 full at most, has a byte of control for
-    /// each of its places, and doubles once more when entries are removed and added.
+    /// Both parts double when they grow. A hash table is 7/8 full at most, has a byte of control
+    /// for each of its places, and doubles once more when entries are removed and added.
     pub(crate) fn most_memory(most: usize) -> usize {
         let places = 2 * (most.max(4) * 8 / 7 + 1).next_power_of_two();
         most.next_power_of_two().max(4) * size_of::<Slot<K, V>>() + places * (size_of::<(K, u32)>() + 1) + 64

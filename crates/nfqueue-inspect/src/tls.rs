@@ -15,9 +15,9 @@ pub struct Hello {
     /// The server's name. `None` if the client has not sent the extension.
     pub name: Option<Name>,
     /// The extension `encrypted_client_hello` is present (RFC 9849). Then the true name may be
-    /// encrypted, and [`name`](Self::name) is that of the provider. Browsers also send the extension
-    /// with random content (GREASE) when they have no key of the server, so its presence proves
-    /// nothing.
+    /// encrypted, and [`name`](Self::name) is that of the provider. Browsers also send the
+    /// extension with random content (GREASE) when they have no key of the server, so its presence
+    /// proves nothing.
     pub encrypted_hello: bool,
 }
 
@@ -194,7 +194,8 @@ mod tests {
     #[test]
     fn lengths_that_contradict_each_other_are_unreadable() {
         let malformed = Parsed::Unreadable(Fault::Malformed);
-        // An empty list, a list longer or shorter than the extension, another type, a name beyond it.
+        // An empty list, a list longer or shorter than the extension, another type, a name beyond
+        // it.
         let contents = [&b""[..], b"\0", b"\0\0", b"\0\x05\0\0\x01a", b"\0\x04\0\0\x01a!", b"\0\x04\x01\0\x01a"];
         for content in contents.into_iter().chain([&b"\0\x04\0\0\x02a"[..], b"\0\x03\0\0"]) {
             assert_eq!(with_names(content), malformed, "{content:?}");

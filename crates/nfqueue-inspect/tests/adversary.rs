@@ -172,8 +172,8 @@ impl Open {
 #[derive(Debug, Clone)]
 struct Step {
     kind: u8,
-    /// Which stream the payload is of, where the filter may think that it begins, and which piece of
-    /// it is sent.
+    /// Which stream the payload is of, where the filter may think that it begins, and which piece
+    /// of it is sent.
     stream: usize,
     base: usize,
     from: usize,
@@ -283,8 +283,8 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
             let was_open = matches!(server.state, State::Open(_));
             let answers = server.receive(&sent);
             if was_open && matches!(server.state, State::Listening) {
-                // Nothing stays in the network for longer than a connection, and its cookie is void:
-                // limits that the documentation names.
+                // Nothing stays in the network for longer than a connection, and its cookie is
+                // void: limits that the documentation names.
                 network.clear();
                 server.offered.clear();
             }

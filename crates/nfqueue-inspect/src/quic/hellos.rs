@@ -218,9 +218,9 @@ impl QuicNames {
     }
 }
 
-/// Opens a packet with the keys of one of the streams, whose index is returned, or with those of its
-/// own connection ID. A server that knows the stream uses the former, another one the latter. If both
-/// fit, the packet has two contents.
+/// Opens a packet with the keys of one of the streams, whose index is returned, or with those of
+/// its own connection ID. A server that knows the stream uses the former, another one the latter.
+/// If both fit, the packet has two contents.
 fn open(streams: &[Stream], packet: &Initial<'_>) -> Option<(Opened, Option<usize>)> {
     let attempt = |stream: &Stream| Keys::of_client(packet.version, stream.id()).open(packet, stream.largest);
     if let Some(index) = streams.iter().position(|stream| stream.id() == packet.connection_id) {

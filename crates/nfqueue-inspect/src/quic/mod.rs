@@ -11,15 +11,16 @@
 //!
 //! What it does not do:
 //!
-//! - One client may have many QUIC connections on one pair of ports. After the first is allowed, the
-//!   others must still be judged: do not let the flow leave the queue.
+//! - One client may have many QUIC connections on one pair of ports. After the first is allowed,
+//!   the others must still be judged: do not let the flow leave the queue.
 //! - Datagrams must be single ones. Bind the queue without GSO, or divide what the kernel has put
 //!   together.
 //! - Initial packets of other versions are dropped. Clients then use version 1, or TCP.
 //! - A connection that migrates has other addresses, and is unknown. So is one whose first packets
 //!   were sent before the program began.
-//! - A stream is forgotten after its [lifetime](crate::Limits::lifetime). Servers give up incomplete
-//!   handshakes earlier: RFC 9000 has an idle timeout, and implementations use 10 to 30 s.
+//! - A stream is forgotten after its [lifetime](crate::Limits::lifetime). Servers give up
+//!   incomplete handshakes earlier: RFC 9000 has an idle timeout, and implementations use 10 to 30
+//!   s.
 
 mod crypto;
 mod hellos;

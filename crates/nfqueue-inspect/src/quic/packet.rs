@@ -71,8 +71,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Calls `crypto` with the offset and the bytes of every CRYPTO frame. `None`: there is a frame that
-/// Initial packets do not have, or a malformed one. RFC 9000, section 12.4.
+/// Calls `crypto` with the offset and the bytes of every CRYPTO frame. `None`: there is a frame
+/// that Initial packets do not have, or a malformed one. RFC 9000, section 12.4.
 pub(super) fn crypto_frames<'a>(frames: &'a [u8], mut crypto: impl FnMut(u64, &'a [u8])) -> Option<()> {
     let mut frames = Reader::new(frames);
     // A packet without frames breaks the protocol.
