@@ -42,8 +42,8 @@ struct Tracked {
     state: State,
     /// What the server has accepted. With one direction only: what the client has begun.
     start: Option<Start>,
-    /// The sequence number of the first byte, if the server accepts the last SYN.
-    offered: Option<u32>,
+    /// A SYN was accepted, and the server may answer it.
+    offered: bool,
     stream: Stream,
 }
 
@@ -188,7 +188,7 @@ impl Connections {
         }
         let first = segment.sequence.wrapping_add(1);
         let start = (!self.limits.both_directions).then_some(Start::new(first, None));
-        let tracked = Tracked { state: State::Undecided, start, offered: Some(first), stream: Stream::default() };
+        let tracked = Tracked { state: State::Undecided, start, offered: true, stream: Stream::default() };
         self.table.insert(segment.connection(), tracked, now);
         self.stats.connections += 1;
     }
@@ -212,7 +212,7 @@ impl Connections {
         let first = segment.sequence.wrapping_add(1);
         let established = tracked.start.is_some_and(|start| start.established);
         if both_directions && (!established || tracked.state == (State::Allowed { settled: true })) {
-            tracked.offered = Some(first);
+            tracked.offered = true;
             if self.table.list(number) == List::Empty {
                 self.table.renew(number, List::Empty, now);
             }
@@ -234,14 +234,18 @@ impl Connections {
         if flags.syn {
             let server = segment.sequence.wrapping_add(1);
             let same = |start: &Start| start.first == acknowledged && start.server.is_none_or(|known| known == server);
-            // What was offered begins a connection even if all numbers are those of the last one: a
-            // server with SYN cookies repeats its number.
-            if self.limits.both_directions && tracked.offered == Some(acknowledged) {
+            let is_same = tracked.start.as_ref().is_some_and(same);
+            let established = tracked.start.is_some_and(|start| start.established);
+            let settled = tracked.state == (State::Allowed { settled: true });
+            // The server knows which of several SYNs it has accepted, and when an old connection has
+            // ended. All numbers may be those of the last one: with SYN cookies, it repeats its own.
+            let begins = tracked.offered || (!is_same && (!established || settled));
+            if self.limits.both_directions && begins {
                 self.bytes -= tracked.stream.memory();
                 let start = Some(Start::new(acknowledged, Some(server)));
-                *tracked = Tracked { state: State::Undecided, start, offered: None, stream: Stream::default() };
+                *tracked = Tracked { state: State::Undecided, start, offered: false, stream: Stream::default() };
                 self.table.renew(number, List::Empty, now);
-            } else if let Some(start) = tracked.start.as_mut().filter(|start| same(start)) {
+            } else if let Some(start) = tracked.start.as_mut().filter(|_| is_same) {
                 start.server = Some(server);
             }
             return;
@@ -299,7 +303,7 @@ impl Connections {
             start.established = true;
             // What was offered before is void.
             if !settled {
-                tracked.offered = None;
+                tracked.offered = false;
             }
         }
         if let State::Allowed { settled } = tracked.state {

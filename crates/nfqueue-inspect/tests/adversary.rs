@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nfqueue_inspect::{Decision, Flags, Limits, Parsed, Seen, Segment, ServerNames, http, tls};
+use nfqueue_inspect::{Decision, Flags, Hint, Limits, Parsed, Seen, Segment, ServerNames, http, tls};
 use proptest::{prelude::*, strategy::ValueTree};
 
 /// Which of two copies a server keeps, if both come before the bytes that precede them.
@@ -218,7 +218,8 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
     let mut names =
         ServerNames::new(Limits::default().both_directions(both_directions).lifetime(Duration::from_secs(3600)));
     let mut server = Server { keeps, cookies, state: State::Listening, accepted: 0, offered: Vec::new() };
-    let mut network: Vec<Sent> = Vec::new();
+    // What is on its way, and whether the connection was settled when it was accepted.
+    let mut network: Vec<(Sent, bool)> = Vec::new();
     // The number of the server that the client has got last.
     let mut own = 0_u32;
     let streams = streams();
@@ -264,19 +265,20 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
                 });
                 if hint.may_pass() {
                     has_data |= !sent.payload.is_empty();
+                    let settled = hint == Hint::Allowed { settled: true };
                     match step.fate {
                         // It is lost, or the server does not accept it.
                         0 | 1 => {}
-                        2 => network.push(sent),
+                        2 => network.push((sent, settled)),
                         3 => {
-                            network.push(sent.clone());
+                            network.push((sent.clone(), settled));
                             delivered.push(sent);
                         }
                         _ => delivered.push(sent),
                     }
                 }
             }
-            None if !network.is_empty() => delivered.push(network.remove(step.from % network.len())),
+            None if !network.is_empty() => delivered.push(network.remove(step.from % network.len()).0),
             None => {}
         }
         for sent in delivered {
@@ -291,6 +293,8 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
             for answer in answers {
                 let Sent { sequence, acknowledgment, flags, .. } = answer;
                 if flags.syn {
+                    // Another limit: segments that outlive an allowed connection.
+                    network.retain(|(_, settled)| !settled);
                     own = sequence.wrapping_add(1);
                 }
                 let (source, destination) = (server_address, client);
@@ -327,7 +331,7 @@ fn the_model_of_a_server_reads_the_forbidden_name() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 10_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
     #[test]
     fn no_forbidden_name_gets_to_a_server(
