@@ -80,6 +80,7 @@ pub fn segments(data: &[u8]) {
             seconds += u64::from(input.byte() & 3);
         }
         let now = start + Duration::from_secs(seconds);
+        let mut is_judged = false;
         let (accepted, decision) = match table.push(now, &segment) {
             Progress::NoData => (true, None),
             Progress::Allowed { settled } => {
@@ -87,6 +88,7 @@ pub fn segments(data: &[u8]) {
                 (true, None)
             }
             Progress::Bytes(prefix) => {
+                is_judged = true;
                 assert!(prefix.bytes.len() <= STORED && (!payload.is_empty() || prefix.ended));
                 let all =
                     carried.iter().zip(prefix.bytes).all(|(carried, byte)| carried.is_none_or(|one| one == *byte));
@@ -106,7 +108,7 @@ pub fn segments(data: &[u8]) {
             for (at, byte) in (0..payload.len()).map(|at| at + offset as usize).zip(payload) {
                 let Some(slot) = at.checked_sub(1).and_then(|at| carried.get_mut(at)) else { continue };
                 assert!(slot.is_none_or(|other| other == *byte), "an accepted segment has another byte at {at}");
-                if is_undecided(&mut table, now) {
+                if is_judged {
                     *slot = Some(*byte);
                 }
             }
@@ -116,14 +118,6 @@ pub fn segments(data: &[u8]) {
             carried[judged..].fill(None);
         }
     }
-}
-
-/// Whether a retransmission of nothing new is still to be judged.
-fn is_undecided(table: &mut Connections, now: Instant) -> bool {
-    let [source, destination] = addresses();
-    let flags = Flags { ack: true, ..Flags::default() };
-    let segment = Segment { source, destination, sequence: 0, acknowledgment: 0, flags, payload: &[] };
-    !matches!(table.push(now, &segment), Progress::Allowed { .. } | Progress::Denied)
 }
 
 /// Takes the bytes for frames in Initial packets of one client, and for other datagrams.
