@@ -5,6 +5,7 @@ mod checksums;
 mod datagrams;
 mod edits;
 mod input;
+mod inspect;
 mod ledger;
 mod ledger_model;
 mod received;
@@ -18,6 +19,7 @@ mod tests;
 pub use self::{
     datagrams::datagrams,
     edits::edits,
+    inspect::{first_bytes, initials, segments},
     ledger::ledger,
     received::received,
     records::{captures, records},

@@ -26,6 +26,9 @@ pub(super) fn of(target: &str) -> Vec<Vec<u8>> {
         "edits" => edits(),
         "records" => records(),
         "captures" => captures(),
+        "first_bytes" => super::inspect::seeds::first_bytes(),
+        "segments" => super::inspect::seeds::segments(),
+        "initials" => super::inspect::seeds::initials(),
         _ => unreachable!("no target {target}"),
     }
 }

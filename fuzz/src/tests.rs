@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use super::{captures, datagrams, edits, ledger, received, records, requests, seeds};
+use super::{captures, datagrams, edits, first_bytes, initials, ledger, received, records, requests, seeds, segments};
 
 /// Calls a target with its seeds, those in `fuzz/seeds` too, and with this many changed inputs.
 fn smoke(name: &str, target: fn(&[u8]), changed: usize) {
@@ -59,6 +59,20 @@ impl Random {
     }
 }
 
+/// The targets.
+const SEEDED: [&str; 10] = [
+    "captures",
+    "datagrams",
+    "edits",
+    "first_bytes",
+    "initials",
+    "ledger",
+    "received",
+    "records",
+    "requests",
+    "segments",
+];
+
 fn committed(name: &str) -> PathBuf {
     let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     PathBuf::from(package).join("seeds").join(name)
@@ -99,12 +113,27 @@ fn any_capture_file_is_parsed_or_refused() {
     smoke("captures", captures, 3000);
 }
 
+#[test]
+fn the_first_bytes_of_a_client_are_read_the_same_when_more_follow() {
+    smoke("first_bytes", first_bytes, 20_000);
+}
+
+#[test]
+fn all_accepted_segments_agree_about_the_judged_bytes() {
+    smoke("segments", segments, 5000);
+}
+
+#[test]
+fn all_accepted_initial_packets_agree_about_the_judged_bytes() {
+    smoke("initials", initials, 2000);
+}
+
 /// After a change of a format, write the seeds again:
 /// `NFQUEUE_FUZZ_WRITE_SEEDS=1 cargo test -p nfqueue-fuzz`.
 #[test]
 fn the_committed_seeds_are_as_long_as_those_of_the_present_formats() {
     let write = std::env::var_os("NFQUEUE_FUZZ_WRITE_SEEDS").is_some();
-    for name in ["datagrams", "received", "requests", "ledger", "edits", "records", "captures"] {
+    for name in SEEDED {
         let folder = committed(name);
         let seeds = seeds::of(name);
         assert!(!seeds.is_empty(), "{name}");
