@@ -6,6 +6,7 @@
 //! `--queues N` makes as many healthy queues instead, with little traffic.
 
 use std::{
+    collections::VecDeque,
     ffi::{CString, OsString},
     io::Read,
     net::{Ipv4Addr, UdpSocket},
@@ -20,8 +21,8 @@ use nix::sys::prctl;
 
 /// Datagrams to this port plus a number are for that queue.
 const PORT: u16 = 9000;
-/// Set in the processes with queues: name, first queue, number of queues, pause after each packet in
-/// microseconds.
+/// Set in the processes with queues: name, first queue, number of queues, pause between two verdicts
+/// in microseconds.
 const TASK: &str = "NFQTOP_LAB_TASK";
 
 /// Name, first queue, how many, pause.
@@ -120,18 +121,26 @@ fn serve(task: &str) -> ! {
     prctl::set_name(&CString::new(words[0]).expect("a name")).expect("set the name");
     let (first, count, pause) = (number(1) as u16, number(2) as u16, Duration::from_micros(number(3)));
     for queue in (first..first + count).map(|queue| RawQueue::bind(queue).expect("bind the queue")) {
-        thread::spawn(move || {
-            loop {
-                if let Some(packet) = queue.next(Duration::from_secs(1)) {
-                    thread::sleep(pause);
-                    queue.accept(&packet);
-                }
-            }
-        });
+        thread::spawn(move || decide(&queue, pause));
     }
     // Until the lab has ended, however it ended.
     let _ = std::io::stdin().read(&mut [0]);
     process::exit(0)
+}
+
+/// Reads all packets at once, and accepts one after each pause.
+fn decide(queue: &RawQueue, pause: Duration) {
+    let (mut held, mut last) = (VecDeque::new(), Instant::now());
+    loop {
+        let patience = pause.clamp(Duration::from_millis(1), Duration::from_secs(1));
+        held.extend(queue.next(patience));
+        while last.elapsed() >= pause
+            && let Some(packet) = held.pop_front()
+        {
+            queue.accept(&packet);
+            last = Instant::now();
+        }
+    }
 }
 
 fn send(queue: u16, count: u32) {

@@ -12,14 +12,13 @@ pub(crate) fn number(row: &Row) -> String {
     if row.first == row.last { row.first.to_string() } else { format!("{}-{}", row.first, row.last) }
 }
 
-/// `ids 1234 +1`: the first process, and how many others.
-pub(crate) fn owner(row: &Row) -> String {
+/// `ids 1234 +1`: the first process, and how many others. The name is shortened to the width.
+pub(crate) fn owner(row: &Row, width: usize) -> String {
     let Some(bound) = &row.bound else { return "nobody".to_owned() };
-    match &bound.holders[..] {
-        [] => "?".to_owned(),
-        [holder] => format!("{} {}", holder.name, holder.pid),
-        [holder, rest @ ..] => format!("{} {} +{}", holder.name, holder.pid, rest.len()),
-    }
+    let Some((holder, rest)) = bound.holders.split_first() else { return "?".to_owned() };
+    let others = if rest.is_empty() { String::new() } else { format!(" +{}", rest.len()) };
+    let numbers = format!(" {}{others}", holder.pid);
+    shortened(&holder.name, width.saturating_sub(numbers.len())) + &numbers
 }
 
 /// `ids (1234), ids (1235)`: all processes.

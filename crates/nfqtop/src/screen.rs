@@ -306,7 +306,7 @@ fn columns(rows: &[Row], width: usize) -> Vec<Column> {
     let mut columns = vec![
         column("QUEUE", number_width, true, |row, _| cells::number(row)),
         column("STATE", 8, false, |row, _| row.label().to_owned()),
-        column("OWNER", 13, false, |row, _| cells::owner(row)),
+        column("OWNER", 13, false, cells::owner),
         column("LENGTH", 6, true, |row, _| of(row, |bound| cells::count(bound.line.length.into()))),
         column("FILL", 5, true, |row, _| of(row, cells::fill)),
         column("IN/S", 6, true, |row, _| rate(row, |rates| rates.arrived)),
@@ -316,6 +316,8 @@ fn columns(rows: &[Row], width: usize) -> Vec<Column> {
         column("rate", 7, true, |row, width| of(row, |bound| cells::sparkline(&bound.rate_samples, width))),
     ];
     let used = |columns: &[Column]| columns.iter().map(|column| column.width + 1).sum::<usize>();
+    // A name has up to 15 characters, and a pid mostly fewer than 8.
+    columns[2].width += width.saturating_sub(used(&columns)).min(9);
     if width >= used(&columns) + 10 {
         let cell: fn(&Row, usize) -> String =
             |row, width| of(row, |bound| cells::sparkline(&bound.length_samples, width));
@@ -324,11 +326,7 @@ fn columns(rows: &[Row], width: usize) -> Vec<Column> {
     if width >= used(&columns) + 11 {
         columns.push(column("LAST ID", 10, true, |row, _| of(row, |bound| bound.line.last_id.to_string())));
     }
-    // What is left is for the owner, and then for the rate.
-    let rest = width.saturating_sub(used(&columns));
-    let for_owner = rest.min(14);
-    columns[2].width += for_owner;
-    columns[9].width += (rest - for_owner).min(50);
+    columns[9].width += width.saturating_sub(used(&columns)).min(50);
     columns
 }
 

@@ -51,7 +51,7 @@ fn table(text: &mut String, view: &View) {
 
 fn row(row: &Row) -> [String; 10] {
     let dash = || "-".to_owned();
-    let (number, state, owner) = (cells::number(row), row.label().to_owned(), cells::owner(row));
+    let (number, state, owner) = (cells::number(row), row.label().to_owned(), cells::owner(row, usize::MAX));
     let Some(bound) = &row.bound else {
         return [number, state, owner, dash(), dash(), dash(), dash(), dash(), dash(), dash()];
     };

@@ -321,7 +321,10 @@ fn unbound_row((first, last): (u16, u16), rules: &RuleSet) -> Option<Row> {
 
 /// The worst first; of equal ones the one that loses most, then the longest, then by number.
 fn trouble(row: &Row) -> (u8, Reverse<u64>, Reverse<u32>, u16) {
-    let rank = row.advice.first().map_or(u8::MAX, Advice::rank);
+    let Some(rank) = row.advice.first().map(Advice::rank) else {
+        // Where nothing is wrong, rows stay in their places.
+        return (u8::MAX, Reverse(0), Reverse(0), row.first);
+    };
     let lost = match (&row.bound, row.advice.first()) {
         (Some(bound), _) => bound.rates.map_or(0.0, |rates| rates.queue_dropped + rates.user_dropped),
         (None, Some(Advice::Unbound { rate } | Advice::Bypassed { rate })) => rate.unwrap_or(0.0),
