@@ -21,8 +21,8 @@ use nix::sys::prctl;
 
 /// Datagrams to this port plus a number are for that queue.
 const PORT: u16 = 9000;
-/// Set in the processes with queues: name, first queue, number of queues, pause between two verdicts
-/// in microseconds.
+/// Set in the processes with queues: name, first queue, number of queues, pause between two
+/// verdicts in microseconds.
 const TASK: &str = "NFQTOP_LAB_TASK";
 
 /// Name, first queue, how many, pause.

@@ -2,8 +2,8 @@
 //! come, wait and are lost, which rules lead to them, and what to do about trouble.
 //!
 //! What reads the system is in `reader` (with `owners` and `rule_source`), `namespace`, `signals`
-//! and `terminal`. All else is pure: text and bytes in (`kernel`, `rules`, `keys`), rates and trouble
-//! (`view`, `advice`), text and cells out (`table`, `json`, `screen`).
+//! and `terminal`. All else is pure: text and bytes in (`kernel`, `rules`, `keys`), rates and
+//! trouble (`view`, `advice`), text and cells out (`table`, `json`, `screen`).
 
 mod advice;
 mod cells;

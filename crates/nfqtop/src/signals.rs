@@ -53,8 +53,8 @@ impl Signals {
         Ok(Self { woken, end })
     }
 
-    /// Waits for a signal, for input if there is a descriptor, and at most until `deadline` (without
-    /// one, for as long as it takes).
+    /// Waits for a signal, for input if there is a descriptor, and at most until `deadline`, if
+    /// there is one.
     pub(crate) fn wait(&mut self, deadline: Option<Instant>, input: Option<impl AsFd>) -> io::Result<Woken> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));

@@ -26,8 +26,8 @@ pub(crate) fn run(interval: Duration, namespace: &str) -> Result<(), String> {
         .map_err(|error| format!("terminal: {error}"))
 }
 
-/// Runs `body` with the terminal in raw mode and the alternate screen, and restores it at every end,
-/// also by a panic.
+/// Runs `body` with the terminal in raw mode and the alternate screen, and restores it at every
+/// end, also by a panic.
 fn in_terminal<T>(body: impl FnOnce(&mut DefaultTerminal) -> T) -> io::Result<T> {
     struct Restore;
     impl Drop for Restore {

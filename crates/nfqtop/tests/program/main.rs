@@ -114,7 +114,7 @@ fn rules(queues: &[u16]) -> Divert {
 
 /// Sends datagrams that a rule sends to a queue.
 fn send(queue: u16, count: u32) {
-    // Packets that wait in a queue are charged to the socket that has sent them, and it would block.
+    // Packets that wait in a queue are charged to the socket that has sent them. It would block.
     const EACH: u32 = 50;
     for first in (0..count).step_by(EACH as usize) {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
