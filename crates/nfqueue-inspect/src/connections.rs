@@ -237,8 +237,9 @@ impl Connections {
             let is_same = tracked.start.as_ref().is_some_and(same);
             let established = tracked.start.is_some_and(|start| start.established);
             let settled = tracked.state == (State::Allowed { settled: true });
-            // The server knows which of several SYNs it has accepted, and when an old connection has
-            // ended. All numbers may be those of the last one: with SYN cookies, it repeats its own.
+            // The server knows which of several SYNs it has accepted, and when an old connection
+            // has ended. All numbers may be those of the last one: with SYN cookies, it repeats its
+            // own.
             let begins = tracked.offered || (!is_same && (!established || settled));
             if self.limits.both_directions && begins {
                 self.bytes -= tracked.stream.memory();
