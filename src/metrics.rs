@@ -103,6 +103,9 @@ impl QueueMetrics {
     /// # Panics
     ///
     /// If the interval is zero, or outside of a runtime with time enabled.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the numbers stay as they are.
     pub async fn run(self, interval: Duration) {
         let mut interval = tokio::time::interval(interval);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 use super::memory::MemoryKernel;
 use super::{
     busy_poll::BusyPoll,
+    driver,
     kernel::KernelTable,
     limits::{limits_of, receive_buffer},
     receiver::Receiver,
@@ -128,7 +129,7 @@ impl Shared {
 
     /// Starts what a bound queue needs.
     fn begin(self: &Arc<Self>) -> Result<(), Error> {
-        self.start().map_err(|source| {
+        driver::start(self).map_err(|source| {
             let error = Error::os(format!("bind queue {}", self.settings.queue), source);
             error.with_detail("the timer thread cannot be started")
         })?;

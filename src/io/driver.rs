@@ -2,17 +2,25 @@
 //! task that was ready, which only a task can find out. Nothing with a time limit depends on it:
 //! see `timer`.
 
-use std::sync::{Arc, Weak};
+use std::{
+    io,
+    sync::{Arc, Weak},
+};
 
 use tokio::{sync::Notify, task::yield_now};
 
 use super::shared::Shared;
 
-/// Starts the driver of a queue in the current runtime.
-pub(super) fn start(shared: &Arc<Shared>) {
+/// Starts the timer of a queue, and its driver in the current runtime.
+///
+/// # Errors
+/// The timer thread cannot be started.
+pub(super) fn start(shared: &Arc<Shared>) -> io::Result<()> {
+    shared.start_timer()?;
     shared.with(|core| core.machine.set_driven(true));
     let driver = Driver { shared: Arc::downgrade(shared), signal: Arc::clone(&shared.signal) };
     tokio::spawn(driver.run());
+    Ok(())
 }
 
 struct Driver {

@@ -1,9 +1,6 @@
-//! The right to decide one packet, and whether such rights are held.
+//! The right to decide one packet.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::Arc;
 
 use super::{raw_packet::RawPacket, shared::Shared};
 use crate::{
@@ -111,36 +108,4 @@ impl Drop for VerdictGuard {
             queue.abandoned(self.id);
         }
     }
-}
-
-/// How many packets have been handed out, and how many of them have come back, with a verdict or
-/// without.
-#[derive(Debug, Default)]
-pub(super) struct HandedOut {
-    /// Written under the receive lock.
-    out: AtomicUsize,
-    /// Read and written under the lock of the state.
-    back: AtomicUsize,
-}
-
-impl HandedOut {
-    /// The caller holds the receive lock.
-    pub(super) fn hand_out(&self) {
-        add_one(&self.out);
-    }
-
-    /// The caller holds the lock of the state.
-    pub(super) fn come_back(&self) {
-        add_one(&self.back);
-    }
-
-    /// Whether a packet has not come back. The caller holds the lock of the state.
-    pub(super) fn is_any_held(&self) -> bool {
-        self.back.load(Ordering::Relaxed) != self.out.load(Ordering::Relaxed)
-    }
-}
-
-/// Under a lock, so that no read-modify-write operation is needed.
-fn add_one(counter: &AtomicUsize) {
-    counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
 }

@@ -27,6 +27,7 @@ use rustix::net::sockopt;
 
 use super::{
     busy_poll::BusyPoll,
+    driver,
     exchange::{HAND_OVER, TAKE_OVER, unreadable},
     kernel::KernelTable,
     passed::PassedQueue,
@@ -275,7 +276,7 @@ impl Shared {
         let shared = Arc::new(Self::new(settings, socket, table, machine, receiver, network_owner));
         own_port(shared.socket.port_id());
         shared.last_sent.store(record.sequence);
-        shared.start().map_err(os)?;
+        driver::start(&shared).map_err(os)?;
         shared.trace.taken_over(record.unread.len());
         Ok(shared)
     }

@@ -47,6 +47,7 @@ mod shared;
 mod socket;
 mod stream;
 pub(crate) mod sys;
+mod tallies;
 mod task_timer;
 pub(crate) mod timer;
 mod trace;

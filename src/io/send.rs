@@ -1,10 +1,7 @@
 //! Sending: verdict messages and configuration.
 
 use std::{
-    sync::{
-        TryLockError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::TryLockError,
     task::{Context, Poll},
 };
 
@@ -243,26 +240,6 @@ impl Shared {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
-    }
-}
-
-/// The sequence number of the last message whose send has returned.
-///
-/// The kernel puts a reply into the socket before the send returns. So if the socket is found empty
-/// after the number was loaded, every reply up to it has been received: a message that still waits
-/// for one has lost it. A stale number is smaller, and only delays that conclusion.
-#[derive(Debug, Default)]
-pub(super) struct LastSent(AtomicU32);
-
-impl LastSent {
-    /// Called when the send has returned.
-    pub(super) fn store(&self, sequence: u32) {
-        self.0.store(sequence, Ordering::Release);
-    }
-
-    /// Called before the socket is read.
-    pub(super) fn load(&self) -> u32 {
-        self.0.load(Ordering::Acquire)
     }
 }
 

@@ -27,15 +27,13 @@ use tokio::sync::Notify;
 
 use super::{
     clock::QueueClock,
-    driver,
     extras::VerdictExtras,
-    guard::HandedOut,
     kernel::{KernelStats, KernelTable},
     ready_fd::ReadyFd,
     receiver::Receiver,
-    send::LastSent,
     socket::{self, Socket},
     sys::{self, Owner},
+    tallies::{HandedOut, LastSent},
     timer::{Timer, TimerTarget},
     trace::Trace,
     wakers::Wakers,
@@ -164,14 +162,13 @@ impl Shared {
         }
     }
 
-    /// Starts the timer and the driver of a queue that has been bound or taken over.
+    /// Starts the timer of a queue that has been bound or taken over.
     ///
     /// # Errors
     /// The timer thread cannot be started.
-    pub(super) fn start(self: &Arc<Self>) -> io::Result<()> {
+    pub(super) fn start_timer(self: &Arc<Self>) -> io::Result<()> {
         let timed: Weak<Self> = Arc::downgrade(self);
         let _ = self.timer.set(Timer::new(timed as Weak<dyn TimerTarget>, &self.clock)?);
-        driver::start(self);
         Ok(())
     }
 

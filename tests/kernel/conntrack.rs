@@ -291,12 +291,12 @@ async fn an_icmp_error_is_related() {
     track();
     let _divert = divert([Rule::new(Hook::Output).protocol(Protocol::Icmp).to_queue(0)]);
     let client = support::udp("127.0.0.1:0");
-    let nobody = SocketAddr::from(([127, 0, 0, 1], 9999));
-    client.send_to(b"hello?", nobody).unwrap();
+    let unbound = SocketAddr::from(([127, 0, 0, 1], 9999));
+    client.send_to(b"hello?", unbound).unwrap();
     // Port unreachable.
     let (packet, entry) = entry(&mut queue).await;
     assert_is(&packet, ConnectionState::Related, Direction::Reply);
-    assert_eq!(entry.original, Some(FlowTuple::udp(client.local_addr().unwrap(), nobody)));
+    assert_eq!(entry.original, Some(FlowTuple::udp(client.local_addr().unwrap(), unbound)));
     packet.accept().submit().unwrap();
 }
 

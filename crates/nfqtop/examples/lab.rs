@@ -68,7 +68,7 @@ fn main() -> ExitCode {
             wait_until("the queue is bound", || queue_line(queue).is_some());
         }
         let divert = Divert::builder().table("lab").rules(rules).install().expect("install rules");
-        // These are decided by nobody.
+        // No program decides these.
         send(7, 12);
         for (queue, rate) in traffic {
             thread::spawn(move || flow(queue, rate));

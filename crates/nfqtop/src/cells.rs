@@ -14,7 +14,7 @@ pub(crate) fn number(row: &Row) -> String {
 
 /// `ids 1234 +1`: the first process, and how many others. The name is shortened to the width.
 pub(crate) fn owner(row: &Row, width: usize) -> String {
-    let Some(bound) = &row.bound else { return "nobody".to_owned() };
+    let Some(bound) = &row.bound else { return "none".to_owned() };
     let Some((holder, rest)) = bound.holders.split_first() else { return "?".to_owned() };
     let others = if rest.is_empty() { String::new() } else { format!(" +{}", rest.len()) };
     let numbers = format!(" {}{others}", holder.pid);

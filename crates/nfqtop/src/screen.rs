@@ -227,7 +227,7 @@ const PAGE: usize = 10;
 const FOOTER: &str = " q quit  ↑↓/jk select  space pause  s sort  ? help";
 
 const HELP: &str = "
- q, ctrl-c     quit               space  pause and go on
+ q, ctrl-c     quit               space  pause, resume
  ↑ ↓, k j      select a queue     s      sort by trouble, number, rate, length
  PgUp PgDn     ten queues         Home   the worst again
  ?             this help
@@ -390,7 +390,7 @@ mod tests {
             lines[2]
         );
         assert!(
-            lines[3].starts_with("     4 UNBOUND  nobody               -     -      -      -      -      -"),
+            lines[3].starts_with("     4 UNBOUND  none                 -     -      -      -      -      -"),
             "{}",
             lines[3]
         );
@@ -438,9 +438,9 @@ mod tests {
         assert!(screen.is_paused() && drawn(&mut screen, 90, 24)[0].ends_with("PAUSED"));
         assert_eq!(screen.key(Key::Char(' ')), Next::Refresh);
         press(&mut screen, "?");
-        assert!(drawn(&mut screen, 80, 24).join("\n").contains("pause and go on"));
+        assert!(drawn(&mut screen, 80, 24).join("\n").contains("pause, resume"));
         screen.key(Key::Escape);
-        assert!(!drawn(&mut screen, 80, 24).join("\n").contains("pause and go on"));
+        assert!(!drawn(&mut screen, 80, 24).join("\n").contains("pause, resume"));
         assert_eq!(screen.key(Key::Char('q')), Next::Quit);
         assert_eq!(screen.key(Key::Interrupt), Next::Quit);
     }

@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(lines[0], "network namespace net:[1], watched for 2.0 s");
         assert_eq!(lines[2], "QUEUE  STATE    OWNER         LENGTH  FILL  IN/S  OUT/S  FULL/S  BUFFER/S  LAST ID");
         assert_eq!(lines[3], "    2  STUCK    program2 102       4   ~0%     0      0       0         0        4");
-        assert_eq!(lines[4], "    3  UNBOUND  nobody             -     -     -      -       -         -        -");
+        assert_eq!(lines[4], "    3  UNBOUND  none               -     -     -      -       -         -        -");
         assert_eq!(lines[5], "    1  ok       program1 101       0   ~0%  1250   1250       0         0     2505");
         assert!(text.contains("\nAdvice\n  2: 4 packets wait, and none has been decided for 2 s: "), "{text}");
         assert_eq!(text.matches("to 1-3").count(), 1, "{text}");

@@ -93,20 +93,20 @@ mod tests {
 
     use super::*;
 
-    /// Runs in a terminal of its own: see the test below.
-    #[test]
-    #[ignore = "a part of another test"]
-    fn panic_in_a_terminal() {
-        let _ = in_terminal(|_| panic!("a panic in a terminal"));
-    }
-
+    /// The test runs itself once more, in a terminal of its own, where it panics.
     #[test]
     fn a_panic_restores_the_terminal() {
+        const PANICS: &str = "NFQTOP_TEST_PANICS";
+        if std::env::var_os(PANICS).is_some() {
+            let _ = in_terminal(|_| panic!("a panic in a terminal"));
+            return;
+        }
         let pty = openpty(None, None).unwrap();
         let before = tcgetattr(&pty.slave).unwrap();
         let end = || Stdio::from(pty.slave.try_clone().unwrap());
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "terminal::tests::panic_in_a_terminal", "--ignored", "--nocapture"])
+            .args(["--exact", "terminal::tests::a_panic_restores_the_terminal", "--nocapture"])
+            .env(PANICS, "1")
             .stdin(end())
             .stdout(end())
             .stderr(end())

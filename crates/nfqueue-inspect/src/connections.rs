@@ -330,13 +330,13 @@ impl Connections {
         if self.table.list(number) == List::Empty {
             self.table.renew(number, List::Used, now);
         }
-        self.make_room(number);
+        self.evict(number);
         let bytes = self.table.entry(number).stream.bytes();
         Progress::Bytes(Prefix { bytes, full: added.full, ended: added.ended })
     }
 
     /// Removes the oldest connections with bytes, but not this one.
-    fn make_room(&mut self, spared: u32) {
+    fn evict(&mut self, spared: u32) {
         while self.bytes > self.limits.bytes {
             let Some(number) = self.table.oldest_but(List::Used, spared) else { break };
             self.remove(number, |stats| &mut stats.evicted);
@@ -344,11 +344,8 @@ impl Connections {
     }
 
     fn expire(&mut self, now: Instant) {
-        let Some(limit) = now.checked_sub(self.limits.lifetime) else { return };
-        for list in [List::Empty, List::Used] {
-            while let Some(number) = self.table.oldest_since(list, limit) {
-                self.remove(number, |stats| &mut stats.expired);
-            }
+        while let Some(number) = self.table.expired(now, self.limits.lifetime) {
+            self.remove(number, |stats| &mut stats.expired);
         }
     }
 

@@ -1,6 +1,10 @@
 //! A map with a fixed number of entries, from which the oldest are removed first.
 
-use std::{collections::HashMap, hash::Hash, time::Instant};
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    time::{Duration, Instant},
+};
 
 /// No entry: the end of a list.
 const NONE: u32 = u32::MAX;
@@ -79,7 +83,7 @@ impl<K: Copy + Eq + Hash, V> Table<K, V> {
         &mut entry.expect("a number is that of an entry").1
     }
 
-    /// Adds an entry to the newest of `List::Empty`. There must be room, and no entry of this key.
+    /// Adds an entry to the newest of `List::Empty`. There must be space, and no entry of this key.
     pub(crate) fn insert(&mut self, key: K, value: V, now: Instant) -> u32 {
         let slot = Slot { entry: Some((key, value)), list: List::Empty, since: now, older: NONE, newer: NONE };
         let number = if self.free == NONE {
@@ -128,8 +132,14 @@ impl<K: Copy + Eq + Hash, V> Table<K, V> {
         if oldest == spared { Some(self.slots[oldest as usize].newer).filter(|n| *n != NONE) } else { Some(oldest) }
     }
 
+    /// An entry that was put into its list so long ago.
+    pub(crate) fn expired(&self, now: Instant, lifetime: Duration) -> Option<u32> {
+        let limit = now.checked_sub(lifetime)?;
+        [List::Empty, List::Used].into_iter().find_map(|list| self.oldest_since(list, limit))
+    }
+
     /// The oldest of a list, if it was put there at this time or before.
-    pub(crate) fn oldest_since(&self, list: List, limit: Instant) -> Option<u32> {
+    fn oldest_since(&self, list: List, limit: Instant) -> Option<u32> {
         self.oldest(list).filter(|number| self.slots[*number as usize].since <= limit)
     }
 

@@ -179,12 +179,12 @@ struct Step {
     from: usize,
     length: usize,
     flags: u8,
-    fate: u8,
+    transit: u8,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     (0u8..16, 0usize..4, 0usize..4, 0usize..9, 1usize..10, any::<u8>(), 0u8..8).prop_map(
-        |(kind, stream, base, from, length, flags, fate)| Step { kind, stream, base, from, length, flags, fate },
+        |(kind, stream, base, from, length, flags, transit)| Step { kind, stream, base, from, length, flags, transit },
     )
 }
 
@@ -266,7 +266,7 @@ fn attack(steps: &[Step], keeps: Keeps, cookies: bool, both_directions: bool) ->
                 if hint.may_pass() {
                     has_data |= !sent.payload.is_empty();
                     let settled = hint == Hint::Allowed { settled: true };
-                    match step.fate {
+                    match step.transit {
                         // It is lost, or the server does not accept it.
                         0 | 1 => {}
                         2 => network.push((sent, settled)),

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         ("a_stopped_process_is_named", stopped),
         ("all_processes_that_hold_a_socket_are_listed", shared),
         ("packets_lost_to_the_receive_buffer_are_reported", buffer_loss),
-        ("a_rule_to_a_queue_that_nobody_has_bound_is_reported_with_its_counter", unbound),
+        ("a_rule_to_a_queue_that_no_program_has_bound_is_reported_with_its_counter", unbound),
         ("the_table_is_printed_once", table),
         ("json_is_printed_at_each_refresh_until_a_signal_comes", each_refresh),
         ("another_network_namespace_is_shown_by_the_id_of_a_process", by_pid),

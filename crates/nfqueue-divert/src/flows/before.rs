@@ -222,10 +222,12 @@ impl<'a> Flows<'a> {
     pub(super) fn known(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Known);
         chain.push(&[Match::protocol(Protocol::Udp)], Action::Accept);
-        let [syn, ..] = first_packets();
+        let [syn, others @ ..] = first_packets();
         chain.push(&syn, Action::Return);
         chain.push(&[Match::protocol(Protocol::Tcp)], Action::Accept);
-        chain.push_first(&[], Action::Return, None);
+        for first in &others {
+            chain.push(first, Action::Return);
+        }
         chain.push_for(IpVersion::V6, &authenticated(), Action::Return);
         chain.push(&[], Action::Accept);
         chain

@@ -201,11 +201,8 @@ impl QuicNames {
     }
 
     fn expire(&mut self, now: Instant) {
-        let Some(limit) = now.checked_sub(self.limits.lifetime) else { return };
-        for list in [List::Empty, List::Used] {
-            while let Some(number) = self.table.oldest_since(list, limit) {
-                self.remove(number, |stats| &mut stats.expired);
-            }
+        while let Some(number) = self.table.expired(now, self.limits.lifetime) {
+            self.remove(number, |stats| &mut stats.expired);
         }
     }
 

@@ -125,7 +125,7 @@ fn each_connection_id_with_keys_of_its_own_is_judged() {
     // Not opened with any keys.
     let unknown = initial(Version::V1, b"unknown", b"to", 1, &[1]);
     assert_eq!(test.push(&unknown), Hint::Drop(Reason::Unreadable));
-    // The stream of a client that goes on is bounded.
+    // The stream of a client that sends more is bounded.
     for number in 0..20_u8 {
         let id = [number; 8];
         let hint = test.push(&initial(Version::V1, &id, &id, 0, &[1]));

@@ -110,7 +110,7 @@ impl Histogram {
     }
 
     /// A time that this part of all times does not exceed: `0.5` for the median. It is the upper
-    /// end of a bucket, at most 1.5 times too long. `None` if there is no time.
+    /// end of a bucket: at most 1.5 times too long, or 1 µs. `None` if there is no time.
     ///
     /// # Panics
     ///
