@@ -2,6 +2,7 @@
 
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
+mod talk;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -182,6 +183,7 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", ""]),
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
+        ("ips", &["--pattern", "long", "--bytes", "1048577"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
