@@ -2,6 +2,7 @@
 
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
+pub(crate) mod sni_filter;
 mod talk;
 
 use std::{
@@ -184,6 +185,9 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
         ("ips", &["--pattern", "long", "--bytes", "1048577"]),
+        ("sni_filter", &[]),
+        ("sni_filter", &["--block", "a..b"]),
+        ("sni_filter", &["--block", "a.example", "--port", "0x"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
