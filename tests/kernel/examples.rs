@@ -1,5 +1,6 @@
 //! The example programs, with their command lines, on a real kernel.
 
+pub(crate) mod capture;
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
 pub(crate) mod sni_filter;
@@ -188,6 +189,10 @@ fn invalid_command_lines_are_refused() {
         ("sni_filter", &[]),
         ("sni_filter", &["--block", "a..b"]),
         ("sni_filter", &["--block", "a.example", "--port", "0x"]),
+        ("capture", &["--port", "9000"]),
+        ("capture", &["--write", "/nowhere/file", "--port", "9000"]),
+        ("capture", &["--write", "/dev/full", "--port", "9000"]),
+        ("capture", &["--write", "/dev/null"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

@@ -94,6 +94,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     promises::tests,
     surprises::tests,
     examples::tests,
+    examples::capture::tests,
     examples::dns_firewall::tests,
     examples::ips::tests,
     examples::sni_filter::tests,
