@@ -78,7 +78,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
                 .is_ok_and(|view| view.destination_port().is_some_and(|port| options.dropped.contains(&port)));
             let (verdict, word) = if is_dropped { (packet.drop(), "dropped") } else { (packet.accept(), "accepted") };
             verdict.submit()?;
-            let comment = format!("{word} after {} µs", since.elapsed().as_micros());
+            let comment = format!("{word} after {:.6} s", since.elapsed().as_secs_f64());
             record.options.push(EnhancedPacketOption::Comment(comment.into()));
             record.data = bytes.to_vec().into();
             match records.try_send(record) {

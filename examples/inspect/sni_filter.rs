@@ -2,8 +2,9 @@
 //! connection is reset before the server gets the name. The others leave the queue.
 //!
 //! Run it as root: `cargo run --release --example sni_filter -- --block example.com`. Then
-//! `curl https://www.example.com/` says "Connection reset by peer". It makes its own rules, for what
-//! this host sends. On a router, `--clients eth1` filters what the hosts behind this interface send.
+//! `curl https://www.example.com/` says "Connection reset by peer". It makes its own rules, for
+//! what this host sends. On a router, `--clients eth1` filters what the hosts behind this interface
+//! send.
 //!
 //! Both directions of TCP come to the queue, because the packets of servers prove what they have
 //! received: `nfqueue_inspect` then promises that a server gets the bytes that were judged,
