@@ -8,8 +8,8 @@
 //!
 //! Both directions of TCP come to the queue, because the packets of servers prove what they have
 //! received: `nfqueue_inspect` then promises that a server gets the bytes that were judged,
-//! whatever the client does with segments. Bytes after a gap wait for those before them, other
-//! bytes in a retransmission are dropped.
+//! whatever the client does with segments. A segment after a gap is dropped, and TCP sends it again
+//! after the missing one. A retransmission with other bytes than the first time is dropped.
 //!
 //! | the client sends | it gets |
 //! |---|---|
@@ -17,8 +17,9 @@
 //! | a hello that cannot be read, or that is cut off | the same |
 //! | HTTP without TLS | the same for a blocked host |
 //! | a hello without a name, or another protocol | its connection: there is no name to block |
-//! | TCP that began before this program did | a reset: what was sent is unknown |
-//! | QUIC with a blocked name, or of another version | an ICMP error, or nothing: it takes TCP then |
+//! | TCP that began before this program did, or has sent no hello for ten minutes | a reset: what was sent is unknown |
+//! | QUIC with a blocked name, or of another version than 1 and 2 | an ICMP error, or nothing: it takes TCP then |
+//! | other UDP to this port, also QUIC that began before | the same |
 //!
 //! What it does not do:
 //!
@@ -30,7 +31,11 @@
 //! It prints `ready` on standard error once queue and rules are there. SIGINT and SIGTERM end it,
 //! and it prints one line of statistics.
 
-use std::{pin::pin, process::ExitCode, time::Instant};
+use std::{
+    pin::pin,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use nfqueue_inspect::{Connection, Decision, Hint, Limits, Name, Seen, ServerNames, Unparsed, quic::QuicNames};
 use tokio::signal::unix::{SignalKind, signal};
@@ -96,7 +101,7 @@ struct Filter {
 
 impl Filter {
     fn new(names: Vec<Name>) -> Self {
-        let limits = Limits::default().both_directions(true);
+        let limits = Limits::default().both_directions(true).lifetime(LIFETIME);
         Self { tcp: ServerNames::new(limits), quic: QuicNames::new(limits), names, allowed: 0, blocked: 0 }
     }
 
@@ -130,6 +135,10 @@ impl Filter {
         }
     }
 }
+
+/// As long as the kernel remembers a denial. The default is shorter than some connections are idle
+/// that cannot leave the queue: those on ports that were used shortly before (`guide::flows`).
+const LIFETIME: Duration = Duration::from_secs(600);
 
 /// Ends with SIGINT or SIGTERM. The handlers are installed when this returns.
 fn end_signal() -> impl Future<Output = ()> {
