@@ -1,7 +1,10 @@
 //! The example programs, with their command lines, on a real kernel.
 
+pub(crate) mod capture;
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
+pub(crate) mod sni_filter;
+mod talk;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -182,6 +185,14 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", ""]),
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
+        ("ips", &["--pattern", "long", "--bytes", "1048577"]),
+        ("sni_filter", &[]),
+        ("sni_filter", &["--block", "a..b"]),
+        ("sni_filter", &["--block", "a.example", "--port", "0x"]),
+        ("capture", &["--port", "9000"]),
+        ("capture", &["--write", "/nowhere/file", "--port", "9000"]),
+        ("capture", &["--write", "/dev/full", "--port", "9000"]),
+        ("capture", &["--write", "/dev/null"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

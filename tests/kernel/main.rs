@@ -94,8 +94,10 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     promises::tests,
     surprises::tests,
     examples::tests,
+    examples::capture::tests,
     examples::dns_firewall::tests,
     examples::ips::tests,
+    examples::sni_filter::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
