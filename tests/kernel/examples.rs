@@ -2,6 +2,7 @@
 
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
+pub(crate) mod netem;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -182,6 +183,14 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", ""]),
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
+        ("netem", &["--bogus"]),
+        ("netem", &["--loss", "101"]),
+        ("netem", &["--duplicate", "NaN"]),
+        ("netem", &["--delay", "-1"]),
+        ("netem", &["--reorder", "5"]),
+        ("netem", &["--protocol", "1", "--port", "5"]),
+        ("netem", &["--hook", "nowhere"]),
+        ("netem", &["--limit", "0"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
