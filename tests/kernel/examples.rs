@@ -3,6 +3,7 @@
 pub(crate) mod dns_firewall;
 pub(crate) mod ips;
 pub(crate) mod netem;
+pub(crate) mod shaper;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -191,6 +192,11 @@ fn invalid_command_lines_are_refused() {
         ("netem", &["--protocol", "1", "--port", "5"]),
         ("netem", &["--hook", "nowhere"]),
         ("netem", &["--limit", "0"]),
+        ("shaper", &[]),
+        ("shaper", &["--rate", "0"]),
+        ("shaper", &["--rate", "-5"]),
+        ("shaper", &["--rate", "5", "--burst", "0"]),
+        ("shaper", &["--rate", "5", "--hook", "output"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
