@@ -1,6 +1,7 @@
 //! The example programs, with their command lines, on a real kernel.
 
 pub(crate) mod dns_firewall;
+pub(crate) mod firewall;
 pub(crate) mod ips;
 pub(crate) mod netem;
 pub(crate) mod shaper;
@@ -197,6 +198,14 @@ fn invalid_command_lines_are_refused() {
         ("shaper", &["--rate", "-5"]),
         ("shaper", &["--rate", "5", "--burst", "0"]),
         ("shaper", &["--rate", "5", "--hook", "output"]),
+        ("firewall", &[]),
+        ("firewall", &["prompt"]),
+        ("firewall", &["ask", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket", "--questions", "3"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--default", "maybe"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--deadline", "0"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--questions", "0"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

@@ -95,6 +95,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     surprises::tests,
     examples::tests,
     examples::dns_firewall::tests,
+    examples::firewall::tests,
     examples::ips::tests,
     examples::netem::tests,
     examples::shaper::tests,
