@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio_nfqueue::{
-    Action, DetachedPacket, Divert, Error, Hook, Packet, Protocol, Queue, Rule, conntrack::Direction, divert::Match,
+    DetachedPacket, Divert, Error, Hook, Packet, Protocol, Queue, Rule, conntrack::Direction, divert::Match,
 };
 
 use super::{
@@ -33,13 +33,12 @@ pub(crate) async fn run(options: Options) -> Result<(), Box<dyn std::error::Erro
     if let Some(port) = options.port {
         rule = rule.destination_port(port);
     }
-    let action = if options.allow { Action::Accept } else { Action::Drop };
     let queue = Queue::builder(Queue::ANY)
         .uid_gid(true)
         // Headers are enough.
         .copy_range(128)
-        .deadline(options.deadline, action)
-        .on_unanswered(action)
+        .deadline(options.deadline, options.default)
+        .on_unanswered(options.default)
         .divert(Divert::builder().rule(rule));
     let (mut packets, verdicts) = queue.bind().await?.split();
     eprintln!("ready");
@@ -131,17 +130,16 @@ impl Filter {
         let Some(connection) = Connection::of(&packet) else { return self.by_default(packet.detach()) };
         match self.known.get(&connection).copied() {
             Some(Known::Answered(allow)) => decide(packet.detach(), allow),
-            Some(Known::Asked(id)) => {
-                if let Some(Question { packets, .. }) = self.asked.get_mut(&id) {
-                    // The deadline may have decided some.
-                    packets.retain(|packet| !packet.is_expired());
-                    if packets.len() < PACKETS {
-                        packets.push(packet.detach());
-                        return Ok(());
-                    }
+            Some(Known::Asked(id)) => match self.asked.get_mut(&id) {
+                // Behind the deadline, the service is too slow, and packets need not wait for it.
+                Some(Question { since, packets, .. })
+                    if since.elapsed() < self.options.deadline && packets.len() < PACKETS =>
+                {
+                    packets.push(packet.detach());
+                    Ok(())
                 }
-                self.by_default(packet.detach())
-            }
+                _ => self.by_default(packet.detach()),
+            },
             None if self.asked.len() >= self.options.questions => self.by_default(packet.detach()),
             None => self.ask(packet, connection).await,
         }
@@ -152,7 +150,7 @@ impl Filter {
             self.disconnect(&error)?;
             return self.by_default(packet.detach());
         }
-        let id = self.counts.asked;
+        let (id, since) = (self.counts.asked, Instant::now());
         if let Err(error) = self.service.ask(&connection.question(id, packet.uid())) {
             self.disconnect(&error)?;
             return self.by_default(packet.detach());
@@ -162,7 +160,7 @@ impl Filter {
         }
         self.counts.asked += 1;
         self.known.insert(connection, Known::Asked(id));
-        self.asked.insert(id, Question { connection, since: Instant::now(), packets: vec![packet.detach()] });
+        self.asked.insert(id, Question { connection, since, packets: vec![packet.detach()] });
         Ok(())
     }
 
@@ -182,7 +180,7 @@ impl Filter {
         question.packets.into_iter().try_for_each(|packet| decide(packet, allow))
     }
 
-    /// Without the service, there will be no answers.
+    /// Open questions will have no answers: a service that comes back does not know them.
     fn disconnect(&mut self, error: &io::Error) -> Result<(), Error> {
         if self.is_up.replace(false) != Some(false) {
             eprintln!("firewall: the service is down: {error}");
@@ -197,7 +195,7 @@ impl Filter {
 
     fn by_default(&mut self, packet: DetachedPacket) -> Result<(), Error> {
         self.counts.by_default += 1;
-        if self.options.allow { packet.accept().submit() } else { packet.reject().submit() }
+        packet.decide(self.options.default).submit()
     }
 
     /// Forgets what is too old, and answers of which there are too many.

@@ -20,14 +20,15 @@
 //!
 //! | the service | then |
 //! |---|---|
-//! | is slow | the queue's `deadline` decides the packet by the default action, and the question stays open for a minute: a late answer decides the connection's next packet |
+//! | is slow | the queue's `deadline` decides the packet by the default action. The question stays open for a minute: further packets do not wait, and a late answer decides the next one |
 //! | is down, or closes the connection | packets that wait, and new ones, are decided by the default action at once; each new connection tries to reach the service again |
 //! | sends nonsense, or an answer to no question | it is counted, and has no effect |
 //! | sends a line that does not end, or does not read | it is disconnected, as if it were down |
 //! | has too many open questions | further connections are decided by the default action |
 //!
 //! The default action is for the packet, not for the connection: the next packet is asked about
-//! again. All that the firewall keeps in memory is bounded.
+//! again. So a client whose SYN was dropped while the service was restarted is connected when it
+//! sends it again. All that the firewall keeps in memory is bounded.
 //!
 //! What it does not do: it asks neither about incoming connections, nor about those over loopback.
 //! The directory of the socket must belong to the service: a program that can put a socket there
@@ -39,6 +40,7 @@
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_nfqueue::Action;
 
 mod filter;
 mod process;
@@ -89,7 +91,8 @@ The first asks the service on this socket about each connection. The second is s
 asks you.
 
   --socket PATH     where the service listens
-  --default ACTION  for packets about which the service says nothing: allow or deny (default: deny)
+  --default ACTION  for packets about which the service says nothing: allow, or deny, which drops
+                    them (default: deny)
   --deadline MS     how long a packet waits for an answer, 1 to 60000 (default: 5000)
   --questions N     how many questions are open, and how many answers are remembered, at most
                     (default: 100)
@@ -102,8 +105,7 @@ enum Command {
 
 struct Options {
     socket: PathBuf,
-    /// The default action: allow, not deny.
-    allow: bool,
+    default: Action,
     deadline: Duration,
     questions: usize,
     port: Option<u16>,
@@ -114,16 +116,16 @@ fn command() -> Result<Option<Command>, lexopt::Error> {
 
     let mut prompt = false;
     let (socket, deadline) = (PathBuf::new(), Duration::from_secs(5));
-    let mut options = Options { socket, allow: false, deadline, questions: 100, port: None };
+    let mut options = Options { socket, default: Action::Drop, deadline, questions: 100, port: None };
     let mut arguments = lexopt::Parser::from_env();
     while let Some(argument) = arguments.next()? {
         match argument {
             Value(command) if command == "prompt" && !prompt => prompt = true,
             Long("socket") => options.socket = arguments.value()?.into(),
             Long("default") if !prompt => {
-                options.allow = arguments.value()?.parse_with(|text| match text {
-                    "allow" => Ok(true),
-                    "deny" => Ok(false),
+                options.default = arguments.value()?.parse_with(|text| match text {
+                    "allow" => Ok(Action::Accept),
+                    "deny" => Ok(Action::Drop),
                     _ => Err("neither allow nor deny"),
                 })?;
             }

@@ -20,7 +20,8 @@ tests![
     sync firewall_says_who_wants_the_connection,
     sync firewall_denies_at_the_deadline_and_takes_a_late_answer,
     sync firewall_allows_at_the_deadline_and_takes_a_late_answer,
-    sync firewall_decides_by_default_while_the_service_is_down,
+    sync firewall_drops_by_default_while_the_service_is_down,
+    sync firewall_accepts_by_default_while_the_service_is_down,
     sync firewall_survives_wrong_answers,
     sync firewall_bounds_open_questions,
     sync firewall_asks_a_person_at_a_terminal,
@@ -206,7 +207,7 @@ fn firewall_asks_once_about_each_connection() {
 fn firewall_says_who_wants_the_connection() {
     let peer = support::veth();
     let server = server(&peer);
-    let firewall = Firewall::start("who", &[]);
+    let firewall = Firewall::start("who", &["--deadline", "60000"]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
     flow.client.send(b"text").unwrap();
@@ -216,7 +217,7 @@ fn firewall_says_who_wants_the_connection() {
     // The test is root, here or in its user namespace.
     assert_eq!(question, format!("udp {from} {to} 0 {}", name.trim_end()));
     // The service has gone.
-    flow.expect_error();
+    queued(0, 1);
     assert_eq!(firewall.end(), [1, 0, 0, 1, 0, 1, 0]);
 }
 
@@ -230,6 +231,9 @@ fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     let mut service = Service::accept(&listener);
     let (id, _) = service.question();
     queued(0, 1);
+    // It need not wait any more.
+    flow.client.send(b"early").unwrap();
+    queued(0, 2);
     service.answer(id, true);
     // Another connection's answer shows that the firewall has read this one.
     let other = Udp::new(&peer, &server);
@@ -238,9 +242,9 @@ fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     service.answer(id, false);
     flow.passes(b"second");
     let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
-    assert_eq!([questions, allowed, denied, unanswered, at_once, wrong], [2, 1, 1, 0, 0, 0]);
-    // The other one's too, on a busy machine.
-    assert!((1..=2).contains(&after_deadline), "{after_deadline}");
+    assert_eq!([questions, allowed, denied, unanswered, wrong], [2, 1, 1, 0, 0]);
+    // The first two; on a busy machine also the other connection's.
+    assert!(after_deadline >= 1 && (2..=3).contains(&(after_deadline + at_once)), "{after_deadline}, {at_once}");
 }
 
 fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
@@ -252,79 +256,106 @@ fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
     flow.passes(b"first");
     let mut service = Service::accept(&listener);
     let (id, _) = service.question();
-    // Still the same question.
+    // Still the same question, and they need not wait.
     flow.passes(b"second");
-    flow.client.send(b"third").unwrap();
-    queued(0, 3);
-    flow.receives(b"third");
+    flow.passes(b"third");
     service.answer(id, false);
-    let end = flow.client.set_nonblocking(true);
-    end.unwrap();
-    // What comes before the firewall has read the answer passes, after the deadline.
+    flow.client.set_nonblocking(true).unwrap();
+    // What comes before the firewall has read the answer passes.
     support::wait_until("the connection is rejected", || {
         let _ = flow.client.send(b"later");
         flow.client.recv(&mut [0; 100]).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
     });
     let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
     assert_eq!([questions, allowed, denied, unanswered, wrong], [1, 0, 1, 0, 0]);
-    assert!(after_deadline >= 3, "{after_deadline} packets after the deadline, {at_once} at once");
+    assert!(after_deadline >= 1 && after_deadline + at_once >= 3, "{after_deadline}, {at_once}");
 }
 
-fn firewall_decides_by_default_while_the_service_is_down() {
+fn firewall_drops_by_default_while_the_service_is_down() {
     let peer = support::veth();
-    for (default, name) in [("deny", "down-deny"), ("allow", "down-allow")] {
-        let server = server(&peer);
-        let tcp = peer.run(|| TcpListener::bind((peer.far_v4, PORT)).unwrap());
-        let firewall = Firewall::start(name, &["--default", default, "--deadline", "60000"]);
-        let is_decided_by_default = |flow: &Udp| match default {
-            "deny" => flow.is_rejected(b"text"),
-            _ => flow.passes(b"text"),
-        };
-        let flow = Udp::new(&peer, &server);
-        is_decided_by_default(&flow);
-        let client = TcpStream::connect((peer.far_v4, PORT));
-        // It stays open: what it sends at its end would be asked about.
-        let _connection = match default {
-            "deny" => {
-                assert_eq!(client.unwrap_err().kind(), ErrorKind::ConnectionRefused);
-                None
-            }
-            _ => Some((client.unwrap(), tcp.accept().unwrap())),
-        };
+    let server = server(&peer);
+    let tcp = peer.run(|| TcpListener::bind((peer.far_v4, PORT)).unwrap());
+    let firewall = Firewall::start("down-deny", &["--deadline", "60000"]);
+    let flow = Udp::new(&peer, &server);
+    flow.client.send(b"dropped").unwrap();
+    queued(0, 1);
+    let to = peer.far_v4;
+    let connecting = thread::spawn(move || TcpStream::connect((to, PORT)));
+    support::wait_until("the SYN is dropped", || {
+        support::queue_line(0).is_some_and(|line| line[2] == 0 && line[7] >= 2)
+    });
 
-        // Up: the same connection is asked about.
-        let listener = firewall.listen();
-        flow.client.send(b"asked").unwrap();
-        let mut service = Service::accept(&listener);
+    // Up: both are asked about. TCP sends its SYN again.
+    let listener = firewall.listen();
+    flow.client.send(b"asked").unwrap();
+    let mut service = Service::accept(&listener);
+    for _ in 0..2 {
         let (id, _) = service.question();
         service.answer(id, true);
-        flow.receives(b"asked");
-
-        // Down again, with an open question.
-        let other = Udp::new(&peer, &server);
-        other.client.send(b"open").unwrap();
-        service.question();
-        drop((service, listener));
-        fs::remove_file(&firewall.socket).unwrap();
-        match default {
-            "deny" => other.expect_error(),
-            _ => other.receives(b"open"),
-        }
-        is_decided_by_default(&other);
-
-        // And up.
-        let listener = firewall.listen();
-        other.client.send(b"asked").unwrap();
-        let mut service = Service::accept(&listener);
-        let (id, _) = service.question();
-        service.answer(id, false);
-        other.expect_error();
-        // What has been allowed stays.
-        flow.passes(b"text");
-        let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
-        assert_eq!([questions, allowed, denied, unanswered, after_deadline, wrong], [3, 1, 1, 1, 0, 0]);
-        assert!(at_once >= 4, "{at_once}");
     }
+    flow.receives(b"asked");
+    let _connection = (connecting.join().unwrap().unwrap(), tcp.accept().unwrap());
+
+    // Down again, with an open question.
+    let other = Udp::new(&peer, &server);
+    other.client.send(b"dropped").unwrap();
+    service.question();
+    drop((service, listener));
+    fs::remove_file(&firewall.socket).unwrap();
+    support::wait_until("it is dropped", || support::queue_line(0).is_some_and(|line| line[2] == 0));
+    // What has been allowed stays.
+    flow.passes(b"text");
+
+    // And up.
+    let listener = firewall.listen();
+    other.client.send(b"asked").unwrap();
+    let mut service = Service::accept(&listener);
+    let (id, _) = service.question();
+    service.answer(id, true);
+    other.receives(b"asked");
+    let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
+    assert_eq!([questions, allowed, denied, unanswered, after_deadline, wrong], [4, 3, 0, 1, 0, 0]);
+    // The first datagram, the SYN and the open question. A slow machine may send the SYN again.
+    assert!(at_once >= 3, "{at_once}");
+}
+
+fn firewall_accepts_by_default_while_the_service_is_down() {
+    let peer = support::veth();
+    let server = server(&peer);
+    let tcp = peer.run(|| TcpListener::bind((peer.far_v4, PORT)).unwrap());
+    let firewall = Firewall::start("down-allow", &["--default", "allow", "--deadline", "60000"]);
+    let flow = Udp::new(&peer, &server);
+    flow.passes(b"passes");
+    let mut connection = (TcpStream::connect((peer.far_v4, PORT)).unwrap(), tcp.accept().unwrap().0);
+
+    // Up: both are asked about, and denied.
+    let listener = firewall.listen();
+    flow.client.send(b"asked").unwrap();
+    let mut service = Service::accept(&listener);
+    let (id, question) = service.question();
+    assert!(question.starts_with("udp"), "{question}");
+    service.answer(id, false);
+    flow.expect_error();
+    connection.0.write_all(b"asked").unwrap();
+    let (id, question) = service.question();
+    assert!(question.starts_with("tcp"), "{question}");
+    service.answer(id, false);
+    connection.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(connection.0.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+
+    // Down again, with an open question.
+    let other = Udp::new(&peer, &server);
+    other.client.send(b"open").unwrap();
+    service.question();
+    drop((service, listener));
+    other.receives(b"open");
+    other.passes(b"passes");
+    // What has been denied stays.
+    flow.is_rejected(b"text");
+    let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
+    assert_eq!([questions, allowed, denied, unanswered, after_deadline, wrong], [3, 0, 2, 1, 0, 0]);
+    // Two datagrams of the other connection, one of the first, the SYN and an acknowledgement.
+    assert!(at_once >= 5, "{at_once}");
 }
 
 fn firewall_survives_wrong_answers() {
@@ -352,7 +383,6 @@ fn firewall_survives_wrong_answers() {
     other.client.send(b"first").unwrap();
     service.question();
     service.send([b'a'; 65]);
-    other.expect_error();
     service.expect_end();
     // A new connection to the service.
     other.client.send(b"second").unwrap();
@@ -372,22 +402,25 @@ fn firewall_bounds_open_questions() {
     flows[..2].iter().for_each(|flow| _ = flow.client.send(b"text").unwrap());
     let mut service = Service::accept(&listener);
     let questions = [service.question(), service.question()];
-    flows[2].is_rejected(b"text");
+    flows[2].client.send(b"dropped").unwrap();
+    queued(2, 3);
     // Of one connection, 16 packets wait.
-    for _ in 1..20 {
-        // If the error of an earlier packet has come, `send` returns it, and sends nothing.
-        while flows[0].client.send(b"text").is_err() {}
-    }
+    (1..16).for_each(|_| _ = flows[0].client.send(b"text").unwrap());
+    (16..20).for_each(|_| _ = flows[0].client.send(b"dropped").unwrap());
     queued(17, 22);
     for (id, _) in questions {
         service.answer(id, true);
     }
-    (0..17).for_each(|_| _ = server.recv(&mut [0; 10]).unwrap());
+    for _ in 0..17 {
+        let mut datagram = [0; 10];
+        let length = server.recv(&mut datagram).unwrap();
+        assert_eq!(&datagram[..length], b"text");
+    }
     // There is a place for another question.
-    flows[3].client.send(b"text").unwrap();
+    flows[3].client.send(b"last").unwrap();
     let (id, _) = service.question();
     service.answer(id, true);
-    flows[3].receives(b"text");
+    flows[3].receives(b"last");
     assert_eq!(firewall.end(), [3, 3, 0, 0, 0, 5, 0]);
 }
 
