@@ -13,7 +13,10 @@ use std::{
 use nix::sys::signal::Signal;
 
 use super::{PORT, Program, path};
-use crate::support::{self, PATIENCE, Peer};
+use crate::{
+    common,
+    support::{self, PATIENCE, Peer},
+};
 
 tests![
     sync firewall_asks_once_about_each_connection,
@@ -149,6 +152,13 @@ fn queued(waiting: u64, packets: u64) {
     });
 }
 
+/// User and name, as the firewall sees them: the kernel sends the user of the initial user
+/// namespace.
+fn this_process() -> (u32, String) {
+    let name = fs::read_to_string("/proc/self/comm").unwrap();
+    (common::outer_id("uid_map"), name.trim_end().to_owned())
+}
+
 fn firewall_asks_once_about_each_connection() {
     let peer = support::veth();
     let firewall = Firewall::start("once", &[]);
@@ -212,10 +222,9 @@ fn firewall_says_who_wants_the_connection() {
     let flow = Udp::new(&peer, &server);
     flow.client.send(b"text").unwrap();
     let (_, question) = Service::accept(&listener).question();
-    let name = fs::read_to_string("/proc/self/comm").unwrap();
     let (from, to) = (flow.client.local_addr().unwrap(), flow.client.peer_addr().unwrap());
-    // The test is root, here or in its user namespace.
-    assert_eq!(question, format!("udp {from} {to} 0 {}", name.trim_end()));
+    let (user, name) = this_process();
+    assert_eq!(question, format!("udp {from} {to} {user} {name}"));
     // The service has gone.
     queued(0, 1);
     assert_eq!(firewall.end(), [1, 0, 0, 1, 0, 1, 0]);
@@ -435,9 +444,8 @@ fn firewall_asks_a_person_at_a_terminal() {
     prompt.until_ready();
     let mut keyboard = prompt.0.stdin.take().unwrap();
     let mut expect = |flow: &Udp| {
-        let name = fs::read_to_string("/proc/self/comm").unwrap();
-        let to = flow.client.peer_addr().unwrap();
-        let expected = format!("{} (uid 0) wants {to} (udp) [y/n]? ", name.trim_end());
+        let ((user, name), to) = (this_process(), flow.client.peer_addr().unwrap());
+        let expected = format!("{name} (uid {user}) wants {to} (udp) [y/n]? ");
         let mut screen = vec![0; expected.len()];
         prompt.0.stdout.as_mut().unwrap().read_exact(&mut screen).unwrap();
         assert_eq!(String::from_utf8(screen).unwrap(), expected);
