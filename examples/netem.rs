@@ -1,8 +1,8 @@
 //! Emulates a bad network, as `tc qdisc ... netem` does: packets are delayed, lost, sent twice, and
 //! overtake each other. The difference: a function decides for each packet, and may look at it.
 //!
-//! It makes its own rule. Run it as root, for example for all UDP that this host sends to port 53:
-//! `cargo run --release --example netem -- --protocol udp --port 53 --delay 100 --jitter 20 --loss 1`
+//! It makes its own rule. Run it as root, for example for what this host sends to port 53:
+//! `cargo run --release --example netem -- --port 53 --delay 100 --jitter 20 --loss 1`
 //!
 //! What it shows:
 //!

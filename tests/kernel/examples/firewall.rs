@@ -26,6 +26,7 @@ tests![
     sync firewall_drops_by_default_while_the_service_is_down,
     sync firewall_accepts_by_default_while_the_service_is_down,
     sync firewall_survives_wrong_answers,
+    sync firewall_disconnects_a_service_that_does_not_read,
     sync firewall_bounds_open_questions,
     sync firewall_asks_a_person_at_a_terminal,
 ];
@@ -400,6 +401,28 @@ fn firewall_survives_wrong_answers() {
     service.answer(id, true);
     other.receives(b"second");
     assert_eq!(firewall.end(), [3, 2, 0, 1, 0, 1, 11]);
+}
+
+fn firewall_disconnects_a_service_that_does_not_read() {
+    let peer = support::veth();
+    let server = server(&peer);
+    let firewall = Firewall::start("unread", &["--deadline", "60000", "--questions", "1000"]);
+    let listener = firewall.listen();
+    let ask = || _ = Udp::new(&peer, &server).client.send(b"text").unwrap();
+    ask();
+    let mut service = Service::accept(&listener);
+    listener.set_nonblocking(true).unwrap();
+    support::wait_until("the firewall connects again", || {
+        ask();
+        listener.accept().is_ok()
+    });
+    let mut questions = String::new();
+    service.0.read_to_string(&mut questions).unwrap();
+    let [asked, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
+    // And what the second service was asked, which has gone at once.
+    assert!(questions.lines().count() <= asked as usize, "{asked} questions:\n{questions}");
+    assert_eq!([allowed, denied, unanswered, after_deadline, wrong], [0, 0, asked, 0, 0]);
+    assert!(at_once > 0, "what has waited is decided");
 }
 
 fn firewall_bounds_open_questions() {

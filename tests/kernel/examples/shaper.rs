@@ -1,5 +1,5 @@
-//! `shaper`: what passes in a time is bounded for each source, and so is what the program remembers.
-//! A lower bound of a speed is never asserted.
+//! `shaper`: what passes in a time is bounded for each source, and what the program remembers is
+//! bounded too. A lower bound of a speed is never asserted.
 
 use std::{
     collections::HashMap,
