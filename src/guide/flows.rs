@@ -31,9 +31,10 @@
 //! | `packet.reject().for_flow()` | dropped; its sender gets a TCP reset, or an ICMP error | the same, in both directions |
 //! | `packet.reject()` | the same | come to the queue |
 //!
-//! The example `per_flow` accepts connections by their first packet; `ips` and `sni_filter` judge
-//! the first bytes of TCP connections, which the crate `nfqueue-inspect` puts together. Linux 5.18
-//! or later is needed; on an older kernel these verdicts hold for their packet only, and
+//! The example `per_flow` accepts connections by their first packet; `firewall` asks a service
+//! about each; `ips` and `sni_filter` judge the first bytes of TCP connections, which the crate
+//! `nfqueue-inspect` puts together. Linux 5.18 or later is needed; on an older kernel these verdicts
+//! hold for their packet only, and
 //! [`refusals`](crate::VerdictSink::refusals) reports each.
 //!
 //! # What is a connection

@@ -2,9 +2,12 @@
 
 pub(crate) mod capture;
 pub(crate) mod dns_firewall;
+pub(crate) mod firewall;
 pub(crate) mod ips;
 pub(crate) mod sni_filter;
 mod talk;
+pub(crate) mod netem;
+pub(crate) mod shaper;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -193,6 +196,27 @@ fn invalid_command_lines_are_refused() {
         ("capture", &["--write", "/nowhere/file", "--port", "9000"]),
         ("capture", &["--write", "/dev/full", "--port", "9000"]),
         ("capture", &["--write", "/dev/null"]),
+        ("netem", &["--bogus"]),
+        ("netem", &["--loss", "101"]),
+        ("netem", &["--duplicate", "NaN"]),
+        ("netem", &["--delay", "-1"]),
+        ("netem", &["--reorder", "5"]),
+        ("netem", &["--protocol", "1", "--port", "5"]),
+        ("netem", &["--hook", "nowhere"]),
+        ("netem", &["--limit", "0"]),
+        ("shaper", &[]),
+        ("shaper", &["--rate", "0"]),
+        ("shaper", &["--rate", "-5"]),
+        ("shaper", &["--rate", "5", "--burst", "0"]),
+        ("shaper", &["--rate", "5", "--hook", "output"]),
+        ("firewall", &[]),
+        ("firewall", &["prompt"]),
+        ("firewall", &["ask", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket", "--questions", "3"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--default", "maybe"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--deadline", "0"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--questions", "0"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

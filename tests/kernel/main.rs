@@ -96,8 +96,11 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::tests,
     examples::capture::tests,
     examples::dns_firewall::tests,
+    examples::firewall::tests,
     examples::ips::tests,
     examples::sni_filter::tests,
+    examples::netem::tests,
+    examples::shaper::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
