@@ -1,7 +1,9 @@
 //! The example programs, with their command lines, on a real kernel.
 
 pub(crate) mod dns_firewall;
+mod http;
 pub(crate) mod ips;
+pub(crate) mod prometheus;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -182,6 +184,9 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", ""]),
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
+        ("prometheus", &["--port", "70000"]),
+        ("prometheus", &["--listen", "9900"]),
+        ("prometheus", &["--listen", "127.0.0.1:9000"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
@@ -288,6 +293,13 @@ impl Program {
         let mut output = String::new();
         self.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
         (self.0.wait().unwrap(), output)
+    }
+
+    /// Waits for the end of a program that prints an error.
+    fn fails(mut self) -> (ExitStatus, String) {
+        let mut error = String::new();
+        self.0.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+        (self.0.wait().unwrap(), error)
     }
 }
 

@@ -96,6 +96,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::tests,
     examples::dns_firewall::tests,
     examples::ips::tests,
+    examples::prometheus::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
