@@ -4,6 +4,7 @@ pub(crate) mod dns_firewall;
 mod http;
 pub(crate) mod ips;
 pub(crate) mod prometheus;
+pub(crate) mod web;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -187,6 +188,9 @@ fn invalid_command_lines_are_refused() {
         ("prometheus", &["--port", "70000"]),
         ("prometheus", &["--listen", "9900"]),
         ("prometheus", &["--listen", "127.0.0.1:9000"]),
+        ("web", &["--bogus"]),
+        ("web", &["--addresses", "-1"]),
+        ("web", &["--listen", "127.0.0.1:9000", "--port", "9000"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),

@@ -97,6 +97,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::dns_firewall::tests,
     examples::ips::tests,
     examples::prometheus::tests,
+    examples::web::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
