@@ -3,11 +3,14 @@
 pub(crate) mod capture;
 pub(crate) mod dns_firewall;
 pub(crate) mod firewall;
+mod http;
 pub(crate) mod ips;
+pub(crate) mod netem;
+pub(crate) mod prometheus;
+pub(crate) mod shaper;
 pub(crate) mod sni_filter;
 mod talk;
-pub(crate) mod netem;
-pub(crate) mod shaper;
+pub(crate) mod web;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -217,6 +220,12 @@ fn invalid_command_lines_are_refused() {
         ("firewall", &["--socket", "/nowhere/socket", "--default", "maybe"]),
         ("firewall", &["--socket", "/nowhere/socket", "--deadline", "0"]),
         ("firewall", &["--socket", "/nowhere/socket", "--questions", "0"]),
+        ("prometheus", &["--port", "70000"]),
+        ("prometheus", &["--listen", "9900"]),
+        ("prometheus", &["--listen", "127.0.0.1:9000"]),
+        ("web", &["--bogus"]),
+        ("web", &["--addresses", "-1"]),
+        ("web", &["--listen", "127.0.0.1:9000", "--port", "9000"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
@@ -323,6 +332,13 @@ impl Program {
         let mut output = String::new();
         self.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
         (self.0.wait().unwrap(), output)
+    }
+
+    /// Waits for the end of a program that prints an error.
+    fn fails(mut self) -> (ExitStatus, String) {
+        let mut error = String::new();
+        self.0.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+        (self.0.wait().unwrap(), error)
     }
 }
 

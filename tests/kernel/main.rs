@@ -101,6 +101,8 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::sni_filter::tests,
     examples::netem::tests,
     examples::shaper::tests,
+    examples::prometheus::tests,
+    examples::web::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
