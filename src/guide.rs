@@ -191,17 +191,27 @@
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
 //! | `the timer thread cannot be started` | ERROR | `error`; in no span; only in a child by `fork` |
 
+#[cfg(all(feature = "divert", feature = "edit"))]
+pub mod containers;
 #[cfg(feature = "divert")]
 pub mod first_filter;
 pub mod flows;
 pub mod kernels;
 #[cfg(feature = "metrics")]
 pub mod metrics;
+#[cfg(feature = "divert")]
+pub mod one_queue_a_core;
+#[cfg(all(feature = "divert", feature = "inject"))]
+pub mod own_traffic;
 pub mod replies;
 #[cfg(all(feature = "divert", feature = "handover"))]
 pub mod restarting;
+#[cfg(all(feature = "divert", feature = "edit"))]
+pub mod rewriting;
 pub mod service;
 pub mod slow_judge;
+#[cfg(feature = "divert")]
+pub mod sni;
 #[cfg(feature = "test-util")]
 pub mod testing;
 pub mod trouble;

@@ -20,6 +20,7 @@ mod bridge;
 mod close;
 mod concurrency;
 mod conntrack;
+mod cookbook;
 mod divert;
 mod dropping;
 mod edit;
@@ -96,6 +97,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::tests,
     examples::dns_firewall::tests,
     examples::ips::tests,
+    cookbook::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
