@@ -43,8 +43,8 @@
 //!
 //! # What surprises
 //!
-//! - **Process 1 ignores SIGTERM** unless it handles it. A program that awaits only Ctrl-C is killed
-//!   after the grace period (10 s, in Kubernetes 30 s), and its queued packets are dropped:
+//! - **Process 1 ignores SIGTERM** unless it handles it. A program that awaits only Ctrl-C is
+//!   killed after the grace period (10 s, in Kubernetes 30 s), and its queued packets are dropped:
 //!   [the stop](super::service#the-stop).
 //! - **A user without `NET_ADMIN` in its effective set.** `runAsUser: 1000` with
 //!   `add: [NET_ADMIN]` puts the capability into the bounding set only. Run as root of the
@@ -52,14 +52,15 @@
 //!   `allowPrivilegeEscalation: true`, because `no_new_privs` disables file capabilities.
 //! - **User namespaces** (`hostUsers: false`, rootless Docker and Podman): all works in the
 //!   container's own network, and `CAP_NET_ADMIN` there is worth nothing on the host. Since Linux
-//!   7.1 no payload is replaced ([`kernels`](super::kernels)). Root cannot read the kernel's counters
-//!   if the network namespace was made before the map of users.
-//! - **Modules are the node's.** If `bind` or the rules return `Unsupported`, load them on the node:
-//!   `nfnetlink_queue`, `nft_queue` or `xt_NFQUEUE`, `nf_tables`. A container cannot.
-//! - **Not every network passes the hooks of the host.** Container networks on eBPF, macvlan, IPVLAN
-//!   and SR-IOV can pass the host's `Forward` by: [`trouble`](super::trouble#my-rule-sees-nothing).
-//!   In the pod the hooks work. Sandboxes with a kernel of their own (gVisor) have no NFQUEUE; in
-//!   virtual machines (Kata) it is the guest's kernel.
+//!   7.1 no payload is replaced ([`kernels`](super::kernels)). Root cannot read the kernel's
+//!   counters if the network namespace was made before the map of users.
+//! - **Modules are the node's.** If `bind` or the rules return `Unsupported`, load them on the
+//!   node: `nfnetlink_queue`, `nft_queue` or `xt_NFQUEUE`, `nf_tables`. A container cannot.
+//! - **Not every network passes the hooks of the host.** Container networks on eBPF, macvlan,
+//!   IPVLAN and SR-IOV need not pass the host's `Forward`:
+//!   [`trouble`](super::trouble#my-rule-sees-nothing). In the pod the hooks work. Sandboxes with a
+//!   kernel of their own (gVisor) have no NFQUEUE; in virtual machines (Kata) it is the guest's
+//!   kernel.
 //! - **Service addresses** are translated. A pod's `Output` sees the address of the service before
 //!   the node translates it, the node's `Forward` that of a pod:
 //!   [`rewriting`](super::rewriting#with-address-translation). A network plugin that translates in
@@ -67,7 +68,7 @@
 //! - **Others rebuild their tables.** kube-proxy, network plugins and firewalld delete chains and
 //!   make them anew; if that unregisters a hook, the kernel drops what is queued in that network
 //!   namespace: [`packets_gone_total`](super::metrics). In the pod's namespace this happens least.
-//! - **Probes and meshes are traffic**, too: exclude the ports of the kubelet's probes, or they fail
-//!   while the filter is slow, and the pod is restarted.
+//! - **Probes and meshes are traffic**, too: exclude the ports of the kubelet's probes, or they
+//!   fail while the filter is slow, and the pod is restarted.
 //! - **The first packets.** Before the sidecar has bound its queue, nothing filters. The order of
 //!   `initContainers` covers the containers behind it, not what arrives for the pod's address.

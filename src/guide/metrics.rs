@@ -64,8 +64,8 @@
 //!
 //! # What surprises
 //!
-//! - With `fail_open`, and with `bypass` while no program has the queue, packets pass undecided, and
-//!   no counter of the kernel says how many. Packets that found the receive buffer full are in
+//! - With `fail_open`, and with `bypass` while no program has the queue, packets pass undecided,
+//!   and no counter of the kernel says how many. Packets that found the receive buffer full are in
 //!   `packets_lost_total` also then.
 //! - The numbers of the kernel need root or `CAP_DAC_READ_SEARCH` when the queue is bound;
 //!   `kernel_counters_readable` is 0 without. A full queue is not seen then.

@@ -42,6 +42,6 @@
 //!   `to_queues(first..=last)`. Pin the threads only with `fanout`, each to the CPU of its number.
 //! - Fewer cores than queues is no error, and no gain.
 //!
-//! Whether it helps on your machine: compare `verdict_wait_seconds` of the [`metrics`](super::metrics)
-//! before and after, or the benchmark `cargo bench --workspace` of the repository, which measures
-//! four queues beside one.
+//! Whether it helps on your machine: compare `verdict_wait_seconds` of the
+//! [`metrics`](super::metrics) before and after, or the benchmark `cargo bench --workspace` of the
+//! repository, which measures four queues beside one.

@@ -21,7 +21,8 @@
 //! # What surprises
 //!
 //! - `tokio::net::lookup_host` asks through libc, in a thread, without the mark. Use a resolver
-//!   whose sockets are yours, or exempt the user: `Match::user(rustix::process::getuid().as_raw())`.
+//!   whose sockets are yours, or exempt the user:
+//!   `Match::user(rustix::process::getuid().as_raw())`.
 //! - If the program runs as root, so does much else: do not exempt root in a firewall.
 //! - `SO_MARK` needs `CAP_NET_ADMIN`, which the program has; since Linux 5.17 `CAP_NET_RAW`
 //!   suffices.

@@ -134,7 +134,8 @@
 //! - The watchdog's kill is SIGABRT: queued packets are dropped, and rules end as with every kill.
 //! - A queue whose packets nothing reads has no undecided packet in this sense, because they wait
 //!   in the kernel: [`kernel_stats`](crate::VerdictSink::kernel_stats)`().queued` says how many.
-//! - The state of a service must come from its main process, unless the unit says `NotifyAccess=all`.
+//! - The state of a service must come from its main process, unless the unit says
+//!   `NotifyAccess=all`.
 //!
 //! # The stop
 //!

@@ -96,7 +96,7 @@
 //!
 //! # What surprises
 //!
-//! - The sender does not wait for ever. TCP sends a SYN again after 1 s, then 2 s, 4 s and so on,
+//! - The sender does not wait indefinitely. TCP sends a SYN again after 1 s, then 2 s, 4 s and so on,
 //!   and each is one more packet in the queue, with one more question. Keep what was asked, by the
 //!   connection's addresses, and let the later packets wait for the same answer; and once it is
 //!   known, decide the connection: [`for_flow`](super::flows).
@@ -115,5 +115,5 @@
 //!   A timed-out `spawn_blocking` still occupies its thread.
 //! - If the judge is in the network, its own packets must not wait for it:
 //!   [`own_traffic`](super::own_traffic).
-//! - A judge that is down for long: answer at once, from the last known policy, and try again later.
-//!   The example `firewall` shows what its client sees meanwhile.
+//! - A judge that is down for long: answer at once, from the last known policy, and try again
+//!   later. The example `firewall` shows what its client sees meanwhile.

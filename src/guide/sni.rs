@@ -32,7 +32,7 @@
 //! - **QUIC** is UDP with port 443, and browsers prefer it. Filter it as well
 //!   (`nfqueue_inspect::quic`), or reject UDP with port 443, and clients use TCP.
 //! - The name is what the client says. Another name for the same address passes.
-//! - A reset by [`reject`](crate::Packet::reject) reaches the client at once, and the server when it
-//!   sends next. The server never gets the whole of a denied hello.
-//! - `Instant::now()` is handed in, so that a test moves the time; [`testing`](super::testing) shows
-//!   the rest.
+//! - A reset by [`reject`](crate::Packet::reject) reaches the client at once, and the server when
+//!   it sends next. The server never gets the whole of a denied hello.
+//! - `Instant::now()` is handed in, so that a test moves the time; [`testing`](super::testing)
+//!   shows the rest.

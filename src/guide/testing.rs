@@ -205,8 +205,8 @@
 //! # Tokio's paused clock
 //!
 //! A policy that sleeps is tested without sleeping: `#[tokio::test(start_paused = true)]` (feature
-//! `test-util` of Tokio). When the runtime is idle, the clock jumps to its next timer. A policy that
-//! delays each packet by an hour:
+//! `test-util` of Tokio). When the runtime is idle, the clock jumps to its next timer. A policy
+//! that delays each packet by an hour:
 //!
 //! ```
 //! use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Trouble: "my rule sees nothing", "everything is slow", "the box is unreachable". What to look at,
-//! in which order.
+//! Trouble: "my rule sees nothing", "everything is slow", "the box is unreachable". What to look
+//! at, in which order.
 //!
 //! First, as root in the network namespace of the queue:
 //!
@@ -58,8 +58,8 @@
 //!     while let Some(refusal) = refusals.try_recv() {
 //!         lines.push(format!("refused: {refusal:#}"));
 //!     }
-//!     let stats = queue.stats();
-//!     lines.push(format!("{} undecided, the oldest for {:?}", stats.held.in_flight, stats.held.oldest_undecided));
+//!     let held = queue.stats().held;
+//!     lines.push(format!("{} undecided, oldest: {:?}", held.in_flight, held.oldest_undecided));
 //!     lines
 //! }
 //!

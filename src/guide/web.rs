@@ -43,6 +43,8 @@
 //!     result
 //! }
 //!
+//! const NOT_FOUND: &[u8] = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n";
+//!
 //! async fn serve_web(listener: TcpListener, blocked: Blocked, sink: VerdictSink) {
 //!     while let Ok((stream, _)) = listener.accept().await {
 //!         let (blocked, sink) = (blocked.clone(), sink.clone());
@@ -50,7 +52,11 @@
 //!     }
 //! }
 //!
-//! async fn respond(mut stream: TcpStream, blocked: &Blocked, sink: &VerdictSink) -> std::io::Result<()> {
+//! async fn respond(
+//!     mut stream: TcpStream,
+//!     blocked: &Blocked,
+//!     sink: &VerdictSink,
+//! ) -> std::io::Result<()> {
 //!     let mut request = String::new();
 //!     BufReader::new((&mut stream).take(1000)).read_line(&mut request).await?;
 //!     let mut words = request.split(' ');
@@ -63,7 +69,7 @@
 //!             let stats = sink.stats();
 //!             format!("accepted {} dropped {}\n", stats.decided.accepted, stats.decided.dropped)
 //!         }
-//!         _ => return stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await,
+//!         _ => return stream.write_all(NOT_FOUND).await,
 //!     };
 //!     let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
 //!     stream.write_all((head + &body).as_bytes()).await
@@ -80,7 +86,8 @@
 //! let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
 //! let running = tokio::spawn(run(queue, listener, async { drop(stopped.await) }));
 //!
-//! let packet = || TestPacket::udp("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:53".parse().unwrap(), b"");
+//! let [from, to] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().unwrap());
+//! let packet = || TestPacket::udp(from, to, b"");
 //! assert!(kernel.send(packet()).outcome().await.accepted);
 //! assert!(ask(web, "PUT /blocked/10.0.0.1").await?.ends_with("true\n"));
 //! assert!(!kernel.send(packet()).outcome().await.accepted);
@@ -117,9 +124,9 @@
 //!   `sink.divert()` returns the rules of the queue.
 //! - A sink does not keep the queue open. After its end `stats` still returns the last numbers, and
 //!   `kernel_stats` an error.
-//! - For both ends by one signal, give both the same: a `tokio::sync::watch`, or a `CancellationToken`
-//!   of tokio-util. Let the service end after the filter; the other way round, a client that keeps
-//!   its connection open can keep the filter from ending.
+//! - For both ends by one signal, give both the same: a `tokio::sync::watch`, or a
+//!   `CancellationToken` of tokio-util. Let the service end after the filter; the other way round,
+//!   a client that keeps its connection open can keep the filter from ending.
 //!
 //! Many addresses are cheaper in the kernel: in a [named set](crate::divert::NamedSet) of a rule
 //! that drops, which the service changes with [`Divert::set`](crate::Divert::set). Then their

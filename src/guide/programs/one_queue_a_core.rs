@@ -15,7 +15,8 @@ pub async fn start(
     let rules = Divert::builder().rule(rule);
     let queue = Queue::builder(Queue::any(queues)).divert(rules).bind().await?;
     let (packets, verdicts) = queue.split();
-    let workers: Vec<_> = packets.into_each().into_iter().map(|queue| tokio::spawn(worker(queue))).collect();
+    let queues = packets.into_each();
+    let workers: Vec<_> = queues.into_iter().map(|queue| tokio::spawn(worker(queue))).collect();
     Ok(async move {
         stop.await;
         verdicts.close().await?;

@@ -19,11 +19,11 @@ impl Moved {
     fn rules(self) -> DivertBuilder {
         let prefix = if self.old.is_ipv4() { 32 } else { 128 };
         let udp = |hook| Rule::new(hook).protocol(Protocol::Udp);
-        let questions = udp(Hook::Prerouting).destination_address(self.old, prefix).destination_port(self.port);
-        let replies = udp(Hook::Postrouting).source_address(self.new, prefix).source_port(self.port);
+        let questions = udp(Hook::Prerouting).destination_address(self.old, prefix);
+        let replies = udp(Hook::Postrouting).source_address(self.new, prefix);
         Divert::builder()
-            .rule(questions.priority(Priority::RAW))
-            .rule(replies)
+            .rule(questions.destination_port(self.port).priority(Priority::RAW))
+            .rule(replies.source_port(self.port))
             // Verdicts for connections need connection tracking before the queue.
             .flow_marks(None)
     }
