@@ -1,8 +1,24 @@
-//! What to know before a queue goes into production: surprises, limits, and observability. Further
-//! pages: `first_filter`, where to begin; [`service`], privileges, a unit file, memory;
-//! [`kernels`], what differs by version; [`replies`], how to reply to packets; [`flows`], how to
-//! decide whole connections; `restarting`, how to restart a service without losing a packet;
-//! `testing`, how to test a policy.
+//! Pages by task, each with a program; and on this page what to know before a queue goes into
+//! production: surprises, limits, and observability.
+//!
+//! | task | page |
+//! |---|---|
+//! | write a first filter | `first_filter` |
+//! | decide whole connections | [`flows`] |
+//! | block TLS connections by the server's name | `sni` |
+//! | ask something slow before deciding | [`slow_judge`] |
+//! | rewrite packets | `rewriting` |
+//! | reply to packets | [`replies`] |
+//! | not to filter one's own traffic | `own_traffic` |
+//! | use all cores | `one_queue_a_core` |
+//! | have a web service beside the filter | [`web`] |
+//! | export metrics | `metrics` |
+//! | test a policy | `testing` |
+//! | run it as a service of systemd | [`service`] |
+//! | run it in a container, or in Kubernetes | `containers` |
+//! | restart it without losing a packet | `restarting` |
+//! | find out why nothing arrives, all is slow, or nothing works any more | [`trouble`] |
+//! | know what differs by kernel | [`kernels`] |
 //!
 //! # Threads and runtimes
 //!
@@ -175,13 +191,28 @@
 //! | `the timer thread cannot sleep` | ERROR | `error`; in no span, because the thread serves all queues |
 //! | `the timer thread cannot be started` | ERROR | `error`; in no span; only in a child by `fork` |
 
+#[cfg(all(feature = "divert", feature = "edit"))]
+pub mod containers;
 #[cfg(feature = "divert")]
 pub mod first_filter;
 pub mod flows;
 pub mod kernels;
+#[cfg(feature = "metrics")]
+pub mod metrics;
+#[cfg(feature = "divert")]
+pub mod one_queue_a_core;
+#[cfg(all(feature = "divert", feature = "inject"))]
+pub mod own_traffic;
 pub mod replies;
 #[cfg(all(feature = "divert", feature = "handover"))]
 pub mod restarting;
+#[cfg(all(feature = "divert", feature = "edit"))]
+pub mod rewriting;
 pub mod service;
+pub mod slow_judge;
+#[cfg(feature = "divert")]
+pub mod sni;
 #[cfg(feature = "test-util")]
 pub mod testing;
+pub mod trouble;
+pub mod web;

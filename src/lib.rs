@@ -82,7 +82,9 @@
 //! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
 //! | change settings while it runs | [`VerdictSink::reconfigure`], `Divert::replace_rules` |
 //! | use another network namespace, or another event loop | [`QueueBuilder::namespace`]; [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
-//! | run it as a service; know what a kernel lacks | [`guide::service`], [`guide`]; [`guide::kernels`] |
+//! | run it as a service, or in a container; know what a kernel lacks | [`guide::service`], `guide::containers`, [`guide`]; [`guide::kernels`] |
+//! | find out what is wrong | [`guide::trouble`]; the program `nfqtop` |
+//! | do something else | the table of tasks in [`guide`] |
 //! | test a policy, or a whole program without privileges | [`Verdict::action`], [`Verdict::changes`]; `simulated`, `guide::testing` |
 //! | port a program | `migration` has tables for libnetfilter_queue, go-nfqueue, NetfilterQueue and Suricata |
 //!

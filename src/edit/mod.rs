@@ -67,9 +67,10 @@ pub use self::{
 ///   connection: the receiver acknowledges bytes that the sender has not sent. Replace TCP payloads
 ///   only with payloads of the same length, or terminate the connection in a proxy.
 /// * It does not translate replies. After a change of addresses or ports, the packets of the reply
-///   direction need the reverse change. With connection tracking, change the packet before the
-///   kernel first tracks the connection (hooks prerouting and output, priority below −200).
-///   Otherwise the tracked connection differs from the real one.
+///   direction need the reverse change. Connection tracking knows the replies only if it sees the
+///   same addresses in both directions: change one direction before it (hooks prerouting and
+///   output, priority below −200), and the other one behind it.
+///   [`guide::rewriting`](crate::guide::rewriting) has the tables.
 /// * It does not choose a route. At forward and postrouting, a packet with another destination goes
 ///   to the next hop of the old one, and is usually lost. Change destinations at prerouting or
 ///   output.

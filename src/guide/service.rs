@@ -1,4 +1,5 @@
-//! Running as a service: privileges, system calls, memory, readiness.
+//! Running as a service of systemd: privileges, a unit file, system calls, memory, readiness,
+//! watchdog.
 //!
 //! # Capabilities
 //!
@@ -16,9 +17,8 @@
 //! the thread `nfqueue-timer` need it, and so does every thread that drops, submits or flushes.
 //!
 //! An ordinary user gets it as an ambient capability of the service, as below, or from the file:
-//! `setcap cap_net_admin+ep /usr/local/bin/my-filter`. In a container, the container must share the
-//! network namespace whose packets it decides, and have the capability in the user namespace that
-//! owns it; `--cap-add=NET_ADMIN` does both for the container's own network.
+//! `setcap cap_net_admin+ep /usr/local/bin/my-filter`. In a container:
+//! [`containers`](super::containers).
 //!
 //! # A unit file
 //!
@@ -56,19 +56,86 @@
 //! ([`Packet::payload_bytes`](crate::Packet::payload_bytes)) come on top. Example: `max_len` 1024
 //! and `copy_range` 1500 are 16 + 8 + 3 MiB.
 //!
-//! # Readiness
+//! # Readiness and watchdog
 //!
 //! The queue is bound, and the kernel keeps packets for it, when
-//! [`bind`](crate::QueueBuilder::bind) returns. Tell the service manager then:
+//! [`bind`](crate::QueueBuilder::bind) returns. Tell the service manager then (`Type=notify`). With
+//! `WatchdogSec=30` in the unit it also wants a sign of life, and kills a service that sends none
+//! (`Restart=always` starts it again). Give the sign only while packets are decided, and from the
+//! runtime that decides them:
 //!
-//! ```no_run
-//! # fn main() -> std::io::Result<()> {
-//! if let Some(socket) = std::env::var_os("NOTIFY_SOCKET") {
-//!     std::os::unix::net::UnixDatagram::unbound()?.send_to(b"READY=1", socket)?;
+//! ```
+//! use std::{ffi::OsString, os::unix::net::UnixDatagram, time::Duration};
+//!
+//! use tokio_nfqueue::{Queue, VerdictSink};
+//!
+//! /// `socket` is the variable `NOTIFY_SOCKET`; without a service manager it does not exist.
+//! fn notify(socket: &Option<OsString>, state: &str) -> std::io::Result<()> {
+//!     let Some(path) = socket else { return Ok(()) };
+//!     UnixDatagram::unbound()?.send_to(state.as_bytes(), path).map(drop)
 //! }
+//!
+//! /// Until the queue is closed. `every`: half of `WATCHDOG_USEC` or less.
+//! async fn signs_of_life(socket: Option<OsString>, queue: VerdictSink, every: Duration) {
+//!     let mut interval = tokio::time::interval(every);
+//!     while !queue.is_closed() {
+//!         interval.tick().await;
+//!         let oldest = queue.stats().held.oldest_undecided;
+//!         // More than any packet of this program ever waits.
+//!         if oldest.is_none_or(|waits| waits < Duration::from_secs(10)) {
+//!             let _ = notify(&socket, "WATCHDOG=1");
+//!         }
+//!     }
+//!     let _ = notify(&socket, "STOPPING=1");
+//! }
+//!
+//! /// When the queue is bound: `started(&queue, std::env::var_os("NOTIFY_SOCKET"))`.
+//! fn started(queue: &Queue, socket: Option<OsString>) -> std::io::Result<()> {
+//!     notify(&socket, "READY=1")?;
+//!     tokio::spawn(signs_of_life(socket, queue.sink(), Duration::from_secs(10)));
+//!     Ok(())
+//! }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = std::env::temp_dir().join(format!("guide-service-{}", std::process::id()));
+//! # std::fs::create_dir_all(&folder)?;
+//! # let manager = tokio::net::UnixDatagram::bind(folder.join("notify"))?;
+//! # let (kernel, mut queue) = tokio_nfqueue::simulated::queue(Queue::builder(0))?;
+//! # started(&queue, Some(folder.join("notify").into_os_string()))?;
+//! # async fn expect(manager: &tokio::net::UnixDatagram, state: &str) {
+//! #     let mut bytes = [0; 32];
+//! #     let length = manager.recv(&mut bytes).await.unwrap();
+//! #     assert_eq!(&bytes[..length], state.as_bytes());
+//! # }
+//! # expect(&manager, "READY=1").await;
+//! # expect(&manager, "WATCHDOG=1").await;
+//! # tokio::time::pause();
+//! # // A packet that no task decides.
+//! # let [from, to] = ["10.0.0.1:1", "10.0.0.2:2"].map(|address| address.parse().unwrap());
+//! # let _sent = kernel.send(tokio_nfqueue::simulated::TestPacket::udp(from, to, b""));
+//! # let packet = queue.recv().await.unwrap()?;
+//! # kernel.advance(Duration::from_secs(11));
+//! # for _ in 0..5 {
+//! #     tokio::time::sleep(Duration::from_secs(10)).await;
+//! # }
+//! # assert!(manager.try_recv(&mut [0; 32]).is_err(), "no sign of life");
+//! # packet.accept().submit()?;
+//! # expect(&manager, "WATCHDOG=1").await;
+//! # queue.close().await?;
+//! # let mut bytes = [0; 32];
+//! # while !bytes.starts_with(b"STOPPING=1") {
+//! #     manager.recv(&mut bytes).await?;
+//! # }
+//! # std::fs::remove_dir_all(folder)?;
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! - The watchdog's kill is SIGABRT: queued packets are dropped, and rules end as with every kill.
+//! - A queue whose packets nothing reads has no undecided packet in this sense, because they wait
+//!   in the kernel: [`kernel_stats`](crate::VerdictSink::kernel_stats)`().queued` says how many.
+//! - The state of a service must come from its main process, unless the unit says
+//!   `NotifyAccess=all`.
 //!
 //! # The stop
 //!
@@ -87,6 +154,12 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Restarts
+//!
+//! `Restart=always`, and a stop and start, let packets pass undecided or drop them, as the next
+//! section says. With the service manager's descriptor store the queue stays bound meanwhile, and
+//! loses no packet: [`restarting`](super::restarting#with-the-descriptor-store-of-systemd).
 //!
 //! # Rules
 //!

@@ -202,6 +202,56 @@
 //! Address translation and several hooks are not simulated. Test rules, and policies that depend on
 //! them, on the real kernel.
 //!
+//! # Tokio's paused clock
+//!
+//! A policy that sleeps is tested without sleeping: `#[tokio::test(start_paused = true)]` (feature
+//! `test-util` of Tokio). When the runtime is idle, the clock jumps to its next timer. A policy
+//! that delays each packet by an hour:
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use tokio_nfqueue::{Error, Packet, Queue};
+//!
+//! const HOUR: Duration = Duration::from_secs(3600);
+//!
+//! async fn serve(queue: Queue) -> Result<(), Error> {
+//!     queue
+//!         .serve(async |packet: Packet| {
+//!             tokio::time::sleep(HOUR).await;
+//!             packet.accept()
+//!         })
+//!         .await
+//! }
+//!
+//! use tokio_nfqueue::simulated::{self, TestPacket};
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)]
+//! # async fn main() -> Result<(), Error> {
+//! let (kernel, queue) = simulated::queue(Queue::builder(0))?;
+//! tokio::spawn(serve(queue));
+//! let [from, to] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().unwrap());
+//! let before = tokio::time::Instant::now();
+//! let sent = kernel.send(TestPacket::udp(from, to, b"query"));
+//! assert!(sent.outcome().await.accepted);
+//! assert_eq!(before.elapsed().as_secs(), HOUR.as_secs());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! There are two clocks, and they are independent:
+//!
+//! | what follows it | Tokio's clock | the simulated kernel's |
+//! |---|---|---|
+//! | `tokio::time`: `sleep`, `timeout`, `interval` | yes | |
+//! | [`deadline`](crate::QueueBuilder::deadline), flush policies, `close`, `bind_when_free` | | yes |
+//! | it moves | when the runtime is idle, or by `tokio::time::advance` | with the system's clock, or only by [`Kernel::advance`] once that was called |
+//!
+//! So a `tokio::time::timeout` around something that waits for the kernel's clock, such as a
+//! deadline, expires at once under a paused clock: the runtime is idle. Call [`Kernel::advance`]
+//! first, or leave the `timeout` out. [`slow_judge`](super::slow_judge) is a policy with time-outs
+//! and their tests.
+//!
 //! # What else a test can do
 //!
 //! - Packets of other protocols, hooks, interfaces, marks and connections: [`TestPacket`]; packets
@@ -211,11 +261,6 @@
 //! - Verdicts for connections taken back: [`Kernel::forget_flows`].
 //! - Several queues, groups of queues: [`Kernel::bind`], [`Kernel::namespace`].
 //! - Packets that come back: [`TestPacket::unless_mark`] is the condition of the rule.
-//! - Tokio's paused clock: `#[tokio::test(start_paused = true)]`. It and the clock of the simulated
-//!   kernel are independent. When the runtime is idle, Tokio's clock jumps to its next timer, so a
-//!   policy that sleeps for an hour takes no time. Deadlines, flush policies and `close` follow the
-//!   kernel's clock, which [`Kernel::advance`] moves: a `tokio::time::timeout` around something
-//!   that waits for that clock expires at once.
 //!
 //! A test need not be small: in an optimized build, about a thousand packets in a millisecond go
 //! through the simulated kernel and this crate (the benchmark `simulated` in `benches`).

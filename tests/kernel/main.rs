@@ -20,6 +20,7 @@ mod bridge;
 mod close;
 mod concurrency;
 mod conntrack;
+mod cookbook;
 mod divert;
 mod dropping;
 mod edit;
@@ -98,11 +99,12 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::dns_firewall::tests,
     examples::firewall::tests,
     examples::ips::tests,
-    examples::sni_filter::tests,
     examples::netem::tests,
-    examples::shaper::tests,
     examples::prometheus::tests,
+    examples::shaper::tests,
+    examples::sni_filter::tests,
     examples::web::tests,
+    cookbook::tests,
     faults::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,

@@ -15,6 +15,7 @@
 //! # Stability
 //!
 //! The API follows the needs of tokio-nfqueue. Any release may change it.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 
 pub mod record;

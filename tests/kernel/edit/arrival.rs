@@ -313,7 +313,7 @@ pub(super) async fn errors_and_stateful_rules(v6: bool) {
 }
 
 /// Drops UDP from [`PORT`], unless it belongs to a connection, or has the mark.
-fn drop_unless_established(except: Option<u32>) -> Vec<Expressions> {
+pub(crate) fn drop_unless_established(except: Option<u32>) -> Vec<Expressions> {
     let mut rule = vec![
         // meta: L4PROTO to register 1
         expression("meta", &[(1, number(1)), (2, number(16))]),

@@ -3,7 +3,7 @@
 //! Every test runs with the offloads of the interfaces on and off, with and without super-packets,
 //! over IPv4 and IPv6.
 
-mod arrival;
+pub(crate) mod arrival;
 mod replies;
 mod route;
 mod setup;

@@ -1,0 +1,38 @@
+//! Blocking TLS by the server's name, the SNI in a client's first bytes.
+//!
+//! The crate `nfqueue-inspect` puts the first bytes of a connection together, also if they come in
+//! several segments, out of order, or again with other bytes, and reads the names in them. What is
+//! allowed then leaves the queue: [`flows`](super::flows).
+//!
+//! ```toml
+//! [dependencies]
+//! nfqueue-inspect = "0.1"
+//! ```
+//!
+//! ```no_run
+#![doc = include_str!("programs/sni.rs")]
+//! ```
+//!
+//! The example `sni_filter` is this with options, on a router, and with QUIC.
+//!
+//! # What surprises
+//!
+//! - **Both directions** must come to the queue, until the connection is settled: only what the
+//!   server acknowledges proves which of two different segments it has received. With clients alone
+//!   it works, and [promises less](https://docs.rs/nfqueue-inspect/#one-direction-or-both).
+//! - A connection costs its handshake, the hello, and what acknowledges it. Do not limit that by
+//!   [`first_packets`](crate::Rule::first_packets): the end of a hello in many segments would pass
+//!   unseen.
+//! - A connection that began before the program did is `Unknown`, because its first bytes are gone.
+//!   Here it is reset, and its client begins anew. If old connections shall stay, accept them with
+//!   `for_flow`: then a client can avoid the filter by waiting for a restart, which
+//!   [`restarting`](super::restarting) without a gap prevents.
+//! - With an **encrypted hello** (ECH), the name is that of the provider. Clients get its keys from
+//!   DNS (HTTPS records): remove them there to have the name in clear.
+//! - **QUIC** is UDP with port 443, and browsers prefer it. Filter it as well
+//!   (`nfqueue_inspect::quic`), or reject UDP with port 443, and clients use TCP.
+//! - The name is what the client says. Another name for the same address passes.
+//! - A reset by [`reject`](crate::Packet::reject) reaches the client at once, and the server when
+//!   it sends next. The server never gets the whole of a denied hello.
+//! - `Instant::now()` is handed in, so that a test moves the time; [`testing`](super::testing)
+//!   shows the rest.
