@@ -90,8 +90,8 @@ impl Check {
     }
 }
 
-/// The limits of counts are what was measured when they were last changed, and a tenth. Those of CPU
-/// times are for a host that does nothing else, and a third above what is measured there.
+/// The limits of counts are what was measured when they were last changed, and a tenth. Those of
+/// CPU times are for a host that does nothing else, and a third above what is measured there.
 fn checks(book: &Book) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut check = |what: String, limit, measured| checks.push(Check { what, limit, measured });

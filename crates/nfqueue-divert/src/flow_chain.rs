@@ -98,8 +98,8 @@ impl FlowChain {
     }
 }
 
-/// At `Postrouting`, bridged packets have come by no interface (`br_nf_post_routing`), as those that
-/// this host sends. But they have a link-layer header.
+/// At `Postrouting`, bridged packets have come by no interface (`br_nf_post_routing`), as those
+/// that this host sends. But they have a link-layer header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
     Any,

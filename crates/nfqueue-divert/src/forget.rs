@@ -42,8 +42,8 @@ pub(super) struct Forgotten {
 pub(super) enum Forget {
     /// Also those that are no verdicts.
     All,
-    /// Those of all verdicts. That a connection may have begun on an older one's entry stays: verdicts
-    /// for packets of the older one may be on their way.
+    /// Those of all verdicts. That a connection may have begun on an older one's entry stays:
+    /// verdicts for packets of the older one may be on their way.
     Verdicts,
     /// Those of the verdict for one connection.
     VerdictOf(FlowTuple),

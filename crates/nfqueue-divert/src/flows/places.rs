@@ -14,8 +14,8 @@ pub(super) struct First {
     pub(super) origin: Origin,
 }
 
-/// The packets for which this is the first place of the table. A verdict that a packet has had at an
-/// earlier place stands in the connection's mark.
+/// The packets for which this is the first place of the table. A verdict that a packet has had at
+/// an earlier place stands in the connection's mark.
 pub(super) fn first_traversals(place: Place, places: &[Place]) -> Vec<First> {
     let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
     if places.iter().any(|other| other.hook == place.hook && other.priority < place.priority) {
