@@ -34,7 +34,8 @@
 //! The example `per_flow` accepts connections by their first packet; `firewall` asks a service
 //! about each; `ips` and `sni_filter` judge the first bytes of TCP connections, which the crate
 //! `nfqueue-inspect` puts together. Linux 5.18 or later is needed; on an older kernel these
-//! verdicts hold for their packet only, and [`refusals`](crate::VerdictSink::refusals) reports each.
+//! verdicts hold for their packet only, and
+//! [`refusals`](crate::VerdictSink::refusals) reports each.
 //!
 //! # What is a connection
 //!
