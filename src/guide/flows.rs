@@ -81,6 +81,8 @@
 //!   COOKIE ACK), `accept().for_flow()` for a reply that is not the answer to the SYN holds for
 //!   that packet; of SCTP, also for a client's packet that is not an INIT. After that, a late
 //!   packet whose numbers conntrack takes for delayed ones is as any other of the newer connection.
+//!   (`reject()` of a TCP packet resets the connection also for conntrack. It may then not be
+//!   established any more.)
 //! - A connection of TCP, SCTP or DCCP whose beginning connection tracking has not seen is accepted
 //!   by its second packet: `accept().for_flow()` for the first one, which has no entry yet, holds
 //!   for that packet. It may be of an older connection than a SYN that has passed meanwhile. A

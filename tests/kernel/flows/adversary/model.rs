@@ -52,6 +52,12 @@ pub(super) struct Question {
     alone: bool,
 }
 
+impl Question {
+    fn is_rejected(&self) -> bool {
+        self.answer.is_some_and(|(answer, _)| matches!(answer, Answer::Reject | Answer::RejectFlow))
+    }
+}
+
 /// A packet that was sent.
 #[derive(Debug, Clone)]
 pub(super) struct Sent {
@@ -244,6 +250,25 @@ impl Model {
             // is dropped.
             let last = syns().all(|(number, _)| number <= grant.number);
             return last && packets().any(|(_, other)| answer(other));
+        }
+        // "Until the newer one is established (the third packet of its handshake has passed), a reply
+        // that is not the answer to the SYN" accepts for itself alone. A rejected packet may have
+        // reset it again, as connection tracking sees it.
+        let granted = &self.sent[&grant.number];
+        let before = || packets().filter(|(number, _)| *number < grant.number).map(|(_, other)| other);
+        let arrived = |other: &Sent| other.arrived.is_some_and(|arrived| arrived < granted.at);
+        let is_established = || {
+            let answer = before().find(|other| other.kind == Kind::SynAck && arrived(other));
+            let third = |answer: &Sent, other: &Sent| {
+                let kind = matches!(other.kind, Kind::Ack | Kind::Data);
+                kind && other.side != answer.side && other.at > answer.at && arrived(other)
+            };
+            let rejected = before().any(|other| other.questions.iter().any(Question::is_rejected));
+            !rejected && answer.is_some_and(|answer| before().any(|other| third(answer, other)))
+        };
+        let may_be_reply = before().any(|other| other.side != grant.side && other.kind != Kind::Error);
+        if !matches!(granted.kind, Kind::Udp | Kind::SynAck) && may_be_reply && !is_established() {
+            return false;
         }
         // "If a SYN comes while conntrack has an entry with its addresses and ports (of an older
         // connection, or of the same one if the SYN is sent again), only a verdict for a SYN can
