@@ -44,6 +44,9 @@ fn main() -> ExitCode {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
+    if options.gate {
+        return ExitCode::SUCCESS;
+    }
     let scale = options.scale();
     let mut cpu = Section::new(drain::SECTION, scale.rounds);
     let mut saturated = Section::new(flood::SECTION, scale.rounds);

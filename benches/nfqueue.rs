@@ -31,6 +31,9 @@ fn main() -> ExitCode {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
+    if options.gate {
+        return ExitCode::SUCCESS;
+    }
     let scale = options.scale();
     let sections = sections(&scale);
     if options.list {

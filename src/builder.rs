@@ -178,11 +178,11 @@ impl QueueBuilder {
     /// Sends the verdicts in the order in which they were submitted, by whichever tasks. Default:
     /// within one flush, in the order of the packets' ids.
     ///
-    /// For programs that reorder packets on purpose, such as emulators of networks. Verdicts that
-    /// were submitted in the order of the ids still share messages; others have a message each, of
-    /// which many fit into one system call. A packet that is decided by a deadline, or gets the
-    /// default action, has its place in this order too. To keep the packets of a connection in
-    /// order although they are decided in another order, use
+    /// For programs that reorder packets on purpose, such as emulators of networks (the example
+    /// `netem`). Verdicts that were submitted in the order of the ids still share messages; others
+    /// have a message each, of which many fit into one system call. A packet that is decided by a
+    /// deadline, or gets the default action, has its place in this order too. To keep the packets
+    /// of a connection in order although they are decided in another order, use
     /// [`Serve::in_flow_order`](crate::Serve::in_flow_order).
     pub fn in_submission_order(mut self) -> Self {
         self.in_submission_order = true;

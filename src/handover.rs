@@ -101,7 +101,8 @@ impl Handover {
     /// * `Disconnected`: it has ended or closed the connection.
     /// * `Malformed`: its reply is not one of this crate.
     /// * `InvalidInput`: more than 252 descriptors; each queue takes two of them, each table one.
-    /// * `Other`: another error of the operating system.
+    /// * `Other`: another error of the operating system; also if packets that have been received
+    ///   and not handed out take more than 256 MiB, the most that a successor reads.
     ///
     /// # Cancel safety
     /// If the future is dropped, the queues continue here, unless the successor has accepted them

@@ -17,6 +17,8 @@
 //! # }
 //! ```
 //!
+//! The example `prometheus` serves them over HTTP, with a dashboard for Grafana and alerts.
+//!
 //! Every number has the label `queue`, with the queue's number. Of a queue with several numbers,
 //! each has numbers of its own. A counter never falls, also if the queue is bound again by the same
 //! program.

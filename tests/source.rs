@@ -1,4 +1,4 @@
-//! How wide the prose of the source tree is.
+//! What the compiler does not check in the source tree.
 
 use std::{
     fs,
@@ -16,6 +16,27 @@ fn prose_wraps_at_100_columns() {
     find(Path::new(&tests).parent().expect("a folder around the tests"), &mut files);
     let long: Vec<String> = files.iter().flat_map(|path| long_lines(path)).collect();
     assert!(!files.is_empty() && long.is_empty(), "{} lines are too long:\n{}", long.len(), long.join("\n"));
+}
+
+/// As Grafana imports it.
+#[test]
+fn the_dashboard_of_the_example_prometheus_is_complete() {
+    use serde_json::Value;
+
+    let dashboard: Value = serde_json::from_str(include_str!("../examples/prometheus/dashboard.json")).expect("JSON");
+    let source = &dashboard["templating"]["list"][0];
+    assert_eq!((&source["name"], &source["type"]), (&"datasource".into(), &"datasource".into()));
+    let panels = dashboard["panels"].as_array().expect("the panels");
+    assert!(!panels.is_empty());
+    for (panel, id) in panels.iter().zip(1..) {
+        assert_eq!((&panel["id"], &panel["type"]), (&id.into(), &"timeseries".into()));
+        assert!(panel["title"].is_string() && panel["gridPos"]["w"].is_u64(), "{panel}");
+        let targets = panel["targets"].as_array().expect("the expressions");
+        for (target, letter) in targets.iter().zip('A'..) {
+            assert_eq!(target["refId"], letter.to_string());
+            assert!(target["expr"].is_string() && target["datasource"]["uid"] == "${datasource}", "{target}");
+        }
+    }
 }
 
 /// Rust files and documents, without hidden and generated ones.

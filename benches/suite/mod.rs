@@ -16,6 +16,7 @@ pub mod flood;
 pub mod floor;
 pub mod flows;
 pub mod goals;
+pub mod instructions;
 pub mod latency;
 pub mod ledger_cost;
 pub mod machine;

@@ -4,15 +4,18 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
-pub const USAGE: &str = "usage: cargo bench --workspace [--bench NAME] [-- [--quick] [--list] [FILTER ...]]
+pub const USAGE: &str = "usage: cargo bench --workspace [--bench NAME] [-- [--quick] [--gate] [--list] [FILTER ...]]
 
   --quick   small counts, one round: only checks that everything runs; writes no file
+  --gate    only the bench gate: fails if a figure is above its limit (two minutes)
   --list    list the names of the measurements
   FILTER    run only the measurements whose name contains one of the filters";
 
 #[derive(Debug, Default)]
 pub struct Options {
     pub quick: bool,
+    /// Only the bench gate runs.
+    pub gate: bool,
     pub list: bool,
     pub help: bool,
     filters: Vec<String>,
@@ -50,6 +53,7 @@ impl Options {
                 // checks that they run.
                 Long("bench") => options.quick = false,
                 Long("quick" | "test") => asked_for_quick = true,
+                Long("gate") => options.gate = true,
                 Long("list") => options.list = true,
                 Long("child") => options.child = arguments.values()?.map(|v| v.string()).collect::<Result<_, _>>()?,
                 Short('h') | Long("help") => options.help = true,

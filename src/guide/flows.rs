@@ -31,9 +31,10 @@
 //! | `packet.reject().for_flow()` | dropped; its sender gets a TCP reset, or an ICMP error | the same, in both directions |
 //! | `packet.reject()` | the same | come to the queue |
 //!
-//! The example `per_flow` accepts connections by their first packet; `ips` searches the first bytes
-//! of TCP connections, and keeps what it knows of them. Linux 5.18 or later is needed; on an older
-//! kernel these verdicts hold for their packet only, and
+//! The example `per_flow` accepts connections by their first packet; `firewall` asks a service
+//! about each; `ips` and `sni_filter` judge the first bytes of TCP connections, which the crate
+//! `nfqueue-inspect` puts together. Linux 5.18 or later is needed; on an older kernel these
+//! verdicts hold for their packet only, and
 //! [`refusals`](crate::VerdictSink::refusals) reports each.
 //!
 //! # What is a connection
@@ -45,8 +46,8 @@
 //!
 //! | protocol | a new connection begins with | two are one for the kernel if |
 //! |---|---|---|
-//! | TCP | a segment with SYN and without ACK and RST | never |
-//! | SCTP | a packet with the verification tag 0 (INIT) | never |
+//! | TCP | a segment with SYN and without ACK and RST | a late packet of the older one is counted to the newer one; see below |
+//! | SCTP | a packet with the verification tag 0 (INIT) | the same; or the second begins on these addresses and ports with a heartbeat, as on a further path: conntrack takes over its tags |
 //! | DCCP, if the kernel tracks it (`CONFIG_NF_CT_PROTO_DCCP`; otherwise as "all others") | a Request | never |
 //! | UDP, UDP-Lite | the first packet after none has come for 30 s, or for 2 minutes after replies (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`) | the second uses the same ports before that time |
 //! | ICMP echo | the first request after none has come for 30 s (`nf_conntrack_icmp_timeout`) | it has the same identifier |
@@ -74,9 +75,23 @@
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
 //!   both connections may wait in the queue. Of two SYNs that wait at once, the later verdict holds
 //!   for both.
+//! - If conntrack has no entry any more when the SYN comes (the older connection was closed or
+//!   reset, or its entry is lost), it counts late packets of the older connection to the newer one.
+//!   Until the newer one is established (the third packet of its handshake has passed; of SCTP,
+//!   COOKIE ACK), `accept().for_flow()` for a reply that is not the answer to the SYN holds for
+//!   that packet; of SCTP, also for a client's packet that is not an INIT. After that, a late
+//!   packet whose numbers conntrack takes for delayed ones is as any other of the newer connection.
 //! - A connection of TCP, SCTP or DCCP whose beginning connection tracking has not seen is accepted
 //!   by its second packet: `accept().for_flow()` for the first one, which has no entry yet, holds
-//!   for that packet. It may be of an older connection than a SYN that has passed meanwhile.
+//!   for that packet. It may be of an older connection than a SYN that has passed meanwhile. A
+//!   verdict for the first reply holds for that packet, too.
+//! - [`forget_flow`](crate::Divert::forget_flow) and
+//!   [`forget_flows`](crate::Divert::forget_flows) end an accept. A verdict that comes after them
+//!   counts, also for a packet that has waited since before; but between a SYN and its answer, a
+//!   forgotten connection is accepted only by a verdict for another SYN.
+//! - A packet that comes to the hooks of this host twice with the same addresses and ports, such as
+//!   that of a program of this host that leaves by a pair of interfaces into a bridge of this host,
+//!   is as one that is sent again: a SYN ends its own accept.
 //! - A SYN does not renew the entry of a connection that a reset has closed
 //!   (`nf_conntrack_tcp_timeout_close`, 10 s). If the entry ends before the server's answer, about
 //!   once in 50 000 connections that use their ports again within that time, the accept ends with

@@ -96,9 +96,9 @@
 //!
 //! # What surprises
 //!
-//! - The sender does not wait indefinitely. TCP sends a SYN again after 1 s, then 2 s, 4 s and so on,
-//!   and each is one more packet in the queue, with one more question. Keep what was asked, by the
-//!   connection's addresses, and let the later packets wait for the same answer; and once it is
+//! - The sender does not wait indefinitely. TCP sends a SYN again after 1 s, then 2 s, 4 s and so
+//!   on, and each is one more packet in the queue, with one more question. Keep what was asked, by
+//!   the connection's addresses, and let the later packets wait for the same answer; and once it is
 //!   known, decide the connection: [`for_flow`](super::flows).
 //! - A resolver asks again after some seconds. An answer that comes later than that is for nothing.
 //! - Without the second limit, slowness becomes loss: at 1000 packets a second and 2 s for each,

@@ -51,7 +51,11 @@ pub(crate) fn packed(record: &Record) -> Result<OwnedFd, Error> {
         let create = |flags| rustix::fs::memfd_create("tokio-nfqueue", flags);
         // A system may require it (`vm.memfd_noexec`); kernels before 6.3 refuse it.
         let file = File::from(create(flags | MemfdFlags::NOEXEC_SEAL).or_else(|_| create(flags))?);
-        file.write_all_at(&record.encode(), 0)?;
+        let bytes = record.encode();
+        if bytes.len() as u64 > LONGEST_RECORD {
+            return Err(rustix::io::Errno::FBIG.into());
+        }
+        file.write_all_at(&bytes, 0)?;
         // So that no process with the descriptor can change it while another one reads it.
         rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(file.into())
@@ -172,8 +176,10 @@ fn read_record(file: &File) -> Result<Record, Error> {
     }
 }
 
-/// More than the packets of a full queue take.
-const LONGEST_RECORD: u64 = 8 << 30;
+/// In bytes. What a record holds beside some hundred bytes a queue are packets that have been
+/// received and not handed out: fewer than the receive buffers hold, which are rarely longer than a
+/// few MiB. A file in memory may be longer than the memory that its sender has spent on it.
+const LONGEST_RECORD: u64 = 256 << 20;
 const PIECE: usize = 64 * 1024;
 
 #[cfg(test)]
@@ -210,6 +216,22 @@ mod tests {
         let passed = unpacked(vec![record(&[one], 1, 1), first, second, record(&[two], 2, 2)]).unwrap();
         let cookies: Vec<u64> = passed.queues.iter().map(|queue| queue.record.cookie).collect();
         assert_eq!(cookies, [one, two]);
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_is_neither_written_nor_read() {
+        let (cookie, socket) = netlink();
+        let unread = vec![(1, vec![0; LONGEST_RECORD as usize])];
+        let queues = vec![QueueRecord { cookie, unread, ..QueueRecord::example() }];
+        let error = packed(&Record { queues, parts: Vec::new() }).unwrap_err();
+        assert!(error.to_string().contains("hand over"), "{error}");
+
+        // It takes no memory.
+        let memory = rustix::fs::memfd_create("record", MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&memory, &crate::record::header()).unwrap();
+        rustix::fs::ftruncate(&memory, LONGEST_RECORD + 1).unwrap();
+        let error = unpacked(vec![memory, socket]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Malformed);
     }
 
     #[test]

@@ -1,7 +1,16 @@
 //! The example programs, with their command lines, on a real kernel.
 
+pub(crate) mod capture;
 pub(crate) mod dns_firewall;
+pub(crate) mod firewall;
+mod http;
 pub(crate) mod ips;
+pub(crate) mod netem;
+pub(crate) mod prometheus;
+pub(crate) mod shaper;
+pub(crate) mod sni_filter;
+mod talk;
+pub(crate) mod web;
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -182,6 +191,41 @@ fn invalid_command_lines_are_refused() {
         ("ips", &["--pattern", ""]),
         ("ips", &["--pattern", "long", "--bytes", "3"]),
         ("ips", &["--pattern", "long", "--connections", "0"]),
+        ("ips", &["--pattern", "long", "--bytes", "1048577"]),
+        ("sni_filter", &[]),
+        ("sni_filter", &["--block", "a..b"]),
+        ("sni_filter", &["--block", "a.example", "--port", "0x"]),
+        ("capture", &["--port", "9000"]),
+        ("capture", &["--write", "/nowhere/file", "--port", "9000"]),
+        ("capture", &["--write", "/dev/full", "--port", "9000"]),
+        ("capture", &["--write", "/dev/null"]),
+        ("netem", &["--bogus"]),
+        ("netem", &["--loss", "101"]),
+        ("netem", &["--duplicate", "NaN"]),
+        ("netem", &["--delay", "-1"]),
+        ("netem", &["--reorder", "5"]),
+        ("netem", &["--protocol", "1", "--port", "5"]),
+        ("netem", &["--hook", "nowhere"]),
+        ("netem", &["--limit", "0"]),
+        ("shaper", &[]),
+        ("shaper", &["--rate", "0"]),
+        ("shaper", &["--rate", "-5"]),
+        ("shaper", &["--rate", "5", "--burst", "0"]),
+        ("shaper", &["--rate", "5", "--hook", "output"]),
+        ("firewall", &[]),
+        ("firewall", &["prompt"]),
+        ("firewall", &["ask", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket"]),
+        ("firewall", &["prompt", "--socket", "/nowhere/socket", "--questions", "3"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--default", "maybe"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--deadline", "0"]),
+        ("firewall", &["--socket", "/nowhere/socket", "--questions", "0"]),
+        ("prometheus", &["--port", "70000"]),
+        ("prometheus", &["--listen", "9900"]),
+        ("prometheus", &["--listen", "127.0.0.1:9000"]),
+        ("web", &["--bogus"]),
+        ("web", &["--addresses", "-1"]),
+        ("web", &["--listen", "127.0.0.1:9000", "--port", "9000"]),
         ("demo", &["--bogus"]),
         ("restart", &["--bogus"]),
         ("restart", &["--rate", "0"]),
@@ -288,6 +332,13 @@ impl Program {
         let mut output = String::new();
         self.0.stdout.take().unwrap().read_to_string(&mut output).unwrap();
         (self.0.wait().unwrap(), output)
+    }
+
+    /// Waits for the end of a program that prints an error.
+    fn fails(mut self) -> (ExitStatus, String) {
+        let mut error = String::new();
+        self.0.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+        (self.0.wait().unwrap(), error)
     }
 }
 

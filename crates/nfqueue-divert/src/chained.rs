@@ -58,10 +58,17 @@ impl<'a> Chained<'a> {
     }
 
     /// Adds a rule for packets of one version, if the table has them.
-    pub(super) fn push_for(&mut self, version: IpVersion, conditions: &[Match], action: Action) {
-        if self.surroundings.family.version().is_none_or(|only| only == version) {
-            self.push(conditions, action).facts.version = Some(version);
-        }
+    pub(super) fn push_for(
+        &mut self,
+        version: IpVersion,
+        conditions: &[Match],
+        action: Action,
+    ) -> Option<&mut KernelRule<'a>> {
+        self.surroundings.family.version().is_none_or(|only| only == version).then(|| {
+            let rule = self.push(conditions, action);
+            rule.facts.version = Some(version);
+            rule
+        })
     }
 
     pub(super) fn change(&mut self, conditions: &[Match], change: Change) {
@@ -198,6 +205,17 @@ pub(super) fn first_packets() -> [[Match; 2]; 3] {
         [Match::protocol(Protocol::Tcp), syn],
         [Match::protocol(SCTP), Match::sctp_init()],
         [Match::protocol(DCCP), Match::dccp_request()],
+    ]
+}
+
+/// The answers of the other side to [`first_packets`].
+pub(super) fn answers() -> [[Match; 2]; 3] {
+    let compared = TcpFlags::SYN | TcpFlags::RST | TcpFlags::ACK;
+    let syn_ack = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
+    [
+        [Match::protocol(Protocol::Tcp), syn_ack],
+        [Match::protocol(SCTP), Match::sctp_init_ack()],
+        [Match::protocol(DCCP), Match::dccp_response()],
     ]
 }
 

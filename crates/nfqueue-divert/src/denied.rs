@@ -138,6 +138,8 @@ pub(super) enum Remember {
     NotRecent(IpVersion),
     /// A connection of which a packet has just been rejected.
     Replied(IpVersion),
+    /// No longer such a connection.
+    NotReplied(IpVersion),
     /// A connection that a packet without an entry begins, by the packet's addresses and ports.
     Begun(IpVersion),
     /// A connection whose packets must not take the flowtable, by the ports that they arrive with.
@@ -158,6 +160,7 @@ impl Remember {
             Self::Beside(version, of) => update(beside(version), tuple::nft(version, of)),
             Self::NotBeside(version) => delete(beside(version), version, Of::EndsReversed),
             Self::NotRecent(version) => delete(recent(version), version, Of::ConnectionReversed),
+            Self::NotReplied(version) => delete(replied(version), version, Of::Connection),
             Self::Begun(version) => {
                 let [ports, reversed] = Of::Packet.both().map(|of| update(PORTS, tuple::nft_ports(of)));
                 [update(begun(version), tuple::nft(version, Of::Packet)), ports, reversed].join(" ")
@@ -211,6 +214,10 @@ impl Remember {
             Self::NotRecent(version) => {
                 tuple::load(version, Of::ConnectionReversed, REG32_00, encoder);
                 encoder.delete_from_set(recent(version));
+            }
+            Self::NotReplied(version) => {
+                tuple::load(version, Of::Connection, REG32_00, encoder);
+                encoder.delete_from_set(replied(version));
             }
             Self::Begun(version) => {
                 // The tuple comes first, as below.

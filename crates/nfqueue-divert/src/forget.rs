@@ -42,8 +42,8 @@ pub(super) struct Forgotten {
 pub(super) enum Forget {
     /// Also those that are no verdicts.
     All,
-    /// Those of all verdicts. That a connection has begun on an older one's entry stays: verdicts
-    /// for packets of the older one may be on their way.
+    /// Those of all verdicts. That a connection may have begun on an older one's entry stays:
+    /// verdicts for packets of the older one may be on their way.
     Verdicts,
     /// Those of the verdict for one connection.
     VerdictOf(FlowTuple),
@@ -83,7 +83,9 @@ pub(super) fn forget_marks(connection: &mut Connection, marks: FlowMarks, forget
             let family = NetfilterProtoFamily::from(*header.first()?);
             let original = DefaultNla::new(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(entry, CTA_TUPLE_ORIG)?.to_vec());
             let zone = attribute(entry, CTA_ZONE).map(|zone| DefaultNla::new(CTA_ZONE, zone.to_vec()));
-            let change = [number(CTA_MARK, 0), number(CTA_MARK_MASK, marks.mask())];
+            let all = matches!(forget, Forget::All);
+            let left = if mark == marks.accepting() && !all { marks.begun_again() } else { 0 };
+            let change = [number(CTA_MARK, left), number(CTA_MARK_MASK, marks.mask())];
             let attributes = [original].into_iter().chain(zone).chain(change).map(ConntrackAttribute::Other).collect();
             Some(message(family, ConntrackMessage::New(attributes)))
         });

@@ -27,7 +27,8 @@ pub struct Connections {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Connections that were added.
+    /// Connections that were added, also those that begin on the addresses and ports of an earlier
+    /// one.
     pub connections: u64,
     /// Connections that were removed undecided, because the table was full of others.
     pub evicted: u64,
@@ -243,6 +244,8 @@ impl Connections {
             let begins = tracked.offered || (!is_same && (!established || settled));
             if self.limits.both_directions && begins {
                 self.bytes -= tracked.stream.memory();
+                // That of the first SYN is counted.
+                self.stats.connections += u64::from(tracked.start.is_some() && !is_same);
                 let start = Some(Start::new(acknowledged, Some(server)));
                 *tracked = Tracked { state: State::Undecided, start, offered: false, stream: Stream::default() };
                 self.table.renew(number, List::Empty, now);

@@ -2,17 +2,19 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
-use nfqueue_divert::Divert;
 use nix::sys::signal::Signal;
 use socket2::{Domain, Type};
-use tokio_nfqueue::{Action, Hook, Packet, Protocol, Queue, Rule, edit::Edit, inject::Injector};
+use tokio_nfqueue::edit::Edit;
 
-use super::{PORT, Program};
-use crate::{common, support};
+use super::{
+    PORT, Program,
+    talk::{Before, LOOPBACKS, Talk},
+};
+use crate::support;
 
 tests![
     sync ips_lets_clean_connections_leave_the_queue,
@@ -25,8 +27,6 @@ tests![
     sync ips_forgets_the_oldest_of_too_many_connections,
     sync ips_judges_a_port_that_is_used_again,
 ];
-
-const LOOPBACKS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 fn start(options: &[&str]) -> Program {
     let mut program = Program::start("ips", &[&["--port", "9000", "--pattern", "attack"], options].concat());
@@ -162,7 +162,7 @@ async fn ips_ignores_a_syn_within_a_connection() {
         syn[tcp + 13] = 0x02;
         before.release(segment).await;
         talk.receives(b"att");
-        before.inject(Edit::new(&syn).unwrap().finish()).await;
+        before.injector.send(&Edit::new(&syn).unwrap().finish()).await.unwrap();
         let segment = before.hold(&mut talk, b"ack").await;
         before.release(segment).await;
         before.end().await;
@@ -171,76 +171,21 @@ async fn ips_ignores_a_syn_within_a_connection() {
     end(program, 2, 0, 2);
 }
 
-/// A queue before the program's, and an injector whose packets the program gets, but the server
-/// does not.
-struct Before {
-    queue: Queue,
-    injector: Injector,
-    rules: Divert,
-}
-
-impl Before {
-    const MARK: u32 = 0x50;
-
-    fn new() -> Self {
-        let queue = common::bind_now(Queue::builder(5).gso(false));
-        let injector = Injector::builder().mark(Self::MARK).bind().unwrap();
-        let to_port = |hook| Rule::new(hook).protocol(Protocol::Tcp).destination_port(PORT);
-        let held = to_port(Hook::Output).priority(-10).unless_mark(Self::MARK, u32::MAX).to_queue(5);
-        let injected = to_port(Hook::Input).mark(Self::MARK, u32::MAX).drop();
-        Self { queue, injector, rules: common::divert([injected, held]) }
-    }
-
-    /// The client sends a segment, which is held.
-    async fn hold(&mut self, talk: &mut Talk, text: &[u8]) -> Packet {
-        talk.client.write_all(text).unwrap();
-        self.next(text).await
-    }
-
-    /// The next packet with this text. Others are acknowledgements, or come again.
-    async fn next(&mut self, text: &[u8]) -> Packet {
-        loop {
-            let packet = common::next(&mut self.queue).await;
-            if packet.view().unwrap().payload() == Some(text) {
-                return packet;
-            }
-            self.release(packet).await;
-        }
-    }
-
-    /// Sends the packet on to the program's queue.
-    async fn release(&self, packet: Packet) {
-        common::soon("the acknowledgement", packet.accept().confirm()).await.unwrap();
-    }
-
-    /// Sends a packet, and waits until the program has accepted it.
-    async fn inject(&self, packet: Vec<u8>) {
-        self.injector.send(&packet).await.unwrap();
-        common::eventually("the program accepts it", || self.rules.counters().unwrap()[0].packets == 1).await;
-    }
-
-    /// Packets that come now are accepted.
-    async fn end(self) {
-        self.rules.remove_rules().unwrap();
-        self.queue.sink().close_with(Action::Accept).await.unwrap();
-    }
-}
-
 fn ips_forgets_the_oldest_of_too_many_connections() {
-    let program = start(&["--connections", "2"]);
     for address in LOOPBACKS {
+        let program = start(&["--connections", "2"]);
         let mut connections = Talk::several(address, 3);
         connections.remove(0).passes(b"attack");
         for mut talk in connections {
             talk.client.write_all(b"attack").unwrap();
             talk.expect_reset();
         }
+        end(program, 3, 0, 2);
     }
-    end(program, 6, 0, 4);
 }
 
 fn ips_judges_a_port_that_is_used_again() {
-    let program = start(&[]);
+    let program = start(&["--bytes", "9"]);
     for address in LOOPBACKS {
         let listener = TcpListener::bind((address, PORT)).unwrap();
         let mut client_address = None;
@@ -249,6 +194,8 @@ fn ips_judges_a_port_that_is_used_again() {
             client_address = Some(client.local_addr().unwrap());
             let mut talk = Talk::new(client, &listener);
             talk.passes(b"some text");
+            // This says what the server has received.
+            talk.replies(b"reply");
             let Talk { client, mut server } = talk;
             drop(client);
             assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -258,7 +205,7 @@ fn ips_judges_a_port_that_is_used_again() {
         talk.client.write_all(b"attack").unwrap();
         talk.expect_reset();
     }
-    end(program, 8, 0, 2);
+    end(program, 8, 6, 2);
 }
 
 /// Connects from this address if there is one. When the stream is dropped, it resets the
@@ -271,58 +218,4 @@ fn connect_from(from: Option<SocketAddr>, to: SocketAddr) -> TcpStream {
     }
     socket.connect(&to.into()).unwrap();
     socket.into()
-}
-
-/// Both sides of a connection.
-struct Talk {
-    client: TcpStream,
-    server: TcpStream,
-}
-
-impl Talk {
-    /// Connections to this address.
-    fn several(address: IpAddr, count: usize) -> Vec<Self> {
-        let listener = TcpListener::bind((address, PORT)).unwrap();
-        let connect = |_| Self::new(TcpStream::connect((address, PORT)).unwrap(), &listener);
-        (0..count).map(connect).collect()
-    }
-
-    fn new(client: TcpStream, listener: &TcpListener) -> Self {
-        let (server, from) = listener.accept().unwrap();
-        assert_eq!(from, client.local_addr().unwrap());
-        for stream in [&client, &server] {
-            stream.set_nodelay(true).unwrap();
-            stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
-        }
-        Self { client, server }
-    }
-
-    fn passes(&mut self, text: &[u8]) {
-        transfer(&mut self.client, &mut self.server, text);
-    }
-
-    /// The server receives what the client has sent.
-    fn receives(&mut self, text: &[u8]) {
-        let mut received = vec![0; text.len()];
-        self.server.read_exact(&mut received).unwrap();
-        assert_eq!(received, text);
-    }
-
-    fn replies(&mut self, text: &[u8]) {
-        transfer(&mut self.server, &mut self.client, text);
-    }
-
-    /// The client is reset, and the server when it sends. The server has nothing to read.
-    fn expect_reset(mut self) {
-        assert_eq!(self.client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-        self.server.write_all(b"reply").unwrap();
-        assert_eq!(self.server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-    }
-}
-
-fn transfer(from: &mut TcpStream, to: &mut TcpStream, text: &[u8]) {
-    from.write_all(text).unwrap();
-    let mut received = vec![0; text.len()];
-    to.read_exact(&mut received).unwrap();
-    assert_eq!(received, text);
 }

@@ -10,6 +10,8 @@ mod beside;
 mod denied;
 mod forgetting;
 mod lasting;
+mod late;
+mod later_places;
 mod meeting;
 mod offload;
 mod others;
@@ -58,6 +60,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         translated::tests(),
         beside::tests(),
         lasting::tests(),
+        late::tests(),
+        later_places::tests(),
     ];
     modules.into_iter().flatten().collect()
 }

@@ -1,8 +1,11 @@
 //! What passes of a rejected connection: this host's own replies, and nothing else.
 
 use std::{
-    fs, io, iter,
+    fs,
+    io::{self, Write},
+    iter,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    time::Duration,
 };
 
 use tokio::task::spawn_blocking;
@@ -10,7 +13,7 @@ use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict};
 
 use super::{
     LOOPBACKS, bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK, segment},
+    segments::{ACK, Hosts, RST, SYN, SYN_ACK, segment, unreachable},
     table, unlimited_icmp_errors,
 };
 use crate::{
@@ -26,6 +29,8 @@ tests![
     one the_first_packet_is_answered_for_others,
     one a_bridged_packet_is_answered_if_a_route_leads_to_its_sender,
     one a_bridged_syn_never_takes_the_shortcut,
+    one what_other_hosts_send_over_a_bridge_is_no_reply_of_this_host,
+    one what_a_process_sends_is_no_reply_of_the_kernel,
     one the_first_packet_is_answered_behind_address_translation,
 ];
 
@@ -225,10 +230,10 @@ fn at(peer: &support::Peer, client: IpAddr) -> impl Fn(SocketAddr, SocketAddr) -
 }
 
 /// This host bridges, and rules of IP see what it bridges.
-struct Bridging(Bridge);
+pub(super) struct Bridging(Bridge);
 
 /// A kernel without BRIDGE_NETFILTER has no such rules.
-fn bridging() -> Option<Bridging> {
+pub(super) fn bridging() -> Option<Bridging> {
     let setting = "/proc/sys/net/bridge/bridge-nf-call-iptables";
     if !fs::exists(setting).unwrap() {
         println!("the kernel has no BRIDGE_NETFILTER");
@@ -252,7 +257,7 @@ impl Bridging {
     }
 
     /// The client is at the first end, the server at the second one.
-    fn segment(&self, from: usize, port: u16, flags: u8, numbers: (u32, u32)) {
+    pub(super) fn segment(&self, from: usize, port: u16, flags: u8, numbers: (u32, u32)) {
         let [client, server] = [1, 2].map(|subnet| Ipv4Addr::new(10, 9, subnet, 2));
         let mut ends = [SocketAddrV4::new(client, port), SocketAddrV4::new(server, 80)];
         ends.rotate_left(from);
@@ -260,7 +265,7 @@ impl Bridging {
     }
 
     /// The IPv4 packets that have arrived at an end.
-    fn arrived(&self, end: usize) -> usize {
+    pub(super) fn arrived(&self, end: usize) -> usize {
         self.send(1 - end, Self::LAST, &[0; 46]);
         let frames = iter::repeat_with(|| {
             let mut frame = None;
@@ -314,4 +319,49 @@ async fn a_bridged_syn_never_takes_the_shortcut() {
         assert_eq!([0, 1].map(|end| bridging.arrived(end)), [1, 2]);
         divert.close().unwrap();
     }
+}
+
+/// Also after a packet of the connection was rejected.
+async fn what_other_hosts_send_over_a_bridge_is_no_reply_of_this_host() {
+    let Some(bridging) = bridging() else { return };
+    support::add_address(&bridging.0.name, Ipv4Addr::new(10, 9, 7, 1).into(), 16);
+    let [client, server] = [1, 2].map(|subnet| Ipv4Addr::new(10, 9, subnet, 2));
+    let port = 40_000;
+    let mut queue = bind();
+    let from_client = Rule::new(Hook::Forward).protocol(Protocol::Tcp).source_address(client, 32).to_queue(0);
+    let from_server = Rule::new(Hook::Postrouting).source_address(server, 32).to_queue(0);
+    let _divert = table([from_client, from_server]).install().unwrap();
+    for (from, flags, numbers) in [(0, SYN, (1000, 0)), (1, SYN_ACK, (5000, 1001))] {
+        bridging.segment(from, port, flags, numbers);
+        confirm(next(&mut queue).await.accept()).await.unwrap();
+    }
+    bridging.segment(0, port, ACK, (1001, 5001));
+    confirm(next(&mut queue).await.reject()).await.unwrap();
+    bridging.arrived(0);
+    bridging.arrived(1);
+    queue_is_empty(&mut queue);
+    let ends = [SocketAddrV4::new(client, port), SocketAddrV4::new(server, 80)];
+    let quoted = segment(ends[0], ends[1], ACK, (1001, 5001), &[b's'; 400]);
+    bridging.send(1, Bridging::IPV4, &unreachable(ends[1], ends[0], &quoted));
+    confirm(next(&mut queue).await.drop()).await.unwrap();
+    bridging.segment(1, port, RST | ACK, (5001, 1001));
+    confirm(next(&mut queue).await.drop()).await.unwrap();
+    assert_eq!([0, 1].map(|end| bridging.arrived(end)), [0, 0]);
+}
+
+/// On the loopback interface, where `Input` does not see who has sent it.
+async fn what_a_process_sends_is_no_reply_of_the_kernel() {
+    // So that its reset is as short as the kernel's.
+    fs::write("/proc/sys/net/ipv4/tcp_timestamps", "0").unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    let mut queue = bind();
+    let _divert = table([Rule::new(Hook::Input).protocol(Protocol::Tcp).to_queue(0)]).install().unwrap();
+    (&client).write_all(b"a").unwrap();
+    confirm(next(&mut queue).await.reject()).await.unwrap();
+    socket2::SockRef::from(&server).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(server);
+    // Before it, others may come.
+    while next(&mut queue).await.payload()[33] & RST == 0 {}
 }

@@ -1,17 +1,17 @@
 //! What a packet meets before the queue: the rules around those of the user.
 
 use super::{
-    context::{CLEAR, Flows, stray},
-    places::{first_traversal, is_first_for_bridged, is_last, opposite_chain},
+    context::{CLEAR, Flows, framed, stray},
+    places::{First, first_traversals, is_last, opposite_chain},
 };
 use crate::{
     action::{Action, Change, Field, Queues, Target},
     chain::{Chain, Place, chain_name},
-    chained::{AUTHENTICATION_HEADER, Chained, DCCP, SCTP, authenticated, first_packets, goto, jump},
+    chained::{AUTHENTICATION_HEADER, Chained, answers, authenticated, first_packets, goto, jump},
     checked::KernelRule,
     family::IpVersion,
-    flow_chain::{FlowChain, Way},
-    matching::{Match, TcpFlags},
+    flow_chain::{FlowChain, Origin, Way},
+    matching::Match,
     tuple::Of,
 };
 use nfqueue_proto::types::{ConnectionState, Hook, Protocol, flow_codes};
@@ -55,21 +55,16 @@ impl<'a> Flows<'a> {
         let target = Target::First(place, self.surroundings.priority);
         let mut chain = Chained::new(target.name(), place, self.surroundings);
         chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
-        let first = first_traversal(place, places);
-        if let Some(first) = &first {
+        let firsts = first_traversals(place, places);
+        for First { conditions, origin } in &firsts {
             let [syn, ..] = first_packets();
-            let rule = chain.push(&syn, jump(FlowChain::Begins));
-            rule.conditions.extend(first.clone());
-            let rule = chain.push(&[Match::higher_protocol(17)], jump(FlowChain::BeginsOther));
-            rule.conditions.extend(first.clone());
-        }
-        let bridged = is_first_for_bridged(place, places);
-        if bridged {
-            let [syn, ..] = first_packets();
-            for condition in [&syn[..], &[Match::higher_protocol(17)]] {
-                let rule = chain.push(condition, jump(FlowChain::BeginsBridged));
-                rule.conditions.push((Match::arrived(), true));
-            }
+            let (begins, begins_other) = match origin {
+                Origin::Any => (FlowChain::Begins, FlowChain::BeginsOther),
+                Origin::Local => (FlowChain::BeginsLocal, FlowChain::BeginsLocal),
+                Origin::Bridged => (FlowChain::BeginsBridged, FlowChain::BeginsBridged),
+            };
+            chain.push(&syn, jump(begins)).conditions.extend(conditions.clone());
+            chain.push(&[Match::higher_protocol(17)], jump(begins_other)).conditions.extend(conditions.clone());
         }
         // Nothing else concerns most packets. An entry that no packet has confirmed may have
         // inherited its mark.
@@ -87,11 +82,13 @@ impl<'a> Flows<'a> {
         let mut unusual = Chained::new(unusual.name(), place, self.surroundings);
         unusual.push(&[Match::confirmed()], Action::Return);
         unusual.push(&[stray()], goto(FlowChain::Stray(way)));
-        if let Some(first) = first {
-            unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
-        }
-        if bridged {
-            unusual.push(&[], jump(FlowChain::InheritsBridged)).conditions.push((Match::arrived(), true));
+        for First { conditions, origin } in firsts {
+            let inherits = match origin {
+                Origin::Any => FlowChain::Inherits,
+                Origin::Local => FlowChain::InheritsLocal,
+                Origin::Bridged => FlowChain::InheritsBridged,
+            };
+            unusual.push(&[], jump(inherits)).conditions.extend(conditions);
         }
         // A packet that is queued twice with one unconfirmed entry is dropped
         // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
@@ -233,18 +230,35 @@ impl<'a> Flows<'a> {
         chain
     }
 
-    /// What a process of this host has sent has come by `Output`. What the kernel has sent is
-    /// taken for bridged, and may come to the queue once more.
-    pub(super) fn bridged(self, name: FlowChain) -> Chained<'a> {
-        let mut chain = self.common(name);
-        chain.push(&[Match::of_user()], Action::Return);
-        if name == FlowChain::InheritsBridged {
-            chain.push(&[], goto(FlowChain::Inherits));
-        } else {
-            let [syn, ..] = first_packets();
-            chain.push(&syn, goto(FlowChain::Begins));
-            chain.push(&[], goto(FlowChain::BeginsOther));
-        }
+    /// What is bridged, and comes by no interface, has a link-layer header.
+    pub(super) fn begins_bridged(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BeginsBridged);
+        let [syn, ..] = first_packets();
+        chain.push(&syn, goto(FlowChain::Begins)).conditions.push(framed());
+        chain.push(&[], goto(FlowChain::BeginsOther)).conditions.push(framed());
+        chain
+    }
+
+    pub(super) fn inherits_bridged(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::InheritsBridged);
+        chain.push(&[], goto(FlowChain::Inherits)).conditions.push(framed());
+        chain
+    }
+
+    /// What is bridged has come to an earlier place.
+    pub(super) fn begins_local(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::BeginsLocal);
+        chain.push(&[], Action::Return).conditions.push(framed());
+        let [syn, ..] = first_packets();
+        chain.push(&syn, goto(FlowChain::Begins));
+        chain.push(&[], goto(FlowChain::BeginsOther));
+        chain
+    }
+
+    pub(super) fn inherits_local(self) -> Chained<'a> {
+        let mut chain = self.common(FlowChain::InheritsLocal);
+        chain.push(&[], Action::Return).conditions.push(framed());
+        chain.push(&[], goto(FlowChain::Inherits));
         chain
     }
 
@@ -261,13 +275,12 @@ impl<'a> Flows<'a> {
     /// Until then, packets of an older one are asked about.
     pub(super) fn accepted(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Accepted);
-        let compared = TcpFlags::SYN | TcpFlags::RST | TcpFlags::ACK;
-        let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, compared);
         let accepted = self.save(self.table.marks.accepted());
-        chain.change(&[Match::protocol(Protocol::Tcp), answer], accepted);
-        let by_other_side = Match::is_reply(true);
-        chain.change(&[Match::protocol(SCTP), Match::sctp_init_ack(), by_other_side.clone()], accepted);
-        chain.change(&[Match::protocol(DCCP), Match::dccp_response(), by_other_side], accepted);
+        let [syn_ack, others @ ..] = answers();
+        chain.change(&syn_ack, accepted);
+        for [protocol, answer] in others {
+            chain.change(&[protocol, answer, Match::is_reply(true)], accepted);
+        }
         chain
     }
 }

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     action::Action,
     chain::Place,
-    chained::{Chained, authenticated, begin_so, goto, jump},
+    chained::{Chained, answers, authenticated, begin_so, goto, jump},
     checked::KernelRule,
     denied::{self, Remember},
     family::IpVersion,
@@ -39,8 +39,10 @@ impl<'a> Flows<'a> {
         self.denying_verdicts(&mut chain, way);
         chain.push(&[accepts], jump(FlowChain::VerdictAccept));
         for version in denied::versions(self.surroundings.family) {
-            chain.push_for(version, &[Match::unconfirmed(), Match::listed(Of::Connection)], Action::Continue);
-            chain.rules.last_mut().into_iter().for_each(|rule| rule.remember = Some(Remember::NotRecent(version)));
+            let crossed = [Match::unconfirmed(), Match::listed(Of::Connection)];
+            if let Some(rule) = chain.push_for(version, &crossed, Action::Continue) {
+                rule.remember = Some(Remember::NotRecent(version));
+            }
         }
         chain.change(&[], CLEAR);
         chain.rules
@@ -80,6 +82,17 @@ impl<'a> Flows<'a> {
         // It is in the middle of a connection that has no other entry, or whose first packet has
         // passed with an entry that is gone: then it may be of an older connection.
         chain.push(&[begin_so(), Match::unconfirmed()], Action::Return);
+        // The entry is that of a connection that begins, and conntrack counts late packets of an
+        // older one to it: it ignores those replies (`TCP_CONNTRACK_IGNORE`), and does not compare
+        // the verification tag of each SCTP packet.
+        let [syn_ack, init_ack, response] = answers();
+        for ([protocol, answer], late) in
+            [(syn_ack, Some(Match::is_reply(true))), (init_ack, None), (response, Some(Match::is_reply(true)))]
+        {
+            let conditions: Vec<Match> = [protocol].into_iter().chain(late).collect();
+            let rule = chain.push(&conditions, Action::Return);
+            rule.conditions.extend([(Match::assured(), true), (answer, true)]);
+        }
         for undecided in [marks.begun_again(), marks.accepting()] {
             chain.push(&[self.marked(undecided)], Action::Return);
         }

@@ -75,5 +75,10 @@ pub(super) fn stray() -> Match {
     Match::connection_state([ConnectionState::Invalid, ConnectionState::Untracked])
 }
 
+/// Packets with a link-layer header: what this host sends gets it behind `Postrouting`.
+pub(super) fn framed() -> (Match, bool) {
+    (Match::ethertype(0), true)
+}
+
 /// Leaves the packet's own priority.
 pub(super) const CLEAR: Change = Change { field: Field::Priority, value: 0, mask: flow_codes::CODE };

@@ -24,6 +24,7 @@
 //! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table; or are of the other side of a denied connection |
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_begins_bridged`, `flow_inherits_bridged` | would come to the two chains above, at `Postrouting` behind `Output`, and have come by no interface: they may be bridged |
+//! | `flow_begins_local`, `flow_inherits_local` | the same behind `Prerouting` or `Forward`: they may be of this host |
 //! | `flow_known` | belong to an accepted connection, and would come to the queue |
 //! | `flow_begun_stray`, `flow_begun_record` | pass, and belong to no connection, as connection tracking sees it |
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |
@@ -51,11 +52,7 @@ mod stopped;
 pub(super) use context::Flows;
 pub(super) use places::{chain_behind, opposite_chain, places};
 
-use super::{
-    checked::KernelRule,
-    flow_chain::{FlowChain, Way},
-    offload,
-};
+use super::{checked::KernelRule, flow_chain::Way, offload};
 
 impl<'a> Flows<'a> {
     /// The rules that stay as they are while the table exists, except those of a place.
@@ -71,8 +68,10 @@ impl<'a> Flows<'a> {
             self.crossed(),
             self.accepted(),
             self.known(),
-            self.bridged(FlowChain::BeginsBridged),
-            self.bridged(FlowChain::InheritsBridged),
+            self.begins_bridged(),
+            self.inherits_bridged(),
+            self.begins_local(),
+            self.inherits_local(),
             self.beside(),
             self.beside_begins(),
             self.beside_record(),

@@ -99,8 +99,9 @@ impl<'a> Flows<'a> {
         let mut chain = self.common(FlowChain::Crossed);
         chain.push_first(&[], Action::Return, None);
         for version in denied::versions(self.surroundings.family) {
-            chain.push_for(version, &[Match::recent(version)], Action::Drop);
-            chain.rules.last_mut().into_iter().for_each(|rule| rule.counts = true);
+            if let Some(rule) = chain.push_for(version, &[Match::recent(version)], Action::Drop) {
+                rule.counts = true;
+            }
         }
         chain
     }

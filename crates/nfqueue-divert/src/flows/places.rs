@@ -2,42 +2,43 @@
 
 use crate::{
     chain::{Chain, ChainType, Place, chain_name},
+    flow_chain::Origin,
     matching::Match,
 };
 use nfqueue_proto::types::Hook;
 
-/// The conditions, each perhaps negated, under which this is the first place of the table that a
-/// packet comes to. `None` if it never is. A verdict that the packet has had at an earlier place
-/// stands in the connection's mark.
-pub(super) fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Match, bool)>> {
-    let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
-    if places.iter().any(|other| other.hook == place.hook && other.priority < place.priority) {
-        return None;
-    }
-    // Packets over the loopback interface come from `Output` or `Postrouting`, where each table
-    // with this hook has a place too.
-    let not_from_here = || vec![(Match::on_loopback(), true)];
-    match place.hook {
-        Hook::Prerouting => Some(not_from_here()),
-        Hook::Input => (!has(Hook::Prerouting)).then(not_from_here),
-        Hook::Forward => (!has(Hook::Prerouting)).then(Vec::new),
-        Hook::Output => Some(Vec::new()),
-        _ => match (has(Hook::Output), has(Hook::Prerouting) || has(Hook::Forward)) {
-            (false, false) => Some(Vec::new()),
-            (false, true) => Some(vec![(Match::arrived(), true)]),
-            (true, false) => Some(vec![(Match::arrived(), false)]),
-            (true, true) => None,
-        },
-    }
+/// Packets for which a place is the first one of the table.
+pub(super) struct First {
+    /// Each perhaps negated.
+    pub(super) conditions: Vec<(Match, bool)>,
+    pub(super) origin: Origin,
 }
 
-/// Whether bridged packets come to this place first, and show it not: at `Postrouting` they have
-/// come by no interface (`br_nf_post_routing`), as those that come from `Output`.
-pub(super) fn is_first_for_bridged(place: Place, places: &[Place]) -> bool {
+/// The packets for which this is the first place of the table. A verdict that a packet has had at
+/// an earlier place stands in the connection's mark.
+pub(super) fn first_traversals(place: Place, places: &[Place]) -> Vec<First> {
     let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
-    let later = places.iter().any(|other| other.hook == place.hook && other.priority < place.priority);
-    let before = has(Hook::Prerouting) || has(Hook::Forward);
-    place.hook == Hook::Postrouting && has(Hook::Output) && !before && !later
+    if places.iter().any(|other| other.hook == place.hook && other.priority < place.priority) {
+        return Vec::new();
+    }
+    let first = |conditions, origin| First { conditions, origin };
+    // Packets over the loopback interface come from `Output` or `Postrouting`, where each table
+    // with this hook has a place too.
+    let not_from_here = vec![(Match::on_loopback(), true)];
+    let has_arrived = |has_not: bool| vec![(Match::arrived(), has_not)];
+    match place.hook {
+        Hook::Input | Hook::Forward if has(Hook::Prerouting) => Vec::new(),
+        Hook::Prerouting | Hook::Input => vec![first(not_from_here, Origin::Any)],
+        Hook::Forward | Hook::Output => vec![first(Vec::new(), Origin::Any)],
+        _ => match (has(Hook::Output), has(Hook::Prerouting) || has(Hook::Forward)) {
+            (false, false) => vec![first(Vec::new(), Origin::Any)],
+            (false, true) => vec![first(has_arrived(true), Origin::Local)],
+            (true, false) => {
+                vec![first(has_arrived(false), Origin::Any), first(has_arrived(true), Origin::Bridged)]
+            }
+            (true, true) => Vec::new(),
+        },
+    }
 }
 
 /// Whether packets come to no later place of `places`, except over the loopback interface.

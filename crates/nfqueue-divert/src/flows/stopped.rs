@@ -3,7 +3,7 @@
 
 use nfqueue_proto::types::{ConnectionState, Protocol};
 
-use super::context::Flows;
+use super::context::{Flows, framed};
 use crate::{
     action::Action,
     chained::{Chained, DCCP, SCTP, goto, jump, with_ports},
@@ -71,21 +71,34 @@ impl<'a> Flows<'a> {
                 chain.push(&[], Action::Return).conditions.push((Match::on_loopback(), true));
             }
             Way::Out => {}
+            // Nor do those of other hosts that are bridged show an interface.
             Way::Leaving => {
                 chain.push(&[Match::arrived()], Action::Return);
+                chain.push(&[], Action::Return).conditions.push(framed());
+            }
+        }
+        let reset = Match::tcp_flags(TcpFlags::RST, TcpFlags::RST);
+        let error = Match::connection_state([ConnectionState::Related]);
+        let replies = [
+            (IpVersion::V4, vec![Match::protocol(Protocol::Tcp), reset.clone(), Match::length(40)]),
+            (IpVersion::V6, vec![Match::protocol(Protocol::Tcp), reset, Match::length(60)]),
+            (IpVersion::V4, vec![Match::protocol(Protocol::Icmp), error.clone()]),
+            (IpVersion::V6, vec![Match::protocol(Protocol::Icmpv6), error]),
+        ];
+        if way == Way::Out {
+            // `Input` does not see that a process has sent it.
+            for (version, reply) in &replies {
+                let conditions: Vec<Match> = reply.iter().cloned().chain([Match::of_user()]).collect();
+                if let Some(rule) = chain.push_for(*version, &conditions, Action::Continue) {
+                    rule.remember = Some(Remember::NotReplied(*version));
+                }
             }
         }
         if way != Way::In {
             chain.push(&[Match::of_user()], Action::Return);
         }
-        let reset = Match::tcp_flags(TcpFlags::RST, TcpFlags::RST);
-        for (version, length) in [(IpVersion::V4, 40), (IpVersion::V6, 60)] {
-            let conditions = [Match::protocol(Protocol::Tcp), reset.clone(), Match::length(length)];
-            chain.push_for(version, &conditions, Action::Accept);
-        }
-        let error = Match::connection_state([ConnectionState::Related]);
-        for (version, protocol) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::Icmpv6)] {
-            chain.push_for(version, &[Match::protocol(protocol), error.clone()], Action::Accept);
+        for (version, reply) in &replies {
+            chain.push_for(*version, reply, Action::Accept);
         }
         chain
     }

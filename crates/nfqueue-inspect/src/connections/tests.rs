@@ -285,6 +285,22 @@ fn a_connection_whose_beginning_is_not_known_is_unknown() {
 }
 
 #[test]
+fn a_connection_is_counted_once_also_on_ports_that_are_used_again() {
+    let mut test = Test::both_directions();
+    // The SYN-ACK was lost.
+    test.is(syn(1, SYN), Progress::NoData);
+    test.is(syn_ack(1, FIRST), Progress::NoData);
+    test.bytes(at(0, b"good"), b"good");
+    test.decide(1, Decision::Allow);
+    test.is(of_server(1, FIRST.wrapping_add(4)), Progress::NoData);
+    assert_eq!(test.table.stats().connections, 1);
+    test.is(syn(1, 7000), Progress::NoData);
+    test.is(syn_ack(1, 7001), Progress::NoData);
+    test.is(syn_ack(1, 7001), Progress::NoData);
+    assert_eq!(test.table.stats().connections, 2);
+}
+
+#[test]
 fn the_end_of_the_stream_is_reported_and_cannot_move() {
     let mut test = Test::one_direction();
     let fin = |offset, payload| {
