@@ -1,5 +1,5 @@
-//! Pages by task, each with a program; and on this page what to know before a queue goes into
-//! production: surprises, limits, and observability.
+//! Pages by task, most with a program that a test runs; and on this page what to know before a
+//! queue goes into production: surprises, limits, and observability.
 //!
 //! | task | page |
 //! |---|---|

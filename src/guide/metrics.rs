@@ -60,7 +60,7 @@
 //! | `verdict_wait_seconds` (p99) rises, `in_flight` follows | what the filter asks has become slow; the queue is full at `packets a second × seconds = queue_max_length` |
 //!
 //! Alert on the first four. `in_flight`, `queue_length` and `verdict_wait_seconds` are for the
-//! graph beside them.
+//! graph beside them. The example `prometheus` has alerts, and a dashboard for Grafana.
 //!
 //! # What surprises
 //!

@@ -134,6 +134,9 @@
 //! - The watchdog's kill is SIGABRT: queued packets are dropped, and rules end as with every kill.
 //! - A queue whose packets nothing reads has no undecided packet in this sense, because they wait
 //!   in the kernel: [`kernel_stats`](crate::VerdictSink::kernel_stats)`().queued` says how many.
+//! - A name that begins with `@` is an abstract one
+//!   ([`SocketAddr::from_abstract_name`](std::os::linux::net::SocketAddrExt::from_abstract_name)).
+//!   systemd itself uses a path.
 //! - The state of a service must come from its main process, unless the unit says
 //!   `NotifyAccess=all`.
 //!
