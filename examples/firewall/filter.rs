@@ -62,8 +62,8 @@ pub(crate) async fn run(options: Options) -> Result<(), Box<dyn std::error::Erro
     let closed = verdicts.close().await;
     let (stats, Counts { asked, allowed, denied, by_default, wrong }) = (verdicts.stats(), filter.counts);
     println!(
-        "{asked} questions: {allowed} allowed, {denied} denied, {} unanswered; by default {} packets after the deadline, \
-         {by_default} at once; {wrong} wrong answers",
+        "{asked} questions: {allowed} allowed, {denied} denied, {} unanswered; \
+         by default {} packets after the deadline, {by_default} at once; {wrong} wrong answers",
         asked - allowed - denied,
         stats.decided.expired
     );

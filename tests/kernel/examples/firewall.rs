@@ -130,9 +130,16 @@ impl Udp {
     /// What it sends is rejected, by an ICMP error. If the kernel does that without the firewall,
     /// because the connection is denied, it tells the sender at once as well.
     fn is_rejected(&self, text: &[u8]) {
-        match self.client.send(text) {
-            Ok(_) => {}
-            Err(error) => assert_eq!(error.kind(), ErrorKind::PermissionDenied),
+        loop {
+            match self.client.send(text) {
+                Ok(_) => break,
+                // That of an earlier packet. This one has not been sent.
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+                    break;
+                }
+            }
         }
         self.expect_error();
     }

@@ -214,14 +214,17 @@ fn shaper_forgets_idle_sources() {
 fn shaper_lets_pass_at_its_end_what_waits() {
     let peer = support::veth();
     let receiver = support::udp((peer.near_v4, PORT));
-    let sender = sender(&peer, peer.far_v4, peer.near_v4);
+    let senders = [2, 3].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), peer.near_v4));
     let program = start(&["--rate", "1", "--burst", "100", "--queue", "10000"]);
     // With the headers, 100 bytes.
-    (0..50_u8).for_each(|number| _ = sender.send(&[number; 72]).unwrap());
-    queued(50, 49);
+    (0..50_u8).for_each(|number| _ = senders[0].send(&[number; 72]).unwrap());
+    // When this one has passed, the program has read all the others.
+    senders[1].send(&[255; 72]).unwrap();
+    queued(51, 49);
     let line = end(program);
-    assert_eq!((line.passed, line.waited), (50, 49), "{line:?}");
-    for number in 0..50 {
+    assert_eq!((line.passed, line.waited), (51, 49), "{line:?}");
+    // The two that did not wait are the first.
+    for number in [0, 255].into_iter().chain(1..50) {
         let mut datagram = [0; 100];
         receiver.recv(&mut datagram).unwrap();
         assert_eq!(datagram[0], number);
