@@ -75,18 +75,22 @@
 //!   the connection. `accept().for_flow()` for a later packet holds for that packet: packets of
 //!   both connections may wait in the queue. Of two SYNs that wait at once, the later verdict holds
 //!   for both.
-//! - If conntrack has no entry any more when the SYN comes (the older connection was closed or
-//!   reset, or its entry is lost), it counts late packets of the older connection to the newer one.
-//!   Until the newer one is established (the third packet of its handshake has passed; of SCTP,
-//!   COOKIE ACK), `accept().for_flow()` for a reply that is not the answer to the SYN holds for
-//!   that packet; of SCTP, also for a client's packet that is not an INIT. After that, a late
-//!   packet whose numbers conntrack takes for delayed ones is as any other of the newer connection.
+//! - Until a connection is established (the third packet of its handshake has come, and may still
+//!   wait in the queue; of SCTP, COOKIE ACK), `accept().for_flow()` for a packet that is neither a
+//!   SYN nor the answer to one holds for that packet; so also for data that a server sends earlier
+//!   (TCP Fast Open). It may be of an older connection: if conntrack has no entry of that any more
+//!   when the SYN comes (it was closed or reset, or the entry is lost), it counts late packets of
+//!   the older connection to the newer one. What rules cannot tell: a late SYN-ACK is taken for the
+//!   answer, a late packet with numbers that fit the newer connection for one of it, and, once that
+//!   is established, any late packet. `accept().for_flow()` for such a packet accepts the newer
+//!   connection.
 //!   (`reject()` of a TCP packet resets the connection also for conntrack. It may then not be
 //!   established any more.)
 //! - A connection of TCP, SCTP or DCCP whose beginning connection tracking has not seen is accepted
 //!   by its second packet: `accept().for_flow()` for the first one, which has no entry yet, holds
 //!   for that packet. It may be of an older connection than a SYN that has passed meanwhile. A
-//!   verdict for the first reply holds for that packet, too.
+//!   verdict for the first reply holds for that packet, too. (Of SCTP, it is accepted by the first
+//!   packets behind an answer of the other side.)
 //! - [`forget_flow`](crate::Divert::forget_flow) and
 //!   [`forget_flows`](crate::Divert::forget_flows) end an accept. A verdict that comes after them
 //!   counts, also for a packet that has waited since before; but between a SYN and its answer, a
@@ -193,7 +197,9 @@
 //! # Rejected connections
 //!
 //! Only this host's own replies pass: resets without data and ICMP errors that no process has sent
-//! (or a process of root that has closed its raw socket while the error waited elsewhere). Resets
+//! (or a process of root that has closed its raw socket while the error waited elsewhere; on the
+//! loopback interface, also a reset of a process that has left `Output` before the verdict, and
+//! waited elsewhere). Resets
 //! and ICMP errors from elsewhere are dropped as all else, in both directions. A reply to the first
 //! packet is never queued, whatever the rules are: the kernel would drop it
 //! (`nfqnl_enqueue_packet`), and the client would wait.

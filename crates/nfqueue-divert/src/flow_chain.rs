@@ -15,14 +15,6 @@ pub(super) enum FlowChain {
     BeginsOther,
     Accepted,
     Known,
-    /// As `Begins`, at `Postrouting`, of packets that have come by no interface.
-    BeginsBridged,
-    /// As `Inherits`, of such packets.
-    InheritsBridged,
-    /// As `Begins`, at `Postrouting`, of packets that may be of this host.
-    BeginsLocal,
-    /// As `Inherits`, of such packets.
-    InheritsLocal,
     Stray(Way),
     StrayIcmp,
     Listed(Way),
@@ -79,10 +71,6 @@ impl FlowChain {
             Self::Begins => return "flow_begins".to_owned(),
             Self::Accepted => return "flow_accepted".to_owned(),
             Self::Known => return "flow_known".to_owned(),
-            Self::BeginsBridged => return "flow_begins_bridged".to_owned(),
-            Self::InheritsBridged => return "flow_inherits_bridged".to_owned(),
-            Self::BeginsLocal => return "flow_begins_local".to_owned(),
-            Self::InheritsLocal => return "flow_inherits_local".to_owned(),
             Self::VerdictAccept => return "flow_verdict_accept".to_owned(),
             Self::Save => return "flow_save".to_owned(),
             Self::SaveFirst => return "flow_save_first".to_owned(),
@@ -96,15 +84,6 @@ impl FlowChain {
         };
         format!("flow_{name}_{}", way.name())
     }
-}
-
-/// At `Postrouting`, bridged packets have come by no interface (`br_nf_post_routing`), as those
-/// that this host sends. But they have a link-layer header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
-    Any,
-    Local,
-    Bridged,
 }
 
 /// The way of a packet that comes to a hook. It decides which packets can be replies of this host,

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use tokio_nfqueue::{Protocol, divert::FlowTuple};
+use tokio_nfqueue::{Protocol, Queue, divert::FlowTuple};
 
 use super::{
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
@@ -15,6 +15,7 @@ use crate::common::{lose_connections, next};
 
 tests![
     one a_late_packet_of_an_older_connection_accepts_no_newer_one,
+    one a_late_packet_of_an_older_client_accepts_no_newer_connection,
     one an_old_heartbeat_accepts_no_newer_association,
     one each_of_the_first_packets_accepts_its_connection,
     one forgetting_keeps_that_a_syn_has_begun_a_connection,
@@ -29,6 +30,27 @@ enum End {
     Lost,
 }
 
+impl End {
+    /// Of a connection of which nothing but the handshake has been sent.
+    async fn comes(self, hosts: &Hosts, queue: &mut Queue) {
+        match self {
+            Self::Reset => {
+                hosts.client(RST, (1001, 0), b"");
+                pass_segment(queue, RST).await;
+            }
+            Self::Closed => {
+                hosts.client(FIN | ACK, (1001, 5001), b"");
+                pass(queue).await;
+                hosts.server(FIN | ACK, (5001, 1002), b"");
+                pass(queue).await;
+                hosts.client(ACK, (1002, 5002), b"");
+                pass(queue).await;
+            }
+            Self::Lost => lose_connections(),
+        }
+    }
+}
+
 async fn a_late_packet_of_an_older_connection_accepts_no_newer_one() {
     let hosts = Hosts::new();
     for end in [End::Reset, End::Closed, End::Lost] {
@@ -37,21 +59,7 @@ async fn a_late_packet_of_an_older_connection_accepts_no_newer_one() {
             let mut queue = bind();
             let divert = table([tcp()]).install().unwrap();
             opened(&hosts, &mut queue).await;
-            match end {
-                End::Reset => {
-                    hosts.client(RST, (1001, 0), b"");
-                    pass_segment(&mut queue, RST).await;
-                }
-                End::Closed => {
-                    hosts.client(FIN | ACK, (1001, 5001), b"");
-                    pass(&mut queue).await;
-                    hosts.server(FIN | ACK, (5001, 1002), b"");
-                    pass(&mut queue).await;
-                    hosts.client(ACK, (1002, 5002), b"");
-                    pass(&mut queue).await;
-                }
-                End::Lost => lose_connections(),
-            }
+            end.comes(&hosts, &mut queue).await;
             hosts.client(SYN, (90_000, 0), b"");
             pass_segment(&mut queue, SYN).await;
             hosts.server(late, (5002, 1002), b"");
@@ -62,6 +70,32 @@ async fn a_late_packet_of_an_older_connection_accepts_no_newer_one() {
             hosts.server(SYN_ACK, (70_000, 90_001), b"");
             pass_segment(&mut queue, SYN_ACK).await;
             hosts.client(ACK, (90_001, 70_001), b"new");
+            pass_segment(&mut queue, ACK).await;
+            hosts.arrived();
+            divert.close().unwrap();
+        }
+    }
+}
+
+/// Between the server's answer and the third packet.
+async fn a_late_packet_of_an_older_client_accepts_no_newer_connection() {
+    let hosts = Hosts::new();
+    for end in [End::Reset, End::Closed, End::Lost] {
+        for late in [ACK, FIN | ACK] {
+            hosts.another_port();
+            let mut queue = bind();
+            let divert = table([tcp()]).install().unwrap();
+            opened(&hosts, &mut queue).await;
+            end.comes(&hosts, &mut queue).await;
+            hosts.client(SYN, (90_000, 0), b"");
+            pass_segment(&mut queue, SYN).await;
+            hosts.server(SYN_ACK, (70_000, 90_001), b"");
+            pass_segment(&mut queue, SYN_ACK).await;
+            hosts.client(late, (1001, 5001), b"");
+            confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+            hosts.client(ACK, (90_001, 70_001), b"");
+            pass_segment(&mut queue, ACK).await;
+            hosts.server(ACK, (70_001, 90_001), b"new");
             pass_segment(&mut queue, ACK).await;
             hosts.arrived();
             divert.close().unwrap();

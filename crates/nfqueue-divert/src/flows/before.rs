@@ -1,8 +1,8 @@
 //! What a packet meets before the queue: the rules around those of the user.
 
 use super::{
-    context::{CLEAR, Flows, framed, stray},
-    places::{First, first_traversals, is_last, opposite_chain},
+    context::{CLEAR, Flows, stray},
+    places::{first_traversal, is_last, opposite_chain},
 };
 use crate::{
     action::{Action, Change, Field, Queues, Target},
@@ -10,7 +10,7 @@ use crate::{
     chained::{AUTHENTICATION_HEADER, Chained, answers, authenticated, first_packets, goto, jump},
     checked::KernelRule,
     family::IpVersion,
-    flow_chain::{FlowChain, Origin, Way},
+    flow_chain::{FlowChain, Way},
     matching::Match,
     tuple::Of,
 };
@@ -55,16 +55,13 @@ impl<'a> Flows<'a> {
         let target = Target::First(place, self.surroundings.priority);
         let mut chain = Chained::new(target.name(), place, self.surroundings);
         chain.push(&[self.has_code()], jump(FlowChain::Back(way)));
-        let firsts = first_traversals(place, places);
-        for First { conditions, origin } in &firsts {
+        let first = first_traversal(place, places);
+        if let Some(first) = &first {
             let [syn, ..] = first_packets();
-            let (begins, begins_other) = match origin {
-                Origin::Any => (FlowChain::Begins, FlowChain::BeginsOther),
-                Origin::Local => (FlowChain::BeginsLocal, FlowChain::BeginsLocal),
-                Origin::Bridged => (FlowChain::BeginsBridged, FlowChain::BeginsBridged),
-            };
-            chain.push(&syn, jump(begins)).conditions.extend(conditions.clone());
-            chain.push(&[Match::higher_protocol(17)], jump(begins_other)).conditions.extend(conditions.clone());
+            let rule = chain.push(&syn, jump(FlowChain::Begins));
+            rule.conditions.extend(first.clone());
+            let rule = chain.push(&[Match::higher_protocol(17)], jump(FlowChain::BeginsOther));
+            rule.conditions.extend(first.clone());
         }
         // Nothing else concerns most packets. An entry that no packet has confirmed may have
         // inherited its mark.
@@ -82,13 +79,8 @@ impl<'a> Flows<'a> {
         let mut unusual = Chained::new(unusual.name(), place, self.surroundings);
         unusual.push(&[Match::confirmed()], Action::Return);
         unusual.push(&[stray()], goto(FlowChain::Stray(way)));
-        for First { conditions, origin } in firsts {
-            let inherits = match origin {
-                Origin::Any => FlowChain::Inherits,
-                Origin::Local => FlowChain::InheritsLocal,
-                Origin::Bridged => FlowChain::InheritsBridged,
-            };
-            unusual.push(&[], jump(inherits)).conditions.extend(conditions);
+        if let Some(first) = first {
+            unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
         }
         // A packet that is queued twice with one unconfirmed entry is dropped
         // (`nfqnl_enqueue_packet`), so a reply to a rejected first packet must not be queued.
@@ -227,38 +219,6 @@ impl<'a> Flows<'a> {
         }
         chain.push_for(IpVersion::V6, &authenticated(), Action::Return);
         chain.push(&[], Action::Accept);
-        chain
-    }
-
-    /// What is bridged, and comes by no interface, has a link-layer header.
-    pub(super) fn begins_bridged(self) -> Chained<'a> {
-        let mut chain = self.common(FlowChain::BeginsBridged);
-        let [syn, ..] = first_packets();
-        chain.push(&syn, goto(FlowChain::Begins)).conditions.push(framed());
-        chain.push(&[], goto(FlowChain::BeginsOther)).conditions.push(framed());
-        chain
-    }
-
-    pub(super) fn inherits_bridged(self) -> Chained<'a> {
-        let mut chain = self.common(FlowChain::InheritsBridged);
-        chain.push(&[], goto(FlowChain::Inherits)).conditions.push(framed());
-        chain
-    }
-
-    /// What is bridged has come to an earlier place.
-    pub(super) fn begins_local(self) -> Chained<'a> {
-        let mut chain = self.common(FlowChain::BeginsLocal);
-        chain.push(&[], Action::Return).conditions.push(framed());
-        let [syn, ..] = first_packets();
-        chain.push(&syn, goto(FlowChain::Begins));
-        chain.push(&[], goto(FlowChain::BeginsOther));
-        chain
-    }
-
-    pub(super) fn inherits_local(self) -> Chained<'a> {
-        let mut chain = self.common(FlowChain::InheritsLocal);
-        chain.push(&[], Action::Return).conditions.push(framed());
-        chain.push(&[], goto(FlowChain::Inherits));
         chain
     }
 

@@ -83,15 +83,16 @@ impl<'a> Flows<'a> {
         // passed with an entry that is gone: then it may be of an older connection.
         chain.push(&[begin_so(), Match::unconfirmed()], Action::Return);
         // The entry is that of a connection that begins, and conntrack counts late packets of an
-        // older one to it: it ignores those replies (`TCP_CONNTRACK_IGNORE`), and does not compare
-        // the verification tag of each SCTP packet.
+        // older one to it: it ignores them (`NFCT_TCP_IGNORE`), and does not compare the
+        // verification tag of each SCTP packet. The packet that completes a handshake of TCP or DCCP
+        // assures the entry before it comes here.
         let [syn_ack, init_ack, response] = answers();
-        for ([protocol, answer], late) in
-            [(syn_ack, Some(Match::is_reply(true))), (init_ack, None), (response, Some(Match::is_reply(true)))]
-        {
-            let conditions: Vec<Match> = [protocol].into_iter().chain(late).collect();
-            let rule = chain.push(&conditions, Action::Return);
-            rule.conditions.extend([(Match::assured(), true), (answer, true)]);
+        for ([protocol, answer], undecided) in [
+            (syn_ack, (Match::answered(), false)),
+            (init_ack, (Match::assured(), true)),
+            (response, (Match::answered(), false)),
+        ] {
+            chain.push(&[protocol], Action::Return).conditions.extend([undecided, (answer, true)]);
         }
         for undecided in [marks.begun_again(), marks.accepting()] {
             chain.push(&[self.marked(undecided)], Action::Return);

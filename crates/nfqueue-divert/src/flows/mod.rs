@@ -11,7 +11,7 @@
 //! | a base chain of the user's rules | first a jump to `CHAIN_first`; last the rules of [`Flows::last_rules`] |
 //! | `CHAIN_first` | stops packets of denied connections |
 //! | `CHAIN_unusual` | the same for packets that are not of an established connection |
-//! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user |
+//! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user; also where packets would else come to `Postrouting` first, or not |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
 //! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
 //!
@@ -23,8 +23,6 @@
 //! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
 //! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table; or are of the other side of a denied connection |
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
-//! | `flow_begins_bridged`, `flow_inherits_bridged` | would come to the two chains above, at `Postrouting` behind `Output`, and have come by no interface: they may be bridged |
-//! | `flow_begins_local`, `flow_inherits_local` | the same behind `Prerouting` or `Forward`: they may be of this host |
 //! | `flow_known` | belong to an accepted connection, and would come to the queue |
 //! | `flow_begun_stray`, `flow_begun_record` | pass, and belong to no connection, as connection tracking sees it |
 //! | `flow_begun_again` | belong to a connection that such a packet has begun |
@@ -68,10 +66,6 @@ impl<'a> Flows<'a> {
             self.crossed(),
             self.accepted(),
             self.known(),
-            self.begins_bridged(),
-            self.inherits_bridged(),
-            self.begins_local(),
-            self.inherits_local(),
             self.beside(),
             self.beside_begins(),
             self.beside_record(),

@@ -2,42 +2,28 @@
 
 use crate::{
     chain::{Chain, ChainType, Place, chain_name},
-    flow_chain::Origin,
     matching::Match,
 };
 use nfqueue_proto::types::Hook;
 
-/// Packets for which a place is the first one of the table.
-pub(super) struct First {
-    /// Each perhaps negated.
-    pub(super) conditions: Vec<(Match, bool)>,
-    pub(super) origin: Origin,
-}
-
-/// The packets for which this is the first place of the table. A verdict that a packet has had at
-/// an earlier place stands in the connection's mark.
-pub(super) fn first_traversals(place: Place, places: &[Place]) -> Vec<First> {
+/// The conditions, each perhaps negated, under which this is the first place of the table that a
+/// packet comes to. `None` if it never is. `places` are all places of the table. A verdict that the
+/// packet has had at an earlier place stands in the connection's mark.
+pub(super) fn first_traversal(place: Place, places: &[Place]) -> Option<Vec<(Match, bool)>> {
     let has = |hook: Hook| places.iter().any(|other| other.hook == hook);
     if places.iter().any(|other| other.hook == place.hook && other.priority < place.priority) {
-        return Vec::new();
+        return None;
     }
-    let first = |conditions, origin| First { conditions, origin };
     // Packets over the loopback interface come from `Output` or `Postrouting`, where each table
     // with this hook has a place too.
-    let not_from_here = vec![(Match::on_loopback(), true)];
-    let has_arrived = |has_not: bool| vec![(Match::arrived(), has_not)];
+    let not_from_here = || vec![(Match::on_loopback(), true)];
     match place.hook {
-        Hook::Input | Hook::Forward if has(Hook::Prerouting) => Vec::new(),
-        Hook::Prerouting | Hook::Input => vec![first(not_from_here, Origin::Any)],
-        Hook::Forward | Hook::Output => vec![first(Vec::new(), Origin::Any)],
-        _ => match (has(Hook::Output), has(Hook::Prerouting) || has(Hook::Forward)) {
-            (false, false) => vec![first(Vec::new(), Origin::Any)],
-            (false, true) => vec![first(has_arrived(true), Origin::Local)],
-            (true, false) => {
-                vec![first(has_arrived(false), Origin::Any), first(has_arrived(true), Origin::Bridged)]
-            }
-            (true, true) => Vec::new(),
-        },
+        Hook::Prerouting => Some(not_from_here()),
+        Hook::Input => (!has(Hook::Prerouting)).then(not_from_here),
+        Hook::Forward => (!has(Hook::Prerouting)).then(Vec::new),
+        Hook::Output => Some(Vec::new()),
+        // All packets have come to an earlier place, or none has.
+        _ => (!has(Hook::Output)).then(Vec::new),
     }
 }
 
@@ -77,6 +63,17 @@ pub(crate) fn places(places: &[Place]) -> Vec<Place> {
     if !has(Hook::Input) && (has(Hook::Forward) || has(Hook::Postrouting)) {
         behind_prerouting(Hook::Input);
     }
+    // At `Postrouting` nothing tells for certain where a packet comes from: bridged packets have no
+    // interface, those that this host puts into a tunnel have one. So either none has come to an
+    // earlier place, or each has.
+    let leaving: Vec<Place> = all.iter().copied().filter(|place| place.hook == Hook::Postrouting).collect();
+    let has = |hook: Hook| all.iter().any(|place| place.hook == hook);
+    let forwarded = has(Hook::Forward) || has(Hook::Prerouting);
+    if has(Hook::Output) && !forwarded {
+        all.extend(leaving.iter().map(|place| Place { hook: Hook::Forward, ..*place }));
+    } else if forwarded && !has(Hook::Output) {
+        all.extend(leaving.iter().map(|place| Place { hook: Hook::Output, ..*place }));
+    }
     all.sort();
     all.dedup();
     all
@@ -92,4 +89,35 @@ pub(crate) fn opposite_chain(place: Place, default_priority: i32) -> Chain {
 pub(crate) fn chain_behind(place: Place, default_priority: i32) -> Chain {
     let name = format!("{}_flows", chain_name(place, default_priority));
     Chain { name, base: Some((place, ChainType::Filter)), fixed: true }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+    /// The hooks that packets meet, in this order: to this host, forwarded or bridged, of this host.
+    const WAYS: [&[Hook]; 3] = [
+        &[Hook::Prerouting, Hook::Input],
+        &[Hook::Prerouting, Hook::Forward, Hook::Postrouting],
+        &[Hook::Output, Hook::Postrouting],
+    ];
+
+    #[test]
+    fn of_the_places_that_a_packet_meets_the_first_is_the_first_one() {
+        for rules in
+            (1..1 << HOOKS.len()).map(|chosen| HOOKS.iter().enumerate().filter(move |(bit, _)| chosen >> bit & 1 == 1))
+        {
+            let rules: Vec<Place> = rules.map(|(_, hook)| Place { hook: *hook, priority: 0 }).collect();
+            let all = places(&rules);
+            for way in WAYS {
+                let met = way.iter().flat_map(|hook| all.iter().filter(move |place| place.hook == *hook));
+                let firsts: Vec<bool> = met.map(|place| first_traversal(*place, &all).is_some()).collect();
+                assert!(
+                    firsts.iter().enumerate().all(|(at, first)| *first == (at == 0)),
+                    "{rules:?} {way:?} {firsts:?}"
+                );
+            }
+        }
+    }
 }

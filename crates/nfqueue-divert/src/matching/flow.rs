@@ -79,6 +79,11 @@ impl Match {
         Self::status(IPS_ASSURED, IPS_ASSURED)
     }
 
+    /// Packets of connections that have been answered, and are not established.
+    pub(in super::super) fn answered() -> Self {
+        Self::status(IPS_SEEN_REPLY | IPS_ASSURED, IPS_SEEN_REPLY)
+    }
+
     /// Packets with the ports of a connection whose packets must not take the flowtable.
     pub(in super::super) fn recalled(of: Of) -> Self {
         Self::new(Flow::Recalled(of))
@@ -440,6 +445,7 @@ const FIRST_PACKETS: [Range; 3] = [(6, 6), (33, 33), (132, 132)];
 const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;
 // uapi/linux/netfilter/nf_conntrack_common.h
+const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_ASSURED: u32 = 1 << 2;
 const IPS_CONFIRMED: u32 = 1 << 3;
 const IPS_SRC_NAT: u32 = 1 << 4;
