@@ -34,8 +34,14 @@ pub(super) struct Flows {
 struct Entry {
     id: u64,
     mark: Mark,
+    /// A first packet has begun it.
+    begun: bool,
     /// IPS_SEEN_REPLY
     answered: bool,
+    /// The answer to the first packet has come.
+    met: bool,
+    /// IPS_ASSURED
+    assured: bool,
     confirmed_at: Duration,
     expires_at: Duration,
 }
@@ -363,13 +369,25 @@ impl Flows {
         if mark == Mark::Denied || self.is_denied(original, now) || self.is_denied(original.reversed(), now) {
             return;
         }
-        let is_first = packet.seen.is_some_and(|seen| seen.part == Part::First);
+        let is_first = packet.is_first();
+        if original.has_first_packets() && !is_first && self.may_be_late(packet, connection) {
+            return;
+        }
         let mark = match mark {
             _ if is_first => Mark::Accepting,
             Mark::BegunAgain | Mark::Accepting => return,
             _ => Mark::Accepted,
         };
         self.mark_packet(packet, mark);
+    }
+
+    /// Whether a packet that is no first one may be of an older connection: as far as connection
+    /// tracking knows, its connection is not established.
+    fn may_be_late(&self, packet: &FlowPacket, connection: Connection) -> bool {
+        let Some(entry) = self.entry(connection) else { return self.is_unconfirmed(connection) };
+        let answers = packet.seen.is_some_and(|seen| seen.answers);
+        let begins = !entry.assured && (entry.answered || connection.original.protocol == SCTP);
+        begins && !answers
     }
 
     fn is_denied(&self, tuple: Tuple, now: Duration) -> bool {
@@ -381,12 +399,18 @@ impl Flows {
 
 impl Flows {
     fn connection(&mut self, seen: Seen, now: Duration) -> Option<Connection> {
-        let Seen { tuple, part, .. } = seen;
+        let Seen { tuple, part, answers, .. } = seen;
         let found = self.find(tuple, now).map(|original| (original, original != tuple || part == Part::Reply));
         if let Some((original, is_reply)) = found {
             let entry = self.entries.get_mut(&original)?;
             if part != Part::Error {
+                // Of TCP: `TCP_CONNTRACK_ESTABLISHED` after it, and a reply before.
+                entry.assured |= match tuple.protocol {
+                    SCTP => is_reply && !answers,
+                    _ => entry.answered && part == Part::Any && (!entry.begun || (entry.met && !is_reply)),
+                };
                 entry.answered |= is_reply;
+                entry.met |= is_reply && answers;
                 entry.expires_at = now + idle_time(original, entry, now);
             }
             return Some(Connection { id: entry.id, original, mark: Mark::None, is_new: false, is_reply });
@@ -440,7 +464,10 @@ impl Flows {
         if self.entries.len() >= MOST_BEFORE_PURGE && self.entries.len() == self.entries.capacity() {
             self.entries.retain(|_, entry| entry.expires_at > now);
         }
-        let mut entry = Entry { id, mark, answered: false, confirmed_at: now, expires_at: now };
+        let begun = packet.is_first();
+        let unmet =
+            Entry { id, mark, begun, answered: false, met: false, assured: false, confirmed_at: now, expires_at: now };
+        let mut entry = unmet;
         entry.expires_at += idle_time(original, &entry, now);
         self.entries.insert(original, entry);
     }

@@ -44,6 +44,8 @@ scenarios![
     a_syn_on_an_accepted_connection,
     two_syns_on_a_known_connection,
     a_verdict_for_the_older_connection,
+    a_verdict_before_the_connection_is_established,
+    a_verdict_in_the_middle_of_a_connection,
     an_icmp_error_about_a_connection,
     an_echo,
     a_protocol_without_ports,
@@ -277,6 +279,41 @@ async fn an_accept_for_the_flow(script: &mut Script) {
     for of_client in [true, true, false, true] {
         script.datagram(of_client);
         script.all(ACCEPT_FLOW).await;
+    }
+}
+
+/// By each of the first packets but the SYN; a server that sends before the third packet.
+async fn a_verdict_before_the_connection_is_established(script: &mut Script) {
+    for accepted_by in 0..4 {
+        script.client_port += 1;
+        script.client(SYN, (1000, 0), b"");
+        script.all(ACCEPT).await;
+        for packet in 0..5 {
+            match packet {
+                0 => script.server(SYN_ACK, (5000, 1001), b""),
+                1 => script.server(ACK, (5001, 1001), b"early"),
+                2 => script.client(ACK, (1001, 5006), b""),
+                3 => script.client(ACK, (1001, 5006), b"request"),
+                _ => script.server(ACK, (5006, 1008), b"response"),
+            }
+            script.all(if packet == accepted_by { ACCEPT_FLOW } else { ACCEPT }).await;
+        }
+    }
+}
+
+async fn a_verdict_in_the_middle_of_a_connection(script: &mut Script) {
+    for accepted_by in 0..5 {
+        script.client_port += 1;
+        for packet in 0..6 {
+            match packet {
+                0 | 3 => script.client(ACK, (1001, 5001), b""),
+                1 => script.client(ACK, (1001, 5001), b"request"),
+                2 => script.server(ACK, (5001, 1008), b""),
+                4 => script.server(ACK, (5001, 1008), b"response"),
+                _ => script.client(ACK, (1008, 5009), b""),
+            }
+            script.all(if packet == accepted_by { ACCEPT_FLOW } else { ACCEPT }).await;
+        }
     }
 }
 

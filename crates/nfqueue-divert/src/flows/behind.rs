@@ -84,8 +84,8 @@ impl<'a> Flows<'a> {
         chain.push(&[begin_so(), Match::unconfirmed()], Action::Return);
         // The entry is that of a connection that begins, and conntrack counts late packets of an
         // older one to it: it ignores them (`NFCT_TCP_IGNORE`), and does not compare the
-        // verification tag of each SCTP packet. The packet that completes a handshake of TCP or DCCP
-        // assures the entry before it comes here.
+        // verification tag of each SCTP packet. The packet that completes a handshake of TCP or
+        // DCCP assures the entry before it comes here.
         let [syn_ack, init_ack, response] = answers();
         for ([protocol, answer], undecided) in [
             (syn_ack, (Match::answered(), false)),

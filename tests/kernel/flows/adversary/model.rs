@@ -251,9 +251,9 @@ impl Model {
             let last = syns().all(|(number, _)| number <= grant.number);
             return last && packets().any(|(_, other)| answer(other));
         }
-        // "Until the newer one is established (the third packet of its handshake has passed), a reply
-        // that is not the answer to the SYN" accepts for itself alone. A rejected packet may have
-        // reset it again, as connection tracking sees it.
+        // "Until a connection is established, `accept().for_flow()` for a packet that is neither a
+        // SYN nor the answer to one holds for that packet." A rejected packet may have reset it
+        // again, as connection tracking sees it.
         let granted = &self.sent[&grant.number];
         let before = || packets().filter(|(number, _)| *number < grant.number).map(|(_, other)| other);
         let arrived = |other: &Sent| other.arrived.is_some_and(|arrived| arrived < granted.at);
