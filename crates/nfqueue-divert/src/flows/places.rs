@@ -64,8 +64,8 @@ pub(crate) fn places(places: &[Place]) -> Vec<Place> {
         behind_prerouting(Hook::Input);
     }
     // At `Postrouting` nothing tells for certain where a packet comes from: bridged packets have
-    // no interface, those that this host puts into a tunnel have one. So either none has come to
-    // an earlier place, or each has.
+    // no interface, and those that this host puts into a tunnel have one. So either none has come
+    // to an earlier place, or each has.
     let leaving: Vec<Place> = all.iter().copied().filter(|place| place.hook == Hook::Postrouting).collect();
     let has = |hook: Hook| all.iter().any(|place| place.hook == hook);
     let forwarded = has(Hook::Forward) || has(Hook::Prerouting);
