@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
-    /// The hooks that packets meet, in this order: to this host, forwarded or bridged, of this host.
+    /// The hooks that packets meet, in order: to this host, forwarded or bridged, of this host.
     const WAYS: [&[Hook]; 3] = [
         &[Hook::Prerouting, Hook::Input],
         &[Hook::Prerouting, Hook::Forward, Hook::Postrouting],
