@@ -220,7 +220,10 @@ impl Verdict {
     /// See [`guide::flows`](crate::guide::flows).
     ///
     /// Packets that are queued already still need their own verdicts. If verdicts for one
-    /// connection differ, the one that denies wins.
+    /// connection differ, the one that denies wins. Before a TCP, SCTP or DCCP connection is
+    /// established, an accept holds if its packet begins the connection or answers that; for
+    /// another packet it holds for the packet alone, as it may be of an older connection. So decide
+    /// each packet that comes, also of a connection that you have accepted.
     ///
     /// # Errors
     /// [`submit`](Self::submit) and [`confirm`](Self::confirm) refuse the verdict as
