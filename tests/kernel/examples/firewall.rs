@@ -31,6 +31,10 @@ tests![
     sync firewall_asks_a_person_at_a_terminal,
 ];
 
+/// A deadline, in milliseconds, that is awaited. It is long enough for the firewall to ask before:
+/// a packet that the deadline decides unread is not asked about.
+const LATE: &str = "1000";
+
 /// A firewall, and the socket of its service.
 struct Firewall {
     program: Program,
@@ -251,7 +255,7 @@ fn firewall_says_who_wants_the_connection() {
 fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     let peer = support::veth();
     let server = server(&peer);
-    let firewall = Firewall::start("late-deny", &["--deadline", "100"]);
+    let firewall = Firewall::start("late-deny", &["--deadline", LATE]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
     flow.client.send(b"first").unwrap();
@@ -278,7 +282,7 @@ fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
 fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
     let peer = support::veth();
     let server = server(&peer);
-    let firewall = Firewall::start("late-allow", &["--deadline", "100", "--default", "allow"]);
+    let firewall = Firewall::start("late-allow", &["--deadline", LATE, "--default", "allow"]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
     flow.passes(b"first");
