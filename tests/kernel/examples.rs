@@ -302,6 +302,13 @@ fn delivered(datagrams: u32) -> u32 {
     seen.iter().map(|seen| u32::from(*seen)).sum()
 }
 
+/// Sends a datagram before a test begins. The kernel looks for a neighbour then, and loses some of
+/// many packets that wait for one.
+fn introduce(sender: &UdpSocket, receiver: &UdpSocket) {
+    sender.send_to(b"first", receiver.local_addr().unwrap()).unwrap();
+    receiver.recv(&mut [0; 5]).unwrap();
+}
+
 fn divert(queues: &[u16]) -> Divert {
     let rule = |queue: &u16| Rule::new(Hook::Output).protocol(Protocol::Udp).destination_port(PORT).to_queue(*queue);
     Divert::builder().rules(queues.iter().map(rule)).install().unwrap()

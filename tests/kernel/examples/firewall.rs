@@ -31,6 +31,10 @@ tests![
     sync firewall_asks_a_person_at_a_terminal,
 ];
 
+/// A deadline, in milliseconds, that is awaited. It is long enough for the firewall to ask before:
+/// a packet that the deadline decides unread is not asked about.
+const LATE: &str = "1000";
+
 /// A firewall, and the socket of its service.
 struct Firewall {
     program: Program,
@@ -144,6 +148,16 @@ impl Udp {
         self.expect_error();
     }
 
+    /// What it sends is rejected, when the firewall has read the answer.
+    fn becomes_rejected(&self) {
+        self.client.set_nonblocking(true).unwrap();
+        support::wait_until("the connection is rejected", || {
+            // It may fail with the error of an earlier packet.
+            let _ = self.client.send(b"later");
+            self.client.recv(&mut [0; 100]).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        });
+    }
+
     fn expect_error(&self) {
         assert_eq!(self.client.recv(&mut [0; 100]).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     }
@@ -241,7 +255,7 @@ fn firewall_says_who_wants_the_connection() {
 fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     let peer = support::veth();
     let server = server(&peer);
-    let firewall = Firewall::start("late-deny", &["--deadline", "100"]);
+    let firewall = Firewall::start("late-deny", &["--deadline", LATE]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
     flow.client.send(b"first").unwrap();
@@ -252,22 +266,23 @@ fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     flow.client.send(b"early").unwrap();
     queued(0, 2);
     service.answer(id, true);
-    // Another connection's answer shows that the firewall has read this one.
+    // It reads the answers in their order.
     let other = Udp::new(&peer, &server);
     other.client.send(b"other").unwrap();
     let (id, _) = service.question();
     service.answer(id, false);
+    other.becomes_rejected();
     flow.passes(b"second");
     let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
     assert_eq!([questions, allowed, denied, unanswered, wrong], [2, 1, 1, 0, 0]);
-    // The first two; on a busy machine also the other connection's.
-    assert!(after_deadline >= 1 && (2..=3).contains(&(after_deadline + at_once)), "{after_deadline}, {at_once}");
+    // The first two; on a busy machine also those of the other connection.
+    assert!(after_deadline >= 1 && after_deadline + at_once >= 2, "{after_deadline}, {at_once}");
 }
 
 fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
     let peer = support::veth();
     let server = server(&peer);
-    let firewall = Firewall::start("late-allow", &["--deadline", "100", "--default", "allow"]);
+    let firewall = Firewall::start("late-allow", &["--deadline", LATE, "--default", "allow"]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
     flow.passes(b"first");
@@ -277,12 +292,7 @@ fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
     flow.passes(b"second");
     flow.passes(b"third");
     service.answer(id, false);
-    flow.client.set_nonblocking(true).unwrap();
-    // What comes before the firewall has read the answer passes.
-    support::wait_until("the connection is rejected", || {
-        let _ = flow.client.send(b"later");
-        flow.client.recv(&mut [0; 100]).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-    });
+    flow.becomes_rejected();
     let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
     assert_eq!([questions, allowed, denied, unanswered, wrong], [1, 0, 1, 0, 0]);
     assert!(after_deadline >= 1 && after_deadline + at_once >= 3, "{after_deadline}, {at_once}");

@@ -3,12 +3,13 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
 
-use super::{PORT, Program};
+use super::{PORT, Program, introduce};
 use crate::support::{self, Peer, VethOptions};
 
 tests![
@@ -48,7 +49,7 @@ fn decided(packets: u64) {
     });
 }
 
-/// Sends numbered datagrams, from this namespace to another.
+/// Sends numbered datagrams, from one namespace to another. It is made before the program starts.
 struct Flow {
     sender: UdpSocket,
     receiver: UdpSocket,
@@ -61,6 +62,7 @@ impl Flow {
 
     fn between(sender: UdpSocket, receiver: UdpSocket) -> Self {
         sender.connect(receiver.local_addr().unwrap()).unwrap();
+        introduce(&sender, &receiver);
         Self { sender, receiver }
     }
 
@@ -104,8 +106,11 @@ impl Flow {
         let line = end(program);
         let [packets, lost, ..] = line;
         // The last ones may be on the way.
+        let deadline = Instant::now() + support::PATIENCE;
         while numbers.len() < (packets - lost) as usize {
-            numbers.push(self.receive());
+            assert!(Instant::now() < deadline, "{line:?}, but only these have come: {numbers:?}");
+            numbers.extend(self.arrived());
+            thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(self.arrived(), []);
         (numbers, line)
@@ -176,8 +181,7 @@ fn netem_sends_packets_twice_at_each_hook() {
         [left.far_v6.into(), left.near_v6.into(), right.far_v6.into()],
     ];
     for hook in ["output", "input", "forward"] {
-        let program = start(&["--hook", hook, "--duplicate", "100", "--delay", "20"]);
-        for [client, this, behind] in families {
+        let flows = families.map(|[client, this, behind]| {
             let sender = match hook {
                 "output" => support::udp((this, 0)),
                 _ => left.run(|| support::udp((client, 0))),
@@ -186,7 +190,10 @@ fn netem_sends_packets_twice_at_each_hook() {
                 "input" => support::udp((this, PORT)),
                 _ => right.run(|| support::udp((behind, PORT))),
             };
-            let flow = Flow::between(sender, receiver);
+            Flow::between(sender, receiver)
+        });
+        let program = start(&["--hook", hook, "--duplicate", "100", "--delay", "20"]);
+        for flow in flows {
             (0..20).for_each(|number| flow.send(number));
             let mut received: Vec<u32> = (0..40).map(|_| flow.receive()).collect();
             received.sort_unstable();
@@ -248,7 +255,7 @@ fn netem_breaks_no_tcp_transfer() {
     server.set_read_timeout(Some(support::PATIENCE)).unwrap();
     let text: Vec<u8> = (0..100_000_u32).flat_map(|number| number.to_be_bytes()).take(200_000).collect();
     let sending = text.clone();
-    let sending = std::thread::spawn(move || client.write_all(&sending).unwrap());
+    let sending = thread::spawn(move || client.write_all(&sending).unwrap());
     let mut received = Vec::new();
     server.read_to_end(&mut received).unwrap();
     sending.join().unwrap();

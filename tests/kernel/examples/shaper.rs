@@ -11,7 +11,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use super::{PORT, Program};
+use super::{PORT, Program, introduce};
 use crate::support::{self, Peer};
 
 tests![
@@ -69,15 +69,16 @@ fn at_most(rate: u32, burst: u32, time: Duration) -> f64 {
 }
 
 /// A socket of the other namespace, at an address of its own.
-fn sender(peer: &Peer, address: impl Into<IpAddr>, to: impl Into<IpAddr>) -> UdpSocket {
-    let (address, to) = (address.into(), to.into());
+fn sender(peer: &Peer, address: impl Into<IpAddr>, receiver: &UdpSocket) -> UdpSocket {
+    let address = address.into();
     let socket = peer.run(|| {
         if address != IpAddr::from(peer.far_v4) && address != IpAddr::from(peer.far_v6) {
             support::add_address(&peer.far, address, if address.is_ipv4() { 24 } else { 64 });
         }
         support::udp((address, 0))
     });
-    socket.connect((to, PORT)).unwrap();
+    socket.connect(receiver.local_addr().unwrap()).unwrap();
+    introduce(&socket, receiver);
     socket
 }
 
@@ -95,7 +96,7 @@ fn shaper_limits_a_source_above_its_rate_and_no_other() {
     let peer = support::veth();
     let (fast, slow) = (peer.far_v4, Ipv4Addr::new(10, 9, 0, 3));
     let receiver = support::udp((peer.near_v4, PORT));
-    let [fast_sender, slow_sender] = [fast, slow].map(|address| sender(&peer, address, peer.near_v4));
+    let [fast_sender, slow_sender] = [fast, slow].map(|address| sender(&peer, address, &receiver));
     // With the headers, 1000 bytes and 100.
     let program = start(&["--rate", "20000", "--burst", "10000", "--queue", "20000"]);
     let begin = Instant::now();
@@ -121,7 +122,7 @@ fn shaper_limits_ipv6_sources_by_their_network() {
     let peer = support::veth();
     let other = |host| Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, host);
     let receiver = support::udp((peer.near_v6, PORT));
-    let senders = [3, 4, 5].map(|host| sender(&peer, other(host), peer.near_v6));
+    let senders = [3, 4, 5].map(|host| sender(&peer, other(host), &receiver));
     let program = start(&["--rate", "1000", "--burst", "2000", "--queue", "0"]);
     let begin = Instant::now();
     for _ in 0..30 {
@@ -157,6 +158,7 @@ fn shaper_limits_a_tcp_transfer() {
 fn shaper_remembers_no_more_sources_than_it_may() {
     let peer = support::veth();
     let receiver = support::udp((peer.near_v4, PORT));
+    sender(&peer, peer.far_v4, &receiver);
     let program = start(&["--rate", "100", "--burst", "150", "--queue", "0", "--sources", "16"]);
     let begin = Instant::now();
     peer.run(|| {
@@ -194,7 +196,7 @@ fn forged(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
 fn shaper_forgets_idle_sources() {
     let peer = support::veth();
     let receiver = support::udp((peer.near_v4, PORT));
-    let senders = [2, 3, 4].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), peer.near_v4));
+    let senders = [2, 3, 4].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), &receiver));
     // The program looks for idle sources once a second, or later on a busy machine.
     let forgotten = |pause: u64| {
         let program = start(&["--rate", "1000000", "--sources", "2"]);
@@ -214,7 +216,7 @@ fn shaper_forgets_idle_sources() {
 fn shaper_lets_pass_at_its_end_what_waits() {
     let peer = support::veth();
     let receiver = support::udp((peer.near_v4, PORT));
-    let senders = [2, 3].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), peer.near_v4));
+    let senders = [2, 3].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), &receiver));
     let program = start(&["--rate", "1", "--burst", "100", "--queue", "10000"]);
     // With the headers, 100 bytes.
     (0..50_u8).for_each(|number| _ = senders[0].send(&[number; 72]).unwrap());
@@ -234,7 +236,7 @@ fn shaper_lets_pass_at_its_end_what_waits() {
 fn shaper_drops_what_waits_above_the_limit_of_all_sources() {
     let peer = support::veth();
     let receiver = support::udp((peer.near_v4, PORT));
-    let senders = [2, 3].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), peer.near_v4));
+    let senders = [2, 3].map(|host| sender(&peer, Ipv4Addr::new(10, 9, 0, host), &receiver));
     let program = start(&["--rate", "1", "--burst", "100", "--queue", "10000", "--packets", "20"]);
     (0..30).for_each(|_| _ = senders[0].send(&[1; 72]).unwrap());
     queued(30, 20);
