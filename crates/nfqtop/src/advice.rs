@@ -161,9 +161,7 @@ impl fmt::Display for Advice {
                 if *stopped {
                     return Ok(());
                 }
-                f.write_str(
-                    ": read faster, raise SO_RCVBUF (net.core.rmem_max limits it), or copy less of each packet",
-                )
+                f.write_str(": read faster, raise SO_RCVBUF (net.core.rmem_max limits it), or copy less of each packet")
             }
             Self::Filling { length, percent, assumed } => {
                 write!(f, "{length} packets wait, {percent} % of ")?;

@@ -9,8 +9,7 @@ use crate::{
 
 /// Said if there are no rows.
 pub(crate) const EMPTY: &str = "No queue is bound, and no rule that could be read leads to one.";
-pub(crate) const ELSEWHERE: &str =
-    "Other network namespaces are not shown: lsns -t net, then nfqtop --namespace PID.";
+pub(crate) const ELSEWHERE: &str = "Other network namespaces are not shown: lsns -t net, then nfqtop --namespace PID.";
 
 /// `7`, or `7-9` for numbers that are not bound.
 pub(crate) fn number(row: &Row) -> String {
