@@ -85,7 +85,10 @@
 //! /// Counts a packet that was blocked.
 //! fn blocked(clients: &mut HashSet<IpAddr>, client: IpAddr) {
 //!     // Anyone can send from many addresses, and forge them: those beyond the limit are one.
-//!     let known = clients.contains(&client) || (clients.len() < CLIENTS && clients.insert(client));
+//!     if clients.len() < CLIENTS {
+//!         clients.insert(client);
+//!     }
+//!     let known = clients.contains(&client);
 //!     let label = if known { client.to_string() } else { "other".to_owned() };
 //!     metrics::counter!("filter_blocked_total", "client" => label).increment(1);
 //! }
@@ -112,9 +115,9 @@
 //!
 //! # What surprises
 //!
-//! - `fail_open` helps when the queue is full, not when the program is stopped (SIGSTOP, a debugger):
-//!   what is in the queue then waits, and only what finds it full passes. When the program has
-//!   ended, `bypass` in the rule helps.
+//! - `fail_open` helps when the queue is full, not when the program is stopped (SIGSTOP, a
+//!   debugger): what is in the queue then waits, and only what finds it full passes. When the
+//!   program has ended, `bypass` in the rule helps.
 //! - With `fail_open`, and with `bypass` while no program has the queue, packets pass undecided,
 //!   and no counter of the kernel says how many. Packets that found the receive buffer full are in
 //!   `packets_lost_total` also then.
