@@ -235,7 +235,7 @@ fn invalid_command_lines_are_refused() {
         ("sni_filter", &["--block", "a.example", "--client", "192.0.2.1", "--clients", "eth0"]),
         ("sni_filter", &["--block", "a.example", "--clients", "eth0", "--client", "192.0.2.1"]),
         ("rule", &[]),
-        ("rule", &["forward", "udp", "9000"]),
+        ("rule", &["nowhere", "udp", "9000"]),
         ("rule", &["output", "udp", "0x"]),
         ("rule", &["output", "udp", "9000", "--queue", "70000"]),
         ("rule", &["output", "udp", "9000", "more"]),
