@@ -2,7 +2,8 @@
 //! their verdicts. The crate sends these together.
 //!
 //! The queue is in the current network namespace. The rules are yours, for example
-//! `nft add rule inet filter output udp dport 9000 queue num 0`. Then run, as root:
+//! `nft add rule inet filter output udp dport 9000 queue num 0`. Without nft, run in another
+//! terminal: `cargo run -p nfqueue-divert --example rule -- output udp 9000 --queue 0`. As root:
 //! `cargo run --release --example accept_all -- --queue 0` (`--help` lists the options).
 //!
 //! It prints `ready` on standard error once the queue is bound. SIGINT and SIGTERM end it: packets

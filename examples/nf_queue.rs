@@ -2,7 +2,8 @@
 //! one. It shows how to hold packets, decide them in any order, and requeue them.
 //!
 //! The queue is in the current network namespace. The rules are yours, for example
-//! `nft add rule inet filter output udp dport 9000 queue num 0`. Then run, as root:
+//! `nft add rule inet filter output udp dport 9000 queue num 0`. Without nft, run in another
+//! terminal: `cargo run -p nfqueue-divert --example rule -- output udp 9000 --queue 0`. As root:
 //! `cargo run --release --example nf_queue -- -q 0 -c -t 5` (`-h` lists the options).
 
 use std::{

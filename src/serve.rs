@@ -66,7 +66,24 @@ impl Queue {
     /// ```
     ///
     /// A handler that awaits nothing returns `std::future::ready(verdict)`, and needs neither the
-    /// block nor the `Arc`.
+    /// block nor the `Arc`. State that it changes needs a `Mutex` (or an atomic) also then, because
+    /// it is an `Fn`:
+    ///
+    /// ```no_run
+    /// # use std::{future::ready, sync::Mutex};
+    /// # use tokio_nfqueue::{Packet, Queue};
+    /// # async fn example(queue: Queue) -> Result<(), tokio_nfqueue::Error> {
+    /// // Drops every tenth packet.
+    /// let count = Mutex::new(0_u64);
+    /// queue
+    ///     .serve(move |packet: Packet| {
+    ///         let mut count = count.lock().unwrap();
+    ///         *count += 1;
+    ///         ready(if *count % 10 == 0 { packet.drop() } else { packet.accept() })
+    ///     })
+    ///     .await
+    /// # }
+    /// ```
     ///
     /// The function may also return an `Option` or a `Result` of a verdict: see [`IntoVerdict`]. An
     /// error or a panic gives the packet the

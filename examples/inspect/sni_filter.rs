@@ -4,7 +4,7 @@
 //! Run it as root: `cargo run --release --example sni_filter -- --block example.com`. Then
 //! `curl https://www.example.com/` says "Connection reset by peer". It makes its own rules, for
 //! what this host sends. On a router, `--clients eth1` filters what the hosts behind this interface
-//! send.
+//! send, and `--client 192.0.2.7` what the host with this address sends.
 //!
 //! Both directions of TCP come to the queue, because the packets of servers prove what they have
 //! received: `nfqueue_inspect` then promises that a server gets the bytes that were judged,
@@ -18,7 +18,7 @@
 //! | HTTP without TLS | the same for a blocked host |
 //! | a hello without a name, or another protocol | its connection: there is no name to block |
 //! | TCP that began before this program did, or has sent no hello for ten minutes | a reset: what was sent is unknown |
-//! | QUIC with a blocked name, or of another version than 1 and 2 | an ICMP error, or nothing: it takes TCP then |
+//! | QUIC with a blocked name, or of another version than 1 and 2 | an ICMP error, or nothing: it takes TCP then, some clients only after their own time-out |
 //! | other UDP to this port, also QUIC that began before | the same |
 //!
 //! What it does not do:
@@ -32,6 +32,7 @@
 //! and it prints one line of statistics.
 
 use std::{
+    net::IpAddr,
     pin::pin,
     process::ExitCode,
     time::{Duration, Instant},
@@ -77,18 +78,31 @@ async fn run(options: Options) -> Result<(), Error> {
 
 /// TCP in both directions, and QUIC from clients.
 fn rules(options: &Options) -> DivertBuilder {
-    let (client, server) = match &options.clients {
-        None => (Rule::new(Hook::Output), Rule::new(Hook::Input)),
-        // Servers are not behind the interface, so clients cannot send packets in their names.
-        Some(interface) => (
-            Rule::new(Hook::Forward).interface(interface),
-            Rule::new(Hook::Forward).unless(Match::interface(interface)),
-        ),
+    let forwarded = || Rule::new(Hook::Forward);
+    // What clients send, and what servers send to them, not to others: connections whose clients'
+    // packets do not come are unknown, and would be reset.
+    let directions = match &options.clients {
+        Clients::ThisHost => vec![(Rule::new(Hook::Output), Rule::new(Hook::Input))],
+        Clients::Behind(interface) => {
+            let server = forwarded().when(Match::output_interface(interface));
+            // Servers are not behind the interface, so clients cannot send packets in their names.
+            vec![(forwarded().interface(interface), server.unless(Match::input_interface(interface)))]
+        }
+        Clients::Hosts(addresses) => {
+            let of_host = |&address: &IpAddr| {
+                let length = if address.is_ipv4() { 32 } else { 128 };
+                (forwarded().source_address(address, length), forwarded().destination_address(address, length))
+            };
+            addresses.iter().map(of_host).collect()
+        }
     };
-    Divert::builder()
-        .rule(client.clone().protocol(Protocol::Tcp).destination_port(options.port))
-        .rule(server.protocol(Protocol::Tcp).source_port(options.port))
-        .rule(client.protocol(Protocol::Udp).destination_port(options.port))
+    Divert::builder().rules(directions.into_iter().flat_map(|(client, server)| {
+        [
+            client.clone().protocol(Protocol::Tcp).destination_port(options.port),
+            server.protocol(Protocol::Tcp).source_port(options.port),
+            client.protocol(Protocol::Udp).destination_port(options.port),
+        ]
+    }))
 }
 
 struct Filter {
@@ -174,23 +188,31 @@ async fn main() -> ExitCode {
     }
 }
 
-const USAGE: &str = "usage: sni_filter --block NAME ... [--port P] [--clients INTERFACE]
+const USAGE: &str = "usage: sni_filter --block NAME ... [--port P] [--clients INTERFACE | --client ADDRESS ...]
 
   --block NAME         a blocked name, with all names below it
   --port P             the port of the servers, TCP and UDP (default: 443)
   --clients INTERFACE  filter what comes from this interface and is forwarded
-                       (default: what this host sends)";
+  --client ADDRESS     filter what the host with this address sends and is forwarded
+                       (default: what the host of the filter sends)";
 
 struct Options {
     blocked: Vec<Name>,
     port: u16,
-    clients: Option<String>,
+    clients: Clients,
+}
+
+enum Clients {
+    ThisHost,
+    /// The hosts behind an interface.
+    Behind(String),
+    Hosts(Vec<IpAddr>),
 }
 
 fn options() -> Result<Option<Options>, lexopt::Error> {
     use lexopt::prelude::*;
 
-    let mut options = Options { blocked: Vec::new(), port: 443, clients: None };
+    let mut options = Options { blocked: Vec::new(), port: 443, clients: Clients::ThisHost };
     let mut arguments = lexopt::Parser::from_env();
     while let Some(argument) = arguments.next()? {
         match argument {
@@ -199,7 +221,15 @@ fn options() -> Result<Option<Options>, lexopt::Error> {
                 options.blocked.push(Name::new(text.as_bytes()).ok_or(format!("{text:?} is not a name"))?);
             }
             Long("port") => options.port = arguments.value()?.parse()?,
-            Long("clients") => options.clients = Some(arguments.value()?.string()?),
+            Long("clients") => match options.clients {
+                Clients::ThisHost => options.clients = Clients::Behind(arguments.value()?.string()?),
+                _ => return Err("--clients goes with neither --client nor another --clients".into()),
+            },
+            Long("client") => match &mut options.clients {
+                Clients::ThisHost => options.clients = Clients::Hosts(vec![arguments.value()?.parse()?]),
+                Clients::Hosts(addresses) => addresses.push(arguments.value()?.parse()?),
+                Clients::Behind(_) => return Err("--client does not go with --clients".into()),
+            },
             Short('h') | Long("help") => return Ok(None),
             _ => return Err(argument.unexpected()),
         }

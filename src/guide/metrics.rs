@@ -48,22 +48,76 @@
 //!
 //! The names are without `nfqueue_`; [all of them](crate::metrics).
 //!
-//! | if this | then |
-//! |---|---|
-//! | `packets_dropped_total{reason="queue_full"}` rises | the queue was full: [`trouble`](super::trouble#everything-is-slow) |
-//! | `packets_lost_total` rises | the receive buffer was full; `packets_dropped_total{reason="user"}` is the kernel's count of the same |
-//! | `oldest_undecided_seconds` exceeds the time that a decision may take | a task has a packet and does not decide it: [`slow_judge`](super::slow_judge) |
-//! | `packets_expired_total` or `packets_unanswered_total` rises | packets were decided by the deadline, or were dropped without a verdict: an error, a panic, an aborted task |
-//! | `packets_gone_total` rises | another program has changed hooks, and the kernel dropped what was queued |
-//! | `refusals_total` rises | the kernel takes a verdict not as it was meant: log [`refusals`](crate::VerdictSink::refusals) |
-//! | `packets_received_total` does not rise, while there is traffic | the rule matches nothing: [`trouble`](super::trouble#my-rule-sees-nothing) |
-//! | `verdict_wait_seconds` (p99) rises, `in_flight` follows | what the filter asks has become slow; the queue is full at `packets a second × seconds = queue_max_length` |
+//! | if this | then | alert |
+//! |---|---|---|
+//! | `packets_dropped_total{reason="queue_full"}` rises | the queue was full: [`trouble`](super::trouble#everything-is-slow) | `NfqueueFull` |
+//! | `packets_lost_total` rises | the receive buffer was full; `packets_dropped_total{reason="user"}` is the kernel's count of the same | `NfqueueBufferFull` |
+//! | `oldest_undecided_seconds` exceeds the time that a decision may take | a task has a packet and does not decide it: [`slow_judge`](super::slow_judge) | `NfqueueStuck` |
+//! | `packets_expired_total` or `packets_unanswered_total` rises | packets were decided by the deadline, or were dropped without a verdict: an error, a panic, an aborted task | `NfqueueUndecided` |
+//! | `packets_gone_total` rises | another program has changed hooks, and the kernel dropped what was queued | `NfqueueFlushedByOthers` |
+//! | `packets_refused_total` or `refusals_total` rises | the kernel refuses a verdict, or takes it not as it was meant: log [`refusals`](crate::VerdictSink::refusals) | `NfqueueVerdictsRefused` |
+//! | `packets_received_total` does not rise, while there is traffic | the rule matches nothing: [`trouble`](super::trouble#my-rule-sees-nothing) | |
+//! | `verdict_wait_seconds` (p99) rises, `in_flight` follows | what the filter asks has become slow; the queue is full at `packets a second × seconds = queue_max_length` | `NfqueuePacketsWait` |
 //!
-//! Alert on the first four. `in_flight`, `queue_length` and `verdict_wait_seconds` are for the
-//! graph beside them. The example `prometheus` has alerts, and a dashboard for Grafana.
+//! The first four cost packets now. The alerts are in the file `alerts.yml` of the example
+//! `prometheus`, which has a dashboard for Grafana as well. `in_flight`, `queue_length` and
+//! `verdict_wait_seconds` are for the graph beside them.
+//!
+//! # Numbers of your own
+//!
+//! The same recorder takes them, so that `GET /metrics` has both:
+//!
+//! ```toml
+//! [dependencies]
+//! # The version that tokio-nfqueue and the exporter use. Another one has another recorder, and its
+//! # numbers go nowhere: `cargo tree -i metrics` must show one.
+//! metrics = "0.24"
+//! metrics-exporter-prometheus = { version = "0.18", default-features = false }
+//! tokio-nfqueue = { version = "0.1", features = ["metrics"] }
+//! ```
+//!
+//! ```
+//! use std::{collections::HashSet, net::IpAddr};
+//!
+//! /// Each value of a label is a number that stays in memory and in Prometheus.
+//! const CLIENTS: usize = 100;
+//!
+//! /// Counts a packet that was blocked.
+//! fn blocked(clients: &mut HashSet<IpAddr>, client: IpAddr) {
+//!     // Anyone can send from many addresses, and forge them: those beyond the limit are one.
+//!     if clients.len() < CLIENTS {
+//!         clients.insert(client);
+//!     }
+//!     let known = clients.contains(&client);
+//!     let label = if known { client.to_string() } else { "other".to_owned() };
+//!     metrics::counter!("filter_blocked_total", "client" => label).increment(1);
+//! }
+//!
+//! // The test.
+//! let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+//! metrics::with_local_recorder(&recorder, || {
+//!     let mut clients = HashSet::new();
+//!     for address in 0..200_u32 {
+//!         blocked(&mut clients, IpAddr::from(address.to_be_bytes()));
+//!     }
+//! });
+//! let text = recorder.handle().render();
+//! assert!(text.contains(r#"filter_blocked_total{client="0.0.0.7"} 1"#), "{text}");
+//! assert!(text.contains(r#"filter_blocked_total{client="other"} 100"#), "{text}");
+//! ```
+//!
+//! The names that are known are better labels than addresses, such as those of your rules, or of
+//! networks. The five clients that are blocked most, a second, in PromQL:
+//!
+//! ```text
+//! topk(5, sum by (client) (rate(filter_blocked_total[5m])))
+//! ```
 //!
 //! # What surprises
 //!
+//! - `fail_open` helps when the queue is full, not when the program is stopped (SIGSTOP, a
+//!   debugger): what is in the queue then waits, and only what finds it full passes. When the
+//!   program has ended, `bypass` in the rule helps.
 //! - With `fail_open`, and with `bypass` while no program has the queue, packets pass undecided,
 //!   and no counter of the kernel says how many. Packets that found the receive buffer full are in
 //!   `packets_lost_total` also then.

@@ -15,6 +15,37 @@
 //!
 //! The example `sni_filter` is this with options, on a router, and with QUIC.
 //!
+//! # For some clients only, on a router
+//!
+//! Narrow both rules, the servers' too. If the packets of servers to other clients came, they would
+//! be of connections whose beginning was not seen: `Unknown`, and here reset.
+//!
+//! ```
+//! use std::net::IpAddr;
+//! use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
+//!
+//! /// Of one client.
+//! fn of_client(client: IpAddr, port: u16) -> [Rule; 2] {
+//!     let tcp = || Rule::new(Hook::Forward).protocol(Protocol::Tcp);
+//!     let length = if client.is_ipv4() { 32 } else { 128 };
+//!     [
+//!         tcp().source_address(client, length).destination_port(port),
+//!         tcp().destination_address(client, length).source_port(port),
+//!     ]
+//! }
+//!
+//! /// Of all clients behind an interface, to servers that are not.
+//! fn behind(interface: &str, port: u16) -> [Rule; 2] {
+//!     let tcp = || Rule::new(Hook::Forward).protocol(Protocol::Tcp);
+//!     let (from, to) = (Match::input_interface(interface), Match::output_interface(interface));
+//!     [
+//!         tcp().when(from.clone()).destination_port(port),
+//!         tcp().when(to).unless(from).source_port(port),
+//!     ]
+//! }
+//! # let _ = (of_client("192.0.2.7".parse().unwrap(), 443), behind("eth1", 443));
+//! ```
+//!
 //! # What surprises
 //!
 //! - **Both directions** must come to the queue, until the connection is settled: only what the

@@ -9,9 +9,25 @@
 //! ```
 //!
 //! The columns of the file: queue, owner's port id, packets that wait, copy mode, copy range, found
-//! the queue full, found the receive buffer full, last id. `nfqtop --namespace PID` looks into a
-//! container. Its states below are explained by its
+//! the queue full, found the receive buffer full, last id, and a 1 without meaning. nfqtop's states
+//! below are explained by its
 //! [README](https://github.com/tokio-nfqueue/tokio-nfqueue/tree/main/crates/nfqtop).
+//!
+//! Both show one network namespace. `nfqtop --namespace PID` looks into a container; into all:
+//!
+//! ```sh
+//! for p in $(lsns -t net -n -o PID); do nfqtop --once --namespace $p; done
+//! ```
+//!
+//! # Packets disappear: who drops them?
+//!
+//! | look at | if | they are dropped by |
+//! |---|---|---|
+//! | nfqtop | `UNBOUND`, `NO MODE` | the kernel: no program takes them |
+//! | | `STUCK`, `FULL`, `BUFFER` | the kernel, if the queue or the buffer is full: the program is too slow, or does not decide. [Everything is slow](#everything-is-slow) |
+//! | | `ok`, and `IN/S` is what you miss | the program, by its verdicts, which nfqtop cannot see: [`Stats::decided`](crate::Stats::decided), or [`verdicts_total{action="drop"}`](super::metrics) |
+//! | | `ok`, and `IN/S` is less | what is before the queue: an earlier rule, or the one for connections that [`for_flow`](super::flows) denied. [My rule sees nothing](#my-rule-sees-nothing) |
+//! | | `ok`, all are accepted | what is behind the queue: a later rule, the route, the receiver |
 //!
 //! # My rule sees nothing
 //!
@@ -35,6 +51,7 @@
 //! | look at | if | then |
 //! |---|---|---|
 //! | nfqtop: `STUCK` | the program has read all | it holds packets: a judge that does not answer ([`slow_judge`](super::slow_judge)), or one that [waits for itself](super::own_traffic) |
+//! | | the process is stopped (SIGSTOP, a debugger) | `kill -CONT PID`, or continue it there |
 //! | | the program does not read | no task polls the stream: something blocks the runtime |
 //! | nfqtop: `FULL` | | verdicts come more slowly than packets, next rows |
 //! | the rule | it queues more than it must | narrow it; first packets only, and [`for_flow`](super::flows), which help most |

@@ -36,6 +36,8 @@ tests![
     sync per_flow_sees_every_packet_without_flows,
     sync nf_queue_counts_packets_and_stops_after_its_timeout,
     sync nf_queue_requeues_packets,
+    sync rule_leads_to_a_queue_until_it_ends,
+    sync rule_with_bypass_accepts_without_a_program,
     sync restart_under_load_loses_no_packet,
     sync a_second_restart_process_takes_the_queue_over,
     sync invalid_command_lines_are_refused,
@@ -141,6 +143,40 @@ fn nf_queue_requeues_packets() {
     assert_eq!(first, second);
 }
 
+/// The headers of `accept_all` and `nf_queue` name it.
+fn rule_leads_to_a_queue_until_it_ends() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut accepts = Program::start("accept_all", &["--queue", "7"]);
+        accepts.until_ready();
+        let mut rule = Program::start("rule", &["output", "udp", "9000", "--queue", "7"]);
+        rule.until_ready();
+        assert_eq!(delivered(100), 100);
+        let (status, output) = rule.end(signal);
+        assert!(status.success(), "{status}");
+        assert_eq!(output, "matched packets: 100\n");
+        assert_eq!(delivered(50), 50);
+        let (status, output) = accepts.end(signal);
+        assert!(status.success(), "{status}");
+        assert!(output.starts_with("received 100 accepted 100 lost 0"), "{output}");
+    }
+}
+
+fn rule_with_bypass_accepts_without_a_program() {
+    for (options, is_accepted) in [(&["--bypass"][..], true), (&[], false)] {
+        let mut rule = Program::start("rule", &[&["output", "udp", "9000"], options].concat());
+        rule.until_ready();
+        let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
+        // The kernel may tell the sender of a packet that it was dropped.
+        let _ = support::udp((Ipv4Addr::LOCALHOST, 0)).send_to(b"datagram", receiver.local_addr().unwrap());
+        // What is not dropped has arrived.
+        receiver.set_nonblocking(!is_accepted).unwrap();
+        assert_eq!(receiver.recv(&mut [0; 8]).is_ok(), is_accepted);
+        let (status, output) = rule.end(Signal::SIGTERM);
+        assert!(status.success(), "{status}");
+        assert_eq!(output, "matched packets: 1\n");
+    }
+}
+
 fn restart_under_load_loses_no_packet() {
     let arguments = ["--restarts", "2", "--rate", "5000", "--seconds", "1"];
     let (status, output) = Program::start("restart", &arguments).wait();
@@ -195,6 +231,14 @@ fn invalid_command_lines_are_refused() {
         ("sni_filter", &[]),
         ("sni_filter", &["--block", "a..b"]),
         ("sni_filter", &["--block", "a.example", "--port", "0x"]),
+        ("sni_filter", &["--block", "a.example", "--client", "host"]),
+        ("sni_filter", &["--block", "a.example", "--client", "192.0.2.1", "--clients", "eth0"]),
+        ("sni_filter", &["--block", "a.example", "--clients", "eth0", "--client", "192.0.2.1"]),
+        ("rule", &[]),
+        ("rule", &["nowhere", "udp", "9000"]),
+        ("rule", &["output", "udp", "0x"]),
+        ("rule", &["output", "udp", "9000", "--queue", "70000"]),
+        ("rule", &["output", "udp", "9000", "more"]),
         ("capture", &["--port", "9000"]),
         ("capture", &["--write", "/nowhere/file", "--port", "9000"]),
         ("capture", &["--write", "/dev/full", "--port", "9000"]),

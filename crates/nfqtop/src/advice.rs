@@ -25,9 +25,14 @@ pub(crate) enum Advice {
     /// The program has bound the queue and has not set its copy mode.
     NoCopyMode,
     /// Packets find the queue full.
-    Full { rate: f64, length: u32 },
+    Full {
+        rate: f64,
+        length: u32,
+        /// The queue is stuck because its process is stopped: nothing else is to be done.
+        stopped: bool,
+    },
     /// Packets find the socket's receive buffer full.
-    BufferLoss { rate: f64 },
+    BufferLoss { rate: f64, stopped: bool },
     /// The queue is nearly as long as it may be.
     Filling { length: u32, percent: u32, assumed: bool },
     /// As `Unbound`, and the packets are accepted.
@@ -109,7 +114,7 @@ impl fmt::Display for Advice {
             Self::Stuck { waiting, seconds, unread, holder } => {
                 let plural = if *waiting == 1 { "packet waits" } else { "packets wait" };
                 write!(f, "{waiting} {plural}, and none has been decided for {seconds:.0} s")?;
-                let stopped = holder.as_ref().is_some_and(|holder| matches!(holder.state, Some('T' | 't')));
+                let stopped = holder.as_ref().is_some_and(Holder::is_stopped);
                 match unread {
                     _ if stopped => f.write_str(": the process is stopped")?,
                     Some(0) => f.write_str(": the program has read all of them and sends no verdict")?,
@@ -141,16 +146,23 @@ impl fmt::Display for Advice {
                 "the program has bound the queue and set no copy mode: the kernel drops every packet; \
                  the program must send NFQA_CFG_PARAMS",
             ),
-            Self::Full { rate, length } => write!(
-                f,
-                "{rate:.0} packets/s find the queue full (length {length} now): decide faster, raise its maximum \
-                 length (NFQA_CFG_QUEUE_MAXLEN), use more queues, or accept excess packets with fail-open",
-            ),
-            Self::BufferLoss { rate } => write!(
-                f,
-                "{rate:.0} packets/s find the socket's receive buffer full: read faster, raise SO_RCVBUF \
-                 (net.core.rmem_max limits it), or copy less of each packet",
-            ),
+            Self::Full { rate, length, stopped } => {
+                write!(f, "{rate:.0} packets/s find the queue full (length {length} now)")?;
+                if *stopped {
+                    return Ok(());
+                }
+                f.write_str(
+                    ": decide faster, raise its maximum length (NFQA_CFG_QUEUE_MAXLEN), use more queues, or accept \
+                     excess packets with fail-open",
+                )
+            }
+            Self::BufferLoss { rate, stopped } => {
+                write!(f, "{rate:.0} packets/s find the socket's receive buffer full")?;
+                if *stopped {
+                    return Ok(());
+                }
+                f.write_str(": read faster, raise SO_RCVBUF (net.core.rmem_max limits it), or copy less of each packet")
+            }
             Self::Filling { length, percent, assumed } => {
                 write!(f, "{length} packets wait, {percent} % of ")?;
                 let limit = if *assumed { "the default maximum length" } else { "the maximum length" };
@@ -199,6 +211,16 @@ mod tests {
         assert!(stuck(Some(832), 'T').ends_with("the process is stopped; continue it with kill -CONT 77"));
         let unknown = Advice::Stuck { waiting: 1, seconds: 1.0, unread: None, holder: None }.to_string();
         assert_eq!(unknown, "1 packet waits, and none has been decided for 1 s");
+    }
+
+    #[test]
+    fn a_stopped_program_is_not_told_to_be_faster() {
+        let full = |stopped| Advice::Full { rate: 5.0, length: 1024, stopped }.to_string();
+        assert!(full(false).contains("decide faster"));
+        assert_eq!(full(true), "5 packets/s find the queue full (length 1024 now)");
+        let lost = |stopped| Advice::BufferLoss { rate: 5.0, stopped }.to_string();
+        assert!(lost(false).contains("read faster"));
+        assert_eq!(lost(true), "5 packets/s find the socket's receive buffer full");
     }
 
     #[test]

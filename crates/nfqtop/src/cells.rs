@@ -7,6 +7,10 @@ use crate::{
     view::{Bound, Limit, Row},
 };
 
+/// Said if there are no rows.
+pub(crate) const EMPTY: &str = "No queue is bound, and no rule that could be read leads to one.";
+pub(crate) const ELSEWHERE: &str = "Other network namespaces are not shown: lsns -t net, then nfqtop --namespace PID.";
+
 /// `7`, or `7-9` for numbers that are not bound.
 pub(crate) fn number(row: &Row) -> String {
     if row.first == row.last { row.first.to_string() } else { format!("{}-{}", row.first, row.last) }

@@ -165,11 +165,14 @@ impl Screen {
         }
         lines.put(&header, Style::new().add_modifier(Modifier::UNDERLINED));
         if self.view.rows.is_empty() {
-            let text = match self.view.queues_readable {
-                true => " No queue is bound, and no rule that could be read leads to one.",
-                false => " The queues cannot be read.",
+            let texts = match self.view.queues_readable {
+                true => &[cells::EMPTY, cells::ELSEWHERE][..],
+                false => &["The queues cannot be read."],
             };
-            lines.put(text, Style::new());
+            let width = usize::from(lines.area.width).saturating_sub(2);
+            for line in texts.iter().flat_map(|text| cells::wrapped(text, width)) {
+                lines.put(&format!(" {line}"), Style::new());
+            }
         }
         let (position, height) = (self.position(), usize::from(height));
         // The selected row is visible.
@@ -457,6 +460,16 @@ mod tests {
             let is_row = |line: &&String| line.split_whitespace().next() == Some(number);
             assert!(shown[2..15].iter().any(|line| is_row(&line)), "{number}: {shown:#?}");
         }
+    }
+
+    #[test]
+    fn without_queues_it_says_where_others_may_be() {
+        let mut screen = Screen::default();
+        screen.show(History::default().update(&samples::snapshot(0, &[], vec![])));
+        let lines = drawn(&mut screen, 80, 24);
+        assert_eq!(lines[2], " No queue is bound, and no rule that could be read leads to one.");
+        let hint = format!("{}{}", lines[3], lines[4]);
+        assert_eq!(hint, " Other network namespaces are not shown: lsns -t net, then nfqtop --namespace PID.");
     }
 
     #[test]

@@ -34,6 +34,12 @@ pub(crate) struct Holder {
     pub(crate) state: Option<char>,
 }
 
+impl Holder {
+    pub(crate) fn is_stopped(&self) -> bool {
+        matches!(self.state, Some('T' | 't'))
+    }
+}
+
 /// What could not be read, and why.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Unreadable {

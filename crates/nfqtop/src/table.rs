@@ -22,7 +22,7 @@ pub(crate) fn text(view: &View, namespace: &str) -> String {
     if !view.queues_readable {
         text.push_str("The queues cannot be read.\n");
     } else if view.rows.is_empty() {
-        text.push_str("No queue is bound, and no rule that could be read leads to one.\n");
+        let _ = writeln!(text, "{}\n{}", cells::EMPTY, cells::ELSEWHERE);
     } else {
         text.push('\n');
         table(&mut text, view);
@@ -119,6 +119,15 @@ mod tests {
         assert_eq!(lines[5], "    1  ok       program1 101       0   ~0%  1250   1250       0         0     2505");
         assert!(text.contains("\nAdvice\n  2: 4 packets wait, and none has been decided for 2 s: "), "{text}");
         assert_eq!(text.matches("to 1-3").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn without_queues_it_says_where_others_may_be() {
+        let text = text(&History::default().update(&samples::snapshot(0, &[], vec![])), "net:[1]");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[1], "No queue is bound, and no rule that could be read leads to one.");
+        assert!(lines[2].starts_with("Other network namespaces are not shown: "), "{text}");
+        assert_eq!(lines.len(), 3, "{text}");
     }
 
     #[test]

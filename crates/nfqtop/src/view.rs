@@ -271,7 +271,9 @@ fn advise(bound: &Bound, idle: f64, rules: Option<&RuleSet>) -> Vec<Advice> {
     let line = &bound.line;
     let mut advice = Vec::new();
     let rates = bound.rates.unwrap_or_default();
-    if line.length > 0 && idle >= STUCK_AFTER {
+    let stuck = line.length > 0 && idle >= STUCK_AFTER;
+    let stopped = stuck && bound.holders.first().is_some_and(Holder::is_stopped);
+    if stuck {
         let holder = bound.holders.first().cloned();
         advice.push(Advice::Stuck { waiting: line.length, seconds: idle, unread: bound.unread, holder });
     }
@@ -279,10 +281,10 @@ fn advise(bound: &Bound, idle: f64, rules: Option<&RuleSet>) -> Vec<Advice> {
         advice.push(Advice::NoCopyMode);
     }
     if rates.queue_dropped > 0.0 {
-        advice.push(Advice::Full { rate: rates.queue_dropped, length: line.length });
+        advice.push(Advice::Full { rate: rates.queue_dropped, length: line.length, stopped });
     }
     if rates.user_dropped > 0.0 {
-        advice.push(Advice::BufferLoss { rate: rates.user_dropped });
+        advice.push(Advice::BufferLoss { rate: rates.user_dropped, stopped });
     }
     let (percent, known) = (bound.fill(), !matches!(bound.limit, Limit::AtLeast(_)));
     if percent >= FILLING && known && rates.queue_dropped == 0.0 {
@@ -411,6 +413,22 @@ pub(crate) mod tests {
         // That packets are lost to the buffer decides none of those that wait.
         let lossy = QueueLine { user_dropped: 4, ..line(1, 3, 7) };
         assert_eq!(kinds(&view(line(1, 3, 3), lossy)), [(1, vec!["stuck", "buffer_loss"])]);
+    }
+
+    #[test]
+    fn a_full_queue_of_a_stopped_process_needs_nothing_but_that_it_continues() {
+        let (before, now) = (line(1, 64, 64), QueueLine { queue_dropped: 8, ..line(1, 64, 64) });
+        let of_state = |seconds, line, state| {
+            let mut snapshot = snapshot(seconds, &[line], all());
+            snapshot.holders.values_mut().flatten().for_each(|holder| holder.state = Some(state));
+            snapshot
+        };
+        for (state, is_stopped) in [('S', false), ('T', true)] {
+            let mut history = History::default();
+            history.update(&of_state(0, before, state));
+            let view = history.update(&of_state(2, now, state));
+            assert_eq!(view.rows[0].advice[1], Advice::Full { rate: 4.0, length: 64, stopped: is_stopped });
+        }
     }
 
     #[test]

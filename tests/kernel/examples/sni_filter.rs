@@ -13,7 +13,7 @@ use super::{
     PORT, Program,
     talk::{Before, LOOPBACKS, Talk},
 };
-use crate::support::{self, VethOptions};
+use crate::support::{self, PATIENCE, VethOptions};
 
 tests![
     sync sni_filter_lets_clean_connections_leave_the_queue,
@@ -25,6 +25,8 @@ tests![
     sync sni_filter_accepts_connections_without_a_name,
     sync sni_filter_resets_what_it_cannot_judge,
     sync sni_filter_judges_forwarded_connections,
+    sync sni_filter_leaves_hosts_behind_other_interfaces_alone,
+    sync sni_filter_judges_single_hosts,
     sync sni_filter_blocks_quic,
 ];
 
@@ -198,10 +200,7 @@ fn sni_filter_resets_what_it_cannot_judge() {
 }
 
 fn sni_filter_judges_forwarded_connections() {
-    let [left, right] = [1, 2].map(|index| support::veth_with(&VethOptions { index, ..VethOptions::default() }));
-    support::forwarding();
-    left.route_through_near();
-    right.route_through_near();
+    let [left, right] = routed();
     let program = start(&["--clients", &left.near]);
     for server in [IpAddr::from(right.far_v4), right.far_v6.into()] {
         let listener = right.run(|| TcpListener::bind((server, PORT)).unwrap());
@@ -221,6 +220,45 @@ fn sni_filter_judges_forwarded_connections() {
     }
     let received = end(program, 2, 2);
     assert!(received < 80, "{received} packets came to the queue");
+}
+
+fn sni_filter_leaves_hosts_behind_other_interfaces_alone() {
+    let hosts = routed();
+    for server in [IpAddr::from(hosts[2].far_v4), hosts[2].far_v6.into()] {
+        filters_the_first_only(&hosts, server, &["--clients", &hosts[0].near]);
+    }
+}
+
+fn sni_filter_judges_single_hosts() {
+    let hosts = routed();
+    let (v4, v6) = (hosts[0].far_v4.to_string(), hosts[0].far_v6.to_string());
+    for server in [IpAddr::from(hosts[2].far_v4), hosts[2].far_v6.into()] {
+        filters_the_first_only(&hosts, server, &["--client", &v4, "--client", &v6]);
+    }
+}
+
+/// Of the connections to a server behind the third host, those of the second one are not touched.
+fn filters_the_first_only([filtered, other, right]: &[support::Peer; 3], server: IpAddr, options: &[&str]) {
+    let listener = right.run(|| TcpListener::bind((server, PORT)).unwrap());
+    let address = (server, PORT).into();
+    let connect = |from: &support::Peer| {
+        let client = from.run(|| TcpStream::connect_timeout(&address, PATIENCE).unwrap());
+        Talk::new(client, &listener)
+    };
+    let mut old = connect(other);
+    old.passes(b"something");
+    let program = start(options);
+    old.replies(b"reply");
+    old.passes(b"more");
+    let mut new = connect(other);
+    new.passes(&hello("blocked.example"));
+    new.replies(b"reply");
+    let (mut clean, mut blocked) = (connect(filtered), connect(filtered));
+    clean.passes(&hello("clean.example"));
+    clean.replies(b"reply");
+    blocked.client.write_all(&hello("blocked.example")).unwrap();
+    blocked.expect_reset();
+    end(program, 1, 1);
 }
 
 fn sni_filter_blocks_quic() {
@@ -252,6 +290,16 @@ fn sni_filter_blocks_quic() {
         is_blocked(&unknown, &[0x40; 30]);
     }
     assert_eq!(end(program, 2, 2), 10);
+}
+
+/// Hosts that reach each other through this one.
+fn routed<const N: usize>() -> [support::Peer; N] {
+    let hosts = std::array::from_fn(|number| {
+        support::veth_with(&VethOptions { index: number as u8 + 1, ..VethOptions::default() })
+    });
+    support::forwarding();
+    hosts.iter().for_each(|host: &support::Peer| host.route_through_near());
+    hosts
 }
 
 fn four(address: IpAddr) -> [Talk; 4] {

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     }
     // The tests report problems.
     let _ = enter();
-    let tests: [(&str, fn()); 13] = [
+    let tests: [(&str, fn()); 14] = [
         ("the_stuck_queue_is_on_top_with_its_owner_and_advice", stuck_on_top),
         ("a_program_that_reads_and_does_not_decide_is_told_from_one_that_does_not_read", reads_and_holds),
         ("a_stopped_process_is_named", stopped),
@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         ("packets_lost_to_the_receive_buffer_are_reported", buffer_loss),
         ("a_rule_to_a_queue_that_no_program_has_bound_is_reported_with_its_counter", unbound),
         ("the_table_is_printed_once", table),
+        ("without_queues_it_says_where_others_may_be", empty),
         ("json_is_printed_at_each_refresh_until_a_signal_comes", each_refresh),
         ("another_network_namespace_is_shown_by_the_id_of_a_process", by_pid),
         ("what_may_not_be_read_is_named_and_the_rest_is_shown", powerless),
@@ -263,6 +264,15 @@ fn table() {
     assert!(text.contains("\nAdvice\n  2: 4 packets wait, and none has been decided for 1 s: "), "{text}");
     assert!(text.contains("\nRules\n  nft "), "{text}");
     assert!(text.contains(", to 2: 4 packets, "), "{text}");
+}
+
+fn empty() {
+    let output = nfqtop(&["--once", "--interval", "0.1"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("\nNo queue is bound, "), "{text}");
+    let hint = "Other network namespaces are not shown: lsns -t net, then nfqtop --namespace PID.";
+    assert!(text.lines().any(|line| line == hint), "{text}");
 }
 
 fn each_refresh() {
