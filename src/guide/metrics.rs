@@ -5,43 +5,8 @@
 //! With `metrics-exporter-prometheus`, and its own web server left out, because the program has one
 //! ([`web`](super::web)):
 //!
-//! ```
-//! use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-//! use tokio_nfqueue::{Error, Queue, metrics::QueueMetrics};
-//!
-//! /// What the service returns for `GET /metrics`.
-//! fn scrape(prometheus: &PrometheusHandle, queue: &QueueMetrics) -> String {
-//!     // Now, not at an interval: what is read is never old, and an idle program does nothing.
-//!     queue.update();
-//!     prometheus.render()
-//! }
-//!
-//! // The test.
-//! use tokio_nfqueue::simulated::{self, TestPacket};
-//!
-//! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // First the recorder, then the queue: what is registered before it goes nowhere.
-//! let prometheus = PrometheusBuilder::new().install_recorder()?;
-//! let (kernel, mut queue) = simulated::queue(Queue::builder(3).max_len(2))?;
-//! let metrics = QueueMetrics::register(&queue.sink());
-//!
-//! let [from, to] = ["10.0.0.1:4000", "10.0.0.2:53"].map(|address| address.parse().unwrap());
-//! // One more than the queue holds.
-//! let sent = kernel.send_all((0..3).map(|_| TestPacket::udp(from, to, b"query")));
-//! queue.recv().await.unwrap()?.accept().submit()?;
-//! assert!(sent[0].outcome().await.accepted);
-//!
-//! let text = scrape(&prometheus, &metrics);
-//! for line in [
-//!     r#"nfqueue_verdicts_total{queue="3",action="accept"} 1"#,
-//!     r#"nfqueue_packets_dropped_total{queue="3",reason="queue_full"} 1"#,
-//!     r#"nfqueue_queue_length{queue="3"} 1"#,
-//! ] {
-//!     assert!(text.lines().any(|printed| printed == line), "{line} is not in:\n{text}");
-//! }
-//! # Ok(())
-//! # }
+//! ```ignore
+#![doc = include_str!("programs/metrics.rs")]
 //! ```
 //!
 //! # Which numbers call for action
@@ -76,34 +41,8 @@
 //! tokio-nfqueue = { version = "0.1", features = ["metrics"] }
 //! ```
 //!
-//! ```
-//! use std::{collections::HashSet, net::IpAddr};
-//!
-//! /// Each value of a label is a number that stays in memory and in Prometheus.
-//! const CLIENTS: usize = 100;
-//!
-//! /// Counts a packet that was blocked.
-//! fn blocked(clients: &mut HashSet<IpAddr>, client: IpAddr) {
-//!     // Anyone can send from many addresses, and forge them: those beyond the limit are one.
-//!     if clients.len() < CLIENTS {
-//!         clients.insert(client);
-//!     }
-//!     let known = clients.contains(&client);
-//!     let label = if known { client.to_string() } else { "other".to_owned() };
-//!     metrics::counter!("filter_blocked_total", "client" => label).increment(1);
-//! }
-//!
-//! // The test.
-//! let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
-//! metrics::with_local_recorder(&recorder, || {
-//!     let mut clients = HashSet::new();
-//!     for address in 0..200_u32 {
-//!         blocked(&mut clients, IpAddr::from(address.to_be_bytes()));
-//!     }
-//! });
-//! let text = recorder.handle().render();
-//! assert!(text.contains(r#"filter_blocked_total{client="0.0.0.7"} 1"#), "{text}");
-//! assert!(text.contains(r#"filter_blocked_total{client="other"} 100"#), "{text}");
+//! ```ignore
+#![doc = include_str!("programs/own_numbers.rs")]
 //! ```
 //!
 //! The names that are known are better labels than addresses, such as those of your rules, or of
