@@ -2,8 +2,8 @@
 //!
 //! It compares counts where counts tell: system calls, allocations, wake-ups, and instructions
 //! under valgrind where that is installed. CPU time is compared as a ratio to loops without a
-//! crate, in the same run, and fails only if every round is above the limit. It takes about two
-//! minutes. Without `--gate` this program does nothing.
+//! crate, in the same run, and fails only if every round is above the limit. It takes about a
+//! minute. Without `--gate` this program does nothing.
 #![allow(missing_docs)]
 
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // Before the namespaces: valgrind knows no `unshare` of a user namespace.
+    // It needs no namespaces.
     if instructions::is_task(&options.child) {
         instructions::run(&options.child);
         return ExitCode::SUCCESS;

@@ -7,7 +7,7 @@ use lexopt::prelude::*;
 pub const USAGE: &str = "usage: cargo bench --workspace [--bench NAME] [-- [--quick] [--gate] [--list] [FILTER ...]]
 
   --quick   small counts, one round: only checks that everything runs; writes no file
-  --gate    only the bench gate: fails if a figure is above its limit (two minutes)
+  --gate    only the bench gate: fails if a figure is above its limit (a minute)
   --list    list the names of the measurements
   FILTER    run only the measurements whose name contains one of the filters";
 

@@ -206,6 +206,19 @@ async fn a_syn_ends_the_accept() {
 }
 
 #[tokio::test]
+async fn forgetting_keeps_that_a_syn_has_begun_a_connection() {
+    let (kernel, mut queue) = bind();
+    decided(&kernel, &mut queue, syn(), ACCEPT).await;
+    kernel.forget_flows();
+    // A verdict for a packet of an older connection accepts nothing.
+    for packet in [request(), syn_ack(), request()] {
+        decided(&kernel, &mut queue, packet, ACCEPT).await;
+    }
+    decided(&kernel, &mut queue, syn(), ACCEPT).await;
+    assert!(unseen(&kernel, syn_ack()).accepted);
+}
+
+#[tokio::test]
 async fn the_other_side_of_a_denied_connection_is_asked_about_its_own() {
     let (kernel, mut queue) = bind();
     decided(&kernel, &mut queue, question(), DROP).await;

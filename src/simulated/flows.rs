@@ -132,8 +132,13 @@ impl Flows {
         self.rejected = Memory::default();
         self.recent = Memory::default();
         self.beside = Memory::default();
-        let verdicts = self.entries.values_mut().filter(|entry| entry.mark != Mark::BegunAgain);
-        verdicts.for_each(|entry| entry.mark = Mark::None);
+        for entry in self.entries.values_mut() {
+            // Verdicts for packets of an older connection may be on their way.
+            entry.mark = match entry.mark {
+                Mark::BegunAgain | Mark::Accepting => Mark::BegunAgain,
+                _ => Mark::None,
+            };
+        }
     }
 
     #[cfg(test)]
@@ -465,9 +470,8 @@ impl Flows {
             self.entries.retain(|_, entry| entry.expires_at > now);
         }
         let begun = packet.is_first();
-        let unmet =
-            Entry { id, mark, begun, answered: false, met: false, assured: false, confirmed_at: now, expires_at: now };
-        let mut entry = unmet;
+        let (answered, met, assured) = (false, false, false);
+        let mut entry = Entry { id, mark, begun, answered, met, assured, confirmed_at: now, expires_at: now };
         entry.expires_at += idle_time(original, &entry, now);
         self.entries.insert(original, entry);
     }

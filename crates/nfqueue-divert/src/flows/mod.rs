@@ -11,7 +11,7 @@
 //! | a base chain of the user's rules | first a jump to `CHAIN_first`; last the rules of [`Flows::last_rules`] |
 //! | `CHAIN_first` | stops packets of denied connections |
 //! | `CHAIN_unusual` | the same for packets that are not of an established connection |
-//! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user; also where packets would else come to `Postrouting` first, or not |
+//! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user; also at `Output` or `Forward`, so that no packet comes to `Postrouting` first |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
 //! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
 //!
