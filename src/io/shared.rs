@@ -195,9 +195,17 @@ impl Shared {
 
     /// In a child by `fork`, at the first use of the queue: the timer thread and the threads that
     /// were about to perform effects have stayed in the parent. The caller must hold no lock.
+    #[inline]
     pub(super) fn look_for_fork(&self) {
         let process = sys::process();
-        if self.process.load(Ordering::Relaxed) != process && self.process.swap(process, Ordering::Relaxed) != process {
+        if self.process.load(Ordering::Relaxed) != process {
+            self.forked(process);
+        }
+    }
+
+    #[cold]
+    fn forked(&self, process: usize) {
+        if self.process.swap(process, Ordering::Relaxed) != process {
             self.with(|core| core.machine.forked());
         }
     }

@@ -202,21 +202,28 @@ fn last_error() -> Errno {
 
 /// A number for this process: a child that it makes by `fork` or `clone` has another one, for as
 /// long as it has a copy of this program's memory.
+#[inline]
 pub(crate) fn process() -> usize {
-    static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
+    match NUMBER.get() {
+        Some(Some(number)) if number.load(Ordering::Relaxed) != 0 => number.load(Ordering::Relaxed),
+        _ => number_process(),
+    }
+}
+
+static NUMBER: OnceLock<Option<&'static AtomicUsize>> = OnceLock::new();
+
+#[cold]
+fn number_process() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(1);
     match NUMBER.get_or_init(wiped_on_fork) {
-        Some(number) => match number.load(Ordering::Relaxed) {
-            0 => {
-                // A child's numbers begin after those that its ancestors have used.
-                let new = NEXT.fetch_add(1, Ordering::Relaxed);
-                match number.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed) {
-                    Ok(_) => new,
-                    Err(number) => number,
-                }
+        Some(number) => {
+            // A child's numbers begin after those that its ancestors have used.
+            let new = NEXT.fetch_add(1, Ordering::Relaxed);
+            match number.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => new,
+                Err(number) => number,
             }
-            number => number,
-        },
+        }
         // Not as good: a child in another pid namespace may have the same id.
         None => std::process::id() as usize,
     }

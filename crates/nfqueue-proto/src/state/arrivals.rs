@@ -59,10 +59,26 @@ impl Arrivals {
         self.entries.iter().rev().find(before).map(|(_, at)| now.saturating_duration_since(*at))
     }
 
-    /// How long the packet `id` has waited. Of one that is older than what is stored, at least.
-    pub(super) fn waited(&self, id: u32, now: Instant) -> Duration {
-        let oldest = || self.entries.front().map(|(_, at)| now.saturating_duration_since(*at));
-        self.age(id, now).or_else(oldest).unwrap_or_default()
+    /// How long the packet of an id has waited. Of one that is older than what is stored, at least.
+    pub(super) fn waited(&self, now: Instant) -> impl FnMut(u32) -> Duration {
+        // Ids near each other are of the same round: its first id, the number of its ids, its age.
+        let mut round = (0, 0, Duration::ZERO);
+        move |id| {
+            let (first, count, age) = round;
+            if id.wrapping_sub(first) < count {
+                return age;
+            }
+            let mut next = None;
+            for (first, at) in self.entries.iter().rev() {
+                if first.wrapping_sub(id) as i32 <= 0 {
+                    let count = next.map_or(1 << 31, |next: u32| next.wrapping_sub(*first));
+                    round = (*first, count, now.saturating_duration_since(*at));
+                    return round.2;
+                }
+                next = Some(*first);
+            }
+            self.entries.front().map(|(_, at)| now.saturating_duration_since(*at)).unwrap_or_default()
+        }
     }
 
     /// The first id of each round of receiving, oldest first, as far as they are stored.
@@ -149,6 +165,26 @@ mod tests {
         deadlines.arrived(1, 5, Instant::now());
         assert!(deadlines.next().is_none());
         assert!(deadlines.due(Instant::now()).is_none());
+    }
+
+    #[test]
+    fn each_packet_has_waited_since_its_round_in_any_order() {
+        let start = Instant::now();
+        let mut arrivals = Arrivals::new(None);
+        let base = u32::MAX - 25;
+        for round in 0..5u32 {
+            let first = base.wrapping_add(10 * round);
+            arrivals.arrived(first, first.wrapping_add(9), base, start + Duration::from_millis(round.into()));
+        }
+        let now = start + Duration::from_millis(10);
+        let mut waited = arrivals.waited(now);
+        for turn in 0..200 {
+            let id = turn * 7 % 50;
+            let expected = Duration::from_millis(10 - u64::from(id) / 10);
+            assert_eq!(waited(base.wrapping_add(id)), expected, "{id}");
+            // An older packet waits at least as long as the oldest round.
+            assert_eq!(waited(base.wrapping_sub(1 + id)), Duration::from_millis(10));
+        }
     }
 
     #[test]

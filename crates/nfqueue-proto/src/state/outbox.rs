@@ -60,7 +60,7 @@ impl<E: Carried> Outbox<E> {
     pub(super) fn fill(
         &mut self,
         settle: impl FnOnce(&mut Vec<VerdictMessage<E>>),
-        waited: impl Fn(u32) -> Duration,
+        mut waited: impl FnMut(u32) -> Duration,
     ) -> usize {
         settle(&mut self.messages);
         self.waited.extend(self.messages.iter().map(|message| waited(message.first())));

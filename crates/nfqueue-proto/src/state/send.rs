@@ -85,10 +85,8 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         self.rounds.begin(self.ledger.gathered());
         self.end_waiting();
         let now = self.clock.now();
-        let messages = outbox.fill(
-            |messages| self.ledger.settle(self.arrivals.rounds(), messages),
-            |first| self.arrivals.waited(first, now),
-        );
+        let messages =
+            outbox.fill(|messages| self.ledger.settle(self.arrivals.rounds(), messages), self.arrivals.waited(now));
         self.counters.sent.flushes += 1;
         self.counters.sent.largest_flush = self.counters.sent.largest_flush.max(messages as u64);
     }
@@ -192,9 +190,11 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         let refused = self.outstanding.end_datagram();
         self.rounds.tried(matches!(outcome, Outcome::Broken(_)));
         if matches!(outcome, Outcome::Sent) && !refused {
-            for (message, waited) in outbox.chosen_with_times() {
-                self.counters.waited.record(message.fields().action, waited, message.count() as u64);
-            }
+            self.counters.waited.record(
+                outbox
+                    .chosen_with_times()
+                    .map(|(message, waited)| (message.fields().action, waited, message.count() as u64)),
+            );
             self.counters.sent.sends += 1;
             self.counters.sent.messages += outbox.sent() as u64;
             self.rounds.succeeded();

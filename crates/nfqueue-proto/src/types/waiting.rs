@@ -38,8 +38,25 @@ impl Waited {
         [("accept", accepted), ("drop", dropped), ("repeat", repeated), ("requeue", requeued)]
     }
 
+    /// Numbers of packets that have waited for a time before a verdict.
     #[doc(hidden)]
-    pub fn record(&mut self, action: Action, waited: Duration, packets: u64) {
+    pub fn record(&mut self, packets: impl Iterator<Item = (Action, Duration, u64)>) {
+        // Neighbours are mostly equal, and the search for a bucket costs more than the comparison.
+        let (mut action, mut time, mut count) = (Action::Accept, Duration::ZERO, 0);
+        for (next_action, next_time, packets) in packets {
+            if (next_action, next_time) != (action, time) {
+                self.record_one(action, time, std::mem::take(&mut count));
+                (action, time) = (next_action, next_time);
+            }
+            count += packets;
+        }
+        self.record_one(action, time, count);
+    }
+
+    fn record_one(&mut self, action: Action, waited: Duration, packets: u64) {
+        if packets == 0 {
+            return;
+        }
         let histogram = match action {
             Action::Drop => &mut self.dropped,
             Action::Repeat => &mut self.repeated,
@@ -181,7 +198,7 @@ impl fmt::Debug for Histogram {
 /// The bucket of a time. The ends of the buckets in units of 0.5 µs are 2, 3, 4, 6, 8, 12: powers
 /// of two, and what is in the middle of two.
 fn bucket(time: Duration) -> usize {
-    let units = time.as_nanos().div_ceil(500);
+    let units = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).div_ceil(500);
     if units <= 2 {
         return 0;
     }
@@ -233,10 +250,11 @@ mod tests {
     #[test]
     fn a_difference_has_what_came_later() {
         let mut earlier = Waited::default();
-        earlier.record(Action::Drop, Duration::from_micros(5), 3);
+        let (short, long) = (Duration::from_micros(5), Duration::from_millis(5));
+        earlier.record([(Action::Drop, short, 1), (Action::Drop, short, 2)].into_iter());
+        assert_eq!((earlier.dropped.count(), earlier.all().count()), (3, 3));
         let mut later = earlier;
-        later.record(Action::Drop, Duration::from_millis(5), 1);
-        later.record(Action::Stop, Duration::from_millis(5), 1);
+        later.record([(Action::Drop, long, 1), (Action::Stop, long, 1)].into_iter());
         let since = later - earlier;
         assert_eq!((since.dropped.count(), since.accepted.count(), since.all().count()), (1, 1, 2));
         assert_eq!(since.dropped.sum(), Duration::from_millis(5));
