@@ -4,8 +4,10 @@
 use std::{hint::black_box, net::SocketAddr, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio_nfqueue::{
     Packet, Queue,
+    metrics::QueueMetrics,
     simulated::{self, TestPacket},
 };
 
@@ -15,7 +17,7 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3));
-    targets = accept, serve
+    targets = accept, serve, metrics
 }
 
 fn main() {
@@ -97,4 +99,16 @@ fn serve(criterion: &mut Criterion) {
             });
         });
     }
+}
+
+/// One update of all numbers of a queue at the recorder for Prometheus, and one scrape.
+fn metrics(criterion: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let (_kernel, queue) = runtime.block_on(async { simulated::queue(Queue::builder(0)) }).expect("a queue");
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let metrics = metrics::with_local_recorder(&recorder, || QueueMetrics::register(&queue.sink()));
+    let handle = recorder.handle();
+    let mut group = criterion.benchmark_group("metrics");
+    group.bench_function("update", |bencher| bencher.iter(|| metrics.update()));
+    group.bench_function("scrape", |bencher| bencher.iter(|| black_box(handle.render())));
 }

@@ -4,7 +4,9 @@
 //! as that of `metrics-exporter-prometheus`. [`update`](QueueMetrics::update) brings them up to
 //! date: before each scrape, or by [`run`](QueueMetrics::run) at an interval. A packet costs
 //! nothing; one update reads what [`stats`](VerdictSink::stats) and
-//! [`kernel_stats`](VerdictSink::kernel_stats) read, and writes about 120 numbers.
+//! [`kernel_stats`](VerdictSink::kernel_stats) read, and writes about 120 numbers. Without the
+//! system calls an update takes 2 µs, and a scrape of the recorder for Prometheus 90 µs (measured:
+//! `cargo bench -p tokio-nfqueue-benches --bench simulated -- metrics`, two cores of an EPYC).
 //!
 //! ```no_run
 //! # async fn example(queue: tokio_nfqueue::Queue) {
