@@ -34,8 +34,8 @@ pub const RATES: [u64; 2] = [60_000, 100_000];
 const PROCESSORS: usize = 2;
 
 /// All contenders.
-pub fn contenders() -> [Contender; 4] {
-    [floor::ONE, ours::ACCEPT_ALL, ours::ACCEPT_ALL_TWO, ours::BUSY_POLL]
+pub fn contenders() -> [Contender; 5] {
+    [floor::ONE, floor::ASYNC[0], ours::ACCEPT_ALL, ours::ACCEPT_ALL_TWO, ours::BUSY_POLL]
 }
 
 pub fn section(rate: u64) -> String {
