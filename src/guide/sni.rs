@@ -62,6 +62,10 @@
 //!   DNS (HTTPS records): remove them there to have the name in clear.
 //! - **QUIC** is UDP with port 443, and browsers prefer it. Filter it as well
 //!   (`nfqueue_inspect::quic`), or reject UDP with port 443, and clients use TCP.
+//! - Only the first hello of a TCP connection is read. A server can ask for a second one
+//!   (HelloRetryRequest), and OpenSSL takes the name in it, also if it is another one.
+//! - Clients must not be able to send packets in the names of servers, which would prove what the
+//!   servers have not received: name the interfaces, as `behind` does, or set `rp_filter` to 1.
 //! - The name is what the client says. Another name for the same address passes.
 //! - A reset by [`reject`](crate::Packet::reject) reaches the client at once, and the server when
 //!   it sends next. The server never gets the whole of a denied hello.

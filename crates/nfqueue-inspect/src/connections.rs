@@ -267,7 +267,7 @@ impl Connections {
             return;
         }
         start.arrived |= received > 0;
-        let judged = tracked.stream.bytes().len() as u32;
+        let judged = tracked.stream.numbers();
         if tracked.state == (State::Allowed { settled: false }) && received >= judged {
             tracked.state = State::Allowed { settled: true };
             self.bytes -= tracked.stream.memory();

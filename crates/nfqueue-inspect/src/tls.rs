@@ -24,8 +24,8 @@ pub struct Hello {
 /// The server's name in the first bytes of a client, which are TLS records.
 ///
 /// The ClientHello may be split over any number of records. Only the first one is read: after a
-/// HelloRetryRequest the client sends another one, which must have the same name, and it is the
-/// server that checks that.
+/// HelloRetryRequest the client sends another one, which must have the same name. Only some servers
+/// check that.
 ///
 /// ```
 /// use nfqueue_inspect::{Parsed, tls};
@@ -38,8 +38,11 @@ pub fn server_name(stream: &[u8]) -> Parsed<Hello> {
     let mut hello = Vec::new();
     // An SSL 2.0 hello has no name, and begins in another way.
     match stream {
-        [] | [22] => return Parsed::NeedMore,
+        [] | [20..=24] => return Parsed::NeedMore,
         [22, 3, ..] => {}
+        // Some servers skip alerts or ChangeCipherSpec before the hello, or take it in records of
+        // other versions: crypto/tls of Go below 16.0, GnuTLS.
+        [20..=24, 0..16, ..] => return Parsed::Unreadable(Fault::Malformed),
         _ => return Parsed::OtherProtocol,
     }
     loop {
@@ -80,6 +83,12 @@ pub fn client_hello(bytes: &[u8]) -> Parsed<Hello> {
         Ok(hello) => Parsed::Found(hello),
         Err(fault) => Parsed::Unreadable(fault),
     }
+}
+
+/// How long a complete ClientHello is, with its header.
+#[cfg(feature = "quic")]
+pub(crate) fn length(hello: &[u8]) -> usize {
+    Reader::new(&hello[1..]).medium().map_or(0, |length| length as usize) + 4
 }
 
 fn body_of_hello(mut body: Reader<'_>) -> Result<Hello, Fault> {
@@ -166,7 +175,7 @@ mod tests {
         old.truncate(old.len() - 2);
         old[3] -= 2;
         assert_eq!(found(client_hello(&old)), (None, false));
-        for bytes in [&b"GET / HTTP/1.1"[..], b"\x80\x2e\x01\x03\x01", b"\x16\x02", b"SSH-2.0", b"\0"] {
+        for bytes in [&b"GET / HTTP/1.1"[..], b"\x80\x2e\x01\x03\x01", b"\x16\x10", b"SSH-2.0", b"\0"] {
             assert_eq!(server_name(bytes), Parsed::OtherProtocol);
         }
     }
@@ -216,6 +225,26 @@ mod tests {
         assert_eq!(server_name(&[22, 3, 1, 0, 0]), malformed);
         assert_eq!(server_name(&[22, 3, 1, 0x40, 1]), malformed);
         assert_eq!(server_name(&[&records(&good[..20], 20)[..], &[21, 3, 3, 0, 2, 1, 0]].concat()), malformed);
+    }
+
+    #[test]
+    fn records_that_some_servers_skip_before_a_hello_are_unreadable() {
+        let hello = hello("a.example");
+        let alert: &[u8] = &[21, 3, 1, 0, 2, 1, 90];
+        let change: &[u8] = &[20, 3, 3, 0, 1, 1];
+        for first in [alert, change, &[21, 0, 0, 0, 2, 1, 0], &[23, 3, 3, 0, 0], &[24, 3, 3, 0, 0]] {
+            let stream = [first, &records(&hello, hello.len())].concat();
+            assert_eq!(server_name(&stream[..1]), Parsed::NeedMore);
+            for end in 2..stream.len() {
+                assert_eq!(server_name(&stream[..end]), Parsed::Unreadable(Fault::Malformed), "{first:?} {end}");
+            }
+        }
+        // Records of a version before SSL 3.0, or of one that does not exist yet.
+        for major in [0, 1, 2, 4, 15] {
+            let mut stream = records(&hello, hello.len());
+            stream[1] = major;
+            assert_eq!(server_name(&stream), Parsed::Unreadable(Fault::Malformed), "{major}");
+        }
     }
 
     #[test]

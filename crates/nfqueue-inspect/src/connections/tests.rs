@@ -317,6 +317,41 @@ fn the_end_of_the_stream_is_reported_and_cannot_move() {
 }
 
 #[test]
+fn nothing_comes_behind_the_end_of_the_stream() {
+    let fin = |offset, payload| {
+        let segment = at(offset, payload);
+        Segment { flags: Flags { fin: true, ..segment.flags }, ..segment }
+    };
+    let ended = Progress::Bytes(Prefix { bytes: b"abcdef", full: false, ended: true });
+    for decided in [false, true] {
+        let mut test = Test::both_directions();
+        test.is(fin(0, b"abcdef"), ended);
+        if decided {
+            test.decide(1, Decision::Allow);
+        }
+        // The server may have ignored the FIN.
+        for behind in [at(6, b"g"), at(0, b"abcdefg"), at(5, b"fg"), fin(6, b"g")] {
+            test.dropped(behind, Reason::Conflict);
+        }
+    }
+    let mut test = Test::both_directions();
+    test.is(fin(0, b"abcdef"), ended);
+    test.decide(1, Decision::Allow);
+    // The bytes are confirmed, the end is not.
+    test.is(of_server(1, FIRST.wrapping_add(6)), Progress::NoData);
+    test.is(at(6, b""), Progress::Allowed { settled: false });
+    test.dropped(at(6, b"g"), Reason::Conflict);
+    test.is(of_server(1, FIRST.wrapping_add(7)), Progress::NoData);
+    test.is(at(7, b""), Progress::Allowed { settled: true });
+    // An end without a byte before it.
+    let mut test = Test::both_directions();
+    test.is(fin(0, b""), Progress::Bytes(Prefix { bytes: b"", full: false, ended: true }));
+    test.decide(1, Decision::Allow);
+    test.is(of_server(1, FIRST), Progress::NoData);
+    test.dropped(at(0, b"a"), Reason::Conflict);
+}
+
+#[test]
 fn bytes_that_are_not_stored_are_reported() {
     let mut test = Test::one_direction();
     let stream = b"0123456789abcdefXYZ";
