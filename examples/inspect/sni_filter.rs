@@ -13,7 +13,7 @@
 //!
 //! | the client sends | it gets |
 //! |---|---|
-//! | a hello with a blocked name, or one below it | a reset, as does the server when it next sends |
+//! | a hello with a blocked name, or one below it, also the second hello that a server has asked for | a reset, as does the server when it next sends |
 //! | a hello that cannot be read, or that is cut off | the same |
 //! | HTTP without TLS | the same for a blocked host |
 //! | a hello without a name, or another protocol | its connection: there is no name to block |
@@ -26,9 +26,6 @@
 //!
 //! - With an encrypted hello (ECH) it sees the name of the provider only, and blocks by that. The
 //!   keys for it come from DNS: to prevent it, filter HTTPS records there.
-//! - It reads the first hello of a TCP connection. When the server asks for another one
-//!   (HelloRetryRequest), some servers take the name in that, also if it differs, OpenSSL among
-//!   them.
 //! - On a router, servers must be behind another interface than their clients.
 //! - Packets of QUIC clients do not leave the queue: the next connection may use the same ports.
 //! - It does not know servers by their addresses. A client may reach one under another name.

@@ -65,6 +65,8 @@
 //! | bytes behind a FIN that was accepted, which the server may have ignored | dropped: [`Reason::Conflict`] |
 //! | a connection of several paths (MPTCP), in which an option says where bytes belong | [`Unparsed::Malformed`]: dropped, clients then send a SYN without |
 //! | records that some servers skip before a ClientHello, or of other versions | [`Seen::Unreadable`] |
+//! | another name in the second hello, after a HelloRetryRequest: OpenSSL and GnuTLS take it | judged as well; a TLS connection is undecided until its server has answered the first |
+//! | a second hello before that answer | judged; in one segment with the first, it must come again |
 //! | the parts of a hello of QUIC from two ports, or to two addresses of the server | dropped: [`Reason::OtherStart`] |
 //! | resets | accepted. They change nothing: the server may have ignored them |
 //! | sequence numbers across 2^32 | compared modulo 2^32 |
@@ -100,9 +102,7 @@
 //!
 //! - Only the beginning of a connection is judged. HTTP carries other requests, with other hosts,
 //!   on the same connection.
-//! - Of TLS over TCP, only the first hello is judged. After a HelloRetryRequest the client sends a
-//!   second one. It must have the same name, but not all servers compare: OpenSSL 3.0 and GnuTLS
-//!   3.7 take the second name, Go refuses it. (In QUIC, both are judged.)
+//! - Without [`Limits::both_directions`], only the first hello of TLS over TCP is judged.
 //! - The name is what the client says. It may say another one than that of the server that it
 //!   reaches; an [encrypted hello](tls::Hello::encrypted_hello) hides it.
 //! - A segment of an allowed connection that stays in the network until its client has begun

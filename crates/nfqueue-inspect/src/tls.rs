@@ -23,9 +23,9 @@ pub struct Hello {
 
 /// The server's name in the first bytes of a client, which are TLS records.
 ///
-/// The ClientHello may be split over any number of records. Only the first one is read: after a
-/// HelloRetryRequest the client sends another one, which must have the same name. Only some servers
-/// check that.
+/// The ClientHello may be split over any number of records. Only the first one is read. After a
+/// HelloRetryRequest the client sends another one, which must have the same name; some servers do
+/// not check that. [`ServerNames`](crate::ServerNames) reads both.
 ///
 /// ```
 /// use nfqueue_inspect::{Parsed, tls};
@@ -66,6 +66,48 @@ pub fn server_name(stream: &[u8]) -> Parsed<Hello> {
     }
 }
 
+/// The name in the second ClientHello of a client, which the server has asked for. Between the two
+/// there may be records of other types: ChangeCipherSpec, and early data that the server skips.
+pub(crate) fn second_server_name(stream: &[u8]) -> Parsed<Hello> {
+    client_hello(&behind_hello(stream))
+}
+
+/// What handshake records carry behind the first ClientHello, which is complete.
+pub(crate) fn behind_hello(stream: &[u8]) -> Vec<u8> {
+    let mut records = Reader::new(stream);
+    let mut messages = Vec::new();
+    while let Some(kind) = records.byte() {
+        let Some(length) = records.take(2).and_then(|_| records.short()) else { break };
+        let present = records.rest().len().min(length.into());
+        let content = records.take(present).unwrap_or_default();
+        if kind == 22 {
+            messages.extend_from_slice(content);
+        }
+    }
+    let first = length(&messages).min(messages.len());
+    messages.split_off(first)
+}
+
+/// How many bytes of a server show that it asks for a second hello: the header of a record, that of
+/// a ServerHello, its version, and its random bytes.
+pub(crate) const RETRY_REQUEST: usize = 43;
+
+/// Whether this byte of a server is that of a HelloRetryRequest. `None`: it comes behind.
+pub(crate) fn in_retry_request(at: usize, byte: u8) -> Option<bool> {
+    // RFC 8446, section 4.1.3: the SHA-256 of "HelloRetryRequest".
+    const RANDOM: [u8; 32] = [
+        0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91, 0xc2, 0xa2,
+        0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
+    ];
+    match at {
+        0 => Some(byte == 22),
+        1 => Some(byte == 3),
+        5 => Some(byte == 2),
+        2..11 => Some(true),
+        _ => RANDOM.get(at - 11).map(|known| *known == byte),
+    }
+}
+
 /// The server's name in a ClientHello without records, as QUIC sends it.
 pub fn client_hello(bytes: &[u8]) -> Parsed<Hello> {
     let mut reader = Reader::new(bytes);
@@ -86,9 +128,9 @@ pub fn client_hello(bytes: &[u8]) -> Parsed<Hello> {
 }
 
 /// How long a complete ClientHello is, with its header.
-#[cfg(feature = "quic")]
 pub(crate) fn length(hello: &[u8]) -> usize {
-    Reader::new(&hello[1..]).medium().map_or(0, |length| length as usize) + 4
+    let mut header = Reader::new(hello);
+    header.byte().and_then(|_| header.medium()).map_or(0, |length| length as usize) + 4
 }
 
 fn body_of_hello(mut body: Reader<'_>) -> Result<Hello, Fault> {

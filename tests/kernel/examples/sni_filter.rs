@@ -30,6 +30,7 @@ tests![
     sync sni_filter_judges_single_hosts,
     sync sni_filter_blocks_quic,
     sync sni_filter_blocks_a_name_behind_records_that_some_servers_skip,
+    sync sni_filter_blocks_a_name_in_the_second_hello,
     sync sni_filter_lets_no_connection_have_several_paths,
     sync sni_filter_blocks_quic_whose_hello_comes_from_two_ports,
     sync sni_filter_blocks_quic_by_the_name_in_its_second_hello,
@@ -315,6 +316,38 @@ fn sni_filter_blocks_a_name_behind_records_that_some_servers_skip() {
     end(program, 0, 6);
 }
 
+/// OpenSSL and GnuTLS take the second name, also if it is another one.
+fn sni_filter_blocks_a_name_in_the_second_hello() {
+    let program = start(&[]);
+    let mut retry = vec![22, 3, 3, 0, 88, 2, 0, 0, 84, 3, 3];
+    retry.extend([0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91]);
+    retry.extend([0xc2, 0xa2, 0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c]);
+    retry.resize(93, 0);
+    let (clean, blocked) = (hello("clean.example"), hello("blocked.example"));
+    for address in LOOPBACKS {
+        let mut connections = Talk::several(address, 3);
+        for talk in &mut connections {
+            talk.passes(&clean);
+        }
+        // The third client does not wait.
+        connections
+            .pop()
+            .map(|mut talk| talk.client.write_all(&blocked).map(|()| talk.expect_reset()))
+            .unwrap()
+            .unwrap();
+        for talk in &mut connections {
+            talk.replies(&retry);
+            talk.passes(&[20, 3, 3, 0, 1, 1]);
+        }
+        let [mut honest, mut other] = connections.try_into().unwrap_or_else(|_| unreachable!());
+        honest.passes(&clean);
+        honest.replies(b"certificates");
+        other.client.write_all(&blocked).unwrap();
+        other.expect_reset();
+    }
+    end(program, 8, 4);
+}
+
 /// With MPTCP, an option says where the bytes of a segment belong, and the connection may have
 /// segments on other ports.
 fn sni_filter_lets_no_connection_have_several_paths() {
@@ -341,7 +374,9 @@ fn sni_filter_lets_no_connection_have_several_paths() {
 
 /// A counter of this network namespace.
 fn counter(group: &str, name: &str) -> u64 {
-    let text = ["snmp", "netstat"].map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap()).concat();
+    let text = ["snmp", "netstat"]
+        .map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap())
+        .concat();
     let mut lines = text.lines().filter(|line| line.starts_with(group)).map(str::split_ascii_whitespace);
     let (names, mut values) = (lines.next().unwrap(), lines.next().unwrap());
     let at = names.into_iter().position(|one| one == name).unwrap();

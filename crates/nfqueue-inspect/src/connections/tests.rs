@@ -492,3 +492,71 @@ fn the_memory_of_the_defaults_is_what_the_documentation_says() {
     );
     assert!((400..600).contains(&(table / limits.connections)), "{table}");
 }
+
+/// The records of a HelloRetryRequest, and of a ServerHello.
+fn answers() -> [Vec<u8>; 2] {
+    [true, false].map(|retry| {
+        let mut answer = vec![22, 3, 3, 0, 88, 2, 0, 0, 84, 3, 3];
+        answer.resize(99, 0);
+        if retry {
+            let random = (11..tls::RETRY_REQUEST)
+                .map(|at| (0..=255).find(|byte| tls::in_retry_request(at, *byte) == Some(true)).unwrap());
+            answer.splice(11..tls::RETRY_REQUEST, random);
+        }
+        answer
+    })
+}
+
+#[test]
+fn the_second_hello_is_judged_if_the_server_has_asked_for_it() {
+    let [retry, other] = answers();
+    let hello = |name: &str| test_messages::records(&test_messages::client_hello(name), 1000);
+    let (good, bad) = (hello("good.example"), hello("bad.example"));
+    let at_second = good.len() as u32;
+    // The server's answer in one segment, in many, and the client that does not wait for it.
+    for (length, waits) in [(1000, true), (1, true), (30, true), (7, true), (1000, false)] {
+        for (answer, name, expected) in [
+            (&retry, &bad, Hint::Denied),
+            (&retry, &good, Hint::Allowed { settled: false }),
+            (&other, &bad, Hint::Allowed { settled: true }),
+        ] {
+            let mut names = ServerNames::new(Limits::default().both_directions(true));
+            let now = Instant::now();
+            let mut push = |segment: Segment<'_>| {
+                names.push_segment(now, &segment, |_, seen| {
+                    let bad = seen.name().is_some_and(|name| name.is_in("bad.example"));
+                    if bad || seen.is_doubtful() { Decision::Deny } else { Decision::Allow }
+                })
+            };
+            push(syn(1, SYN));
+            push(syn_ack(1, FIRST));
+            if length == 7 {
+                // Both hellos in one segment, which the client sends again.
+                let both = [&good[..], name].concat();
+                assert_eq!(push(at(0, &both)), Hint::Drop(Reason::Gap));
+                let expected = if name == &bad { Hint::Denied } else { Hint::Allowed { settled: false } };
+                assert_eq!(push(at(0, &both)), expected);
+                continue;
+            }
+            assert_eq!(push(at(0, &good)), Hint::Allowed { settled: false });
+            if !waits {
+                let expected = if name == &bad { Hint::Denied } else { Hint::Allowed { settled: false } };
+                assert_eq!(push(at(at_second, name)), expected);
+                continue;
+            }
+            let acknowledged = FIRST.wrapping_add(at_second);
+            for (number, piece) in answer.chunks(length).enumerate() {
+                let sequence = SERVER.wrapping_add((number * length) as u32);
+                push(Segment { sequence, payload: piece, ..of_server(1, acknowledged) });
+            }
+            push(Segment { sequence: SERVER.wrapping_add(99), ..of_server(1, acknowledged) });
+            let change = [20, 3, 3, 0, 1, 1];
+            let second = [&change[..], name].concat();
+            let (first_part, second_part) = second.split_at(20);
+            let client = |offset, payload| Segment { acknowledgment: SERVER + 99, ..at(offset, payload) };
+            let hint = push(client(at_second, first_part));
+            assert_eq!(hint, if answer == &retry { Hint::Undecided } else { expected });
+            assert_eq!(push(client(at_second + 20, second_part)), expected);
+        }
+    }
+}
