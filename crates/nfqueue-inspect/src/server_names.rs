@@ -137,8 +137,8 @@ impl ServerNames {
 
     /// What to do with a packet, which begins with its IP header.
     ///
-    /// `decide` is called when enough of the first bytes of a connection are known, and for TLS once
-    /// more if the server has asked for a second hello.
+    /// `decide` is called when enough of the first bytes of a connection are known, and for TLS
+    /// once more if the server has asked for a second hello.
     pub fn push(
         &mut self,
         now: Instant,
