@@ -85,14 +85,24 @@ struct Filter {
 
 struct Question {
     connection: Connection,
+    syn: Option<u32>,
     since: Instant,
     packets: Vec<DetachedPacket>,
 }
 
+/// What is known of a connection, and the sequence number of its SYN. Another SYN begins another
+/// connection on the same addresses and ports, perhaps that of another program.
 #[derive(Clone, Copy)]
-enum Known {
+struct Known {
+    state: State,
+    syn: Option<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
     Asked(u64),
-    Answered(bool),
+    /// The answer, and when it came.
+    Answered(bool, Instant),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -128,9 +138,15 @@ impl Filter {
         self.forget();
         // A malformed packet: no receiver takes it.
         let Some(connection) = Connection::of(&packet) else { return self.by_default(packet.detach()) };
-        match self.known.get(&connection).copied() {
-            Some(Known::Answered(allow)) => decide(packet.detach(), allow),
-            Some(Known::Asked(id)) => match self.asked.get_mut(&id) {
+        let syn = syn(&packet);
+        let mut known = self.known.get(&connection).copied();
+        if known.is_some_and(|known| syn.is_some() && syn != known.syn) {
+            self.end(&connection)?;
+            known = None;
+        }
+        match known.map(|known| known.state) {
+            Some(State::Answered(allow, _)) => decide(packet.detach(), allow),
+            Some(State::Asked(id)) => match self.asked.get_mut(&id) {
                 // Behind the deadline, the service is too slow, and packets need not wait for it.
                 Some(Question { since, packets, .. })
                     if since.elapsed() < self.options.deadline && packets.len() < PACKETS =>
@@ -141,11 +157,18 @@ impl Filter {
                 _ => self.by_default(packet.detach()),
             },
             None if self.asked.len() >= self.options.questions => self.by_default(packet.detach()),
-            None => self.ask(packet, connection).await,
+            None => self.ask(packet, connection, syn).await,
         }
     }
 
-    async fn ask(&mut self, packet: Packet, connection: Connection) -> Result<(), Error> {
+    /// Forgets a connection in whose place another one begins.
+    fn end(&mut self, connection: &Connection) -> Result<(), Error> {
+        let Some(Known { state: State::Asked(id), .. }) = self.known.remove(connection) else { return Ok(()) };
+        let packets = self.asked.remove(&id).map(|question| question.packets).unwrap_or_default();
+        packets.into_iter().try_for_each(|packet| packet.drop().submit())
+    }
+
+    async fn ask(&mut self, packet: Packet, connection: Connection, syn: Option<u32>) -> Result<(), Error> {
         if let Err(error) = self.service.connect().await {
             self.disconnect(&error)?;
             return self.by_default(packet.detach());
@@ -159,8 +182,8 @@ impl Filter {
             eprintln!("firewall: the service is back");
         }
         self.counts.asked += 1;
-        self.known.insert(connection, Known::Asked(id));
-        self.asked.insert(id, Question { connection, since, packets: vec![packet.detach()] });
+        self.known.insert(connection, Known { state: State::Asked(id), syn });
+        self.asked.insert(id, Question { connection, syn, since, packets: vec![packet.detach()] });
         Ok(())
     }
 
@@ -175,8 +198,10 @@ impl Filter {
         };
         *(if allow { &mut self.counts.allowed } else { &mut self.counts.denied }) += 1;
         // Packets of the connection may be in the queue, and come again if the answer is too late.
-        self.known.insert(question.connection, Known::Answered(allow));
-        self.answered.push_back((Instant::now(), question.connection));
+        let now = Instant::now();
+        let known = Known { state: State::Answered(allow, now), syn: question.syn };
+        self.known.insert(question.connection, known);
+        self.answered.push_back((now, question.connection));
         question.packets.into_iter().try_for_each(|packet| decide(packet, allow))
     }
 
@@ -210,10 +235,20 @@ impl Filter {
             if since.elapsed() < MEMORY && self.answered.len() <= self.options.questions {
                 break;
             }
-            self.known.remove(connection);
+            // Not what is known of a later connection on the same addresses and ports.
+            let is_it = |known: &Known| matches!(known.state, State::Answered(_, at) if at == *since);
+            if self.known.get(connection).is_some_and(is_it) {
+                self.known.remove(connection);
+            }
             self.answered.pop_front();
         }
     }
+}
+
+/// The sequence number of a segment that begins a connection.
+fn syn(packet: &Packet) -> Option<u32> {
+    let tcp = packet.view().ok()?.tcp()?;
+    (tcp.syn && !tcp.ack).then_some(tcp.sequence_number)
 }
 
 fn decide(packet: DetachedPacket, allow: bool) -> Result<(), Error> {

@@ -26,6 +26,10 @@
 //! | sends a line that does not end, or does not read | it is disconnected, as if it were down |
 //! | has too many open questions | further connections are decided by the default action |
 //!
+//! An answer is remembered for a minute, for packets that were sent before it. Another SYN on the
+//! same addresses and ports, perhaps of another program, is asked about. UDP has none: what comes
+//! on the same ports within the minute has the same answer.
+//!
 //! The default action is for the packet, not for the connection: the next packet is asked about
 //! again. So a client whose SYN was dropped while the service was restarted is connected when it
 //! sends it again. All that the firewall keeps in memory is bounded.

@@ -12,6 +12,8 @@
 //! - A segment after a gap is dropped. TCP sends it again after the missing one, so no byte passes
 //!   unseen.
 //! - A retransmission with other bytes than the first time is dropped.
+//! - Nothing passes behind the end of a client's stream, in case that the server has ignored that.
+//! - A client that wants several paths (MPTCP) has no answer until it tries without.
 //! - When the pattern is found, the client is reset at once, and the server when it next sends.
 //!
 //! What it does not do:

@@ -13,10 +13,11 @@
 //!
 //! | the client sends | it gets |
 //! |---|---|
-//! | a hello with a blocked name, or one below it | a reset, as does the server when it next sends |
+//! | a hello with a blocked name, or one below it, also the second hello that a server has asked for | a reset, as does the server when it next sends |
 //! | a hello that cannot be read, or that is cut off | the same |
 //! | HTTP without TLS | the same for a blocked host |
 //! | a hello without a name, or another protocol | its connection: there is no name to block |
+//! | TCP with several paths (MPTCP) | no answer: it sends the SYN again without |
 //! | TCP that began before this program did, or has sent no hello for ten minutes | a reset: what was sent is unknown |
 //! | QUIC with a blocked name, or of another version than 1 and 2 | an ICMP error, or nothing: it takes TCP then, some clients only after their own time-out |
 //! | other UDP to this port, also QUIC that began before | the same |
@@ -25,6 +26,7 @@
 //!
 //! - With an encrypted hello (ECH) it sees the name of the provider only, and blocks by that. The
 //!   keys for it come from DNS: to prevent it, filter HTTPS records there.
+//! - On a router, servers must be behind another interface than their clients.
 //! - Packets of QUIC clients do not leave the queue: the next connection may use the same ports.
 //! - It does not know servers by their addresses. A client may reach one under another name.
 //!
@@ -131,6 +133,10 @@ impl Filter {
                 Decision::Allow
             }
         };
+        // Servers are not behind the interface of their client: a client speaks for its server.
+        if packet.interface_out().is_some() && packet.interface_in() == packet.interface_out() {
+            return packet.drop();
+        }
         let now = Instant::now();
         match tcp.push(now, packet.payload(), &mut judge) {
             Hint::Undecided | Hint::Allowed { settled: false } => packet.accept(),

@@ -51,9 +51,10 @@
 //! - **Both directions** must come to the queue, until the connection is settled: only what the
 //!   server acknowledges proves which of two different segments it has received. With clients alone
 //!   it works, and [promises less](https://docs.rs/nfqueue-inspect/#one-direction-or-both).
-//! - A connection costs its handshake, the hello, and what acknowledges it. Do not limit that by
-//!   [`first_packets`](crate::Rule::first_packets): the end of a hello in many segments would pass
-//!   unseen.
+//! - A connection costs its handshake, the hello, and the beginning of the server's answer: if that
+//!   asks for a second hello (HelloRetryRequest), the name in it counts as well. Do not limit that
+//!   by [`first_packets`](crate::Rule::first_packets): the end of a hello in many segments would
+//!   pass unseen.
 //! - A connection that began before the program did is `Unknown`, because its first bytes are gone.
 //!   Here it is reset, and its client begins anew. If old connections shall stay, accept them with
 //!   `for_flow`: then a client can avoid the filter by waiting for a restart, which
@@ -62,6 +63,8 @@
 //!   DNS (HTTPS records): remove them there to have the name in clear.
 //! - **QUIC** is UDP with port 443, and browsers prefer it. Filter it as well
 //!   (`nfqueue_inspect::quic`), or reject UDP with port 443, and clients use TCP.
+//! - Clients must not be able to send packets in the names of servers, which would prove what the
+//!   servers have not received: name the interfaces, as `behind` does, or set `rp_filter` to 1.
 //! - The name is what the client says. Another name for the same address passes.
 //! - A reset by [`reject`](crate::Packet::reject) reaches the client at once, and the server when
 //!   it sends next. The server never gets the whole of a denied hello.

@@ -8,6 +8,7 @@ use crate::{
     segment::{Connection, Segment},
     stream::Stream,
     table::{List, Table},
+    tls,
 };
 
 /// The first bytes of the clients of TCP connections.
@@ -45,7 +46,20 @@ struct Tracked {
     start: Option<Start>,
     /// A SYN was accepted, and the server may answer it.
     offered: bool,
+    /// Whether the server wants another hello, once the first one is allowed.
+    answer: Answer,
     stream: Stream,
+}
+
+/// What the server has answered to a ClientHello that was allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// There was none, or the answer is no HelloRetryRequest.
+    Other,
+    /// So many bytes are those of a HelloRetryRequest.
+    Reading(u8),
+    /// A HelloRetryRequest: the client sends a second hello.
+    Retry,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +84,39 @@ struct Start {
     arrived: bool,
     /// How many bytes the server has sent, up to the last one.
     server_sent: u32,
+}
+
+impl Tracked {
+    fn new(start: Option<Start>, offered: bool) -> Self {
+        let (state, answer) = (State::Undecided, Answer::Other);
+        Self { state, start, offered, answer, stream: Stream::default() }
+    }
+
+    fn allow(&mut self) {
+        self.state = State::Allowed { settled: false };
+        self.answer = Answer::Other;
+        self.stream.shrink();
+    }
+
+    /// Bytes of the server, and how many have come before them.
+    fn read_answer(&mut self, offset: u32, payload: &[u8]) {
+        let Answer::Reading(mut read) = self.answer else { return };
+        // What is missing before them comes again.
+        let Some(new) = u32::from(read).checked_sub(offset).and_then(|known| payload.get(known as usize..)) else {
+            return;
+        };
+        for byte in new {
+            match tls::in_retry_request(read.into(), *byte) {
+                None => {
+                    self.answer = Answer::Retry;
+                    return;
+                }
+                Some(true) => read += 1,
+                Some(false) => return self.allow(),
+            }
+        }
+        self.answer = if usize::from(read) == tls::RETRY_REQUEST { Answer::Retry } else { Answer::Reading(read) };
+    }
 }
 
 impl Start {
@@ -140,10 +187,7 @@ impl Connections {
         let tracked = self.table.entry(number);
         let before = tracked.stream.memory();
         match (decision, tracked.state) {
-            (Decision::Allow, State::Undecided) => {
-                tracked.state = State::Allowed { settled: false };
-                tracked.stream.shrink();
-            }
+            (Decision::Allow, State::Undecided) => tracked.allow(),
             (Decision::Allow, _) => {}
             (Decision::Deny, _) => {
                 tracked.state = State::Denied;
@@ -152,6 +196,24 @@ impl Connections {
         }
         self.bytes = self.bytes - before + tracked.stream.memory();
         true
+    }
+
+    /// Allows a connection when its server has answered the hello, and wants no other one. Until
+    /// then it is undecided. If it does want another one, that must be decided.
+    pub(crate) fn allow_after_answer(&mut self, now: Instant, connection: &Connection) {
+        let Some(number) = self.table.find(connection) else { return };
+        let tracked = self.table.entry(number);
+        // Servers of TLS do not begin. With one direction, nothing is seen of them.
+        if self.limits.both_directions && tracked.start.is_some_and(|start| start.server_sent == 0) {
+            tracked.answer = Answer::Reading(0);
+        } else {
+            self.decide(now, connection, Decision::Allow);
+        }
+    }
+
+    /// What the server of a connection has answered to an allowed hello.
+    pub(crate) fn answer(&mut self, connection: &Connection) -> Answer {
+        self.table.find(connection).map_or(Answer::Other, |number| self.table.entry(number).answer)
     }
 
     /// How many connections are remembered.
@@ -189,7 +251,7 @@ impl Connections {
         }
         let first = segment.sequence.wrapping_add(1);
         let start = (!self.limits.both_directions).then_some(Start::new(first, None));
-        let tracked = Tracked { state: State::Undecided, start, offered: true, stream: Stream::default() };
+        let tracked = Tracked::new(start, true);
         self.table.insert(segment.connection(), tracked, now);
         self.stats.connections += 1;
     }
@@ -247,7 +309,7 @@ impl Connections {
                 // That of the first SYN is counted.
                 self.stats.connections += u64::from(tracked.start.is_some() && !is_same);
                 let start = Some(Start::new(acknowledged, Some(server)));
-                *tracked = Tracked { state: State::Undecided, start, offered: false, stream: Stream::default() };
+                *tracked = Tracked::new(start, false);
                 self.table.renew(number, List::Empty, now);
             } else if let Some(start) = tracked.start.as_mut().filter(|_| is_same) {
                 start.server = Some(server);
@@ -261,13 +323,17 @@ impl Connections {
         let is_late = segment.sequence.wrapping_sub(server) > 1 << 30;
         if !is_late {
             start.server_sent = start.server_sent.max(end(server, segment));
+            let before = tracked.stream.memory();
+            tracked.read_answer(segment.sequence.wrapping_sub(server), segment.payload);
+            self.bytes = self.bytes - before + tracked.stream.memory();
         }
+        let Some(start) = &mut tracked.start else { return };
         let received = acknowledged.wrapping_sub(first);
         if is_late || received > sent {
             return;
         }
         start.arrived |= received > 0;
-        let judged = tracked.stream.bytes().len() as u32;
+        let judged = tracked.stream.numbers();
         if tracked.state == (State::Allowed { settled: false }) && received >= judged {
             tracked.state = State::Allowed { settled: true };
             self.bytes -= tracked.stream.memory();

@@ -62,6 +62,12 @@
 //! | a SYN with another sequence number that the server ignores, to move the stream | dropped, or without effect until the server has accepted it: [`Reason::OtherStart`], [`Reason::Unconfirmed`] |
 //! | the same with SYN cookies, which accept several SYNs at once | segments must acknowledge what the server has sent after the last SYN-ACK, and those that begin 1 to 3 bytes before or after the first one wait until the server has acknowledged that: [`Reason::Unacceptable`] |
 //! | a FIN before bytes that were seen | dropped: [`Reason::Conflict`] |
+//! | bytes behind a FIN that was accepted, which the server may have ignored | dropped: [`Reason::Conflict`] |
+//! | a connection of several paths (MPTCP), in which an option says where bytes belong | [`Unparsed::Malformed`]: dropped, clients then send a SYN without |
+//! | records that some servers skip before a ClientHello, or of other versions | [`Seen::Unreadable`] |
+//! | another name in the second hello, after a HelloRetryRequest: OpenSSL and GnuTLS take it | judged as well; a TLS connection is undecided until its server has answered the first |
+//! | a second hello before that answer | judged; in one segment with the first, it must come again |
+//! | the parts of a hello of QUIC from two ports, or to two addresses of the server | dropped: [`Reason::OtherStart`] |
 //! | resets | accepted. They change nothing: the server may have ignored them |
 //! | sequence numbers across 2^32 | compared modulo 2^32 |
 //! | a message that is longer than the limit | [`Prefix::full`], [`Seen::TooLong`]: decide, or drop it |
@@ -95,8 +101,8 @@
 //! # What it does not do
 //!
 //! - Only the beginning of a connection is judged. HTTP carries other requests, with other hosts,
-//!   on the same connection; a TLS client may, after a HelloRetryRequest, send a second hello,
-//!   whose name the server must compare.
+//!   on the same connection.
+//! - Without [`Limits::both_directions`], only the first hello of TLS over TCP is judged.
 //! - The name is what the client says. It may say another one than that of the server that it
 //!   reaches; an [encrypted hello](tls::Hello::encrypted_hello) hides it.
 //! - A segment of an allowed connection that stays in the network until its client has begun

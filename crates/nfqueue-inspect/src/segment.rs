@@ -73,7 +73,9 @@ pub enum Unparsed {
     /// together than the filter.
     Fragment,
     /// A header or length is wrong, or only a part of the packet was copied to the queue. A filter
-    /// must drop it: a receiver may read it in another way.
+    /// must drop it: a receiver may read it in another way. So it is with a TCP segment that begins
+    /// or joins a connection of several paths (MPTCP): its options, not the sequence numbers, say
+    /// where its bytes belong. Clients repeat the SYN without the option.
     Malformed,
 }
 
@@ -107,7 +109,10 @@ impl<'a> Segment<'a> {
             let flags = tcp.byte()?;
             // The window, the checksum and the urgent pointer.
             tcp.take(6)?;
-            tcp.take(header.checked_sub(20)?)?;
+            let options = tcp.take(header.checked_sub(20)?)?;
+            if begins_multipath(options) {
+                return None;
+            }
             let flag = |bit: u8| flags >> bit & 1 != 0;
             Some(Segment {
                 source: SocketAddr::new(ip.source, source),
@@ -155,6 +160,27 @@ impl<'a> Datagram<'a> {
     /// The connection, if the client has sent the datagram.
     pub fn connection(&self) -> Connection {
         Connection { client: self.source, server: self.destination }
+    }
+}
+
+/// Whether options of TCP begin a connection of several paths, or add a path to one: MP_CAPABLE and
+/// MP_JOIN of RFC 8684. With syncookies, a Linux server takes the former from the segment that ends
+/// the handshake.
+fn begins_multipath(options: &[u8]) -> bool {
+    let mut options = Reader::new(options);
+    loop {
+        match options.byte() {
+            // The end of the list.
+            None | Some(0) => return false,
+            Some(1) => {}
+            Some(kind) => {
+                let length = options.byte().and_then(|length| usize::from(length).checked_sub(2));
+                let Some(content) = length.and_then(|length| options.take(length)) else { return false };
+                if kind == 30 && content.first().is_none_or(|first| first >> 4 <= 1) {
+                    return true;
+                }
+            }
+        }
     }
 }
 
@@ -289,5 +315,28 @@ mod tests {
         assert_eq!(Segment::parse(&v4(6, &offset)), Err(Unparsed::Malformed));
         offset[12] = 0xf0;
         assert_eq!(Segment::parse(&v4(6, &offset)), Err(Unparsed::Malformed));
+    }
+
+    #[test]
+    fn a_segment_that_begins_or_joins_a_connection_of_several_paths_is_not_read() {
+        let with = |options: &[u8]| {
+            let mut tcp = TCP[..20].to_vec();
+            tcp[12] = ((20 + options.len()) << 2) as u8;
+            tcp.extend(options);
+            Segment::parse(&v4(6, &tcp)).map(|segment| segment.payload.len())
+        };
+        let malformed = Err(Unparsed::Malformed);
+        // MP_CAPABLE of a SYN, MP_JOIN of one behind the size of segments, MP_CAPABLE with keys.
+        assert_eq!(with(&[30, 4, 1, 1]), malformed);
+        let join = [2, 4, 5, 0xb4, 1, 30, 12, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1];
+        assert_eq!(with(&join), malformed);
+        let keys = [&[30, 20, 1, 1][..], &[0; 16]].concat();
+        assert_eq!(with(&keys), malformed);
+        // Data of one that has begun, behind the end of the list, in another option, cut off.
+        for options in
+            [&[30, 4, 0x20, 1][..], &[0, 30, 4, 1], &[254, 8, 30, 4, 1, 1, 0, 0], &[30, 9, 1, 1], &[1, 1, 1, 30]]
+        {
+            assert_eq!(with(options), Ok(0), "{options:?}");
+        }
     }
 }

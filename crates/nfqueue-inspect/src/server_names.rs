@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::{
-    connections::{Connections, Stats},
+    connections::{Answer, Connections, Stats},
     http::{self, Head},
     limits::Limits,
     name::{Fault, Name, Parsed},
@@ -47,6 +47,15 @@ impl Seen {
     /// Whether a name should be there and cannot be read: `Unreadable`, `TooLong`, `Incomplete`.
     pub fn is_doubtful(&self) -> bool {
         matches!(self, Self::Unreadable(_) | Self::TooLong | Self::Incomplete)
+    }
+
+    fn of_tls(parsed: Parsed<Hello>) -> Option<Self> {
+        match parsed {
+            Parsed::NeedMore => None,
+            Parsed::Found(hello) => Some(Self::Tls(hello)),
+            Parsed::Unreadable(fault) => Some(Self::Unreadable(fault)),
+            Parsed::OtherProtocol => Some(Self::Other),
+        }
     }
 
     pub(crate) fn of_stream(bytes: &[u8]) -> Option<Self> {
@@ -128,7 +137,8 @@ impl ServerNames {
 
     /// What to do with a packet, which begins with its IP header.
     ///
-    /// `decide` is called once for a connection, when enough of its first bytes are known.
+    /// `decide` is called when enough of the first bytes of a connection are known, and for TLS
+    /// once more if the server has asked for a second hello.
     pub fn push(
         &mut self,
         now: Instant,
@@ -148,6 +158,8 @@ impl ServerNames {
         segment: &Segment<'_>,
         decide: impl FnOnce(&crate::Connection, &Seen) -> Decision,
     ) -> Hint {
+        let connection = segment.connection();
+        let answer = self.connections.answer(&connection);
         let prefix = match self.connections.push(now, segment) {
             Progress::Bytes(prefix) => prefix,
             Progress::NoData => return Hint::Undecided,
@@ -156,15 +168,35 @@ impl ServerNames {
             Progress::Drop(reason) => return Hint::Drop(reason),
             Progress::Unknown => return Hint::Unknown,
         };
-        let seen = match Seen::of_stream(prefix.bytes) {
+        let found = match answer {
+            Answer::Other => Seen::of_stream(prefix.bytes),
+            // A client that does not wait for the answer may send the second hello at once.
+            Answer::Reading(_) | Answer::Retry => Seen::of_tls(tls::second_server_name(prefix.bytes)),
+        };
+        let waits = matches!(answer, Answer::Reading(_));
+        let seen = match found {
+            None if waits && prefix.full => return Hint::Drop(Reason::Gap),
+            None if waits => return Hint::Undecided,
             Some(seen) => seen,
             None if prefix.full => Seen::TooLong,
             None if prefix.ended => Seen::Incomplete,
             None => return Hint::Undecided,
         };
-        let connection = segment.connection();
+        let is_first = answer == Answer::Other && matches!(seen, Seen::Tls(_));
+        // No client sends a second hello with the first. It is judged when it comes again.
+        let has_second = is_first && !tls::behind_hello(prefix.bytes).is_empty();
         let decision = decide(&connection, &seen);
-        self.connections.decide(now, &connection, decision);
+        match decision {
+            Decision::Allow if is_first => {
+                self.connections.allow_after_answer(now, &connection);
+                if has_second {
+                    return Hint::Drop(Reason::Gap);
+                }
+            }
+            _ => {
+                self.connections.decide(now, &connection, decision);
+            }
+        }
         match decision {
             Decision::Allow => Hint::Allowed { settled: false },
             Decision::Deny => Hint::Denied,

@@ -7,6 +7,8 @@ use crate::{progress::Reason, segment::Segment};
 #[derive(Debug, Default)]
 pub(crate) struct Stream {
     bytes: Vec<u8>,
+    /// A FIN behind them was accepted. If the server has ignored it, a client could continue.
+    ended: bool,
 }
 
 /// What a segment has done to an undecided stream.
@@ -24,6 +26,11 @@ const SMALLEST: usize = 512;
 impl Stream {
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// How many numbers the bytes take, and the FIN behind them.
+    pub(crate) fn numbers(&self) -> u32 {
+        self.bytes.len() as u32 + u32::from(self.ended)
     }
 
     /// What is allocated.
@@ -52,12 +59,13 @@ impl Stream {
         let offset = usize::try_from(offset).map_err(|_| Reason::BeforeStart)?;
         let seen = self.bytes.get(offset..).ok_or(Reason::Gap)?;
         let (again, new) = payload.split_at(payload.len().min(seen.len()));
-        if !seen.starts_with(again) || (flags.fin && payload.len() < seen.len()) {
+        if !seen.starts_with(again) || (flags.fin && payload.len() < seen.len()) || (self.ended && !new.is_empty()) {
             return Err(Reason::Conflict);
         }
         let stored = new.len().min(most - self.bytes.len());
         self.reserve(stored, most);
         self.bytes.extend_from_slice(&new[..stored]);
+        self.ended |= flags.fin && stored == new.len();
         Ok(Some(Added { full: stored < new.len(), ended: flags.fin }))
     }
 
@@ -66,6 +74,9 @@ impl Stream {
         let Segment { payload, flags, .. } = segment;
         let begin = i64::from(segment.sequence.wrapping_sub(first) as i32);
         let (end, length) = (begin + payload.len() as i64, self.bytes.len() as i64);
+        if self.ended && (end > length || (flags.fin && end != length)) {
+            return Err(Reason::Conflict);
+        }
         if begin >= length {
             return Ok(());
         }

@@ -23,9 +23,9 @@ pub struct Hello {
 
 /// The server's name in the first bytes of a client, which are TLS records.
 ///
-/// The ClientHello may be split over any number of records. Only the first one is read: after a
-/// HelloRetryRequest the client sends another one, which must have the same name, and it is the
-/// server that checks that.
+/// The ClientHello may be split over any number of records. Only the first one is read. After a
+/// HelloRetryRequest the client sends another one, which must have the same name; some servers do
+/// not check that. [`ServerNames`](crate::ServerNames) reads both.
 ///
 /// ```
 /// use nfqueue_inspect::{Parsed, tls};
@@ -38,8 +38,11 @@ pub fn server_name(stream: &[u8]) -> Parsed<Hello> {
     let mut hello = Vec::new();
     // An SSL 2.0 hello has no name, and begins in another way.
     match stream {
-        [] | [22] => return Parsed::NeedMore,
+        [] | [20..=24] => return Parsed::NeedMore,
         [22, 3, ..] => {}
+        // Some servers skip alerts or ChangeCipherSpec before the hello, or take it in records of
+        // other versions: crypto/tls of Go below 16.0, GnuTLS.
+        [20..=24, 0..16, ..] => return Parsed::Unreadable(Fault::Malformed),
         _ => return Parsed::OtherProtocol,
     }
     loop {
@@ -63,6 +66,48 @@ pub fn server_name(stream: &[u8]) -> Parsed<Hello> {
     }
 }
 
+/// The name in the second ClientHello of a client, which the server has asked for. Between the two
+/// there may be records of other types: ChangeCipherSpec, and early data that the server skips.
+pub(crate) fn second_server_name(stream: &[u8]) -> Parsed<Hello> {
+    client_hello(&behind_hello(stream))
+}
+
+/// What handshake records carry behind the first ClientHello, which is complete.
+pub(crate) fn behind_hello(stream: &[u8]) -> Vec<u8> {
+    let mut records = Reader::new(stream);
+    let mut messages = Vec::new();
+    while let Some(kind) = records.byte() {
+        let Some(length) = records.take(2).and_then(|_| records.short()) else { break };
+        let present = records.rest().len().min(length.into());
+        let content = records.take(present).unwrap_or_default();
+        if kind == 22 {
+            messages.extend_from_slice(content);
+        }
+    }
+    let first = length(&messages).min(messages.len());
+    messages.split_off(first)
+}
+
+/// How many bytes of a server show that it asks for a second hello: the header of a record, that of
+/// a ServerHello, its version, and its random bytes.
+pub(crate) const RETRY_REQUEST: usize = 43;
+
+/// Whether this byte of a server is that of a HelloRetryRequest. `None`: it comes behind.
+pub(crate) fn in_retry_request(at: usize, byte: u8) -> Option<bool> {
+    // RFC 8446, section 4.1.3: the SHA-256 of "HelloRetryRequest".
+    const RANDOM: [u8; 32] = [
+        0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91, 0xc2, 0xa2,
+        0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c,
+    ];
+    match at {
+        0 => Some(byte == 22),
+        1 => Some(byte == 3),
+        5 => Some(byte == 2),
+        2..11 => Some(true),
+        _ => RANDOM.get(at - 11).map(|known| *known == byte),
+    }
+}
+
 /// The server's name in a ClientHello without records, as QUIC sends it.
 pub fn client_hello(bytes: &[u8]) -> Parsed<Hello> {
     let mut reader = Reader::new(bytes);
@@ -80,6 +125,12 @@ pub fn client_hello(bytes: &[u8]) -> Parsed<Hello> {
         Ok(hello) => Parsed::Found(hello),
         Err(fault) => Parsed::Unreadable(fault),
     }
+}
+
+/// How long a complete ClientHello is, with its header.
+pub(crate) fn length(hello: &[u8]) -> usize {
+    let mut header = Reader::new(hello);
+    header.byte().and_then(|_| header.medium()).map_or(0, |length| length as usize) + 4
 }
 
 fn body_of_hello(mut body: Reader<'_>) -> Result<Hello, Fault> {
@@ -166,7 +217,7 @@ mod tests {
         old.truncate(old.len() - 2);
         old[3] -= 2;
         assert_eq!(found(client_hello(&old)), (None, false));
-        for bytes in [&b"GET / HTTP/1.1"[..], b"\x80\x2e\x01\x03\x01", b"\x16\x02", b"SSH-2.0", b"\0"] {
+        for bytes in [&b"GET / HTTP/1.1"[..], b"\x80\x2e\x01\x03\x01", b"\x16\x10", b"SSH-2.0", b"\0"] {
             assert_eq!(server_name(bytes), Parsed::OtherProtocol);
         }
     }
@@ -216,6 +267,26 @@ mod tests {
         assert_eq!(server_name(&[22, 3, 1, 0, 0]), malformed);
         assert_eq!(server_name(&[22, 3, 1, 0x40, 1]), malformed);
         assert_eq!(server_name(&[&records(&good[..20], 20)[..], &[21, 3, 3, 0, 2, 1, 0]].concat()), malformed);
+    }
+
+    #[test]
+    fn records_that_some_servers_skip_before_a_hello_are_unreadable() {
+        let hello = hello("a.example");
+        let alert: &[u8] = &[21, 3, 1, 0, 2, 1, 90];
+        let change: &[u8] = &[20, 3, 3, 0, 1, 1];
+        for first in [alert, change, &[21, 0, 0, 0, 2, 1, 0], &[23, 3, 3, 0, 0], &[24, 3, 3, 0, 0]] {
+            let stream = [first, &records(&hello, hello.len())].concat();
+            assert_eq!(server_name(&stream[..1]), Parsed::NeedMore);
+            for end in 2..stream.len() {
+                assert_eq!(server_name(&stream[..end]), Parsed::Unreadable(Fault::Malformed), "{first:?} {end}");
+            }
+        }
+        // Records of a version before SSL 3.0, or of one that does not exist yet.
+        for major in [0, 1, 2, 4, 15] {
+            let mut stream = records(&hello, hello.len());
+            stream[1] = major;
+            assert_eq!(server_name(&stream), Parsed::Unreadable(Fault::Malformed), "{major}");
+        }
     }
 
     #[test]

@@ -8,9 +8,11 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
+use socket2::{Domain, Socket, Type};
 
 use super::{PORT, Program, path};
 use crate::{
@@ -20,6 +22,7 @@ use crate::{
 
 tests![
     sync firewall_asks_once_about_each_connection,
+    sync firewall_asks_again_when_a_port_is_used_again,
     sync firewall_says_who_wants_the_connection,
     sync firewall_denies_at_the_deadline_and_takes_a_late_answer,
     sync firewall_allows_at_the_deadline_and_takes_a_late_answer,
@@ -234,6 +237,46 @@ fn firewall_asks_once_about_each_connection() {
         }
     }
     assert_eq!(firewall.end(), [8, 4, 4, 0, 0, 0, 0]);
+}
+
+/// Another program may have the port by then.
+fn firewall_asks_again_when_a_port_is_used_again() {
+    let peer = support::veth();
+    let firewall = Firewall::start("port", &[]);
+    let listener = firewall.listen();
+    let mut service = None;
+    for far in [IpAddr::from(peer.far_v4), peer.far_v6.into()] {
+        let server = SocketAddr::new(far, PORT);
+        let tcp = peer.run(|| TcpListener::bind(server).unwrap());
+        let mut client_address = None;
+        for allow in [true, true, false] {
+            let client = Socket::new(Domain::for_address(server), Type::STREAM, None).unwrap();
+            if let Some(address) = client_address {
+                client.bind(&SocketAddr::into(address)).unwrap();
+            }
+            // It closes with a reset, so that the port is free at once.
+            client.set_linger(Some(Duration::ZERO)).unwrap();
+            let connected = thread::scope(|scope| {
+                let connecting = scope.spawn(|| client.connect_timeout(&server.into(), PATIENCE));
+                let service = service.get_or_insert_with(|| Service::accept(&listener));
+                let (id, question) = service.question();
+                assert!(question.starts_with("tcp "), "{question}");
+                service.answer(id, allow);
+                connecting.join().unwrap()
+            });
+            if allow {
+                connected.unwrap();
+                client_address = client.local_addr().unwrap().as_socket();
+                let (mut accepted, from) = tcp.accept().unwrap();
+                assert_eq!(Some(from), client_address);
+                drop(client);
+                assert_eq!(accepted.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+            } else {
+                assert_eq!(connected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            }
+        }
+    }
+    assert_eq!(firewall.end(), [6, 4, 2, 0, 0, 0, 0]);
 }
 
 fn firewall_says_who_wants_the_connection() {

@@ -23,6 +23,7 @@ tests![
     sync ips_lets_a_pattern_behind_the_searched_bytes_pass,
     one ips_finds_a_pattern_in_segments_out_of_order,
     one ips_drops_other_bytes_in_the_place_of_earlier_ones,
+    one ips_lets_nothing_pass_behind_the_end_of_a_stream,
     one ips_ignores_a_syn_within_a_connection,
     sync ips_forgets_the_oldest_of_too_many_connections,
     sync ips_judges_a_port_that_is_used_again,
@@ -139,6 +140,30 @@ async fn ips_drops_other_bytes_in_the_place_of_earlier_ones() {
         before.release(segment).await;
         // The client sends it again, because the server has not received it.
         before.next(b"att").await;
+        talk.server.set_nonblocking(true).unwrap();
+        assert_eq!(talk.server.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        before.end().await;
+    }
+    end(program, 2, 0, 0);
+}
+
+/// The server has ignored a segment with FIN, as if its checksum was wrong. What comes in its place
+/// is longer.
+async fn ips_lets_nothing_pass_behind_the_end_of_a_stream() {
+    let program = start(&[]);
+    for address in LOOPBACKS {
+        let mut talk = Talk::several(address, 1).remove(0);
+        let mut before = Before::new();
+        let segment = before.hold(&mut talk, b"an attack").await;
+        let mut ending = segment.edit().unwrap();
+        ending.replace_payload(b"an ").unwrap();
+        let flags = segment.view().unwrap().ip_header().len() + 13;
+        let mut ending = ending.finish();
+        ending[flags] |= 1;
+        before.inject(ending).await;
+        before.release(segment).await;
+        // The client sends it again, because the server has not received it.
+        before.next(b"an attack").await;
         talk.server.set_nonblocking(true).unwrap();
         assert_eq!(talk.server.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
         before.end().await;

@@ -3,11 +3,12 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
 };
 
 use nfqueue_inspect::quic::seal_initial;
 use nix::sys::signal::Signal;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
     PORT, Program,
@@ -28,6 +29,11 @@ tests![
     sync sni_filter_leaves_hosts_behind_other_interfaces_alone,
     sync sni_filter_judges_single_hosts,
     sync sni_filter_blocks_quic,
+    sync sni_filter_blocks_a_name_behind_records_that_some_servers_skip,
+    sync sni_filter_blocks_a_name_in_the_second_hello,
+    sync sni_filter_lets_no_connection_have_several_paths,
+    sync sni_filter_blocks_quic_whose_hello_comes_from_two_ports,
+    sync sni_filter_blocks_quic_by_the_name_in_its_second_hello,
 ];
 
 fn start(options: &[&str]) -> Program {
@@ -279,10 +285,12 @@ fn sni_filter_blocks_quic() {
             assert_eq!(server.recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
             server.set_nonblocking(false).unwrap();
         };
-        passes(&initial(b"first id", "clean.example"));
+        // A connection ID belongs to one pair of ports.
+        let [first, other] = if address.is_ipv4() { [b"first id", b"other id"] } else { [b"third id", b"later id"] };
+        passes(&initial(first, "clean.example"));
         // A packet with a short header, and another connection on the same ports.
         passes(&[0x40; 30]);
-        is_blocked(&client, &initial(b"other id", "www.blocked.example"));
+        is_blocked(&client, &initial(other, "www.blocked.example"));
         passes(&[0x40; 30]);
         // One whose first packets were not seen.
         let unknown = support::udp((address, 0));
@@ -290,6 +298,127 @@ fn sni_filter_blocks_quic() {
         is_blocked(&unknown, &[0x40; 30]);
     }
     assert_eq!(end(program, 2, 2), 10);
+}
+
+/// Go skips alerts, GnuTLS skips ChangeCipherSpec, and both are satisfied with older records.
+fn sni_filter_blocks_a_name_behind_records_that_some_servers_skip() {
+    let program = start(&[]);
+    let hello = hello("blocked.example");
+    let mut old = hello.clone();
+    old[1] = 2;
+    let streams = [[&[21, 3, 1, 0, 2, 1, 90][..], &hello].concat(), [&[20, 3, 3, 0, 1, 1][..], &hello].concat(), old];
+    for address in LOOPBACKS {
+        for (mut talk, stream) in Talk::several(address, streams.len()).into_iter().zip(&streams) {
+            talk.client.write_all(stream).unwrap();
+            talk.expect_reset();
+        }
+    }
+    end(program, 0, 6);
+}
+
+/// OpenSSL and GnuTLS take the second name, also if it is another one.
+fn sni_filter_blocks_a_name_in_the_second_hello() {
+    let program = start(&[]);
+    let mut retry = vec![22, 3, 3, 0, 88, 2, 0, 0, 84, 3, 3];
+    retry.extend([0xcf, 0x21, 0xad, 0x74, 0xe5, 0x9a, 0x61, 0x11, 0xbe, 0x1d, 0x8c, 0x02, 0x1e, 0x65, 0xb8, 0x91]);
+    retry.extend([0xc2, 0xa2, 0x11, 0x16, 0x7a, 0xbb, 0x8c, 0x5e, 0x07, 0x9e, 0x09, 0xe2, 0xc8, 0xa8, 0x33, 0x9c]);
+    retry.resize(93, 0);
+    let (clean, blocked) = (hello("clean.example"), hello("blocked.example"));
+    for address in LOOPBACKS {
+        let mut connections = Talk::several(address, 3);
+        for talk in &mut connections {
+            talk.passes(&clean);
+        }
+        // The third client does not wait.
+        connections
+            .pop()
+            .map(|mut talk| talk.client.write_all(&blocked).map(|()| talk.expect_reset()))
+            .unwrap()
+            .unwrap();
+        for talk in &mut connections {
+            talk.replies(&retry);
+            talk.passes(&[20, 3, 3, 0, 1, 1]);
+        }
+        let [mut honest, mut other] = connections.try_into().unwrap_or_else(|_| unreachable!());
+        honest.passes(&clean);
+        honest.replies(b"certificates");
+        other.client.write_all(&blocked).unwrap();
+        other.expect_reset();
+    }
+    end(program, 8, 4);
+}
+
+/// With MPTCP, an option says where the bytes of a segment belong, and the connection may have
+/// segments on other ports.
+fn sni_filter_lets_no_connection_have_several_paths() {
+    let program = start(&[]);
+    for address in LOOPBACKS {
+        let multipath = || Socket::new(Domain::for_address((address, 0).into()), Type::STREAM, Some(Protocol::MPTCP));
+        let Ok(listener) = multipath() else {
+            eprintln!("this kernel has no MPTCP");
+            break;
+        };
+        listener.bind(&SocketAddr::from((address, PORT)).into()).unwrap();
+        listener.listen(1).unwrap();
+        let before = counter("Tcp:", "RetransSegs");
+        let client = multipath().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let connecting = client.connect(&SocketAddr::from((address, PORT)).into()).unwrap_err();
+        assert_eq!(connecting.raw_os_error(), Some(nix::errno::Errno::EINPROGRESS as i32));
+        support::wait_until("the SYN is sent again", || counter("Tcp:", "RetransSegs") > before);
+        assert_eq!(counter("MPTcpExt:", "MPCapableSYNRX"), 0);
+    }
+    let (status, _) = program.end(Signal::SIGTERM);
+    assert!(status.success(), "{status}");
+}
+
+/// A counter of this network namespace.
+fn counter(group: &str, name: &str) -> u64 {
+    let text = ["snmp", "netstat"]
+        .map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap())
+        .concat();
+    let mut lines = text.lines().filter(|line| line.starts_with(group)).map(str::split_ascii_whitespace);
+    let (names, mut values) = (lines.next().unwrap(), lines.next().unwrap());
+    let at = names.into_iter().position(|one| one == name).unwrap();
+    values.nth(at).unwrap().parse().unwrap()
+}
+
+/// Servers know a connection by its ID, and need not look at the port of the client.
+fn sni_filter_blocks_quic_whose_hello_comes_from_two_ports() {
+    let program = start(&[]);
+    for address in LOOPBACKS {
+        let server = support::udp((address, PORT));
+        let [first, second] = [(); 2].map(|()| support::udp((address, 0)));
+        let hello = hello("blocked.example").split_off(5);
+        let id = if address.is_ipv4() { b"first id" } else { b"other id" };
+        let at = hello.len() - 12;
+        first.send_to(&initial_with(id, 0, 0, &hello[..at]), (address, PORT)).unwrap();
+        second.send_to(&initial_with(id, 1, at, &hello[at..]), (address, PORT)).unwrap();
+        first.send_to(&initial_with(id, 2, 0, &hello[..at]), (address, PORT)).unwrap();
+        // Datagrams on one socket of the server are in their order.
+        for _ in 0..2 {
+            let (_, from) = server.recv_from(&mut [0; 2048]).unwrap();
+            assert_eq!(from, first.local_addr().unwrap());
+        }
+    }
+    end(program, 0, 0);
+}
+
+fn sni_filter_blocks_quic_by_the_name_in_its_second_hello() {
+    let program = start(&[]);
+    for address in LOOPBACKS {
+        let (client, server) = (support::udp((address, 0)), support::udp((address, PORT)));
+        client.connect(server.local_addr().unwrap()).unwrap();
+        let id = if address.is_ipv4() { b"first id" } else { b"other id" };
+        let [clean, blocked] = ["clean.example", "blocked.example"].map(|name| hello(name).split_off(5));
+        client.send(&initial_with(id, 0, 0, &clean)).unwrap();
+        server.recv(&mut [0; 2048]).unwrap();
+        client.send(&initial_with(id, 1, clean.len(), &blocked)).unwrap();
+        assert_eq!(client.recv(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        server.set_nonblocking(true).unwrap();
+        assert_eq!(server.recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+    end(program, 2, 2);
 }
 
 /// Hosts that reach each other through this one.
@@ -344,8 +473,13 @@ fn records(bytes: &[u8], length: usize) -> Vec<u8> {
 
 /// The first datagram of a QUIC client that names this server: a CRYPTO frame, and padding.
 fn initial(id: &[u8], name: &str) -> Vec<u8> {
-    let hello = &hello(name)[5..];
-    let mut frames = [&[6, 0][..], &(0x4000 | hello.len() as u16).to_be_bytes(), hello].concat();
+    initial_with(id, 0, 0, &hello(name)[5..])
+}
+
+/// A packet with a part of a hello.
+fn initial_with(id: &[u8], number: u8, at: usize, part: &[u8]) -> Vec<u8> {
+    let number_of = |length: usize| (0x4000 | length as u16).to_be_bytes();
+    let mut frames = [&[6][..], &number_of(at), &number_of(part.len()), part].concat();
     frames.resize(1150, 0);
-    seal_initial(false, id, id, 0, &frames)
+    seal_initial(false, id, id, number, &frames)
 }

@@ -317,6 +317,41 @@ fn the_end_of_the_stream_is_reported_and_cannot_move() {
 }
 
 #[test]
+fn nothing_comes_behind_the_end_of_the_stream() {
+    let fin = |offset, payload| {
+        let segment = at(offset, payload);
+        Segment { flags: Flags { fin: true, ..segment.flags }, ..segment }
+    };
+    let ended = Progress::Bytes(Prefix { bytes: b"abcdef", full: false, ended: true });
+    for decided in [false, true] {
+        let mut test = Test::both_directions();
+        test.is(fin(0, b"abcdef"), ended);
+        if decided {
+            test.decide(1, Decision::Allow);
+        }
+        // The server may have ignored the FIN.
+        for behind in [at(6, b"g"), at(0, b"abcdefg"), at(5, b"fg"), fin(6, b"g")] {
+            test.dropped(behind, Reason::Conflict);
+        }
+    }
+    let mut test = Test::both_directions();
+    test.is(fin(0, b"abcdef"), ended);
+    test.decide(1, Decision::Allow);
+    // The bytes are confirmed, the end is not.
+    test.is(of_server(1, FIRST.wrapping_add(6)), Progress::NoData);
+    test.is(at(6, b""), Progress::Allowed { settled: false });
+    test.dropped(at(6, b"g"), Reason::Conflict);
+    test.is(of_server(1, FIRST.wrapping_add(7)), Progress::NoData);
+    test.is(at(7, b""), Progress::Allowed { settled: true });
+    // An end without a byte before it.
+    let mut test = Test::both_directions();
+    test.is(fin(0, b""), Progress::Bytes(Prefix { bytes: b"", full: false, ended: true }));
+    test.decide(1, Decision::Allow);
+    test.is(of_server(1, FIRST), Progress::NoData);
+    test.dropped(at(0, b"a"), Reason::Conflict);
+}
+
+#[test]
 fn bytes_that_are_not_stored_are_reported() {
     let mut test = Test::one_direction();
     let stream = b"0123456789abcdefXYZ";
@@ -456,4 +491,72 @@ fn the_memory_of_the_defaults_is_what_the_documentation_says() {
         Connections::most_memory(&limits)
     );
     assert!((400..600).contains(&(table / limits.connections)), "{table}");
+}
+
+/// The records of a HelloRetryRequest, and of a ServerHello.
+fn answers() -> [Vec<u8>; 2] {
+    [true, false].map(|retry| {
+        let mut answer = vec![22, 3, 3, 0, 88, 2, 0, 0, 84, 3, 3];
+        answer.resize(99, 0);
+        if retry {
+            let random = (11..tls::RETRY_REQUEST)
+                .map(|at| (0..=255).find(|byte| tls::in_retry_request(at, *byte) == Some(true)).unwrap());
+            answer.splice(11..tls::RETRY_REQUEST, random);
+        }
+        answer
+    })
+}
+
+#[test]
+fn the_second_hello_is_judged_if_the_server_has_asked_for_it() {
+    let [retry, other] = answers();
+    let hello = |name: &str| test_messages::records(&test_messages::client_hello(name), 1000);
+    let (good, bad) = (hello("good.example"), hello("bad.example"));
+    let at_second = good.len() as u32;
+    // The server's answer in one segment, in many, and the client that does not wait for it.
+    for (length, waits) in [(1000, true), (1, true), (30, true), (7, true), (1000, false)] {
+        for (answer, name, expected) in [
+            (&retry, &bad, Hint::Denied),
+            (&retry, &good, Hint::Allowed { settled: false }),
+            (&other, &bad, Hint::Allowed { settled: true }),
+        ] {
+            let mut names = ServerNames::new(Limits::default().both_directions(true));
+            let now = Instant::now();
+            let mut push = |segment: Segment<'_>| {
+                names.push_segment(now, &segment, |_, seen| {
+                    let bad = seen.name().is_some_and(|name| name.is_in("bad.example"));
+                    if bad || seen.is_doubtful() { Decision::Deny } else { Decision::Allow }
+                })
+            };
+            push(syn(1, SYN));
+            push(syn_ack(1, FIRST));
+            if length == 7 {
+                // Both hellos in one segment, which the client sends again.
+                let both = [&good[..], name].concat();
+                assert_eq!(push(at(0, &both)), Hint::Drop(Reason::Gap));
+                let expected = if name == &bad { Hint::Denied } else { Hint::Allowed { settled: false } };
+                assert_eq!(push(at(0, &both)), expected);
+                continue;
+            }
+            assert_eq!(push(at(0, &good)), Hint::Allowed { settled: false });
+            if !waits {
+                let expected = if name == &bad { Hint::Denied } else { Hint::Allowed { settled: false } };
+                assert_eq!(push(at(at_second, name)), expected);
+                continue;
+            }
+            let acknowledged = FIRST.wrapping_add(at_second);
+            for (number, piece) in answer.chunks(length).enumerate() {
+                let sequence = SERVER.wrapping_add((number * length) as u32);
+                push(Segment { sequence, payload: piece, ..of_server(1, acknowledged) });
+            }
+            push(Segment { sequence: SERVER.wrapping_add(99), ..of_server(1, acknowledged) });
+            let change = [20, 3, 3, 0, 1, 1];
+            let second = [&change[..], name].concat();
+            let (first_part, second_part) = second.split_at(20);
+            let client = |offset, payload| Segment { acknowledgment: SERVER + 99, ..at(offset, payload) };
+            let hint = push(client(at_second, first_part));
+            assert_eq!(hint, if answer == &retry { Hint::Undecided } else { expected });
+            assert_eq!(push(client(at_second + 20, second_part)), expected);
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The table of QUIC clients.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
 use super::{
     crypto::{Crypto, Refused},
@@ -41,6 +41,9 @@ use crate::{
 pub struct QuicNames {
     limits: Limits,
     table: Table<Connection, Client>,
+    /// The entry that a stream's connection ID belongs to. Servers know connections by their IDs,
+    /// also if a part of the hello comes from another port, or to another address of the server.
+    owners: HashMap<Id, u32>,
     /// What the entries have allocated.
     bytes: usize,
     stats: Stats,
@@ -52,15 +55,31 @@ struct Client {
     streams: Vec<Stream>,
 }
 
+/// A connection ID, and its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Id([u8; LONGEST_ID], u8);
+
+impl Id {
+    fn new(bytes: &[u8]) -> Self {
+        let mut id = [0; LONGEST_ID];
+        id[..bytes.len()].copy_from_slice(bytes);
+        Self(id, bytes.len() as u8)
+    }
+}
+
 /// The stream of an attempt to connect.
 #[derive(Debug)]
 struct Stream {
     /// The Destination Connection ID of its first packet, from which its keys follow.
-    id: [u8; LONGEST_ID],
-    id_len: u8,
+    id: Id,
     since: Instant,
     crypto: Crypto,
     largest: Option<u64>,
+    /// How many bytes the hellos have that were allowed. After a HelloRetryRequest there is a
+    /// second one, whose name some servers take: OpenSSL, GnuTLS.
+    judged: usize,
+    /// Something was allowed that cannot be read. What follows is not read either.
+    unread: bool,
     /// `None`: undecided.
     decision: Option<Decision>,
 }
@@ -73,7 +92,13 @@ impl QuicNames {
     pub fn new(limits: Limits) -> Self {
         let bytes_per_connection = limits.bytes_per_connection.clamp(1, MOST_BYTES);
         let limits = Limits { bytes_per_connection, ..limits };
-        Self { limits, table: Table::new(limits.connections), bytes: 0, stats: Stats::default() }
+        Self {
+            limits,
+            table: Table::new(limits.connections),
+            owners: HashMap::new(),
+            bytes: 0,
+            stats: Stats::default(),
+        }
     }
 
     /// What to do with a packet of a client, which begins with its IP header.
@@ -168,16 +193,27 @@ impl QuicNames {
                 None => return Hint::Drop(Reason::Unreadable),
             }
         };
+        let id = Id::new(packet.connection_id);
+        // The server may put together what came from both.
+        if stream.is_none() && self.owners.contains_key(&id) {
+            return Hint::Drop(Reason::OtherStart);
+        }
         let number = known.unwrap_or_else(|| self.begin(connection, now));
         let (lifetime, most) = (self.limits.lifetime, self.limits.bytes_per_connection);
         let client = self.table.entry(number);
         let before = client.memory();
         let index = match stream {
             Some(index) => index,
-            None => match client.begin(packet.connection_id, now, lifetime) {
-                Some(index) => index,
-                None => return Hint::Drop(Reason::OtherStart),
-            },
+            None => {
+                if let Some(old) = client.make_space(now, lifetime) {
+                    self.owners.remove(&old);
+                }
+                if client.streams.len() == MOST_STREAMS {
+                    return Hint::Drop(Reason::OtherStart);
+                }
+                self.owners.insert(id, number);
+                client.begin(id, now)
+            }
         };
         let hint = client.streams[index].add(&opened, most, |seen| decide(connection, seen));
         self.bytes = self.bytes - before + client.memory();
@@ -209,6 +245,9 @@ impl QuicNames {
     fn remove(&mut self, number: u32, counter: fn(&mut Stats) -> &mut u64) {
         let Some(client) = self.table.remove(number) else { return };
         self.bytes -= client.memory();
+        for stream in &client.streams {
+            self.owners.remove(&stream.id);
+        }
         if client.streams.iter().any(|stream| stream.decision.is_none()) {
             *counter(&mut self.stats) += 1;
         }
@@ -232,64 +271,90 @@ fn open(streams: &[Stream], packet: &Initial<'_>) -> Option<(Opened, Option<usiz
 
 impl Client {
     fn memory(&self) -> usize {
-        let streams = self.streams.capacity() * size_of::<Stream>();
+        // A hash table has up to four places for an entry, and a byte of control for each.
+        let owners = self.streams.len() * 4 * (size_of::<(Id, u32)>() + 1);
+        let streams = self.streams.capacity() * size_of::<Stream>() + owners;
         streams + self.streams.iter().map(|stream| stream.crypto.memory()).sum::<usize>()
     }
 
-    /// Adds a stream. `None`: there are too many.
-    fn begin(&mut self, id: &[u8], now: Instant, lifetime: std::time::Duration) -> Option<usize> {
-        if self.streams.len() == MOST_STREAMS {
-            let is_old = |stream: &Stream| now.saturating_duration_since(stream.since) >= lifetime;
-            let old = self.streams.iter().position(is_old)?;
-            self.streams.remove(old);
+    /// Removes a stream that is old, if there are too many.
+    fn make_space(&mut self, now: Instant, lifetime: std::time::Duration) -> Option<Id> {
+        if self.streams.len() < MOST_STREAMS {
+            return None;
         }
-        let mut stream = Stream {
-            id: [0; LONGEST_ID],
-            id_len: id.len() as u8,
+        let is_old = |stream: &Stream| now.saturating_duration_since(stream.since) >= lifetime;
+        let old = self.streams.iter().position(is_old)?;
+        Some(self.streams.remove(old).id)
+    }
+
+    /// Adds a stream. There must be space.
+    fn begin(&mut self, id: Id, now: Instant) -> usize {
+        self.streams.push(Stream {
+            id,
             since: now,
             crypto: Crypto::default(),
             largest: None,
+            judged: 0,
+            unread: false,
             decision: None,
-        };
-        stream.id[..id.len()].copy_from_slice(id);
-        self.streams.push(stream);
-        Some(self.streams.len() - 1)
+        });
+        self.streams.len() - 1
     }
 }
 
 impl Stream {
     fn id(&self) -> &[u8] {
-        &self.id[..usize::from(self.id_len)]
+        &self.id.0[..usize::from(self.id.1)]
     }
 
-    fn add(&mut self, opened: &Opened, most: usize, decide: impl FnOnce(&Seen) -> Decision) -> Hint {
+    fn add(&mut self, opened: &Opened, most: usize, mut decide: impl FnMut(&Seen) -> Decision) -> Hint {
         self.largest = self.largest.max(Some(opened.number));
         if self.decision == Some(Decision::Deny) {
             return Hint::Denied;
         }
-        let allowed = self.decision.is_some();
         let mut added = Ok(());
         let read = crypto_frames(&opened.frames, |offset, piece| {
             if added.is_ok() {
-                added = if allowed { self.crypto.check(offset, piece) } else { self.crypto.add(offset, piece, most) };
+                added =
+                    if self.unread { self.crypto.check(offset, piece) } else { self.crypto.add(offset, piece, most) };
             }
         });
-        let seen = match (read, added) {
+        match (read, added) {
             (None, _) => return Hint::Drop(Reason::Unreadable),
             (_, Err(Refused::Drop(reason))) => return Hint::Drop(reason),
-            _ if allowed => return Hint::Allowed { settled: false },
-            (_, Err(Refused::TooLong)) => Seen::TooLong,
-            (_, Ok(())) => match tls::client_hello(self.crypto.prefix()) {
+            (_, Err(Refused::TooLong)) => return self.decide(&Seen::TooLong, decide),
+            (_, Ok(())) if self.unread => return Hint::Allowed { settled: false },
+            (_, Ok(())) => {}
+        }
+        // An Initial packet of a client has nothing but hellos.
+        loop {
+            let rest = &self.crypto.prefix()[self.judged..];
+            let seen = match tls::client_hello(rest) {
+                Parsed::NeedMore if rest.is_empty() && self.decision.is_some() => break,
                 Parsed::NeedMore => return Hint::Undecided,
-                Parsed::Found(hello) => Seen::Quic(hello),
+                Parsed::Found(hello) => {
+                    self.judged += tls::length(rest);
+                    Seen::Quic(hello)
+                }
                 Parsed::Unreadable(fault) => Seen::Unreadable(fault),
                 Parsed::OtherProtocol => Seen::Other,
-            },
-        };
-        let decision = decide(&seen);
+            };
+            let hint = self.decide(&seen, &mut decide);
+            if self.unread || hint == Hint::Denied {
+                return hint;
+            }
+        }
+        Hint::Allowed { settled: false }
+    }
+
+    fn decide(&mut self, seen: &Seen, mut decide: impl FnMut(&Seen) -> Decision) -> Hint {
+        let decision = decide(seen);
         self.decision = Some(decision);
         match decision {
-            Decision::Allow => Hint::Allowed { settled: false },
+            Decision::Allow => {
+                self.unread = !matches!(seen, Seen::Quic(_));
+                Hint::Allowed { settled: false }
+            }
             Decision::Deny => {
                 self.crypto = Crypto::default();
                 Hint::Denied

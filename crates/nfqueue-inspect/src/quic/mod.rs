@@ -9,12 +9,17 @@
 //! own. That is also what a Retry needs. A packet that can be opened with the keys of two is
 //! dropped.
 //!
+//! Servers find a connection by its ID. So an ID has one pair of ports: while it is remembered, a
+//! packet from another port with that ID is dropped. After a HelloRetryRequest the stream has a
+//! second hello, which is judged as well.
+//!
 //! What it does not do:
 //!
 //! - One client may have many QUIC connections on one pair of ports. After the first is allowed,
 //!   the others must still be judged: do not let the flow leave the queue.
 //! - Datagrams must be single ones. Bind the queue without GSO, or divide what the kernel has put
 //!   together.
+//! - More than sixteen connections begun on one pair of ports within the lifetime are dropped.
 //! - Initial packets of other versions are dropped. Clients then use version 1, or TCP.
 //! - A connection that migrates has other addresses, and is unknown. So is one whose first packets
 //!   were sent before the program began.

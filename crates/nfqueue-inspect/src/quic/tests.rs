@@ -48,7 +48,11 @@ impl Test {
     }
 
     fn push(&mut self, payload: &[u8]) -> Hint {
-        let [source, destination] = ["[2001:db8::1]:1000", "[2001:db8::2]:443"].map(|text| text.parse().unwrap());
+        self.push_between("[2001:db8::1]:1000", "[2001:db8::2]:443", payload)
+    }
+
+    fn push_between(&mut self, source: &str, destination: &str, payload: &[u8]) -> Hint {
+        let [source, destination] = [source, destination].map(|text| text.parse().unwrap());
         let datagram = Datagram { source, destination, payload };
         self.names.push_datagram(self.now, &datagram, |connection, seen| {
             assert_eq!(*connection, Connection { client: source, server: destination });
@@ -198,4 +202,46 @@ fn long_headers_of_both_versions_are_told_apart() {
     let kinds = |version| [0xc0, 0xd0, 0xe0, 0xf0].map(|first| kind(first, version));
     assert_eq!(kinds(1), ['i', 'o', 'o', '-']);
     assert_eq!(kinds(0x6b33_43cf), ['-', 'i', 'o', 'o']);
+}
+
+#[test]
+fn the_parts_of_a_hello_cannot_come_from_two_ports_or_to_two_addresses() {
+    let ends = [("192.0.2.1:1000", "192.0.2.7:443"), ("192.0.2.1:1001", "192.0.2.7:443"), ("[::1]:1000", "[::7]:443")];
+    let hello = client_hello("bad.example");
+    let (first, second) = hello.split_at(hello.len() - 15);
+    let parts = [crypto(0, first), crypto(first.len(), second)];
+    for (part, other) in [(0, 1), (1, 0)] {
+        let mut test = Test::new();
+        let (source, destination) = ends[0];
+        let packet = |part: usize| initial(Version::V1, ID, ID, part as u8, &parts[part]);
+        assert_eq!(test.push_between(source, destination, &packet(part)), Hint::Undecided);
+        for (source, destination) in &ends[1..] {
+            let hint = test.push_between(source, destination, &packet(other));
+            assert_eq!(hint, Hint::Drop(Reason::OtherStart));
+        }
+        assert_eq!(test.push_between(source, destination, &packet(other)), Hint::Denied);
+        // When the first is forgotten, another one may have its ID.
+        test.now += Limits::default().lifetime;
+        let (source, destination) = ends[1];
+        assert_eq!(test.push_between(source, destination, &packet(part)), Hint::Undecided);
+    }
+}
+
+#[test]
+fn the_second_hello_of_a_client_is_judged_as_well() {
+    let (good, bad) = (client_hello("good.example"), client_hello("bad.example"));
+    let packet = |number: u8, at: usize, piece: &[u8]| initial(Version::V1, ID, ID, number, &crypto(at, piece));
+    let mut test = Test::new();
+    assert_eq!(test.push(&packet(0, 0, &good)), ALLOWED);
+    assert_eq!(test.push(&packet(1, good.len(), &good)), ALLOWED);
+    // In two parts, the second part first.
+    let at = 2 * good.len();
+    assert_eq!(test.push(&packet(2, at + 20, &bad[20..])), ALLOWED);
+    assert_eq!(test.push(&packet(3, at, &bad[..9])), Hint::Undecided);
+    assert_eq!(test.push(&packet(4, at + 9, &bad[9..20])), Hint::Denied);
+    assert_eq!(test.names(), ["good.example", "good.example", "bad.example"]);
+    assert_eq!(test.push(&packet(5, 0, &good)), Hint::Denied);
+    // Both in one packet.
+    let mut test = Test::new();
+    assert_eq!(test.push(&packet(0, 0, &[good, bad].concat())), Hint::Denied);
 }
