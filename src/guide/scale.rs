@@ -2,7 +2,8 @@
 //! from where on a queue is the wrong tool.
 //!
 //! The figures are of one host: AMD EPYC, 2 cores, Linux 6.18, sender and receiver on the same
-//! cores. Measure on yours: the last section says how.
+//! cores; those of the tests were measured without optimisation, beside other work. Measure on
+//! yours: the last section says how.
 //!
 //! # Packets that come to a queue
 //!
@@ -24,9 +25,10 @@
 //!
 //! The formula is for cores that are busy. When they are not, a packet takes more CPU time, because
 //! it is received and decided alone, and there is enough of it. With more cores than these two it
-//! is not measured: the packets of different numbers share no lock of this crate, so it holds as
-//! long as the [hash spreads them](super::one_queue_a_core) and the kernel's own locks do not meet.
-//! A super-packet of up to 64 KiB counts as one: see [`gso`](crate::QueueBuilder::gso).
+//! is not measured: the packets of different numbers share no lock of this crate but the timer's,
+//! so it holds as long as the [hash spreads them](super::one_queue_a_core) and the kernel's own
+//! locks do not meet. A super-packet of up to 64 KiB counts as one: see
+//! [`gso`](crate::QueueBuilder::gso).
 //!
 //! # Queues
 //!
@@ -59,11 +61,11 @@
 //! ```
 //!
 //! [Memory and descriptors](super#memory-and-descriptors) has the sizes of the buffers, and what
-//! the kernel keeps besides. The kernel holds 65 536 packets in a queue at most, whatever
-//! [`max_len`](crate::QueueBuilder::max_len) says; then it drops, or
-//! [accepts](crate::QueueBuilder::fail_open). While one packet is held, verdicts for later ones are
-//! sent one by one and not as a batch: they cost a few tenths of a microsecond more (R: one batch
-//! and packed singles, 4.9 and 5.5 µs).
+//! the kernel keeps besides. Kernels that find packets by a hash (6.12.117, 6.18, 7.2; not 6.1)
+//! hold 65 536 packets in a queue at most, whatever [`max_len`](crate::QueueBuilder::max_len) says;
+//! then they drop, or [accept](crate::QueueBuilder::fail_open). While one packet is held, verdicts
+//! for later ones are sent one by one and not as a batch: a packet costs about 0.6 µs more (R: one
+//! batch and packed singles, 4.9 and 5.5 µs).
 //!
 //! ```text
 //! held = packets a second × seconds that a decision takes
@@ -77,7 +79,7 @@
 //! | measured | figure | source |
 //! |---|---|---|
 //! | connections decided by their first packet | 84 000 a second | R: many decided flows |
-//! | memory of the process for a million of them | 0.8 MB more than for 10 000: none for each | `the_memory_of_the_process_does_not_grow_with_the_connections` |
+//! | memory of the process for a million of them | 0.1 to 0.8 MB more than for 10 000, so none for each | `the_memory_of_the_process_does_not_grow_with_the_connections` |
 //! | to forget a million | 4.2 s, in a thread of its own | R: many decided flows |
 //! | UDP datagrams in super-packets, first packet decides; no queue | 8.9; 12.3 million a second | R: decided flows |
 //!

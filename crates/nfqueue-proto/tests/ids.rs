@@ -137,8 +137,8 @@ impl Kernel {
 
     /// Executes a datagram of verdicts without attachments.
     fn execute(&mut self, datagram: &[u8]) {
-        let (messages, rest) = datagram.as_chunks::<32>();
-        assert_eq!(rest, [] as [u8; 0]);
+        let messages = datagram.chunks_exact(32);
+        assert!(messages.remainder().is_empty());
         for message in messages {
             assert_eq!(message[..4], 32_u32.to_ne_bytes());
             let word = |at: usize| u32::from_be_bytes(message[at..at + 4].try_into().expect("four bytes"));
@@ -213,7 +213,7 @@ impl World {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        ((self.random >> 32) * u64::from(below) >> 32) as u32
+        (((self.random >> 32) * u64::from(below)) >> 32) as u32
     }
 
     /// As `Shared::perform` does it.
