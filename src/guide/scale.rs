@@ -40,7 +40,7 @@
 //!
 //! ```text
 //! descriptors = 2 × numbers + 3          (RLIMIT_NOFILE)
-//! memory      = numbers × (53 KB + max_len × a packet's memory), of which the second part is a limit
+//! memory      = numbers × (53 KB + packets held × a packet's memory)
 //! ```
 //!
 //! There are 65 536 numbers. More than cores are no gain in speed; they separate kinds of traffic.

@@ -89,9 +89,9 @@ pub(crate) enum Received {
 /// The result of receiving up to two datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Few {
-    /// One datagram is in the buffer, or two. `emptied`: there are no others now. The kernel returns
-    /// fewer than it was asked for if the socket is empty, and keeps any error for the next call
-    /// (`do_recvmmsg`).
+    /// One datagram is in the buffer, or two. `emptied`: there are no others now. The kernel
+    /// returns fewer than it was asked for if the socket is empty, and keeps any error for the next
+    /// call (`do_recvmmsg`).
     Datagrams { two: bool, emptied: bool },
     /// There is no datagram now.
     Empty,

@@ -171,7 +171,7 @@ fn conntrack(name: &str) -> u64 {
 async fn connections() {
     /// The connections that are decided before their second packets are sent.
     const PORTION: u32 = 10_000;
-    /// With the 64 that `send_all` may add, they fit in the receive buffer that an ordinary user has.
+    /// With the 64 that `send_all` may add, they fit in the receive buffer of an ordinary user.
     const WINDOW: u64 = 128;
     /// Of the process, whatever the number of the connections.
     const SLACK: u64 = 8 << 20;

@@ -91,8 +91,8 @@ struct Sending<'a> {
 
 impl SendLock {
     fn try_lock(&self) -> Option<Sending<'_>> {
-        // As the mutex of the standard library. (Loom does not order a `swap` that finds the lock taken
-        // before the release that follows.)
+        // As the mutex of the standard library. (Loom does not order a `swap` that finds the lock
+        // taken before the release that follows.)
         self.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).ok()?;
         Some(Sending { lock: self, outbox: self.outbox.try_lock().expect("the lock is not taken") })
     }

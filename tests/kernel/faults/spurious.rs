@@ -140,7 +140,8 @@ async fn events() {
     traffic.send([8]);
     accept(&mut liar.queue, &traffic, 4..9).await;
 
-    // Until a confirmation: reading the kernel's reply also reads the packets, and wakes the stream.
+    // Until a confirmation: reading the kernel's reply also reads the packets, and wakes the
+    // stream.
     traffic.send([9]);
     let held = take(&mut liar.queue, 1).await.remove(0);
     liar.hide(&traffic, 10..13, 1, 4).await;
