@@ -129,11 +129,12 @@
 //! | floods of what is to be dropped | nothing of it | XDP, or the network card: a packet that nf_tables drops has already cost what receiving it costs |
 //!
 //! From the third row on the queue is not what limits: 100 000 new connections a second, each
-//! decided by its first packet, are a quarter of a core for the queue. The entries of connection tracking
-//! are: each costs the kernel memory and time, whether or not a queue exists. Where that is too
-//! much, the decision itself belongs in XDP or in the card, and this crate beside it: it decides
-//! what the program there sends on, and the program there drops what this crate has denied. Neither
-//! is part of this crate. The last three rows are not measured here: two cores do not send so much.
+//! decided by its first packet, are a quarter of a core for the queue. The entries of connection
+//! tracking are: each costs the kernel memory and time, whether or not a queue exists. Where that
+//! is too much, the decision itself belongs in XDP or in the card, and this crate beside it: it
+//! decides what the program there sends on, and the program there drops what this crate has denied.
+//! Neither is part of this crate. The last three rows are not measured here: two cores do not send
+//! so much.
 //!
 //! # Measure
 //!
