@@ -11,6 +11,7 @@
 //! | reply to packets | [`replies`] |
 //! | not to filter one's own traffic | `own_traffic` |
 //! | use all cores | `one_queue_a_core` |
+//! | know what many queues, connections, rules and packets cost | `scale` |
 //! | have a web service beside the filter | [`web`] |
 //! | export metrics | `metrics` |
 //! | test a policy | `testing` |
@@ -208,6 +209,8 @@ pub mod replies;
 pub mod restarting;
 #[cfg(all(feature = "divert", feature = "edit"))]
 pub mod rewriting;
+#[cfg(feature = "divert")]
+pub mod scale;
 pub mod service;
 pub mod slow_judge;
 #[cfg(feature = "divert")]

@@ -79,7 +79,7 @@
 //! | fail open, or fail closed | `DivertBuilder::fail_closed`, [`QueueBuilder::fail_open`] when overloaded |
 //! | export metrics | `metrics::QueueMetrics` |
 //! | watch a queue | [`VerdictSink::stats`], also how long packets waited ([`Stats::waited`]), [`kernel_stats`](VerdictSink::kernel_stats), [`advice`](VerdictSink::advice), [`refusals`](VerdictSink::refusals); events of `tracing` in [`guide`](guide#tracing) |
-//! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`] |
+//! | limit latency or cost | [`FlushPolicy`], [`QueueBuilder::copy_range`], [`QueueBuilder::busy_poll`]; `guide::scale` |
 //! | change settings while it runs | [`VerdictSink::reconfigure`], `Divert::replace_rules` |
 //! | use another network namespace, or another event loop | [`QueueBuilder::namespace`]; [`PacketStream::try_recv`], [`PacketStream::readable_fd`] |
 //! | run it as a service, or in a container; know what a kernel lacks | [`guide::service`], `guide::containers`, [`guide`]; [`guide::kernels`] |

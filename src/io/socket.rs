@@ -78,7 +78,9 @@ pub(crate) struct Socket {
 pub(crate) enum Received {
     /// A datagram is in the buffer, or only its beginning if it was longer than the buffer.
     Datagram,
-    /// There is no datagram now.
+    /// There is no datagram now: the kernel returns EAGAIN only after it has found the socket empty
+    /// under the lock of its queue, and each later datagram is an event for the runtime
+    /// (`__skb_try_recv_datagram`, `netlink_sendskb`).
     Empty,
     /// The receive buffer had overflowed.
     Overrun,
@@ -87,7 +89,9 @@ pub(crate) enum Received {
 /// The result of receiving up to two datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Few {
-    /// One datagram is in the buffer, or two. `emptied`: there are no others now.
+    /// One datagram is in the buffer, or two. `emptied`: there are no others now. The kernel
+    /// returns fewer than it was asked for if the socket is empty, and keeps any error for the next
+    /// call (`do_recvmmsg`).
     Datagrams { two: bool, emptied: bool },
     /// There is no datagram now.
     Empty,

@@ -47,6 +47,7 @@ mod promises;
 mod reconfigure;
 mod replacement;
 mod rules;
+mod scale;
 mod serve;
 mod simulated;
 mod statistics;
@@ -106,6 +107,7 @@ const MODULES: &[fn() -> Vec<Trial>] = &[
     examples::web::tests,
     cookbook::tests,
     faults::tests,
+    scale::tests,
     // These keep the CPUs busy, which would delay other tests with short deadlines.
     histories::tests,
 ];

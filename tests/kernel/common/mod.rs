@@ -324,7 +324,7 @@ pub fn replaces_bridge_payloads() -> bool {
     kernel_release() < (7, 2) && replaces_payloads()
 }
 
-fn in_the_initial_user_namespace() -> bool {
+pub fn in_the_initial_user_namespace() -> bool {
     // PROC_USER_INIT_INO, 0xeffffffd
     let link = fs::read_link("/proc/self/ns/user").expect("the user namespace");
     link.as_os_str() == "user:[4026531837]"

@@ -30,6 +30,8 @@
 //! | send buffer full, and every errno of a send, in the simulated kernel | `every_errno_of_a_send_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each, after 1 and 5 failures in a row, those of a lack of memory also 40 | each by its verdict if the queue continues | 0 | 0 if the queue continues | 2, 6 |
 //! | a send buffer that is too small | `promises::a_datagram_longer_than_the_send_buffer_is_split` | | | | 0 | 6 |
 //! | every errno of a receive, in the simulated kernel | `every_errno_of_a_receive_ends_the_queue_with_a_reason_or_costs_nothing` | 40 each | each by its verdict if the queue continues | 0 | 0 if the queue continues | 2, 6 |
+//! | EAGAIN from a receive while packets wait, on the real kernel | `spurious::packets_behind_a_false_eagain_wait_at_most_for_the_next_event` | 17 | 17 | 0 | 0 | 1 |
+//! | the same, and no later packet, with a deadline | `packets_behind_a_false_eagain_are_decided_by_their_deadline`, `with_a_deadline_the_timer_hands_over_packets_behind_a_false_eagain` | 3 each | 3 each | 0 | 0 | 1 |
 //! | slow reader | `overload::packets_lost_to_a_full_receive_buffer_are_counted`, `overload::losses_between_reads_are_counted_exactly` | 1010, 2001 | each by its verdict | 0 | as the kernel counts | 5 |
 //! | 10 000 clones of a sink | `ten_thousand_clones_of_a_sink_lose_no_packet` | 5000 | each by its verdict | 0 | 0 | 1, 2, 9 |
 //! | 1000 queues | `a_thousand_queues_in_one_process_lose_no_packet` | 1000 | 1000 | 0 | 0 | 1 |
@@ -68,6 +70,7 @@ mod network;
 mod proc;
 pub(crate) mod process;
 mod seccomp;
+mod spurious;
 mod stopped;
 mod wakes;
 
@@ -79,6 +82,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         stopped::tests,
         forked::tests,
         seccomp::tests,
+        spurious::tests,
         wakes::tests,
         proc::tests,
         network::tests,

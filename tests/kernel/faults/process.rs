@@ -16,8 +16,8 @@ use nix::{
 };
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
-use super::{forked, limits, network, proc, seccomp, wakes};
-use crate::{own_rules, support};
+use super::{forked, limits, network, proc, seccomp, spurious, wakes};
+use crate::{own_rules, scale, support};
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
 /// Of packets that a process holds.
@@ -120,7 +120,7 @@ impl Drop for Process {
 ///
 /// # Panics
 /// When the process fails.
-pub(super) fn in_a_process(mode: &str) -> String {
+pub(crate) fn in_a_process(mode: &str) -> String {
     let output = Command::new(std::env::current_exe().unwrap())
         .env(CHILD, mode)
         .stdin(Stdio::null())
@@ -152,7 +152,9 @@ pub(super) fn child() -> Option<ExitCode> {
         "daemon" => forked::daemon(),
         "heir" => forked::heir(),
         mode if mode.starts_with(seccomp::MODE) => seccomp::child(mode),
+        mode if mode.starts_with(spurious::MODE) => spurious::child(mode),
         mode if mode.starts_with(wakes::MODE) => wakes::child(mode),
+        mode if mode.starts_with(scale::MODE) => scale::child(mode),
         mode if mode.starts_with(own_rules::MODE) => own_rules::child(mode),
         "proc" => proc::hidden(),
         "proc, no capability" => proc::without_capability(),

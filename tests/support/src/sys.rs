@@ -3,7 +3,9 @@
 use std::{
     io,
     net::UdpSocket,
-    os::fd::{AsFd, AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    sync::mpsc::sync_channel,
+    thread,
 };
 
 use nix::libc;
@@ -98,6 +100,67 @@ pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
     let refused = unsafe { libc::syscall(call, -1, 0, 0, 0, 0) } < 0;
     assert!(refused && io::Error::last_os_error().raw_os_error() == Some(errno), "the filter works");
     Ok(())
+}
+
+/// Asks `answer` before each of these system calls on a descriptor, in this thread and in those
+/// that it starts from now on, by a seccomp filter: whether the call fails with an error number, or
+/// is executed. `answer` runs in a thread of its own, until the process ends.
+pub fn answer_calls(
+    calls: [libc::c_long; 2],
+    descriptor: RawFd,
+    mut answer: impl FnMut() -> Option<libc::c_int> + Send + 'static,
+) -> io::Result<()> {
+    let (tell, told) = sync_channel::<OwnedFd>(1);
+    // Started before the filter exists, and so outside of it.
+    thread::spawn(move || {
+        let Ok(listener) = told.recv() else { return };
+        loop {
+            // SAFETY: both are plain data, for which zeros are valid; the kernel wants zeros.
+            let (mut call, mut reply): (libc::seccomp_notif, libc::seccomp_notif_resp) = unsafe { std::mem::zeroed() };
+            // SAFETY: the descriptor is open, and `call` is what this command writes.
+            if unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut call) } < 0 {
+                match io::Error::last_os_error().kind() {
+                    // The thread that called was interrupted by a signal.
+                    io::ErrorKind::Interrupted | io::ErrorKind::NotFound => continue,
+                    _ => return,
+                }
+            }
+            reply.id = call.id;
+            match answer() {
+                Some(errno) => reply.error = -errno,
+                None => reply.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+            }
+            // SAFETY: as above; this command reads `reply`. It fails if the caller was interrupted.
+            unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut reply) };
+        }
+    });
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let equal =
+        |k: u32, jt, jf| libc::sock_filter { jt, jf, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k) };
+    // The first argument is at byte 16 of `seccomp_data`; of its two words, this is the lower one.
+    let argument = if cfg!(target_endian = "big") { 20 } else { 16 };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        equal(calls[0] as u32, 1, 0),
+        equal(calls[1] as u32, 0, 3),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, argument),
+        equal(descriptor.cast_unsigned(), 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER);
+    // SAFETY: these two read the numbers, and a program whose filter exists and has that length.
+    let listener = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program)
+    };
+    if listener < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for the caller.
+    let listener = unsafe { OwnedFd::from_raw_fd(listener as RawFd) };
+    tell.send(listener).map_err(|_| io::ErrorKind::BrokenPipe.into())
 }
 
 /// As a daemon does: a child by `fork` continues, and the process itself ends.

@@ -50,9 +50,9 @@ struct Waits {
 /// A longer delay of a custom policy is shortened to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 /// If verdicts wait more often than this in the time in which the timer would fire once, it is not
-/// set for each. To set and to clear it takes 0.6 µs where another timer of the processor is nearer,
-/// and 3.8 µs in a virtual machine where none is, because the hypervisor sets the processor's timer;
-/// an event takes 3 to 6 µs.
+/// set for each. To set and to clear it takes 0.6 µs where another timer of the processor is
+/// nearer, and 3.8 µs in a virtual machine where none is, because the hypervisor sets the
+/// processor's timer; an event takes 3 to 6 µs.
 const MOST_WAITS: u32 = 1;
 
 impl Gathering {
