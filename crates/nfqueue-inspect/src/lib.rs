@@ -110,8 +110,8 @@
 //! - A server that uses SYN cookies accepts the segment that ended a handshake again for some
 //!   minutes, also after the connection has ended. So a client can begin an allowed, settled
 //!   connection anew without a SYN, and without being judged.
-//! - Somebody who can send a SYN to the client in the server's name, from the server's port, makes a
-//!   second connection with the client as the server. If the client's own connection is then
+//! - Somebody who can send a SYN to the client in the server's name, from the server's port, begins
+//!   a second connection, with the client as the server. If the client's own connection is then
 //!   removed from a full table, its segments count as those of a server, and are not judged.
 //! - A table is for one network: addresses that exist twice, in two VRFs or behind two VLANs, need
 //!   two tables.
