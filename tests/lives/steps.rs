@@ -283,7 +283,7 @@ impl Life {
         Ok(new)
     }
 
-    /// Whoever has the queue then: if it is the successor, it ends with it.
+    /// If the successor has the queue by then, the queue ends with it.
     fn kill_some_successor(&mut self) -> Result<(), String> {
         let mut new = self.some_successor()?;
         self.note("the successor is killed");
