@@ -47,6 +47,7 @@ struct Options {
 /// What all threads share.
 #[derive(Debug)]
 struct Soak {
+    begin: Instant,
     end: Instant,
     next: AtomicU64,
     /// The same for lives, which wait for the kernel most of the time: several run at once.
@@ -71,8 +72,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let begin = Instant::now();
     let soak = Arc::new(Soak {
-        end: Instant::now() + options.duration,
+        begin,
+        end: begin + options.duration,
         next: AtomicU64::new(options.seed),
         next_life: AtomicU64::new(options.seed),
         simulated: Mutex::default(),
@@ -97,11 +100,11 @@ fn main() -> ExitCode {
         }
         (true, Err(reason)) => eprintln!("soak: nothing runs against the real kernel: {reason}"),
     }
-    let (begin, mut report) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+    let mut report = begin + Duration::from_secs(60);
     while !threads.iter().all(JoinHandle::is_finished) {
         thread::sleep(Duration::from_millis(50));
         if Instant::now() >= report {
-            soak.print(begin.elapsed());
+            soak.print();
             report += Duration::from_secs(60);
         }
     }
@@ -110,7 +113,7 @@ fn main() -> ExitCode {
             soak.violation("a thread of this program panicked".to_owned());
         }
     }
-    soak.print(begin.elapsed());
+    soak.print();
     let violations = lock(&soak.violations);
     println!("{} violations", violations.len());
     violations.iter().for_each(|violation| println!("{violation}"));
@@ -144,13 +147,16 @@ impl Soak {
         Instant::now() >= self.end || !lock(&self.violations).is_empty()
     }
 
+    /// The histories that run end before the report is complete.
     fn violation(&self, text: String) {
+        let text = format!("after {:.1} s, {text}", self.begin.elapsed().as_secs_f64());
+        eprintln!("{}", text.lines().next().unwrap_or_default());
         lock(&self.violations).push(text);
     }
 
-    fn print(&self, elapsed: Duration) {
+    fn print(&self) {
         let (simulated, real) = (*lock(&self.simulated), *lock(&self.real));
-        println!("{:>6.1} s simulated: {simulated:?}", elapsed.as_secs_f64());
+        println!("{:>6.1} s simulated: {simulated:?}", self.begin.elapsed().as_secs_f64());
         println!("         real kernel: {real:?}");
         println!("         verdicts for connections: {:?}", lock(&self.flows));
         println!("         lives of filters: {:?}", lock(&self.lives));
