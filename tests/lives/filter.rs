@@ -159,7 +159,14 @@ async fn serve(mut queue: Queue, traits: Traits) -> Result<(), Error> {
     if traits.ordered {
         return queue.serve(decide).in_flow_order().await;
     }
+    let mut count = 0_u32;
     while let Some(packet) = queue.recv().await {
+        // Often some packets have been received and not handed out, also when the queue is handed
+        // over.
+        count += 1;
+        if count.is_multiple_of(24) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         let deciding = decide(packet?);
         tokio::spawn(async move {
             if let Some(verdict) = deciding.await {
