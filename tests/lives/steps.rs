@@ -181,9 +181,13 @@ impl Life {
         self.unguard()?;
         let from = self.flood.sent();
         self.note("the filter is stopped");
+        // So that some come between any two steps of the shutdown.
+        self.flood.dense(true);
         self.process().terminate();
         let process = self.process.take().expect("a filter");
-        self.has_ended(process)?;
+        let ended = self.has_ended(process);
+        self.flood.dense(false);
+        ended?;
         let bound: Vec<u16> =
             (0..self.traits.numbers).filter(|number| support::queue_line(*number).is_some()).collect();
         if !bound.is_empty() {

@@ -25,6 +25,7 @@ pub(super) struct Flood {
 struct Shared {
     promise: AtomicU32,
     sent: AtomicU32,
+    dense: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -37,18 +38,27 @@ impl Flood {
             move || {
                 let socket = support::udp((Ipv4Addr::UNSPECIFIED, 0));
                 while !shared.stop.load(SeqCst) {
-                    for port in [Port::Allowed, Port::Forbidden, Port::Rejected] {
+                    let ports: &[Port] = match shared.dense.load(SeqCst) {
+                        true => &[Port::Allowed],
+                        false => &[Port::Allowed, Port::Forbidden, Port::Rejected],
+                    };
+                    for port in ports {
                         let (promise, number) = (shared.promise.load(SeqCst), shared.sent.load(SeqCst));
                         let datagram = [promise.to_be_bytes(), number.to_be_bytes()].concat();
                         // While the interface is down it cannot be sent.
                         let _ = socket.send_to(&datagram, (to, port.number()));
                     }
                     shared.sent.fetch_add(1, SeqCst);
-                    thread::sleep(Duration::from_micros(500));
+                    thread::sleep(Duration::from_micros(if ports.len() == 1 { 20 } else { 500 }));
                 }
             }
         });
         Self { shared, thread: Some(thread) }
+    }
+
+    /// Allowed datagrams alone, one closely behind the other.
+    pub(super) fn dense(&self, on: bool) {
+        self.shared.dense.store(on, SeqCst);
     }
 
     /// The number of the datagram that is sent next, or now.
