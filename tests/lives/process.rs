@@ -4,6 +4,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     process::{Child, ChildStdin, Command, Stdio},
     sync::mpsc,
+    thread::JoinHandle,
 };
 
 use nix::{
@@ -22,6 +23,7 @@ pub(super) struct Process {
     child: Child,
     input: ChildStdin,
     lines: mpsc::Receiver<String>,
+    reader: Option<JoinHandle<()>>,
     said: Vec<String>,
 }
 
@@ -36,13 +38,13 @@ impl Process {
             .expect("start a process");
         let (input, output) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
         let (sender, lines) = mpsc::channel();
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in BufReader::new(output).lines() {
                 let Ok(line) = line else { return };
                 let _ = sender.send(line);
             }
         });
-        Self { number, child, input, lines, said: Vec::new() }
+        Self { number, child, input, lines, reader: Some(reader), said: Vec::new() }
     }
 
     /// The first line that begins so.
@@ -77,9 +79,12 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Whether it has ended, and if so, whether it says that it has succeeded.
+    /// Whether it has ended, and if so, whether it says that it has succeeded. All that it has said
+    /// has then been read.
     pub(super) fn ended(&mut self) -> Option<bool> {
-        self.child.try_wait().expect("wait for a process").map(|status| status.success())
+        let status = self.child.try_wait().expect("wait for a process")?;
+        let _ = self.reader.take().map(JoinHandle::join);
+        Some(status.success())
     }
 }
 

@@ -85,11 +85,6 @@ impl Life {
             said = process.said(line);
             said.is_some() || ended
         });
-        if said.is_none() {
-            // What it said last may have come after its end.
-            thread::sleep(BRIEFLY);
-            said = process.said(line);
-        }
         let lines = process.lines().join(" | ");
         result.map_err(|wrong| format!("{wrong}; it has said: {lines}"))?;
         let said = said.ok_or_else(|| format!("filter {number} ended and has not said {line:?}, but: {lines}"))?;
