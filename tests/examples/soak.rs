@@ -1,6 +1,8 @@
 //! Random histories of the whole crate, for as long as one likes: against a simulated kernel, and
 //! at the same time against the real one, in network namespaces of its own. It changes no rule of
-//! yours. As root or as an ordinary user:
+//! yours. On the real kernel there are three kinds of histories: packets and verdicts, verdicts for
+//! connections, and lives of filters, which are killed, stopped and replaced. As root or as an
+//! ordinary user:
 //! `cargo run --release --example soak -- --minutes 10`
 //!
 //! Prints counts each minute. The exit code is 1 if a promise was broken; the seed is printed.
@@ -20,12 +22,16 @@ use std::{
 mod common;
 #[path = "../kernel/histories/mod.rs"]
 mod histories;
+#[path = "../lives/mod.rs"]
+mod lives;
 #[path = "../histories/settings.rs"]
 mod settings;
 #[path = "../histories/simulated/mod.rs"]
 mod simulated;
 #[path = "../kernel/support/mod.rs"]
 mod support;
+#[path = "../kernel/flows/adversary/walk/mod.rs"]
+mod walk;
 
 const USAGE: &str = "usage: soak [--minutes M] [--seed S] [--only simulated|real]";
 
@@ -41,14 +47,22 @@ struct Options {
 /// What all threads share.
 #[derive(Debug)]
 struct Soak {
+    begin: Instant,
     end: Instant,
     next: AtomicU64,
+    /// The same for lives, which wait for the kernel most of the time: several run at once.
+    next_life: AtomicU64,
     simulated: Mutex<simulated::Totals>,
     real: Mutex<histories::Totals>,
+    flows: Mutex<walk::Totals>,
+    lives: Mutex<lives::Totals>,
     violations: Mutex<Vec<String>>,
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = lives::child() {
+        return code;
+    }
     // In a user namespace first, while there is one thread.
     let entered = support::enter();
     let options = match options() {
@@ -58,11 +72,16 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let begin = Instant::now();
     let soak = Arc::new(Soak {
-        end: Instant::now() + options.duration,
+        begin,
+        end: begin + options.duration,
         next: AtomicU64::new(options.seed),
+        next_life: AtomicU64::new(options.seed),
         simulated: Mutex::default(),
         real: Mutex::default(),
+        flows: Mutex::default(),
+        lives: Mutex::default(),
         violations: Mutex::default(),
     });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
@@ -76,14 +95,16 @@ fn main() -> ExitCode {
     }
     match (options.real, entered) {
         (false, _) => {}
-        (true, Ok(())) => start(run_real, options.seed),
+        (true, Ok(())) => {
+            [run_real, run_flows, run_lives, run_lives].into_iter().for_each(|run| start(run, options.seed))
+        }
         (true, Err(reason)) => eprintln!("soak: nothing runs against the real kernel: {reason}"),
     }
-    let (begin, mut report) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+    let mut report = begin + Duration::from_secs(60);
     while !threads.iter().all(JoinHandle::is_finished) {
         thread::sleep(Duration::from_millis(50));
         if Instant::now() >= report {
-            soak.print(begin.elapsed());
+            soak.print();
             report += Duration::from_secs(60);
         }
     }
@@ -92,7 +113,7 @@ fn main() -> ExitCode {
             soak.violation("a thread of this program panicked".to_owned());
         }
     }
-    soak.print(begin.elapsed());
+    soak.print();
     let violations = lock(&soak.violations);
     println!("{} violations", violations.len());
     violations.iter().for_each(|violation| println!("{violation}"));
@@ -126,14 +147,19 @@ impl Soak {
         Instant::now() >= self.end || !lock(&self.violations).is_empty()
     }
 
+    /// The histories that run end before the report is complete.
     fn violation(&self, text: String) {
+        let text = format!("after {:.1} s, {text}", self.begin.elapsed().as_secs_f64());
+        eprintln!("{}", text.lines().next().unwrap_or_default());
         lock(&self.violations).push(text);
     }
 
-    fn print(&self, elapsed: Duration) {
+    fn print(&self) {
         let (simulated, real) = (*lock(&self.simulated), *lock(&self.real));
-        println!("{:>6.1} s simulated: {simulated:?}", elapsed.as_secs_f64());
+        println!("{:>6.1} s simulated: {simulated:?}", self.begin.elapsed().as_secs_f64());
         println!("         real kernel: {real:?}");
+        println!("         verdicts for connections: {:?}", lock(&self.flows));
+        println!("         lives of filters: {:?}", lock(&self.lives));
     }
 }
 
@@ -157,6 +183,26 @@ fn run_real(soak: &Soak, mut seed: u64) {
             }
         }
         seed += 1;
+    }
+}
+
+fn run_flows(soak: &Soak, mut seed: u64) {
+    while !soak.is_over() {
+        match histories::guarded(&format!("flows {seed}"), move || walk::round(seed)) {
+            Ok(totals) => *lock(&soak.flows) += totals,
+            Err(wrong) => soak.violation(format!("real kernel, verdicts for connections, --seed {seed}: {wrong}")),
+        }
+        seed += 1;
+    }
+}
+
+fn run_lives(soak: &Soak, _: u64) {
+    while !soak.is_over() {
+        let seed = soak.next_life.fetch_add(1, Ordering::Relaxed);
+        match histories::guarded(&format!("lives {seed}"), move || lives::history(seed)) {
+            Ok(totals) => *lock(&soak.lives) += totals,
+            Err(wrong) => soak.violation(format!("real kernel, lives of filters, --seed {seed}: {wrong}")),
+        }
     }
 }
 

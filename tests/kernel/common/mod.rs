@@ -133,6 +133,15 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     soon(what, holds).await;
 }
 
+/// Lets the kernel send as many ICMP errors as there are reasons for.
+pub fn unlimited_icmp_errors() {
+    for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
+        fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
+    }
+    // The limit for all receivers together (`icmp_global_allow`).
+    fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
+}
+
 /// Installs rules.
 pub fn divert(rules: impl IntoIterator<Item = Rule>) -> Divert {
     Divert::builder().rules(rules).install().expect("install rules")

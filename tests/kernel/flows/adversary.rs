@@ -6,14 +6,8 @@
 //! `NFQUEUE_FLOWS_SEED` repeats a random walk.
 
 mod answered;
-mod connection;
-mod model;
-mod nat;
 mod reuse;
-mod segment;
-mod strangers;
 mod walk;
-mod world;
 
 use std::{
     ops::RangeInclusive,
@@ -22,7 +16,6 @@ use std::{
 
 use libtest_mimic::Trial;
 
-use self::walk::Adversary;
 use crate::{common, support};
 
 const SECONDS: &str = "NFQUEUE_FLOWS_SECONDS";
@@ -57,21 +50,10 @@ fn random_walk() {
     let by_clock =
         || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_millis() as u64 % 1_000_000);
     let seed = variable(SEED).unwrap_or_else(by_clock);
-    let mut adversary = Adversary::new(seed);
-    runtime().block_on(adversary.walk(Duration::from_secs(seconds)));
-    let broken = &adversary.broken;
-    eprintln!("adversary, {SEED}={seed}: {:#?}", adversary.totals);
-    if broken.is_empty() {
-        return;
+    match walk::walk(seed, Duration::from_secs(seconds)) {
+        Ok(totals) => eprintln!("adversary, {SEED}={seed}: {totals:#?}"),
+        Err(report) => panic!("{SEED}={seed} breaks promises:\n{report}"),
     }
-    let mut report = String::new();
-    for (promise, (count, _)) in broken {
-        report += &format!("{count:>6} times: {promise}\n");
-    }
-    for (promise, (_, histories)) in broken {
-        report += &format!("\n{promise}:\n{}\n", histories.join("\n\n"));
-    }
-    panic!("{SEED}={seed} breaks promises:\n{report}");
 }
 
 fn variable(name: &str) -> Option<u64> {

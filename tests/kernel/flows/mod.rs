@@ -35,6 +35,7 @@ use tokio_nfqueue::{
     Error, FlowMarks, Hook, Packet, Protocol, Queue, QueueBuilder, Rule, Verdict, divert::DivertBuilder,
 };
 
+pub(crate) use crate::common::unlimited_icmp_errors;
 use crate::{
     common::{bind_now, next, soon},
     support,
@@ -198,15 +199,6 @@ fn sent(mut send: impl FnMut() -> io::Result<usize>) {
             other => panic!("{other:?}"),
         }
     }
-}
-
-/// Lets the kernel send as many ICMP errors as there are reasons for.
-pub(crate) fn unlimited_icmp_errors() {
-    for file in ["ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"] {
-        fs::write(format!("/proc/sys/net/{file}"), "0").unwrap();
-    }
-    // The limit for all receivers together (`icmp_global_allow`).
-    fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
 }
 
 /// Nothing waits in the queue.

@@ -76,10 +76,19 @@ fn variable(name: &str) -> Option<u64> {
 
 /// Runs one history, in its own network namespace.
 pub(crate) fn history(name: &str, profile: Profile, seed: u64) -> Result<Totals, String> {
+    guarded(&format!("{name} {seed}"), move || run::live(Plan::new(profile, seed)))
+}
+
+/// Runs `body` in a thread and a network namespace of its own. A panic is an error, and so is one
+/// that hangs.
+pub(crate) fn guarded<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
     let (alive, ended) = mpsc::channel::<()>();
-    let thread = thread::Builder::new().name(format!("{name} {seed}")).spawn(move || {
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
         let _alive = alive;
-        support::isolated(|| run::live(Plan::new(profile, seed)))
+        support::isolated(body)
     });
     let thread = thread.map_err(|error| error.to_string())?;
     // Nothing is sent: the channel closes when the thread ends for any reason.

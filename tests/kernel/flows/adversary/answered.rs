@@ -9,6 +9,7 @@ use std::{
 
 use tokio_nfqueue::{Hook, Packet, Rule};
 
+use super::walk::segment::{TCP, UDP};
 use crate::{
     common::{PATIENCE, next},
     flows::{LOOPBACKS, bind, confirm, table, unlimited_icmp_errors},
@@ -99,8 +100,7 @@ async fn reject(hooks: &[Hook], client: Client, for_flow: bool) -> io::ErrorKind
 fn is_first(packet: &Packet) -> bool {
     let payload = packet.payload();
     let (protocol, header) = if payload[0] >> 4 == 4 { (payload[9], 20) } else { (payload[6], 40) };
-    matches!(protocol, super::segment::TCP | super::segment::UDP)
-        && payload[header + 2..header + 4] == PORT.to_be_bytes()
+    matches!(protocol, TCP | UDP) && payload[header + 2..header + 4] == PORT.to_be_bytes()
 }
 
 struct Client(Box<dyn FnOnce() -> JoinHandle<io::ErrorKind>>);

@@ -12,6 +12,7 @@ use std::{
 
 use tokio_nfqueue::{Hook, Protocol, Rule};
 
+use super::walk::segment::SYN;
 use crate::{
     common::{PATIENCE, next},
     flows::{bind, table},
@@ -44,7 +45,7 @@ pub(super) async fn every_syn_is_queued(ports: Option<RangeInclusive<u16>>, rate
         let packet = tokio::time::timeout(Duration::from_millis(10), next(&mut queue)).await;
         let Ok(packet) = packet else { continue };
         let segment = &packet.payload()[20..];
-        if segment[13] == super::segment::SYN {
+        if segment[13] == SYN {
             // A SYN that is sent again is the same.
             syns.insert((segment[..2].to_vec(), segment[4..8].to_vec()));
         }

@@ -5,11 +5,9 @@ use std::time::Instant;
 use tokio_nfqueue::{Error, ErrorKind, Hook, Packet, Verdict};
 
 use super::{
-    super::{
-        connection::{Kind, Path},
-        model::{ACCEPTED_LOST, Answer, REFUSED, Violation},
-    },
     Adversary, Waiting,
+    connection::{Kind, Path},
+    model::{ACCEPTED_LOST, Answer, REFUSED, Violation},
 };
 use crate::common::PATIENCE;
 

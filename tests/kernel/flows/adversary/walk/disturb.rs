@@ -2,7 +2,7 @@
 
 use tokio_nfqueue::Rule;
 
-use super::{super::strangers::Stranger, Adversary};
+use super::{Adversary, strangers::Stranger};
 
 impl Adversary {
     /// Another program's table comes or goes.

@@ -1,8 +1,8 @@
 //! What is said about a broken promise.
 
 use super::{
-    super::model::{Time, Violation},
     Adversary,
+    model::{Time, Violation},
 };
 
 /// For how many broken promises of each kind the history is kept.

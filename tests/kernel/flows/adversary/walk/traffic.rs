@@ -5,11 +5,9 @@ use std::{collections::BTreeSet, time::Instant};
 use tokio_nfqueue::TryRecvError;
 
 use super::{
-    super::{
-        connection::{Kind, Path},
-        segment,
-    },
     Adversary, Waiting,
+    connection::{Kind, Path},
+    segment,
 };
 use crate::common::PATIENCE;
 

@@ -4,14 +4,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 pub(super) const ICMP: u8 = 1;
-pub(super) const TCP: u8 = 6;
-pub(super) const UDP: u8 = 17;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
 pub(super) const ICMPV6: u8 = 58;
 /// A protocol that no rule matches, for [`sentinel`] (RFC 3692).
 pub(super) const SENTINEL: u8 = 253;
 
 pub(super) const FIN: u8 = 1;
-pub(super) const SYN: u8 = 2;
+pub(crate) const SYN: u8 = 2;
 pub(super) const RST: u8 = 4;
 pub(super) const PSH: u8 = 8;
 pub(super) const ACK: u8 = 16;

@@ -1,14 +1,21 @@
 //! The adversary: a random walk through everything that may happen to connections and verdicts.
 
+mod connection;
 mod decide;
 mod disturb;
+mod model;
+mod nat;
 mod report;
+pub(crate) mod segment;
+pub(crate) mod strangers;
 mod traffic;
+mod world;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::{Ipv4Addr, SocketAddr},
+    ops::AddAssign,
     time::{Duration, Instant},
 };
 
@@ -16,10 +23,9 @@ use nfqueue_divert::Divert;
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 use tokio_nfqueue::{FlowMarks, FlushPolicy, Hook, Packet, Protocol, Queue, Rule, divert::Match, flush::FlushDecision};
 
-use super::{
+use self::{
     connection::{Connection, Kind, PATHS, Path},
     model::{Model, Sent, Side, Time},
-    nat, segment,
     strangers::Stranger,
     world::{Host, SILENT_PORTS, World},
 };
@@ -31,6 +37,8 @@ const CONNECTIONS: usize = 12;
 const WAITING: usize = 40;
 /// How many steps a table exists.
 const ROUND: usize = 2000;
+/// How long the round of a soak is at most. It takes some seconds.
+const LONGEST_ROUND: Duration = Duration::from_secs(30);
 
 /// A packet in the queue.
 struct Waiting {
@@ -43,23 +51,23 @@ struct Waiting {
 }
 
 /// What has been tried, for the report.
-#[derive(Debug, Default)]
-pub(super) struct Totals {
-    pub(super) rounds: usize,
-    pub(super) connections: usize,
-    pub(super) sent: usize,
-    pub(super) sent_to_denied: usize,
-    pub(super) queued: usize,
-    pub(super) verdicts: BTreeMap<&'static str, usize>,
-    pub(super) together: usize,
-    pub(super) passed_unqueued: usize,
-    pub(super) arrived: usize,
-    pub(super) strangers: usize,
-    pub(super) replaced: usize,
-    pub(super) forgotten: usize,
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Totals {
+    rounds: usize,
+    connections: usize,
+    sent: usize,
+    sent_to_denied: usize,
+    queued: usize,
+    verdicts: BTreeMap<&'static str, usize>,
+    together: usize,
+    passed_unqueued: usize,
+    arrived: usize,
+    strangers: usize,
+    replaced: usize,
+    forgotten: usize,
 }
 
-pub(super) struct Adversary {
+struct Adversary {
     random: Random,
     world: World,
     /// The kernel has address translation.
@@ -83,8 +91,8 @@ pub(super) struct Adversary {
     time: Time,
     numbers: u32,
     log: Vec<(Time, String)>,
-    pub(super) totals: Totals,
-    pub(super) broken: BTreeMap<&'static str, (usize, Vec<String>)>,
+    totals: Totals,
+    broken: BTreeMap<&'static str, (usize, Vec<String>)>,
 }
 
 /// What is the same while a table exists.
@@ -101,8 +109,56 @@ struct Round {
 const HOOKS: [&[Hook]; 3] =
     [&[Hook::Prerouting, Hook::Output], &[Hook::Forward, Hook::Input, Hook::Output], &[Hook::Postrouting, Hook::Input]];
 
+/// Walks for so long in the current network namespace, with a table after the other.
+///
+/// # Errors
+/// Which promises were broken, with what led to it.
+// The soak has rounds without the tests.
+#[allow(dead_code)]
+pub(crate) fn walk(seed: u64, duration: Duration) -> Result<Totals, String> {
+    let mut adversary = Adversary::new(seed);
+    runtime().block_on(adversary.walk(duration));
+    adversary.result()
+}
+
+/// Walks from a new table to its end, in the current network namespace. The seed repeats the steps
+/// as far as the kernel does, which has a clock.
+///
+/// # Errors
+/// As [`walk`].
+// The tests have walks without the soak.
+#[allow(dead_code)]
+pub(crate) fn round(seed: u64) -> Result<Totals, String> {
+    let mut adversary = Adversary::new(seed);
+    runtime().block_on(adversary.round(Instant::now() + LONGEST_ROUND));
+    adversary.result()
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+impl AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.rounds += other.rounds;
+        self.connections += other.connections;
+        self.sent += other.sent;
+        self.sent_to_denied += other.sent_to_denied;
+        self.queued += other.queued;
+        for (verdict, count) in other.verdicts {
+            *self.verdicts.entry(verdict).or_default() += count;
+        }
+        self.together += other.together;
+        self.passed_unqueued += other.passed_unqueued;
+        self.arrived += other.arrived;
+        self.strangers += other.strangers;
+        self.replaced += other.replaced;
+        self.forgotten += other.forgotten;
+    }
+}
+
 impl Adversary {
-    pub(super) fn new(seed: u64) -> Self {
+    fn new(seed: u64) -> Self {
         let world = World::new();
         let translates = nat::install(&world);
         let round = Round { hooks: HOOKS[0], priority: 0, short: false, overwriting: false };
@@ -132,20 +188,44 @@ impl Adversary {
     }
 
     /// Continues for so long, and for the time in which it waits for what is lost.
-    pub(super) async fn walk(&mut self, duration: Duration) {
+    async fn walk(&mut self, duration: Duration) {
         let mut until = Instant::now() + duration;
         while Instant::now() < until {
-            self.begin_round().await;
-            for _ in 0..ROUND {
-                self.step().await;
-                if Instant::now() >= until {
-                    break;
-                }
-            }
-            let waits = Instant::now();
-            self.end_round().await;
-            until += waits.elapsed();
+            until += self.round(until).await;
         }
+    }
+
+    /// From a new table to its end. Returns for how long it has waited for what was accepted.
+    async fn round(&mut self, until: Instant) -> Duration {
+        self.begin_round().await;
+        for _ in 0..ROUND {
+            self.step().await;
+            if Instant::now() >= until {
+                break;
+            }
+        }
+        let waits = Instant::now();
+        self.end_round().await;
+        waits.elapsed()
+    }
+
+    /// What has been tried.
+    ///
+    /// # Errors
+    /// Which promises were broken, with what led to it.
+    fn result(self) -> Result<Totals, String> {
+        let Self { broken, totals, .. } = self;
+        if broken.is_empty() {
+            return Ok(totals);
+        }
+        let mut report = String::new();
+        for (promise, (count, _)) in &broken {
+            report += &format!("{count:>6} times: {promise}\n");
+        }
+        for (promise, (_, histories)) in &broken {
+            report += &format!("\n{promise}:\n{}\n", histories.join("\n\n"));
+        }
+        Err(report)
     }
 
     fn tick(&mut self) -> Time {

@@ -9,8 +9,8 @@ use tokio_nfqueue::{
 use crate::common::Random;
 
 /// A table of another program.
-pub(super) struct Stranger {
-    pub(super) what: String,
+pub(crate) struct Stranger {
+    pub(crate) what: String,
     /// It overwrites the marks of connections that are known.
     pub(super) overwrites: bool,
     _table: Divert,
@@ -40,7 +40,7 @@ fn mark(random: &mut Random) -> u32 {
 impl Stranger {
     /// Comes at a hook at which the queue's rules may be. `overwriting`: one that marks every
     /// packet's connection is allowed.
-    pub(super) fn new(random: &mut Random, number: u32, hooks: &[Hook], overwriting: bool) -> Self {
+    pub(crate) fn new(random: &mut Random, number: u32, hooks: &[Hook], overwriting: bool) -> Self {
         let hook = hooks[random.below(hooks.len())];
         let priority = [-150, -1, 0, 0, 1, 20][random.below(6)];
         let builder = Divert::builder().table(format!("stranger_{number}"));

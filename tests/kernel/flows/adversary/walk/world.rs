@@ -16,7 +16,7 @@ use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::segment::{self, ICMP, ICMPV6, Label, SENTINEL, TCP, UDP};
 use crate::{
-    flows::unlimited_icmp_errors,
+    common::unlimited_icmp_errors,
     support::{self, FrameSocket, Peer, VethOptions},
 };
 
