@@ -449,14 +449,21 @@ impl Model {
         let (connection, certain) = (sent.connection, sent.valid || sent.kind == Kind::Syn);
         let passes = |other: &Sent| {
             let asked = !other.questions.is_empty() && other.answer().is_none_or(Answer::accepts);
-            other.side != side && other.kind != Kind::Error && (other.arrived.is_some() || asked)
+            other.kind != Kind::Error && (other.arrived.is_some() || asked)
         };
         let numbers = self.verdicts.get(&connection).map_or(&[][..], |verdicts| &verdicts.numbers);
-        let crossed = !both && numbers.iter().any(|other| passes(&self.sent[other]));
-        let original = self.original(&self.sent[&number]);
+        let mut others = numbers.iter().map(|other| &self.sent[other]).filter(|other| passes(other));
+        let crossed = !both && others.clone().any(|other| other.side != side);
+        let original = self.original(sent);
+        // It waited beside this one, so that this denial was not known yet when it was accepted.
+        let queued = sent.questions.last().map(|question| question.at);
+        let begun_reversed = others.any(|other| {
+            other.kind.begins()
+                && original != Some(other.side)
+                && queued.is_none_or(|queued| other.waited_since(queued))
+        });
         let verdicts = self.of(connection);
         verdicts.uncertain |= !certain;
-        let begun_reversed = false;
         verdicts.denials.push(Denial { number, side, confirmed: at, both, original, begun_reversed, crossed });
     }
 
