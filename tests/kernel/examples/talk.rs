@@ -9,7 +9,7 @@ use nfqueue_divert::Divert;
 use tokio_nfqueue::{Action, Hook, Packet, Protocol, Queue, Rule, inject::Injector};
 
 use super::PORT;
-use crate::common;
+use crate::{common, support::wait_until};
 
 pub(super) const LOOPBACKS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
@@ -19,10 +19,24 @@ pub(super) struct Talk {
     pub(super) server: TcpStream,
 }
 
+/// An earlier listener that has been closed may live for a moment: a child process that another
+/// test has just begun has a copy of it until it executes its program.
+fn listen(address: IpAddr) -> TcpListener {
+    let mut listener = None;
+    wait_until("the port is free", || match TcpListener::bind((address, PORT)) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => false,
+        bound => {
+            listener = Some(bound.unwrap());
+            true
+        }
+    });
+    listener.unwrap()
+}
+
 impl Talk {
     /// Connections to this address.
     pub(super) fn several(address: IpAddr, count: usize) -> Vec<Self> {
-        let listener = TcpListener::bind((address, PORT)).unwrap();
+        let listener = listen(address);
         let connect = |_| Self::new(TcpStream::connect((address, PORT)).unwrap(), &listener);
         (0..count).map(connect).collect()
     }
