@@ -518,7 +518,6 @@ struct Watch {
 impl Watch {
     fn start(world: &Arc<World>) -> Self {
         let (stop, sinks) = (Arc::new(AtomicBool::new(false)), world.sinks.clone());
-        let capable = !world.plan.capless && !matches!(world.plan.end, End::CloseWithoutCapability(_));
         let thread = thread::spawn({
             let stop = Arc::clone(&stop);
             move || {
@@ -530,7 +529,7 @@ impl Watch {
                             return Err(format!("queue {queue}: {wrong}"));
                         }
                         let old = std::mem::replace(&mut before[queue], stats);
-                        if let Some(name) = fallen(capable, &old, &stats) {
+                        if let Some(name) = fallen(&old, &stats) {
                             return Err(format!("queue {queue}: the counter {name} has fallen: {old:?}, {stats:?}"));
                         }
                     }
@@ -548,13 +547,12 @@ impl Watch {
     }
 }
 
-/// A counter that has fallen and may not. Those of decisions may, if packets turn out to have gone,
-/// or wait again because their verdicts were not sent or were refused for want of the capability.
-fn fallen(capable: bool, before: &Stats, after: &Stats) -> Option<&'static str> {
-    let again = |stats: &Stats| (stats.sent.gone_at_least, stats.sent.failed_sends);
-    let undisturbed = capable && again(before) == again(after);
+/// A counter that has fallen and may not. Those of the actions may: when packets turn out to have
+/// gone, and when a verdict is sent again.
+fn fallen(before: &Stats, after: &Stats) -> Option<&'static str> {
+    const OF_ACTIONS: [&str; 4] = ["decided.accepted", "decided.dropped", "decided.repeated", "decided.requeued"];
     let fell = |(before, after): &(Number, Number)| {
-        let counts = after.kind == NumberKind::Counter && (undisturbed || !after.name.starts_with("decided."));
+        let counts = after.kind == NumberKind::Counter && !OF_ACTIONS.contains(&after.name);
         counts && before.value > after.value
     };
     before.iter().zip(after.iter()).find(fell).map(|(_, after)| after.name)

@@ -65,8 +65,8 @@ pub struct Number {
 pub enum NumberKind {
     /// It counts events. (Of a batch of verdicts that turn out to have found no packet, the packets
     /// are counted again as [`Sent::gone_at_least`], and the others fall by as many. Those of
-    /// [`Decided`] also fall when a verdict could not be sent, or was refused because the
-    /// capability was missing: its packet is in flight again.)
+    /// [`Decided`] also fall when a verdict is sent again, because it could not be sent, or was or
+    /// may have been refused for want of the capability: its packet is in flight again.)
     Counter,
     /// A level, which rises and falls.
     Gauge,
