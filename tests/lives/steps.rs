@@ -233,15 +233,21 @@ impl Life {
         self.nothing_lost_since(from)
     }
 
-    /// "The new process is killed before it accepts: the old process keeps the queue."
-    fn kill_slow_successor(&mut self) -> Result<(), String> {
+    /// The filter, and a successor that has received its queue and waits before it accepts.
+    fn received_and_not_accepted(&mut self) -> Result<(Process, Process), String> {
         self.totals.killed_hand_overs += 1;
-        let from = self.flood.sent();
-        let mut old = self.process.take().expect("a filter");
+        let old = self.process.take().expect("a filter");
         let mut new = self.new_process(Origin::Slowly(old.number));
         self.says(&mut new, "received")?;
         let count = self.random.below(20) as u32;
         self.traffic(count)?;
+        Ok((old, new))
+    }
+
+    /// "The new process is killed before it accepts: the old process keeps the queue."
+    fn kill_slow_successor(&mut self) -> Result<(), String> {
+        let from = self.flood.sent();
+        let (mut old, mut new) = self.received_and_not_accepted()?;
         self.note("the successor is killed");
         new.kill();
         self.says(&mut old, "continues")?;
@@ -255,13 +261,8 @@ impl Life {
 
     /// "The old process is killed before the new one accepts: the new process gets the queue."
     fn kill_predecessor_of_slow_successor(&mut self) -> Result<(), String> {
-        self.totals.killed_hand_overs += 1;
         let from = self.flood.sent();
-        let mut old = self.process.take().expect("a filter");
-        let mut new = self.new_process(Origin::Slowly(old.number));
-        self.says(&mut new, "received")?;
-        let count = self.random.below(20) as u32;
-        self.traffic(count)?;
+        let (mut old, mut new) = self.received_and_not_accepted()?;
         self.note("the predecessor is killed");
         old.kill();
         new.command("go");

@@ -109,7 +109,7 @@ impl Kernel {
         u64::from(first)..u64::from(first) + u64::from(count)
     }
 
-    /// These packets find no room in the socket: their ids are taken, and they do not wait.
+    /// These packets do not fit into the socket: their ids are taken, and they do not wait.
     fn lose(&mut self, count: u32) {
         if self.oldest == self.next {
             self.oldest = self.oldest.wrapping_add(count);
