@@ -468,8 +468,11 @@ impl Verdict {
     }
 
     /// The action and the priority that the kernel gets, and the reason if the verdict holds for
-    /// less than it says. Verdicts of rules behind the queue are codes in the priority of an
-    /// accepted packet.
+    /// less than it says. Verdicts of rules behind the queue are codes in the packet's priority.
+    ///
+    /// One that denies lets the packet meet its hook once more, where the first rule carries it
+    /// out: `Accept` continues behind the chain of the packet's number, and after the removal of an
+    /// earlier chain (another program's, in the same moment) that is behind the rules for verdicts.
     fn action_and_priority(&self) -> (Action, Option<u32>, Option<&'static str>) {
         let Some((marks, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
         let codes = FlowCodes::of(marks);
@@ -493,14 +496,14 @@ impl Verdict {
             code if code == codes.queued() && accept => (Action::Accept, Some(codes.accepted() | own), None),
             code if code == codes.queued() && self.for_flow => {
                 let code = if self.reject && can_reject { codes.rejected() } else { codes.dropped() };
-                (Action::Accept, Some(code), no_reject)
+                (Action::Repeat, Some(code), no_reject)
             }
             code if code == codes.queued() || code == codes.alone() => {
                 let alone = self.for_flow.then_some("the packet is of no connection; the verdict holds for it alone");
                 let reason = no_reject.or(alone);
                 match (accept, self.reject && can_reject) {
                     (true, _) => (Action::Accept, coded, reason),
-                    (false, true) => (Action::Accept, Some(codes.rejected_packet()), reason),
+                    (false, true) => (Action::Repeat, Some(codes.rejected_packet()), reason),
                     (false, false) => (Action::Drop, None, reason),
                 }
             }

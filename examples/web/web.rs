@@ -126,10 +126,9 @@ impl Shared {
         let (stats, rejected) = (self.sink.stats(), self.rejected.load(Ordering::Relaxed));
         [
             ("received", stats.received.packets),
-            // For the queue, a packet that a rule behind it rejects was accepted.
-            ("accepted", stats.decided.accepted.saturating_sub(rejected)),
+            ("accepted", stats.decided.accepted),
             ("rejected", rejected),
-            ("dropped", stats.decided.dropped),
+            ("dropped", stats.decided.dropped.saturating_sub(rejected)),
             ("lost", stats.lost.packets),
         ]
     }

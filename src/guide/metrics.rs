@@ -64,4 +64,4 @@
 //!   `kernel_counters_readable` is 0 without. A full queue is not seen then.
 //! - Packets of connections that are decided by [`for_flow`](super::flows) do not come to the
 //!   queue, and are not counted here. Let a rule with [`count`](crate::Rule::count) count them.
-//! - A packet that was rejected counts as accepted, because for the queue it is.
+//! - A packet that was rejected counts as dropped.

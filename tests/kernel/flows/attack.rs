@@ -292,16 +292,20 @@ async fn a_verdict_of_another_table_does_not_accept() {
     }
 }
 
+/// The packet meets the other table, which was installed while it waited, and is denied behind that.
 async fn a_denial_survives_another_table() {
     for [marks, other_marks] in TABLES {
         let talk = Talk::loopback(LOOPBACKS[0]);
         let (mut queue, _divert) = marking_table(0, marks, talk.port());
         talk.ask(1);
         let packet = next(&mut queue).await;
-        let (_queue, other) = marking_table(1, other_marks, talk.port());
+        let (mut others, other) = marking_table(1, other_marks, talk.port());
         confirm(packet.drop().for_flow()).await.unwrap();
-        other.close().unwrap();
+        pass(&mut others).await;
         talk.ask(2);
+        queue_is_empty(&mut others);
+        other.close().unwrap();
+        talk.ask(3);
         queue_is_empty(&mut queue);
         talk.silent();
     }

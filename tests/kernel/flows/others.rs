@@ -10,6 +10,7 @@ use crate::{
     common::{
         next,
         rules::{self, NetfilterProtoFamily, Place},
+        soon,
     },
     support,
 };
@@ -17,6 +18,7 @@ use crate::{
 tests![
     one accepted_packets_keep_their_route,
     one a_denied_packet_that_comes_to_its_hook_once_more_is_denied,
+    one denied_packets_are_denied_while_another_program_removes_an_earlier_chain,
     one marks_of_other_programs_are_no_verdicts,
     one priorities_of_other_programs_stay,
     one priorities_of_verdicts_reach_the_next_hook,
@@ -247,5 +249,41 @@ async fn verdicts_hold_at_a_hook_that_new_rules_have_added() {
             queue_is_empty(&mut queue);
             divert.close().unwrap();
         }
+    }
+}
+
+/// The kernel first forgets the hook, and then drops what is queued. A verdict between the two
+/// continues behind the next chain.
+async fn denied_packets_are_denied_while_another_program_removes_an_earlier_chain() {
+    const PACKETS: u16 = 900;
+    let place = || Place { hook: 3, priority: -10 };
+    let server = support::udp((LOOPBACKS[0], 0));
+    let clients: Vec<_> = (0..PACKETS).map(|_| support::udp((LOOPBACKS[0], 0))).collect();
+    for round in 0..30 {
+        let mut queue = bind();
+        let port = server.local_addr().unwrap().port();
+        let _divert = table([to_port(Hook::Output, port).to_queue(0)]).install().unwrap();
+        rules::install_hook(NetfilterProtoFamily::Inet, "other", place()).unwrap();
+        let send = |number: u8| {
+            clients.iter().for_each(|client| drop(client.send_to(&[number], server.local_addr().unwrap())))
+        };
+        send(0);
+        let mut waiting = Vec::new();
+        for _ in &clients {
+            waiting.push(next(&mut queue).await);
+        }
+        let removal =
+            support::Namespace::current().spawn(move || rules::remove(NetfilterProtoFamily::Inet, "other").unwrap());
+        for packet in waiting {
+            let verdict = if round % 2 == 0 { packet.drop().for_flow() } else { packet.reject().for_flow() };
+            verdict.submit().unwrap();
+            tokio::task::yield_now().await;
+        }
+        removal.join().unwrap();
+        soon("the last verdict", queue.sink().flush()).await;
+        server.set_nonblocking(true).unwrap();
+        let passed = std::iter::from_fn(|| server.recv(&mut [0]).ok()).count();
+        server.set_nonblocking(false).unwrap();
+        assert_eq!(passed, 0, "round {round}");
     }
 }

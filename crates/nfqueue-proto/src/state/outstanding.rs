@@ -101,7 +101,7 @@ impl<W> Outstanding<W> {
         let sequence = self.next_sequence();
         match message {
             VerdictMessage::Batch { fields, count, .. } => {
-                self.batches.push(sequence, fields.action, *count as u64, received);
+                self.batches.push(sequence, fields.counted(), *count as u64, received);
                 false
             }
             VerdictMessage::Single { id, decision } => match decision.extras.as_mut().and_then(E::take_waiter) {

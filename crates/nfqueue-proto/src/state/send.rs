@@ -160,7 +160,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         let mut acknowledged = false;
         for message in messages {
-            self.counters.count_decided(message.fields().action, message.count() as u64);
+            self.counters.count_decided(message.fields().counted(), message.count() as u64);
             self.rounds.leave(message.count());
             acknowledged |= self.outstanding.begin(message, self.counters.received.packets);
         }
@@ -203,7 +203,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         }
         let (first, messages) = outbox.chosen();
         for (message, offset) in messages.iter_mut().zip(0..) {
-            self.counters.uncount_decided(message.fields().action, message.count() as u64);
+            self.counters.uncount_decided(message.fields().counted(), message.count() as u64);
             self.rounds.come_back(message.count());
             self.outstanding.undo(first.wrapping_add(offset), message);
         }
@@ -285,7 +285,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
         if !self.ledger.reopen(verdict.id) {
             return;
         }
-        self.counters.uncount_decided(verdict.fields.action, 1);
+        self.counters.uncount_decided(verdict.fields.counted(), 1);
         match verdict.origin {
             // The queue's own decision stays the same.
             Origin::Queue => self.decide_as_before(verdict.id, verdict.fields),
@@ -300,7 +300,7 @@ impl<E: Carried, K: Clock> Machine<E, K> {
     pub(super) fn send_again(&mut self, verdicts: Vec<Verdict>) {
         for Verdict { id, fields, .. } in verdicts {
             if self.ledger.reopen(id) {
-                self.counters.uncount_decided(fields.action, 1);
+                self.counters.uncount_decided(fields.counted(), 1);
                 self.decide_as_before(id, fields);
                 self.request_flush();
             }

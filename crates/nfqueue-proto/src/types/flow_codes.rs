@@ -27,6 +27,11 @@ pub struct FlowCodes {
     pub value: u32,
 }
 
+/// Whether a new priority is a code that denies, of any table.
+pub const fn denies(priority: u32) -> bool {
+    priority >= 0x8800_0000 && matches!(priority & !MASK, 0x045d_19e3 | 0x055d_19e3 | 0x065d_19e3)
+}
+
 /// The value for the default marks.
 const DEFAULT: u32 = 0xa800_0000;
 
@@ -102,9 +107,10 @@ mod tests {
             ];
             for (index, code) in all.into_iter().enumerate() {
                 assert!(codes.has(code) && all[..index].iter().all(|other| other & CODE != code & CODE), "{code:#x}");
+                assert_eq!(denies(code), index > 2, "{code:#x}");
             }
             for priority in [0, 7, 0x0001_0010, 0x00ff_ffff, 0x8001_0010] {
-                assert!(!codes.has(priority), "{priority:#x}");
+                assert!(!codes.has(priority) && !denies(priority), "{priority:#x}");
                 assert_eq!(codes.original(priority), priority);
             }
             assert_eq!(codes.original(codes.queued() | 0x0001_0010), 0x0001_0010);

@@ -6,8 +6,8 @@ use rustix::io::Errno;
 use super::{
     ATTRIBUTE_VERDICT_HEADER, MESSAGE_PACKET, MESSAGE_VERDICT, MESSAGE_VERDICT_BATCH, NETFILTER_HEADER, NETLINK_HEADER,
     PacketMessage, align,
-    packet::{BadPacket, attributes_of, find, find_id},
-    verdict::action_of,
+    packet::{BadPacket, attribute, attributes_of, find, find_be32, find_id},
+    verdict::{VerdictFields, action_of},
 };
 use crate::types::Action;
 
@@ -45,7 +45,7 @@ pub enum Refused {
     Verdict {
         /// The packet id.
         id: u32,
-        /// `None` for an action that this crate does not send.
+        /// What the verdict was counted as. `None` for an action that this crate does not send.
         action: Option<Action>,
     },
     /// A verdict on all packets up to an id.
@@ -139,7 +139,12 @@ fn decode_reply(body: &[u8], flags: u16) -> Option<Reply> {
         Some((u32::from_be_bytes(*word), u32::from_be_bytes(*rest.first_chunk()?)))
     };
     let refused = match (header.message_type(), verdict_header()) {
-        (MESSAGE_VERDICT, Some((word, id))) => Refused::Verdict { id, action: action_of(word) },
+        (MESSAGE_VERDICT, Some((word, id))) => {
+            let attributes = echoed_body.get(NETFILTER_HEADER..).unwrap_or(&[]);
+            let priority = find_be32(attributes, attribute::PRIORITY);
+            let counted = |action| VerdictFields { priority, ..VerdictFields::plain(action) }.counted();
+            Refused::Verdict { id, action: action_of(word).map(counted) }
+        }
         (MESSAGE_VERDICT_BATCH, Some((_, max))) => Refused::Batch { max },
         _ => Refused::Other,
     };
@@ -201,7 +206,7 @@ mod tests {
         assert_eq!((packet.id, packet.queue, packet.hw_protocol, packet.hook), (77, 3, 0x86dd, 1));
         assert_eq!(datagram[packet.payload.clone()], [1, 2, 3, 4, 5]);
         let attributes = &datagram[packet.attributes.clone()];
-        assert_eq!(super::super::packet::find_be32(attributes, attribute::MARK), Some(9));
+        assert_eq!(find_be32(attributes, attribute::MARK), Some(9));
     }
 
     #[test]
@@ -215,6 +220,21 @@ mod tests {
             })
             .collect();
         assert_eq!(found, [(1, &[0; 8][..]), (2, &[7; 8])]);
+    }
+
+    #[test]
+    fn a_verdict_that_denies_is_refused_as_it_was_counted() {
+        for (priority, counted) in
+            [(Some(0xac5d_19e3), Action::Drop), (Some(0xaa00_0000), Action::Repeat), (None, Action::Repeat)]
+        {
+            let mut echoed = Vec::new();
+            let fields = VerdictFields { priority, ..VerdictFields::plain(Action::Repeat) };
+            assert_eq!(fields.counted(), counted);
+            encode_single(&mut echoed, (42, false), 3, 1234, &fields, &Attachments::default());
+            let datagram = reply(-2, 0, &echoed, &[]);
+            let Some(Message::Reply(reply)) = Messages::new(&datagram).next() else { panic!() };
+            assert_eq!(reply.refused, Refused::Verdict { id: 1234, action: Some(counted) });
+        }
     }
 
     #[test]

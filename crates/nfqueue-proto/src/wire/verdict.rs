@@ -7,7 +7,7 @@ use super::{
     attribute,
     writer::{Writer, put_attribute},
 };
-use crate::types::{Action, Vlan};
+use crate::types::{Action, Vlan, flow_codes};
 
 /// The fields that both verdict messages can carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +24,13 @@ impl VerdictFields {
     /// Only an action.
     pub const fn plain(action: Action) -> Self {
         Self { action, mark: None, priority: None }
+    }
+
+    /// What the verdict counts as: the rules at the hook drop a packet that they see again with a
+    /// code that denies.
+    pub(crate) fn counted(&self) -> Action {
+        let denies = self.priority.is_some_and(flow_codes::denies);
+        if denies && self.action == Action::Repeat { Action::Drop } else { self.action }
     }
 }
 
