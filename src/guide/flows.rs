@@ -49,13 +49,23 @@
 //! | TCP | a segment with SYN and without ACK and RST | a late packet of the older one is counted to the newer one; see below |
 //! | SCTP | a packet with the verification tag 0 (INIT) | the same; or the second begins on these addresses and ports with a heartbeat, as on a further path: conntrack takes over its tags |
 //! | DCCP, if the kernel tracks it (`CONFIG_NF_CT_PROTO_DCCP`; otherwise as "all others") | a Request | never |
-//! | UDP, UDP-Lite | the first packet after none has come for 30 s, or for 2 minutes after replies (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`) | the second uses the same ports before that time |
+//! | UDP; UDP-Lite, where `nf_conntrack_checksum` is 0: otherwise conntrack calls its packets invalid | the first packet after none has come for 30 s, or for 2 minutes after replies (`nf_conntrack_udp_timeout`, `nf_conntrack_udp_timeout_stream`) | the second uses the same ports before that time |
 //! | ICMP echo | the first request after none has come for 30 s (`nf_conntrack_icmp_timeout`) | it has the same identifier |
 //! | GRE with keys of PPTP | the first packet after 30 s, or 3 minutes after replies | it has the same key |
 //! | all others, also GRE without PPTP, ESP | the first packet after none has come for 10 minutes (`nf_conntrack_generic_timeout`) | they are between the same two hosts |
 //!
 //! Where the kernel cannot tell, the accept of the older connection holds for the newer one.
 //!
+//! - Connection tracking does not look at interfaces. Equal addresses and ports on two of them
+//!   (link-local addresses, networks of customers, bridges) are one connection, also if the rules
+//!   name the interfaces; of TCP, the SYN of the second one comes to the queue. Give such
+//!   interfaces zones of connection tracking (`ct zone set`): accepts do not hold in another zone.
+//! - A packet with a source route (a routing header of IPv6, an option of IPv4) belongs to the
+//!   connection with the next hop, and goes on to another host. No accept lets such packets pass:
+//!   each comes to the queue, as do all packets with options of IPv4. Look at the whole header.
+//! - Of an IPv6 packet that the kernel cannot reassemble, because another fragment header is in
+//!   front of the first, the parts are dropped:
+//!   [`defragment`](crate::divert::DivertBuilder::defragment).
 //! - ICMP errors belong to the connection that they are about, and pass if it is accepted. A
 //!   verdict on an ICMP error holds for the error only, because anybody can quote a connection:
 //!   `for_flow` is then reported by `refusals`.
@@ -117,7 +127,9 @@
 //! Several packets of a connection can wait in the queue at once, and their verdicts can differ.
 //! The denial wins for all packets that follow, in whichever order the verdicts come, and also if
 //! the packets are from both sides. Packets that are queued already still need their own verdicts;
-//! if these accept them, a later hook of the table may drop them.
+//! if these accept them, a later hook of the table may drop them. A packet that has passed the hook
+//! before the denial, by its own verdict or by another one's accept, is beyond it: it still arrives,
+//! if it waits in a queue of the network or of another program, some tenths of a second later.
 //!
 //! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
 //! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
@@ -329,11 +341,14 @@
 //! - The first rules of the table look up denied connections, in sets, before anything else.
 //! - Rules before the queue's rule still see packets of accepted connections. Rules behind it in
 //!   the same chain do not.
-//! - If another program registers a chain at the same hook while a packet waits, the packet comes
-//!   to the hook once more (`nf_reinject`). If its verdict denies, it is denied all the same. If
-//!   its verdict accepts, it comes to the queue again.
-//! - [`Stats`](crate::Stats) counts a packet that is dropped or rejected behind the queue as
-//!   accepted, because for the queue it is. The counters of `nft list ruleset` tell.
+//! - A verdict that denies lets the packet meet its chain once more (`NF_REPEAT`), where the first
+//!   rules carry it out. [`Stats`](crate::Stats) counts such a packet as dropped.
+//! - If another program registers an earlier chain at the same hook while a packet waits, the
+//!   packet comes to the hook once more (`nf_reinject` counts hooks). If its verdict accepts, it
+//!   comes to the queue again. If its verdict denies, it meets the new chain, and is denied behind
+//!   that; if that drops it, the denial is forgotten. If another program removes an earlier chain, the kernel drops what is queued. A
+//!   verdict that comes between the two (milliseconds) continues behind the next chain: one that
+//!   accepts the connection may be forgotten, and one that denies is carried out all the same.
 //!
 //! # Other programs
 //!
@@ -345,6 +360,13 @@
 //! exactly [`accepted`](crate::FlowMarks::accepted) into the flow marks accepts connections; choose
 //! marks that no other program uses. A second `Divert` at an earlier priority sees resets of this
 //! host for connections that the first has rejected.
+//!
+//! Where packets get past the hooks of the rules, verdicts do not hold: a socket that another
+//! program's `tproxy` gives a denied packet that the rules stop only at `Forward`; another
+//! program's flowtable. With `synproxy`, the kernel itself completes the handshake at `Output`, and
+//! a rule at `Forward` asks about its SYN-ACK first. A tunnel device that this host has made and
+//! given to a container keeps the priority that a process there sets: one with `CAP_NET_ADMIN` can
+//! deny the tunnel's own connection by it.
 //!
 //! # Taking verdicts back
 //!
@@ -374,7 +396,7 @@
 //! table inet filter {
 //!     chain forward {
 //!         type filter hook forward priority 0;
-//!         meta priority 0xac5d19e3 drop                                # comes once more: denied
+//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop # comes once more
 //!         meta priority & 0xf8000000 == 0xa8000000 meta priority set meta priority & 0x00ffffff
 //!         ct mark & 0x1012 == 0x1010 drop                              # denied()
 //!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 \
@@ -387,6 +409,7 @@
 //!     chain behind {
 //!         type filter hook forward priority 1;
 //!         meta priority & 0xf8000000 != 0xa8000000 accept
+//!         # Only if another program removes an earlier chain at this hook meanwhile.
 //!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop
 //!         meta priority & 0xff000000 == 0xaa000000 ct mark & 0x1012 != 0x1010 \
 //!             ct mark set ct mark & 0xffffefed | 0x1012
@@ -404,5 +427,5 @@
 //! | `0xad5d19e3` | on the way from the queue | reject the connection |
 //! | `0xae5d19e3` | on the way from the queue | reject the packet |
 //!
-//! A rule that writes the codes on the way to the queue must have the chain behind the queue:
-//! without it, verdicts that drop or reject let the packet pass.
+//! The verdicts that drop or reject are `NF_REPEAT`: the chain must carry them out before it queues.
+//! A rule that writes the codes on the way to the queue must have the chain behind the queue.

@@ -119,15 +119,25 @@ impl DivertBuilder {
         self
     }
 
-    /// Whether the kernel reassembles fragments before the rules see them. Default: if a rule
-    /// compares fields of the transport header (ports, TCP flags, ICMP types) at a hook where
-    /// fragments can arrive.
+    /// Whether the kernel reassembles fragments before the rules see them. Default: if, at a hook
+    /// where fragments can arrive, a rule compares fields of the transport header (ports, TCP
+    /// flags, ICMP types), or matches IPv6 packets of all protocols except some.
     ///
     /// Only a first fragment has a transport header, so that the rules would not match the others.
+    /// A fragment of IPv6 may not even show the protocol, if extension headers come before it: then
+    /// no condition on the protocol matches, negated or not. So a table for one protocol without
+    /// ports may need `defragment(true)`.
+    ///
     /// Reassembly costs little for packets that are not fragments. The kernel does it without
     /// connection tracking if it has the `tproxy` expression (`NFT_TPROXY`), and otherwise with it.
     /// If it has neither, it does not reassemble, which is an error only for
     /// `defragment(true)`. It does not concern the family [`Bridge`](TableFamily::Bridge).
+    ///
+    /// An IPv6 packet that is still a fragment behind reassembly had a fragment header in front of
+    /// its own. The kernel would send its parts on one by one, so the table drops them, before all
+    /// rules (at priorities above −400). They include fragments that another program excludes from
+    /// reassembly; with [`flow_marks`](Self::flow_marks), those pass. What a process of this host
+    /// sends with `IP_NODEFRAG` is not reassembled in IPv4 (it needs `CAP_NET_RAW`).
     pub fn defragment(mut self, on: bool) -> Self {
         self.defragment = Some(on);
         self

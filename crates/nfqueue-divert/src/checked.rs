@@ -154,7 +154,13 @@ impl KernelRule<'_> {
 
     /// Whether fragments can come to the rule, and lack what its conditions compare.
     pub(super) fn needs_reassembly(&self) -> bool {
-        let whole_packets = self.conditions.iter().any(|(condition, _)| condition.condition().needs().whole_packets);
+        let whole_packets = self.conditions.iter().any(|(condition, negated)| {
+            let condition = condition.condition();
+            // In IPv6 the protocol stands behind all extension headers. If a fragment does not show
+            // it, a rule for all others does not match either.
+            let others = *negated && condition.field() == "protocol" && self.facts.version != Some(IpVersion::V4);
+            condition.needs().whole_packets || others
+        });
         let fragments = match self.place.hook {
             Hook::Prerouting | Hook::Forward | Hook::Postrouting => true,
             // IPv4 reassembles before this hook (`ip_local_deliver`), IPv6 after it.

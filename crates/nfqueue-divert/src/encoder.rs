@@ -191,6 +191,25 @@ impl Encoder {
         self.payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, length, REG_1);
     }
 
+    /// Loads one byte of the network header into the first register.
+    pub(super) fn network_byte(&mut self, offset: u32) {
+        self.payload(NFT_PAYLOAD_NETWORK_HEADER, offset, 1, REG_1);
+    }
+
+    /// Loads 1 into the first register if an IPv6 packet has this extension header, otherwise 0.
+    pub(super) fn has_extension(&mut self, header: u8) {
+        self.other(
+            "exthdr",
+            vec![
+                number(NFTA_EXTHDR_DREG, REG_1),
+                DefaultNla::new(NFTA_EXTHDR_TYPE, vec![header]),
+                number(NFTA_EXTHDR_OFFSET, 0),
+                number(NFTA_EXTHDR_LEN, 1),
+                number(NFTA_EXTHDR_FLAGS, NFT_EXTHDR_F_PRESENT),
+            ],
+        );
+    }
+
     /// Loads the TTL or the hop limit into the first register.
     pub(super) fn ttl(&mut self, version: IpVersion) {
         self.payload(NFT_PAYLOAD_NETWORK_HEADER, ttl(version), 1, REG_1);
@@ -507,6 +526,12 @@ const NFT_DYNSET_OP_UPDATE: u32 = 1;
 const NFT_DYNSET_OP_DELETE: u32 = 2;
 const NFTA_LOOKUP_SET_ID: u16 = 4;
 const NFTA_LOOKUP_FLAGS: u16 = 5;
+const NFTA_EXTHDR_DREG: u16 = 1;
+const NFTA_EXTHDR_TYPE: u16 = 2;
+const NFTA_EXTHDR_OFFSET: u16 = 3;
+const NFTA_EXTHDR_LEN: u16 = 4;
+const NFTA_EXTHDR_FLAGS: u16 = 5;
+const NFT_EXTHDR_F_PRESENT: u32 = 1;
 const NFTA_PAYLOAD_BASE: u16 = 2;
 const NFTA_PAYLOAD_OFFSET: u16 = 3;
 const NFTA_PAYLOAD_LEN: u16 = 4;

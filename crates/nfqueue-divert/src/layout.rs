@@ -3,9 +3,13 @@
 use super::{
     action::{Action, Target},
     chain::{Chain, ChainType, Place, chain_name},
+    chained::Chained,
     checked::{KernelRule, Surroundings},
+    family::{IpVersion, TableFamily},
     flows::{self, Flows},
+    matching::Match,
     offload,
+    priority::Priority,
 };
 
 /// The chains, in the order of their creation, and the rules, in the order of each chain.
@@ -76,4 +80,20 @@ impl<'a> Layout<'a> {
     pub(super) fn rules_of<'b>(&'b self, chain: &'b Chain) -> impl Iterator<Item = &'b KernelRule<'a>> {
         self.rules.iter().filter(|rule| rule.chain == chain.name)
     }
+}
+
+/// The rules before the user's where the kernel reassembles. It removes one fragment header, and
+/// what still has one behind that would come to the rules in parts (`nf_ct_frag6_gather`). With
+/// verdicts for connections, [`Flows::first_rules`] has such a rule.
+pub(super) fn guards<'a>(places: &[Place], surroundings: Surroundings<'a>) -> Vec<KernelRule<'a>> {
+    let guarded = |place: &&Place| place.priority > Priority::DEFRAGMENTATION.number();
+    if surroundings.flows.is_some() || surroundings.family == TableFamily::Bridge {
+        return Vec::new();
+    }
+    let rules = places.iter().filter(guarded).flat_map(|place| {
+        let mut chain = Chained::new(chain_name(*place, surroundings.priority), *place, surroundings);
+        chain.push_for(IpVersion::V6, &[Match::fragment_header()], Action::Drop);
+        chain.rules
+    });
+    rules.collect()
 }

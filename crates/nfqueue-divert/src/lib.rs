@@ -48,11 +48,11 @@ use self::{
     checked::{KernelRule, Surroundings},
     denied::FlowTable,
     encoder::{Encoding, QueueMethod},
-    failure::refused,
+    failure::{lacks_queue, refused},
     forget::{Forget, Forgotten, denied_elements, forget_marks},
     handover::{ForeignRules, InstalledRules},
     hooks::Hooks,
-    layout::Layout,
+    layout::{Layout, guards},
     nft::{Batch, ChainKind},
     socket::{Connection, Outcome},
     tuple::version_of,
@@ -268,28 +268,41 @@ impl Divert {
         let new_hooks = added.iter().any(|chain| chain.base.is_some());
         let hooks = Hooks::needed(checked, &mut state.connection, state.hooks);
 
-        let encode = |trial: bool| {
-            let mut batch = Batch::new(&self.table, Encoding { method: state.method, trial });
+        let encode = |method: QueueMethod, trial: bool| {
+            let mut batch = Batch::new(&self.table, Encoding { method, trial });
             let (tracking, defragment) = hooks.beyond(state.hooks);
             batch.create_holder(self.family, tracking, defragment);
             let kind = if trial { ChainKind::Regular } else { ChainKind::Base };
             added.iter().for_each(|chain| batch.create_chain(chain, kind, &self.offload));
             state.chains.iter().filter(|chain| !chain.fixed).for_each(|chain| batch.delete_rules(&chain.name));
+            if hooks.reassembles() && !trial {
+                guards(&places, surroundings).iter().for_each(|rule| batch.add_rule(rule));
+            }
             checked.iter().filter(|rule| !kept(rule)).for_each(|rule| batch.add_rule(rule));
             batch.commands
         };
-        if new_hooks || hooks != state.hooks {
-            // If the kernel refused the transaction, it would unregister the new hooks.
-            let trial = encode(true);
-            let result = state.connection.transact(&trial, Outcome::Abort);
-            result.map_err(|refusal| refused(operation(), &trial, checked, refusal))?;
+        // If the kernel refused the transaction, it would unregister the new hooks.
+        let outcomes: &[Outcome] = match new_hooks || hooks != state.hooks {
+            true => &[Outcome::Abort, Outcome::Commit],
+            false => &[Outcome::Commit],
+        };
+        let mut method = state.method;
+        for outcome in outcomes {
+            loop {
+                let commands = encode(method, *outcome == Outcome::Abort);
+                let Err(refusal) = state.connection.transact(&commands, *outcome) else { break };
+                // The old rules had no queue.
+                if method == QueueMethod::Expression && lacks_queue(&refusal, &commands, checked) {
+                    method = QueueMethod::Target;
+                } else {
+                    return Err(refused(operation(), &commands, checked, refusal));
+                }
+            }
         }
-        let commands = encode(false);
-        let result = state.connection.transact(&commands, Outcome::Commit);
-        result.map_err(|refusal| refused(operation(), &commands, checked, refusal))?;
         let added: Vec<Chain> = added.into_iter().cloned().collect();
         drop(layout);
         state.chains.extend(added);
+        state.method = method;
         state.places = places;
         state.hooks = hooks;
         state.rules = rules;

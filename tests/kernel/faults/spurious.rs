@@ -60,6 +60,12 @@ pub(super) fn child(mode: &str) {
     }
 }
 
+/// What the C library calls for `recvmmsg`.
+#[cfg(target_pointer_width = "64")]
+const RECVMMSG: libc::c_long = libc::SYS_recvmmsg;
+#[cfg(target_pointer_width = "32")]
+const RECVMMSG: libc::c_long = 417; // `__NR_recvmmsg_time64`, uapi/asm-generic/unistd.h
+
 /// A queue whose receives say EAGAIN when the test wants it.
 struct Liar {
     queue: Queue,
@@ -73,7 +79,7 @@ impl Liar {
         let lies = Arc::new(AtomicUsize::new(0));
         let left = Arc::clone(&lies);
         let answer = move || left.try_update(SeqCst, SeqCst, |left| left.checked_sub(1)).ok().map(|_| EAGAIN);
-        support::answer_calls([libc::SYS_recvmmsg, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
+        support::answer_calls([RECVMMSG, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
         assert!(queue.recv().now_or_never().is_none());
         Self { queue, lies }
     }

@@ -9,6 +9,7 @@ mod authenticated;
 mod beside;
 mod denied;
 mod forgetting;
+mod headers;
 mod lasting;
 mod late;
 mod later_places;
@@ -52,6 +53,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         tcp::tests(),
         denied::tests(),
         forgetting::tests(),
+        headers::tests(),
         refused::tests(),
         reuse::tests(),
         meeting::tests(),

@@ -21,6 +21,7 @@ tests![
     sync rules_are_replaced_in_one_step,
     sync refused_rules_leave_the_old_ones,
     sync new_hooks_and_priorities_are_added,
+    sync the_first_rule_to_a_queue_may_come_later,
     sync declared_chains_let_held_packets_alone,
     sync held_packets_survive_the_last_rule_of_connection_tracking,
     sync traffic_with_held_packets_is_not_lost_nor_queued_twice,
@@ -65,6 +66,20 @@ fn new_hooks_and_priorities_are_added() {
     divert.replace_rules([udp_in().drop()]).unwrap();
     datagram(Ipv4Addr::LOCALHOST, &to);
     assert_eq!(counts(&divert), [1]);
+}
+
+/// How the kernel sends to a queue is not known before.
+fn the_first_rule_to_a_queue_may_come_later() {
+    let to = receiver(Ipv4Addr::LOCALHOST);
+    let queue = RawQueue::bind(8).unwrap();
+    for hook in [Hook::Output, Hook::Postrouting] {
+        let divert = install([udp_out().count()]);
+        divert.replace_rules([Rule::new(hook).protocol(Protocol::Udp).to_queue(8)]).unwrap();
+        datagram(Ipv4Addr::LOCALHOST, &to);
+        queue.accept(&queue.next(PATIENCE).expect("the packet is queued"));
+        assert_eq!(to.recv(&mut [0; 8]).unwrap(), 1);
+        assert_eq!(counts(&divert), [1]);
+    }
 }
 
 fn declared_chains_let_held_packets_alone() {

@@ -29,7 +29,9 @@ pub use self::{
     namespace::{Namespace, enter, fresh, isolated},
     patience::{PATIENCE, SLOWNESS},
     raw_queue::{RawPacket, RawQueue},
-    sockets::{ping, queue_line, raw_ipv4, send_raw_ipv4, set_mark, set_priority, udp, udp_marked, wait_until},
+    sockets::{
+        ping, queue_line, raw_ipv4, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp, udp_marked, wait_until,
+    },
     sys::{answer_calls, fork_sleeper, go_on_in_a_fork, in_a_fork, refuse_call, replace_descriptor},
     user_namespace::UserNamespace,
 };

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -91,6 +91,14 @@ pub fn raw_ipv4() -> OwnedFd {
 
 /// Sends a whole IPv4 packet.
 pub fn send_raw_ipv4(socket: &OwnedFd, packet: &[u8], to: std::net::Ipv4Addr) -> io::Result<()> {
+    let to = SockaddrStorage::from(SocketAddr::new(to.into(), 0));
+    sendto(socket.as_raw_fd(), packet, &to, MsgFlags::empty())?;
+    Ok(())
+}
+
+/// Sends a whole IPv6 packet, with any extension headers.
+pub fn send_raw_ipv6(packet: &[u8], to: Ipv6Addr) -> io::Result<()> {
+    let socket = socket(AddressFamily::Inet6, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
     let to = SockaddrStorage::from(SocketAddr::new(to.into(), 0));
     sendto(socket.as_raw_fd(), packet, &to, MsgFlags::empty())?;
     Ok(())

@@ -17,7 +17,7 @@ use crate::{
     family::TableFamily,
     forget::{Forget, forget_marks},
     hooks::Hooks,
-    layout::Layout,
+    layout::{Layout, guards},
     nft::{Batch, ChainKind, Command, Creation, Ownership, Subject},
     socket::{Connection, Outcome, Refusal},
 };
@@ -126,6 +126,9 @@ impl DivertBuilder {
             }
             let kind = if encoding.trial { ChainKind::Regular } else { ChainKind::Base };
             layout.chains.iter().for_each(|chain| batch.create_chain(chain, kind, devices));
+            if hooks.reassembles() {
+                guards(&places, surroundings).iter().for_each(|rule| batch.add_rule(rule));
+            }
             rules.iter().for_each(|rule| batch.add_rule(rule));
             batch.commands
         };

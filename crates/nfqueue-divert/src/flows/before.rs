@@ -9,6 +9,7 @@ use crate::{
     chain::{Chain, Place, chain_name},
     chained::{AUTHENTICATION_HEADER, Chained, answers, authenticated, first_packets, goto, jump},
     checked::KernelRule,
+    denied,
     family::IpVersion,
     flow_chain::{FlowChain, Way},
     matching::Match,
@@ -78,6 +79,10 @@ impl<'a> Flows<'a> {
 
         let mut unusual = Chained::new(unusual.name(), place, self.surroundings);
         unusual.push(&[Match::confirmed()], Action::Return);
+        // Behind the fragment header that the kernel has removed there is another one. Connection
+        // tracking has no entry for parts.
+        let invalid = Match::connection_state([ConnectionState::Invalid]);
+        unusual.push_for(IpVersion::V6, &[invalid, Match::fragment_header()], Action::Drop);
         unusual.push(&[stray()], goto(FlowChain::Stray(way)));
         if let Some(first) = first {
             unusual.push(&[], jump(FlowChain::Inherits)).conditions.extend(first);
@@ -147,8 +152,8 @@ impl<'a> Flows<'a> {
         }
     }
 
-    /// Verdicts of packets that come to their hook once more: those that deny hold. An accepted
-    /// packet is as one that comes for the first time.
+    /// Verdicts of packets that come to their hook once more: those that deny are carried out. An
+    /// accepted packet is as one that comes for the first time.
     pub(super) fn back(self, way: Way) -> Chained<'a> {
         let mut chain = self.of_way(FlowChain::Back(way), way);
         self.denying_verdicts(&mut chain, way);
@@ -207,9 +212,13 @@ impl<'a> Flows<'a> {
 
     /// A packet that begins a connection comes to the queue: a verdict for an older one may have
     /// been carried out on another processor after `flow_begins`, or another program may have
-    /// restored the mark.
+    /// restored the mark. So does one with a source route: its connection is that with the next
+    /// hop, and it goes on to another host.
     pub(super) fn known(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Known);
+        for version in denied::versions(self.surroundings.family) {
+            chain.push_for(version, &[Match::may_have_route(version)], Action::Return);
+        }
         chain.push(&[Match::protocol(Protocol::Udp)], Action::Accept);
         let [syn, others @ ..] = first_packets();
         chain.push(&syn, Action::Return);

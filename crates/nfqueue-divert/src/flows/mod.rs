@@ -10,17 +10,17 @@
 //! |---|---|
 //! | a base chain of the user's rules | first a jump to `CHAIN_first`; last the rules of [`Flows::last_rules`] |
 //! | `CHAIN_first` | stops packets of denied connections |
-//! | `CHAIN_unusual` | the same for packets that are not of an established connection |
+//! | `CHAIN_unusual` | the same for packets that are not of an established connection; drops fragments in fragments of IPv6 |
 //! | `CHAIN_opposite`, a base chain | the same at the other hook that packets of this host's connections traverse, where it has no rules of the user; also at `Output` or `Forward`, so that no packet comes to `Postrouting` first |
 //! | `to_queue_N` | what a rule to a queue leads to: accepts packets of accepted connections, and marks the others as queued |
-//! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority |
+//! | `CHAIN_flows`, at the same hook and priority, and so behind the queue | carries out the verdict that the packet's priority contains, and removes it from the priority. One that denies comes here only if an earlier chain at the hook has just been removed |
 //!
 //! The chains between have these names, with `_in`, `_forward`, `_out` or `_leaving` where the hook
 //! makes a difference:
 //!
 //! | chain | packets that come to it |
 //! |---|---|
-//! | `flow_back` | have a code in their priority before the queue: the verdict of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
+//! | `flow_back` | have a code in their priority before the queue: a verdict that denies (`NF_REPEAT`), that of a packet that comes to its hook once more (`nf_reinject` counts hooks, and another may have been registered since), or a foreign value |
 //! | `flow_inherits` | have an entry that no packet has confirmed, and come to their first place of the table; or are of the other side of a denied connection |
 //! | `flow_begins` | begin a connection, at their first place of the table: TCP SYN, SCTP INIT, DCCP Request |
 //! | `flow_known` | belong to an accepted connection, and would come to the queue |

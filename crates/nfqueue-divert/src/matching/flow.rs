@@ -49,6 +49,10 @@ enum Flow {
     NoTtl(IpVersion),
     /// TTL or hop limit above 1.
     Ttl(IpVersion),
+    /// An extension header of IPv6.
+    Extension(u8),
+    /// Options of IPv4.
+    Options,
     /// The EtherType of the frame.
     EtherType(u16),
     OfUser,
@@ -97,6 +101,20 @@ impl Match {
     /// Packets with TTL or hop limit above 1. The rule must be limited to the version.
     pub(in super::super) fn ttl(version: IpVersion) -> Self {
         Self::new(Flow::Ttl(version))
+    }
+
+    /// IPv6 packets with a fragment header. The rule must be limited to IPv6.
+    pub(in super::super) fn fragment_header() -> Self {
+        Self::new(Flow::Extension(FRAGMENT_HEADER))
+    }
+
+    /// Packets that may have a source route: those of IPv6 with a routing header, and those of IPv4
+    /// with options. The rule must be limited to the version.
+    pub(in super::super) fn may_have_route(version: IpVersion) -> Self {
+        Self::new(match version {
+            IpVersion::V4 => Flow::Options,
+            IpVersion::V6 => Flow::Extension(ROUTING_HEADER),
+        })
     }
 
     /// Frames with this EtherType. A packet without a link-layer header does not match, also if the
@@ -338,6 +356,15 @@ impl Condition for Flow {
                 encoder.ttl(version);
                 encoder.at_most(vec![1], !negated);
             }
+            Self::Extension(header) => {
+                encoder.has_extension(header);
+                encoder.equal(vec![1], negated);
+            }
+            Self::Options => {
+                encoder.network_byte(0);
+                encoder.mask(vec![0x0f]);
+                encoder.at_most(vec![WORDS_WITHOUT_OPTIONS], !negated);
+            }
             Self::EtherType(number) => {
                 encoder.ethertype();
                 encoder.equal(number.to_be_bytes().to_vec(), negated);
@@ -426,6 +453,11 @@ impl Condition for Flow {
             Self::Recalled(of) => format!("{} {}@{RECALLED}", tuple::nft_ports(of), operator(negated)),
             Self::NoTtl(version) => format!("{} {}0", ttl(version), operator(negated)),
             Self::Ttl(version) => format!("{} {} 1", ttl(version), if negated { "<=" } else { ">" }),
+            Self::Extension(header) => {
+                let name = if header == FRAGMENT_HEADER { "frag" } else { "rt" };
+                format!("exthdr {name} {}", if negated { "missing" } else { "exists" })
+            }
+            Self::Options => format!("ip hdrlength {} {WORDS_WITHOUT_OPTIONS}", if negated { "<=" } else { ">" }),
             Self::EtherType(number) => format!("@ll,96,16 {}{number:#06x}", operator(negated)),
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
@@ -452,3 +484,8 @@ const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 /// uapi/linux/if_arp.h
 const ARPHRD_LOOPBACK: u16 = 772;
+// uapi/linux/in6.h
+const ROUTING_HEADER: u8 = 43;
+const FRAGMENT_HEADER: u8 = 44;
+/// The length of an IPv4 header, in words of 32 bits.
+const WORDS_WITHOUT_OPTIONS: u8 = 5;
