@@ -130,6 +130,24 @@ async fn packets_of_a_denied_connection_are_denied() {
 }
 
 #[tokio::test]
+async fn packets_with_a_source_route_are_always_asked_about() {
+    let (kernel, mut queue) = bind();
+    decided(&kernel, &mut queue, question(), ACCEPT).await;
+    let mut routed = question().payload().to_vec();
+    // One more word in the header: a record of the route without places for it.
+    routed.splice(20..20, [7, 3, 4, 0]);
+    (routed[0], routed[3]) = (0x46, routed[3] + 4);
+    for _ in 0..2 {
+        decided(&kernel, &mut queue, TestPacket::raw(routed.clone()), ACCEPT).await;
+    }
+    let stats = queue.stats();
+    assert_eq!((stats.decided.accepted, stats.decided.dropped), (3, 0));
+    decided(&kernel, &mut queue, TestPacket::raw(routed), REJECT).await;
+    let stats = queue.stats();
+    assert_eq!((stats.decided.accepted, stats.decided.dropped, stats.decided.repeated), (3, 1, 0));
+}
+
+#[tokio::test]
 async fn a_rejected_packet_does_not_deny_its_connection() {
     let (kernel, mut queue) = bind();
     for _ in 0..2 {

@@ -91,6 +91,11 @@ pub(super) enum ChainVerdict {
 }
 
 impl FlowPacket {
+    /// Whether the rules read this priority as a verdict that denies.
+    pub(super) fn denied_by(&self, priority: u32) -> bool {
+        self.codes.has(priority) && flow_codes::denies(priority)
+    }
+
     /// The priority of a packet that was dropped, as it was without a code.
     pub(super) fn own_priority(&self, priority: u32) -> u32 {
         if self.codes.has(priority) { self.priority } else { priority }
@@ -180,7 +185,7 @@ impl Flows {
         let codes = packet.codes;
         let accepts = *priority & flow_codes::CODE == codes.accepted();
         if !stops {
-            let denied = [codes.dropped(), codes.rejected(), codes.rejected_packet()].contains(priority);
+            let denied = packet.denied_by(*priority);
             let alone = !accepts && *priority & flow_codes::CODE != 0;
             self.passes(packet, alone, denied, now);
         }
@@ -303,7 +308,8 @@ impl Flows {
 
     /// `to_queue_N`
     fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<ChainVerdict> {
-        if packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
+        let routed = packet.seen.is_some_and(|seen| seen.routed);
+        if !routed && packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
             return Some(ChainVerdict::Accepted);
         }
         packet.priority = *priority;

@@ -570,6 +570,10 @@ impl<T: Clone> Model<T> {
         skb.verdicts += 1;
         match skb.action {
             Some(Action::Accept | Action::Stop) => self.finish(*skb, Cause::Verdict, true, now),
+            // The first rules carry a verdict that denies out, as those behind the queue would.
+            Some(Action::Repeat) if skb.flow.is_some_and(|flow| flow.denied_by(skb.packet.priority)) => {
+                self.finish(*skb, Cause::Verdict, true, now);
+            }
             Some(Action::Repeat) => self.evaluate(skb, now),
             Some(Action::Requeue { queue, bypass }) => self.enqueue(skb, queue, bypass, now),
             // `Drop`, and unknown actions.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use etherparse::{IpSlice, LaxIpSlice};
+use etherparse::{IpSlice, Ipv6ExtensionSlice, LaxIpSlice};
 
 /// Protocol, addresses and ports of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,6 +56,8 @@ pub(super) struct Seen {
     pub(super) answers: bool,
     /// Whether the kernel replies to the packet if it is rejected (`nf_send_reset`, `icmp_send`).
     pub(super) gets_replies: bool,
+    /// Whether it may have a source route.
+    pub(super) routed: bool,
 }
 
 /// An IP packet without fragments to be reassembled.
@@ -66,6 +68,8 @@ pub(super) struct Packet<'a> {
     pub(super) protocol: u8,
     /// From the transport header on. `None` if the packet is a fragment.
     pub(super) transport: Option<&'a [u8]>,
+    /// Whether it has options of IPv4, or a routing header of IPv6.
+    routed: bool,
 }
 
 impl<'a> Packet<'a> {
@@ -73,11 +77,18 @@ impl<'a> Packet<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let ip = IpSlice::from_slice(bytes).ok()?;
         let payload = ip.payload();
+        let routed = match &ip {
+            IpSlice::Ipv4(ip) => !ip.header().options().is_empty(),
+            IpSlice::Ipv6(ip) => {
+                ip.extensions().clone().into_iter().any(|header| matches!(header, Ipv6ExtensionSlice::Routing(_)))
+            }
+        };
         Some(Self {
             source: ip.source_addr(),
             destination: ip.destination_addr(),
             protocol: payload.ip_number.0,
             transport: (!payload.fragmented).then_some(payload.payload),
+            routed,
         })
     }
 
@@ -90,6 +101,7 @@ impl<'a> Packet<'a> {
             destination: ip.destination_addr(),
             protocol: payload.ip_number.0,
             transport: (!payload.fragmented).then_some(payload.payload),
+            routed: false,
         })
     }
 
@@ -108,9 +120,10 @@ impl<'a> Packet<'a> {
 /// other than errors and echo.
 pub(super) fn look(packet: &[u8]) -> Option<Seen> {
     let packet = Packet::parse(packet)?;
+    let routed = packet.routed;
     if let Some(kind) = error(&packet) {
         let (tuple, _) = tuple(&Packet::quoted(kind)?)?;
-        return Some(Seen { tuple, part: Part::Error, answers: false, gets_replies: false });
+        return Some(Seen { tuple, part: Part::Error, answers: false, gets_replies: false, routed });
     }
     let (tuple, is_reply) = tuple(&packet)?;
     let transport = packet.transport?;
@@ -141,12 +154,12 @@ pub(super) fn look(packet: &[u8]) -> Option<Seen> {
         _ if is_reply => Part::Reply,
         _ => Part::Any,
     };
-    Some(Seen { tuple, part, answers, gets_replies })
+    Some(Seen { tuple, part, answers, gets_replies, routed })
 }
 
 /// The tuple, and whether the packet is the reply to an ICMP request.
 fn tuple(packet: &Packet<'_>) -> Option<(Tuple, bool)> {
-    let Packet { source, destination, protocol, transport } = *packet;
+    let Packet { source, destination, protocol, transport, .. } = *packet;
     let transport = transport?;
     let tuple = |ports| Tuple { source, destination, protocol, ports };
     match (protocol, source) {

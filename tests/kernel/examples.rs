@@ -111,7 +111,7 @@ fn per_flow(signal: Signal, options: &[&str], expected: &str) {
 
 fn nf_queue_counts_packets_and_stops_after_its_timeout() {
     for options in
-        [&["-c", "-t", "1"][..], &["-c", "-t1", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "1", "-d", "1"]]
+        [&["-c", "-t", "3"][..], &["-c", "-t3", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "3", "-d", "1"]]
     {
         let program = Program::start("nf_queue", options);
         support::wait_until("the queue is bound", || support::queue_line(0).is_some());
@@ -131,8 +131,8 @@ fn nf_queue_counts_packets_and_stops_after_its_timeout() {
 }
 
 fn nf_queue_requeues_packets() {
-    let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "1"]);
-    let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "1"]);
+    let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "3"]);
+    let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "3"]);
     support::wait_until("both queues are bound", || [1, 2].iter().all(|queue| support::queue_line(*queue).is_some()));
     let divert = divert(&[1]);
     assert_eq!(delivered(100), 100);
