@@ -128,8 +128,8 @@
 //! The denial wins for all packets that follow, in whichever order the verdicts come, and also if
 //! the packets are from both sides. Packets that are queued already still need their own verdicts;
 //! if these accept them, a later hook of the table may drop them. A packet that has passed the hook
-//! before the denial, by its own verdict or by another one's accept, is beyond it: it still arrives,
-//! if it waits in a queue of the network or of another program, some tenths of a second later.
+//! before the denial, by its own verdict or by another one's accept, is beyond it: if it waits
+//! elsewhere (in the backlog of a processor, in another program's queue), it arrives later.
 //!
 //! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
 //! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
@@ -346,7 +346,8 @@
 //! - If another program registers an earlier chain at the same hook while a packet waits, the
 //!   packet comes to the hook once more (`nf_reinject` counts hooks). If its verdict accepts, it
 //!   comes to the queue again. If its verdict denies, it meets the new chain, and is denied behind
-//!   that; if that drops it, the denial is forgotten. If another program removes an earlier chain, the kernel drops what is queued. A
+//!   that; if that drops it, the denial is forgotten.
+//! - If another program removes an earlier chain at the hook, the kernel drops what is queued. A
 //!   verdict that comes between the two (milliseconds) continues behind the next chain: one that
 //!   accepts the connection may be forgotten, and one that denies is carried out all the same.
 //!
@@ -396,7 +397,7 @@
 //! table inet filter {
 //!     chain forward {
 //!         type filter hook forward priority 0;
-//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop # comes once more
+//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop # again here
 //!         meta priority & 0xf8000000 == 0xa8000000 meta priority set meta priority & 0x00ffffff
 //!         ct mark & 0x1012 == 0x1010 drop                              # denied()
 //!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 \
@@ -427,5 +428,6 @@
 //! | `0xad5d19e3` | on the way from the queue | reject the connection |
 //! | `0xae5d19e3` | on the way from the queue | reject the packet |
 //!
-//! The verdicts that drop or reject are `NF_REPEAT`: the chain must carry them out before it queues.
-//! A rule that writes the codes on the way to the queue must have the chain behind the queue.
+//! The verdicts that drop or reject are `NF_REPEAT`: the chain must carry them out before it
+//! queues. A rule that writes the codes on the way to the queue must have the chain behind the
+//! queue.

@@ -21,7 +21,7 @@ tests![
 pub(super) const MODE: &str = "wakes";
 const COUNT: u32 = 1500;
 /// The timer thread looks four times a second whether verdicts have been executed, also on a slow
-/// machine, and each thread wakes a few times to start. A spare wake-up for each burst would be 300.
+/// machine, and each thread wakes a few times to start. One spare wake-up a burst would be 300.
 const FEW: u64 = 100;
 
 fn no_thread_wakes_for_a_verdict_that_has_been_sent() {

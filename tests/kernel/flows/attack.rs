@@ -292,7 +292,7 @@ async fn a_verdict_of_another_table_does_not_accept() {
     }
 }
 
-/// The packet meets the other table, which was installed while it waited, and is denied behind that.
+/// The packet meets the other table, which was installed while it waited, and is denied behind it.
 async fn a_denial_survives_another_table() {
     for [marks, other_marks] in TABLES {
         let talk = Talk::loopback(LOOPBACKS[0]);
