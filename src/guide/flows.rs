@@ -61,8 +61,12 @@
 //!   name the interfaces; of TCP, the SYN of the second one comes to the queue. Give such
 //!   interfaces zones of connection tracking (`ct zone set`): accepts do not hold in another zone.
 //! - A packet with a source route (a routing header of IPv6, an option of IPv4) belongs to the
-//!   connection with the next hop, and goes on to another host. No accept lets such packets pass:
-//!   each comes to the queue, as do all packets with options of IPv4. Look at the whole header.
+//!   connection with the next hop, and goes on to another host; one with a home address
+//!   (destination options of IPv6) is of another host. No accept lets such packets pass: each comes
+//!   to the queue, as do all packets with options of IPv4. Look at the whole header. A host that
+//!   itself removes routing headers (`seg6local`, with the flavor PSP or with decapsulation) needs
+//!   its rules at `Prerouting`, where the header is seen: at `Forward` an accept of the connection
+//!   with the removed address holds wherever the packet goes.
 //! - Of an IPv6 packet that the kernel cannot reassemble, because another fragment header is in
 //!   front of the first, the parts are dropped:
 //!   [`defragment`](crate::divert::DivertBuilder::defragment).
@@ -349,7 +353,10 @@
 //!   that; if that drops it, the denial is forgotten.
 //! - If another program removes an earlier chain at the hook, the kernel drops what is queued. A
 //!   verdict that comes between the two (milliseconds) continues behind the next chain: one that
-//!   accepts the connection may be forgotten, and one that denies is carried out all the same.
+//!   accepts the connection may be forgotten, and one that denies is carried out all the same. (If
+//!   it removes several chains in one transaction, such as those of a table with flow marks, while
+//!   packets flood in and are denied one by one, a few of ten thousand can be dropped without that
+//!   being remembered, or pass.)
 //!
 //! # Other programs
 //!

@@ -56,7 +56,7 @@ pub(super) struct Seen {
     pub(super) answers: bool,
     /// Whether the kernel replies to the packet if it is rejected (`nf_send_reset`, `icmp_send`).
     pub(super) gets_replies: bool,
-    /// Whether it may have a source route.
+    /// Whether it may be for another host, or of another one, than its addresses say.
     pub(super) routed: bool,
 }
 
@@ -68,7 +68,7 @@ pub(super) struct Packet<'a> {
     pub(super) protocol: u8,
     /// From the transport header on. `None` if the packet is a fragment.
     pub(super) transport: Option<&'a [u8]>,
-    /// Whether it has options of IPv4, or a routing header of IPv6.
+    /// Whether it has options of IPv4, or a routing header or destination options of IPv6.
     routed: bool,
 }
 
@@ -80,7 +80,10 @@ impl<'a> Packet<'a> {
         let routed = match &ip {
             IpSlice::Ipv4(ip) => !ip.header().options().is_empty(),
             IpSlice::Ipv6(ip) => {
-                ip.extensions().clone().into_iter().any(|header| matches!(header, Ipv6ExtensionSlice::Routing(_)))
+                let hides = |header| {
+                    matches!(header, Ipv6ExtensionSlice::Routing(_) | Ipv6ExtensionSlice::DestinationOptions(_))
+                };
+                ip.extensions().clone().into_iter().any(hides)
             }
         };
         Some(Self {

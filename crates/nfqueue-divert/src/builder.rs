@@ -135,9 +135,13 @@ impl DivertBuilder {
     ///
     /// An IPv6 packet that is still a fragment behind reassembly had a fragment header in front of
     /// its own. The kernel would send its parts on one by one, so the table drops them, before all
-    /// rules (at priorities above −400). They include fragments that another program excludes from
-    /// reassembly; with [`flow_marks`](Self::flow_marks), those pass. What a process of this host
-    /// sends with `IP_NODEFRAG` is not reassembled in IPv4 (it needs `CAP_NET_RAW`).
+    /// rules, except on the loopback interface (at priorities of −400 and below, rules at
+    /// `Prerouting` and `Output` see fragments). They include fragments that another program
+    /// excludes from reassembly; with [`flow_marks`](Self::flow_marks), those pass.
+    ///
+    /// Rules at `Output` alone do not switch it on: the kernel fragments behind that hook. What a
+    /// process with `CAP_NET_RAW` fragments itself gets past rules with ports there, unless you
+    /// call `defragment(true)`; in IPv4 also then, with `IP_NODEFRAG`.
     pub fn defragment(mut self, on: bool) -> Self {
         self.defragment = Some(on);
         self

@@ -1,5 +1,7 @@
 //! The chains and rules that a table consists of.
 
+use nfqueue_proto::types::Hook;
+
 use super::{
     action::{Action, Target},
     chain::{Chain, ChainType, Place, chain_name},
@@ -85,14 +87,26 @@ impl<'a> Layout<'a> {
 /// The rules before the user's where the kernel reassembles. It removes one fragment header, and
 /// what still has one behind that would come to the rules in parts (`nf_ct_frag6_gather`). With
 /// verdicts for connections, [`Flows::first_rules`] has such a rule.
+///
+/// Packets of this host that arrive over the loopback interface are not reassembled again if
+/// connection tracking knows them (`ipv6_defrag`).
 pub(super) fn guards<'a>(places: &[Place], surroundings: Surroundings<'a>) -> Vec<KernelRule<'a>> {
-    let guarded = |place: &&Place| place.priority > Priority::DEFRAGMENTATION.number();
     if surroundings.flows.is_some() || surroundings.family == TableFamily::Bridge {
         return Vec::new();
     }
-    let rules = places.iter().filter(guarded).flat_map(|place| {
+    // The kernel reassembles at these two.
+    let sees_fragments = |place: &Place| {
+        matches!(place.hook, Hook::Prerouting | Hook::Output) && place.priority <= Priority::DEFRAGMENTATION.number()
+    };
+    let rules = places.iter().filter(|place| !sees_fragments(place)).flat_map(|place| {
         let mut chain = Chained::new(chain_name(*place, surroundings.priority), *place, surroundings);
-        chain.push_for(IpVersion::V6, &[Match::fragment_header()], Action::Drop);
+        let local = match place.hook {
+            Hook::Output | Hook::Postrouting => Match::to_loopback(),
+            _ => Match::on_loopback(),
+        };
+        if let Some(rule) = chain.push_for(IpVersion::V6, &[Match::fragment_header()], Action::Drop) {
+            rule.conditions.push((local, true));
+        }
         chain.rules
     });
     rules.collect()

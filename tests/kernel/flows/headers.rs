@@ -5,7 +5,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use etherparse::{IpNumber, PacketBuilder};
 use nfqueue_divert::Divert;
-use tokio_nfqueue::{Hook, Protocol, Queue, Rule, divert::Match};
+use tokio_nfqueue::{
+    Hook, Protocol, Queue, Rule,
+    divert::{ConnectionState, Match},
+};
 
 use super::{
     bind, confirm, pass, queue_is_empty,
@@ -23,6 +26,7 @@ tests![
     one a_header_chain_in_fragments_passes_no_rule_for_all_others,
     one packets_with_a_source_route_are_always_asked_about,
     one packets_with_ip_options_are_always_asked_about,
+    one fragments_on_loopback_pass,
 ];
 
 const PORT: u16 = 53;
@@ -151,10 +155,15 @@ async fn a_fragment_in_a_fragment_passes_no_rule_without_flows() {
         divert.replace_rules([rule.clone()]).unwrap();
         send_parts(&path, &mut queue).await;
         divert.close().unwrap();
-        let _divert = crate::common::divert([rule]);
-        let sent = path.arrived();
-        path.send(FRAGMENT, &whole(&part(UDP, 16, false, 3, b"12345678")));
-        assert_eq!(path.arrived(), sent);
+        // At all hooks but `Prerouting` and `Output`, also before that priority.
+        for (hook, priority) in [(Hook::Forward, 0), (Hook::Forward, -450), (Hook::Postrouting, 0)] {
+            let count = Rule::new(hook).priority(priority).protocol(Protocol::Tcp).destination_port(1).count();
+            let divert = crate::common::divert([count]);
+            let sent = path.arrived();
+            path.send(FRAGMENT, &whole(&part(UDP, 16, false, 3, b"12345678")));
+            assert_eq!(path.arrived(), sent, "{hook:?} {priority}");
+            divert.close().unwrap();
+        }
         queue_is_empty(&mut queue);
         support::fresh();
     }
@@ -202,9 +211,28 @@ async fn packets_with_a_source_route_are_always_asked_about() {
             confirm(packet.accept().for_flow()).await.unwrap();
         }
     }
+    // A home address of whom the kernel does not know (RFC 6275, section 6.3).
+    let home = [&[UDP, 2, 1, 2, 0, 0, 201, 16], &path.from.far_v6.octets()[..]].concat();
+    path.send(DESTINATION_OPTIONS, &[home, path.datagram()].concat());
+    pass(&mut queue).await;
     path.send(UDP, &path.datagram());
-    assert_eq!(path.arrived(), 7);
+    assert_eq!(path.arrived(), 8);
     queue_is_empty(&mut queue);
+}
+
+/// Over the loopback interface the kernel does not reassemble twice.
+async fn fragments_on_loopback_pass() {
+    let (to, from) = (support::udp((Ipv6Addr::LOCALHOST, 0)), support::udp((Ipv6Addr::LOCALHOST, 0)));
+    let port = to.local_addr().unwrap().port();
+    // More than the MTU of the interface with all headers.
+    let data = vec![7; 65_507];
+    for hook in [Hook::Prerouting, Hook::Input, Hook::Output, Hook::Postrouting] {
+        let rule = Rule::new(hook).protocol(Protocol::Udp).destination_port(port);
+        let tracked = rule.clone().when(Match::connection_state([ConnectionState::Invalid])).drop();
+        let _divert = Divert::builder().rules([tracked, rule.count()]).defragment(true).install().unwrap();
+        from.send_to(&data, to.local_addr().unwrap()).unwrap();
+        assert_eq!(to.recv(&mut vec![0; 65_535]).unwrap(), data.len(), "{hook:?}");
+    }
 }
 
 async fn packets_with_ip_options_are_always_asked_about() {

@@ -212,12 +212,14 @@ impl<'a> Flows<'a> {
 
     /// A packet that begins a connection comes to the queue: a verdict for an older one may have
     /// been carried out on another processor after `flow_begins`, or another program may have
-    /// restored the mark. So does one with a source route: its connection is that with the next
-    /// hop, and it goes on to another host.
+    /// restored the mark. So does one whose addresses are not those of its connection: with a source
+    /// route it goes on to another host, and its connection is that with the next hop.
     pub(super) fn known(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Known);
         for version in denied::versions(self.surroundings.family) {
-            chain.push_for(version, &[Match::may_have_route(version)], Action::Return);
+            for hidden in Match::hidden_addresses(version) {
+                chain.push_for(version, &[hidden], Action::Return);
+            }
         }
         chain.push(&[Match::protocol(Protocol::Udp)], Action::Accept);
         let [syn, others @ ..] = first_packets();

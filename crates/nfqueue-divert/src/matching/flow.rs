@@ -57,6 +57,7 @@ enum Flow {
     EtherType(u16),
     OfUser,
     OnLoopback,
+    ToLoopback,
     Arrived,
     SctpInit,
     SctpInitAck,
@@ -108,13 +109,20 @@ impl Match {
         Self::new(Flow::Extension(FRAGMENT_HEADER))
     }
 
-    /// Packets that may have a source route: those of IPv6 with a routing header, and those of IPv4
-    /// with options. The rule must be limited to the version.
-    pub(in super::super) fn may_have_route(version: IpVersion) -> Self {
-        Self::new(match version {
-            IpVersion::V4 => Flow::Options,
-            IpVersion::V6 => Flow::Extension(ROUTING_HEADER),
-        })
+    /// Packets that may be for another host, or of another one, than their addresses say: those of
+    /// IPv6 with a routing header or destination options (the home address), and those of IPv4 with
+    /// options. The rule must be limited to the version.
+    pub(in super::super) fn hidden_addresses(version: IpVersion) -> Vec<Self> {
+        let hiding = match version {
+            IpVersion::V4 => &[Flow::Options][..],
+            IpVersion::V6 => &[Flow::Extension(ROUTING_HEADER), Flow::Extension(DESTINATION_OPTIONS)],
+        };
+        hiding.iter().copied().map(Self::new).collect()
+    }
+
+    /// Packets that leave to this host.
+    pub(in super::super) fn to_loopback() -> Self {
+        Self::new(Flow::ToLoopback)
     }
 
     /// Frames with this EtherType. A packet without a link-layer header does not match, also if the
@@ -379,6 +387,10 @@ impl Condition for Flow {
                 encoder.meta(MetaKey::Iftype);
                 encoder.equal(ARPHRD_LOOPBACK.to_ne_bytes().to_vec(), negated);
             }
+            Self::ToLoopback => {
+                encoder.meta(MetaKey::Oiftype);
+                encoder.equal(ARPHRD_LOOPBACK.to_ne_bytes().to_vec(), negated);
+            }
             Self::Arrived => {
                 encoder.meta(MetaKey::Iif);
                 encoder.equal(vec![0; 4], !negated);
@@ -454,13 +466,18 @@ impl Condition for Flow {
             Self::NoTtl(version) => format!("{} {}0", ttl(version), operator(negated)),
             Self::Ttl(version) => format!("{} {} 1", ttl(version), if negated { "<=" } else { ">" }),
             Self::Extension(header) => {
-                let name = if header == FRAGMENT_HEADER { "frag" } else { "rt" };
+                let name = match header {
+                    ROUTING_HEADER => "rt",
+                    FRAGMENT_HEADER => "frag",
+                    _ => "dst",
+                };
                 format!("exthdr {name} {}", if negated { "missing" } else { "exists" })
             }
             Self::Options => format!("ip hdrlength {} {WORDS_WITHOUT_OPTIONS}", if negated { "<=" } else { ">" }),
             Self::EtherType(number) => format!("@ll,96,16 {}{number:#06x}", operator(negated)),
             Self::OfUser => format!("meta skuid {}{}", operator(!negated), u32::MAX),
             Self::OnLoopback => format!("meta iiftype {}loopback", operator(negated)),
+            Self::ToLoopback => format!("meta oiftype {}loopback", operator(negated)),
             Self::Arrived => format!("meta iif {}0", operator(!negated)),
             Self::SctpInit => format!("@th,32,32 {}0", operator(negated)),
             Self::SctpInitAck => format!("@th,96,8 {}2", operator(negated)),
@@ -487,5 +504,6 @@ const ARPHRD_LOOPBACK: u16 = 772;
 // uapi/linux/in6.h
 const ROUTING_HEADER: u8 = 43;
 const FRAGMENT_HEADER: u8 = 44;
+const DESTINATION_OPTIONS: u8 = 60;
 /// The length of an IPv4 header, in words of 32 bits.
 const WORDS_WITHOUT_OPTIONS: u8 = 5;
