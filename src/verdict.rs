@@ -470,9 +470,9 @@ impl Verdict {
     /// The action and the priority that the kernel gets, and the reason if the verdict holds for
     /// less than it says. Verdicts of rules behind the queue are codes in the packet's priority.
     ///
-    /// One that denies lets the packet meet its hook once more, where the first rule carries it
-    /// out: `Accept` continues behind the chain of the packet's number, and after the removal of an
-    /// earlier chain (another program's, in the same moment) that is behind the rules for verdicts.
+    /// One that denies repeats the chain, whose first rule carries it out. `Accept` would continue
+    /// with the hook's next chain, by its number: if another program has just removed an earlier
+    /// chain, that is the one behind the rules for verdicts.
     fn action_and_priority(&self) -> (Action, Option<u32>, Option<&'static str>) {
         let Some((marks, queued)) = self.guard.flow_marks() else { return (self.action, self.priority, None) };
         let codes = FlowCodes::of(marks);

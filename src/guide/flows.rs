@@ -61,8 +61,8 @@
 //!   name the interfaces; of TCP, the SYN of the second one comes to the queue. Give such
 //!   interfaces zones of connection tracking (`ct zone set`): accepts do not hold in another zone.
 //! - A packet with a source route (a routing header of IPv6, an option of IPv4) belongs to the
-//!   connection with the next hop, and goes on to another host; one with a home address
-//!   (destination options of IPv6) is of another host. No accept lets such packets pass: each comes
+//!   connection with the next hop, and is for another host; one with a home address (destination
+//!   options of IPv6) is of another host. No accept lets such packets pass: each comes
 //!   to the queue, as do all packets with options of IPv4. Look at the whole header. A host that
 //!   itself removes routing headers (`seg6local`, with the flavor PSP or with decapsulation) needs
 //!   its rules at `Prerouting`, where the header is seen: at `Forward` an accept of the connection
@@ -132,8 +132,9 @@
 //! The denial wins for all packets that follow, in whichever order the verdicts come, and also if
 //! the packets are from both sides. Packets that are queued already still need their own verdicts;
 //! if these accept them, a later hook of the table may drop them. A packet that has passed the hook
-//! before the denial, by its own verdict or by another one's accept, is beyond it: if it waits
-//! elsewhere (in the backlog of a processor, in another program's queue), it arrives later.
+//! before the denial, by its own verdict or by another one's accept, is not stopped by it:
+//! if it waits elsewhere (in the backlog of a processor, in another program's queue), it arrives
+//! later.
 //!
 //! Two packets of a *new* connection each have an entry of connection tracking, and the kernel
 //! keeps only the one that passes first. `accept().for_flow()` for the other one is forgotten: the
@@ -404,7 +405,7 @@
 //! table inet filter {
 //!     chain forward {
 //!         type filter hook forward priority 0;
-//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop # again here
+//!         meta priority 0xac5d19e3 ct mark set ct mark & 0xffffefed | 0x1010 drop # its verdict
 //!         meta priority & 0xf8000000 == 0xa8000000 meta priority set meta priority & 0x00ffffff
 //!         ct mark & 0x1012 == 0x1010 drop                              # denied()
 //!         tcp flags & (syn | ack | rst) == syn ct mark & 0x1012 == 0x1012 \

@@ -308,8 +308,8 @@ impl Flows {
 
     /// `to_queue_N`
     fn queue_rules(&mut self, packet: &mut FlowPacket, priority: &mut u32) -> Option<ChainVerdict> {
-        let routed = packet.seen.is_some_and(|seen| seen.routed);
-        if !routed && packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
+        let hides_addresses = packet.seen.is_some_and(|seen| seen.hides_addresses);
+        if !hides_addresses && packet.connection.is_some_and(|connection| self.mark(connection) == Mark::Accepted) {
             return Some(ChainVerdict::Accepted);
         }
         packet.priority = *priority;

@@ -57,7 +57,7 @@ pub(super) struct Seen {
     /// Whether the kernel replies to the packet if it is rejected (`nf_send_reset`, `icmp_send`).
     pub(super) gets_replies: bool,
     /// Whether it may be for another host, or of another one, than its addresses say.
-    pub(super) routed: bool,
+    pub(super) hides_addresses: bool,
 }
 
 /// An IP packet without fragments to be reassembled.
@@ -69,7 +69,7 @@ pub(super) struct Packet<'a> {
     /// From the transport header on. `None` if the packet is a fragment.
     pub(super) transport: Option<&'a [u8]>,
     /// Whether it has options of IPv4, or a routing header or destination options of IPv6.
-    routed: bool,
+    hides_addresses: bool,
 }
 
 impl<'a> Packet<'a> {
@@ -77,7 +77,7 @@ impl<'a> Packet<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let ip = IpSlice::from_slice(bytes).ok()?;
         let payload = ip.payload();
-        let routed = match &ip {
+        let hides_addresses = match &ip {
             IpSlice::Ipv4(ip) => !ip.header().options().is_empty(),
             IpSlice::Ipv6(ip) => {
                 let hides = |header| {
@@ -91,7 +91,7 @@ impl<'a> Packet<'a> {
             destination: ip.destination_addr(),
             protocol: payload.ip_number.0,
             transport: (!payload.fragmented).then_some(payload.payload),
-            routed,
+            hides_addresses,
         })
     }
 
@@ -104,7 +104,7 @@ impl<'a> Packet<'a> {
             destination: ip.destination_addr(),
             protocol: payload.ip_number.0,
             transport: (!payload.fragmented).then_some(payload.payload),
-            routed: false,
+            hides_addresses: false,
         })
     }
 
@@ -123,10 +123,10 @@ impl<'a> Packet<'a> {
 /// other than errors and echo.
 pub(super) fn look(packet: &[u8]) -> Option<Seen> {
     let packet = Packet::parse(packet)?;
-    let routed = packet.routed;
+    let hides_addresses = packet.hides_addresses;
     if let Some(kind) = error(&packet) {
         let (tuple, _) = tuple(&Packet::quoted(kind)?)?;
-        return Some(Seen { tuple, part: Part::Error, answers: false, gets_replies: false, routed });
+        return Some(Seen { tuple, part: Part::Error, answers: false, gets_replies: false, hides_addresses });
     }
     let (tuple, is_reply) = tuple(&packet)?;
     let transport = packet.transport?;
@@ -157,7 +157,7 @@ pub(super) fn look(packet: &[u8]) -> Option<Seen> {
         _ if is_reply => Part::Reply,
         _ => Part::Any,
     };
-    Some(Seen { tuple, part, answers, gets_replies, routed })
+    Some(Seen { tuple, part, answers, gets_replies, hides_addresses })
 }
 
 /// The tuple, and whether the packet is the reply to an ICMP request.

@@ -86,7 +86,7 @@ const LAST: u8 = 253;
 fn datagram(from: Ipv6Addr, to: Ipv6Addr) -> Vec<u8> {
     let mut packet = Vec::new();
     let builder = PacketBuilder::ipv6(from.octets(), to.octets(), 64).udp(4000, PORT);
-    builder.write(&mut packet, b"harmless, and what nobody has seen").unwrap();
+    builder.write(&mut packet, b"harmless, and what was not seen...").unwrap();
     packet.split_off(40)
 }
 
@@ -135,7 +135,7 @@ async fn send_parts(path: &Path, queue: &mut Queue) {
     }
 }
 
-/// "A rule that compares ports sees whole packets" (`DivertBuilder::defragment`).
+/// Rules see whole packets, and what is no whole packet is dropped (`DivertBuilder::defragment`).
 async fn of_a_fragment_in_a_fragment_nothing_passes_the_queue() {
     for rule in rules() {
         let path = Path::new();
@@ -201,7 +201,7 @@ async fn packets_with_a_source_route_are_always_asked_about() {
     confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
     path.send(UDP, &path.datagram());
     assert_eq!(path.arrived(), 2);
-    // Type 4 (RFC 8754) with one segment, already reached; and a type that nobody knows.
+    // Type 4 (RFC 8754) with one segment, already reached; and a type that is not assigned.
     for kind in [4, 253] {
         let route = [&[UDP, 2, kind, 0, 0, 0, 0, 0], &path.to.far_v6.octets()[..]].concat();
         for decided in 0..2 {

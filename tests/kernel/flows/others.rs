@@ -264,10 +264,7 @@ async fn denied_packets_are_denied_while_another_program_removes_an_earlier_chai
         let port = server.local_addr().unwrap().port();
         let _divert = table([to_port(Hook::Output, port).to_queue(0)]).install().unwrap();
         rules::install_hook(NetfilterProtoFamily::Inet, "other", place()).unwrap();
-        let send = |number: u8| {
-            clients.iter().for_each(|client| drop(client.send_to(&[number], server.local_addr().unwrap())))
-        };
-        send(0);
+        clients.iter().for_each(|client| drop(client.send_to(&[0], server.local_addr().unwrap())));
         let mut waiting = Vec::new();
         for _ in &clients {
             waiting.push(next(&mut queue).await);

@@ -212,8 +212,8 @@ impl<'a> Flows<'a> {
 
     /// A packet that begins a connection comes to the queue: a verdict for an older one may have
     /// been carried out on another processor after `flow_begins`, or another program may have
-    /// restored the mark. So does one whose addresses are not those of its connection: with a
-    /// source route it goes on to another host, and its connection is that with the next hop.
+    /// restored the mark. So does one whose addresses are not those of its connection: a packet
+    /// with a source route is for another host, and its connection is that with the next hop.
     pub(super) fn known(self) -> Chained<'a> {
         let mut chain = self.common(FlowChain::Known);
         for version in denied::versions(self.surroundings.family) {

@@ -101,10 +101,10 @@ pub struct Received {
 #[non_exhaustive]
 pub struct Decided {
     /// Accepted or stopped: the verdict was sent, and the kernel has not reported that it found no
-    /// packet. Packets that rules behind the queue then drop or reject
-    /// (`guide::flows` of tokio-nfqueue) count as accepted.
+    /// packet.
     pub accepted: u64,
-    /// Dropped; counted like `accepted`.
+    /// Dropped, also by a verdict that rejects them or denies their connections (`guide::flows` of
+    /// tokio-nfqueue); counted like `accepted`.
     pub dropped: u64,
     /// Sent through the hook again; counted like `accepted`.
     pub repeated: u64,
