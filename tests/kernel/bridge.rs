@@ -424,7 +424,8 @@ async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
             // Even the unchanged bytes are refused, and then the other changes are not made either.
             let verdict = packet.accept().payload(payload).vlan(vlan((SERVICE, 6)));
             let error = if index % 2 == 0 {
-                verdict.submit().unwrap_err()
+                verdict.submit().unwrap();
+                soon("the report", queue.sink().refusals().recv()).await.unwrap()
             } else {
                 soon("the refusal", verdict.confirm()).await.unwrap_err()
             };

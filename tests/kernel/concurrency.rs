@@ -9,7 +9,7 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use tokio_nfqueue::{FlushPolicy, Packet, Queue, Verdict, VerdictSink, flush::FlushDecision};
 
-use crate::common::{Load, Random, Traffic, account, eventually, hold, next, number, soon, start};
+use crate::common::{Load, Random, Traffic, account, eventually, hold, many, next, number, soon, start};
 
 tests![
     both eight_tasks_decide_each_packet_once_with_the_default_policy,
@@ -27,15 +27,15 @@ tests![
 ];
 
 async fn eight_tasks_decide_each_packet_once_with_the_default_policy() {
-    eight_sinks(FlushPolicy::default(), 20_000).await;
+    eight_sinks(FlushPolicy::default(), many(20_000)).await;
 }
 
 async fn eight_tasks_decide_each_packet_once_with_the_immediate_policy() {
-    eight_sinks(FlushPolicy::immediate(), 5000).await;
+    eight_sinks(FlushPolicy::immediate(), many(5000)).await;
 }
 
 async fn eight_tasks_decide_each_packet_once_with_a_fixed_policy() {
-    eight_sinks(FlushPolicy::fixed(20, Duration::from_micros(300)), 5000).await;
+    eight_sinks(FlushPolicy::fixed(20, Duration::from_micros(300)), many(5000)).await;
 }
 
 async fn eight_tasks_decide_each_packet_once_with_a_custom_policy() {
@@ -46,7 +46,7 @@ async fn eight_tasks_decide_each_packet_once_with_a_custom_policy() {
         2 if context.waited > Duration::from_millis(1) => FlushDecision::Now,
         mood => FlushDecision::Within(Duration::from_micros(mood as u64 * 100)),
     });
-    eight_sinks(moody, 5000).await;
+    eight_sinks(moody, many(5000)).await;
 }
 
 async fn eight_sinks(policy: FlushPolicy, count: u32) {
@@ -123,7 +123,7 @@ async fn decide_at_random(
 }
 
 async fn confirm_resolves_in_eight_tasks() {
-    const COUNT: u32 = 3000;
+    const COUNT: u32 = many(3000);
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let (mut packets, sink) = queue.split();
@@ -151,7 +151,7 @@ async fn confirm_resolves_in_eight_tasks() {
 }
 
 async fn verdicts_are_submitted_in_threads_without_a_runtime() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let (mut packets, sink) = queue.split();
@@ -180,7 +180,7 @@ async fn verdicts_are_submitted_in_threads_without_a_runtime() {
 
 /// The call that receives the last packet finds the socket empty, and Tokio is told so later.
 async fn a_packet_that_arrives_while_the_socket_is_found_empty_is_received() {
-    const PAIRS: u32 = 4000;
+    const PAIRS: u32 = many(4000);
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(1);
     let (decided, wait) = std::sync::mpsc::channel::<()>();
@@ -211,7 +211,7 @@ async fn a_packet_that_arrives_while_the_socket_is_found_empty_is_received() {
 }
 
 async fn recv_is_cancel_safe() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let decide = load.decide();
@@ -241,7 +241,7 @@ async fn recv_is_cancel_safe() {
 }
 
 async fn recv_many_is_cancel_safe() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let decide = load.decide();

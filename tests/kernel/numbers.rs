@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tokio_nfqueue::{Action, ErrorKind, PacketStream, Queue, QueueBuilder, Reconfigure, TryRecvError};
 
 use crate::{
-    common::{self, Load, Traffic, account, bind_now, divert, eventually, next, number, soon, udp_in},
+    common::{self, Load, Traffic, account, bind_now, divert, eventually, many, next, number, soon, udp_in},
     support,
 };
 
@@ -79,7 +79,7 @@ async fn balanced_traffic_arrives_in_one_stream() {
 }
 
 async fn a_group_under_load_decides_each_packet_once() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (mut packets, sink) = group(|builder| builder).split();
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let load = Load::start(COUNT);

@@ -18,7 +18,7 @@ use tokio_nfqueue::{
 };
 
 use crate::{
-    common::{PATIENCE, PORT, number, udp_in},
+    common::{PATIENCE, PORT, many, number, udp_in},
     support::{self, wait_until},
 };
 
@@ -73,7 +73,7 @@ fn take(packets: &mut PacketStream, count: usize) -> Vec<Packet> {
 }
 
 fn a_poll_loop_decides_every_packet() {
-    const COUNT: u32 = 2000;
+    const COUNT: u32 = many(2000);
     for kept in [true, false] {
         let (queue, runtime) = bound(Queue::builder(Queue::any(2)));
         // It need not even exist.

@@ -11,7 +11,7 @@ use std::{
 use futures::FutureExt;
 use tokio_nfqueue::{Error, ErrorKind, FlushPolicy, Queue, Reconfigure};
 
-use crate::common::{Load, Traffic, account, eventually, give_up_capabilities, hold, next, number, soon, start};
+use crate::common::{Load, Traffic, account, eventually, give_up_capabilities, hold, many, next, number, soon, start};
 
 tests![
     one the_copy_range_changes,
@@ -210,7 +210,7 @@ async fn reconfigure_needs_the_capability() {
 }
 
 async fn a_change_under_load_loses_no_packet() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (mut queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);
     let (decide, sink) = (load.decide(), queue.sink());

@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_nfqueue::{Divert, Error, Packet, Protocol, Queue, Rule, Verdict};
 
 use crate::{
-    common::{self, Hook, Load, PATIENCE, PORT, Traffic, account, divert, eventually, number, soon, udp_in},
+    common::{self, Hook, Load, PATIENCE, PORT, Traffic, account, divert, eventually, many, number, soon, udp_in},
     support,
 };
 
@@ -34,7 +34,7 @@ fn signal() -> (oneshot::Sender<()>, impl Future<Output = ()> + Send + 'static) 
 }
 
 async fn every_packet_under_load_is_served_once() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (queue, _divert) = common::start(Queue::builder(0));
     let (stop, stopped) = signal();
     let load = Load::start(COUNT);
@@ -171,7 +171,7 @@ async fn in_flow_order_other_connections_are_not_held_up() {
 }
 
 async fn several_numbers_are_served_by_their_tasks() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let queue = Queue::builder(0..4).bind().await.unwrap();
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let load = Load::start(COUNT);

@@ -31,7 +31,7 @@ pub use self::{
     transfer::{AMOUNT, receive_transfer, send_transfer},
 };
 use crate::support;
-pub use crate::support::{PATIENCE, lose_connections, random::Random, rules};
+pub use crate::support::{PATIENCE, lose_connections, many, random::Random, rules};
 pub use nfqueue_divert::Divert;
 pub use tokio_nfqueue::{Hook, Protocol, Rule};
 

@@ -13,9 +13,9 @@ use super::{
     route, second,
     setup::{Case, Editor, PORT, Path, Seen},
 };
-use crate::common::{self, PATIENCE};
+use crate::common::{self, PATIENCE, many};
 
-const BYTES: usize = 3 << 20;
+const BYTES: usize = many(3 << 20) as usize;
 const OTHER_PORT: u16 = 9001;
 
 fn pattern(index: usize) -> u8 {

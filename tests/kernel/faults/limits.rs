@@ -7,7 +7,7 @@ use tokio_nfqueue::{Packet, Queue, TryRecvError};
 
 use super::process::in_a_process;
 use crate::{
-    common::{Load, PORT, Random, Traffic, account, divert, freed, hold, next, soon, start, udp_in},
+    common::{Load, PORT, Random, Traffic, account, divert, freed, hold, many, next, soon, start, udp_in},
     support,
 };
 
@@ -157,7 +157,7 @@ pub(super) async fn thousand_queues() {
 }
 
 async fn ten_thousand_clones_of_a_sink_lose_no_packet() {
-    const COUNT: u32 = 5000;
+    const COUNT: u32 = many(5000);
     let (mut queue, divert) = start(Queue::builder(0));
     let sink = queue.sink();
     let load = Load::start(COUNT);

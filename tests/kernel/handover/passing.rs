@@ -13,7 +13,7 @@ use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, TryRecvError, 
 
 use super::{ENOUGH, connection, pass_on, start_with_rules, take_over};
 use crate::{
-    common::{Load, PORT, Traffic, account, divert, eventually, hold, next, number, soon, start, udp_in},
+    common::{Load, PORT, Traffic, account, divert, eventually, hold, many, next, number, soon, start, udp_in},
     support,
 };
 
@@ -146,7 +146,7 @@ async fn undecided_packets_get_the_default_action_at_the_limit() {
 }
 
 async fn hand_overs_under_load_lose_no_packet_and_decide_none_twice() {
-    const COUNT: u32 = 40_000;
+    const COUNT: u32 = many(40_000);
     const HAND_OVERS: u32 = 20;
     let (queue, _divert) = start(Queue::builder(0));
     let load = Load::start(COUNT);

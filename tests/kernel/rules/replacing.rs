@@ -15,7 +15,7 @@ use tokio_nfqueue::{
 };
 
 use super::{counts, datagram, install, out, port, receiver, udp_out};
-use crate::support::{self, PATIENCE, RawQueue};
+use crate::support::{self, PATIENCE, RawQueue, many};
 
 tests![
     sync rules_are_replaced_in_one_step,
@@ -130,7 +130,7 @@ fn held_packets_survive_the_last_rule_of_connection_tracking() {
 /// Numbered datagrams, some thousands a second, are queued while the rules are replaced over and
 /// over. Every twentieth is held for a while.
 fn traffic_with_held_packets_is_not_lost_nor_queued_twice() {
-    const COUNT: u32 = 20_000;
+    const COUNT: u32 = many(20_000);
     const REPLACEMENTS: u32 = 50;
     let (to, from) = (receiver(Ipv4Addr::LOCALHOST), receiver(Ipv4Addr::LOCALHOST));
     let queue = RawQueue::bind(8).unwrap();

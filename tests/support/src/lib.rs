@@ -27,7 +27,7 @@ pub use self::{
         marked_route, set_mtu, set_offload, unreachable_unless_marked, veth, veth_with,
     },
     namespace::{Namespace, enter, fresh, isolated},
-    patience::{PATIENCE, SLOWNESS},
+    patience::{PATIENCE, SLOWNESS, many},
     raw_queue::{RawPacket, RawQueue},
     sockets::{
         ping, queue_line, raw_ipv4, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp, udp_marked, wait_until,

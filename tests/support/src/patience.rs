@@ -13,3 +13,8 @@ pub const SLOWNESS: u64 = match option_env!("TOKIO_NFQUEUE_PATIENCE") {
         _ => panic!("TOKIO_NFQUEUE_PATIENCE is a number from 1 to 1000"),
     },
 };
+
+/// How often a test does what a few times show as well: less on a slow machine.
+pub const fn many(count: u32) -> u32 {
+    count / SLOWNESS as u32
+}
