@@ -341,10 +341,14 @@ impl Packet {
     /// It needs flow marks: see [`QueueBuilder::flow_marks`](crate::QueueBuilder::flow_marks). The
     /// kernel sends the reply as for [`Rule::reject`](crate::Rule::reject). The verdict's
     /// [`action`](Verdict::action) is [`Action::Drop`]. The reply is not queued, whatever the rules
-    /// of the table are. Where the kernel cannot reject (at `Postrouting`, and packets that another
-    /// rule has queued), the packet is dropped, and
-    /// [`refusals`](crate::VerdictSink::refusals) reports it. Without a route to the sender, which
-    /// a host that bridges may lack, the packet is dropped without a reply and without a report.
+    /// of the table are. (It can be if, within two seconds, packets behind the first of more than
+    /// 1000 connections are rejected and get no reply, because the kernel limits ICMP errors. A
+    /// reply to a first packet never is.)
+    ///
+    /// Where the kernel cannot reject (at `Postrouting`, and packets that another rule has queued),
+    /// the packet is dropped, and [`refusals`](crate::VerdictSink::refusals) reports it. Without a
+    /// route to the sender, which a host that bridges may lack, the packet is dropped without a
+    /// reply and without a report.
     ///
     /// [`Edit::tcp_reset`](crate::edit::Edit::tcp_reset) and
     /// [`Edit::icmp_unreachable`](crate::edit::Edit::icmp_unreachable) make replies without flow

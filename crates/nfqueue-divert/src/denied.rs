@@ -258,7 +258,7 @@ pub(super) fn recent(version: IpVersion) -> &'static str {
     }
 }
 
-/// The set of connections of which a packet has been rejected within [`RECENT`].
+/// The set of connections of which a packet behind the first has been rejected within [`RECENT`].
 pub(super) fn replied(version: IpVersion) -> &'static str {
     match version {
         IpVersion::V4 => "flow_replied_ip",
@@ -328,8 +328,9 @@ pub(super) fn ports_capacity(connections: u32) -> u32 {
     connections.saturating_mul(4).saturating_add(4 * REPLIED + 2 * BEGUN).saturating_mul(2)
 }
 
-/// The number of connections of which a packet has been rejected within [`RECENT`] that are
-/// remembered, for each IP version. A reply to a further one may come to the queue.
+/// The number of connections of which a packet behind the first has been rejected within [`RECENT`]
+/// and that are remembered until the reply comes, for each IP version. A reply to a further one may
+/// come to the queue.
 pub(super) const REPLIED: u32 = 1024;
 
 /// `NF_IP_PRI_CONNTRACK`

@@ -13,7 +13,7 @@ use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict};
 
 use super::{
     LOOPBACKS, bind, confirm, queue_is_empty,
-    segments::{ACK, Hosts, RST, SYN, SYN_ACK, segment, unreachable},
+    segments::{ACK, Hosts, RST, SYN, SYN_ACK, opened, queued, segment, tcp, udp, unreachable},
     table, unlimited_icmp_errors,
 };
 use crate::{
@@ -32,6 +32,7 @@ tests![
     one what_other_hosts_send_over_a_bridge_is_no_reply_of_this_host,
     one what_a_process_sends_is_no_reply_of_the_kernel,
     one the_first_packet_is_answered_behind_address_translation,
+    one a_reply_is_not_queued_beside_a_flood_of_rejected_first_packets,
 ];
 
 async fn nothing_of_a_rejected_connection_passes_but_replies_of_this_host() {
@@ -66,6 +67,26 @@ async fn nothing_of_a_rejected_connection_passes_but_replies_of_this_host() {
     hosts.server(ACK, (5001, 1001), b"data");
     assert_eq!(hosts.arrived(), [1, 1]);
     queue_is_empty(&mut queue);
+}
+
+/// The kernel limits its ICMP errors, so that most of the datagrams get no reply.
+async fn a_reply_is_not_queued_beside_a_flood_of_rejected_first_packets() {
+    let hosts = Hosts::new();
+    let mut queue = bind();
+    let answers = Rule::new(Hook::Output).protocol(Protocol::Tcp).to_queue(0);
+    let _divert = table([tcp(), udp(), answers]).install().unwrap();
+    opened(&hosts, &mut queue).await;
+    let [client, server] = hosts.addresses();
+    for port in 10_000..12_000 {
+        hosts.client.datagram(SocketAddrV4::new(*client.ip(), port), server);
+        next(&mut queue).await.reject().submit().unwrap();
+    }
+    queue.sink().flush().await;
+    hosts.arrived();
+    hosts.client(ACK, (1001, 5001), b"bad");
+    confirm(queued(&mut queue, ACK).await.reject()).await.unwrap();
+    queue_is_empty(&mut queue);
+    assert_eq!(hosts.arrived(), [0, 1]);
 }
 
 type Decide = fn(Packet) -> Verdict;

@@ -138,8 +138,10 @@ impl<'a> Flows<'a> {
     pub(super) fn reject_packet(self, can_reject: bool) -> Chained<'a> {
         let way = if can_reject { Way::In } else { Way::Leaving };
         let mut chain = self.of_way(FlowChain::RejectPacket { can_reject }, way);
+        // The reply to a first packet shows by its entry what it is, and one to a packet of a flood
+        // may never come: the kernel limits ICMP errors.
         for version in denied::versions(self.surroundings.family) {
-            let rule = chain.push(&[], Action::Continue);
+            let rule = chain.push(&[Match::confirmed()], Action::Continue);
             rule.facts.version = Some(version);
             rule.remember = Some(Remember::Replied(version));
         }
