@@ -125,6 +125,8 @@ pub fn veth_with(options: &VethOptions) -> Peer {
     let running = |name: &str| link_flags(name).contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING);
     wait_until("the near interface runs", || running(&peer.near));
     peer.run(|| wait_until("the far interface runs", || running(&peer.far)));
+    wait_for_local(peer.near_v6);
+    peer.run(|| wait_for_local(peer.far_v6));
     peer
 }
 
@@ -169,6 +171,26 @@ pub fn add_address(name: &str, address: IpAddr, prefix: u8) {
     Request::new_address(index(name), address, prefix)
         .send(NEW)
         .unwrap_or_else(|error| panic!("give {name} the address {address}: {error}"));
+    if let (IpAddr::V6(address), true) = (address, link_flags(name).contains(InterfaceFlags::IFF_UP)) {
+        wait_for_local(address);
+    }
+}
+
+/// Waits until packets to an IPv6 address reach this host. The kernel adds the route a little later
+/// than the address, in a worker (`addrconf_dad_work`). Until then the packets leave by the
+/// interface.
+fn wait_for_local(address: Ipv6Addr) {
+    /// `RTF_LOCAL`
+    const LOCAL: u32 = 0x8000_0000;
+    // Destination, prefix length, then others; the flags are before the interface.
+    let route = format!("{:032x} 80 ", u128::from(address));
+    wait_until("the route of the address", || {
+        let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route").expect("the IPv6 routes");
+        routes.lines().filter(|line| line.starts_with(&route)).any(|line| {
+            let flags = line.split_ascii_whitespace().nth(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+            flags.is_some_and(|flags| flags & LOCAL != 0)
+        })
+    });
 }
 
 /// Sends everything that has no other route through `gateway`.
