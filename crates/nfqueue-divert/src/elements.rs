@@ -1,6 +1,6 @@
 //! Changes the elements of named sets.
 
-use std::{fmt, time::Duration};
+use std::{collections::HashSet, fmt, time::Duration};
 
 use rustix::io::Errno;
 
@@ -121,38 +121,27 @@ impl<'a> DivertSet<'a> {
     ///
     /// # Errors
     ///
-    /// See [`DivertSet`].
+    /// As [`elements`](Self::elements), by which it finds out which elements are in the set if not
+    /// all are.
     pub fn remove_all<E: Into<SetElement>>(&self, elements: impl IntoIterator<Item = E>) -> Result<(), Error> {
         let operation = "remove from";
         let set = self.declaration(operation)?;
         let mut keys = self.keys(set, operation, elements)?;
         keys.sort();
         keys.dedup();
-        let elements: Vec<Element> = keys.into_iter().map(|key| (key, None)).collect();
-        if elements.is_empty() {
-            return Ok(());
+        let mut elements: Vec<Element> = keys.into_iter().map(|key| (key, None)).collect();
+        while !elements.is_empty() {
+            match self.transact(operation, |batch| batch.delete_elements(&self.name, &elements)) {
+                Err(Failure { errno: Some(Errno::NOENT), .. }) => {}
+                result => return result.map_err(|failure| failure.error),
+            }
+            // One of them is not in the set, or no longer. Each failure costs milliseconds.
+            let lists = self.list(operation)?;
+            let there: HashSet<Vec<u8>> =
+                lists.iter().flat_map(|list| dump::elements(list)).map(|(key, _)| key).collect();
+            elements.retain(|(key, _)| there.contains(key));
         }
-        match self.transact(operation, |batch| batch.delete_elements(&self.name, &elements)) {
-            Err(Failure { errno: Some(Errno::NOENT), .. }) => {}
-            result => return result.map_err(|failure| failure.error),
-        }
-        // One of them is not in the set. Which ones are is known only to the kernel, so all are
-        // inserted first.
-        let result = self.transact(operation, |batch| {
-            batch.insert_elements(&self.name, &elements, false);
-            batch.delete_elements(&self.name, &elements);
-        });
-        match result {
-            // The set is too full for those that are not in it.
-            Err(Failure { errno: Some(Errno::NFILE), .. }) => elements.iter().try_for_each(|element| {
-                let element = std::slice::from_ref(element);
-                match self.transact(operation, |batch| batch.delete_elements(&self.name, element)) {
-                    Err(Failure { errno: Some(Errno::NOENT), .. }) => Ok(()),
-                    result => result.map_err(|failure| failure.error),
-                }
-            }),
-            result => result.map_err(|failure| failure.error),
-        }
+        Ok(())
     }
 
     /// Removes all elements.
@@ -175,10 +164,8 @@ impl<'a> DivertSet<'a> {
     pub fn elements(&self) -> Result<Vec<(SetElement, Option<Duration>)>, Error> {
         let operation = "list";
         let set = self.declaration(operation)?;
-        let request = nft::get_elements(&self.divert.table, &self.name);
-        let dumped = self.divert.lock().connection.dump(&request);
-        let objects = dumped.map_err(|error| Error::os(self.operation(operation), error))?;
-        let elements = objects.iter().flat_map(|list| dump::elements(list));
+        let lists = self.list(operation)?;
+        let elements = lists.iter().flat_map(|list| dump::elements(list));
         Ok(elements.filter_map(|(key, expires)| Some((set.decode(&key)?, expires))).collect())
     }
 
@@ -213,6 +200,12 @@ impl<'a> DivertSet<'a> {
     ) -> Result<Vec<Vec<u8>>, Error> {
         let keys = elements.into_iter().map(|element| set.encode(&element.into()));
         keys.collect::<Result<_, _>>().map_err(|reason| self.invalid(operation, reason))
+    }
+
+    fn list(&self, operation: &str) -> Result<Vec<Vec<u8>>, Error> {
+        let request = nft::get_elements(&self.divert.table, &self.name);
+        let dumped = self.divert.lock().connection.dump(&request);
+        dumped.map_err(|error| Error::os(self.operation(operation), error))
     }
 
     fn transact(&self, operation: &str, fill: impl FnOnce(&mut Batch<'_>)) -> Result<(), Failure> {
