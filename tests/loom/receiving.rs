@@ -175,7 +175,7 @@ impl Task {
 fn check(begin: fn(&Shared), threads: &[fn(&Shared)], packets: u32, mistake: Mistake) {
     let (threads, orders) = (threads.to_vec(), sync::Arc::new(AtomicU64::new(0)));
     let counted = sync::Arc::clone(&orders);
-    // A backtrace (`RUST_BACKTRACE`) overflows the small stacks of loom's threads, and the test hangs.
+    // A backtrace (`RUST_BACKTRACE`) overflows the small stacks of loom's threads: a test hangs.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let mut builder = Builder::new();
     // Complete for two threads; of three, all orders with so many preemptions.
