@@ -229,6 +229,9 @@ impl DivertBuilder {
     /// rejected connection is then dropped. A sender whose every packet is a new connection that
     /// the policy denies fills the set: give such packets a verdict for the packet alone, or raise
     /// `capacity`. Only with [`flow_marks`](Self::flow_marks).
+    ///
+    /// The kernel takes the memory for `capacity` when the table is installed: 27 MB for the
+    /// default (measured on Linux 6.18), and less or more in proportion, in powers of two.
     pub fn denied_flows(mut self, capacity: u32, timeout: Duration) -> Self {
         self.denied = (capacity, timeout);
         self
