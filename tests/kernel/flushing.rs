@@ -148,6 +148,7 @@ async fn a_custom_policy_is_asked_after_each_verdict() {
     // Not checked if the delay was over in between, on a slow machine.
     let by_verdicts = asked.iter().rposition(|context| context.reason == FlushReason::Verdict).unwrap() + 1;
     if asked[..by_verdicts].iter().all(|context| context.reason == FlushReason::Verdict) {
+        assert_eq!(by_verdicts, 17);
         for (index, gathered) in asked[..by_verdicts].iter().enumerate() {
             assert_fields!(gathered, gathered: index % 7 + 1, undecided: 16 - index);
         }

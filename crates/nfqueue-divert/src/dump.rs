@@ -1,6 +1,6 @@
 //! Reads the kernel's dumps of rules and of the elements of sets. It cannot panic on any input.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use netlink_packet_core::NLA_TYPE_MASK;
 
@@ -39,6 +39,11 @@ pub(super) fn elements(list: &[u8]) -> Vec<(Vec<u8>, Option<Duration>)> {
             Some((key, expires))
         })
         .collect()
+}
+
+/// The keys of the elements of a set, from its messages.
+pub(super) fn keys(lists: &[Vec<u8>]) -> HashSet<Vec<u8>> {
+    lists.iter().flat_map(|list| elements(list)).map(|(key, _)| key).collect()
 }
 
 /// The keys and the data of the elements of a map, from the attributes of a message.

@@ -1,6 +1,6 @@
 //! Changes the elements of named sets.
 
-use std::{collections::HashSet, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use rustix::io::Errno;
 
@@ -136,9 +136,7 @@ impl<'a> DivertSet<'a> {
                 result => return result.map_err(|failure| failure.error),
             }
             // One of them is not in the set, or no longer. Each failure costs milliseconds.
-            let lists = self.list(operation)?;
-            let there: HashSet<Vec<u8>> =
-                lists.iter().flat_map(|list| dump::elements(list)).map(|(key, _)| key).collect();
+            let there = dump::keys(&self.list(operation)?);
             elements.retain(|(key, _)| there.contains(key));
         }
         Ok(())

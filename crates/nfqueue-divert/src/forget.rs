@@ -115,8 +115,7 @@ pub(super) fn recall(connection: &mut Connection, table: &str, forgotten: &Forgo
     let keys: Vec<Element> = keys.into_inner().into_iter().map(|key| (key, None)).collect();
     while !keys.is_empty() {
         // Older kernels do not change the time of an element that exists.
-        let lists = connection.dump(&nft::get_elements(table, denied::RECALLED))?;
-        let there: HashSet<Vec<u8>> = lists.iter().flat_map(|list| dump::elements(list)).map(|(key, _)| key).collect();
+        let there = dump::keys(&connection.dump(&nft::get_elements(table, denied::RECALLED))?);
         let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
         let old: Vec<Element> = keys.iter().filter(|(key, _)| there.contains(key)).cloned().collect();
         batch.delete_elements(denied::RECALLED, &old);

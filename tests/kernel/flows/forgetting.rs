@@ -160,7 +160,7 @@ async fn translated_connections_are_forgotten_by_any_of_their_addresses() {
                 talk.ask(3);
                 queue_is_empty(&mut queue);
                 let (source, destination) = tuple;
-                // No socket without a name has this port.
+                // Not one of the ports that the kernel chooses.
                 let other = FlowTuple::udp(source, SocketAddr::new(destination.ip(), 9));
                 assert!(!divert.forget_flow(other).unwrap(), "another: {case}");
                 assert!(divert.forget_flow(FlowTuple::udp(source, destination)).unwrap(), "this one: {case}");
