@@ -1,7 +1,9 @@
 //! A seccomp filter that refuses a system call, as a container or a service may have it.
 
+use std::time::Duration;
+
 use nix::libc::{self, ENOSYS, EPERM};
-use tokio_nfqueue::{Action, ErrorKind, Queue};
+use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Queue};
 
 use super::process::{DEADLINE, in_a_process, in_runtime};
 use crate::{
@@ -87,15 +89,19 @@ async fn verdicts() {
 async fn lost() {
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(10);
-    let mut queue = Queue::builder(0).bind().await.unwrap();
+    // Nothing is sent but by `flush`: the timer thread keeps the capability.
+    let policy = FlushPolicy::fixed(20, Duration::from_secs(1));
+    let mut queue = Queue::builder(0).flush_policy(policy).bind().await.unwrap();
     let sink = queue.sink();
     let mut held = hold(&mut queue, &traffic, 0..2).await;
     held.remove(0).accept().submit().unwrap();
+    soon("the flush", sink.flush()).await;
     traffic.expect([0]).await;
     give_up_capabilities();
     let last = held.remove(0);
     let id = last.id();
     last.accept().submit().unwrap();
+    soon("the flush", sink.flush()).await;
     let error = soon("the refusal", sink.refusals().recv()).await.unwrap();
     assert_eq!((error.kind(), error.packet_id()), (ErrorKind::NotPermitted, Some(id)), "{error}");
     let error = soon("the end of the stream", queue.recv()).await.unwrap().unwrap_err();
