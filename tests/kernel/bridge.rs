@@ -401,7 +401,7 @@ async fn a_payload_longer_than_the_mtu_of_the_port_is_lost() {
     cross(&bridge, &mut queue, &sent, |packet| packet.accept().payload(udp(2, 1504)), &come).await;
 }
 
-/// The kernel would drop the packet and acknowledge the verdict, so `submit` refuses the verdict.
+/// The kernel would drop the packet and acknowledge the verdict, so this crate refuses the verdict.
 async fn an_unsupported_payload_is_refused_and_gets_the_default_action() {
     if common::replaces_bridge_payloads() {
         return untried("a way to replace the payload of a packet of a bridge");
