@@ -18,6 +18,12 @@ tests![
     sync where_recvmmsg_is_refused_every_packet_is_received,
 ];
 
+/// What the C library calls for `recvmmsg`.
+#[cfg(target_pointer_width = "64")]
+const RECVMMSG: libc::c_long = libc::SYS_recvmmsg;
+#[cfg(target_pointer_width = "32")]
+const RECVMMSG: libc::c_long = 417; // `__NR_recvmmsg_time64`, uapi/asm-generic/unistd.h
+
 /// How the modes of these processes begin; the call and the errno follow.
 pub(super) const MODE: &str = "seccomp";
 
@@ -51,7 +57,7 @@ pub(super) fn child(mode: &str) {
     let errno = errno.parse().unwrap();
     let call = match call {
         "capget" => libc::SYS_capget,
-        "recvmmsg" => libc::SYS_recvmmsg,
+        "recvmmsg" => RECVMMSG,
         call => panic!("{call:?}"),
     };
     support::refuse_call(call, errno).unwrap();

@@ -40,15 +40,22 @@ tests![
 pub(super) const MODE: &str = "false eagain";
 
 fn packets_behind_a_false_eagain_wait_at_most_for_the_next_event() {
-    in_a_process(&format!("{MODE} event"));
+    deceived("event");
 }
 
 fn packets_behind_a_false_eagain_are_decided_by_their_deadline() {
-    in_a_process(&format!("{MODE} deadline"));
+    deceived("deadline");
 }
 
 fn with_a_deadline_the_timer_hands_over_packets_behind_a_false_eagain() {
-    in_a_process(&format!("{MODE} timer"));
+    deceived("timer");
+}
+
+fn deceived(mode: &str) {
+    if cfg!(target_arch = "x86") {
+        return eprintln!("not tried: the call is `socketcall`, whose descriptor a filter does not see");
+    }
+    in_a_process(&format!("{MODE} {mode}"));
 }
 
 pub(super) fn child(mode: &str) {
@@ -59,12 +66,6 @@ pub(super) fn child(mode: &str) {
         _ => panic!("{mode:?}"),
     }
 }
-
-/// What the C library calls for `recvmmsg`.
-#[cfg(target_pointer_width = "64")]
-const RECVMMSG: libc::c_long = libc::SYS_recvmmsg;
-#[cfg(target_pointer_width = "32")]
-const RECVMMSG: libc::c_long = 417; // `__NR_recvmmsg_time64`, uapi/asm-generic/unistd.h
 
 /// A queue whose receives say EAGAIN when the test wants it.
 struct Liar {
@@ -79,7 +80,7 @@ impl Liar {
         let lies = Arc::new(AtomicUsize::new(0));
         let left = Arc::clone(&lies);
         let answer = move || left.try_update(SeqCst, SeqCst, |left| left.checked_sub(1)).ok().map(|_| EAGAIN);
-        support::answer_calls([RECVMMSG, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
+        support::answer_calls([libc::SYS_recvmmsg, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
         assert!(queue.recv().now_or_never().is_none());
         Self { queue, lies }
     }
