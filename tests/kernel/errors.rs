@@ -169,7 +169,8 @@ async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packe
 }
 
 async fn confirm_without_the_capability_is_an_error() {
-    // `confirm` sends at once, and the timer thread, which keeps the capability, only after a second.
+    // `confirm` sends at once, and the timer thread, which keeps the capability, only after a
+    // second.
     let policy = FlushPolicy::fixed(20, Duration::from_secs(1));
     let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
     let traffic = Traffic::new(5);
