@@ -13,7 +13,7 @@ use futures::StreamExt;
 use tokio_nfqueue::{Action, ErrorKind, Queue};
 
 use crate::{
-    common::{PATIENCE, PORT, Traffic, account, divert, eventually, hold, next, number, soon, start, udp_in},
+    common::{PATIENCE, PORT, Traffic, account, divert, eventually, hold, next, number, queued, soon, start, udp_in},
     support,
 };
 
@@ -251,6 +251,7 @@ async fn unread_packets_get_the_default_action() {
             traffic.send(0..25);
             let first = next(&mut queue).await;
             traffic.send(25..50);
+            queued(0, 50);
             let sink = queue.sink();
             drop(first);
             if drop_it {
@@ -270,6 +271,7 @@ async fn close_with_decides_unread_packets() {
         let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(60);
         traffic.send(0..50);
+        queued(0, 50);
         let last = next(&mut queue).await;
         let sink = queue.sink();
         let closing = tokio::spawn(queue.close_with(other));
@@ -284,6 +286,7 @@ async fn the_stream_ends_after_close() {
     let (mut queue, _divert) = start(Queue::builder(0));
     let traffic = Traffic::new(50);
     traffic.send(0..20);
+    queued(0, 20);
     let packet = next(&mut queue).await;
     let (mut packets, sink) = queue.split();
     packet.accept().submit().unwrap();
@@ -392,10 +395,12 @@ async fn a_time_out_of_zero_is_enough_for_packets_that_nobody_has_read() {
             next(&mut queue).await.accept().submit().unwrap();
         }
         traffic.send(25..50);
+        queued(0, 50);
         let sink = queue.sink();
         let closings = futures::future::join(sink.close_within(Duration::ZERO), queue.close_within(Duration::ZERO));
         let results = soon("the shutdown", closings).await;
         assert!(results.0.is_ok() && results.1.is_ok(), "round {round}: {results:?}");
+        assert_fields!(sink.stats(), received.packets: 50, decided.accepted: 50, lost.packets: 0);
         traffic.expect(0..50).await;
     }
 }

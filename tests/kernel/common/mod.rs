@@ -293,6 +293,13 @@ pub fn account(queue: u16) -> Option<Account> {
     Some(Account { waiting, queue_full, socket_full, last_id })
 }
 
+/// Waits until so many packets have been queued since the queue was bound: on a busy machine a
+/// datagram may come to the queue after the call that sends it has returned (`ksoftirqd`).
+#[track_caller]
+pub fn queued(queue: u16, count: u64) {
+    support::wait_until("the packets are queued", || account(queue).is_some_and(|account| account.last_id >= count));
+}
+
 /// Waits until the queue is not bound. Another thread may have to unbind a dropped queue.
 pub async fn freed(queue: u16) {
     eventually("the queue is free", || account(queue).is_none()).await;
