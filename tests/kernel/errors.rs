@@ -8,8 +8,8 @@ use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue};
 
 use crate::{
     common::{
-        self, Traffic, account, eventually, freed, give_up_capabilities, hold, next, number, soon, start, udp_in,
-        without_net_admin,
+        self, Traffic, account, eventually, freed, give_up_capabilities, hold, next, not_by_the_timer, number, soon,
+        start, udp_in, without_net_admin,
     },
     support,
 };
@@ -127,9 +127,7 @@ async fn bind_needs_the_capability() {
 }
 
 async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packets() {
-    // Nothing is sent but by `flush`: another thread keeps the capability.
-    let policy = FlushPolicy::fixed(20, Duration::from_secs(1));
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(not_by_the_timer()));
     let traffic = Traffic::new(20);
     let mut packets = hold(&mut queue, &traffic, 0..20).await.into_iter();
     let good = packets.next().unwrap();
@@ -169,10 +167,7 @@ async fn verdicts_without_the_capability_are_refused_with_the_ids_of_their_packe
 }
 
 async fn confirm_without_the_capability_is_an_error() {
-    // `confirm` sends at once, and the timer thread, which keeps the capability, only after a
-    // second.
-    let policy = FlushPolicy::fixed(20, Duration::from_secs(1));
-    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(policy));
+    let (mut queue, _divert) = start(Queue::builder(0).flush_policy(not_by_the_timer()));
     let traffic = Traffic::new(5);
     let packets = hold(&mut queue, &traffic, 0..5).await;
     give_up_capabilities();

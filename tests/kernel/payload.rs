@@ -310,18 +310,15 @@ async fn payloads_are_refused_in_a_namespace_of_another_user_namespace() {
             let id = packet.id();
             let payload = renumbered(&packet, 4 + index);
             let verdict = packet.accept().payload(payload);
-            let result = if index % 2 == 0 {
-                verdict.submit().unwrap();
-                if refused { Err(soon("the report", queue.sink().refusals().recv()).await.unwrap()) } else { Ok(()) }
-            } else {
-                soon("the reply", verdict.confirm()).await
+            let error = match index % 2 {
+                0 => {
+                    verdict.submit().unwrap();
+                    if refused { soon("the report", queue.sink().refusals().recv()).await } else { None }
+                }
+                _ => soon("the reply", verdict.confirm()).await.err(),
             };
-            if refused {
-                let error = result.unwrap_err();
-                assert_eq!((error.kind(), error.packet_id()), (ErrorKind::Unsupported, Some(id)), "{error}");
-            } else {
-                result.unwrap();
-            }
+            let expected = refused.then_some((ErrorKind::Unsupported, Some(id)));
+            assert_eq!(error.map(|error| (error.kind(), error.packet_id())), expected);
         }
         queue.sink().flush().await;
         match action {

@@ -23,7 +23,7 @@ use std::{
 use futures::{FutureExt, Stream, StreamExt};
 use libtest_mimic::Trial;
 use rustix::thread::{CapabilitySet, CapabilitySets};
-use tokio_nfqueue::{Error, Packet, Queue, QueueBuilder};
+use tokio_nfqueue::{Error, FlushPolicy, Packet, Queue, QueueBuilder};
 
 pub use self::{
     counters::{descriptor_of, udp_counter},
@@ -310,6 +310,12 @@ pub fn give_up_capabilities() {
     let none = CapabilitySet::empty();
     let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
     rustix::thread::set_capabilities(None, none).expect("give capabilities up");
+}
+
+/// A policy by which verdicts are sent by `flush` and `confirm`. The timer thread, which keeps the
+/// capabilities that the calling thread has given up, would send them only after a second.
+pub fn not_by_the_timer() -> FlushPolicy {
+    FlushPolicy::fixed(20, Duration::from_secs(1))
 }
 
 /// Runs `body` while the calling thread has no effective `CAP_NET_ADMIN`.

@@ -1,13 +1,11 @@
 //! A seccomp filter that refuses a system call, as a container or a service may have it.
 
-use std::time::Duration;
-
 use nix::libc::{self, ENOSYS, EPERM};
-use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Queue};
+use tokio_nfqueue::{Action, ErrorKind, Queue};
 
 use super::process::{DEADLINE, in_a_process, in_runtime};
 use crate::{
-    common::{Traffic, account, divert, give_up_capabilities, hold, next, soon, udp_in},
+    common::{Traffic, account, divert, give_up_capabilities, hold, next, not_by_the_timer, soon, udp_in},
     support,
 };
 
@@ -20,9 +18,9 @@ tests![
 
 /// What the C library calls for `recvmmsg`.
 #[cfg(target_pointer_width = "64")]
-const RECVMMSG: libc::c_long = libc::SYS_recvmmsg;
+pub(super) const RECVMMSG: libc::c_long = libc::SYS_recvmmsg;
 #[cfg(target_pointer_width = "32")]
-const RECVMMSG: libc::c_long = 417; // `__NR_recvmmsg_time64`, uapi/asm-generic/unistd.h
+pub(super) const RECVMMSG: libc::c_long = 417; // `__NR_recvmmsg_time64`, uapi/asm-generic/unistd.h
 
 /// How the modes of these processes begin; the call and the errno follow.
 pub(super) const MODE: &str = "seccomp";
@@ -95,9 +93,7 @@ async fn verdicts() {
 async fn lost() {
     let _divert = divert([udp_in().to_queue(0)]);
     let traffic = Traffic::new(10);
-    // Nothing is sent but by `flush`: the timer thread keeps the capability.
-    let policy = FlushPolicy::fixed(20, Duration::from_secs(1));
-    let mut queue = Queue::builder(0).flush_policy(policy).bind().await.unwrap();
+    let mut queue = Queue::builder(0).flush_policy(not_by_the_timer()).bind().await.unwrap();
     let sink = queue.sink();
     let mut held = hold(&mut queue, &traffic, 0..2).await;
     held.remove(0).accept().submit().unwrap();

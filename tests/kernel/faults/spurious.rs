@@ -24,7 +24,10 @@ use futures::FutureExt;
 use nix::libc::{self, EAGAIN};
 use tokio_nfqueue::{Action, Packet, Queue, QueueBuilder, TryRecvError};
 
-use super::process::{DEADLINE, in_a_process, in_runtime};
+use super::{
+    process::{DEADLINE, in_a_process, in_runtime},
+    seccomp::RECVMMSG,
+};
 use crate::{
     common::{Traffic, account, descriptor_of, divert, eventually, freed, next, number, soon, udp_in},
     support,
@@ -80,7 +83,7 @@ impl Liar {
         let lies = Arc::new(AtomicUsize::new(0));
         let left = Arc::clone(&lies);
         let answer = move || left.try_update(SeqCst, SeqCst, |left| left.checked_sub(1)).ok().map(|_| EAGAIN);
-        support::answer_calls([libc::SYS_recvmmsg, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
+        support::answer_calls([RECVMMSG, libc::SYS_recvfrom], descriptor_of(0), answer).unwrap();
         assert!(queue.recv().now_or_never().is_none());
         Self { queue, lies }
     }

@@ -143,7 +143,7 @@ fn the_order_of_the_decisions_is_kept_on_request() {
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "hundreds of thousands of ids take an interpreter more than a quarter of an hour")]
+#[cfg_attr(miri, ignore = "these 32 768 ids take an interpreter more than ten minutes")]
 fn the_order_of_the_decisions_is_kept_across_the_wrap_and_for_stragglers() {
     let mut ledger = Ledger::<u8>::new(u32::MAX);
     ledger.keep_order();
