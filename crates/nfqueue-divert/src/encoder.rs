@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED};
+use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, Nla};
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
     Operator, Payload, Register, Verdict, VerdictAttribute,
@@ -464,7 +464,7 @@ pub(super) fn number(kind: u16, value: u32) -> DefaultNla {
 }
 
 /// An attribute that contains attributes.
-pub(super) fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
+pub(super) fn nested(kind: u16, attributes: &[impl Nla]) -> DefaultNla {
     let mut bytes = vec![0; attributes.buffer_len()];
     attributes.emit(&mut bytes);
     DefaultNla::new(kind | NLA_F_NESTED, bytes)

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, DataAttribute, Hook as HookAttribute, HookNumber, InetHookNumber, ListAttribute,
-    NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription, SetElementAttribute, SetElementFlags,
-    SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableFlags, TableMessage,
+    ChainAttribute, ChainMessage, DataAttribute, ExpressionAttribute, Hook as HookAttribute, HookNumber,
+    InetHookNumber, ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription,
+    SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute,
+    TableFlags, TableMessage,
 };
 
 use super::{
@@ -211,24 +212,32 @@ impl<'a> Batch<'a> {
         for set in &sets {
             self.create_anonymous_set(subject(), set);
         }
-        let mut attributes = vec![
-            RuleAttribute::Table(self.table.to_owned()),
-            RuleAttribute::Chain(rule.chain.clone()),
-            RuleAttribute::Expressions(expressions),
-        ];
-        attributes.extend(rule.comment.map(|text| RuleAttribute::UserData(comment(text))));
-        let message = NfTablesMessage::NewRule(RuleMessage { attributes });
-        self.push(subject(), NLM_F_CREATE | NLM_F_APPEND, message);
+        self.push_rule(subject(), &rule.chain, &expressions, rule.comment);
     }
 
     fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {
         let (expressions, _) = encoder.finish();
-        let attributes = vec![
+        self.push_rule(subject, chain, &expressions, None);
+    }
+
+    /// The expressions become bytes here. As a part of the message they would be copied and dropped
+    /// one by one, and their lengths counted again for each attribute around them: with flow marks
+    /// that takes twice as long.
+    fn push_rule(
+        &mut self,
+        subject: Subject,
+        chain: &str,
+        expressions: &[ListAttribute<ExpressionAttribute>],
+        text: Option<&str>,
+    ) {
+        let mut attributes = vec![
             RuleAttribute::Table(self.table.to_owned()),
             RuleAttribute::Chain(chain.to_owned()),
-            RuleAttribute::Expressions(expressions),
+            RuleAttribute::Other(nested(NFTA_RULE_EXPRESSIONS, expressions)),
         ];
-        self.push(subject, NLM_F_CREATE | NLM_F_APPEND, NfTablesMessage::NewRule(RuleMessage { attributes }));
+        attributes.extend(text.map(|text| RuleAttribute::UserData(comment(text))));
+        let message = NfTablesMessage::NewRule(RuleMessage { attributes });
+        self.push(subject, NLM_F_CREATE | NLM_F_APPEND, message);
     }
 
     /// Removes all rules of a chain (`nf_tables_delrule` without a handle).
@@ -444,6 +453,7 @@ const ELEMENTS_PER_MESSAGE: usize = 500;
 /// The type of a comment in the user data of a rule.
 const UDATA_RULE_COMMENT: u8 = 0;
 // uapi/linux/netfilter/nf_tables.h
+const NFTA_RULE_EXPRESSIONS: u16 = 4;
 const NFTA_FLOWTABLE_TABLE: u16 = 1;
 const NFTA_FLOWTABLE_NAME: u16 = 2;
 const NFTA_FLOWTABLE_HOOK: u16 = 3;
