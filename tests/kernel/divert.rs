@@ -19,7 +19,7 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
 use nfqueue_divert::Divert;
-use rustix::thread::{CapabilitySet, CpuSet};
+use rustix::thread::CapabilitySet;
 use tokio_nfqueue::{ErrorKind, Hook, NetworkNamespace, Protocol, Rule};
 
 use crate::support::{self, Namespace, PATIENCE, RawPacket, RawQueue, VethOptions, udp, udp_marked, wait_until};
@@ -445,13 +445,9 @@ fn fanout_selects_the_queue_by_cpu() {
     let lo = Loopback::new();
     let queues = [20, 21].map(|number| RawQueue::bind(number).unwrap());
     let _divert = install([udp_out().to_queues(20..=21).fanout(true)]);
-    let allowed = rustix::thread::sched_getaffinity(None).unwrap();
-    for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).take(2) {
-        let mut only = CpuSet::new();
-        only.set(cpu);
-        rustix::thread::sched_setaffinity(None, &only).unwrap();
+    support::on_each_cpu(|cpu| {
         lo.queued(&queues[cpu % 2], "by the CPU");
-    }
+    });
 }
 
 fn bypass_accepts_packets_while_no_queue_is_bound() {

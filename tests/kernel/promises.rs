@@ -765,8 +765,8 @@ async fn traced(check: impl FnOnce(&[String])) {
     let (sink, events) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(Vec::new())));
     let subscriber = Subscriber { sink: Arc::clone(&sink), events: Arc::clone(&events) };
     let _default = tracing::subscriber::set_default(subscriber);
-    // Long enough for the steps before it, also on a slow machine. If not, the result is the same.
-    let builder = Queue::builder(0).deadline(Duration::from_secs(1), Action::Drop);
+    // Longer than the steps before it take, also on a slow machine.
+    let builder = Queue::builder(0).deadline(Duration::from_secs(support::SLOWNESS), Action::Drop);
     let (mut queue, _divert) = start(builder.flush_policy(FlushPolicy::immediate()));
     *sink.lock().unwrap() = Some(queue.sink());
     let traffic = Traffic::new(100);

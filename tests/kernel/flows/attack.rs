@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     common::{
-        bind_now, next,
+        bind_now, many, next,
         rules::{self, Expressions, NetfilterProtoFamily, Place},
     },
     support,
@@ -372,14 +372,16 @@ async fn every_packet_of_a_denied_connection_renews_its_time() {
 async fn all_of_many_denials_are_remembered() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let _divert = table([udp()]).install().unwrap();
+    // The default.
+    let _divert = table([udp()]).denied_flows(65_535, Duration::from_secs(600)).install().unwrap();
     let [client, server] = hosts.addresses();
     let send = |port| hosts.client.datagram(SocketAddrV4::new(*client.ip(), port), server);
-    for port in 10_000..20_000 {
+    let ports = 10_000..10_000 + many(10_000) as u16;
+    for port in ports.clone() {
         send(port);
         confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     }
-    for port in 10_000..20_000 {
+    for port in ports {
         send(port);
         queue_is_empty(&mut queue);
     }

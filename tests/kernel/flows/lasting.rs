@@ -14,7 +14,7 @@ use super::{
     short_udp_timeouts, table,
 };
 use crate::common::{
-    lose_connections, next,
+    lose_connections, many, next,
     rules::{self, Expressions, NetfilterProtoFamily, Place},
 };
 
@@ -118,7 +118,7 @@ async fn a_connection_that_a_denied_one_has_announced_is_denied() {
 }
 
 async fn as_many_dropped_and_rejected_connections_as_the_capacity_are_remembered() {
-    const CAPACITY: u16 = 13_000;
+    const CAPACITY: u16 = many(13_000) as u16;
     let hosts = Hosts::new();
     let [client, server] = hosts.addresses();
     let mut queue = bind();

@@ -14,7 +14,6 @@ use std::{
 
 use futures::{FutureExt, executor::block_on};
 use nfqueue_divert::Divert;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::oneshot,
@@ -589,7 +588,7 @@ impl Sender {
         let to = peer.as_ref().map_or(Ipv4Addr::LOCALHOST, |peer| peer.near_v4);
         let marked = peer.is_none();
         let body = move || {
-            stay_on_this_processor();
+            support::stay_on_one_cpu();
             let socket = support::udp((Ipv4Addr::UNSPECIFIED, 0));
             for Burst { datagrams, pause } in inbox {
                 for (serial, length) in datagrams {
@@ -626,16 +625,6 @@ impl Sender {
     fn is_idle(&self) -> bool {
         self.sent() == self.requested.load(SeqCst)
     }
-}
-
-/// What one thread sends on one CPU stays in order, because each CPU has one queue of arriving
-/// packets.
-fn stay_on_this_processor() {
-    let allowed = sched_getaffinity(None).expect("read the processors of a thread");
-    let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).expect("a processor");
-    let mut one = CpuSet::new();
-    one.set(first);
-    sched_setaffinity(None, &one).expect("bind a thread to a processor");
 }
 
 /// The number of datagrams that did not fit in their receivers' buffers, in this network namespace.

@@ -8,6 +8,7 @@
 
 mod bridge;
 mod connections;
+mod cpus;
 mod link;
 mod namespace;
 mod patience;
@@ -22,6 +23,7 @@ mod user_namespace;
 pub use self::{
     bridge::{Bridge, End, Frame, FrameSocket},
     connections::lose_connections,
+    cpus::{on_each_cpu, stay_on_one_cpu},
     link::{
         Offload, Peer, VethOptions, add_address, default_route, forwarding, link_down, link_flags, link_up,
         marked_route, set_mtu, set_offload, unreachable_unless_marked, veth, veth_with,

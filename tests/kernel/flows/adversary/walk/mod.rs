@@ -20,7 +20,6 @@ use std::{
 };
 
 use nfqueue_divert::Divert;
-use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 use tokio_nfqueue::{FlowMarks, FlushPolicy, Hook, Packet, Protocol, Queue, Rule, divert::Match, flush::FlushDecision};
 
 use self::{
@@ -29,7 +28,7 @@ use self::{
     strangers::Stranger,
     world::{Host, SILENT_PORTS, World},
 };
-use crate::common::Random;
+use crate::{common::Random, support};
 
 /// Connections at a time.
 const CONNECTIONS: usize = 12;
@@ -268,7 +267,8 @@ impl Adversary {
         self.model = Model::default();
         self.accepts_lost = false;
         self.retired.clear();
-        stay_on_one_cpu();
+        // The library's threads were started before, and are not bound.
+        support::stay_on_one_cpu();
         self.settle(&PATHS).await;
     }
 
@@ -438,12 +438,4 @@ impl Adversary {
             self.retired.insert(id, self.connections.remove(index));
         }
     }
-}
-
-/// Binds the calling thread to the CPU on which it runs. The library's threads were started before,
-/// and are not bound.
-fn stay_on_one_cpu() {
-    let mut only = CpuSet::new();
-    only.set(sched_getcpu());
-    sched_setaffinity(None, &only).expect("bind the thread to a CPU");
 }
