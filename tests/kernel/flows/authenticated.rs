@@ -62,12 +62,14 @@ impl Side {
     /// How many packets have arrived at the other host when all that was sent to it has.
     fn arrived_at(&self, to: &Self) -> u64 {
         let counts = || to.sink.counters().unwrap();
-        let last = counts()[0].packets;
         let mut packet = Vec::new();
         let builder = PacketBuilder::ipv6(self.address().octets(), to.address().octets(), 64);
         builder.write(&mut packet, IpNumber(LAST), &[]).unwrap();
-        self.send(&packet, to);
-        support::wait_until("the last packet has arrived", || counts()[0].packets > last);
+        support::on_each_cpu(|_| {
+            let last = counts()[0].packets;
+            self.send(&packet, to);
+            support::wait_until("the last packet has arrived", || counts()[0].packets > last);
+        });
         counts()[1].packets
     }
 }

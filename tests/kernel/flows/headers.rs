@@ -72,9 +72,11 @@ impl Path {
     /// The number of packets that have arrived since the rules of the sink exist.
     fn arrived(&self) -> u64 {
         let counted = |index: usize| self.sink.counters().unwrap()[index].packets;
-        let last = counted(0);
-        self.send(LAST, b"last");
-        support::wait_until("the last packet has arrived", || counted(0) > last);
+        support::on_each_cpu(|_| {
+            let last = counted(0);
+            self.send(LAST, b"last");
+            support::wait_until("the last packet has arrived", || counted(0) > last);
+        });
         counted(1)
     }
 }

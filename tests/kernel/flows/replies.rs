@@ -3,7 +3,6 @@
 use std::{
     fs,
     io::{self, Write},
-    iter,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
@@ -287,17 +286,24 @@ impl Bridging {
 
     /// The IPv4 packets that have arrived at an end.
     pub(super) fn arrived(&self, end: usize) -> usize {
-        self.send(1 - end, Self::LAST, &[0; 46]);
-        let frames = iter::repeat_with(|| {
+        let (mut last, mut arrived) = (0, 0);
+        support::on_each_cpu(|_| {
+            self.send(1 - end, Self::LAST, &[0; 46]);
+            last += 1;
+        });
+        while last > 0 {
             let mut frame = None;
             support::wait_until("a frame has arrived", || {
                 frame = self.0.ends[end].socket.arrived();
                 frame.is_some()
             });
-            frame.unwrap().bytes
-        });
-        let before_last = frames.take_while(|bytes| bytes[12..14] != Self::LAST);
-        before_last.filter(|bytes| bytes[12..14] == Self::IPV4).count()
+            match frame.unwrap().bytes[12..14].try_into().unwrap() {
+                Self::LAST => last -= 1,
+                Self::IPV4 => arrived += 1,
+                _ => {}
+            }
+        }
+        arrived
     }
 }
 
