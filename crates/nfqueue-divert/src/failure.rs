@@ -88,7 +88,10 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
             ErrorKind::Unsupported,
             Some("the kernel has no connection tracking for this family; for bridges it is NF_CONNTRACK_BRIDGE"),
         ),
-        (Some(Errno::MSGSIZE), None) => (ErrorKind::InvalidInput, Some("too many rules for one transaction")),
+        (Some(Errno::MSGSIZE), None) => (
+            ErrorKind::InvalidInput,
+            Some("too many rules for one transaction: the send buffer cannot be larger (net.core.wmem_max)"),
+        ),
         (Some(Errno::AGAIN), None) => (ErrorKind::TimedOut, Some("the kernel did not reply")),
         _ => match lacking {
             Some(rule) if rule.queues() => (

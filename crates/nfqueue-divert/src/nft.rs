@@ -74,6 +74,17 @@ pub(super) struct Command {
     pub(super) subject: Subject,
     pub(super) flags: u16,
     pub(super) message: NfTablesMessage,
+    /// Whether it is about a base chain or a rule in one: packets come to it at once.
+    pub(super) hooked: bool,
+}
+
+impl Command {
+    /// Whether the next command must be in the same transaction: it fills the set, or is the rule
+    /// that the set belongs to.
+    pub(super) fn needs_the_next(&self) -> bool {
+        let of_set = matches!(self.message, NfTablesMessage::NewSet(_) | NfTablesMessage::NewSetElement(_));
+        of_set && !matches!(self.subject, Subject::Set(_))
+    }
 }
 
 /// The messages of a transaction on one table.
@@ -81,6 +92,8 @@ pub(super) struct Batch<'a> {
     table: &'a str,
     encoding: Encoding,
     next_set: u32,
+    /// The names of the base chains that this batch creates.
+    bases: Vec<String>,
     pub(super) commands: Vec<Command>,
 }
 
@@ -89,11 +102,11 @@ pub(super) type Element = (Vec<u8>, Option<Duration>);
 
 impl<'a> Batch<'a> {
     pub(super) fn new(table: &'a str, encoding: Encoding) -> Self {
-        Self { table, encoding, next_set: 1, commands: Vec::new() }
+        Self { table, encoding, next_set: 1, bases: Vec::new(), commands: Vec::new() }
     }
 
     fn push(&mut self, subject: Subject, flags: u16, message: NfTablesMessage) {
-        self.commands.push(Command { subject, flags, message });
+        self.commands.push(Command { subject, flags, message, hooked: false });
     }
 
     /// Creates the table.
@@ -142,6 +155,10 @@ impl<'a> Batch<'a> {
         }
         let message = NfTablesMessage::NewChain(ChainMessage { attributes });
         self.push(Subject::Chain(name.clone()), NLM_F_CREATE | NLM_F_EXCL, message);
+        if base.is_some() && kind == ChainKind::Base {
+            self.bases.push(name.clone());
+            self.commands.last_mut().expect("it has been pushed").hooked = true;
+        }
     }
 
     /// Creates the flowtable. For a trial, it gets no interfaces, and so no hooks.
@@ -209,10 +226,14 @@ impl<'a> Batch<'a> {
         self.next_set += sets.len() as u32;
         let of_flows = || if rule.moves_past() { Subject::PastFlowtable } else { Subject::Flows };
         let subject = || rule.index.map_or_else(of_flows, Subject::Rule);
+        let first = self.commands.len();
         for set in &sets {
             self.create_anonymous_set(subject(), set);
         }
         self.push_rule(subject(), &rule.chain, &expressions, rule.comment);
+        if self.bases.contains(&rule.chain) {
+            self.commands[first..].iter_mut().for_each(|command| command.hooked = true);
+        }
     }
 
     fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc,
@@ -21,7 +22,10 @@ use netlink_packet_netfilter::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::net::{
     RecvFlags,
-    sockopt::{Timeout, set_socket_send_buffer_size, set_socket_send_buffer_size_force, set_socket_timeout},
+    sockopt::{
+        Timeout, set_socket_send_buffer_size, set_socket_send_buffer_size_force, set_socket_timeout,
+        socket_send_buffer_size,
+    },
 };
 
 use super::{family::TableFamily, nft::Command};
@@ -129,6 +133,13 @@ impl Connection {
         self.enlarge_send_buffer(batch.len());
         self.send(&batch)?;
         self.wait_for_reply(begin, commands.len())
+    }
+
+    /// The longest batch that fits in the send buffer, which [`transact`](Self::transact) has
+    /// enlarged.
+    pub(super) fn longest_batch(&self) -> io::Result<usize> {
+        // netlink_sendmsg wants 32 bytes more.
+        Ok(socket_send_buffer_size(self.socket()?.as_fd())?.saturating_sub(32))
     }
 
     /// Requests objects, and returns the attributes of each.
@@ -308,6 +319,25 @@ fn encode(commands: &[Command], family: TableFamily, begin: u32, outcome: Outcom
     batch
 }
 
+/// Where to cut commands so that each part is a batch of at most this length. A rule stays with its
+/// sets, even if they are longer.
+pub(super) fn parts(commands: &[Command], family: TableFamily, longest: usize) -> Vec<Range<usize>> {
+    let length = |range: Range<usize>| encode(&commands[range], family, 0, Outcome::Commit).len();
+    let around = length(0..0);
+    let mut parts = Vec::new();
+    let (mut part, mut sum) = (0..0, around);
+    for end in (1..=commands.len()).filter(|end| !commands[end - 1].needs_the_next()) {
+        let more = length(part.end..end) - around;
+        if sum + more > longest && !part.is_empty() {
+            parts.push(part.clone());
+            (part, sum) = (part.end..part.end, around);
+        }
+        (part.end, sum) = (end, sum + more);
+    }
+    parts.push(part);
+    parts
+}
+
 fn append(batch: &mut Vec<u8>, message: NetfilterMessage, sequence: u32, flags: u16) {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
@@ -391,8 +421,12 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 
 #[cfg(test)]
 mod tests {
+    use nfqueue_proto::types::Hook;
+
     use super::{
         super::{
+            Match, Protocol, Rule,
+            checked::Surroundings,
             encoder::{Encoding, QueueMethod},
             nft::Batch,
         },
@@ -413,6 +447,28 @@ mod tests {
             batch = &batch[(message.length() as usize).next_multiple_of(4)..];
         }
         headers
+    }
+
+    #[test]
+    fn parts_fit_and_keep_a_rule_with_its_sets() {
+        let encoding = Encoding { method: QueueMethod::Expression, trial: false };
+        let mut batch = Batch::new("t", encoding);
+        let ports = |first: u16| Match::destination_ports([first, first + 2]);
+        let rules: Vec<Rule> =
+            (1..20).map(|first| Rule::new(Hook::Input).protocol(Protocol::Udp).when(ports(first)).accept()).collect();
+        let checked = rules.iter().flat_map(|rule| rule.check(0, Surroundings::PLAIN).unwrap());
+        checked.for_each(|rule| batch.add_rule(&rule));
+        let commands = &batch.commands;
+        assert_eq!(commands.len(), 3 * 19);
+        let length = |part: &Range<usize>| encode(&commands[part.clone()], TableFamily::Inet, 0, Outcome::Commit).len();
+        for longest in [0, 500, 1000, 5000, 100_000] {
+            let parts = parts(commands, TableFamily::Inet, longest);
+            assert!(parts.is_sorted_by(|part, next| part.end == next.start), "{parts:?}");
+            assert_eq!((parts[0].start, parts.last().unwrap().end), (0, commands.len()));
+            assert!(parts.iter().all(|part| part.len() % 3 == 0 && (length(part) <= longest || part.len() == 3)));
+            // Not more of them than necessary.
+            assert!(parts.windows(2).all(|two| length(&(two[0].start..two[1].start + 3)) > longest), "{parts:?}");
+        }
     }
 
     #[test]

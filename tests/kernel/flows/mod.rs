@@ -16,6 +16,7 @@ mod later_places;
 mod meeting;
 mod offload;
 mod others;
+mod parts;
 mod refused;
 mod replies;
 mod reuse;
@@ -59,6 +60,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         meeting::tests(),
         offload::tests(),
         others::tests(),
+        parts::tests(),
         replies::tests(),
         translated::tests(),
         beside::tests(),

@@ -34,6 +34,6 @@ pub use self::{
     sockets::{
         ping, queue_line, raw_ipv4, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp, udp_marked, wait_until,
     },
-    sys::{answer_calls, fork_sleeper, go_on_in_a_fork, in_a_fork, refuse_call, replace_descriptor},
+    sys::{answer_calls, fork_sleeper, go_on_in_a_fork, in_a_fork, keep_send_buffers, refuse_call, replace_descriptor},
     user_namespace::UserNamespace,
 };

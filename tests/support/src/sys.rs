@@ -87,19 +87,44 @@ pub fn refuse_call(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
     ];
+    install_filter(&mut filter)?;
+    // SAFETY: the filter refuses the call; if it did not, the arguments name no memory.
+    let refused = unsafe { libc::syscall(call, -1, 0, 0, 0, 0) } < 0;
+    assert!(refused && io::Error::last_os_error().raw_os_error() == Some(errno), "the filter works");
+    Ok(())
+}
+
+/// Lets no socket have another send buffer than the usual one, by a seccomp filter, in this thread
+/// and in those that it starts. Not for 32-bit x86, where the option of `setsockopt` is no argument
+/// of the system call.
+pub fn keep_send_buffers() -> io::Result<()> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let jump =
+        |k: u32, jt, jf| libc::sock_filter { jt, jf, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k) };
+    // The lower half of the third argument in `seccomp_data`.
+    let option =
+        std::mem::offset_of!(libc::seccomp_data, args) + 2 * 8 + if cfg!(target_endian = "big") { 4 } else { 0 };
+    let [first, second] = [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE].map(i32::cast_unsigned);
+    install_filter(&mut [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        jump(libc::SYS_setsockopt as u32, 0, 4),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, option as u32),
+        jump(first, 1, 0),
+        jump(second, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned()),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ])
+}
+
+/// For this thread and those that it starts.
+fn install_filter(filter: &mut [libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
     // SAFETY: these two read the numbers, and a program whose filter exists and has that length.
     let result = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
     };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the filter refuses the call; if it did not, the arguments name no memory.
-    let refused = unsafe { libc::syscall(call, -1, 0, 0, 0, 0) } < 0;
-    assert!(refused && io::Error::last_os_error().raw_os_error() == Some(errno), "the filter works");
-    Ok(())
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Asks `answer` before each of these system calls on a descriptor, in this thread and in those
