@@ -29,6 +29,12 @@ impl DivertBuilder {
     /// that, a trial transaction without base chains checks the rules, so that an error drops no
     /// queued packet.
     ///
+    /// With [`flow_marks`](Self::flow_marks) a transaction has 560 KB or more. Where the process
+    /// cannot enlarge the send buffer as far (in a user namespace, with the `net.core.wmem_max` of
+    /// kernels before Linux 6.18), there are several. The last one creates all base chains with
+    /// their rules, so that no packet meets a part of the table. If one is refused, the table is
+    /// removed.
+    ///
     /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
     /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
     /// `NETFILTER_XT_TARGET_NFQUEUE`).
@@ -46,7 +52,9 @@ impl DivertBuilder {
     ///   is invalid; a set or a rule is invalid; or the rules do not fit into one transaction. The
     ///   error names the set, or the rule by its index, from 0, and the field. Rules that can never
     ///   match are invalid. One transaction can carry some hundreds of rules. There is no limit if
-    ///   the thread has `CAP_NET_ADMIN` in the initial user namespace (`SO_SNDBUFFORCE`).
+    ///   the thread has `CAP_NET_ADMIN` in the initial user namespace (`SO_SNDBUFFORCE`); otherwise
+    ///   `net.core.wmem_max` decides, and a table with flow marks and
+    ///   [`fail_closed`](Self::fail_closed) needs 320 000 and half of what its rules take.
     /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
     ///   namespace that owns the network namespace.
     /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, with flow marks no
