@@ -145,9 +145,12 @@ async fn a_custom_policy_is_asked_after_each_verdict() {
     }
     traffic.expect(0..17).await;
     let asked = asked.lock().unwrap();
-    // Not checked if the delay was over in between, on a slow machine.
+    // Not checked if the delay was over in between, on a slow machine: the policy was asked because
+    // of that, or would have been if a verdict had not come first.
+    let in_time =
+        |context: &FlushContext| context.reason == FlushReason::Verdict && context.waited < Duration::from_millis(20);
     let by_verdicts = asked.iter().rposition(|context| context.reason == FlushReason::Verdict).unwrap() + 1;
-    if asked[..by_verdicts].iter().all(|context| context.reason == FlushReason::Verdict) {
+    if asked[..by_verdicts].iter().all(in_time) {
         assert_eq!(by_verdicts, 17);
         for (index, gathered) in asked[..by_verdicts].iter().enumerate() {
             assert_fields!(gathered, gathered: index % 7 + 1, undecided: 16 - index);
