@@ -52,10 +52,10 @@
 //!   `allowPrivilegeEscalation: true`, because `no_new_privs` disables file capabilities.
 //! - **User namespaces** (`hostUsers: false`, rootless Docker and Podman): all works in the
 //!   container's own network, and `CAP_NET_ADMIN` there is worth nothing on the host. Since Linux
-//!   7.1 no payload is replaced ([`kernels`](super::kernels)). Before 6.18, `flow_marks` together
-//!   with `fail_closed` need a higher `net.core.wmem_max` of the node: the error of the
-//!   installation says so. Root cannot read the kernel's counters if the network namespace was made
-//!   before the map of users.
+//!   7.1 no payload is replaced ([`kernels`](super::kernels)). Before 6.18, with the
+//!   usual `net.core.wmem_max`, rules that stay (`fail_closed`) drop everything at their hooks for
+//!   some 100 ms when the next process replaces them. Root cannot read the kernel's counters if the
+//!   network namespace was made before the map of users.
 //! - **Modules are the node's.** If `bind` or the rules return `Unsupported`, load them on the
 //!   node: `nfnetlink_queue`, `nft_queue` or `xt_NFQUEUE`, `nf_tables`. A container cannot.
 //! - **Not every network passes the hooks of the host.** Container networks on eBPF, macvlan,

@@ -276,5 +276,5 @@ const NFTA_TARGET_NAME: u16 = 1;
 const NFTA_TARGET_REV: u16 = 2;
 const NFTA_TARGET_INFO: u16 = 3;
 // uapi/linux/netfilter.h
-const NF_DROP: u32 = 0;
+pub(super) const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;

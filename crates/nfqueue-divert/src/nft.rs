@@ -11,7 +11,7 @@ use netlink_packet_netfilter::nftables::{
 };
 
 use super::{
-    action::FLOWTABLE,
+    action::{FLOWTABLE, NF_DROP},
     chain::{Chain, FLOWTABLE_PRIORITY, INGRESS},
     checked::KernelRule,
     denied::{self, DeniedSet, FlowTable},
@@ -79,6 +79,15 @@ pub(super) struct Command {
 }
 
 impl Command {
+    /// Whether it is about the table itself, or the one that it replaces.
+    pub(super) fn is_of_table(&self) -> bool {
+        matches!(self.subject, Subject::Predecessor | Subject::Table)
+    }
+
+    pub(super) fn is_chain(&self) -> bool {
+        matches!(self.message, NfTablesMessage::NewChain(_))
+    }
+
     /// Whether the next command must be in the same transaction: it fills the set, or is the rule
     /// that the set belongs to.
     pub(super) fn needs_the_next(&self) -> bool {
@@ -239,6 +248,13 @@ impl<'a> Batch<'a> {
     fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {
         let (expressions, _) = encoder.finish();
         self.push_rule(subject, chain, &expressions, None);
+    }
+
+    /// Adds a rule that drops all packets.
+    pub(super) fn add_drop(&mut self, chain: &str) {
+        let mut encoder = Encoder::new(self.encoding, 0);
+        encoder.verdict(NF_DROP);
+        self.create_rule(Subject::Chain(chain.to_owned()), chain, encoder);
     }
 
     /// The expressions become bytes here. As a part of the message they would be copied and dropped

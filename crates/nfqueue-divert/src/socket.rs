@@ -136,10 +136,11 @@ impl Connection {
     }
 
     /// The longest batch that fits in the send buffer, which [`transact`](Self::transact) has
-    /// enlarged.
-    pub(super) fn longest_batch(&self) -> io::Result<usize> {
+    /// enlarged as far as the kernel allows.
+    pub(super) fn longest_batch(&self) -> usize {
+        let size = self.socket().and_then(|socket| Ok(socket_send_buffer_size(socket.as_fd())?));
         // netlink_sendmsg wants 32 bytes more.
-        Ok(socket_send_buffer_size(self.socket()?.as_fd())?.saturating_sub(32))
+        size.map_or(DEFAULT_SEND_BUFFER, |size| size.saturating_sub(32))
     }
 
     /// Requests objects, and returns the attributes of each.

@@ -1,8 +1,13 @@
 //! Tables whose rules do not fit in the send buffer.
 
-use tokio_nfqueue::{Error, ErrorKind, Hook, divert::DivertBuilder};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::SeqCst},
+};
 
-use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, queue_is_empty, table, to_port};
+use tokio_nfqueue::{Error, Hook, divert::DivertBuilder};
+
+use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, queue_is_empty, sent, table, to_port};
 use crate::{
     common::{Divert, next},
     support,
@@ -10,7 +15,7 @@ use crate::{
 
 tests![
     one a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts,
-    sync a_table_that_stays_must_fit_in_one_transaction,
+    one no_packet_passes_while_a_table_that_stays_is_replaced_in_parts,
 ];
 
 /// Installs a table in a thread whose sockets keep their send buffers, as those of an ordinary user
@@ -54,13 +59,40 @@ async fn a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts() {
     }
 }
 
-fn a_table_that_stays_must_fit_in_one_transaction() {
-    let Some(divert) = install(table([to_port(Hook::Output, 1).to_queue(0)]).table("stays").fail_closed()) else {
-        return;
-    };
-    let error = divert.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
-    assert!(error.to_string().contains("net.core.wmem_max"), "{error}");
-    // Nothing is left.
-    table([to_port(Hook::Output, 1).to_queue(0)]).table("stays").install().unwrap();
+async fn no_packet_passes_while_a_table_that_stays_is_replaced_in_parts() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let closed = || table([to_port(Hook::Output, talk.port()).to_queue(0)]).table("stays").fail_closed();
+    let Some(divert) = install(closed()) else { return };
+    // The table stays.
+    drop(divert.unwrap());
+    let (sender, done) = (talk.client.try_clone().unwrap(), Arc::new(AtomicBool::new(false)));
+    let sending = support::Namespace::current().spawn({
+        let done = Arc::clone(&done);
+        move || {
+            let mut count = 0;
+            while !done.load(SeqCst) {
+                sent(|| sender.send(&[0]));
+                count += 1;
+            }
+            count
+        }
+    });
+    for _ in 0..5 {
+        drop(install(closed()).unwrap().unwrap());
+    }
+    let divert = install(closed()).unwrap().unwrap();
+    done.store(true, SeqCst);
+    let count: u32 = sending.join().unwrap();
+    assert!(count > 100, "{count}");
+    talk.silent();
+    let mut queue = bind();
+    talk.ask(1);
+    confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
+    talk.asked(1);
+    talk.ask(2);
+    talk.asked(2);
+    queue_is_empty(&mut queue);
+    divert.close().unwrap();
+    talk.answer(3);
+    talk.answered(3);
 }

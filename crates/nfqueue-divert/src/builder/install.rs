@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::DivertBuilder;
 use crate::{
     Divert, State,
-    chain::{Chain, Place},
+    chain::{Chain, Place, chain_name},
     check_rules,
     checked::{KernelRule, Surroundings},
     denied::FlowTable,
@@ -33,7 +33,9 @@ impl DivertBuilder {
     /// cannot enlarge the send buffer as far (in a user namespace, with the `net.core.wmem_max` of
     /// kernels before Linux 6.18), there are several. The last one creates all base chains with
     /// their rules, so that no packet meets a part of the table. If one is refused, the table is
-    /// removed.
+    /// removed. A table that replaces one that has stayed
+    /// ([`fail_closed`](Self::fail_closed)) drops all packets at the hooks of its rules meanwhile,
+    /// for some 100 ms; if one is refused, it stays so.
     ///
     /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
     /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
@@ -53,8 +55,7 @@ impl DivertBuilder {
     ///   error names the set, or the rule by its index, from 0, and the field. Rules that can never
     ///   match are invalid. One transaction can carry some hundreds of rules. There is no limit if
     ///   the thread has `CAP_NET_ADMIN` in the initial user namespace (`SO_SNDBUFFORCE`); otherwise
-    ///   `net.core.wmem_max` decides, and a table with flow marks and
-    ///   [`fail_closed`](Self::fail_closed) needs 320 000 and half of what its rules take.
+    ///   `net.core.wmem_max` decides.
     /// * [`NotPermitted`](ErrorKind::NotPermitted): the thread lacks `CAP_NET_ADMIN` in the user
     ///   namespace that owns the network namespace.
     /// * [`Unsupported`](ErrorKind::Unsupported): the kernel has no nf_tables, with flow marks no
@@ -170,45 +171,56 @@ impl DivertBuilder {
             forget_marks(connection, flows.marks, Forget::All).map_err(|error| error.with_operation(operation()))?;
         }
         let hooks = self.hooks(rules, connection).map_err(|error| error.with_operation(operation()))?;
-        let mut commands = encode(creation, Encoding { method, trial: false }, hooks);
-        let mut result = connection.transact(&commands, Outcome::Commit);
-        // A table that stays must be replaced in one transaction, so it must fit in one from the
-        // beginning.
-        if result.as_ref().is_err_and(too_long) && !self.fail_closed {
-            result = self.transact_in_parts(connection, &table, &mut commands);
+        let commands = encode(creation, Encoding { method, trial: false }, hooks);
+        match connection.transact(&commands, Outcome::Commit) {
+            Ok(()) => {}
+            Err(refusal) if too_long(&refusal) => {
+                let parts = self.parts(&table, creation, commands, &places, connection.longest_batch());
+                transact_all(connection, &table, creation, &parts)
+                    .map_err(|(part, refusal)| refused(operation(), part, rules, refusal))?;
+            }
+            Err(refusal) => return Err(refused(operation(), &commands, rules, refusal)),
         }
-        result.map_err(|refusal| refused(operation(), &commands, rules, refusal))?;
         let Surroundings { priority, flows, .. } = surroundings;
         Ok((table, Installed { priority, flows, method, places, hooks, chains: layout.chains }))
     }
 
-    /// Creates a table in several transactions. The last one creates the base chains, with all their
-    /// rules: before it, no packet comes to the table. Sorts the commands accordingly.
-    fn transact_in_parts(
+    /// Divides what creates a table into several transactions, the last of which lets packets meet
+    /// the rules: it contains all rules of base chains.
+    ///
+    /// The base chains are created there too. But if the table replaces one that has stayed, no
+    /// packet may pass meanwhile: then the first transaction creates them, and they drop all
+    /// packets at the places of the rules.
+    fn parts(
         &self,
-        connection: &mut Connection,
         table: &str,
-        commands: &mut [Command],
-    ) -> Result<(), Refusal> {
-        commands.sort_by_key(|command| command.hooked);
-        let hooked = commands.partition_point(|command| !command.hooked);
-        let longest = connection.longest_batch()?;
-        let mut parts = socket::parts(&commands[..hooked], self.family, longest);
-        parts.push(hooked..commands.len());
-        for part in parts {
-            let first = part.start;
-            if let Err(mut refusal) = connection.transact(&commands[part], Outcome::Commit) {
-                refusal.command = refusal.command.map(|index| first + index);
-                // Otherwise there is none, or one of somebody else.
-                if first > 0 {
-                    let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
-                    batch.delete_table();
-                    let _ = connection.transact(&batch.commands, Outcome::Commit);
-                }
-                return Err(refusal);
+        creation: Creation,
+        commands: Vec<Command>,
+        places: &[Place],
+        longest: usize,
+    ) -> Vec<Vec<Command>> {
+        let (mut last, mut others): (Vec<_>, Vec<_>) = commands.into_iter().partition(|command| command.hooked);
+        let mut parts = Vec::new();
+        if creation.replaces {
+            let batch = || Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+            let (mut closing, mut opening) = (batch(), batch());
+            for place in places {
+                let name = chain_name(*place, self.priority.number());
+                closing.add_drop(&name);
+                opening.delete_rules(&name);
             }
+            let (mut first, of_chains): (Vec<_>, Vec<_>) = others.into_iter().partition(Command::is_of_table);
+            let (chains, rules): (Vec<_>, Vec<_>) = last.into_iter().partition(Command::is_chain);
+            first.extend(chains.into_iter().chain(closing.commands));
+            parts.push(first);
+            others = of_chains;
+            last = opening.commands.into_iter().chain(rules).collect();
         }
-        Ok(())
+        let mut rest = others.into_iter();
+        let ranges = socket::parts(rest.as_slice(), self.family, longest);
+        parts.extend(ranges.into_iter().map(|range| rest.by_ref().take(range.len()).collect()));
+        parts.push(last);
+        parts
     }
 
     fn hooks(&self, rules: &[KernelRule<'_>], connection: &mut Connection) -> Result<Hooks, Error> {
@@ -241,6 +253,28 @@ struct Installed {
 /// Whether the transaction does not fit in the send buffer. The kernel has done nothing.
 fn too_long(refusal: &Refusal) -> bool {
     refusal.command.is_none() && errno(refusal) == Some(Errno::MSGSIZE)
+}
+
+/// Creates a table by several transactions. If one is refused, returns its commands. Then there is
+/// no table, unless it replaces one: that stays, and drops all packets at the places of its rules.
+fn transact_all<'a>(
+    connection: &mut Connection,
+    table: &str,
+    creation: Creation,
+    parts: &'a [Vec<Command>],
+) -> Result<(), (&'a [Command], Refusal)> {
+    for (index, part) in parts.iter().enumerate() {
+        if let Err(refusal) = connection.transact(part, Outcome::Commit) {
+            // Before the second one there is no table, or one of somebody else.
+            if index > 0 && !creation.replaces {
+                let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+                batch.delete_table();
+                let _ = connection.transact(&batch.commands, Outcome::Commit);
+            }
+            return Err((part, refusal));
+        }
+    }
+    Ok(())
 }
 
 /// Whether the kernel has refused to create a table because there is one.
