@@ -320,10 +320,15 @@ fn encode(commands: &[Command], family: TableFamily, begin: u32, outcome: Outcom
     batch
 }
 
+/// The length of a batch.
+pub(super) fn length(commands: &[Command], family: TableFamily) -> usize {
+    encode(commands, family, 0, Outcome::Commit).len()
+}
+
 /// Where to cut commands so that each part is a batch of at most this length. A rule stays with its
 /// sets, even if they are longer.
 pub(super) fn parts(commands: &[Command], family: TableFamily, longest: usize) -> Vec<Range<usize>> {
-    let length = |range: Range<usize>| encode(&commands[range], family, 0, Outcome::Commit).len();
+    let length = |range: Range<usize>| length(&commands[range], family);
     let around = length(0..0);
     let mut parts = Vec::new();
     let (mut part, mut sum) = (0..0, around);
@@ -461,7 +466,7 @@ mod tests {
         checked.for_each(|rule| batch.add_rule(&rule));
         let commands = &batch.commands;
         assert_eq!(commands.len(), 3 * 19);
-        let length = |part: &Range<usize>| encode(&commands[part.clone()], TableFamily::Inet, 0, Outcome::Commit).len();
+        let length = |part: &Range<usize>| length(&commands[part.clone()], TableFamily::Inet);
         for longest in [0, 500, 1000, 5000, 100_000] {
             let parts = parts(commands, TableFamily::Inet, longest);
             assert!(parts.is_sorted_by(|part, next| part.end == next.start), "{parts:?}");

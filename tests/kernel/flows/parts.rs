@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicBool, Ordering::SeqCst},
 };
 
-use tokio_nfqueue::{Error, Hook, divert::DivertBuilder};
+use tokio_nfqueue::{
+    Error, ErrorKind, Hook, Rule,
+    divert::{DivertBuilder, Match},
+};
 
 use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, queue_is_empty, sent, table, to_port};
 use crate::{
@@ -16,6 +19,7 @@ use crate::{
 tests![
     one a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts,
     one no_packet_passes_while_a_table_that_stays_is_replaced_in_parts,
+    sync what_does_not_fit_in_parts_replaces_nothing,
 ];
 
 /// Installs a table in a thread whose sockets keep their send buffers, as those of an ordinary user
@@ -95,4 +99,23 @@ async fn no_packet_passes_while_a_table_that_stays_is_replaced_in_parts() {
     divert.close().unwrap();
     talk.answer(3);
     talk.answered(3);
+}
+
+fn what_does_not_fit_in_parts_replaces_nothing() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let closed = |rules: Vec<Rule>| table(rules).table("stays").fail_closed();
+    let Some(divert) = install(closed(vec![to_port(Hook::Output, 1).to_queue(0)])) else { return };
+    drop(divert.unwrap());
+    for count in [1, 400, 1500] {
+        let rules = (0..count).map(|port| to_port(Hook::Output, port).when(Match::mark(1, 1)).to_queue(0));
+        let divert = install(closed(rules.collect())).unwrap();
+        if let Err(error) = &divert {
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+            assert!(error.to_string().contains("net.core.wmem_max"), "{error}");
+        }
+        assert_eq!(divert.is_ok(), count == 1);
+        // Another port.
+        talk.ask(1);
+        talk.asked(1);
+    }
 }

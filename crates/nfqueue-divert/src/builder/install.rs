@@ -175,7 +175,12 @@ impl DivertBuilder {
         match connection.transact(&commands, Outcome::Commit) {
             Ok(()) => {}
             Err(refusal) if too_long(&refusal) => {
-                let parts = self.parts(&table, creation, commands, &places, connection.longest_batch());
+                let longest = connection.longest_batch();
+                let parts = self.parts(&table, creation, commands, &places, longest);
+                // Before a table is replaced that would then stay half done.
+                if parts.iter().any(|part| socket::length(part, self.family) > longest) {
+                    return Err(refused(operation(), &[], rules, refusal));
+                }
                 transact_all(connection, &table, creation, &parts)
                     .map_err(|(part, refusal)| refused(operation(), part, rules, refusal))?;
             }
