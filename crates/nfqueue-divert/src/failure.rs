@@ -47,7 +47,7 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
         Some(Subject::Hooks(name)) => format!("{operation}, {name}"),
         Some(Subject::Flows) => format!("{operation}, flow marks"),
         Some(Subject::Flowtable | Subject::PastFlowtable) => format!("{operation}, offload"),
-        Some(Subject::Table | Subject::Predecessor) | None => operation,
+        Some(Subject::Table | Subject::Predecessor | Subject::Marker) | None => operation,
     };
     let lacking = lacks_expression(&refusal, commands, rules);
     let (kind, hint) = match (errno(&refusal), subject) {
@@ -57,8 +57,11 @@ pub(super) fn refused(operation: String, commands: &[Command], rules: &[KernelRu
             ErrorKind::NotPermitted,
             Some("CAP_NET_ADMIN is needed in the user namespace that owns the network namespace"),
         ),
-        (Some(Errno::PERM), Some(Subject::Table)) => {
+        (Some(Errno::PERM), Some(Subject::Table | Subject::Predecessor)) => {
             (ErrorKind::AlreadyExists, Some("another socket owns a table of this name"))
+        }
+        (Some(Errno::NOENT), Some(Subject::Marker)) => {
+            (ErrorKind::AlreadyExists, Some("another process has replaced the table meanwhile"))
         }
         (Some(Errno::EXIST), Some(Subject::Table)) => (ErrorKind::AlreadyExists, Some("a table of this name exists")),
         // The kernel can create tables of this kind, so it refuses to adopt one of another kind.

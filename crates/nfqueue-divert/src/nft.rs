@@ -56,6 +56,8 @@ pub(super) enum Subject {
     /// The table that a new one replaces.
     Predecessor,
     Table,
+    /// The chain that marks a table as that of an installation in several transactions.
+    Marker,
     Chain(String),
     Rule(usize),
     Set(String),
@@ -79,9 +81,14 @@ pub(super) struct Command {
 }
 
 impl Command {
-    /// Whether it is about the table itself, or the one that it replaces.
-    pub(super) fn is_of_table(&self) -> bool {
-        matches!(self.subject, Subject::Predecessor | Subject::Table)
+    /// Whether it is about the table itself, the one that it replaces, or what keeps connection
+    /// tracking and defragmentation registered.
+    pub(super) fn comes_first(&self) -> bool {
+        match &self.subject {
+            Subject::Predecessor | Subject::Table | Subject::Hooks(_) => true,
+            Subject::Chain(name) => name == HOLDER,
+            _ => false,
+        }
     }
 
     pub(super) fn is_chain(&self) -> bool {
@@ -248,6 +255,28 @@ impl<'a> Batch<'a> {
     fn create_rule(&mut self, subject: Subject, chain: &str, encoder: Encoder) {
         let (expressions, _) = encoder.finish();
         self.push_rule(subject, chain, &expressions, None);
+    }
+
+    /// Creates a chain whose name tells that the table is that of an installation in several
+    /// transactions.
+    pub(super) fn create_marker(&mut self, name: &str) {
+        let attributes = self.chain(name);
+        self.push(Subject::Marker, NLM_F_CREATE | NLM_F_EXCL, NfTablesMessage::NewChain(ChainMessage { attributes }));
+    }
+
+    /// Lets the kernel refuse the transaction if there is no such chain (`nf_tables_delrule`).
+    pub(super) fn require_marker(&mut self, name: &str) {
+        let attributes = vec![RuleAttribute::Table(self.table.to_owned()), RuleAttribute::Chain(name.to_owned())];
+        self.push(Subject::Marker, 0, NfTablesMessage::DeleteRule(RuleMessage { attributes }));
+    }
+
+    pub(super) fn delete_marker(&mut self, name: &str) {
+        let attributes = self.chain(name);
+        self.push(Subject::Marker, 0, NfTablesMessage::DeleteChain(ChainMessage { attributes }));
+    }
+
+    fn chain(&self, name: &str) -> Vec<ChainAttribute> {
+        vec![ChainAttribute::Table(self.table.to_owned()), ChainAttribute::Name(name.to_owned())]
     }
 
     /// Adds a rule that drops all packets.

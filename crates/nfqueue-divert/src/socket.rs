@@ -138,7 +138,7 @@ impl Connection {
     /// The longest batch that fits in the send buffer, which [`transact`](Self::transact) has
     /// enlarged as far as the kernel allows.
     pub(super) fn longest_batch(&self) -> usize {
-        let size = self.socket().and_then(|socket| Ok(socket_send_buffer_size(socket.as_fd())?));
+        let size = self.socket().and_then(send_buffer_size);
         // netlink_sendmsg wants 32 bytes more.
         size.map_or(DEFAULT_SEND_BUFFER, |size| size.saturating_sub(32))
     }
@@ -290,8 +290,17 @@ impl Connection {
     /// error.
     fn enlarge_send_buffer(&self, length: usize) {
         let (Ok(socket), DEFAULT_SEND_BUFFER..) = (self.socket(), length) else { return };
-        if set_socket_send_buffer_size_force(socket.as_fd(), length.saturating_add(32)).is_err() {
-            let _ = set_socket_send_buffer_size(socket.as_fd(), length.saturating_add(32));
+        let wanted = length.saturating_add(32);
+        if set_socket_send_buffer_size_force(socket.as_fd(), wanted).is_ok() {
+            return;
+        }
+        // The size may also fall, to twice net.core.wmem_max: tried with another socket.
+        let larger = Socket::new(NETLINK_NETFILTER).ok().filter(|trial| {
+            set_socket_send_buffer_size(trial.as_fd(), wanted).is_ok()
+                && send_buffer_size(trial).ok() > send_buffer_size(socket).ok()
+        });
+        if larger.is_some() {
+            let _ = set_socket_send_buffer_size(socket.as_fd(), wanted);
         }
     }
 }
@@ -320,6 +329,10 @@ fn encode(commands: &[Command], family: TableFamily, begin: u32, outcome: Outcom
     batch
 }
 
+fn send_buffer_size(socket: &Socket) -> io::Result<usize> {
+    Ok(socket_send_buffer_size(socket.as_fd())?)
+}
+
 /// The length of a batch.
 pub(super) fn length(commands: &[Command], family: TableFamily) -> usize {
     encode(commands, family, 0, Outcome::Commit).len()
@@ -340,7 +353,7 @@ pub(super) fn parts(commands: &[Command], family: TableFamily, longest: usize) -
         }
         (part.end, sum) = (end, sum + more);
     }
-    parts.push(part);
+    parts.extend((!part.is_empty()).then_some(part));
     parts
 }
 
@@ -466,6 +479,7 @@ mod tests {
         checked.for_each(|rule| batch.add_rule(&rule));
         let commands = &batch.commands;
         assert_eq!(commands.len(), 3 * 19);
+        assert_eq!(parts(&[], TableFamily::Inet, 0), []);
         let length = |part: &Range<usize>| length(&commands[part.clone()], TableFamily::Inet);
         for longest in [0, 500, 1000, 5000, 100_000] {
             let parts = parts(commands, TableFamily::Inet, longest);

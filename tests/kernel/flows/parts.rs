@@ -1,8 +1,11 @@
 //! Tables whose rules do not fit in the send buffer.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    thread::JoinHandle,
 };
 
 use tokio_nfqueue::{
@@ -19,6 +22,7 @@ use crate::{
 tests![
     one a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts,
     one no_packet_passes_while_a_table_that_stays_is_replaced_in_parts,
+    one no_packet_passes_while_two_processes_replace_a_table_in_parts,
     sync what_does_not_fit_in_parts_replaces_nothing,
 ];
 
@@ -63,31 +67,52 @@ async fn a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts() {
     }
 }
 
+/// Datagrams of a client, as many as a thread can send.
+struct Flood {
+    sending: JoinHandle<u32>,
+    done: Arc<AtomicBool>,
+}
+
+impl Flood {
+    fn start(talk: &Talk) -> Self {
+        let (sender, done) = (talk.client.try_clone().unwrap(), Arc::new(AtomicBool::new(false)));
+        let sending = support::Namespace::current().spawn({
+            let done = Arc::clone(&done);
+            move || {
+                let mut count = 0;
+                while !done.load(SeqCst) {
+                    sent(|| sender.send(&[0]));
+                    count += 1;
+                }
+                count
+            }
+        });
+        Self { sending, done }
+    }
+
+    fn end(self) {
+        self.done.store(true, SeqCst);
+        let count = self.sending.join().unwrap();
+        assert!(count > 100, "{count}");
+    }
+}
+
+/// A table that stays and lets datagrams of the client to a queue.
+fn closed(talk: &Talk) -> DivertBuilder {
+    table([to_port(Hook::Output, talk.port()).to_queue(0)]).table("stays").fail_closed()
+}
+
 async fn no_packet_passes_while_a_table_that_stays_is_replaced_in_parts() {
     let talk = Talk::loopback(LOOPBACKS[0]);
-    let closed = || table([to_port(Hook::Output, talk.port()).to_queue(0)]).table("stays").fail_closed();
-    let Some(divert) = install(closed()) else { return };
+    let Some(divert) = install(closed(&talk)) else { return };
     // The table stays.
     drop(divert.unwrap());
-    let (sender, done) = (talk.client.try_clone().unwrap(), Arc::new(AtomicBool::new(false)));
-    let sending = support::Namespace::current().spawn({
-        let done = Arc::clone(&done);
-        move || {
-            let mut count = 0;
-            while !done.load(SeqCst) {
-                sent(|| sender.send(&[0]));
-                count += 1;
-            }
-            count
-        }
-    });
+    let flood = Flood::start(&talk);
     for _ in 0..5 {
-        drop(install(closed()).unwrap().unwrap());
+        drop(install(closed(&talk)).unwrap().unwrap());
     }
-    let divert = install(closed()).unwrap().unwrap();
-    done.store(true, SeqCst);
-    let count: u32 = sending.join().unwrap();
-    assert!(count > 100, "{count}");
+    let divert = install(closed(&talk)).unwrap().unwrap();
+    flood.end();
     talk.silent();
     let mut queue = bind();
     talk.ask(1);
@@ -99,6 +124,33 @@ async fn no_packet_passes_while_a_table_that_stays_is_replaced_in_parts() {
     divert.close().unwrap();
     talk.answer(3);
     talk.answered(3);
+}
+
+/// Before Linux 6.9 such tables have no owner, so that one process may replace that of another.
+async fn no_packet_passes_while_two_processes_replace_a_table_in_parts() {
+    let talk = Talk::loopback(LOOPBACKS[0]);
+    let Some(divert) = install(closed(&talk)) else { return };
+    drop(divert.unwrap());
+    let flood = Flood::start(&talk);
+    let installers = [(); 2].map(|()| {
+        let builder = closed(&talk);
+        support::Namespace::current().spawn(move || {
+            for _ in 0..10 {
+                if let Err(error) = install(builder.clone()).unwrap() {
+                    assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
+                }
+            }
+        })
+    });
+    for installer in installers {
+        installer.join().unwrap();
+    }
+    drop(install(closed(&talk)).unwrap().unwrap());
+    flood.end();
+    talk.silent();
+    let mut queue = bind();
+    talk.ask(1);
+    confirm(next(&mut queue).await.drop()).await.unwrap();
 }
 
 fn what_does_not_fit_in_parts_replaces_nothing() {

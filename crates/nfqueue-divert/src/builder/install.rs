@@ -34,8 +34,8 @@ impl DivertBuilder {
     /// kernels before Linux 6.18), there are several. The last one creates all base chains with
     /// their rules, so that no packet meets a part of the table. If one is refused, the table is
     /// removed. A table that replaces one that has stayed
-    /// ([`fail_closed`](Self::fail_closed)) drops all packets at the hooks of its rules meanwhile,
-    /// for some 100 ms; if one is refused, it stays so.
+    /// ([`fail_closed`](Self::fail_closed)) drops all packets at the hooks of its rules and chains
+    /// meanwhile, for some 100 ms; if one is refused, it stays so.
     ///
     /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
     /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
@@ -176,12 +176,13 @@ impl DivertBuilder {
             Ok(()) => {}
             Err(refusal) if too_long(&refusal) => {
                 let longest = connection.longest_batch();
-                let parts = self.parts(&table, creation, commands, &places, longest);
+                let marker = format!("installing_{}", connection.port());
+                let parts = self.parts(&table, creation, commands, &places, &marker, longest);
                 // Before a table is replaced that would then stay half done.
                 if parts.iter().any(|part| socket::length(part, self.family) > longest) {
                     return Err(refused(operation(), &[], rules, refusal));
                 }
-                transact_all(connection, &table, creation, &parts)
+                transact_all(connection, &table, creation, &marker, &parts)
                     .map_err(|(part, refusal)| refused(operation(), part, rules, refusal))?;
             }
             Err(refusal) => return Err(refused(operation(), &commands, rules, refusal)),
@@ -196,35 +197,49 @@ impl DivertBuilder {
     /// The base chains are created there too. But if the table replaces one that has stayed, no
     /// packet may pass meanwhile: then the first transaction creates them, and they drop all
     /// packets at the places of the rules.
+    ///
+    /// Another process may replace a table without an owner meanwhile. So the first transaction
+    /// creates a chain that only this installation knows, and the others are refused without it.
     fn parts(
         &self,
         table: &str,
         creation: Creation,
         commands: Vec<Command>,
         places: &[Place],
+        marker: &str,
         longest: usize,
     ) -> Vec<Vec<Command>> {
-        let (mut last, mut others): (Vec<_>, Vec<_>) = commands.into_iter().partition(|command| command.hooked);
-        let mut parts = Vec::new();
+        let batch = || Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+        let (mut last, others): (Vec<_>, Vec<_>) = commands.into_iter().partition(|command| command.hooked);
+        let (mut first, others): (Vec<_>, Vec<_>) = others.into_iter().partition(Command::comes_first);
+        let mut beginning = batch();
+        beginning.create_marker(marker);
         if creation.replaces {
-            let batch = || Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
-            let (mut closing, mut opening) = (batch(), batch());
+            let mut opening = batch();
             for place in places {
                 let name = chain_name(*place, self.priority.number());
-                closing.add_drop(&name);
+                beginning.add_drop(&name);
                 opening.delete_rules(&name);
             }
-            let (mut first, of_chains): (Vec<_>, Vec<_>) = others.into_iter().partition(Command::is_of_table);
             let (chains, rules): (Vec<_>, Vec<_>) = last.into_iter().partition(Command::is_chain);
-            first.extend(chains.into_iter().chain(closing.commands));
-            parts.push(first);
-            others = of_chains;
+            first.extend(chains);
             last = opening.commands.into_iter().chain(rules).collect();
         }
+        first.extend(beginning.commands);
+        let mut parts = vec![first];
+        let with_marker = |commands: Vec<Command>| {
+            let mut part = batch();
+            part.require_marker(marker);
+            part.commands.extend(commands);
+            part.commands
+        };
         let mut rest = others.into_iter();
-        let ranges = socket::parts(rest.as_slice(), self.family, longest);
-        parts.extend(ranges.into_iter().map(|range| rest.by_ref().take(range.len()).collect()));
-        parts.push(last);
+        let ranges = socket::parts(rest.as_slice(), self.family, longest.saturating_sub(MARKER));
+        parts.extend(ranges.into_iter().map(|range| with_marker(rest.by_ref().take(range.len()).collect())));
+        let mut ending = batch();
+        ending.delete_marker(marker);
+        last.extend(ending.commands);
+        parts.push(with_marker(last));
         parts
     }
 
@@ -260,19 +275,22 @@ fn too_long(refusal: &Refusal) -> bool {
     refusal.command.is_none() && errno(refusal) == Some(Errno::MSGSIZE)
 }
 
-/// Creates a table by several transactions. If one is refused, returns its commands. Then there is
-/// no table, unless it replaces one: that stays, and drops all packets at the places of its rules.
+/// Creates a table by several transactions. If one is refused, returns its commands. Then there
+/// is no table, unless it replaces one: that stays, and drops all packets at the places of its
+/// rules.
 fn transact_all<'a>(
     connection: &mut Connection,
     table: &str,
     creation: Creation,
+    marker: &str,
     parts: &'a [Vec<Command>],
 ) -> Result<(), (&'a [Command], Refusal)> {
-    for (index, part) in parts.iter().enumerate() {
+    for part in parts {
         if let Err(refusal) = connection.transact(part, Outcome::Commit) {
-            // Before the second one there is no table, or one of somebody else.
-            if index > 0 && !creation.replaces {
+            if !creation.replaces {
                 let mut batch = Batch::new(table, Encoding { method: QueueMethod::Expression, trial: false });
+                // Only the own table.
+                batch.require_marker(marker);
                 batch.delete_table();
                 let _ = connection.transact(&batch.commands, Outcome::Commit);
             }
@@ -281,6 +299,9 @@ fn transact_all<'a>(
     }
     Ok(())
 }
+
+/// More than the bytes of [`Batch::require_marker`]: a table has a name of at most 255 bytes.
+const MARKER: usize = 400;
 
 /// Whether the kernel has refused to create a table because there is one.
 fn exists(refusal: &Refusal, commands: &[Command]) -> bool {
@@ -292,7 +313,9 @@ fn has_lasting_tables(connection: &mut Connection) -> bool {
     let table = format!("tokio_nfqueue_{}_probe", connection.port());
     let mut batch = Batch::new(&table, Encoding { method: QueueMethod::Expression, trial: true });
     batch.create_table(Creation { ownership: Ownership::Lasting, replaces: false });
-    connection.transact(&batch.commands, Outcome::Abort).is_ok()
+    let refused = connection.transact(&batch.commands, Outcome::Abort).err();
+    // nf_tables_newtable. Another error returns when the table is installed.
+    !refused.is_some_and(|refusal| matches!(errno(&refusal), Some(Errno::OPNOTSUPP | Errno::INVAL)))
 }
 
 /// Rules that can be installed: [`DivertBuilder::prepare`].
