@@ -177,6 +177,16 @@ impl Talk {
         self.silent();
     }
 
+    /// The question arrives, or does not, as decided.
+    #[track_caller]
+    fn decided(&self, decision: Decision, number: u8) {
+        match decision {
+            Decision::Accept => self.asked(number),
+            Decision::Reject => self.refused(&format!("question {number}")),
+            Decision::Drop => self.silent(),
+        }
+    }
+
     /// Both sides have nothing to receive, not even an error.
     #[track_caller]
     fn silent(&self) {

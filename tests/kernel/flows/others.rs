@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{FlowMarks, Hook, Packet, Protocol, Queue, Rule, Verdict, divert::Match};
 
-use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
+use super::{DECISIONS, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, table, to_port};
 use crate::{
     common::{
         next,
@@ -235,17 +235,9 @@ async fn verdicts_hold_at_a_hook_that_new_rules_have_added() {
             divert.replace_rules([to_port(hooks[1], talk.port()).to_queue(0)]).unwrap();
             talk.ask(1);
             confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
-            match decision {
-                Decision::Accept => talk.asked(1),
-                Decision::Reject => talk.refused("the first"),
-                Decision::Drop => {}
-            }
+            talk.decided(decision, 1);
             talk.ask(2);
-            match decision {
-                Decision::Accept => talk.asked(2),
-                Decision::Reject => talk.refused("the second"),
-                Decision::Drop => talk.silent(),
-            }
+            talk.decided(decision, 2);
             queue_is_empty(&mut queue);
             divert.close().unwrap();
         }

@@ -13,7 +13,7 @@ use tokio_nfqueue::{
     divert::{DivertBuilder, Match},
 };
 
-use super::{DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, queue_is_empty, sent, table, to_port};
+use super::{DECISIONS, LOOPBACKS, Talk, bind, confirm, queue_is_empty, sent, table, to_port};
 use crate::{
     common::{Divert, next},
     support,
@@ -50,17 +50,9 @@ async fn a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts() {
             let divert = divert.unwrap();
             talk.ask(1);
             confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
-            match decision {
-                Decision::Accept => talk.asked(1),
-                Decision::Reject => talk.refused("the first"),
-                Decision::Drop => talk.silent(),
-            }
+            talk.decided(decision, 1);
             talk.ask(2);
-            match decision {
-                Decision::Accept => talk.asked(2),
-                Decision::Reject => talk.refused("the second"),
-                Decision::Drop => talk.silent(),
-            }
+            talk.decided(decision, 2);
             queue_is_empty(&mut queue);
             divert.close().unwrap();
         }
