@@ -64,7 +64,8 @@ impl DivertBuilder {
     ///   another expression that a rule needs.
     /// * [`TimedOut`](ErrorKind::TimedOut): the kernel did not reply within 5 seconds.
     /// * [`AlreadyExists`](ErrorKind::AlreadyExists): a table of this name exists (`EEXIST`, or
-    ///   `EPERM` if another socket owns it).
+    ///   `EPERM` if another socket owns it), or another process has replaced the table between two
+    ///   transactions.
     /// * [`Other`](ErrorKind::Other): the kernel returns another error.
     pub fn install(&self) -> Result<Divert, Error> {
         let (connection, devices) = self.open()?;
