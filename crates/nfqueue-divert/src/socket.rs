@@ -295,11 +295,11 @@ impl Connection {
             return;
         }
         // The size may also fall, to twice net.core.wmem_max: tried with another socket.
-        let larger = Socket::new(NETLINK_NETFILTER).ok().filter(|trial| {
+        let grows = Socket::new(NETLINK_NETFILTER).is_ok_and(|trial| {
             set_socket_send_buffer_size(trial.as_fd(), wanted).is_ok()
-                && send_buffer_size(trial).ok() > send_buffer_size(socket).ok()
+                && send_buffer_size(&trial).ok() > send_buffer_size(socket).ok()
         });
-        if larger.is_some() {
+        if grows {
             let _ = set_socket_send_buffer_size(socket.as_fd(), wanted);
         }
     }

@@ -177,6 +177,17 @@ impl Talk {
         self.silent();
     }
 
+    /// The first question is decided for its connection, and the second one does not come to the
+    /// queue.
+    async fn obeys(&self, decision: Decision, queue: &mut Queue) {
+        self.ask(1);
+        confirm(decision.for_flow(next(queue).await)).await.unwrap();
+        self.decided(decision, 1);
+        self.ask(2);
+        self.decided(decision, 2);
+        queue_is_empty(queue);
+    }
+
     /// The question arrives, or does not, as decided.
     #[track_caller]
     fn decided(&self, decision: Decision, number: u8) {

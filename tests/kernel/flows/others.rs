@@ -233,12 +233,7 @@ async fn verdicts_hold_at_a_hook_that_new_rules_have_added() {
             let mut queue = bind();
             let divert = table([to_port(hooks[0], 1).to_queue(0)]).install().unwrap();
             divert.replace_rules([to_port(hooks[1], talk.port()).to_queue(0)]).unwrap();
-            talk.ask(1);
-            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
-            talk.decided(decision, 1);
-            talk.ask(2);
-            talk.decided(decision, 2);
-            queue_is_empty(&mut queue);
+            talk.obeys(decision, &mut queue).await;
             divert.close().unwrap();
         }
     }

@@ -48,12 +48,7 @@ async fn a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts() {
             let rule = to_port(Hook::Output, talk.port()).to_queue(0);
             let Some(divert) = install(table([rule])) else { return };
             let divert = divert.unwrap();
-            talk.ask(1);
-            confirm(decision.for_flow(next(&mut queue).await)).await.unwrap();
-            talk.decided(decision, 1);
-            talk.ask(2);
-            talk.decided(decision, 2);
-            queue_is_empty(&mut queue);
+            talk.obeys(decision, &mut queue).await;
             divert.close().unwrap();
         }
     }

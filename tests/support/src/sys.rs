@@ -104,7 +104,8 @@ pub fn keep_send_buffers() -> io::Result<()> {
     // The lower half of the third argument in `seccomp_data`.
     let option =
         std::mem::offset_of!(libc::seccomp_data, args) + 2 * 8 + if cfg!(target_endian = "big") { 4 } else { 0 };
-    let [first, second] = [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE].map(i32::cast_unsigned);
+    let options = [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE];
+    let [first, second] = options.map(i32::cast_unsigned);
     install_filter(&mut [
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
         jump(libc::SYS_setsockopt as u32, 0, 4),
@@ -113,7 +114,13 @@ pub fn keep_send_buffers() -> io::Result<()> {
         jump(second, 0, 1),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned()),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
-    ])
+    ])?;
+    for option in options {
+        // SAFETY: there is no such descriptor, and the value has no bytes.
+        let refused = unsafe { libc::setsockopt(-1, libc::SOL_SOCKET, option, std::ptr::null(), 0) } < 0;
+        assert!(refused && io::Error::last_os_error().raw_os_error() == Some(libc::EPERM), "the filter works");
+    }
+    Ok(())
 }
 
 /// For this thread and those that it starts.

@@ -35,7 +35,7 @@ impl DivertBuilder {
     /// their rules, so that no packet meets a part of the table. If one is refused, the table is
     /// removed. A table that replaces one that has stayed
     /// ([`fail_closed`](Self::fail_closed)) drops all packets at the hooks of its rules and chains
-    /// meanwhile, for some 100 ms; if one is refused, it stays so.
+    /// meanwhile, for some 100 ms; if one is refused, it continues to drop them.
     ///
     /// The rules use the `queue` expression of nf_tables (kernel option `NFT_QUEUE`). If the kernel
     /// lacks it, they use the `NFQUEUE` target of xtables (`NFT_COMPAT`,
