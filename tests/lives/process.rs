@@ -79,6 +79,21 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// What each of its threads does: its state, system call, and stack in the kernel, as `proc(5)`
+    /// gives them.
+    pub(super) fn threads(&self) -> String {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let mut text = String::new();
+        for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
+            for file in ["stat", "syscall", "stack"] {
+                let read = std::fs::read_to_string(task.path().join(file));
+                let read = read.unwrap_or_else(|error| error.to_string());
+                text += &format!("\n{file}: {}", read.trim_end());
+            }
+        }
+        text
+    }
+
     /// Whether it has ended, and if so, whether it says that it has succeeded. All that it has said
     /// has then been read.
     pub(super) fn ended(&mut self) -> Option<bool> {

@@ -86,7 +86,10 @@ impl Life {
             said.is_some() || ended
         });
         let lines = process.lines().join(" | ");
-        result.map_err(|wrong| format!("{wrong}; it has said: {lines}"))?;
+        let queues = || (0..self.traits.numbers).filter_map(support::queue_line).collect::<Vec<_>>();
+        result.map_err(|wrong| {
+            format!("{wrong}; it has said: {lines}; queues: {:?}; its threads:{}", queues(), process.threads())
+        })?;
         let said = said.ok_or_else(|| format!("filter {number} ended and has not said {line:?}, but: {lines}"))?;
         self.note(format!("filter {number}: {said}"));
         Ok(said)

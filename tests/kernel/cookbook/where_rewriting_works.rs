@@ -201,18 +201,11 @@ impl Network {
         (received, reply.is_some_and(|(is_right, from)| is_right && from.port() == PORT))
     }
 
-    /// What a socket receives before a marker, if anything: whether it is as expected, and from
-    /// where it came.
+    /// What a socket has received, if anything: whether it is as expected, and from where it came.
     fn received(&self, socket: &UdpSocket, text: &[u8], from: IpAddr) -> Option<(bool, SocketAddr)> {
-        self.marker.send_to(b"marker", socket.local_addr().unwrap()).unwrap();
-        let mut datagram = [0; 100];
-        let (length, source) = socket.recv_from(&mut datagram).expect("the marker");
-        if &datagram[..length] == b"marker" {
-            return None;
-        }
-        let is_right = &datagram[..length] == text && source.ip() == from;
-        assert_eq!(socket.recv(&mut datagram).expect("the marker"), b"marker".len());
-        Some((is_right, source))
+        let received = support::received_before(&self.marker, socket);
+        assert!(received.len() <= 1, "{received:?}");
+        received.into_iter().next().map(|(datagram, source)| (datagram == text && source.ip() == from, source))
     }
 }
 

@@ -179,6 +179,8 @@ pub(crate) struct Real {
     sockets: Vec<Option<Socket>>,
     sender: UdpSocket,
     receivers: [UdpSocket; 2],
+    /// Sends to itself, behind the sender's datagrams.
+    behind: UdpSocket,
     _divert: Divert,
 }
 
@@ -194,7 +196,8 @@ impl Real {
             rule.to_queue(0).bypass(bypass)
         });
         let sender = support::udp((Ipv4Addr::LOCALHOST, SENDER));
-        Self { sockets: Vec::new(), sender, receivers, _divert: divert(rules) }
+        let behind = support::udp((Ipv4Addr::LOCALHOST, 0));
+        Self { sockets: Vec::new(), sender, receivers, behind, _divert: divert(rules) }
     }
 
     fn socket(&self, socket: usize) -> &Socket {
@@ -237,6 +240,8 @@ impl World for Real {
         setsockopt(&self.sender, sockopt::UdpGsoSegment, &i32::from(datagram.segment.unwrap_or(0)))
             .expect("set UDP_SEGMENT");
         self.sender.send_to(&datagram.payload, (Ipv4Addr::LOCALHOST, datagram.port())).expect("send a datagram");
+        // It has come to the queue when those behind it have arrived.
+        support::received_before(&self.behind, &self.behind);
     }
 
     fn arrived(&mut self) -> Vec<Vec<u8>> {

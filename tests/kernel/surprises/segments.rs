@@ -22,7 +22,7 @@ tests![
 
 const SEGMENTS: usize = 4;
 const SEGMENT: usize = 1000;
-/// The mark of what follows.
+/// The mark of what comes behind them.
 const END: u32 = 0x40;
 
 /// Linux 6.1 and 6.6 drop all segments of a new connection before they are queued.
@@ -61,19 +61,14 @@ impl Path {
 
     /// The numbers of the segments that have arrived. Follow the verdicts by a flush.
     fn arrived(&self) -> Vec<u8> {
-        // Follows them.
-        let last = support::udp_marked((self.peer.near_v4, 0), END);
-        last.send_to(b"end", (self.peer.far_v4, PORT)).unwrap();
-        let mut numbers = Vec::new();
-        let mut datagram = [0; 2 * SEGMENT];
-        loop {
-            let length = self.receiver.recv(&mut datagram).unwrap();
-            if length == 3 {
-                return numbers;
-            }
-            assert_eq!(length, SEGMENT);
-            numbers.push(datagram[0]);
-        }
+        let marker = support::udp_marked((self.peer.near_v4, 0), END);
+        let received = support::received_before(&marker, &self.receiver).into_iter();
+        received
+            .map(|(datagram, _)| {
+                assert_eq!(datagram.len(), SEGMENT);
+                datagram[0]
+            })
+            .collect()
     }
 }
 

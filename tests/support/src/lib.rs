@@ -32,7 +32,8 @@ pub use self::{
     patience::{PATIENCE, SLOWNESS, many},
     raw_queue::{RawPacket, RawQueue},
     sockets::{
-        ping, queue_line, raw_ipv4, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp, udp_marked, wait_until,
+        ping, queue_line, raw_ipv4, received_before, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp,
+        udp_marked, wait_until,
     },
     sys::{answer_calls, fork_sleeper, go_on_in_a_fork, in_a_fork, keep_send_buffers, refuse_call, replace_descriptor},
     user_namespace::UserNamespace,

@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::PATIENCE;
+use super::{PATIENCE, cpus::on_each_cpu};
 
 /// Enough for tens of thousands of small packets, wherever the system allows it.
 const BUFFER: usize = 64 << 20;
@@ -52,8 +52,19 @@ pub fn queue_line(queue: u16) -> Option<[u64; 9]> {
 }
 
 /// A UDP socket with generous buffers, whose reads end with an error after [`PATIENCE`].
+///
+/// Waits while the address is in use: a process that another thread starts has copies of all
+/// sockets until it executes its program, also of those that have been closed here.
 pub fn udp(address: impl ToSocketAddrs) -> UdpSocket {
-    let socket = UdpSocket::bind(address).expect("bind a UDP socket");
+    let mut bound = UdpSocket::bind(&address);
+    wait_until("the address is free", || {
+        let in_use = bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse);
+        if in_use {
+            bound = UdpSocket::bind(&address);
+        }
+        !in_use
+    });
+    let socket = bound.expect("bind a UDP socket");
     // The forced sizes need a capability that root in a user namespace does not have; then the
     // system's limit holds.
     if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
@@ -71,6 +82,28 @@ pub fn udp_marked(address: impl ToSocketAddrs, mark: u32) -> UdpSocket {
     let socket = udp(address);
     set_mark(&socket, mark);
     socket
+}
+
+/// What has come to a socket when all that this process has sent to it has arrived, with the
+/// senders: behind it, `marker` sends one more datagram from each CPU.
+pub fn received_before(marker: &UdpSocket, receiver: &UdpSocket) -> Vec<(Vec<u8>, SocketAddr)> {
+    const MARKER: &[u8] = b"the last one from a CPU";
+    let to = receiver.local_addr().expect("the socket's address");
+    let mut markers = 0;
+    on_each_cpu(|_| {
+        marker.send_to(MARKER, to).expect("send a marker");
+        markers += 1;
+    });
+    let mut received = Vec::new();
+    let mut buffer = [0; 4096];
+    while markers > 0 {
+        let (length, from) = receiver.recv_from(&mut buffer).expect("the markers");
+        match &buffer[..length] {
+            MARKER => markers -= 1,
+            datagram => received.push((datagram.to_vec(), from)),
+        }
+    }
+    received
 }
 
 /// Marks all that a socket sends from now on.
