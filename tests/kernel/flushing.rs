@@ -304,8 +304,13 @@ async fn a_late_verdict_does_not_end_forward() {
     let forwarding = tokio::spawn(verdicts.forward(sink.clone()));
     traffic.send([0]);
     common::eventually("the late verdict", || sink.stats().decided.late == 1).await;
-    traffic.send([1]);
-    traffic.expect([1]).await;
+    // One of these is decided in time, also on a slow machine.
+    let mut later = 1..;
+    let mut passed = || {
+        traffic.send(later.next());
+        !traffic.delivered().is_empty()
+    };
+    common::eventually("a verdict in time", &mut passed).await;
     assert!(!forwarding.is_finished());
     soon("the shutdown", sink.close()).await.unwrap();
     soon("the forward's end", forwarding).await.unwrap().unwrap();

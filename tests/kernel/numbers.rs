@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tokio_nfqueue::{Action, ErrorKind, PacketStream, Queue, QueueBuilder, Reconfigure, TryRecvError};
 
 use crate::{
-    common::{self, Load, Traffic, account, bind_now, divert, eventually, many, next, number, soon, udp_in},
+    common::{self, DEADLINE, Load, Traffic, account, bind_now, divert, eventually, many, next, number, soon, udp_in},
     support,
 };
 
@@ -30,7 +30,7 @@ tests![
 ];
 
 async fn refusals_of_all_queues_are_one_stream() {
-    let mut group = group(|builder| builder.deadline(Duration::from_millis(500), Action::Drop));
+    let mut group = group(|builder| builder.deadline(DEADLINE, Action::Drop));
     let _divert = divert([udp_in().to_queues(0..=3)]);
     let traffic = Traffic::new(40);
     let mut packets = Vec::new();

@@ -18,7 +18,7 @@ use tokio_nfqueue::{
 };
 
 use crate::{
-    common::{PATIENCE, PORT, many, number, udp_in},
+    common::{DEADLINE, PATIENCE, PORT, many, number, udp_in},
     support::{self, wait_until},
 };
 
@@ -148,7 +148,7 @@ fn gathered_verdicts_are_sent_in_time() {
 }
 
 fn deadlines_and_refusals_work() {
-    let builder = Queue::builder(0).deadline(Duration::from_millis(100), Action::Accept);
+    let builder = Queue::builder(0).deadline(DEADLINE, Action::Accept);
     let (queue, _runtime) = bound(builder);
     let (mut packets, verdicts) = queue.split();
     let mut refusals = verdicts.refusals();

@@ -27,8 +27,8 @@ use tokio_nfqueue::{
 
 use crate::{
     common::{
-        self, Divert, Hook, PATIENCE, Protocol, Rule, Traffic, account, eventually, freed, give_up_capabilities, hold,
-        next, number, soon, start,
+        self, DEADLINE, Divert, Hook, PATIENCE, Protocol, Rule, Traffic, account, eventually, freed,
+        give_up_capabilities, hold, next, number, soon, start,
     },
     support,
 };
@@ -498,7 +498,7 @@ async fn a_delay_of_a_custom_policy_is_never_lost() {
 fn verdicts_drops_and_deadlines_take_effect_outside_block_on() {
     let (inside, outside) = (runtime(), runtime());
     let traffic = outside.block_on(async { Traffic::new(10) });
-    let builder = Queue::builder(0).on_unanswered(Action::Accept).deadline(Duration::from_millis(200), Action::Accept);
+    let builder = Queue::builder(0).on_unanswered(Action::Accept).deadline(DEADLINE, Action::Accept);
     let (mut queue, _divert) = inside.block_on(async { start(builder) });
     let mut packets = inside.block_on(hold(&mut queue, &traffic, 0..6));
     // From here on no thread drives the runtime.

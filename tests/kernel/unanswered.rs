@@ -10,7 +10,7 @@ use std::{
 use tokio::runtime::{Builder, Runtime};
 use tokio_nfqueue::{Action, ErrorKind, Packet, Queue};
 
-use crate::common::{self, Traffic, eventually, hold, next, number, soon, start};
+use crate::common::{self, DEADLINE, Traffic, eventually, hold, next, number, soon, start};
 
 tests![
     both dropped_packets_get_the_default_action,
@@ -216,9 +216,6 @@ fn packets_that_outlive_the_runtime_can_be_decided() {
     assert_eq!(common::account(0), None);
     drop(divert);
 }
-
-/// Long enough for a busy machine to hand out the packets before.
-const DEADLINE: Duration = Duration::from_millis(300);
 
 async fn a_deadline_accepts_packets() {
     deadline(Action::Accept).await;

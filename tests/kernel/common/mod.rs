@@ -31,7 +31,7 @@ pub use self::{
     transfer::{AMOUNT, receive_transfer, send_transfer},
 };
 use crate::support;
-pub use crate::support::{PATIENCE, lose_connections, many, random::Random, rules};
+pub use crate::support::{PATIENCE, SLOWNESS, lose_connections, many, random::Random, rules};
 pub use nfqueue_divert::Divert;
 pub use tokio_nfqueue::{Hook, Protocol, Rule};
 
@@ -39,6 +39,9 @@ pub use tokio_nfqueue::{Hook, Protocol, Rule};
 pub const PORT: u16 = 9000;
 /// This number of small datagrams fits in one receiver's buffer, whatever the system's limit.
 pub const ROOM: u32 = 200;
+
+/// A deadline before which a slow machine has handed a packet out, too.
+pub const DEADLINE: Duration = Duration::from_millis(300 * SLOWNESS);
 
 /// Lists a module's tests: `tests![both accept, one drop]`; see [`both`], [`one`], [`multi`] and
 /// [`sync`]. The names of the tests begin with the module's.

@@ -18,7 +18,7 @@ use tokio_nfqueue::{Action, ErrorKind, FlushPolicy, Packet, Queue, QueueBuilder}
 
 use super::process::{in_a_process, in_runtime};
 use crate::{
-    common::{PORT, divert, next, number, soon, udp_in},
+    common::{DEADLINE, PORT, divert, next, number, soon, udp_in},
     support::{self, SLOWNESS},
 };
 
@@ -103,7 +103,6 @@ pub(super) fn daemon() {
 /// Gathered verdicts are sent within this time. It must be longer than a fork takes: the child of a
 /// process whose timer thread sends may wait indefinitely.
 const MAX_DELAY: Duration = Duration::from_millis(20 * SLOWNESS);
-const DEADLINE: Duration = Duration::from_millis(300 * SLOWNESS);
 const CLOSE_WITHIN: Duration = Duration::from_millis(50);
 
 fn builder() -> QueueBuilder {

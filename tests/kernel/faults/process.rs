@@ -4,7 +4,6 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio},
-    time::Duration,
 };
 
 use nix::{
@@ -17,11 +16,9 @@ use nix::{
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
 use super::{forked, limits, network, proc, seccomp, spurious, wakes};
-use crate::{own_rules, scale, support};
+use crate::{common::DEADLINE, own_rules, scale, support};
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
-/// Of packets that a process holds.
-pub(super) const DEADLINE: Duration = Duration::from_millis(200);
 
 /// What a process that serves a queue has counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -3,9 +3,9 @@
 use nix::libc::{self, ENOSYS, EPERM};
 use tokio_nfqueue::{Action, ErrorKind, Queue};
 
-use super::process::{DEADLINE, in_a_process, in_runtime};
+use super::process::{in_a_process, in_runtime};
 use crate::{
-    common::{Traffic, account, divert, give_up_capabilities, hold, next, not_by_the_timer, soon, udp_in},
+    common::{DEADLINE, Traffic, account, divert, give_up_capabilities, hold, next, not_by_the_timer, soon, udp_in},
     support,
 };
 

@@ -25,11 +25,11 @@ use nix::libc::{self, EAGAIN};
 use tokio_nfqueue::{Action, Packet, Queue, QueueBuilder, TryRecvError};
 
 use super::{
-    process::{DEADLINE, in_a_process, in_runtime},
+    process::{in_a_process, in_runtime},
     seccomp::RECVMMSG,
 };
 use crate::{
-    common::{Traffic, account, descriptor_of, divert, eventually, freed, next, number, soon, udp_in},
+    common::{DEADLINE, Traffic, account, descriptor_of, divert, eventually, freed, next, number, soon, udp_in},
     support,
 };
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::process::{Counted, DEADLINE, Process};
-use crate::common::{Traffic, account, divert, eventually, udp_in};
+use super::process::{Counted, Process};
+use crate::common::{DEADLINE, Traffic, account, divert, eventually, udp_in};
 
 tests![
     one a_stopped_process_loses_no_packet_that_the_queue_holds,

@@ -13,7 +13,9 @@ use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, TryRecvError, 
 
 use super::{ENOUGH, connection, pass_on, start_with_rules, take_over};
 use crate::{
-    common::{Load, PORT, Traffic, account, divert, eventually, hold, many, next, number, soon, start, udp_in},
+    common::{
+        DEADLINE, Load, PORT, Traffic, account, divert, eventually, hold, many, next, number, soon, start, udp_in,
+    },
     support,
 };
 
@@ -291,7 +293,7 @@ async fn acknowledgements_are_not_mixed_up() {
 }
 
 async fn deadlines_hold_after_a_hand_over() {
-    let deadline = || Queue::builder(0).deadline(Duration::from_millis(200), Action::Accept);
+    let deadline = || Queue::builder(0).deadline(DEADLINE, Action::Accept);
     let (mut queue, _divert) = start(deadline());
     let traffic = Traffic::new(100);
     traffic.send(0..40);
@@ -309,8 +311,7 @@ async fn deadlines_hold_after_a_hand_over() {
 }
 
 async fn deadlines_do_not_decide_while_the_queue_is_on_its_way() {
-    let limit = Duration::from_millis(200);
-    let (mut queue, _divert) = start(Queue::builder(0).deadline(limit, Action::Drop));
+    let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Drop));
     let traffic = Traffic::new(100);
     traffic.send(0..40);
     let first = next(&mut queue).await;
@@ -322,7 +323,7 @@ async fn deadlines_do_not_decide_while_the_queue_is_on_its_way() {
         let mut takeover = Takeover::receive(there).await.unwrap();
         let successor = Queue::builder(0).take_over(&mut takeover).unwrap();
         // Longer than the deadline of the predecessor.
-        tokio::time::sleep(limit * 3).await;
+        tokio::time::sleep(DEADLINE * 2).await;
         takeover.accept().await.unwrap();
         successor
     });
