@@ -13,7 +13,7 @@ use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::{
-    LOOPBACKS, Talk, bind, confirm, entries_gone, pass, queue_is_empty,
+    LOOPBACKS, Talk, bind, confirm, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client, opened, pass_segment,
         queued, tcp,
@@ -180,7 +180,7 @@ async fn a_connection_beside_a_forgotten_denial_can_be_accepted() {
     let hosts = Hosts::new();
     let mut queue = bind();
     let rule = forwarded(Protocol::Udp).to_queue(0);
-    let _divert = table([rule]).denied_flows(10, Duration::from_millis(300)).install().unwrap();
+    let _divert = forgetful([rule]).denied_flows(10, Duration::from_millis(300)).install().unwrap();
     deny_datagram(&hosts, &mut queue).await;
     hosts.datagram(false);
     pass(&mut queue).await;

@@ -15,7 +15,7 @@ use tokio_nfqueue::{
 use super::{
     LOOPBACKS, Talk,
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
-    bind, come, confirm, entries_gone, pass, queue_is_empty,
+    bind, come, confirm, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_crossing_syn, deny_datagram, forwarded, from_client,
         pass_segment, queued, tcp, udp,
@@ -181,7 +181,7 @@ async fn an_expired_denial_leaves_nothing_beside() {
     let hosts = Hosts::new();
     short_udp_timeouts();
     let mut queue = bind();
-    let _divert = table([udp()]).denied_flows(10, Duration::from_secs(5)).install().unwrap();
+    let _divert = forgetful([udp()]).denied_flows(10, Duration::from_secs(5)).install().unwrap();
     deny_datagram(&hosts, &mut queue).await;
     for _ in 0..8 {
         hosts.datagram(false);

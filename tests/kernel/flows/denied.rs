@@ -6,7 +6,7 @@ use etherparse::{IpNumber, PacketBuilder};
 use tokio_nfqueue::{ErrorKind, FlowMarks, Hook, Protocol, Queue, Rule};
 
 use super::{
-    LOOPBACKS, Talk, bind, come, confirm, pass, queue_is_empty,
+    LOOPBACKS, Talk, bind, come, confirm, forgetful, pass, queue_is_empty,
     refused::refused,
     segments::{Hosts, echo, forwarded},
     table, to_port, unlimited_icmp_errors,
@@ -69,7 +69,7 @@ async fn denied_connection_is_forgotten_after_its_time() {
     let talk = Talk::loopback(LOOPBACKS[0]);
     let mut queue = bind();
     let rule = to_port(Hook::Output, talk.port()).to_queue(0);
-    let _divert = table([rule]).denied_flows(2, Duration::from_millis(50)).install().unwrap();
+    let _divert = forgetful([rule]).denied_flows(2, Duration::from_millis(50)).install().unwrap();
     talk.ask(1);
     confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     let mut number = 1;

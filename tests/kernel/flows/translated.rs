@@ -304,7 +304,7 @@ async fn a_renewed_denial_does_not_reach_another_address_of_the_same_server() {
     let memory = Duration::from_secs(2);
     for goes_on in [false, true] {
         let mut queue = bind();
-        let divert = table([udp()]).denied_flows(10, memory).install().unwrap();
+        let divert = forgetful([udp()]).denied_flows(10, memory).install().unwrap();
         hosts.client.datagram(client, first);
         pass(&mut queue).await;
         hosts.server.datagram(server, client);
