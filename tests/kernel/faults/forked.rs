@@ -102,7 +102,7 @@ pub(super) fn daemon() {
 
 /// Gathered verdicts are sent within this time. It must be longer than a fork takes: the child of a
 /// process whose timer thread sends may wait indefinitely.
-const MAX_DELAY: Duration = Duration::from_millis(20 * SLOWNESS);
+const MAX_DELAY: Duration = Duration::from_millis(100 * SLOWNESS);
 const CLOSE_WITHIN: Duration = Duration::from_millis(50);
 
 fn builder() -> QueueBuilder {

@@ -16,7 +16,7 @@ use std::{
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nfqueue_testbed::{RawQueue, SLOWNESS, UserNamespace, enter, fresh, isolated};
+use nfqueue_testbed::{RawQueue, SLOWNESS, UserNamespace, enter, fresh, isolated, stay_on_one_cpu};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// Set to 1 to skip all tests that need a kernel.
@@ -74,8 +74,16 @@ pub fn test_sync<R: Report>(name: &str, body: impl FnOnce() -> R + Send + 'stati
 }
 
 /// A test in a Tokio runtime of one thread.
+///
+/// On a slow machine it stays on one CPU: there a packet may wait so long for its CPU that what
+/// this thread sends later, on another CPU, overtakes it ([`stay_on_one_cpu`]).
 pub fn test<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
-    trial(name, move || in_runtime(tokio::runtime::Builder::new_current_thread(), body))
+    trial(name, move || {
+        if SLOWNESS > 1 {
+            stay_on_one_cpu();
+        }
+        in_runtime(tokio::runtime::Builder::new_current_thread(), body)
+    })
 }
 
 /// A test in a Tokio runtime of two worker threads.
