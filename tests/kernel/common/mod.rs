@@ -40,7 +40,7 @@ pub const PORT: u16 = 9000;
 /// This number of small datagrams fits in one receiver's buffer, whatever the system's limit.
 pub const ROOM: u32 = 200;
 
-/// A deadline before which a slow machine has handed a packet out, too.
+/// A deadline long enough that a slow machine hands packets out before it.
 pub const DEADLINE: Duration = Duration::from_millis(300 * SLOWNESS);
 
 /// Lists a module's tests: `tests![both accept, one drop]`; see [`both`], [`one`], [`multi`] and

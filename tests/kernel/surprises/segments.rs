@@ -22,7 +22,7 @@ tests![
 
 const SEGMENTS: usize = 4;
 const SEGMENT: usize = 1000;
-/// The mark of what comes behind them.
+/// The mark of the datagrams that are sent behind the segments and not queued.
 const END: u32 = 0x40;
 
 /// Linux 6.1 and 6.6 drop all segments of a new connection before they are queued.

@@ -84,8 +84,13 @@ pub fn udp_marked(address: impl ToSocketAddrs, mark: u32) -> UdpSocket {
     socket
 }
 
-/// What has come to a socket when all that this process has sent to it has arrived, with the
-/// senders: behind it, `marker` sends one more datagram from each CPU.
+/// The datagrams that have come to a socket when all has arrived that was sent to it before, with
+/// their senders. Behind them `marker` sends one from each CPU on which this thread may run, and
+/// all of these are awaited. At most 4096 bytes of each datagram are returned.
+///
+/// # Panics
+///
+/// After [`PATIENCE`], if `receiver` has that time limit: see [`udp`].
 pub fn received_before(marker: &UdpSocket, receiver: &UdpSocket) -> Vec<(Vec<u8>, SocketAddr)> {
     const MARKER: &[u8] = b"the last one from a CPU";
     let to = receiver.local_addr().expect("the socket's address");
