@@ -291,26 +291,26 @@ async fn a_late_verdict_does_not_end_forward() {
     let (queue, _divert) = start(Queue::builder(0).deadline(deadline, tokio_nfqueue::Action::Drop));
     let traffic = Traffic::new(50);
     let (packets, sink) = queue.split();
-    let waiting = sink.clone();
-    let verdicts = packets.and_then(move |packet| {
-        let sink = waiting.clone();
-        async move {
-            if number(&packet) == 0 {
-                common::eventually("the deadline", || sink.stats().decided.expired == 1).await;
-            }
-            Ok::<_, Error>(packet.accept())
+    let verdicts = packets.and_then(|packet| async {
+        if number(&packet) == 0 {
+            common::eventually("the deadline", || packet.is_expired()).await;
         }
+        Ok::<_, Error>(packet.accept())
     });
     let forwarding = tokio::spawn(verdicts.forward(sink.clone()));
-    traffic.send([0]);
-    common::eventually("the late verdict", || sink.stats().decided.late == 1).await;
-    // One of these is decided in time, also on a slow machine.
+    // On a slow machine, the deadline passes before some of these are handed out.
+    let late = || {
+        traffic.send([0]);
+        sink.stats().decided.late > 0
+    };
+    common::eventually("a late verdict", late).await;
+    // One of these is decided in time.
     let mut later = 1..;
-    let mut passed = || {
+    let passed = || {
         traffic.send(later.next());
         !traffic.delivered().is_empty()
     };
-    common::eventually("a verdict in time", &mut passed).await;
+    common::eventually("a verdict in time", passed).await;
     assert!(!forwarding.is_finished());
     soon("the shutdown", sink.close()).await.unwrap();
     soon("the forward's end", forwarding).await.unwrap().unwrap();
