@@ -319,7 +319,9 @@ fn without_the_capability_one_line_is_printed() {
         // Root would regain its capabilities in `exec`.
         rustix::thread::remove_capability_from_bounding_set(CapabilitySet::NET_ADMIN).unwrap();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
-        let output = Command::new(path("accept_all")).output().unwrap();
+        let mut command = Command::new(path("accept_all"));
+        let started = support::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()));
+        let output = started.unwrap().wait_with_output().unwrap();
         (output.status, String::from_utf8(output.stderr).unwrap())
     });
     let (status, stderr) = status.join().unwrap();
@@ -365,7 +367,7 @@ impl Program {
     fn start(name: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(path(name));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self(command.spawn().unwrap_or_else(|error| panic!("{name}: {error}")))
+        Self(support::start(&mut command).unwrap_or_else(|error| panic!("{name}: {error}")))
     }
 
     fn until_ready(&mut self) {

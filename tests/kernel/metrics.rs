@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio_nfqueue::{Queue, metrics::QueueMetrics};
 
-use crate::common::{Traffic, divert, hold, next, soon, start, udp_in};
+use crate::{
+    common::{Traffic, divert, hold, next, soon, start, udp_in},
+    support,
+};
 
 tests![
     one a_scrape_before_and_after_a_load_adds_up_to_the_packet,
@@ -91,7 +94,7 @@ async fn a_counter_does_not_fall_when_a_verdict_finds_no_packet() {
     let metrics = scraper.register(&queue);
     let held = hold(&mut queue, &traffic, 0..10).await;
     // The kernel drops what is queued.
-    drop(divert_of_queue);
+    support::close(divert_of_queue);
     let mut last = scraper.scrape(&metrics);
     for packet in held {
         packet.accept().submit().unwrap();

@@ -16,6 +16,7 @@ use super::{
     Traits,
     filter::{Origin, arguments},
 };
+use crate::support;
 
 /// It is killed when this is dropped.
 pub(super) struct Process {
@@ -30,12 +31,9 @@ pub(super) struct Process {
 impl Process {
     /// In the network namespace of the calling thread.
     pub(super) fn start(number: u32, from: Origin, traits: Traits) -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("this binary"))
-            .args(arguments(number, from, traits))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("start a process");
+        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        command.args(arguments(number, from, traits)).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = support::start(&mut command).expect("start a process");
         let (input, output) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
         let (sender, lines) = mpsc::channel();
         let reader = std::thread::spawn(move || {

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, UdpSocket},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -132,10 +132,12 @@ fn capture_ends_when_the_file_cannot_be_written() {
 /// If it is installed. It says whether other programs read the file as it was meant.
 fn compare_with_tshark(file: &TemporaryFile, packets: &[CapturedPacket], sent: &[(IpAddr, u16, Vec<u8>)]) {
     let fields = ["-T", "fields", "-e", "frame.time_epoch", "-e", "udp.dstport", "-e", "frame.comment"];
-    let output = match Command::new("tshark").args(["-r", file.name()]).args(fields).output() {
+    let mut command = Command::new("tshark");
+    command.args(["-r", file.name()]).args(fields).stdin(Stdio::null());
+    let output = match support::start(command.stdout(Stdio::piped()).stderr(Stdio::piped())) {
         // The second one if this user may not search a folder of PATH.
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => return,
-        output => output.unwrap(),
+        started => started.unwrap().wait_with_output().unwrap(),
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let expected = packets.iter().zip(sent).map(|(packet, (_, port, _))| {

@@ -39,12 +39,9 @@ pub(crate) struct Process {
 impl Process {
     /// Waits until the process says that it is ready. Returns what it says besides.
     pub(crate) fn start(mode: &str) -> (Self, String) {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .env(CHILD, mode)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.env(CHILD, mode).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = support::start(&mut command).unwrap();
         let (input, output) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         let mut process = Self { child, input, output };
         let line = process.line();
@@ -118,12 +115,9 @@ impl Drop for Process {
 /// # Panics
 /// When the process fails.
 pub(crate) fn in_a_process(mode: &str) -> String {
-    let output = Command::new(std::env::current_exe().unwrap())
-        .env(CHILD, mode)
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()
-        .unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(CHILD, mode).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = support::start(&mut command).unwrap().wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     eprint!("{text}");
     assert!(output.status.success(), "{mode}: {}: {text}", output.status);

@@ -253,8 +253,7 @@ async fn connections_of_an_earlier_table_are_new() {
         let mut queue = bind();
         let divert = table(rules_of(&talks)).install().unwrap();
         decide(&mut queue, &talks, decision).await;
-        drop(divert);
-        drop(queue);
+        support::close((divert, queue));
         // Nothing is left.
         talks[1].ask(2);
         talks[1].asked(2);

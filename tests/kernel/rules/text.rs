@@ -17,6 +17,7 @@ use tokio_nfqueue::{
 };
 
 use super::udp_out;
+use crate::support;
 
 tests![
     sync script_is_accepted_by_nft,
@@ -31,13 +32,9 @@ tests![
 /// What a program prints, or `None` if it is not installed, or may not send as much at once as it
 /// needs: only the initial user namespace may raise that limit (`SO_SNDBUFFORCE`).
 fn run(program: &str, arguments: &[&str], input: &str) -> Option<Result<String, String>> {
-    let spawned = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = spawned.ok()?;
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = support::start(&mut command).ok()?;
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

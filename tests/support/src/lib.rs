@@ -12,6 +12,7 @@ mod cpus;
 mod link;
 mod namespace;
 mod patience;
+mod processes;
 pub mod random;
 mod raw_queue;
 mod rtnetlink;
@@ -30,6 +31,7 @@ pub use self::{
     },
     namespace::{Namespace, enter, fresh, isolated},
     patience::{PATIENCE, SLOWNESS, many},
+    processes::{close, start},
     raw_queue::{RawPacket, RawQueue},
     sockets::{
         ping, queue_line, raw_ipv4, received_before, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp,

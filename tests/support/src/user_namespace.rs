@@ -12,7 +12,7 @@ use nix::{
     unistd::getuid,
 };
 
-use super::Namespace;
+use super::{Namespace, start};
 
 /// Set in the process that makes the namespaces.
 const CHILD: &str = "TOKIO_NFQUEUE_USER_NAMESPACE";
@@ -27,12 +27,9 @@ pub struct UserNamespace(Child);
 impl UserNamespace {
     /// Needs a binary whose `main` begins with [`child`](Self::child).
     pub fn new() -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("this binary"))
-            .env(CHILD, "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("start a process");
+        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        command.env(CHILD, "1").stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = start(&mut command).expect("start a process");
         let mut line = String::new();
         let output = child.stdout.take().expect("a pipe");
         BufReader::new(output).read_line(&mut line).expect("read from the process");
