@@ -16,6 +16,8 @@ use crate::{
 
 /// Of what the test itself sends.
 const MARK: u32 = 0x40;
+/// The client's port in the first case, below those that the kernel chooses.
+const FIRST_PORT: u16 = 20_000;
 /// Before connection tracking.
 const RAW: i32 = -300;
 const FILTER: i32 = 0;
@@ -75,7 +77,7 @@ pub(super) async fn everywhere(v6: bool, host: Host) {
         Host::Server => (&[Prerouting, Input], &[Output, Postrouting]),
         Host::Router => (&[Prerouting, Forward, Postrouting], &[Prerouting, Forward, Postrouting]),
     };
-    let network = Network::new(v6, host);
+    let mut network = Network::new(v6, host);
     let mut wrong = Vec::new();
     for stateful in [false, true] {
         if stateful && host == Host::Server {
@@ -114,6 +116,8 @@ struct Network {
     elsewhere: IpAddr,
     host: Host,
     marker: UdpSocket,
+    /// The client's port in the next case: connection tracking knows none of it.
+    port: u16,
 }
 
 impl Network {
@@ -136,7 +140,7 @@ impl Network {
         };
         let elsewhere = address(2, 2);
         let marker = support::udp_marked((if v6 { "::" } else { "0.0.0.0" }, 0), MARK);
-        let network = Self { client, server, other, addresses, elsewhere, host, marker };
+        let network = Self { client, server, other, addresses, elsewhere, host, marker, port: FIRST_PORT };
         let prefix = if v6 { 64 } else { 24 };
         let [_, other_client, _, other_server] = addresses;
         let client = if host == Host::Client { &network.server.near } else { &network.client.far };
@@ -155,9 +159,11 @@ impl Network {
     }
 
     /// Sends a question and its reply through the queue; says whether they arrive, rewritten.
-    async fn rewrite(&self, case: Case) -> (bool, bool) {
+    async fn rewrite(&mut self, case: Case) -> (bool, bool) {
         let [client, other_client, server, other_server] = self.addresses;
-        let from = self.at_client(|| support::udp((client, 0)));
+        let port = self.port;
+        self.port += 1;
+        let from = self.at_client(|| support::udp((client, port)));
         let to = match case.change {
             Change::Payload | Change::Source => self.at_server(|| support::udp((server, PORT))),
             Change::Destination => self.at_server(|| support::udp((other_server, PORT))),
