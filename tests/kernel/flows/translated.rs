@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio_nfqueue::{
@@ -301,7 +301,7 @@ async fn a_renewed_denial_does_not_reach_another_address_of_the_same_server() {
     let [first, second] = [1, 2].map(|last| SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, last), server.port()));
     let arriving = Place { hook: 0, priority: -100 };
     rules::install_nat_at("dnat", arriving, server.port(), (*server.ip(), server.port())).unwrap();
-    let memory = Duration::from_secs(2);
+    let memory = 3 * MEMORY;
     for goes_on in [false, true] {
         let mut queue = bind();
         let divert = forgetful([udp()]).denied_flows(10, memory).install().unwrap();
