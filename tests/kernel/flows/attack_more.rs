@@ -18,7 +18,7 @@ use super::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client, opened, pass_segment,
         queued, tcp,
     },
-    short_udp_timeouts, table, to_port,
+    table, to_port,
 };
 use crate::common::{
     kernel_release, next,
@@ -158,7 +158,6 @@ async fn a_denial_wins_over_an_accept_of_a_crossing_segment() {
 /// Only the client's datagrams come to the queue.
 async fn a_denied_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let mut queue = bind();
     let rule = from_client(&hosts, Protocol::Udp);
     let _divert = table([rule.to_queue(0)]).install().unwrap();
@@ -370,7 +369,6 @@ fn set_priority(priority: u32) {
 /// the denial is remembered.
 async fn a_connection_beside_a_denial_goes_on_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    fs::write("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established", "1").unwrap();
     let mut queue = bind();
     let _divert = table([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");

@@ -20,7 +20,7 @@ use super::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_crossing_syn, deny_datagram, forwarded, from_client,
         pass_segment, queued, tcp, udp,
     },
-    short_udp_timeouts, table, to_port,
+    table, to_port,
 };
 use crate::common::{
     next,
@@ -114,7 +114,6 @@ async fn a_forwarded_datagram_that_crosses_a_denied_one_is_dropped_beside_rules_
 /// denied connection.
 async fn a_syn_that_a_later_place_drops_begins_nothing() {
     let hosts = Hosts::new();
-    fs::write("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established", "1").unwrap();
     let [_, server] = hosts.addresses();
     for later in [false, true] {
         let mut queue = bind();
@@ -157,7 +156,6 @@ async fn crossing_denial(hosts: &Hosts, queue: &mut Queue) {
 /// The server had a connection of its own beside an earlier denial.
 async fn a_forgotten_denial_leaves_nothing_beside() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let [client, server] = hosts.addresses();
     for earlier in [false, true] {
         let mut queue = bind();
@@ -179,7 +177,6 @@ async fn a_forgotten_denial_leaves_nothing_beside() {
 /// The same, and the earlier denial was not renewed, but the server's connection was.
 async fn an_expired_denial_leaves_nothing_beside() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let mut queue = bind();
     let _divert = forgetful([udp()]).denied_flows(10, Duration::from_secs(5)).install().unwrap();
     deny_datagram(&hosts, &mut queue).await;
@@ -244,7 +241,6 @@ async fn denied_while_both_begin(hosts: &Hosts, queue: &mut Queue, answer: impl 
 /// Only the client's datagrams come to the queue.
 async fn a_translated_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let answer = translated(&hosts);
     let mut queue = bind();
     let _divert = table([from_client(&hosts, Protocol::Udp).to_queue(0)]).install().unwrap();
@@ -291,7 +287,6 @@ async fn a_client_cannot_answer_its_own_sctp_init() {
 /// The server's datagrams have passed before the verdict. No rule asks about them.
 async fn a_crossed_conversation_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let mut queue = bind();
     let _divert = table([from_client(&hosts, Protocol::Udp).to_queue(0)]).install().unwrap();
     hosts.datagram(true);
@@ -313,7 +308,6 @@ async fn a_crossed_conversation_stays_denied_when_its_entry_is_gone() {
 /// Both sides have sent, and one verdict for each.
 async fn as_many_conversations_as_the_capacity_are_remembered() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let mut queue = bind();
     let _divert = table([udp()]).denied_flows(2, Duration::from_secs(60)).install().unwrap();
     for _ in 0..2 {
@@ -396,7 +390,6 @@ async fn a_stray_syn_that_is_rejected_does_not_end_the_accept() {
 /// At the highest priority, connection tracking may have confirmed the entry of a first packet.
 async fn a_connection_beside_a_denial_comes_to_a_queue_behind_everything() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     for priority in [0, i32::MAX - 1, i32::MAX] {
         hosts.another_port();
         let mut queue = bind();

@@ -9,7 +9,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio_nfqueue::{ErrorKind, Hook, Packet, Protocol, Queue, Rule};
 
 use super::{
-    bind, come, confirm, entries_gone, pass, queue_is_empty,
+    bind, come, confirm, crossing_is_over, pass, queue_is_empty,
     segments::{ACK, LAST, SYN, SYN_ACK},
     table,
 };
@@ -240,7 +240,7 @@ async fn a_denial_holds_for_the_other_side_in_an_authentication_header() {
     net.plain_segment();
     confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
     net.segment(true, ACK, (1001, 5001), b"data");
-    entries_gone().await;
+    crossing_is_over().await;
     assert_eq!(net.arrived(), [0, 0]);
     net.segment(false, ACK, (5001, 1008), b"data");
     assert_eq!(net.arrived(), [0, 0]);

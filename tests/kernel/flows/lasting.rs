@@ -11,7 +11,7 @@ use super::{
         ACK, FIN, Hosts, LAST, PSH, RST, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client,
         opened, pass_segment, queued, segment, tcp, udp,
     },
-    short_udp_timeouts, table,
+    table,
 };
 use crate::common::{
     lose_connections, many, next,
@@ -228,7 +228,6 @@ async fn a_table_with_other_marks_lets_the_answer_to_a_first_packet_pass() {
 /// denied. Only the client's datagrams come to the queue.
 async fn a_conversation_stays_denied_by_a_verdict_for_another_entry_when_its_own_is_gone() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     for at_once in [false, true] {
         hosts.another_port();
         let mut queue = bind();
@@ -299,7 +298,6 @@ async fn a_connection_that_one_with_two_syns_has_announced_can_be_accepted() {
 /// those of the server.
 async fn a_conversation_that_was_not_answered_stays_denied_when_its_entry_is_gone() {
     let hosts = Hosts::new();
-    short_udp_timeouts();
     let mut queue = bind();
     let rule = from_client(&hosts, Protocol::Udp).to_queue(0);
     let _divert = table([rule]).install().unwrap();

@@ -26,7 +26,7 @@ mod translated;
 mod udp;
 
 use std::{
-    env, fs, io,
+    env, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
@@ -40,7 +40,7 @@ use tokio_nfqueue::{
 pub(crate) use crate::common::unlimited_icmp_errors;
 use crate::{
     common::{bind_now, next, soon},
-    support,
+    support::{self, lose_connections},
 };
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -245,17 +245,15 @@ async fn pass(queue: &mut Queue) {
     confirm(next(queue).await.accept()).await.unwrap();
 }
 
-/// Connection tracking soon forgets conversations of UDP without packets.
-fn short_udp_timeouts() {
-    for name in ["udp_timeout", "udp_timeout_stream"] {
-        fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "1").unwrap();
-    }
+/// Longer than a packet of the other side is taken for one that crossed a denied one.
+async fn crossing_is_over() {
+    tokio::time::sleep(Duration::from_millis(2500)).await;
 }
 
-/// Longer than such a time, and longer than a packet of the other side is taken for one that
-/// crossed a denied one.
+/// Connection tracking has no entries any more, and [`crossing_is_over`].
 async fn entries_gone() {
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    lose_connections();
+    crossing_is_over().await;
 }
 
 /// For how long the table of [`forgetful`] remembers denials. Tests in which packets renew one send

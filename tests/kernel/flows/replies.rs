@@ -1,6 +1,7 @@
 //! What passes of a rejected connection: this host's own replies, and nothing else.
 
 use std::{
+    cell::Cell,
     fs,
     io::{self, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
@@ -122,27 +123,27 @@ async fn refused_everywhere(
             let (client, connecting) = at_client(server.local_addr().unwrap(), listener.local_addr().unwrap());
             client.send(b"?").unwrap();
             let mut done = Box::pin(connecting);
-            let mut rejected = 0;
+            let rejected = Cell::new(0);
+            // A packet of the neighbour discovery is none of the clients'.
+            let decide = async |packet: Packet| {
+                let payload = packet.payload();
+                let protocol = if payload[0] >> 4 == 4 { payload[9] } else { payload[6] };
+                if matches!(protocol, 6 | 17) {
+                    rejected.set(rejected.get() + 1);
+                    confirm(reject(packet)).await.unwrap();
+                } else {
+                    confirm(packet.accept()).await.unwrap();
+                }
+            };
             let result = loop {
                 tokio::select! {
-                    packet = next(&mut queue) => {
-                        // A packet of the neighbour discovery is none of the clients'.
-                        let payload = packet.payload();
-                        let protocol = if payload[0] >> 4 == 4 { payload[9] } else { payload[6] };
-                        if matches!(protocol, 6 | 17) {
-                            rejected += 1;
-                            confirm(reject(packet)).await.unwrap();
-                        } else {
-                            confirm(packet.accept()).await.unwrap();
-                        }
-                    }
+                    packet = next(&mut queue) => decide(packet).await,
                     result = &mut done => break result.unwrap(),
                 }
             };
             assert_eq!(result.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionRefused), "TCP, {case}");
-            while rejected < 2 {
-                confirm(reject(soon("the datagram", next(&mut queue)).await)).await.unwrap();
-                rejected += 1;
+            while rejected.get() < 2 {
+                decide(soon("the datagram", next(&mut queue)).await).await;
             }
             super::refused(&client, &format!("UDP, {case}"));
             divert.close().unwrap();
