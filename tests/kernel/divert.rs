@@ -461,7 +461,7 @@ fn bypass_accepts_packets_while_no_queue_is_bound() {
     lo.passes("no socket is bound");
     let queue = RawQueue::bind(30).unwrap();
     lo.queued(&queue, "a socket is bound");
-    support::close(queue);
+    support::drop_now(queue);
     lo.passes("no socket is bound any more");
     divert.close().unwrap();
 
@@ -475,7 +475,7 @@ fn dropping_removes_the_table() {
     let name = divert.table().to_owned();
     assert!(table_exists(&name));
     assert_eq!(lo.from.send_to(b"no", lo.to.local_addr().unwrap()).unwrap_err().kind(), IoErrorKind::PermissionDenied);
-    support::close(divert);
+    support::drop_now(divert);
     assert!(!table_exists(&name));
     lo.passes("yes");
 
@@ -502,7 +502,7 @@ fn a_killed_process_leaves_no_table() {
     let lo = Loopback::new();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(CHILD, "1").stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = support::start(&mut command).unwrap();
+    let mut child = support::start_process(&mut command).unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let there = table_exists(CHILD_TABLE);
@@ -552,19 +552,19 @@ fn rules_in_another_namespace_act_only_there() {
 
     let divert_here = builder.install().unwrap();
     lo_here.queued(&queue_here, "a rule is here");
-    support::close(divert_here);
+    support::drop_now(divert_here);
     assert_eq!(exists(), (false, true));
 
     // This thread can remove rules in the other namespace.
     divert.remove_rules().unwrap();
     lo_there.passes("no rule is there any more");
-    support::close(divert);
+    support::drop_now(divert);
     assert_eq!(exists(), (false, false));
 
     // Dropping the value removes its rules.
     let divert = handle.run(|| builder.install()).unwrap().unwrap();
     lo_there.queued(&queue_there, "a rule is there again");
-    support::close(divert);
+    support::drop_now(divert);
     assert_eq!(exists(), (false, false));
     lo_there.passes("dropped");
 }

@@ -320,7 +320,7 @@ fn without_the_capability_one_line_is_printed() {
         rustix::thread::remove_capability_from_bounding_set(CapabilitySet::NET_ADMIN).unwrap();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
         let mut command = Command::new(path("accept_all"));
-        let started = support::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()));
+        let started = support::start_process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()));
         let output = started.unwrap().wait_with_output().unwrap();
         (output.status, String::from_utf8(output.stderr).unwrap())
     });
@@ -367,7 +367,7 @@ impl Program {
     fn start(name: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(path(name));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self(support::start(&mut command).unwrap_or_else(|error| panic!("{name}: {error}")))
+        Self(support::start_process(&mut command).unwrap_or_else(|error| panic!("{name}: {error}")))
     }
 
     fn until_ready(&mut self) {

@@ -79,7 +79,7 @@ fn queues_are_listed() {
     assert_eq!((lines[0][0], lines[0][2..7].to_vec()), (5, vec![0, 2, 65531, 0, 0]));
     assert_ne!(lines[0][1], lines[1][1], "the sockets have different addresses");
     assert!(RawQueue::bind(5).is_err());
-    support::close(first);
+    support::drop_now(first);
     assert_eq!(support::queue_line(5), None);
     drop(second);
 }

@@ -94,7 +94,7 @@ async fn a_counter_does_not_fall_when_a_verdict_finds_no_packet() {
     let metrics = scraper.register(&queue);
     let held = hold(&mut queue, &traffic, 0..10).await;
     // The kernel drops what is queued.
-    support::close(divert_of_queue);
+    support::drop_now(divert_of_queue);
     let mut last = scraper.scrape(&metrics);
     for packet in held {
         packet.accept().submit().unwrap();

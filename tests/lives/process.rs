@@ -33,7 +33,7 @@ impl Process {
     pub(super) fn start(number: u32, from: Origin, traits: Traits) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command.args(arguments(number, from, traits)).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = support::start(&mut command).expect("start a process");
+        let mut child = support::start_process(&mut command).expect("start a process");
         let (input, output) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
         let (sender, lines) = mpsc::channel();
         let reader = std::thread::spawn(move || {

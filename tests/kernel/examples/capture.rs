@@ -134,7 +134,7 @@ fn compare_with_tshark(file: &TemporaryFile, packets: &[CapturedPacket], sent: &
     let fields = ["-T", "fields", "-e", "frame.time_epoch", "-e", "udp.dstport", "-e", "frame.comment"];
     let mut command = Command::new("tshark");
     command.args(["-r", file.name()]).args(fields).stdin(Stdio::null());
-    let output = match support::start(command.stdout(Stdio::piped()).stderr(Stdio::piped())) {
+    let output = match support::start_process(command.stdout(Stdio::piped()).stderr(Stdio::piped())) {
         // The second one if this user may not search a folder of PATH.
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => return,
         started => started.unwrap().wait_with_output().unwrap(),

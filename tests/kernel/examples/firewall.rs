@@ -523,7 +523,7 @@ fn firewall_asks_a_person_at_a_terminal() {
     let mut command = Command::new(path("firewall"));
     command.arg("prompt").arg("--socket").arg(&firewall.socket);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut prompt = Program(support::start(&mut command).unwrap());
+    let mut prompt = Program(support::start_process(&mut command).unwrap());
     prompt.until_ready();
     let mut keyboard = prompt.0.stdin.take().unwrap();
     let mut expect = |flow: &Udp| {

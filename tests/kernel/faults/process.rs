@@ -41,7 +41,7 @@ impl Process {
     pub(crate) fn start(mode: &str) -> (Self, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.env(CHILD, mode).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = support::start(&mut command).unwrap();
+        let mut child = support::start_process(&mut command).unwrap();
         let (input, output) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         let mut process = Self { child, input, output };
         let line = process.line();
@@ -117,7 +117,7 @@ impl Drop for Process {
 pub(crate) fn in_a_process(mode: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(CHILD, mode).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = support::start(&mut command).unwrap().wait_with_output().unwrap();
+    let output = support::start_process(&mut command).unwrap().wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     eprint!("{text}");
     assert!(output.status.success(), "{mode}: {}: {text}", output.status);

@@ -253,7 +253,7 @@ async fn connections_of_an_earlier_table_are_new() {
         let mut queue = bind();
         let divert = table(rules_of(&talks)).install().unwrap();
         decide(&mut queue, &talks, decision).await;
-        support::close((divert, queue));
+        support::drop_now((divert, queue));
         // Nothing is left.
         talks[1].ask(2);
         talks[1].asked(2);

@@ -132,7 +132,7 @@ async fn what_cannot_be_offloaded_is_refused() {
         let builder = offloading([rule(), limited]).denied_flows(10, minute);
         let divert = builder.install().unwrap();
         assert!(divert.replace_rules([Rule::new(Hook::Forward).when(rate()).drop()]).is_err());
-        support::close(divert);
+        support::drop_now(divert);
         table([]).chain(Hook::Forward, None).offload_all().install().unwrap();
     }
 }
@@ -532,7 +532,7 @@ async fn an_offloaded_connection_of_an_earlier_table_is_new() {
     let mut queue = bind();
     let divert = offloading([forwarded(Protocol::Tcp)]).install().unwrap();
     offloaded(&hosts, &hooked, &mut queue).await;
-    support::close((divert, queue));
+    support::drop_now((divert, queue));
     let before = hooked.packets();
     hosts.client(ACK, (1015, 5017), b"request");
     assert_eq!(hosts.arrived(), [1, 0]);

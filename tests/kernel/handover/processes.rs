@@ -172,7 +172,7 @@ impl Service {
     pub(super) fn start(mode: &str, from: Option<u32>, to: u32) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.env(CHILD, format!("{mode} {} {to}", from.map_or("-".to_owned(), |from| from.to_string())));
-        let mut process = support::start(command.stdin(Stdio::piped()).stdout(Stdio::piped())).unwrap();
+        let mut process = support::start_process(command.stdin(Stdio::piped()).stdout(Stdio::piped())).unwrap();
         let (input, output) = (process.stdin.take(), process.stdout.take().unwrap());
         Self { process, input, output: BufReader::new(output) }
     }

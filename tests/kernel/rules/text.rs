@@ -34,7 +34,7 @@ tests![
 fn run(program: &str, arguments: &[&str], input: &str) -> Option<Result<String, String>> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = support::start(&mut command).ok()?;
+    let mut child = support::start_process(&mut command).ok()?;
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -31,7 +31,7 @@ pub use self::{
     },
     namespace::{Namespace, enter, fresh, isolated},
     patience::{PATIENCE, SLOWNESS, many},
-    processes::{close, start},
+    processes::{drop_now, start_process},
     raw_queue::{RawPacket, RawQueue},
     sockets::{
         ping, queue_line, raw_ipv4, received_before, send_raw_ipv4, send_raw_ipv6, set_mark, set_priority, udp,

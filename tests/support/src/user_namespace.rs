@@ -12,7 +12,7 @@ use nix::{
     unistd::getuid,
 };
 
-use super::{Namespace, start};
+use super::{Namespace, start_process};
 
 /// Set in the process that makes the namespaces.
 const CHILD: &str = "TOKIO_NFQUEUE_USER_NAMESPACE";
@@ -29,7 +29,7 @@ impl UserNamespace {
     pub fn new() -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command.env(CHILD, "1").stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = start(&mut command).expect("start a process");
+        let mut child = start_process(&mut command).expect("start a process");
         let mut line = String::new();
         let output = child.stdout.take().expect("a pipe");
         BufReader::new(output).read_line(&mut line).expect("read from the process");
