@@ -128,9 +128,9 @@
 //!   verdicts, the first is executed. If one drops the queue, it unbinds that of the other. If one
 //!   drops a packet, the packet gets the default action.
 //! - `fork` copies locks as they are. If another thread (a worker of the runtime, or the timer
-//!   thread while it sends) uses the queue at the time of the fork, a call for this queue in the
-//!   child may wait indefinitely. So fork before packets arrive. Queues that the child binds itself
-//!   are not affected.
+//!   thread, which sends late verdicts and with a deadline also receives) uses the queue at the time
+//!   of the fork, a call for this queue in the child may wait indefinitely. So fork before packets
+//!   arrive. Queues that the child binds itself are not affected.
 //! - A multi-thread runtime does not exist in the child: only the thread that forked does. A
 //!   current-thread runtime works there if the parent ends. While both run, they take each other's
 //!   events.
