@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddrV4},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use netlink_packet_core::DefaultNla;
@@ -11,7 +11,7 @@ use nfqueue_divert::Divert;
 use tokio_nfqueue::{FlowMarks, Hook, Protocol, Queue, Rule, divert::Match};
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, MEMORY, Talk, bind, confirm, forgetful, pass, queue_is_empty,
+    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, forgetful, pass, queue_is_empty, renewed,
     segments::{
         ACK, Hosts, LAST, RST, SYN, SYN_ACK, accept_in_the_middle, datagram, echo, from_client, opened, pass_segment,
         queued, tcp, udp, unreachable,
@@ -361,14 +361,15 @@ async fn every_packet_of_a_denied_connection_renews_its_time() {
     let mut queue = bind();
     let _divert = forgetful([tcp()]).install().unwrap();
     hosts.client(SYN, (1000, 0), b"");
-    confirm(queued(&mut queue, SYN).await.drop().for_flow()).await.unwrap();
-    for _ in 0..10 {
-        tokio::time::sleep(MEMORY / 5).await;
-        hosts.server(SYN_ACK, (5000, 1001), b"");
-        queue_is_empty(&mut queue);
-    }
-    hosts.client(SYN, (1000, 0), b"");
-    queue_is_empty(&mut queue);
+    let first = queued(&mut queue, SYN).await;
+    let denied = Instant::now();
+    confirm(first.drop().for_flow()).await.unwrap();
+    let mut number = 0;
+    let send = || {
+        number += 1;
+        if number <= 10 { hosts.server(SYN_ACK, (5000, 1001), b"") } else { hosts.client(SYN, (1000, 0), b"") }
+    };
+    renewed(&mut queue, denied, 11, send).await;
 }
 
 async fn all_of_many_denials_are_remembered() {

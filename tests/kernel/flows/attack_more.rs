@@ -13,7 +13,7 @@ use netlink_packet_netfilter::nftables::{DataAttribute, Immediate, Register};
 use tokio_nfqueue::{Hook, Protocol, Rule, divert::Match};
 
 use super::{
-    LOOPBACKS, Talk, bind, confirm, entries_gone, forgetful, pass, queue_is_empty,
+    CROSSING, LOOPBACKS, Talk, bind, confirm, crossing_is_over, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_datagram, forwarded, from_client, opened, pass_segment,
         queued, tcp,
@@ -184,7 +184,7 @@ async fn a_connection_beside_a_forgotten_denial_can_be_accepted() {
     hosts.datagram(false);
     pass(&mut queue).await;
     // The client's denial is forgotten.
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    crossing_is_over().await;
     hosts.datagram(false);
     confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
     hosts.datagram(false);
@@ -404,10 +404,9 @@ async fn a_replaced_place_denies_what_was_denied_before() {
         talks[1].asked(number);
         queue_is_empty(&mut queue);
         talks[0].silent();
-        // For two seconds what the other side sends may have crossed the denied packet. Then it
-        // begins a connection of its own.
+        // What the other side sends later begins a connection of its own.
         talks[0].answer(number);
-        if denied.elapsed() >= Duration::from_secs(2) {
+        if denied.elapsed() >= CROSSING {
             break;
         }
         talks[0].silent();

@@ -4,7 +4,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddrV4},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio_nfqueue::{
@@ -13,9 +13,9 @@ use tokio_nfqueue::{
 };
 
 use super::{
-    LOOPBACKS, Talk,
+    CROSSING, LOOPBACKS, Talk,
     attack_more::{COOKIE_ACK, COOKIE_ECHO, INIT, INIT_ACK, SCTP, initiation, sctp},
-    bind, come, confirm, entries_gone, forgetful, pass, queue_is_empty,
+    bind, come, confirm, crossing_is_over, entries_gone, forgetful, pass, queue_is_empty,
     segments::{
         ACK, Hosts, SYN, SYN_ACK, accept_in_the_middle, deny_crossing_syn, deny_datagram, forwarded, from_client,
         pass_segment, queued, tcp, udp,
@@ -102,8 +102,12 @@ async fn a_forwarded_datagram_that_crosses_a_denied_one_is_dropped_beside_rules_
         let asked = Rule::new(Hook::Prerouting).protocol(Protocol::Udp).source_address(*client.ip(), 32).to_queue(0);
         let other = hook.map(|hook| Rule::new(hook).protocol(Protocol::Udp).destination_port(9).drop());
         let divert = table([asked].into_iter().chain(other)).install().unwrap();
+        let denied = Instant::now();
         deny_datagram(&hosts, &mut queue).await;
         hosts.datagram(false);
+        if denied.elapsed() >= CROSSING {
+            return;
+        }
         arrived.push(hosts.arrived());
         divert.close().unwrap();
     }
@@ -178,9 +182,9 @@ async fn a_forgotten_denial_leaves_nothing_beside() {
 async fn an_expired_denial_leaves_nothing_beside() {
     let hosts = Hosts::new();
     let mut queue = bind();
-    let _divert = forgetful([udp()]).denied_flows(10, Duration::from_secs(5)).install().unwrap();
+    let _divert = forgetful([udp()]).denied_flows(10, Duration::from_secs(8)).install().unwrap();
     deny_datagram(&hosts, &mut queue).await;
-    for _ in 0..8 {
+    for _ in 0..14 {
         hosts.datagram(false);
         pass(&mut queue).await;
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -415,10 +419,14 @@ async fn a_connection_beside_a_denial_on_this_host_goes_on() {
         let mut queue = bind();
         let divert = table([to_port(hook, talk.port()).to_queue(0)]).install().unwrap();
         talk.ask(1);
+        let denied = Instant::now();
         confirm(next(&mut queue).await.drop().for_flow()).await.unwrap();
         talk.answer(1);
+        if denied.elapsed() >= CROSSING {
+            return;
+        }
         talk.silent();
-        tokio::time::sleep(Duration::from_millis(2500)).await;
+        crossing_is_over().await;
         for number in 2..5 {
             talk.answer(number);
             talk.answered(number);

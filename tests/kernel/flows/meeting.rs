@@ -1,12 +1,15 @@
 //! Two verdicts for one connection: the denial wins.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::{
+    net::SocketAddrV4,
+    time::{Duration, Instant},
+};
 
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{Hook, Packet, Protocol, Queue, Rule, Verdict, divert::Match};
 
 use super::{
-    LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
+    CROSSING, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty,
     segments::{self, ACK, Hosts, LAST, SYN, SYN_ACK, datagram, deny_datagram, echo, from_client, queued, udp},
     table, to_port,
 };
@@ -302,9 +305,13 @@ async fn a_crossing_datagram_is_dropped_although_an_earlier_one_of_the_client_ha
             hosts.datagram(true);
             pass(&mut queue).await;
         }
+        let denied = Instant::now();
         deny_datagram(&hosts, &mut queue).await;
         hosts.arrived();
         confirm(crosses.accept()).await.unwrap();
+        if denied.elapsed() >= CROSSING {
+            return;
+        }
         arrived.push(hosts.arrived());
         second.close().unwrap();
         divert.close().unwrap();
@@ -327,8 +334,12 @@ async fn a_rule_lets_a_crossing_datagram_pass_at_the_last_hook() {
         let other = segments::forwarded(Protocol::Udp).destination_port(9).drop();
         let rules = [from(client).to_queue(0), from(server).accept()];
         let divert = table(rules.into_iter().chain(later.then_some(other))).install().unwrap();
+        let denied = Instant::now();
         deny_datagram(&hosts, &mut queue).await;
         hosts.datagram(false);
+        if denied.elapsed() >= CROSSING {
+            return;
+        }
         arrived.push(hosts.arrived());
         divert.close().unwrap();
     }

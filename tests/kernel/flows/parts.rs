@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     thread::JoinHandle,
 };
@@ -56,31 +56,30 @@ async fn a_table_that_does_not_fit_in_one_transaction_is_installed_in_parts() {
 
 /// Datagrams of a client, as many as a thread can send.
 struct Flood {
-    sending: JoinHandle<u32>,
+    sending: JoinHandle<()>,
     done: Arc<AtomicBool>,
 }
 
 impl Flood {
     fn start(talk: &Talk) -> Self {
         let (sender, done) = (talk.client.try_clone().unwrap(), Arc::new(AtomicBool::new(false)));
+        let count = Arc::new(AtomicU64::new(0));
         let sending = support::Namespace::current().spawn({
-            let done = Arc::clone(&done);
+            let (done, count) = (Arc::clone(&done), Arc::clone(&count));
             move || {
-                let mut count = 0;
                 while !done.load(SeqCst) {
                     sent(|| sender.send(&[0]));
-                    count += 1;
+                    count.fetch_add(1, SeqCst);
                 }
-                count
             }
         });
+        support::wait_until("the flood", || count.load(SeqCst) > 100);
         Self { sending, done }
     }
 
     fn end(self) {
         self.done.store(true, SeqCst);
-        let count = self.sending.join().unwrap();
-        assert!(count > 100, "{count}");
+        self.sending.join().unwrap();
     }
 }
 

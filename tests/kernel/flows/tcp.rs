@@ -9,7 +9,7 @@ use std::{
 use tokio::task::spawn_blocking;
 use tokio_nfqueue::{Hook, Protocol, Queue, Rule, divert::Match};
 
-use super::{Decision, LOOPBACKS, bind, confirm, pass, queue_is_empty, table};
+use super::{Decision, LOOPBACKS, bind, confirm, queue_is_empty, table};
 use crate::common::{next, soon};
 
 tests![
@@ -63,14 +63,26 @@ async fn accepted_at_its_first_packet() {
     }
 }
 
-/// Opens a connection whose packets, three or so, are accepted one by one.
+/// Opens a connection whose packets, three or so, are accepted one by one: each side sends its own
+/// again if that takes a second.
 async fn open(queue: &mut Queue, index: usize) -> (TcpStream, TcpStream) {
     let (listener, address) = listen(index);
     let client = connect(address).await;
-    for _handshake in 0..3 {
-        pass(queue).await;
+    let both = async move {
+        let client = client.await.unwrap().unwrap();
+        (client, spawn_blocking(move || listener.accept().unwrap().0).await.unwrap())
+    };
+    let mut both = Box::pin(soon("the connection", both));
+    let ends = loop {
+        tokio::select! {
+            packet = next(queue) => confirm(packet.accept()).await.unwrap(),
+            ends = &mut both => break ends,
+        }
+    };
+    while let Ok(again) = queue.try_recv() {
+        confirm(again.accept()).await.unwrap();
     }
-    (soon("the connection", client).await.unwrap().unwrap(), listener.accept().unwrap().0)
+    ends
 }
 
 fn all_tcp() -> Vec<Rule> {

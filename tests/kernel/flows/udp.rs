@@ -1,6 +1,6 @@
 //! Flows of UDP.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Instant};
 
 use nfqueue_divert::Divert;
 use tokio_nfqueue::{
@@ -9,7 +9,7 @@ use tokio_nfqueue::{
 };
 
 use super::{
-    DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused, sent, table, to_port,
+    CROSSING, DECISIONS, Decision, LOOPBACKS, Talk, bind, confirm, pass, queue_is_empty, refused, sent, table, to_port,
     unlimited_icmp_errors,
 };
 use crate::{
@@ -50,6 +50,7 @@ async fn decided_at(decision: Decision, nth: u8, talk: &Talk, hook: Hook) {
     talk.ask(nth);
     let packet = next(&mut queue).await;
     assert_eq!(packet.mark(), 0, "{case}");
+    let decided = Instant::now();
     confirm(decision.for_flow(packet)).await.unwrap();
     for number in nth..nth + 5 {
         if number > nth {
@@ -63,6 +64,10 @@ async fn decided_at(decision: Decision, nth: u8, talk: &Talk, hook: Hook) {
             }
             Decision::Drop => {
                 talk.answer(number);
+                // After a dropped first packet, answers begin a connection of their own later.
+                if nth == 1 && decided.elapsed() >= CROSSING {
+                    return;
+                }
                 talk.silent();
             }
             Decision::Reject => talk.refused(&case),
