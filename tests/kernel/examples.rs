@@ -17,6 +17,7 @@ use std::{
     net::{Ipv4Addr, UdpSocket},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
 };
 
 use nfqueue_divert::Divert;
@@ -94,8 +95,9 @@ fn per_flow(signal: Signal, options: &[&str], expected: &str) {
     let mut program = Program::start("per_flow", options);
     program.until_ready();
     let receiver = support::udp((Ipv4Addr::LOCALHOST, PORT));
-    for _ in 0..2 {
-        let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    // Each has a port of its own.
+    let senders = [(); 2].map(|()| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+    for sender in &senders {
         sender.connect(receiver.local_addr().unwrap()).unwrap();
         for number in 0..200_u32 {
             sender.send(&number.to_be_bytes()).unwrap();
@@ -110,9 +112,11 @@ fn per_flow(signal: Signal, options: &[&str], expected: &str) {
 }
 
 fn nf_queue_counts_packets_and_stops_after_its_timeout() {
-    for options in
-        [&["-c", "-t", "3"][..], &["-c", "-t3", "-O", "-b", "-o", "-G"], &["-c", "-v", "-v", "-t", "3", "-d", "1"]]
-    {
+    for options in [
+        &["-c", "-t", "600"][..],
+        &["-c", "-t600", "-O", "-b", "-o", "-G"],
+        &["-c", "-v", "-v", "-t", "600", "-d", "1"],
+    ] {
         let program = Program::start("nf_queue", options);
         support::wait_until("the queue is bound", || support::queue_line(0).is_some());
         {
@@ -120,7 +124,7 @@ fn nf_queue_counts_packets_and_stops_after_its_timeout() {
             assert_eq!(delivered(50), 50, "{options:?}");
             divert.remove_rules().unwrap();
         }
-        let (status, output) = program.wait();
+        let (status, output) = program.end(Signal::SIGINT);
         assert!(status.success(), "{options:?}: {status}");
         let expected = "hook 0 packets 00000000\nhook 1 packets 00000000\nhook 2 packets 00000000\n\
                         hook 3 packets 00000050\nhook 4 packets 00000000\n50 packets total\n";
@@ -128,16 +132,20 @@ fn nf_queue_counts_packets_and_stops_after_its_timeout() {
         let verbose = output.lines().filter(|line| line.starts_with("packet hook=3, hwproto 0x800")).count();
         assert_eq!(verbose, if options.contains(&"-v") { 50 } else { 0 }, "{output}");
     }
+    let begun = Instant::now();
+    let (status, output) = Program::start("nf_queue", &["-c", "-t", "1"]).wait();
+    assert!(status.success() && begun.elapsed() >= Duration::from_secs(1), "{status}");
+    assert!(output.ends_with("\n0 packets total\n"), "{output}");
 }
 
 fn nf_queue_requeues_packets() {
-    let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "3"]);
-    let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "3"]);
+    let first = Program::start("nf_queue", &["-c", "-q", "1", "-Q", "2", "-t", "600"]);
+    let second = Program::start("nf_queue", &["-c", "-q", "2", "-t", "600"]);
     support::wait_until("both queues are bound", || [1, 2].iter().all(|queue| support::queue_line(*queue).is_some()));
     let divert = divert(&[1]);
     assert_eq!(delivered(100), 100);
     divert.remove_rules().unwrap();
-    let ((one, first), (two, second)) = (first.wait(), second.wait());
+    let ((one, first), (two, second)) = (first.end(Signal::SIGINT), second.end(Signal::SIGINT));
     assert!(one.success() && two.success());
     assert!(first.ends_with("100 packets total\n"), "{first}");
     assert_eq!(first, second);

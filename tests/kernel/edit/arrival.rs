@@ -265,6 +265,10 @@ pub(super) async fn resets_and_stateful_rules(v6: bool) {
     // The client has not seen it, and tries again.
     case.reply(true, Edit::tcp_reset).await;
     assert_eq!(refused.await.unwrap().unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    // It may have tried more often.
+    while let Ok(packet) = case.queue.try_recv() {
+        packet.drop().submit().unwrap();
+    }
 
     let _listener = case.peer.run(|| TcpListener::bind(server).unwrap());
     let connected = connect();

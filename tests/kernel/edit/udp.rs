@@ -96,7 +96,7 @@ async fn editable(case: Case, path: &Path) -> bool {
     let near = path.near_udp();
     setsockopt(&near, sockopt::UdpGsoSegment, &(SEGMENT as i32)).unwrap();
     let mut queue = Queue::builder(0).gso(case.gso).bind().await.unwrap();
-    let _divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
+    let divert = common::divert([Path::udp_to(Hook::Output, PORT).to_queue(0)]);
     let sent = near.send_to(&[7; 2 * SEGMENT], (path.far, PORT));
     if case.offloads {
         sent.unwrap();
@@ -107,6 +107,7 @@ async fn editable(case: Case, path: &Path) -> bool {
         assert_eq!(sent.unwrap_err().raw_os_error(), Some(nix::errno::Errno::EIO as i32));
     }
     queue.close().await.unwrap();
+    support::drop_now(divert);
     false
 }
 

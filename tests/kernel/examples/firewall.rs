@@ -7,8 +7,9 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::PathBuf,
     process::{Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
@@ -34,8 +35,8 @@ tests![
     sync firewall_asks_a_person_at_a_terminal,
 ];
 
-/// A deadline, in milliseconds, that is awaited. It is long enough for the firewall to ask before:
-/// a packet that the deadline decides unread is not asked about.
+/// A deadline, in milliseconds, that is awaited. Mostly it is long enough for the firewall to ask
+/// before: a packet that the deadline decides unread is not asked about.
 const LATE: &str = "1000";
 
 /// A firewall, and the socket of its service.
@@ -109,6 +110,13 @@ impl Service {
     }
 }
 
+/// The firewall connects and asks.
+fn accept_question(listener: &UnixListener) -> (Service, u64) {
+    let mut service = Service::accept(listener);
+    let (id, _) = service.question();
+    (service, id)
+}
+
 /// A client here, and a server in the other namespace.
 struct Udp {
     client: UdpSocket,
@@ -132,6 +140,25 @@ impl Udp {
     fn passes(&self, text: &[u8]) {
         self.client.send(text).unwrap();
         self.receives(text);
+    }
+
+    /// Sends until this has happened, more often than once only if it takes longer than [`LATE`].
+    fn send_until<T>(&self, text: &[u8], happens: impl FnOnce() -> T) -> T {
+        let (end, ended) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                loop {
+                    self.client.send(text).unwrap();
+                    if ended.recv_timeout(Duration::from_secs(2)) != Err(RecvTimeoutError::Timeout) {
+                        break;
+                    }
+                }
+            });
+            let result = happens();
+            // The thread ends; after a panic too.
+            drop(end);
+            result
+        })
     }
 
     /// What it sends is rejected, by an ICMP error. If the kernel does that without the firewall,
@@ -177,6 +204,17 @@ fn queued(waiting: u64, packets: u64) {
     });
 }
 
+/// Waits until no packet is held for the firewall. Returns how many have come.
+fn decided() -> u64 {
+    let mut packets = 0;
+    support::wait_until("the packets are decided", || {
+        let line = support::queue_line(0).expect("the firewall's queue");
+        packets = line[7];
+        line[2] == 0
+    });
+    packets
+}
+
 /// User and name, as the firewall sees them: the kernel sends the user of the initial user
 /// namespace.
 fn this_process() -> (u32, String) {
@@ -186,7 +224,7 @@ fn this_process() -> (u32, String) {
 
 fn firewall_asks_once_about_each_connection() {
     let peer = support::veth();
-    let firewall = Firewall::start("once", &[]);
+    let firewall = Firewall::start("once", &["--deadline", "60000"]);
     let listener = firewall.listen();
     let mut service = None;
     for far in [IpAddr::from(peer.far_v4), peer.far_v6.into()] {
@@ -242,7 +280,7 @@ fn firewall_asks_once_about_each_connection() {
 /// Another program may have the port by then.
 fn firewall_asks_again_when_a_port_is_used_again() {
     let peer = support::veth();
-    let firewall = Firewall::start("port", &[]);
+    let firewall = Firewall::start("port", &["--deadline", "60000"]);
     let listener = firewall.listen();
     let mut service = None;
     for far in [IpAddr::from(peer.far_v4), peer.far_v6.into()] {
@@ -301,21 +339,27 @@ fn firewall_denies_at_the_deadline_and_takes_a_late_answer() {
     let firewall = Firewall::start("late-deny", &["--deadline", LATE]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
-    flow.client.send(b"first").unwrap();
-    let mut service = Service::accept(&listener);
-    let (id, _) = service.question();
-    queued(0, 1);
+    let (mut service, id) = flow.send_until(b"first", || accept_question(&listener));
+    let packets = decided();
     // It need not wait any more.
     flow.client.send(b"early").unwrap();
-    queued(0, 2);
+    queued(0, packets + 1);
     service.answer(id, true);
     // It reads the answers in their order.
     let other = Udp::new(&peer, &server);
-    other.client.send(b"other").unwrap();
-    let (id, _) = service.question();
+    let (id, _) = other.send_until(b"other", || service.question());
     service.answer(id, false);
     other.becomes_rejected();
-    flow.passes(b"second");
+    loop {
+        let begun = Instant::now();
+        flow.client.send(b"second").unwrap();
+        decided();
+        // Otherwise it may have been the deadline.
+        if begun.elapsed() < Duration::from_secs(1) {
+            break;
+        }
+    }
+    flow.receives(b"second");
     let [questions, allowed, denied, unanswered, after_deadline, at_once, wrong] = firewall.end();
     assert_eq!([questions, allowed, denied, unanswered, wrong], [2, 1, 1, 0, 0]);
     // The first two; on a busy machine also those of the other connection.
@@ -328,9 +372,8 @@ fn firewall_allows_at_the_deadline_and_takes_a_late_answer() {
     let firewall = Firewall::start("late-allow", &["--deadline", LATE, "--default", "allow"]);
     let listener = firewall.listen();
     let flow = Udp::new(&peer, &server);
-    flow.passes(b"first");
-    let mut service = Service::accept(&listener);
-    let (id, _) = service.question();
+    let (mut service, id) = flow.send_until(b"first", || accept_question(&listener));
+    (0..decided()).for_each(|_| flow.receives(b"first"));
     // Still the same question, and they need not wait.
     flow.passes(b"second");
     flow.passes(b"third");

@@ -60,7 +60,8 @@ fn ips_lets_clean_connections_leave_the_queue() {
     }
     let received = end(program, 8, 8, 0);
     // SYN, ACK and two segments of each, and perhaps some more if the client has sent them again.
-    assert!((32..100).contains(&received), "{received} packets came to the queue");
+    // All would be more than 800.
+    assert!((32..400).contains(&received), "{received} packets came to the queue");
 }
 
 fn ips_resets_both_sides_for_a_pattern_in_two_segments() {

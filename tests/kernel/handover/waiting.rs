@@ -106,7 +106,7 @@ async fn a_cancelled_wait_leaves_nothing() {
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
     drop(Queue::builder(0).bind_when_free());
-    assert_eq!(sockets(), before + 1);
+    eventually("its socket is closed", || sockets() == before + 1).await;
     soon("the shutdown", queue.close()).await.unwrap();
     eventually("every socket is closed", || sockets() == before).await;
     assert_eq!(account(0), None);

@@ -392,7 +392,7 @@ impl History {
                 }
             };
             match end {
-                End::Close => drop(tokio::spawn(async move { closed(sink.close().await, &[]) })),
+                End::Close => drop(tokio::spawn(async move { closed(sink.close_within(HANGS).await, &[]) })),
                 End::CloseWithin(timeout) => drop(tokio::spawn(async move {
                     closed(sink.close_within(timeout).await, &[ErrorKind::TimedOut]);
                 })),

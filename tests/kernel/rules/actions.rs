@@ -58,6 +58,7 @@ fn rejected_datagrams_are_answered_with_port_unreachable() {
             let answer = answer_to_a_datagram(address, port(&to), true);
             assert_eq!(answer, Some(ErrorKind::ConnectionRefused), "{address} {family:?} {hook:?}");
             assert_eq!(counts(&divert), [1]);
+            divert.close().unwrap();
         }
         assert_eq!(answer_to_a_datagram(address, port(&to), false), Some(ErrorKind::WouldBlock));
     }
@@ -136,13 +137,17 @@ fn tables_of_one_version() {
         let results = LOOPBACKS.map(|address| udp((address, 0)).send_to(b"x", (address, 9)).is_ok());
         assert!(!results[index], "{family:?}");
         assert!(results[1 - index], "{family:?}");
+        divert.close().unwrap();
     }
 }
 
 fn counters_have_packets_and_bytes() {
     let to = receiver(Ipv4Addr::LOCALHOST);
     let divert = install([udp_out().count(), Rule::new(Hook::Input).protocol(Protocol::Udp).count(), out().accept()]);
-    (0..3).for_each(|_| datagram(Ipv4Addr::LOCALHOST, &to));
+    for _ in 0..3 {
+        datagram(Ipv4Addr::LOCALHOST, &to);
+        to.recv(&mut [0; 8]).unwrap();
+    }
     let counters = divert.counters().unwrap();
     let numbers: Vec<_> = counters.iter().map(|counter| (counter.packets, counter.bytes)).collect();
     assert_eq!(numbers, [(3, 87), (3, 87), (3, 87)]);

@@ -1,6 +1,9 @@
 //! Each condition, and its negation.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
+};
 
 use etherparse::PacketBuilder;
 use nfqueue_divert::Divert;
@@ -113,11 +116,15 @@ fn icmp_types() {
 fn tcp_flags() {
     let all = || drop(connect());
     let rule = || out().when(Match::direction(Direction::Original));
+    // After a second they are sent again.
+    let begun = Instant::now();
+    let is_one = |count: u64| count == 1 || count > 1 && begun.elapsed() >= Duration::from_secs(1);
     let (first, others) = matched(rule(), Match::tcp_syn(), all);
-    assert_eq!(first, 1, "one SYN");
+    assert!(is_one(first), "{first}, not one SYN");
     assert!(others >= 1, "an ACK");
     let answer = Match::tcp_flags(TcpFlags::SYN | TcpFlags::ACK, TcpFlags::SYN | TcpFlags::ACK | TcpFlags::RST);
-    assert_eq!(matched(out().when(Match::direction(Direction::Reply)), answer, all).0, 1);
+    let answers = matched(out().when(Match::direction(Direction::Reply)), answer, all).0;
+    assert!(is_one(answers), "{answers}, not one SYN with ACK");
 }
 
 fn interfaces() {
@@ -130,6 +137,7 @@ fn interfaces() {
         there.send_to(b"x", here.local_addr().unwrap()).unwrap();
         let mut buffer = [0; 8];
         here.recv(&mut buffer).unwrap();
+        lo.recv(&mut buffer).unwrap();
     };
     let udp_in = || Rule::new(Hook::Input).protocol(Protocol::Udp);
     let beginning = format!("{}*", &peer.near[..3]);

@@ -58,6 +58,7 @@ fn new_hooks_and_priorities_are_added() {
     let udp_in = || Rule::new(Hook::Input).protocol(Protocol::Udp);
     divert.replace_rules([udp_in().count(), udp_out().priority(Priority::MANGLE).count(), udp_out().count()]).unwrap();
     datagram(Ipv4Addr::LOCALHOST, &to);
+    to.recv(&mut [0; 8]).unwrap();
     assert_eq!(counts(&divert), [1, 1, 1]);
     divert.replace_rules([udp_out().count()]).unwrap();
     datagram(Ipv4Addr::LOCALHOST, &to);
@@ -65,7 +66,7 @@ fn new_hooks_and_priorities_are_added() {
     divert.remove_rules().unwrap();
     divert.replace_rules([udp_in().drop()]).unwrap();
     datagram(Ipv4Addr::LOCALHOST, &to);
-    assert_eq!(counts(&divert), [1]);
+    support::wait_until("it is dropped", || counts(&divert) == [1]);
 }
 
 /// How the kernel sends to a queue is not known before.
@@ -79,6 +80,7 @@ fn the_first_rule_to_a_queue_may_come_later() {
         queue.accept(&queue.next(PATIENCE).expect("the packet is queued"));
         assert_eq!(to.recv(&mut [0; 8]).unwrap(), 1);
         assert_eq!(counts(&divert), [1]);
+        divert.close().unwrap();
     }
 }
 

@@ -101,7 +101,7 @@ fn tuples() {
     divert.set("services").insert(to.local_addr().unwrap(), None).unwrap();
     datagram(Ipv6Addr::LOCALHOST, &to);
     datagram(Ipv6Addr::LOCALHOST, &other);
-    assert_eq!(counts(&divert), [1, 1]);
+    wait_until("both are counted", || counts(&divert) == [1, 1]);
 }
 
 fn elements_are_listed_removed_and_cleared() {

@@ -222,7 +222,7 @@ impl World for Real {
     }
 
     fn close(&mut self, socket: usize) {
-        self.sockets[socket] = None;
+        support::drop_now(self.sockets[socket].take());
     }
 
     fn transmit(&mut self, socket: usize, datagram: &[u8]) -> io::Result<()> {

@@ -11,7 +11,7 @@ use tokio_nfqueue::{
 
 use crate::{
     common::{PORT, next},
-    support::{Bridge, Frame},
+    support::{Bridge, Frame, wait_until},
 };
 
 tests![one the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost];
@@ -71,8 +71,12 @@ async fn the_first_broadcast_of_a_tracked_connection_through_a_bridge_is_lost() 
                     packet.accept().confirm().await.unwrap();
                 }
                 let case = format!("tracked: {tracked}, to {destination:x?}, packet {number}");
-                let arrived = std::iter::from_fn(|| to.socket.arrived()).count();
-                assert_eq!(arrived, usize::from(outcome != Outcome::Lost), "{case}");
+                let (mut arrived, expected) = (0, usize::from(outcome != Outcome::Lost));
+                wait_until("it arrives", || {
+                    arrived += std::iter::from_fn(|| to.socket.arrived()).count();
+                    arrived >= expected
+                });
+                assert_eq!(arrived, expected, "{case}");
                 assert!(queue.try_recv().is_err(), "{case}");
             }
         }

@@ -136,7 +136,7 @@ async fn a_destination_changed_at_postrouting_goes_to_the_old_next_hop() {
     ] {
         let mut queue = Queue::builder(0).bind().await.unwrap();
         let rule = Rule::new(hook).protocol(Protocol::Udp).destination_address(peers[0].far_v4, 32).to_queue(0);
-        let _divert = Divert::builder().rule(rule).install().unwrap();
+        let divert = Divert::builder().rule(rule).install().unwrap();
         let sender = match forwarded {
             true => client.run(|| support::udp((client.far_v4, 0))),
             false => support::udp(("0.0.0.0", 0)),
@@ -147,6 +147,7 @@ async fn a_destination_changed_at_postrouting_goes_to_the_old_next_hop() {
         edit.set_destination_address(peers[1].far_v4).unwrap();
         packet.accept().payload(edit.finish()).confirm().await.unwrap();
         queue.close().await.unwrap();
+        divert.close().unwrap();
         let received: Vec<Vec<u8>> =
             support::received_before(&sender, &receivers[1]).into_iter().map(|(datagram, _)| datagram).collect();
         let query = b"query".to_vec();

@@ -38,7 +38,7 @@ async fn a_rule_for_everything_queues_neighbour_discovery_and_not_arp() {
         let mut queue = Queue::builder(0).bind().await.unwrap();
         let everything = Rule::new(Hook::Output);
         let rule = without.iter().fold(everything, |rule, condition| rule.unless(condition.clone())).to_queue(0);
-        let _divert = divert([rule]);
+        let divert = divert([rule]);
         let receivers =
             [peer.run(|| support::udp((peer.far_v4, PORT))), peer.run(|| support::udp((peer.far_v6, PORT)))];
         for receiver in receivers {
@@ -63,6 +63,7 @@ async fn a_rule_for_everything_queues_neighbour_discovery_and_not_arp() {
             assert_eq!(solicitations > 0, expected, "{to}, without {without:?}");
         }
         queue.close().await.unwrap();
+        support::drop_now(divert);
     }
 }
 
@@ -89,7 +90,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
     let resolver = support::udp((Ipv4Addr::LOCALHOST, 0));
     for (rule, question, waits) in cases {
         let mut queue = Queue::builder(0).bind().await.unwrap();
-        let _divert = divert([rule.to_queue(0)]);
+        let divert = divert([rule.to_queue(0)]);
         // A policy that asks before it decides: no other thread decides the question in the
         // meantime.
         question.send_to(b"name?", resolver.local_addr().unwrap()).unwrap();
@@ -102,6 +103,7 @@ async fn a_rule_for_everything_queues_the_packets_of_the_program_itself() {
         assert!(queue.try_recv().is_err());
         assert_eq!(resolver.recv(&mut [0; 8]).unwrap(), 5);
         queue.close().await.unwrap();
+        support::drop_now(divert);
     }
     // Packets of other users do come to the queue.
     if common::outer_id("uid_map") != 0 || !nix::unistd::geteuid().is_root() {
@@ -119,7 +121,7 @@ async fn without_a_divert_packets_pass_and_without_the_queue_of_another_rule_the
     let mut queue = Queue::builder(0).bind().await.unwrap();
     let installed = divert([udp_in().to_queue(0)]);
     drop(hold(&mut queue, &traffic, [0]).await);
-    drop(installed);
+    support::drop_now(installed);
     traffic.send([1]);
     traffic.expect([1]).await;
 

@@ -11,7 +11,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 
 use super::{
-    Namespace,
+    Namespace, SLOWNESS,
     rtnetlink::{
         Action, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, Request,
         VETH_INFO_PEER, attribute, family, text,
@@ -116,6 +116,12 @@ pub fn veth_with(options: &VethOptions) -> Peer {
         // seconds.
         let file = format!("/proc/sys/net/ipv6/conf/{name}/accept_dad");
         fs::write(&file, "0").unwrap_or_else(|error| panic!("{file}: {error}"));
+        // The three questions of these seconds may all wait in a queue, so it asks more often. (Some
+        // kernels before 6.0 hide the files from user namespaces.)
+        for version in [4, 6] {
+            let file = format!("/proc/sys/net/ipv{version}/neigh/{name}/mcast_solicit");
+            let _ = fs::write(file, (60 * SLOWNESS).to_string());
+        }
         add_address(name, v4.into(), 24);
         add_address(name, v6.into(), 64);
         link_up(name);
