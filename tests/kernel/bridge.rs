@@ -498,9 +498,15 @@ async fn super_packets_are_not_segmented() {
         end.namespace.run(|| support::add_address(End::INTERFACE, address.into(), 24));
     }
     let listener = bridge.ends[1].namespace.run(|| TcpListener::bind((addresses[1], 9000)).unwrap());
-    let sender = bridge.ends[0]
-        .namespace
-        .spawn(move || common::send_transfer(TcpStream::connect((addresses[1], 9000)).unwrap()));
+    let sender = bridge.ends[0].namespace.spawn(move || {
+        loop {
+            match TcpStream::connect((addresses[1], 9000)) {
+                // Its ARP request has waited in the queue for seconds.
+                Err(error) if error.kind() == IoErrorKind::HostUnreachable => {}
+                stream => return common::send_transfer(stream.unwrap()),
+            }
+        }
+    });
     let receiver = common::receive_transfer(listener);
     let mut longest = 0;
     let serve = async {

@@ -113,7 +113,8 @@ async fn close_under_load_loses_no_packet() {
     for round in 0..5 {
         // The queue is bound before the rule is installed and closed while the rule is installed:
         // no other order is without loss.
-        let queue = Queue::builder(0).on_unanswered(Action::Accept).bind().await.unwrap();
+        let builder = Queue::builder(0).on_unanswered(Action::Accept).close_timeout(PATIENCE);
+        let queue = builder.bind().await.unwrap();
         let divert = divert([udp_in().to_queue(0).bypass(true)]);
         let (mut packets, sink) = queue.split();
         let decide = tokio::spawn(async move {
@@ -142,7 +143,7 @@ async fn close_under_load_loses_no_packet() {
         stream.more(50).await;
         divert.remove_rules().unwrap();
         stream.more(50).await;
-        drop(divert);
+        support::drop_now(divert);
         assert!(sink.stats().received.packets > 0);
         assert_eq!(
             (sink.stats().lost.packets, sink.stats().sent.gone_at_least, sink.stats().held.in_flight),
@@ -160,7 +161,7 @@ async fn close_under_load_loses_no_packet() {
 }
 
 async fn new_packets_are_dropped_during_close() {
-    let (mut queue, divert) = start(Queue::builder(0));
+    let (mut queue, divert) = start(Queue::builder(0).close_timeout(PATIENCE));
     let traffic = Traffic::new(50);
     let mut packets = hold(&mut queue, &traffic, 0..10).await;
     let owed = packets.split_off(8);
@@ -183,7 +184,7 @@ async fn new_packets_are_dropped_during_close() {
 }
 
 async fn close_waits_for_owed_verdicts() {
-    let (mut queue, _divert) = start(Queue::builder(0));
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(PATIENCE));
     let traffic = Traffic::new(50);
     let packets = hold(&mut queue, &traffic, 0..10).await;
     let sink = queue.sink();
@@ -207,7 +208,7 @@ async fn close_waits_for_owed_verdicts() {
 async fn close_times_out() {
     const TIMEOUT: Duration = Duration::from_millis(50);
     for (action, delivered) in [(Action::Accept, 10), (Action::Drop, 0)] {
-        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action).close_timeout(TIMEOUT));
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(action).close_timeout(TIMEOUT));
         let traffic = Traffic::new(50);
         let mut packets = hold(&mut queue, &traffic, 0..10).await;
         let sink = queue.sink();
@@ -228,11 +229,12 @@ async fn close_times_out() {
         assert_eq!(error.kind(), ErrorKind::Expired);
         drop(packets);
         traffic.expect_nothing();
+        support::drop_now(divert);
     }
 }
 
 async fn close_continues_when_nobody_awaits_it() {
-    let (mut queue, _divert) = start(Queue::builder(0));
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(PATIENCE));
     let traffic = Traffic::new(50);
     let packets = hold(&mut queue, &traffic, 0..10).await;
     assert!(futures::poll!(std::pin::pin!(queue.close())).is_pending());
@@ -246,7 +248,7 @@ async fn close_continues_when_nobody_awaits_it() {
 async fn unread_packets_get_the_default_action() {
     for (action, delivered) in [(Action::Accept, 50), (Action::Drop, 0)] {
         for drop_it in [false, true] {
-            let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+            let (mut queue, divert) = start(Queue::builder(0).on_unanswered(action));
             let traffic = Traffic::new(60);
             // One is taken, so that others have been received with it; the rest is still in the
             // socket.
@@ -266,13 +268,14 @@ async fn unread_packets_get_the_default_action() {
             }
             traffic.expect(0..delivered).await;
             assert_eq!((sink.stats().decided.unanswered, sink.stats().received.packets), (50, 50));
+            support::drop_now(divert);
         }
     }
 }
 
 async fn close_with_decides_unread_packets() {
     for (action, other, delivered) in [(Action::Accept, Action::Drop, 0), (Action::Drop, Action::Accept, 50)] {
-        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(action).close_timeout(PATIENCE));
         let traffic = Traffic::new(60);
         traffic.send(0..50);
         queued(0, 50);
@@ -283,6 +286,7 @@ async fn close_with_decides_unread_packets() {
         last.decide(other).submit().unwrap();
         soon("the shutdown", closing).await.unwrap().unwrap();
         traffic.expect(0..delivered).await;
+        support::drop_now(divert);
     }
 }
 
@@ -315,7 +319,7 @@ async fn a_waiting_stream_is_woken_by_close() {
 }
 
 async fn close_may_be_called_several_times() {
-    let (mut queue, _divert) = start(Queue::builder(0));
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(PATIENCE));
     let traffic = Traffic::new(1);
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let sink = queue.sink();
@@ -392,7 +396,7 @@ async fn refusals_end_when_every_packet_of_a_closed_queue_is_decided() {
 async fn a_time_out_of_zero_is_enough_for_packets_that_nobody_has_read() {
     let traffic = Traffic::new(50);
     for round in 0..40 {
-        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
         traffic.send(0..25);
         // In every second round some have been received with the first one.
         if round % 2 == 0 {
@@ -406,6 +410,7 @@ async fn a_time_out_of_zero_is_enough_for_packets_that_nobody_has_read() {
         assert!(results.0.is_ok() && results.1.is_ok(), "round {round}: {results:?}");
         assert_fields!(sink.stats(), received.packets: 50, decided.accepted: 50, lost.packets: 0);
         traffic.expect(0..50).await;
+        support::drop_now(divert);
     }
 }
 
@@ -427,6 +432,6 @@ fn close_works_in_another_runtime() {
         other.block_on(soon("the shutdown", queue.close())).unwrap();
         assert_eq!(account(0), None);
         own.block_on(traffic.expect([0]));
-        drop(divert);
+        support::drop_now(divert);
     }
 }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use futures::StreamExt;
-use tokio::sync::mpsc;
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    sync::mpsc,
+};
 use tokio_nfqueue::{FlushPolicy, Packet, Queue, Verdict, VerdictSink, flush::FlushDecision};
 
 use crate::common::{Load, Random, Traffic, account, eventually, hold, many, next, number, soon, start};
@@ -301,10 +304,15 @@ async fn a_busy_polling_stream_lets_other_tasks_run() {
             assert_eq!(u32::from_be_bytes(datagram), round);
         }
     };
+    let begun = Instant::now();
     soon("the game's end", play).await;
-    // A sleeping stream would have been polled in vain at most once for each packet.
+    // With two workers each packet wakes a thread. If that takes a millisecond, the stream sleeps.
+    let follow_closely = begun.elapsed() < Duration::from_micros(250) * ROUNDS;
     let dry = soon("the verdicts", decided).await.unwrap();
-    assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
+    // A sleeping stream would have been polled in vain at most once for each packet.
+    if follow_closely || Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread {
+        assert!(dry > 2 * ROUNDS, "it slept: {dry} polls found nothing");
+    }
 }
 
 /// A set of streams polls only streams that have been woken. The runtime may lose a request to be

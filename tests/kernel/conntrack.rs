@@ -538,6 +538,9 @@ async fn an_expectation_matches_once_unless_it_is_permanent() {
     let _divert = divert([udp_out().to_queue(0)]);
     let _later = support::udp(LATER);
     let pair = Pair::new("127.0.0.1");
+    // At the same time, so that each has a port of its own.
+    let sources = ["127.0.0.1:0"; 6].map(support::udp);
+    let mut unused = sources.iter();
     use ConnectionState::{New, Related};
     let anyone = Expectation::udp(LATER);
     for (expectation, states) in [
@@ -548,7 +551,7 @@ async fn an_expectation_matches_once_unless_it_is_permanent() {
     ] {
         expect(&mut queue, &pair, expectation.clone()).await;
         for state in states {
-            let (found, _) = follow(&mut queue, &support::udp("127.0.0.1:0")).await;
+            let (found, _) = follow(&mut queue, unused.next().unwrap()).await;
             assert_eq!(found, state, "{expectation:?}");
         }
     }

@@ -3,7 +3,10 @@
 use futures::SinkExt;
 use tokio_nfqueue::{Action, Packet, Queue};
 
-use crate::common::{Traffic, account, eventually, freed, hold, start};
+use crate::{
+    common::{Traffic, account, eventually, freed, hold, start},
+    support,
+};
 
 tests![
     both a_dropped_queue_stays_bound_until_its_packets_are_decided,
@@ -58,7 +61,7 @@ async fn dropping_the_stream_closes_the_queue() {
 
 async fn new_packets_after_the_stream_is_dropped_are_accepted_or_dropped() {
     for (action, delivered) in [(Action::Accept, 0..60), (Action::Drop, 0..10)] {
-        let (queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let (queue, divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(60);
         let (mut packets, _sink) = queue.split();
         let held = hold(&mut packets, &traffic, 0..10).await;
@@ -70,6 +73,7 @@ async fn new_packets_after_the_stream_is_dropped_are_accepted_or_dropped() {
         }
         traffic.expect(delivered).await;
         eventually("the queue is unbound", || account(0).is_none()).await;
+        support::drop_now(divert);
     }
 }
 
@@ -109,7 +113,7 @@ fn handles_may_be_dropped_outside_of_a_runtime() {
                 let mut delivered = traffic.delivered();
                 delivered.sort_unstable();
                 assert!(delivered.into_iter().eq(0..20));
-                drop(divert);
+                support::drop_now(divert);
                 continue;
             }
         }
@@ -118,6 +122,6 @@ fn handles_may_be_dropped_outside_of_a_runtime() {
             traffic.expect(0..20).await;
             eventually("the queue is unbound", || account(0).is_none()).await;
         });
-        drop(divert);
+        support::drop_now(divert);
     }
 }

@@ -235,7 +235,7 @@ async fn send_waits_while_the_buffer_is_full() {
     let peer = support::veth();
     for (number, (from, to)) in (0..).zip(ways(&peer)) {
         let mut queue = Queue::builder(number).max_len(100_000).bind().await.unwrap();
-        let _divert = divert([rule().to_queue(number)]);
+        let divert = divert([rule().to_queue(number)]);
         let injector = Injector::builder().bind().unwrap();
         let packet = datagram(from, to, &[0; 1000]);
         let sent = fill(&injector, &packet);
@@ -254,6 +254,7 @@ async fn send_waits_while_the_buffer_is_full() {
             soon("all to be sent", futures::future::join(decide, futures::future::join_all(sends))).await;
         results.into_iter().for_each(|result| result.unwrap());
         assert!(queue.try_recv().is_err());
+        support::drop_now(divert);
     }
 }
 

@@ -120,7 +120,7 @@ async fn a_queue_that_is_bound_again_counts_on() {
     let scraper = Scraper::new();
     let traffic = Traffic::new(100);
     for round in 1..=2 {
-        let (mut queue, _divert) = start(Queue::builder(3));
+        let (mut queue, divert) = start(Queue::builder(3));
         let metrics = scraper.register(&queue);
         for packet in hold(&mut queue, &traffic, 0..50).await {
             packet.accept().submit().unwrap();
@@ -130,6 +130,7 @@ async fn a_queue_that_is_bound_again_counts_on() {
         assert_eq!(now["nfqueue_packets_received_total{queue=\"3\"}"], f64::from(50 * round));
         assert_eq!(now["nfqueue_verdicts_total{queue=\"3\",action=\"accept\"}"], f64::from(50 * round));
         soon("the shutdown", queue.close()).await.unwrap();
+        support::drop_now(divert);
     }
 }
 

@@ -95,16 +95,24 @@ async fn one_flush_sends_every_kind_of_verdict() {
     }
     queue.sink().flush().await;
     let requeued: Vec<u32> = (0..MANY).filter(|number| kind(*number) == 4).collect();
-    for expected in requeued {
+    let mut come = Vec::new();
+    for _ in &requeued {
         let packet = next(&mut other).await;
-        assert_eq!(number(&packet), expected);
+        come.push(number(&packet));
         packet.drop().submit().unwrap();
     }
     traffic.expect((0..MANY).filter(|number| !matches!(kind(*number), 2..=4))).await;
 
     let stats = queue.stats();
-    assert!(stats.sent.sends <= 10, "packed: {stats:?}");
-    assert!(stats.sent.messages < u64::from(MANY), "batched: {stats:?}");
+    // Not if a second passed between the first submit and the flush, so that the policy has sent
+    // some verdicts.
+    if stats.sent.flushes == 1 {
+        assert_eq!(come, requeued);
+        assert!(stats.sent.sends <= 10, "packed: {stats:?}");
+        assert!(stats.sent.messages < u64::from(MANY), "batched: {stats:?}");
+    }
+    come.sort_unstable();
+    assert_eq!(come, requeued);
     assert_fields!(stats, sent.gone_at_least: 0, sent.refused: 0, held.in_flight: 0);
 }
 

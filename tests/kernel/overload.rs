@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::mpsc::TryRecvError};
 use tokio_nfqueue::{Action, Packet, Queue, QueueBuilder};
 
 use crate::{
-    common::{self, Account, Traffic, account, eventually, hold, next, number, soon, start},
+    common::{self, Account, Traffic, account, eventually, freed, hold, next, number, soon, start},
     support,
 };
 
@@ -261,7 +261,7 @@ async fn close_works_with_a_full_receive_buffer() {
 async fn short_copies_need_less_receive_buffer() {
     // By default, the receive buffer holds `max_len` packets.
     for builder in [Queue::builder(0).copy_range(40), Queue::builder(0).copy_metadata()] {
-        let (mut queue, _divert) = start(builder.max_len(150).gso(false));
+        let (mut queue, divert) = start(builder.max_len(150).gso(false));
         let traffic = Traffic::new(1);
         let long = [0; 1400];
         for _ in 0..200 {
@@ -272,5 +272,9 @@ async fn short_copies_need_less_receive_buffer() {
             assert!(next(&mut queue).await.payload().len() <= 40);
         }
         assert_eq!((queue.stats().lost.packets, account(0).unwrap().socket_full), (0, 0));
+        support::drop_now(divert);
+        drop(queue);
+        // The timer thread may have it.
+        freed(0).await;
     }
 }

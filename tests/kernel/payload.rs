@@ -124,8 +124,9 @@ async fn tcp(place: Place) {
     if !common::replaces_payloads() {
         return;
     }
+    let listener = place.open(|address| TcpListener::bind(address).unwrap());
     for replacement in [SHORTER, LONGER] {
-        let listener = place.open(|address| TcpListener::bind(address).unwrap());
+        let listener = listener.try_clone().unwrap();
         let (mut queue, divert) = queue_to(Protocol::Tcp);
         let (address, length) = (place.address, replacement.len());
         let receiver = std::thread::spawn(move || {

@@ -11,7 +11,9 @@ use std::{
 use futures::FutureExt;
 use tokio_nfqueue::{Error, ErrorKind, FlushPolicy, Queue, Reconfigure};
 
-use crate::common::{Load, Traffic, account, eventually, give_up_capabilities, hold, many, next, number, soon, start};
+use crate::common::{
+    Load, PATIENCE, Traffic, account, eventually, give_up_capabilities, hold, many, next, number, soon, start,
+};
 
 tests![
     one the_copy_range_changes,
@@ -155,7 +157,7 @@ async fn an_unsupported_setting_is_named_and_changes_nothing() {
 }
 
 async fn a_closed_queue_cannot_be_changed() {
-    let (mut queue, _divert) = start(Queue::builder(0));
+    let (mut queue, _divert) = start(Queue::builder(0).close_timeout(PATIENCE));
     let traffic = Traffic::new(1);
     let packet = hold(&mut queue, &traffic, [0]).await.remove(0);
     let sink = queue.sink();

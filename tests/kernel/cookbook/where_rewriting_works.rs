@@ -169,10 +169,12 @@ impl Network {
             Change::Destination => self.at_server(|| support::udp((other_server, PORT))),
             Change::OtherHost => self.other.run(|| support::udp((self.elsewhere, PORT))),
         };
+        // The timer thread may still have the queue of the case before.
+        common::freed(0).await;
         let mut queue = Queue::builder(0).bind().await.unwrap();
         let udp = |hook| Rule::new(hook).protocol(Protocol::Udp).unless_mark(MARK, MARK).to_queue(0);
         let rules = [udp(case.hooks.0).destination_port(PORT), udp(case.hooks.1).source_port(PORT)];
-        let _divert = Divert::builder().rules(rules).priority(case.priority).install().unwrap();
+        let divert = Divert::builder().rules(rules).priority(case.priority).install().unwrap();
 
         from.send_to(b"question", (server, PORT)).unwrap();
         let (text, source) = match case.change {
@@ -187,8 +189,12 @@ impl Network {
             Change::OtherHost => edit.set_destination_address(self.elsewhere),
         })
         .await;
-        let Some((received, source)) = self.received(&to, text, source) else { return (false, false) };
+        let Some((received, source)) = self.received(&to, text, source) else {
+            support::drop_now(divert);
+            return (false, false);
+        };
         if case.change == Change::OtherHost {
+            support::drop_now(divert);
             return (received, false);
         }
         to.send_to(b"reply", source).unwrap();
@@ -204,6 +210,7 @@ impl Network {
         let text: &[u8] = if case.change == Change::Payload { b"another reply" } else { b"reply" };
         let reply = self.received(&from, text, server);
         assert!(queue.try_recv().is_err(), "{case:?}");
+        support::drop_now(divert);
         (received, reply.is_some_and(|(is_right, from)| is_right && from.port() == PORT))
     }
 

@@ -16,7 +16,7 @@ use nix::{
 use tokio_nfqueue::{Action, Queue, QueueBuilder};
 
 use super::{forked, limits, network, proc, seccomp, spurious, wakes};
-use crate::{common::DEADLINE, own_rules, scale, support};
+use crate::{common::DEADLINE, own_rules, promises, scale, support};
 
 const CHILD: &str = "TOKIO_NFQUEUE_TEST_FAULTS_CHILD";
 
@@ -151,6 +151,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "proc, no capability" => proc::without_capability(),
         "table" => network::own_a_table(),
         network::EVENTS => in_runtime(network::dropped_packets_are_reported()),
+        promises::EVENTS => in_runtime(promises::documented_events()),
         "descriptors" => in_runtime(limits::few_descriptors()),
         "memory" => in_runtime(limits::little_memory()),
         "thousand" => in_runtime(limits::thousand_queues()),

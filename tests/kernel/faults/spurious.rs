@@ -91,6 +91,7 @@ impl Liar {
     /// Sends packets, and lets the stream find the socket empty, falsely; `times` receives will be
     /// denied. Returns the packets that have come nevertheless: the timer may have read them.
     async fn deceive(&mut self, traffic: &Traffic, numbers: Range<u32>, times: usize) -> Vec<Packet> {
+        self.prove_verdicts().await;
         self.lies.store(times, SeqCst);
         traffic.send(numbers);
         let mut come = Vec::new();
@@ -101,6 +102,15 @@ impl Liar {
             tokio::task::yield_now().await;
         }
         come
+    }
+
+    /// The socket is found empty, which proves the verdicts before: for that alone the timer thread
+    /// would read it soon.
+    async fn prove_verdicts(&mut self) {
+        // The runtime notices old events, and `recv` clears them.
+        tokio::task::yield_now().await;
+        assert!(self.queue.recv().now_or_never().is_none());
+        assert!(matches!(self.queue.try_recv(), Err(TryRecvError::Empty)));
     }
 
     /// As `deceive`, without a deadline. `count` packets are in the queue then.
@@ -160,6 +170,7 @@ async fn events() {
     accept(&mut liar.queue, &traffic, 10..13).await;
 
     // `try_recv` waits for no event.
+    liar.prove_verdicts().await;
     liar.lies.store(1, SeqCst);
     traffic.send([13]);
     assert!(matches!(liar.queue.try_recv(), Err(TryRecvError::Empty)));
@@ -190,7 +201,7 @@ async fn deadline() {
 
 async fn timer() {
     let traffic = Traffic::new(3);
-    let mut liar = Liar::new(Queue::builder(0).deadline(100 * DEADLINE, Action::Drop)).await;
+    let mut liar = Liar::new(Queue::builder(0).deadline(10 * DEADLINE, Action::Drop)).await;
     let _divert = divert([udp_in().to_queue(0)]);
     let come = liar.deceive(&traffic, 0..3, 1).await;
     let rest = take(&mut liar.queue, 3 - come.len()).await;

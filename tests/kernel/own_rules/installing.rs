@@ -1,6 +1,6 @@
 //! What `bind` installs, and what stays when it fails.
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::Ipv4Addr, task::Poll};
 
 use futures::FutureExt;
 use tokio_nfqueue::{
@@ -174,7 +174,10 @@ async fn a_cancelled_bind_leaves_nothing() {
     drop(queue(rules()).bind());
     assert_eq!((account(0), table_exists()), (None, false));
     let mut bind = Box::pin(queue(rules()).bind());
-    assert!(futures::poll!(&mut bind).is_pending());
+    // Seldom it is ready at once.
+    if let Poll::Ready(bound) = futures::poll!(&mut bind) {
+        drop(bound.unwrap());
+    }
     drop(bind);
     // Whether the kernel had the table by then or not.
     let queue = soon("the queue", queue(rules()).bind_when_free()).await.unwrap();

@@ -12,7 +12,7 @@ use libtest_mimic::Trial;
 use tokio_nfqueue::{Action, Divert, Queue, QueueBuilder, divert::DivertBuilder};
 
 use crate::{
-    common::udp_in,
+    common::{PATIENCE, udp_in},
     faults::process::{in_runtime, say, wait_for_the_end},
 };
 
@@ -32,7 +32,7 @@ fn rules() -> DivertBuilder {
 }
 
 fn queue(rules: DivertBuilder) -> QueueBuilder {
-    Queue::builder(0).on_unanswered(Action::Accept).divert(rules)
+    Queue::builder(0).on_unanswered(Action::Accept).close_timeout(PATIENCE).divert(rules)
 }
 
 fn table_exists() -> bool {
