@@ -127,10 +127,10 @@
 //!   does not see. Each can decide the packets that were held at the time of the fork: of two
 //!   verdicts, the first is executed. If one drops the queue, it unbinds that of the other. If one
 //!   drops a packet, the packet gets the default action.
-//! - `fork` copies locks as they are. If another thread (a worker of the runtime, or the timer
-//!   thread, which sends late verdicts and with a deadline also receives) uses the queue at the time
-//!   of the fork, a call for this queue in the child may wait indefinitely. So fork before packets
-//!   arrive. Queues that the child binds itself are not affected.
+//! - `fork` copies locks as they are. If another thread uses the queue at the time of the fork, a
+//!   call for this queue in the child may wait indefinitely. That thread may be a worker of the
+//!   runtime, or the timer thread: it sends what is due, and with a deadline it also receives. So
+//!   fork before packets arrive. Queues that the child binds itself are not affected.
 //! - A multi-thread runtime does not exist in the child: only the thread that forked does. A
 //!   current-thread runtime works there if the parent ends. While both run, they take each other's
 //!   events.

@@ -40,8 +40,8 @@ pub const PORT: u16 = 9000;
 /// This number of small datagrams fits in one receiver's buffer, whatever the system's limit.
 pub const ROOM: u32 = 200;
 
-/// A deadline long enough that packets are handed out before it, on a slow machine as well as on one
-/// that stops the test for more than a second.
+/// A deadline long enough that packets are handed out before it, on a slow machine as well as on
+/// one that stops the test for more than a second.
 pub const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Lists a module's tests: `tests![both accept, one drop]`; see [`both`], [`one`], [`multi`] and

@@ -68,8 +68,8 @@ fn sni_filter_lets_clean_connections_leave_the_queue() {
         }
     }
     let received = end(program, 8, 0);
-    // The handshake, two segments, the reply and their acknowledgements: about ten of each, and some
-    // more if they are sent again. All would be more than 800.
+    // The handshake, two segments, the reply and their acknowledgements: about ten of each, and
+    // some more if they are sent again. All would be more than 800.
     assert!((40..400).contains(&received), "{received} packets came to the queue");
 }
 

@@ -74,7 +74,7 @@ async fn an_accepted_entry_stays_denied_by_a_verdict_for_another_one() {
     let since = Instant::now();
     confirm(denied.drop().for_flow()).await.unwrap();
     hosts.client(ACK, (1001, 5001), b"bad");
-    // The entry becomes denied by a packet that the denial stops, for as long as that is remembered.
+    // The entry becomes denied by a packet that the denial stops, while that is remembered.
     if since.elapsed() >= MEMORY {
         return;
     }

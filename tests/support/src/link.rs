@@ -116,8 +116,8 @@ pub fn veth_with(options: &VethOptions) -> Peer {
         // seconds.
         let file = format!("/proc/sys/net/ipv6/conf/{name}/accept_dad");
         fs::write(&file, "0").unwrap_or_else(|error| panic!("{file}: {error}"));
-        // The three questions of these seconds may all wait in a queue, so it asks more often. (Some
-        // kernels before 6.0 hide the files from user namespaces.)
+        // The three questions of these seconds may all wait in a queue, so it asks more often.
+        // (Some kernels before 6.0 hide the files from user namespaces.)
         for version in [4, 6] {
             let file = format!("/proc/sys/net/ipv{version}/neigh/{name}/mcast_solicit");
             let _ = fs::write(file, (60 * SLOWNESS).to_string());
