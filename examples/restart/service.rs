@@ -12,7 +12,7 @@ use tokio_nfqueue::{Action, Divert, Error, ErrorKind, Hook, Protocol, Queue, Que
 use super::Options;
 
 /// How long the verdicts of tasks, and then the successor, are awaited.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(options: &Options, socket: &Path) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -25,7 +25,7 @@ use super::Options;
 
 const PORT: u16 = 9000;
 /// After this time without a datagram the missing ones count as lost.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(options: &Options) -> Result<(), String> {
     // Each datagram has a number, and a counter.
