@@ -45,17 +45,24 @@ pub(super) fn child(mode: &str) {
     }
 }
 
-/// How often the threads with this name have slept.
+/// How often the threads with this name have slept. A thread gives itself its name when it begins.
 fn sleeps(name: &str) -> u64 {
+    let mut slept = None;
+    support::wait_until("a thread with this name", || {
+        slept = sleeps_of_named(name);
+        slept.is_some()
+    });
+    slept.unwrap()
+}
+
+fn sleeps_of_named(name: &str) -> Option<u64> {
     let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
     let named = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name));
     let count = |status: String| -> u64 {
         let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
         line.unwrap().trim().parse().unwrap()
     };
-    let counts: Vec<u64> = named.map(|task| count(fs::read_to_string(task.join("status")).unwrap())).collect();
-    assert!(!counts.is_empty(), "no thread {name}");
-    counts.into_iter().sum()
+    named.map(|task| count(fs::read_to_string(task.join("status")).unwrap())).reduce(|one, other| one + other)
 }
 
 fn received(burst: u32) {
