@@ -426,9 +426,9 @@ mod tests {
         set(&timer, Some(Instant::now() - Duration::from_millis(1)));
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
         // One that is cleared does not fire; the next one does.
-        set(&timer, Some(Instant::now() + Duration::from_millis(30)));
+        set(&timer, Some(Instant::now() + Duration::from_secs(1)));
         set(&timer, None);
-        let at = Instant::now() + Duration::from_millis(60);
+        let at = Instant::now() + Duration::from_secs(2);
         set(&timer, Some(at));
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok("fire"));
         assert!(Instant::now() >= at);

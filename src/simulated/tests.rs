@@ -199,14 +199,16 @@ async fn gathered_verdicts_wait_for_the_clock() {
 
 #[tokio::test]
 async fn without_moving_the_clock_time_passes_by_itself() {
-    let (kernel, mut queue) = queue(Queue::builder(0).deadline(Duration::from_millis(20), Action::Accept)).unwrap();
+    const DEADLINE: Duration = Duration::from_secs(2);
+    let (kernel, mut queue) = queue(Queue::builder(0).deadline(DEADLINE, Action::Accept)).unwrap();
     let sent = [kernel.send(datagram(b"x")), kernel.send(datagram(b"y"))];
-    let held = next(&mut queue).await;
+    // There is none if the machine stopped the test for so long.
+    let held = queue.try_recv();
     for sent in &sent {
         let outcome = sent.outcome().await;
-        assert!(outcome.accepted && outcome.at >= Duration::from_millis(20));
+        assert!(outcome.accepted && outcome.at >= DEADLINE);
     }
-    assert!(held.is_expired());
+    assert!(held.is_ok_and(|packet| packet.is_expired()) || kernel.now() > 2 * DEADLINE);
 }
 
 /// The two clocks are independent: Tokio's jumps when the runtime is idle, and the kernel's does
@@ -524,6 +526,7 @@ async fn a_waker_may_move_the_clock() {
     }
     let deadline = Duration::from_millis(5);
     let (kernel, _queue) = queue(Queue::builder(0).deadline(deadline, Action::Accept)).unwrap();
+    kernel.advance(Duration::ZERO);
     let sent = kernel.send(datagram(b"a"));
     let waker = Arc::new(Moves(kernel.clone())).into();
     let mut outcome = std::pin::pin!(sent.outcome());

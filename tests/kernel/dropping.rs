@@ -4,7 +4,7 @@ use futures::SinkExt;
 use tokio_nfqueue::{Action, Packet, Queue};
 
 use crate::{
-    common::{Traffic, account, eventually, freed, hold, start},
+    common::{Traffic, account, eventually, freed, hold, queued, start},
     support,
 };
 
@@ -97,6 +97,7 @@ fn handles_may_be_dropped_outside_of_a_runtime() {
             let traffic = Traffic::new(50);
             let packets = hold(&mut queue, &traffic, 0..10).await;
             traffic.send(10..20);
+            queued(0, 20);
             (queue, divert, traffic, packets)
         });
         let verdict: Vec<_> = packets.into_iter().map(Packet::accept).collect();

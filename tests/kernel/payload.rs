@@ -267,7 +267,7 @@ async fn a_packet_with_a_wrong_checksum_is_not_delivered() {
 
 async fn an_invalid_length_is_refused_and_gets_the_default_action() {
     for action in [Action::Accept, Action::Drop] {
-        let (mut queue, _divert) = start(Queue::builder(0).on_unanswered(action));
+        let (mut queue, divert) = start(Queue::builder(0).on_unanswered(action));
         let traffic = Traffic::new(8);
         let v4 = |length: usize| [0x45].into_iter().chain([0; 70_000]).take(length).collect::<Vec<u8>>();
         let v6 = |length: usize| [0x60].into_iter().chain([0; 70_000]).take(length).collect::<Vec<u8>>();
@@ -289,6 +289,7 @@ async fn an_invalid_length_is_refused_and_gets_the_default_action() {
             _ => traffic.expect_nothing(),
         }
         assert_eq!((queue.stats().decided.unanswered, queue.stats().held.in_flight), (6, 0));
+        support::drop_now(divert);
     }
 }
 

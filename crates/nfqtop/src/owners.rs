@@ -118,12 +118,13 @@ mod tests {
         let copy = socket.try_clone().unwrap();
         let inode = inode(fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd())).ok()).unwrap();
         let mut owners = Owners::default();
+        // A process that another test starts has copies until it executes its program.
+        let times = |owners: &Owners| owners.of(inode).iter().filter(|holder| holder.pid == std::process::id()).count();
         owners.update(&HashSet::from([inode]));
-        let holders = owners.of(inode);
-        assert_eq!(holders.iter().map(|holder| holder.pid).collect::<Vec<_>>(), [std::process::id()], "once");
+        assert_eq!(times(&owners), 1);
         drop((socket, copy));
         owners.pause = Pause::default();
         owners.update(&HashSet::from([inode]));
-        assert_eq!(owners.of(inode), []);
+        assert_eq!(times(&owners), 0);
     }
 }

@@ -1,6 +1,7 @@
 //! TCP connections through a program, and a queue before the program's that changes their segments.
 
 use std::{
+    fs,
     io::{ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
 };
@@ -95,6 +96,8 @@ impl Before {
 
     pub(super) fn new() -> Self {
         let queue = common::bind_now(Queue::builder(5).gso(false));
+        // What is sent again has the segments that it had.
+        fs::write("/proc/sys/net/ipv4/tcp_retrans_collapse", "0").unwrap();
         let injector = Injector::builder().mark(Self::MARK).bind().unwrap();
         let to_port = |hook| Rule::new(hook).protocol(Protocol::Tcp).destination_port(PORT);
         let held = to_port(Hook::Output).priority(-10).unless_mark(Self::MARK, u32::MAX).to_queue(5);
@@ -132,6 +135,8 @@ impl Before {
 
     /// Packets that come now are accepted.
     pub(super) async fn end(self) {
+        // Those that wait in the program's queue are dropped with the rules.
+        common::eventually("the program decides", || common::account(0).unwrap().waiting == 0).await;
         self.rules.remove_rules().unwrap();
         self.queue.sink().close_with(Action::Accept).await.unwrap();
     }

@@ -183,6 +183,8 @@ async fn forgetting_keeps_that_a_syn_has_begun_a_connection() {
 /// conntrack takes over its tags.
 async fn a_heartbeat_takes_the_entry_of_an_accepted_association() {
     let hosts = sctp_hosts();
+    // Three seconds otherwise.
+    fs::write("/proc/sys/net/netfilter/nf_conntrack_sctp_timeout_cookie_wait", "60").unwrap();
     let mut queue = bind();
     let _divert = table([forwarded(Protocol::Other(SCTP)).to_queue(0)]).install().unwrap();
     let (mine, yours) = (0x1111, 0x2222);

@@ -227,7 +227,7 @@ async fn segments_leave_the_hooks() {
         confirm(next(&mut queue).await.accept().for_flow()).await.unwrap();
         // The client sends it again after a second.
         while let Ok(again) = queue.try_recv() {
-            confirm(again.accept()).await.unwrap();
+            confirm(again.accept().for_flow()).await.unwrap();
         }
         let received = queue.stats().received.packets;
         let joined = spawn_blocking(move || connecting.join().unwrap().unwrap());

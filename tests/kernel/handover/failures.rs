@@ -18,7 +18,7 @@ use tokio_nfqueue::{Action, Error, ErrorKind, FlushPolicy, Queue, handover::Take
 
 use super::{ENOUGH, connection, take_over};
 use crate::{
-    common::{Traffic, account, eventually, freed, hold, next, soon, start, without_net_admin},
+    common::{Traffic, account, eventually, freed, hold, next, queued, soon, start, without_net_admin},
     support::drop_now,
 };
 
@@ -282,6 +282,7 @@ async fn a_close_during_a_failed_hand_over_happens_afterwards() {
         let (queue, divert) = start(Queue::builder(0).on_unanswered(Action::Accept));
         let traffic = Traffic::new(100);
         traffic.send(0..10);
+        queued(0, 10);
         let sink = queue.sink();
         let handover = sink.hand_over(ENOUGH).await.unwrap();
         let closing = match how {

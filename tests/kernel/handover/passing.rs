@@ -14,7 +14,8 @@ use tokio_nfqueue::{Action, ErrorKind, Queue, Reconfigure, Stats, TryRecvError, 
 use super::{ENOUGH, connection, pass_on, start_with_rules, take_over};
 use crate::{
     common::{
-        DEADLINE, Load, PORT, Traffic, account, divert, eventually, hold, many, next, number, soon, start, udp_in,
+        DEADLINE, Load, PORT, Traffic, account, divert, eventually, hold, many, next, number, queued, soon, start,
+        udp_in,
     },
     support,
 };
@@ -355,6 +356,7 @@ async fn lost_packets_are_counted_by_the_successor() {
     let handover = soon("the hand-over", sink.hand_over(ENOUGH)).await.unwrap();
     // More than the smallest receive buffer holds.
     traffic.send(0..20);
+    queued(0, 20);
     let account = account(0).unwrap();
     assert!(account.socket_full > 0);
     let (here, there) = connection();
@@ -409,6 +411,7 @@ async fn descriptors_can_be_kept_in_any_order() {
     drop((queue, sink, divert));
     // No process has the queue, and the kernel keeps the packets.
     traffic.send(20..40);
+    queued(0, 40);
     assert_eq!(account(0).unwrap().waiting, 39);
     for round in 0..2 {
         kept.rotate_left(1);

@@ -8,7 +8,7 @@ use tokio_nfqueue::{Action, Divert, ErrorKind, Queue};
 use super::{queue, rules, table_exists};
 use crate::{
     close::Stream,
-    common::{Traffic, account, eventually, freed, hold, next, soon, udp_in},
+    common::{Traffic, account, eventually, freed, hold, next, queued, soon, udp_in},
 };
 
 tests![
@@ -79,6 +79,7 @@ async fn a_dropped_queue_removes_rules_and_table_while_others_run() {
     let traffic = Traffic::new(20);
     let held = hold(&mut queue, &traffic, 0..5).await;
     traffic.send(5..10);
+    queued(0, 10);
     drop(queue);
     // It has not waited for these.
     assert!(table_exists());

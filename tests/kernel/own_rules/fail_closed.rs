@@ -15,7 +15,7 @@ use tokio_nfqueue::{Action, Divert, ErrorKind, Packet, Verdict};
 
 use super::{MODE, TABLE, queue, rules, table_exists};
 use crate::{
-    common::{Traffic, account, eventually, freed, kernel_release, next, soon, udp_in},
+    common::{Traffic, account, eventually, freed, kernel_release, next, queued, soon, udp_in},
     faults::process::Process,
     support,
 };
@@ -45,6 +45,7 @@ async fn a_dropped_queue_that_is_not_settled_lets_no_packet_pass() {
         // The default action is to accept.
         let (mut packets, sink) = queue(rules.clone()).bind().await.unwrap().split();
         traffic.send(0..2);
+        queued(0, 2);
         let held = next(&mut packets).await;
         drop(packets);
         if fail_closed {

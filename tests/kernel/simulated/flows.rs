@@ -2,6 +2,7 @@
 //! sides, and which verdicts are refused must be the same.
 
 use std::{
+    fs,
     future::Future,
     net::{Ipv4Addr, SocketAddrV4},
     pin::Pin,
@@ -92,6 +93,10 @@ impl World {
     fn real() -> Self {
         let hosts = Box::new(Hosts::new());
         unlimited_icmp_errors();
+        // On a slow machine, entries must not end within a scenario.
+        for name in ["udp_timeout", "udp_timeout_stream"] {
+            fs::write(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"), "600").unwrap();
+        }
         let marks = FlowMarks::default();
         let queue = common::bind_now(Queue::builder(0).flow_marks(marks));
         let rule = Rule::new(Hook::Forward).unless(Match::protocol(Protocol::Other(LAST)));

@@ -75,24 +75,13 @@ pub fn test_sync<R: Report>(name: &str, body: impl FnOnce() -> R + Send + 'stati
 
 /// A test in a Tokio runtime of one thread.
 ///
-/// On a slow machine it stays on one CPU: there a packet may wait so long for its CPU that what
-/// this thread sends later, on another CPU, overtakes it ([`stay_on_one_cpu`]).
 pub fn test<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
-    trial(name, move || {
-        if SLOWNESS > 1 {
-            stay_on_one_cpu();
-        }
-        in_runtime(tokio::runtime::Builder::new_current_thread(), body)
-    })
+    trial(name, move || in_runtime(&mut tokio::runtime::Builder::new_current_thread(), body))
 }
 
 /// A test in a Tokio runtime of two worker threads.
 pub fn test_multi<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
-    trial(name, move || {
-        let mut builder = tokio::runtime::Builder::new_multi_thread();
-        builder.worker_threads(2);
-        in_runtime(builder, body)
-    })
+    trial(name, move || in_runtime(tokio::runtime::Builder::new_multi_thread().worker_threads(2), body))
 }
 
 /// A test without a runtime that keeps its own deadlines, and is stopped by none.
@@ -103,11 +92,16 @@ pub fn test_unbounded<R: Report>(name: &str, body: impl FnOnce() -> R + Send + '
     })
 }
 
+/// On a slow machine the body's thread stays on one CPU: there a packet may wait so long for its
+/// CPU that what this thread sends later, on another CPU, overtakes it ([`stay_on_one_cpu`]).
 fn in_runtime<R: Report, F: Future<Output = R>>(
-    mut builder: tokio::runtime::Builder,
+    builder: &mut tokio::runtime::Builder,
     body: impl FnOnce() -> F,
 ) -> Result<(), Failed> {
     let runtime = builder.enable_all().build()?;
+    if SLOWNESS > 1 {
+        stay_on_one_cpu();
+    }
     runtime.block_on(async {
         match tokio::time::timeout(DEADLINE, body()).await {
             Ok(result) => result.report(),
