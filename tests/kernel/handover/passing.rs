@@ -294,8 +294,8 @@ async fn acknowledgements_are_not_mixed_up() {
     assert_eq!((before.sent.gone_at_least, before.sent.refusals), (0, 0));
 }
 
-/// Sends 40 packets and accepts the first one. Returns whether that was surely before the deadline,
-/// which may decide all of them otherwise.
+/// Sends 40 packets and accepts the first one. Returns whether that was before the deadline, which
+/// may decide all of them otherwise.
 async fn accept_the_first(queue: &mut Queue, traffic: &Traffic) -> bool {
     let begun = Instant::now();
     traffic.send(0..40);

@@ -74,7 +74,6 @@ pub fn test_sync<R: Report>(name: &str, body: impl FnOnce() -> R + Send + 'stati
 }
 
 /// A test in a Tokio runtime of one thread.
-///
 pub fn test<R: Report, F: Future<Output = R>>(name: &str, body: impl FnOnce() -> F + Send + 'static) -> Trial {
     trial(name, move || in_runtime(&mut tokio::runtime::Builder::new_current_thread(), body))
 }
