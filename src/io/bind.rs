@@ -14,7 +14,7 @@ use super::{
     limits::{limits_of, receive_buffer},
     receiver::Receiver,
     shared::{Settings, Shared},
-    socket::{Socket, Unregistered, is_own_port, own_port},
+    socket::{self, Socket, Unregistered, is_own_port, own_port},
     sys::{self, Owner},
     task_timer::Pauses,
 };
@@ -77,8 +77,7 @@ impl Shared {
         opened: Opened,
     ) -> Result<Arc<Self>, Error> {
         let shared = Self::prepare(settings, config, policy, opened)?;
-        // The port id of a closing socket is released before its queues are, and this socket may
-        // have the same port id.
+        // Another thread may be closing the socket that has the queue.
         shared.ask_for_the_queue(config, 50)?;
         shared.begin()?;
         Ok(shared)
@@ -149,7 +148,7 @@ impl Shared {
                 Err(error) => error,
             };
             tries += 1;
-            let permitted = || self.is_capable_here() && self.owner().is_none();
+            let permitted = || self.is_capable_here() && self.other_owner().is_none_or(socket::is_closed_port);
             let going = || match error.kind() {
                 ErrorKind::NotPermitted => permitted(),
                 _ => error.errno() == Some(Errno::BUSY),
@@ -194,17 +193,20 @@ impl Shared {
         self.network_owner != Owner::Foreign && self.is_capable()
     }
 
+    /// The port id of another socket that has the queue.
+    fn other_owner(&self) -> Option<u32> {
+        let port = self.bound_kernel_stats().ok()??.port_id;
+        (port != self.socket.port_id()).then_some(port)
+    }
+
     /// The other owner of the queue, in words.
     fn owner(&self) -> Option<String> {
-        let port = self.bound_kernel_stats().ok()??.port_id;
-        if port == self.socket.port_id() {
-            return None;
-        }
+        let port = self.other_owner()?;
         if is_own_port(port) {
             return Some("the owner is another queue of this process".to_owned());
         }
-        // The port id of a process's first netlink socket is the process id. Later sockets have ids
-        // that are negative as signed numbers.
+        // The kernel gives a process's first netlink socket the process id. Other port ids are
+        // negative as signed numbers.
         Some(match port as i32 {
             process @ 1.. => format!("the owner is probably process {process}"),
             _ => format!("the owner is a netlink socket with port id {port}"),

@@ -16,8 +16,8 @@ use crate::types::{Error, ErrorKind, stats::Number};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KernelStats {
-    /// The netlink port id of the socket that owns the queue. That of a process's first netlink
-    /// socket is the process id.
+    /// The netlink port id of the socket that owns the queue. It is random, and not the process
+    /// id. The program `nfqtop` shows the process.
     pub port_id: u32,
     /// Packets that wait for a verdict, including unread ones.
     pub queued: u32,

@@ -2,10 +2,11 @@
 //! content. With feature `test-util`, a kernel in memory can take the place of the real one.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -14,7 +15,7 @@ use std::{
 use netlink_sys::{Socket as Netlink, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::{
     io::Errno,
-    net::{SendFlags, sockopt},
+    net::{RecvFlags, SendFlags, sockopt},
 };
 use tokio::{
     io::{
@@ -30,7 +31,10 @@ use super::{
     kernel::KernelStats,
     memory::{MemoryKernel, MemorySocket},
 };
-use crate::types::{Error, ErrorKind};
+use crate::{
+    types::{Error, ErrorKind},
+    wire::port,
+};
 
 /// What carries the datagrams.
 #[derive(Debug)]
@@ -113,17 +117,16 @@ impl Unregistered {
     /// the kernel accounts them.
     pub(crate) fn open(receive_buffer: usize) -> Result<Self, Error> {
         let os = |operation: &'static str| move |source| Error::os(operation, source);
-        let socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
+        let mut socket = Netlink::new(NETLINK_NETFILTER).map_err(os("open netlink socket"))?;
         socket.set_non_blocking(true).map_err(os("open netlink socket"))?;
-        // A connected socket receives only from the kernel (netlink_getsockbyportid). It gets its
-        // address in the same call, so no other process can have sent anything before.
+        let port_id = port::bind_port(|port| socket.bind(&SocketAddr::new(port, 0)))
+            .map_err(os("give the netlink socket an address"))?;
+        // A connected socket receives only from the kernel (netlink_getsockbyportid).
         socket.connect(&SocketAddr::new(0, 0)).map_err(os("connect netlink socket"))?;
-        let mut address = SocketAddr::new(0, 0);
-        socket.get_address(&mut address).map_err(os("read the address of the netlink socket"))?;
-        let port_id = address.port_number();
         // Otherwise the first overflow stops all receiving until the buffer has been read empty
         // (netlink_overrun).
         socket.set_no_enobufs(true).map_err(os("set NETLINK_NO_ENOBUFS"))?;
+        discard_all(&socket);
         // Error messages in words from the kernel. Not supported before 4.12, and not needed.
         let _ = socket.set_ext_ack(true);
         let receive_buffer = set_receive_buffer(&socket, receive_buffer)?;
@@ -182,26 +185,53 @@ impl Unregistered {
     }
 }
 
+/// Discards what others have sent to the socket before it was connected.
+fn discard_all(socket: &Netlink) {
+    while rustix::net::recv(socket, &mut [0_u8; 1], RecvFlags::DONTWAIT).is_ok() {}
+}
+
 /// Port ids of this process's queues, in all network namespaces.
-static OWN_PORTS: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+static OWN_PORTS: Mutex<OwnPorts> = Mutex::new(OwnPorts { open: Vec::new(), closed: VecDeque::new() });
+
+struct OwnPorts {
+    open: Vec<u32>,
+    /// The last ones that were closed, or are being closed.
+    closed: VecDeque<u32>,
+}
+
+fn own_ports() -> MutexGuard<'static, OwnPorts> {
+    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Remembers the port id of a queue of this process.
 pub(crate) fn own_port(port: u32) {
-    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).push(port);
+    own_ports().open.push(port);
 }
 
 /// The queue's socket is about to be closed.
 pub(crate) fn forget_port(port: u32) {
-    let mut ports = OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(at) = ports.iter().position(|other| *other == port) {
-        ports.swap_remove(at);
+    let mut ports = own_ports();
+    if let Some(at) = ports.open.iter().position(|other| *other == port) {
+        ports.open.swap_remove(at);
     }
+    if ports.closed.len() == CLOSED_PORTS {
+        ports.closed.pop_front();
+    }
+    ports.closed.push_back(port);
 }
 
 /// Whether a queue of this process has this port id.
 pub(crate) fn is_own_port(port: u32) -> bool {
-    OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner).contains(&port)
+    own_ports().open.contains(&port)
 }
+
+/// Whether a queue of this process had this port id, whose socket another thread may be closing.
+pub(crate) fn is_closed_port(port: u32) -> bool {
+    let ports = own_ports();
+    ports.closed.contains(&port) && !ports.open.contains(&port)
+}
+
+const CLOSED_PORTS: usize = 64;
 
 /// Sets the receive buffer, beyond `net.core.rmem_max` if that is allowed. Returns the resulting
 /// size.
@@ -431,5 +461,30 @@ impl Socket {
                 Err(errno) => return Err(errno),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_sys::protocols::NETLINK_USERSOCK;
+
+    use super::*;
+
+    #[test]
+    fn what_was_sent_before_the_connection_is_discarded() {
+        let open = || {
+            let mut socket = Netlink::new(NETLINK_USERSOCK).unwrap();
+            let port = socket.bind_auto().unwrap();
+            (socket, port)
+        };
+        let (socket, port) = open();
+        let (other, _) = open();
+        for _ in 0..3 {
+            other.send_to(&[7; 100], &port, 0).unwrap();
+        }
+        assert!(rustix::net::recv(&socket, &mut [0_u8; 1], RecvFlags::DONTWAIT | RecvFlags::PEEK).is_ok());
+        discard_all(&socket);
+        let left = rustix::net::recv(&socket, &mut [0_u8; 1], RecvFlags::DONTWAIT);
+        assert_eq!(left.unwrap_err(), Errno::AGAIN);
     }
 }

@@ -20,6 +20,7 @@ use netlink_packet_netfilter::{
     nftables::NfTablesMessage, none::ControlMessage,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nfqueue_proto::wire::port;
 use rustix::net::{
     RecvFlags,
     sockopt::{
@@ -74,7 +75,7 @@ impl Connection {
     /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open(family: TableFamily) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        let port = socket.bind_auto()?.port_number();
+        let port = port::bind_port(|port| socket.bind(&SocketAddr::new(port, 0)))?;
         set_socket_timeout(socket.as_fd(), Timeout::Recv, Some(REPLY_TIMEOUT))?;
         // With these options, error replies contain a text but not the refused message, and an
         // overflow of the receive buffer is not reported. Only the first error is used, so an

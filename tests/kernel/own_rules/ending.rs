@@ -1,6 +1,6 @@
 //! The ends of a queue with rules.
 
-use std::{pin::pin, time::Duration};
+use std::{collections::HashSet, pin::pin, time::Duration};
 
 use futures::StreamExt;
 use tokio_nfqueue::{Action, Divert, ErrorKind, Queue};
@@ -18,6 +18,7 @@ tests![
     both rules_end_with_the_last_stream,
     both a_close_that_is_not_awaited_goes_on,
     both two_clones_close_at_once,
+    both the_port_id_of_a_closed_socket_is_not_used_again,
     both a_time_out_of_close_is_returned_by_it,
     one close_after_the_rules_have_been_closed,
     sync a_queue_is_dropped_outside_a_runtime,
@@ -138,6 +139,24 @@ async fn two_clones_close_at_once() {
         traffic.expect(0..5).await;
         assert!(soon("the end", queue.next()).await.is_none());
         soon("the shutdown", queue.close()).await.unwrap();
+    }
+}
+
+/// The kernel gives a port id anew as soon as the socket that has it begins to be closed, and
+/// removes the queues and the tables of this port id later in this (`netlink_release`), also new
+/// ones.
+async fn the_port_id_of_a_closed_socket_is_not_used_again() {
+    let mut seen = HashSet::from([std::process::id()]);
+    for _ in 0..20 {
+        let queue = Queue::builder(0).divert(Divert::builder().rule(udp_in())).bind().await.unwrap();
+        let divert = queue.divert().unwrap();
+        // The name of a table contains the port id of its socket.
+        let table = divert.table().rsplit('_').next().unwrap().parse().unwrap();
+        for port in [queue.sink().kernel_stats().unwrap().port_id, table] {
+            assert!(seen.insert(port), "{port}");
+        }
+        drop(divert);
+        queue.close().await.unwrap();
     }
 }
 

@@ -14,6 +14,7 @@ pub mod expectation;
 pub mod kernel_side;
 pub mod message;
 pub mod packet;
+pub mod port;
 pub mod tuple;
 pub mod verdict;
 mod writer;
