@@ -5,7 +5,7 @@ use netlink_packet_netfilter::nftables::MetaKey;
 
 use super::{
     chain::{Place, chain_name},
-    encoder::{Encoder, QueueMethod, number},
+    encoder::{Encoder, QueueMethod, number, text},
     facts::Facts,
     family::{IpVersion, TableFamily},
     flow_chain::FlowChain,
@@ -166,10 +166,7 @@ impl Action {
             Self::Goto(target) => encoder.chain(NFT_GOTO, target.name()),
             Self::Jump(target) => encoder.chain(NFT_JUMP, target.name()),
             Self::Return => encoder.verdict(NFT_RETURN as u32),
-            Self::Offload => {
-                let name = DefaultNla::new(NFTA_FLOW_TABLE_NAME, [FLOWTABLE.as_bytes(), b"\0"].concat());
-                encoder.other("flow_offload", vec![name]);
-            }
+            Self::Offload => encoder.expression("flow_offload", &[text(NFTA_FLOW_TABLE_NAME, FLOWTABLE)]),
         }
     }
 
@@ -221,19 +218,16 @@ fn queue_expression(queues: Queues, encoder: &mut Encoder) {
     let attributes =
         [(NFTA_QUEUE_NUM, queues.first), (NFTA_QUEUE_TOTAL, total(queues)), (NFTA_QUEUE_FLAGS, flags(queues))]
             .map(|(kind, value)| DefaultNla::new(kind, value.to_be_bytes().to_vec()));
-    encoder.other("queue", attributes.to_vec());
+    encoder.expression("queue", &attributes);
 }
 
 /// `struct xt_NFQ_info_v3 { u16 queuenum, queues_total, flags; }` in host byte order, padded as
 /// `XT_ALIGN` requires.
 fn queue_target(queues: Queues, encoder: &mut Encoder) {
     let info = [queues.first, total(queues), flags(queues), 0].into_iter().flat_map(u16::to_ne_bytes).collect();
-    let attributes = vec![
-        DefaultNla::new(NFTA_TARGET_NAME, b"NFQUEUE\0".to_vec()),
-        number(NFTA_TARGET_REV, 3),
-        DefaultNla::new(NFTA_TARGET_INFO, info),
-    ];
-    encoder.other("target", attributes);
+    let attributes =
+        [text(NFTA_TARGET_NAME, "NFQUEUE"), number(NFTA_TARGET_REV, 3), DefaultNla::new(NFTA_TARGET_INFO, info)];
+    encoder.expression("target", &attributes);
 }
 
 fn total(queues: Queues) -> u16 {
@@ -247,7 +241,7 @@ fn flags(queues: Queues) -> u16 {
 }
 
 fn reject(kind: u32, code: u8, encoder: &mut Encoder) {
-    encoder.other("reject", vec![number(NFTA_REJECT_TYPE, kind), DefaultNla::new(NFTA_REJECT_ICMP_CODE, vec![code])]);
+    encoder.expression("reject", &[number(NFTA_REJECT_TYPE, kind), DefaultNla::new(NFTA_REJECT_ICMP_CODE, vec![code])]);
 }
 
 // uapi/linux/netfilter/nf_tables.h

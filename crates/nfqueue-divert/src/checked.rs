@@ -1,6 +1,7 @@
 //! Checks rules, and turns them into rules of the kernel.
 
-use netlink_packet_netfilter::nftables::{ExpressionAttribute, ListAttribute, MetaKey};
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::MetaKey;
 
 use nfqueue_proto::types::{Hook, Protocol};
 
@@ -70,11 +71,7 @@ impl Surroundings<'_> {
 impl KernelRule<'_> {
     /// The conditions, a counter and the action. If a comparison fails, the kernel skips the rest
     /// of the rule.
-    pub(super) fn expressions(
-        &self,
-        encoding: Encoding,
-        next_set: u32,
-    ) -> (Vec<ListAttribute<ExpressionAttribute>>, Vec<AnonymousSet>) {
+    pub(super) fn expressions(&self, encoding: Encoding, next_set: u32) -> (Vec<DefaultNla>, Vec<AnonymousSet>) {
         let mut encoder = Encoder::new(encoding, next_set);
         // The version comes first, because the offsets of the addresses depend on it.
         if let Some(version) = self.version_condition() {
@@ -84,7 +81,7 @@ impl KernelRule<'_> {
             condition.condition().encode(&self.facts, *negated, &mut encoder);
         }
         if self.counts {
-            encoder.other("counter", Vec::new());
+            encoder.expression::<DefaultNla>("counter", &[]);
         }
         self.changes.iter().for_each(|change| change.encode(&mut encoder));
         if !encoding.trial {

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, Nla};
 use netlink_packet_netfilter::nftables::{
-    Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
-    Operator, Payload, Register, Verdict, VerdictAttribute,
+    Bitwise, Cmp, DataAttribute, Immediate, Lookup, Meta, MetaKey, Operator, Payload, Register, Verdict,
+    VerdictAttribute,
 };
 
 use super::family::IpVersion;
@@ -32,7 +32,7 @@ pub(super) struct Encoding {
 #[derive(Debug)]
 pub(super) struct Encoder {
     pub(super) encoding: Encoding,
-    list: Vec<Expressions>,
+    list: Vec<DefaultNla>,
     sets: Vec<AnonymousSet>,
     /// The id of the next set. It is unique in a transaction.
     next_set: u32,
@@ -86,8 +86,16 @@ impl Encoder {
         Self { encoding, list: Vec::new(), sets: Vec::new(), next_set }
     }
 
-    pub(super) fn finish(self) -> (Vec<ListAttribute<ExpressionAttribute>>, Vec<AnonymousSet>) {
-        (self.list.into_iter().map(Into::into).collect(), self.sets)
+    /// The elements of the list `NFTA_RULE_EXPRESSIONS`, and the sets.
+    pub(super) fn finish(self) -> (Vec<DefaultNla>, Vec<AnonymousSet>) {
+        (self.list, self.sets)
+    }
+
+    /// The attributes become bytes at once. In a tree of attributes each counts the lengths of all
+    /// within it several times, so that the time doubles with each level (`Emitable`).
+    pub(super) fn expression<A: Nla>(&mut self, name: &str, attributes: &[A]) {
+        let expression = [text(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, attributes)];
+        self.list.push(nested(NFTA_LIST_ELEM, &expression));
     }
 
     /// Loads metadata of the packet into the first register.
@@ -96,12 +104,12 @@ impl Encoder {
     }
 
     pub(super) fn meta_into(&mut self, key: MetaKey, register: u32) {
-        self.list.push(Expressions::Meta(vec![Meta::DestinationRegister(Register::Other(register)), Meta::Key(key)]));
+        self.expression("meta", &[Meta::DestinationRegister(Register::Other(register)), Meta::Key(key)]);
     }
 
     /// Stores the first register in metadata of the packet.
     pub(super) fn set_meta(&mut self, key: MetaKey) {
-        self.list.push(Expressions::Meta(vec![Meta::Key(key), Meta::SourceRegister(Register::Other(REG_1))]));
+        self.expression("meta", &[Meta::Key(key), Meta::SourceRegister(Register::Other(REG_1))]);
     }
 
     /// Loads a field of the connection into the first register.
@@ -109,13 +117,13 @@ impl Encoder {
         if self.encoding.trial {
             return self.meta(MetaKey::Mark);
         }
-        self.other("ct", vec![number(NFTA_CT_DREG, REG_1), number(NFTA_CT_KEY, key)]);
+        self.expression("ct", &[number(NFTA_CT_DREG, REG_1), number(NFTA_CT_KEY, key)]);
     }
 
     /// Stores the first register in a field of the connection.
     pub(super) fn set_connection(&mut self, key: u32) {
         if !self.encoding.trial {
-            self.other("ct", vec![number(NFTA_CT_KEY, key), number(NFTA_CT_SREG, REG_1)]);
+            self.expression("ct", &[number(NFTA_CT_KEY, key), number(NFTA_CT_SREG, REG_1)]);
         }
     }
 
@@ -170,10 +178,13 @@ impl Encoder {
     /// Loads the ports of a protocol without ports, as connection tracking has them, into two
     /// registers.
     pub(super) fn no_ports(&mut self, register: u32) {
-        self.list.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Other(register)),
-            Immediate::Data(DataAttribute::Value(vec![0; 8])),
-        ]));
+        self.expression(
+            "immediate",
+            &[
+                Immediate::DestinationRegister(Register::Other(register)),
+                Immediate::Data(DataAttribute::Value(vec![0; 8])),
+            ],
+        );
     }
 
     /// Loads the source or the destination port into a register.
@@ -198,9 +209,9 @@ impl Encoder {
 
     /// Loads 1 into the first register if an IPv6 packet has this extension header, otherwise 0.
     pub(super) fn has_extension(&mut self, header: u8) {
-        self.other(
+        self.expression(
             "exthdr",
-            vec![
+            &[
                 number(NFTA_EXTHDR_DREG, REG_1),
                 DefaultNla::new(NFTA_EXTHDR_TYPE, vec![header]),
                 number(NFTA_EXTHDR_OFFSET, 0),
@@ -227,7 +238,7 @@ impl Encoder {
             let checksum = [(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET), (NFTA_PAYLOAD_CSUM_OFFSET, 10)];
             attributes.extend(checksum.map(|(kind, value)| number(kind, value)));
         }
-        self.other("payload", attributes);
+        self.expression("payload", &attributes);
     }
 
     /// Loads the EtherType of the frame into the first register. Ends the rule for packets without
@@ -237,34 +248,35 @@ impl Encoder {
     }
 
     fn payload(&mut self, base: u32, offset: u32, length: u32, register: u32) {
-        self.list.push(Expressions::Payload(vec![
-            Payload::DestinationRegister(Register::Other(register)),
-            Payload::Base(base),
-            Payload::Offset(offset),
-            Payload::Len(length),
-        ]));
+        self.expression(
+            "payload",
+            &[
+                Payload::DestinationRegister(Register::Other(register)),
+                Payload::Base(base),
+                Payload::Offset(offset),
+                Payload::Len(length),
+            ],
+        );
     }
 
     /// Continues with the rule if the first register has this value, or if `negated` and it has
     /// not.
     pub(super) fn equal(&mut self, value: Vec<u8>, negated: bool) {
         let operator = if negated { Operator::NotEqual } else { Operator::Equal };
-        self.list.push(Expressions::Cmp(vec![
-            Cmp::SourceRegister(Register::Reg1),
-            Cmp::Op(operator),
-            Cmp::Data(DataAttribute::Value(value)),
-        ]));
+        self.expression(
+            "cmp",
+            &[Cmp::SourceRegister(Register::Reg1), Cmp::Op(operator), Cmp::Data(DataAttribute::Value(value))],
+        );
     }
 
     /// Continues with the rule if the first register, in network byte order, is at most this value,
     /// or if `negated` and it is greater.
     pub(super) fn at_most(&mut self, value: Vec<u8>, negated: bool) {
         let operator = if negated { Operator::GreaterThan } else { Operator::LessThanEqual };
-        self.list.push(Expressions::Cmp(vec![
-            Cmp::SourceRegister(Register::Reg1),
-            Cmp::Op(operator),
-            Cmp::Data(DataAttribute::Value(value)),
-        ]));
+        self.expression(
+            "cmp",
+            &[Cmp::SourceRegister(Register::Reg1), Cmp::Op(operator), Cmp::Data(DataAttribute::Value(value))],
+        );
     }
 
     /// `register = register & mask ^ change`, for the first register.
@@ -273,13 +285,16 @@ impl Encoder {
     }
 
     fn bitwise_in(&mut self, register: Register, mask: Vec<u8>, change: Vec<u8>) {
-        self.list.push(Expressions::Bitwise(vec![
-            Bitwise::SourceRegister(register),
-            Bitwise::DestinationRegister(register),
-            Bitwise::Length(mask.len() as u32),
-            Bitwise::Xor(DataAttribute::Value(change)),
-            Bitwise::Mask(DataAttribute::Value(mask)),
-        ]));
+        self.expression(
+            "bitwise",
+            &[
+                Bitwise::SourceRegister(register),
+                Bitwise::DestinationRegister(register),
+                Bitwise::Length(mask.len() as u32),
+                Bitwise::Xor(DataAttribute::Value(change)),
+                Bitwise::Mask(DataAttribute::Value(mask)),
+            ],
+        );
     }
 
     pub(super) fn mask(&mut self, mask: Vec<u8>) {
@@ -328,46 +343,58 @@ impl Encoder {
             data(NFTA_RANGE_FROM_DATA, first),
             data(NFTA_RANGE_TO_DATA, last),
         ];
-        self.other("range", attributes);
+        self.expression("range", &attributes);
     }
 
     fn anonymous_set(&mut self, value_type: ValueType, ranges: &[Range], negated: bool) {
         let id = self.next_set;
         self.next_set += 1;
         self.sets.push(AnonymousSet { id, value_type, ranges: ranges.to_vec() });
-        self.list.push(Expressions::Lookup(vec![
-            Lookup::Set(ANONYMOUS.to_owned()),
-            Lookup::SourceRegister(Register::Reg1),
-            Lookup::Other(number(NFTA_LOOKUP_SET_ID, id)),
-            Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
-        ]));
+        self.expression(
+            "lookup",
+            &[
+                Lookup::Set(ANONYMOUS.to_owned()),
+                Lookup::SourceRegister(Register::Reg1),
+                Lookup::Other(number(NFTA_LOOKUP_SET_ID, id)),
+                Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
+            ],
+        );
     }
 
     /// Looks the registers from the first on up in a named set.
     pub(super) fn named_set(&mut self, name: &str, negated: bool) {
-        self.list.push(Expressions::Lookup(vec![
-            Lookup::Set(name.to_owned()),
-            Lookup::SourceRegister(Register::Reg1),
-            Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
-        ]));
+        self.expression(
+            "lookup",
+            &[
+                Lookup::Set(name.to_owned()),
+                Lookup::SourceRegister(Register::Reg1),
+                Lookup::Other(number(NFTA_LOOKUP_FLAGS, u32::from(negated))),
+            ],
+        );
     }
 
     pub(super) fn verdict(&mut self, code: u32) {
-        self.list.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Verdict),
-            Immediate::Data(DataAttribute::Verdict(vec![VerdictAttribute::Code(Verdict::Other(code))])),
-        ]));
+        self.expression(
+            "immediate",
+            &[
+                Immediate::DestinationRegister(Register::Verdict),
+                Immediate::Data(DataAttribute::Verdict(vec![VerdictAttribute::Code(Verdict::Other(code))])),
+            ],
+        );
     }
 
     /// Continues in another chain.
     pub(super) fn chain(&mut self, code: i32, chain: String) {
-        self.list.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Verdict),
-            Immediate::Data(DataAttribute::Verdict(vec![
-                VerdictAttribute::Code(Verdict::Other(code as u32)),
-                VerdictAttribute::Chain(chain),
-            ])),
-        ]));
+        self.expression(
+            "immediate",
+            &[
+                Immediate::DestinationRegister(Register::Verdict),
+                Immediate::Data(DataAttribute::Verdict(vec![
+                    VerdictAttribute::Code(Verdict::Other(code as u32)),
+                    VerdictAttribute::Chain(chain),
+                ])),
+            ],
+        );
     }
 
     /// Adds the registers from the first on to a named set, or lets the time-out of the element
@@ -377,48 +404,43 @@ impl Encoder {
     /// stays as it is.
     pub(super) fn update_set(&mut self, name: &str, data: Option<u32>) {
         let mut attributes = vec![
-            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+            text(NFTA_DYNSET_SET_NAME, name),
             number(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
             number(NFTA_DYNSET_SREG_KEY, REG_1),
         ];
         attributes.extend(data.map(|register| number(NFTA_DYNSET_SREG_DATA, register)));
-        self.other("dynset", attributes);
+        self.expression("dynset", &attributes);
     }
 
     /// Adds the registers from the first on to a named set, for this time. An element that exists
     /// stays as it is.
     pub(super) fn add_to_set(&mut self, name: &str, timeout: Duration) {
         let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        let attributes = vec![
-            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+        let attributes = [
+            text(NFTA_DYNSET_SET_NAME, name),
             number(NFTA_DYNSET_OP, NFT_DYNSET_OP_ADD),
             number(NFTA_DYNSET_SREG_KEY, REG_1),
             DefaultNla::new(NFTA_DYNSET_TIMEOUT, milliseconds.to_be_bytes().to_vec()),
         ];
-        self.other("dynset", attributes);
+        self.expression("dynset", &attributes);
     }
 
     /// Deletes the element in the registers from the first on, if it is there (`nft_rhash_delete`).
     pub(super) fn delete_from_set(&mut self, name: &str) {
-        let attributes = vec![
-            DefaultNla::new(NFTA_DYNSET_SET_NAME, [name.as_bytes(), b"\0"].concat()),
+        let attributes = [
+            text(NFTA_DYNSET_SET_NAME, name),
             number(NFTA_DYNSET_OP, NFT_DYNSET_OP_DELETE),
             number(NFTA_DYNSET_SREG_KEY, REG_1),
         ];
-        self.other("dynset", attributes);
+        self.expression("dynset", &attributes);
     }
 
     /// Loads bytes into the first register.
     pub(super) fn value(&mut self, value: Vec<u8>) {
-        self.list.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Reg1),
-            Immediate::Data(DataAttribute::Value(value)),
-        ]));
-    }
-
-    /// An expression that netlink-packet-netfilter has no type for.
-    pub(super) fn other(&mut self, name: &str, attributes: Vec<DefaultNla>) {
-        self.list.push(Expressions::Other { expression_type: name.to_owned(), attributes });
+        self.expression(
+            "immediate",
+            &[Immediate::DestinationRegister(Register::Reg1), Immediate::Data(DataAttribute::Value(value))],
+        );
     }
 }
 
@@ -461,6 +483,11 @@ pub(super) enum Endpoint {
 /// An attribute with a number of 32 bits in network byte order.
 pub(super) fn number(kind: u16, value: u32) -> DefaultNla {
     DefaultNla::new(kind, value.to_be_bytes().to_vec())
+}
+
+/// An attribute with a text.
+pub(super) fn text(kind: u16, text: &str) -> DefaultNla {
+    DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat())
 }
 
 /// An attribute that contains attributes.
@@ -508,6 +535,9 @@ pub(super) const ANONYMOUS: &str = "__set%d";
 /// The first register of 16 bytes. Its parts of 4 bytes are the registers from `REG32_00` on.
 pub(super) const REG_1: u32 = 1;
 pub(super) const REG32_00: u32 = 8;
+const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_EXPR_NAME: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
 pub(super) const NFTA_DATA_VALUE: u16 = 1;
 const NFTA_CT_DREG: u16 = 1;
 const NFTA_CT_KEY: u16 = 2;

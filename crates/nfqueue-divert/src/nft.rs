@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, DataAttribute, ExpressionAttribute, Hook as HookAttribute, HookNumber,
-    InetHookNumber, ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription,
-    SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute,
-    TableFlags, TableMessage,
+    ChainAttribute, ChainMessage, DataAttribute, Hook as HookAttribute, HookNumber, InetHookNumber, ListAttribute,
+    NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetDescription, SetElementAttribute, SetElementFlags,
+    SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableFlags, TableMessage,
 };
 
 use super::{
@@ -15,7 +14,7 @@ use super::{
     chain::{Chain, FLOWTABLE_PRIORITY, INGRESS},
     checked::KernelRule,
     denied::{self, DeniedSet, FlowTable},
-    encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, nested, number},
+    encoder::{ANONYMOUS, AnonymousSet, Encoder, Encoding, PORT, REG_1, nested, number, text},
     family::TableFamily,
     set::NamedSet,
     tuple,
@@ -186,7 +185,6 @@ impl<'a> Batch<'a> {
         if !self.encoding.trial {
             hook.push(nested(NFTA_FLOWTABLE_HOOK_DEVS, &device_names(devices)));
         }
-        let text = |kind, text: &str| DefaultNla::new(kind, [text.as_bytes(), b"\0"].concat());
         let attributes = vec![
             text(NFTA_FLOWTABLE_TABLE, self.table),
             text(NFTA_FLOWTABLE_NAME, FLOWTABLE),
@@ -220,7 +218,7 @@ impl<'a> Batch<'a> {
                 TableFamily::Inet | TableFamily::Bridge => NFPROTO_UNSPEC,
             };
             encoder.value(PORT.bytes(1));
-            encoder.other("tproxy", vec![number(NFTA_TPROXY_FAMILY, version), number(NFTA_TPROXY_REG_PORT, REG_1)]);
+            encoder.expression("tproxy", &[number(NFTA_TPROXY_FAMILY, version), number(NFTA_TPROXY_REG_PORT, REG_1)]);
             self.create_rule(Subject::Hooks("defragmentation"), HOLDER, encoder);
         }
     }
@@ -232,7 +230,7 @@ impl<'a> Batch<'a> {
         let message = NfTablesMessage::NewChain(ChainMessage { attributes });
         self.push(Subject::Chain(HOLDER.to_owned()), NLM_F_CREATE, message);
         let mut encoder = Encoder::new(self.encoding, 0);
-        encoder.other(expression, Vec::new());
+        encoder.expression::<DefaultNla>(expression, &[]);
         self.create_rule(Subject::Hooks("probe"), HOLDER, encoder);
     }
 
@@ -286,16 +284,7 @@ impl<'a> Batch<'a> {
         self.create_rule(Subject::Chain(chain.to_owned()), chain, encoder);
     }
 
-    /// The expressions become bytes here. As a part of the message they would be copied and dropped
-    /// one by one, and their lengths counted again for each attribute around them: with flow marks
-    /// that takes twice as long.
-    fn push_rule(
-        &mut self,
-        subject: Subject,
-        chain: &str,
-        expressions: &[ListAttribute<ExpressionAttribute>],
-        text: Option<&str>,
-    ) {
+    fn push_rule(&mut self, subject: Subject, chain: &str, expressions: &[DefaultNla], text: Option<&str>) {
         let mut attributes = vec![
             RuleAttribute::Table(self.table.to_owned()),
             RuleAttribute::Chain(chain.to_owned()),
@@ -473,7 +462,7 @@ impl<'a> Batch<'a> {
 
 /// The names of interfaces, as an attribute contains them.
 fn device_names(devices: &[String]) -> Vec<DefaultNla> {
-    let name = |name: &String| DefaultNla::new(NFTA_DEVICE_NAME, [name.as_bytes(), b"\0"].concat());
+    let name = |name: &String| text(NFTA_DEVICE_NAME, name);
     devices.iter().map(name).collect()
 }
 

@@ -221,12 +221,9 @@ pub(super) fn load_reply_ports(register: u32, encoder: &mut Encoder) {
 }
 
 fn load_field(key: u32, direction: u8, register: u32, encoder: &mut Encoder) {
-    let attributes = vec![
-        number(NFTA_CT_DREG, register),
-        number(NFTA_CT_KEY, key),
-        DefaultNla::new(NFTA_CT_DIRECTION, vec![direction]),
-    ];
-    encoder.other("ct", attributes);
+    let attributes =
+        [number(NFTA_CT_DREG, register), number(NFTA_CT_KEY, key), DefaultNla::new(NFTA_CT_DIRECTION, vec![direction])];
+    encoder.expression("ct", &attributes);
 }
 
 /// The tuple in the language of nft. It names the fields of the packet, because nft has no type for

@@ -1,7 +1,5 @@
 //! How much a connection has transferred.
 
-use netlink_packet_core::DefaultNla;
-
 use super::{
     super::{
         encoder::{Encoder, number},
@@ -78,8 +76,7 @@ impl Condition for Amount {
             (NFTA_BYTEORDER_LEN, 8),
             (NFTA_BYTEORDER_SIZE, 8),
         ];
-        let attributes: Vec<DefaultNla> = attributes.into_iter().map(|(kind, value)| number(kind, value)).collect();
-        encoder.other("byteorder", attributes);
+        encoder.expression("byteorder", &attributes.map(|(kind, value)| number(kind, value)));
         encoder.at_most(self.limit.to_be_bytes().to_vec(), negated);
     }
 

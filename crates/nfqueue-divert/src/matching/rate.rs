@@ -100,14 +100,14 @@ impl Condition for Limit {
 
     fn encode(&self, _facts: &Facts<'_>, negated: bool, encoder: &mut Encoder) {
         let long = |kind, value: u64| DefaultNla::new(kind, value.to_be_bytes().to_vec());
-        let attributes = vec![
+        let attributes = [
             long(NFTA_LIMIT_RATE, self.rate.count),
             long(NFTA_LIMIT_UNIT, self.rate.period),
             number(NFTA_LIMIT_BURST, self.rate.burst),
             number(NFTA_LIMIT_TYPE, u32::from(self.rate.bytes)),
             number(NFTA_LIMIT_FLAGS, u32::from(self.over != negated)),
         ];
-        encoder.other("limit", attributes);
+        encoder.expression("limit", &attributes);
     }
 
     fn nft(&self, _facts: &Facts<'_>, negated: bool) -> String {
