@@ -16,7 +16,7 @@ use std::{
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nfqueue_testbed::{RawQueue, SLOWNESS, UserNamespace, enter, fresh, isolated, stay_on_one_cpu};
+use nfqueue_testbed::{RawQueue, SLOWNESS, UserNamespace, enter, fresh, isolated, rules, stay_on_one_cpu};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// Set to 1 to skip all tests that need a kernel.
@@ -64,6 +64,7 @@ pub fn run(mut tests: Vec<Trial>) -> ExitCode {
     if skip && !arguments.list {
         eprintln!("{SKIP}=1: all {} tests that need the kernel are skipped", tests.len());
     }
+    let _held = (SLOWNESS > 1 && !skip && !arguments.list).then(rules::hold_hooks);
     let tests = tests.into_iter().map(|test| if skip { test.with_ignored_flag(true) } else { test }).collect();
     libtest_mimic::run(&arguments, tests).exit_code()
 }

@@ -13,8 +13,8 @@ use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 use super::{
     Namespace, SLOWNESS,
     rtnetlink::{
-        Action, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD, Request,
-        VETH_INFO_PEER, attribute, family, text,
+        Action, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU, IFLA_NET_NS_FD,
+        IFLA_NUM_RX_QUEUES, IFLA_NUM_TX_QUEUES, Request, VETH_INFO_PEER, attribute, family, text,
     },
     sockets::wait_until,
     sys,
@@ -139,14 +139,20 @@ pub fn veth_with(options: &VethOptions) -> Peer {
 /// A pair of interfaces, the far one in another namespace; both are down.
 pub(crate) fn make_pair(near: &str, far: &str, namespace: &Namespace, mtu: u32) {
     let mtu = mtu.to_ne_bytes();
-    let peer = Request::new_link()
-        .with(IFLA_IFNAME, &text(far))
-        .with(IFLA_MTU, &mtu)
-        .with(IFLA_NET_NS_FD, &namespace.file().as_raw_fd().to_ne_bytes());
+    // Otherwise the kernel makes one queue for each processor, takes all but one away, and waits
+    // until no processor uses these.
+    let queues = 1_u32.to_ne_bytes();
+    let interface = |name| {
+        Request::new_link()
+            .with(IFLA_IFNAME, &text(name))
+            .with(IFLA_MTU, &mtu)
+            .with(IFLA_NUM_TX_QUEUES, &queues)
+            .with(IFLA_NUM_RX_QUEUES, &queues)
+    };
+    let peer = interface(far).with(IFLA_NET_NS_FD, &namespace.file().as_raw_fd().to_ne_bytes());
     let data = attribute(VETH_INFO_PEER, &peer.into_body());
     let information = [attribute(IFLA_INFO_KIND, b"veth"), attribute(IFLA_INFO_DATA, &data)].concat();
-    let pair =
-        Request::new_link().with(IFLA_IFNAME, &text(near)).with(IFLA_MTU, &mtu).with(IFLA_LINKINFO, &information);
+    let pair = interface(near).with(IFLA_LINKINFO, &information);
     pair.send(NEW).expect("make a pair of interfaces");
 }
 

@@ -19,7 +19,7 @@ use netlink_packet_netfilter::{
     none::ControlMessage,
 };
 
-use super::connections::acknowledged;
+use super::{connections::acknowledged, namespace::Namespace};
 
 pub use netlink_packet_netfilter::{NetfilterProtoFamily, nftables::Expressions};
 
@@ -58,6 +58,23 @@ pub fn install(
             (NfTablesMessage::NewRule(RuleMessage { attributes: rule }), NLM_F_CREATE | NLM_F_APPEND | NLM_F_ACK),
         ],
     )
+}
+
+/// Keeps the hooks of IPv4, IPv6 and bridges in use, in the namespace that it returns: there are
+/// chains that change nothing. A kernel without such chains is left as it is.
+///
+/// The first user of a hook in any namespace, and the last one, change the kernel's code. On an
+/// emulated processor that takes long, because what it has translated is lost.
+pub fn hold_hooks() -> Namespace {
+    let namespace = Namespace::new();
+    namespace.run(|| {
+        for family in [NetfilterProtoFamily::Inet, NetfilterProtoFamily::Bridge] {
+            for hook in 0..5 {
+                let _ = install(family, &format!("holds_{hook}"), Some(Place { hook, priority: 0 }), Vec::new());
+            }
+        }
+    });
+    namespace
 }
 
 /// Sends IPv4 packets of this host, to any address and the port `from`, to 127.0.0.1 and the port
