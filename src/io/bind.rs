@@ -209,7 +209,7 @@ impl Shared {
         // negative as signed numbers.
         Some(match port as i32 {
             process @ 1.. => format!("the owner is probably process {process}"),
-            _ => format!("the owner is a netlink socket with port id {port}"),
+            _ => format!("the owner is the netlink socket with port id {port}; nfqtop tells its process"),
         })
     }
 
