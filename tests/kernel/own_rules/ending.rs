@@ -9,6 +9,7 @@ use super::{queue, rules, table_exists};
 use crate::{
     close::Stream,
     common::{Traffic, account, eventually, freed, hold, next, queued, soon, udp_in},
+    support::many,
 };
 
 tests![
@@ -147,7 +148,7 @@ async fn two_clones_close_at_once() {
 /// ones.
 async fn the_port_id_of_a_closed_socket_is_not_used_again() {
     let mut seen = HashSet::from([std::process::id()]);
-    for _ in 0..20 {
+    for _ in 0..many(20) {
         let queue = Queue::builder(0).divert(Divert::builder().rule(udp_in())).bind().await.unwrap();
         let divert = queue.divert().unwrap();
         // The name of a table contains the port id of its socket.
