@@ -53,7 +53,7 @@ pub fn run(mut tests: Vec<Trial>) -> ExitCode {
         return code;
     }
     // A list needs no kernel; the tests report problems.
-    let _ = enter();
+    let entered = enter().is_ok();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
     // `order::` is also in `bridge::..._in_any_order::two_workers`.
@@ -64,7 +64,7 @@ pub fn run(mut tests: Vec<Trial>) -> ExitCode {
     if skip && !arguments.list {
         eprintln!("{SKIP}=1: all {} tests that need the kernel are skipped", tests.len());
     }
-    let _held = (SLOWNESS > 1 && !skip && !arguments.list).then(rules::hold_hooks);
+    let _held = (SLOWNESS > 1 && entered && !skip && !arguments.list).then(rules::hold_hooks);
     let tests = tests.into_iter().map(|test| if skip { test.with_ignored_flag(true) } else { test }).collect();
     libtest_mimic::run(&arguments, tests).exit_code()
 }
