@@ -199,6 +199,24 @@ struct OwnPorts {
     closed: VecDeque<u32>,
 }
 
+impl OwnPorts {
+    const CLOSED: usize = 64;
+
+    fn close(&mut self, port: u32) {
+        if let Some(at) = self.open.iter().position(|other| *other == port) {
+            self.open.swap_remove(at);
+        }
+        if self.closed.len() == Self::CLOSED {
+            self.closed.pop_front();
+        }
+        self.closed.push_back(port);
+    }
+
+    fn is_closed(&self, port: u32) -> bool {
+        self.closed.contains(&port) && !self.open.contains(&port)
+    }
+}
+
 fn own_ports() -> MutexGuard<'static, OwnPorts> {
     OWN_PORTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -210,14 +228,7 @@ pub(crate) fn own_port(port: u32) {
 
 /// The queue's socket is about to be closed.
 pub(crate) fn forget_port(port: u32) {
-    let mut ports = own_ports();
-    if let Some(at) = ports.open.iter().position(|other| *other == port) {
-        ports.open.swap_remove(at);
-    }
-    if ports.closed.len() == CLOSED_PORTS {
-        ports.closed.pop_front();
-    }
-    ports.closed.push_back(port);
+    own_ports().close(port);
 }
 
 /// Whether a queue of this process has this port id.
@@ -227,11 +238,8 @@ pub(crate) fn is_own_port(port: u32) -> bool {
 
 /// Whether a queue of this process had this port id, whose socket another thread may be closing.
 pub(crate) fn is_closed_port(port: u32) -> bool {
-    let ports = own_ports();
-    ports.closed.contains(&port) && !ports.open.contains(&port)
+    own_ports().is_closed(port)
 }
-
-const CLOSED_PORTS: usize = 64;
 
 /// Sets the receive buffer, beyond `net.core.rmem_max` if that is allowed. Returns the resulting
 /// size.
@@ -469,6 +477,17 @@ mod tests {
     use netlink_sys::protocols::NETLINK_USERSOCK;
 
     use super::*;
+
+    #[test]
+    fn the_last_closed_ports_are_known_unless_they_are_open() {
+        let last = OwnPorts::CLOSED as u32;
+        let mut ports = OwnPorts { open: (0..=last).chain([last]).collect(), closed: VecDeque::new() };
+        assert!((0..=last).all(|port| !ports.is_closed(port)));
+        (0..=last).for_each(|port| ports.close(port));
+        assert_eq!((0..=last).filter(|port| !ports.is_closed(*port)).collect::<Vec<_>>(), [0, last]);
+        ports.close(last);
+        assert!(ports.is_closed(last) && ports.open.is_empty());
+    }
 
     #[test]
     fn what_was_sent_before_the_connection_is_discarded() {
