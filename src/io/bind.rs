@@ -205,6 +205,9 @@ impl Shared {
         if is_own_port(port) {
             return Some("the owner is another queue of this process".to_owned());
         }
+        if socket::is_closed_port(port) {
+            return Some("the owner is a queue of this process that is being closed".to_owned());
+        }
         // The kernel gives a process's first netlink socket the process id. Other port ids are
         // negative as signed numbers.
         Some(match port as i32 {

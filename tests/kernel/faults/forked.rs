@@ -2,8 +2,10 @@
 //! thread.
 
 use std::{
+    collections::{HashMap, HashSet},
     fs,
     net::{Ipv4Addr, UdpSocket},
+    os::unix::net::UnixDatagram,
     thread,
     time::Duration,
 };
@@ -27,6 +29,7 @@ tests![
     sync the_timer_thread_blocks_the_signals_that_are_sent_to_a_process,
     sync a_queue_that_is_bound_after_a_fork_keeps_its_time_limits,
     sync a_forked_child_that_continues_with_the_queue_keeps_its_time_limits,
+    sync forked_processes_have_different_port_ids,
 ];
 
 fn the_timer_thread_blocks_the_signals_that_are_sent_to_a_process() {
@@ -40,6 +43,10 @@ fn a_queue_that_is_bound_after_a_fork_keeps_its_time_limits() {
 fn a_forked_child_that_continues_with_the_queue_keeps_its_time_limits() {
     let text = in_a_process("heir");
     assert!(text.contains(KEPT), "the child has failed: {text}");
+}
+
+fn forked_processes_have_different_port_ids() {
+    in_a_process("siblings");
 }
 
 /// What the child prints at its end: no process waits for its exit status.
@@ -105,6 +112,35 @@ pub(super) fn daemon() {
     assert!(support::in_a_fork(child).unwrap());
     // Its own thread has not been disturbed.
     keep_time_limits();
+}
+
+/// Two children and their parent, one after the other. A port id of one that ends could be that of
+/// another that begins.
+pub(super) fn siblings() {
+    let (sender, receiver) = UnixDatagram::pair().unwrap();
+    let report = || {
+        in_runtime(async {
+            let queue = Queue::builder(0).bind().await.unwrap();
+            let port_id = queue.sink().kernel_stats().unwrap().port_id;
+            sender.send(&port_id.to_ne_bytes()).unwrap();
+            soon("the shutdown", queue.close()).await.unwrap();
+        });
+    };
+    // The keys of a thread's first hash map are those of all others, but for a counter. The
+    // children copy both.
+    drop(HashMap::<u8, u8>::new());
+    for _ in 0..2 {
+        assert!(support::in_a_fork(report).unwrap());
+    }
+    report();
+    let port_ids: HashSet<_> = std::iter::repeat_with(|| {
+        let mut port_id = [0; 4];
+        receiver.recv(&mut port_id).unwrap();
+        u32::from_ne_bytes(port_id)
+    })
+    .take(3)
+    .collect();
+    assert_eq!(port_ids.len(), 3, "{port_ids:?}");
 }
 
 /// Gathered verdicts are sent within this time. It must be longer than a fork takes: the child of a

@@ -142,6 +142,7 @@ pub(super) fn child() -> Option<ExitCode> {
         "signals" => forked::signals(),
         "daemon" => forked::daemon(),
         "heir" => forked::heir(),
+        "siblings" => forked::siblings(),
         mode if mode.starts_with(seccomp::MODE) => seccomp::child(mode),
         mode if mode.starts_with(spurious::MODE) => spurious::child(mode),
         mode if mode.starts_with(wakes::MODE) => wakes::child(mode),
