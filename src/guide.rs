@@ -130,8 +130,8 @@
 //! - `fork` copies locks as they are. If another thread uses the queue at the time of the fork, a
 //!   call for this queue in the child may wait indefinitely. That thread may be a worker of the
 //!   runtime, or the timer thread: it sends what is due, and with a deadline it also receives. So
-//!   fork before packets arrive. Queues that the child binds itself are not affected, unless another
-//!   thread was binding or dropping a queue at the time of the fork.
+//!   fork before packets arrive. Queues that the child binds itself are not affected, unless
+//!   another thread was binding or dropping a queue at the time of the fork.
 //! - A multi-thread runtime does not exist in the child: only the thread that forked does. A
 //!   current-thread runtime works there if the parent ends. While both run, they take each other's
 //!   events.

@@ -19,8 +19,8 @@ use std::{
 pub fn bind_port(mut bind: impl FnMut(u32) -> io::Result<()>) -> io::Result<u32> {
     let mut result = Err(io::ErrorKind::AddrInUse.into());
     for _ in 0..ATTEMPTS {
-        // The keys of the hash are random. A child by `fork` has the keys of its parent: the process
-        // id and the time are others.
+        // The keys of the hash are random. A child by `fork` has the keys of its parent: the
+        // process id and the time are others.
         let port = RandomState::new().hash_one((process::id(), Instant::now())) as u32 | 1 << 31;
         result = bind(port).map(|()| port);
         if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
