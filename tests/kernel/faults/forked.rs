@@ -114,8 +114,8 @@ pub(super) fn daemon() {
     keep_time_limits();
 }
 
-/// Two children and their parent, one after the other. A port id of one that ends could be that of
-/// another that begins.
+/// Two children and their parent bind a queue, one after the other. With the same port id, the end
+/// of one process could remove the queue of the next one.
 pub(super) fn siblings() {
     let (sender, receiver) = UnixDatagram::pair().unwrap();
     let report = || {
@@ -126,8 +126,7 @@ pub(super) fn siblings() {
             soon("the shutdown", queue.close()).await.unwrap();
         });
     };
-    // The keys of a thread's first hash map are those of all others, but for a counter. The
-    // children copy both.
+    // Now this thread has random keys for all its hash maps, and the children copy them.
     drop(HashMap::<u8, u8>::new());
     for _ in 0..2 {
         assert!(support::in_a_fork(report).unwrap());

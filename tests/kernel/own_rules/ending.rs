@@ -143,9 +143,9 @@ async fn two_clones_close_at_once() {
     }
 }
 
-/// The kernel gives a port id anew as soon as the socket that has it begins to be closed, and
-/// removes the queues and the tables of this port id later in this (`netlink_release`), also new
-/// ones.
+/// As soon as the close of a socket begins, its port id is free for a new socket. Later in the same
+/// call (`netlink_release`), the kernel removes all queues and tables of this port id, also those
+/// of the new socket.
 async fn the_port_id_of_a_closed_socket_is_not_used_again() {
     let mut seen = HashSet::from([std::process::id()]);
     for _ in 0..many(20) {

@@ -9,10 +9,10 @@ use std::{
 /// Gives a socket a random port id: `bind` is tried with one after the other, until it does not
 /// return [`AddrInUse`](io::ErrorKind::AddrInUse). Returns the port id, whose highest bit is 1.
 ///
-/// The kernel's own choice is the process id, and that again as soon as the socket that has it
-/// begins to be closed. But it removes the queues and the tables of the port id later in this
-/// (`netlink_release`), also those that a new socket with the same port id has made meanwhile. Any
-/// user may open and close a socket with a port id that can be guessed.
+/// The kernel's own first choice is the process id. It is free again as soon as the close of its
+/// socket begins. Later in the same call (`netlink_release`), the kernel removes all queues and
+/// tables of this port id, also those that a new socket with the same port id has made meanwhile.
+/// Any user may open and close a socket with a port id that can be guessed.
 ///
 /// # Errors
 /// Those of `bind`.
